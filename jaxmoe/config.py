@@ -1,0 +1,493 @@
+"""What a Qwen3-MoE model and its LoRA adapters look like: frozen dataclasses, standard library only.
+
+The fields of `Qwen3MoeConfig` bear the names of transformers' `Qwen3MoeConfig`. Reading is strict: a field that would
+change the computation and that this package does not know is an error, never a guess.
+
+Dimension key, used in every docstring of the project: B batch, T query length, S key length, D model width, N query
+heads, K key/value heads, G = N/K, H head width, V vocabulary, L layers, E experts, k experts per token, F expert hidden
+width, I dense MLP hidden width, M = B*T tokens, R = M*k routed rows, r LoRA rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from jaxmoe.errors import UserError
+
+MODEL_TYPE = "qwen3_moe"
+
+# Fields that transformers writes into config.json and that do not change what the model computes: bookkeeping,
+# generation defaults of transformers 4, and tensor-parallel plans. They are kept in the folder's own config.json.
+_IGNORED_HF_FIELDS = frozenset(
+    {
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "add_cross_attention",
+        "architectures",
+        "auto_map",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "id2label",
+        "is_decoder",
+        "is_encoder_decoder",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "quantization_config",  # read by convert, which knows what the bytes mean
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torchscript",
+        "transformers_version",
+        "transformers.js_config",
+        "typical_p",
+        "use_bfloat16",
+        "use_cache",
+    }
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ConfigError(UserError):
+    """A config.json or adapter_config.json that cannot be honoured; the message names field, expected, received."""
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """Rotary position embedding (Su et al. 2021); `linear` scales positions, `yarn` is Peng et al. 2023.
+
+    Names and defaults are those of transformers' `modeling_rope_utils`.
+    """
+
+    rope_theta: float = 10_000.0
+    rope_type: str = "default"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], *, max_position_embeddings: int) -> RopeParameters:
+        """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4).
+
+        Where a file holds both forms, they must agree on the base.
+        """
+        new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+        if new is not None and old is not None and dict(new) != dict(old):
+            raise ConfigError("rope_parameters and rope_scaling: expected one of them, found both and they differ")
+        scaling = dict(new or old or {})
+        if any(isinstance(v, Mapping) for v in scaling.values()):
+            raise ConfigError("rope_parameters: expected one flat set, found one per layer type")
+        kind = scaling.pop("rope_type", None)
+        legacy_kind = scaling.pop("type", None)
+        kind = kind or legacy_kind or "default"
+        theta = scaling.pop("rope_theta", None)
+        outer_theta = raw.get("rope_theta")
+        if theta is not None and outer_theta is not None and theta != outer_theta:
+            raise ConfigError(f"rope_theta: rope_parameters says {theta}, the top level says {outer_theta}")
+        theta = theta if theta is not None else outer_theta
+        theta = 10_000.0 if theta is None else theta  # transformers' `default_theta`
+        if scaling.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+            raise ConfigError("partial_rotary_factor: expected 1.0, Qwen3-MoE rotates whole heads")
+        allowed = {
+            "default": set(),
+            "linear": {"factor"},
+            "yarn": {
+                "factor",
+                "original_max_position_embeddings",
+                "attention_factor",
+                "beta_fast",
+                "beta_slow",
+                "mscale",
+                "mscale_all_dim",
+                "truncate",
+            },
+        }
+        if kind not in allowed:
+            raise ConfigError(f"rope_type: expected one of {sorted(allowed)}, found {kind!r}")
+        if kind == "default":
+            # transformers ignores scaling values of the default type, with a warning; so may a stale null here.
+            scaling = {key: value for key, value in scaling.items() if value is not None}
+        unknown = set(scaling) - allowed[kind]
+        if unknown:
+            raise ConfigError(f"rope_parameters: {sorted(unknown)} do not belong to rope_type {kind!r}")
+        if kind == "yarn" and scaling.get("original_max_position_embeddings") is None:
+            scaling["original_max_position_embeddings"] = max_position_embeddings
+        if scaling.get("truncate") is None:
+            scaling.pop("truncate", None)
+        _number("rope_theta", theta, above=0)
+        if kind != "default":
+            # yarn lets `factor` be null: then it is the ratio of the two context lengths
+            if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:
+                scaling["factor"] = max_position_embeddings / scaling["original_max_position_embeddings"]
+            _number("rope_parameters.factor", scaling.get("factor"), at_least=1)
+        return cls(rope_theta=float(theta), rope_type=kind, **scaling)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `rope_parameters` dictionary of transformers 5; fields that are None or default are left out."""
+        out: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_type": self.rope_type}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in out and value != field.default:
+                out[field.name] = value
+        return out
+
+    def inverse_frequencies(self, head_dim: int) -> tuple[list[float], float]:
+        """Inverse frequencies (length H/2) and the factor on cos and sin, in double precision.
+
+        Source: transformers `modeling_rope_utils.py`, `_compute_{linear_scaling,yarn}_rope_parameters`. transformers
+        evaluates the same formulas in float32; the last bit may differ.
+        """
+        exponents = [i / head_dim for i in range(0, head_dim, 2)]
+        inverse = [self.rope_theta**-e for e in exponents]
+        if self.rope_type == "default":
+            return inverse, 1.0
+        assert self.factor is not None
+        if self.rope_type == "linear":
+            return [f / self.factor for f in inverse], 1.0
+
+        assert self.original_max_position_embeddings is not None
+
+        def correction_dim(rotations: float) -> float:
+            wavelengths = self.original_max_position_embeddings / (rotations * 2 * math.pi)
+            return head_dim * math.log(wavelengths) / (2 * math.log(self.rope_theta))
+
+        low, high = correction_dim(self.beta_fast or 32), correction_dim(self.beta_slow or 1)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        if low == high:
+            high += 0.001  # transformers' guard against a division by zero
+        blended = []
+        for i, f in enumerate(inverse):
+            interpolate = min(max((i - low) / (high - low), 0.0), 1.0)
+            blended.append(f / self.factor * interpolate + f * (1 - interpolate))
+
+        def magnitude(scale: float, mscale: float = 1.0) -> float:
+            return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
+
+        if self.attention_factor is not None:
+            return blended, float(self.attention_factor)
+        if self.mscale and self.mscale_all_dim:
+            return blended, magnitude(self.factor, self.mscale) / magnitude(self.factor, self.mscale_all_dim)
+        return blended, magnitude(self.factor)
+
+
+@dataclass(frozen=True)
+class Qwen3MoeConfig:
+    """The architecture; field names, defaults and meanings are those of transformers' `Qwen3MoeConfig`."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 4
+    head_dim: int = 64
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters = RopeParameters()
+    attention_bias: bool = False
+    sliding_window: int | None = None
+    attention_dropout: float = 0.0
+    decoder_sparse_step: int = 1
+    moe_intermediate_size: int = 768
+    num_experts_per_tok: int = 8
+    num_experts: int = 128
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.001
+    mlp_only_layers: tuple[int, ...] = ()
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim max_position_embeddings decoder_sparse_step moe_intermediate_size"
+        ).split():
+            _integer(name, getattr(self, name), at_least=1)
+        _integer("num_experts", self.num_experts, at_least=0)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads: expected a multiple of num_key_value_heads ({self.num_key_value_heads}), "
+                f"found {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim: expected an even number (rotary halves), found {self.head_dim}")
+        if self.hidden_act not in ("silu", "swish"):
+            raise ConfigError(f"hidden_act: expected 'silu', found {self.hidden_act!r}")
+        for layer in self.mlp_only_layers:
+            _integer("mlp_only_layers", layer, at_least=0)
+        if self.num_experts:
+            _integer("num_experts_per_tok", self.num_experts_per_tok, at_least=1)
+            if self.num_experts_per_tok > self.num_experts:
+                raise ConfigError(
+                    f"num_experts_per_tok: expected at most num_experts ({self.num_experts}), "
+                    f"found {self.num_experts_per_tok}"
+                )
+        if self.sliding_window is not None:
+            _integer("sliding_window", self.sliding_window, at_least=1)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        _number("rms_norm_eps", self.rms_norm_eps, at_least=0)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose MLP is a mixture of experts (rule of transformers' `Qwen3MoeDecoderLayer`)."""
+        return tuple(
+            i
+            for i in range(self.num_hidden_layers)
+            if i not in self.mlp_only_layers and self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0
+        )
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with an ordinary SwiGLU MLP."""
+        sparse = set(self.sparse_layers)
+        return tuple(i for i in range(self.num_hidden_layers) if i not in sparse)
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> Qwen3MoeConfig:
+        """Reads the dictionary in a config.json written by transformers 4 or 5.
+
+        Raises:
+            ConfigError: another model type, an unknown field, or values that contradict each other.
+        """
+        raw = dict(raw)
+        kind = raw.pop("model_type", None)
+        if kind != MODEL_TYPE:
+            raise ConfigError(f"model_type: expected {MODEL_TYPE!r}, found {kind!r}")
+        values: dict[str, Any] = {}
+        known = {field.name for field in fields(cls)} - {"rope_parameters", "head_dim", "sliding_window", "dtype"}
+        for name in known & set(raw):
+            values[name] = raw.pop(name)
+        # transformers 5 writes num_local_experts where 4.x wrote num_experts
+        if "num_local_experts" in raw:
+            local = raw.pop("num_local_experts")
+            if values.setdefault("num_experts", local) != local:
+                raise ConfigError(f"num_experts ({values['num_experts']}) and num_local_experts ({local}) differ")
+        for name in ("hidden_size", "num_attention_heads"):
+            if name in values:
+                _integer(name, values[name], at_least=1)
+        heads = values.get("num_attention_heads", cls.num_attention_heads)
+        width = values.get("hidden_size", cls.hidden_size)
+        head_dim = raw.pop("head_dim", None)
+        if head_dim is None:
+            if width % heads:
+                raise ConfigError(f"head_dim: absent, and hidden_size {width} is no multiple of {heads} heads")
+            head_dim = width // heads
+        values["head_dim"] = head_dim
+        values.setdefault("num_key_value_heads", cls.num_key_value_heads)
+        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+        use_window = raw.pop("use_sliding_window", False)
+        window = raw.pop("sliding_window", None if not use_window else 4096)
+        raw.pop("max_window_layers", None)  # transformers ignores it for this model: every layer slides, or none
+        values["sliding_window"] = window if use_window else None
+        layer_types = raw.pop("layer_types", None)
+        if layer_types is not None:
+            expected = "sliding_attention" if values["sliding_window"] is not None else "full_attention"
+            if set(layer_types) != {expected}:
+                raise ConfigError(f"layer_types: expected only {expected!r}, found {sorted(set(layer_types))}")
+        dtypes = {raw.pop(name, None) for name in ("dtype", "torch_dtype")} - {None, "auto"}
+        if len(dtypes) > 1:
+            raise ConfigError(f"dtype and torch_dtype: expected the same, found {sorted(dtypes)}")
+        values["dtype"] = dtypes.pop() if dtypes else None
+        values["rope_parameters"] = RopeParameters.from_hf(
+            raw, max_position_embeddings=values.get("max_position_embeddings", cls.max_position_embeddings)
+        )
+        for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+            raw.pop(name, None)
+        if raw.pop("pruned_heads", None) or raw.pop("is_decoder", None):
+            raise ConfigError("pruned_heads / is_decoder: not supported")
+        unknown = sorted(set(raw) - _IGNORED_HF_FIELDS)
+        if unknown:
+            raise ConfigError(f"unknown field {unknown[0]!r} in config.json (all unknown: {', '.join(unknown)})")
+        for name, value in values.items():
+            default = getattr(cls, name)
+            if isinstance(default, bool) and not isinstance(value, bool):
+                raise ConfigError(f"{name}: expected true or false, found {value!r}")
+        return cls(**values)
+
+    @classmethod
+    def from_pretrained(cls, path: str | pathlib.Path) -> Qwen3MoeConfig:
+        """Reads `config.json` in the folder `path` (an HF folder or a converted one)."""
+        return cls.from_hf(read_json(pathlib.Path(path) / "config.json"))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dictionary that transformers 5 writes for this model."""
+        out: dict[str, Any] = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": MODEL_TYPE}
+        for field in fields(self):
+            out[field.name] = getattr(self, field.name)
+        out["rope_parameters"] = self.rope_parameters.to_hf()
+        out["mlp_only_layers"] = list(self.mlp_only_layers)
+        out["use_sliding_window"] = self.sliding_window is not None
+        if self.dtype is None:
+            del out["dtype"]
+        return out
+
+    def replace(self, **changes: Any) -> Qwen3MoeConfig:
+        """A copy with some fields changed, checked anew."""
+        return replace(self, **changes)
+
+
+# LoRA targets: name -> (stack, parameter). Attention and dense names are the module names of transformers and PEFT;
+# `gate` is the router (`mlp.gate.weight`), `experts.*` are PEFT's target parameters.
+LORA_TARGETS = {
+    "q_proj": ("attention", "q_proj"),
+    "k_proj": ("attention", "k_proj"),
+    "v_proj": ("attention", "v_proj"),
+    "o_proj": ("attention", "o_proj"),
+    "gate": ("sparse", "gate"),
+    "experts.gate_up_proj": ("sparse", "gate_up_proj"),
+    "experts.down_proj": ("sparse", "down_proj"),
+    "gate_proj": ("dense", "gate_proj"),
+    "up_proj": ("dense", "up_proj"),
+    "down_proj": ("dense", "down_proj"),
+}
+LORA_GROUPS = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "router": ("gate",),
+    "experts": ("experts.gate_up_proj", "experts.down_proj"),
+    "dense": ("gate_proj", "up_proj", "down_proj"),
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): y = x W^T + scale * (x A^T) B^T, one A and B per target and expert.
+
+    `targets` are keys of `LORA_TARGETS`. `rank_pattern` and `alpha_pattern` override `r` and `alpha` per target (an
+    imported adapter may hold several ranks).
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    use_rslora: bool = False
+    targets: tuple[str, ...] = LORA_GROUPS["attention"]
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError("LoRA targets: expected at least one, found none")
+        unknown = [t for t in self.targets if t not in LORA_TARGETS]
+        if unknown:
+            raise ConfigError(f"LoRA targets: expected some of {', '.join(LORA_TARGETS)}; found {unknown[0]!r}")
+        if len(set(self.targets)) != len(self.targets):
+            raise ConfigError(f"LoRA targets: expected each once, found {', '.join(self.targets)}")
+        for name, rank in (("r", self.r), *self.rank_pattern):
+            _integer(f"LoRA rank {name}", rank, at_least=1)
+        for name, alpha in (("alpha", self.alpha), *self.alpha_pattern):
+            _number(f"LoRA alpha {name}", alpha)
+        for pattern in (self.rank_pattern, self.alpha_pattern):
+            for name, _ in pattern:
+                if name not in self.targets:
+                    raise ConfigError(f"LoRA pattern: {name!r} is not among the targets {', '.join(self.targets)}")
+
+    def rank(self, target: str) -> int:
+        """Rank r of one target."""
+        return dict(self.rank_pattern).get(target, self.r)
+
+    def scale(self, target: str) -> float:
+        """Factor on the low-rank product: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
+        rank = self.rank(target)
+        alpha = dict(self.alpha_pattern).get(target, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def check_against(self, config: Qwen3MoeConfig) -> None:
+        """Raises ConfigError when a target names layers that the model does not have."""
+        for target in self.targets:
+            stack, _ = LORA_TARGETS[target]
+            if stack == "sparse" and not config.sparse_layers:
+                raise ConfigError(f"LoRA target {target!r}: the model has no mixture-of-experts layer")
+            if stack == "dense" and not config.dense_layers:
+                raise ConfigError(f"LoRA target {target!r}: the model has no dense MLP layer")
+
+
+def expand_targets(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    """Group names (attention, router, experts, dense) and single targets -> single targets, in a fixed order."""
+    chosen: set[str] = set()
+    for name in names:
+        if name not in LORA_GROUPS and name not in LORA_TARGETS:
+            raise ConfigError(
+                f"LoRA targets: expected groups {', '.join(LORA_GROUPS)} or {', '.join(LORA_TARGETS)}; found {name!r}"
+            )
+        chosen.update(LORA_GROUPS.get(name, (name,)))
+    return tuple(target for target in LORA_TARGETS if target in chosen)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Parses a JSON object; a missing or broken file is a `ConfigError` that names it."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: expected this file, found none") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: expected JSON, found {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def _integer(name: str, value: Any, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ConfigError(f"{name}: expected a whole number of at least {at_least}, found {value!r}")
+
+
+def _number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> None:
+    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+    if not bad and at_least is not None and value < at_least:
+        bad = True
+    if not bad and above is not None and value <= above:
+        bad = True
+    if bad:
+        bound = f" of at least {at_least}" if at_least is not None else f" above {above}" if above is not None else ""
+        raise ConfigError(f"{name}: expected a number{bound}, found {value!r}")
