@@ -1,0 +1,163 @@
+"""What every command of the project shares: flags from a dataclass, one-line errors, exit codes. Standard library only.
+
+Exit codes: 0 done; 2 for the user's mistakes and bad input, with one line on stderr; 130 after Ctrl-C. Any other
+exception keeps its traceback: it is a bug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn, TypeVar, Union
+
+from jaxmoe.errors import UserError
+
+T = TypeVar("T")
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
+
+
+def program_name() -> str:
+    """The command as the user typed it: `python -m jaxmoe.train`, or the script's file name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name:
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return pathlib.Path(sys.argv[0]).name or "python"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser with exact flag names, whose errors are one line (`program: message`) and exit code 2."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("prog", program_name())
+        # An abbreviation that works today is ambiguous once a flag is added.
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {_one_line(message)}\n")
+
+
+def add_dataclass_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Adds one flag for each field of the dataclass `cls`: `learning_rate` becomes `--learning-rate`.
+
+    A field's type decides how its text is read: str, int, float, pathlib.Path; bool gives `--flag` and `--no-flag`;
+    `Literal[...]` gives choices; `tuple[X, ...]` a comma-separated list; `X | None` reads as X. A field without a
+    default is required. `field(metadata=...)` may hold "help" and "metavar"; {"flag": False} leaves the field out.
+
+    Raises:
+        TypeError: a field has another type.
+    """
+    hints = typing.get_type_hints(cls)
+    for field in _flag_fields(cls):
+        default, required = _default(field)
+        kind = _without_none(hints[field.name])
+        text = field.metadata.get("help", "").replace("%", "%%")
+        if default is not None and default != ():
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            text += f" (default: {shown})"
+        options: dict[str, Any] = {"dest": field.name, "help": text.strip(), "default": default, "required": required}
+        flag = "--" + field.name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            convert, metavar = _reader(kind, field.name)
+            parser.add_argument(flag, type=convert, metavar=field.metadata.get("metavar", metavar), **options)
+
+
+def dataclass_from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
+    """Builds the dataclass `cls` from what a parser with its flags has parsed."""
+    return cls(**{field.name: getattr(arguments, field.name) for field in _flag_fields(cls)})
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Calls `main` and exits: 0 or what it returns; `UserError` and `OSError` give one line on stderr and code 2."""
+    try:
+        code = main() or 0
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        _fail(f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__)
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"{program_name()}: {_one_line(message)}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _flag_fields(cls: type) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(cls) if field.init and field.metadata.get("flag", True)]
+
+
+def _default(field: dataclasses.Field[Any]) -> tuple[Any, bool]:
+    if field.default is not dataclasses.MISSING:
+        return field.default, False
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory(), False
+    return None, True
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        rest = [part for part in typing.get_args(hint) if part is not type(None)]
+        if len(rest) == 1:
+            return rest[0]
+    return hint
+
+
+def _reader(kind: Any, name: str) -> tuple[Callable[[str], Any], str]:
+    """A function from text to a value of type `kind`, and the metavar that describes it."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return lambda text: _choice(text, parts), "{" + ",".join(map(str, parts)) + "}"
+    if origin is tuple and len(parts) == 2 and parts[1] is Ellipsis:
+        read, metavar = _reader(parts[0], name)
+        return lambda text: tuple(read(item.strip()) for item in text.split(",") if item.strip()), f"{metavar},..."
+    simple: dict[Any, tuple[Callable[[str], Any], str]] = {
+        str: (str, "TEXT"),
+        int: (_integer, "N"),
+        float: (_number, "X"),
+        pathlib.Path: (pathlib.Path, "PATH"),
+    }
+    if kind not in simple:
+        raise TypeError(f"field {name!r}: expected a type that a flag can hold, found {kind!r}")
+    return simple[kind]
+
+
+def _choice(text: str, choices: Sequence[Any]) -> Any:
+    for choice in choices:
+        if str(choice) == text:
+            return choice
+    raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, choices))}; found {text!r}")
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, found {text!r}")
+    return value

@@ -1,0 +1,36 @@
+"""Entry points of the console scripts `jaxmoe-train`, `jaxmoe-generate`, `jaxmoe-convert` and `jaxmoe-doctor`.
+
+They do what `python -m jaxmoe.train`, `python -m convert` and so on do, also in a folder that hides a module's name.
+"""
+
+from __future__ import annotations
+
+from jaxmoe.cli import run
+
+
+def train() -> None:
+    """`jaxmoe-train`: see `jaxmoe.train`."""
+    from jaxmoe.train import main
+
+    run(main)
+
+
+def generate() -> None:
+    """`jaxmoe-generate`: see `jaxmoe.generate`."""
+    from jaxmoe.generate import main
+
+    run(main)
+
+
+def convert() -> None:
+    """`jaxmoe-convert`: see `convert`."""
+    from convert.__main__ import main
+
+    run(main)
+
+
+def doctor() -> None:
+    """`jaxmoe-doctor`: see `jaxmoe.doctor`."""
+    from jaxmoe.doctor import main
+
+    run(main)

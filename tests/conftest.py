@@ -1,0 +1,76 @@
+"""Set-up for the whole suite: JAX's platform, checked array annotations, the `gpu` marker.
+
+Array annotations (`Float[Array, "B T D"]`) are checked at run time where beartype is installed; pytest's header says
+whether they are. Without JAX_PLATFORMS the suite runs on whatever device JAX finds, and tests marked `gpu` are skipped
+where that is not a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CHECKED_PACKAGES = ("jaxmoe", "convert")
+
+# No test may reach the network: a hub id that slips in fails at once instead of downloading.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Both frameworks in one process on a few cores: tokenizers' own threads only add noise and a fork warning.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Two frameworks share the GPU; preallocating most of it would leave PyTorch none.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+ANNOTATIONS_CHECKED = importlib.util.find_spec("beartype") is not None
+if ANNOTATIONS_CHECKED:
+    import jaxtyping
+
+    # Has to come before the first import of a checked package.
+    jaxtyping.install_import_hook(list(CHECKED_PACKAGES), "beartype.beartype")
+
+
+@functools.cache
+def backend() -> str:
+    """The platform that JAX has chosen: cpu or gpu."""
+    import jax
+
+    return jax.default_backend()
+
+
+def pytest_report_header() -> list[str]:
+    import jax
+
+    checked = "on (beartype)" if ANNOTATIONS_CHECKED else "off (beartype is not installed)"
+    return [
+        f"jax {jax.__version__} on {', '.join(str(device) for device in jax.devices())}",
+        f"run-time check of array annotations: {checked}",
+    ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and backend() != "gpu":
+            item.add_marker(pytest.mark.skip(reason=f"needs a GPU, JAX runs on {backend()}"))
+
+
+@pytest.fixture(scope="session")
+def shared_tmp(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """One temporary folder for the whole session, for what is expensive to make and only read."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(scope="session")
+def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m MODULE ARGUMENTS...` as a user would, from the repository root, and returns its outcome."""
+
+    def call(module: str, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return call
