@@ -1,0 +1,296 @@
+"""transformers' `Qwen3MoeForCausalLM`, with PEFT's adapters where asked, run on the arrays of a test.
+
+Weights go straight into the state dictionary under the names of transformers, written out here and not taken from
+`convert`, so that a wrong name there cannot hide. Everything comes back as NumPy in the layout of `jaxmoe`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from transformers import Qwen3MoeConfig as HfConfig
+from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
+
+from jaxmoe.config import LoraConfig
+
+_NAMES = {
+    "attention": {
+        "input_layernorm": "input_layernorm.weight",
+        "post_attention_layernorm": "post_attention_layernorm.weight",
+        "q_norm": "self_attn.q_norm.weight",
+        "k_norm": "self_attn.k_norm.weight",
+        **{f"{x}_proj": f"self_attn.{x}_proj.weight" for x in "qkvo"},
+        **{f"{x}_proj_bias": f"self_attn.{x}_proj.bias" for x in "qkvo"},
+    },
+    "sparse": {
+        "gate": "mlp.gate.weight",
+        "gate_up_proj": "mlp.experts.gate_up_proj",
+        "down_proj": "mlp.experts.down_proj",
+    },
+    "dense": {f"{x}_proj": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
+}
+_TARGET_PARAMETERS = {
+    "gate": "mlp.gate.weight",
+    "experts.gate_up_proj": "mlp.experts.gate_up_proj",
+    "experts.down_proj": "mlp.experts.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    """As `oracle.OracleOutput`, in float32; entries of padding hold whatever transformers computes there."""
+
+    logits: np.ndarray
+    hidden: np.ndarray
+    router_logits: np.ndarray
+    selected: np.ndarray
+
+
+class Reference:
+    """One model in memory.
+
+    Args:
+        config: the dictionary in a config.json.
+        params: flat dictionary of stacked float32 arrays.
+        dtype: float32 or bfloat16; PEFT keeps adapters in float32 either way.
+        attention: eager or sdpa, transformers' `attn_implementation`.
+        experts: eager, batched_mm or grouped_mm, transformers' `experts_implementation`.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        params: Mapping[str, np.ndarray],
+        *,
+        dtype: str = "float32",
+        attention: str = "eager",
+        experts: str = "eager",
+        lora: LoraConfig | None = None,
+        adapters: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self.config = hf_config(config)
+        self.model = AutoModelForCausalLM.from_config(
+            self.config, dtype=getattr(torch, dtype), attn_implementation=attention, experts_implementation=experts
+        ).eval()
+        self.sparse = [
+            i for i, layer in enumerate(self.model.model.layers) if isinstance(layer.mlp, hf.Qwen3MoeSparseMoeBlock)
+        ]
+        self.routers = [self.model.model.layers[i].mlp.gate for i in self.sparse]
+        self.model.load_state_dict(self._state_dict(params))
+        self.model.requires_grad_(False)
+        if lora is not None:
+            assert adapters is not None
+            get_peft_model(self.model, peft_config(lora))  # in place
+            with torch.no_grad():
+                for path, slot, parameter, experts_of in self._adapter_parameters():
+                    parameter.copy_(_pack(torch.from_numpy(adapters[path][slot]), path, experts_of))
+
+    def forward(
+        self,
+        input_ids: np.ndarray,
+        position_ids: np.ndarray | None = None,
+        segment_ids: np.ndarray | None = None,
+        *,
+        pinned: np.ndarray | None = None,
+    ) -> ReferenceOutput:
+        """Runs without gradients; arguments as in `oracle.forward`."""
+        B, T = input_ids.shape
+        with torch.no_grad(), _watched(self.routers, pinned) as selected:
+            out = self._run(input_ids, position_ids, segment_ids)
+        hidden = np.stack([h.float().numpy() for h in out.hidden_states])
+        if not self.routers:
+            empty = np.zeros((0, B, T, self.config.num_experts), np.float32)
+            return ReferenceOutput(out.logits.float().numpy(), hidden, empty, np.zeros((0, B, T, 0), np.int64))
+        router_logits = np.stack([x.float().numpy().reshape(B, T, -1) for x in out.router_logits])
+        chosen = np.stack([x.numpy().reshape(B, T, -1) for x in selected])
+        return ReferenceOutput(out.logits.float().numpy(), hidden, router_logits, chosen)
+
+    def loss_and_gradients(
+        self,
+        input_ids: np.ndarray,
+        labels: np.ndarray,
+        position_ids: np.ndarray | None = None,
+        segment_ids: np.ndarray | None = None,
+        *,
+        aux_coef: float | None = None,
+    ) -> tuple[float, float, dict[str, np.ndarray]]:
+        """Mean cross-entropy of the next token plus the weighted load-balancing loss, and its gradients.
+
+        `labels` [B, T] are already shifted, -100 where there is none. Returns (loss, load-balancing loss, gradients
+        under the paths of `jaxmoe`).
+        """
+        self.model.zero_grad(set_to_none=True)
+        out = self._run(input_ids, position_ids, segment_ids)
+        loss = torch.nn.functional.cross_entropy(
+            out.logits.float().flatten(0, 1), torch.from_numpy(labels).long().flatten(), ignore_index=-100
+        )
+        aux = self._load_balancing_loss(out, segment_ids)
+        loss = loss + (self.config.router_aux_loss_coef if aux_coef is None else aux_coef) * aux
+        loss.backward()
+        stacks: dict[str, dict[int, np.ndarray]] = {}
+        for path, slot, parameter, experts in self._adapter_parameters():
+            assert parameter.grad is not None, f"{path}[{slot}] has no gradient"
+            stacks.setdefault(path, {})[slot] = _unpack(parameter.grad, path, experts).float().numpy()
+        gradients = {path: np.stack([slots[i] for i in sorted(slots)]) for path, slots in stacks.items()}
+        return float(loss.detach()), float(aux), gradients
+
+    def load_balancing_loss(
+        self, input_ids: np.ndarray, position_ids: np.ndarray | None = None, segment_ids: np.ndarray | None = None
+    ) -> float:
+        """transformers' auxiliary loss over the tokens outside padding."""
+        with torch.no_grad():
+            return float(self._load_balancing_loss(self._run(input_ids, position_ids, segment_ids), segment_ids))
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_token: int | None = None) -> list[list[int]]:
+        """Greedy continuations of one left-padded batch, each cut behind its stop token."""
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        out = self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=stop_token,
+            pad_token_id=0,
+        )
+        tails = [row[longest:].tolist() for row in out]
+        return [t[: t.index(stop_token) + 1] if stop_token in t else t for t in tails]
+
+    def _run(self, input_ids: np.ndarray, position_ids: np.ndarray | None, segment_ids: np.ndarray | None) -> Any:
+        mask = None
+        if segment_ids is not None and (segment_ids == 0).any():
+            if segment_ids.max() == 1:
+                mask = torch.from_numpy(segment_ids).long()
+            else:
+                low = torch.finfo(self.model.dtype).min
+                visible = torch.from_numpy(_visible(segment_ids, self.config.sliding_window))
+                mask = torch.where(visible[:, None], 0.0, low).to(self.model.dtype)
+        # With neither a mask nor a cache transformers itself takes restarting positions for packed documents.
+        out = self.model.model(
+            input_ids=torch.from_numpy(input_ids).long(),
+            attention_mask=mask,
+            position_ids=None if position_ids is None else torch.from_numpy(position_ids).long(),
+            output_hidden_states=True,
+            output_router_logits=True,
+            use_cache=False,
+        )
+        out.logits = self.model.lm_head(out.last_hidden_state)
+        return out
+
+    def _load_balancing_loss(self, out: Any, segment_ids: np.ndarray | None) -> torch.Tensor:
+        if not self.routers:
+            return torch.zeros(())
+        valid = None if segment_ids is None else torch.from_numpy((segment_ids != 0).astype(np.int64))
+        experts, k = self.config.num_experts, self.config.num_experts_per_tok
+        return torch.as_tensor(hf.load_balancing_loss_func(out.router_logits, experts, k, valid))
+
+    def _adapter_parameters(self) -> Iterator[tuple[str, int, torch.nn.Parameter, int]]:
+        """(path, slot in the stack, parameter, experts that it packs or 0) of every adapter weight."""
+        dense = [i for i in range(self.config.num_hidden_layers) if i not in self.sparse]
+        for name, module in self.model.named_modules():
+            if "default" not in getattr(module, "lora_A", ()):
+                continue
+            layer = int(name.split("layers.")[1].split(".")[0])
+            wrapped = getattr(module, "parameter_name", None)
+            if wrapped is not None:  # a target parameter: the router's weight or a stack of experts
+                stack, slot, target = "sparse", self.sparse.index(layer), "gate" if wrapped == "weight" else wrapped
+            elif ".self_attn." in name:
+                stack, slot, target = "attention", layer, name.split(".")[-1]
+            else:
+                stack, slot, target = "dense", dense.index(layer), name.split(".")[-1]
+            experts = self.config.num_experts if wrapped in ("gate_up_proj", "down_proj") else 0
+            for side in "AB":
+                parameter = getattr(module, f"lora_{side}")["default"].weight
+                yield f"{stack}.{target}.lora_{side}", slot, parameter, experts
+
+    def _state_dict(self, params: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Stacked arrays -> the names that transformers has in memory; every one of them, or loading fails."""
+        out = {"model.embed_tokens.weight": params["embed_tokens"], "model.norm.weight": params["norm"]}
+        out["lm_head.weight"] = params.get("lm_head", params["embed_tokens"])
+        dense = [i for i in range(self.config.num_hidden_layers) if i not in self.sparse]
+        layers = {"attention": range(self.config.num_hidden_layers), "sparse": self.sparse, "dense": dense}
+        for path, stack in params.items():
+            if "." in path:
+                kind, name = path.split(".")
+                for slot, layer in enumerate(layers[kind]):
+                    out[f"model.layers.{layer}.{_NAMES[kind][name]}"] = stack[slot]
+        return {name: torch.tensor(np.asarray(array, np.float32)) for name, array in out.items()}
+
+
+def hf_config(config: Mapping[str, Any]) -> HfConfig:
+    """transformers' own reading of a config.json."""
+    return HfConfig.from_dict(copy.deepcopy(dict(config)))
+
+
+def peft_config(lora: LoraConfig) -> PeftConfig:
+    """The adapters of `lora` as PEFT is told to make them."""
+    parameters = [_TARGET_PARAMETERS[t] for t in lora.targets if t in _TARGET_PARAMETERS]
+    return PeftConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=0.0,
+        use_rslora=lora.use_rslora,
+        target_modules=[t for t in lora.targets if t not in _TARGET_PARAMETERS],
+        target_parameters=parameters or None,
+    )
+
+
+def _pack(array: torch.Tensor, path: str, experts: int) -> torch.Tensor:
+    """[E, r, in] or [E, out, r] -> the matrix that PEFT stacks the experts' factors in (expert fastest in B)."""
+    if not experts:
+        return array
+    return array.flatten(0, 1) if path.endswith("lora_A") else array.permute(1, 2, 0).flatten(1, 2)
+
+
+def _unpack(matrix: torch.Tensor, path: str, experts: int) -> torch.Tensor:
+    """The inverse of `_pack`."""
+    if not experts:
+        return matrix
+    if path.endswith("lora_A"):
+        return matrix.unflatten(0, (experts, -1))
+    return matrix.unflatten(1, (-1, experts)).permute(2, 0, 1)
+
+
+def _visible(segment_ids: np.ndarray, window: int | None) -> np.ndarray:
+    """Boolean [B, T, S]: same document, not in the future, within the sliding window; padding sees itself."""
+    T = segment_ids.shape[1]
+    distance = np.arange(T)[:, None] - np.arange(T)[None, :]
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & near
+
+
+@contextlib.contextmanager
+def _watched(routers: list[torch.nn.Module], pinned: np.ndarray | None) -> Iterator[list[torch.Tensor]]:
+    """Collects the experts that each router selects; with `pinned` [Ls, B, T, k] replaces them, not their weights."""
+    selected: list[torch.Tensor] = []
+
+    def hook(router: Any, _: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits, scores, indices = output
+        if pinned is not None:
+            indices = torch.from_numpy(pinned[len(selected)]).long().flatten(0, 1)
+            scores = torch.softmax(logits, dim=-1, dtype=torch.float32).gather(-1, indices)
+            if router.norm_topk_prob:
+                scores = scores / scores.sum(dim=-1, keepdim=True)
+            scores = scores.to(logits.dtype)
+        selected.append(indices)
+        return logits, scores, indices
+
+    handles = [router.register_forward_hook(hook) for router in routers]
+    try:
+        yield selected
+    finally:
+        for handle in handles:
+            handle.remove()
