@@ -177,46 +177,6 @@ class RopeParameters:
                 out[field.name] = value
         return out
 
-    def inverse_frequencies(self, head_dim: int) -> tuple[list[float], float]:
-        """Inverse frequencies (length H/2) and the factor on cos and sin, in double precision.
-
-        Source: transformers `modeling_rope_utils.py`, `_compute_{linear_scaling,yarn}_rope_parameters`. transformers
-        evaluates the same formulas in float32; the last bit may differ.
-        """
-        exponents = [i / head_dim for i in range(0, head_dim, 2)]
-        inverse = [self.rope_theta**-e for e in exponents]
-        if self.rope_type == "default":
-            return inverse, 1.0
-        assert self.factor is not None
-        if self.rope_type == "linear":
-            return [f / self.factor for f in inverse], 1.0
-
-        assert self.original_max_position_embeddings is not None
-
-        def correction_dim(rotations: float) -> float:
-            wavelengths = self.original_max_position_embeddings / (rotations * 2 * math.pi)
-            return head_dim * math.log(wavelengths) / (2 * math.log(self.rope_theta))
-
-        low, high = correction_dim(self.beta_fast or 32), correction_dim(self.beta_slow or 1)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        if low == high:
-            high += 0.001  # transformers' guard against a division by zero
-        blended = []
-        for i, f in enumerate(inverse):
-            interpolate = min(max((i - low) / (high - low), 0.0), 1.0)
-            blended.append(f / self.factor * interpolate + f * (1 - interpolate))
-
-        def magnitude(scale: float, mscale: float = 1.0) -> float:
-            return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
-
-        if self.attention_factor is not None:
-            return blended, float(self.attention_factor)
-        if self.mscale and self.mscale_all_dim:
-            return blended, magnitude(self.factor, self.mscale) / magnitude(self.factor, self.mscale_all_dim)
-        return blended, magnitude(self.factor)
-
 
 @dataclass(frozen=True)
 class Qwen3MoeConfig:

@@ -1,0 +1,178 @@
+"""The dense building blocks: linear maps with an optional adapter, RMSNorm, rotary embedding, attention.
+
+Precision, here and in the experts: every contraction accumulates in float32, at full precision for float32 operands
+(never TF32); an operation's result is rounded to the activations' dtype once, at its end. transformers rounds more often
+in bfloat16 (after the normalisation, each rotary product, each factor of SwiGLU), so this package is at least as close
+to the exact result; in float32 both compute the same thing up to the order of sums.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmoe.config import RopeParameters
+
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+class Adapter(NamedTuple):
+    """One low-rank adapter: A [..., r, in], B [..., out, r] and the factor on their product."""
+
+    lora_A: Array
+    lora_B: Array
+    scale: float
+
+
+def linear(
+    x: Float[Array, "*batch inner"],
+    weight: Float[Array, "out inner"],
+    bias: Float[Array, " out"] | None = None,
+    adapter: Adapter | None = None,
+) -> Float[Array, "*batch out"]:
+    """x W^T + b + scale (x A^T) B^T in x's dtype; the sum is formed in float32 and rounded once.
+
+    Source: torch.nn.Linear's layout; Hu et al. 2021, equation 3. The adapter is cast to x's dtype before use.
+    """
+    y = _contract(x, weight)
+    if bias is not None:
+        y += bias
+    if adapter is not None:
+        low = _contract(x, adapter.lora_A.astype(x.dtype)).astype(x.dtype)
+        y += adapter.scale * _contract(low, adapter.lora_B.astype(x.dtype))
+    return y.astype(x.dtype)
+
+
+def _contract(x: Array, weight: Array) -> Array:
+    return jnp.einsum("...i,oi->...o", x, weight, precision=PRECISION, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded to x's dtype once.
+
+    Source: Zhang and Sennrich 2019; transformers' `Qwen3MoeRMSNorm`, which rounds before the weight as well.
+    """
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (y * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def swiglu(gate: Float[Array, "*batch F"], up: Float[Array, "*batch F"]) -> Float[Array, "*batch F"]:
+    """silu(gate) * up, in float32, rounded to gate's dtype once (Shazeer 2020)."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def rotary_frequencies(rope: RopeParameters, head_dim: int) -> tuple[np.ndarray, float]:
+    """Inverse frequencies (float32, [H/2]) and the factor on cosine and sine.
+
+    Each step is rounded to float32 as transformers' is: at position 500, one unit in the last place of a frequency
+    already moves the angle by 3e-5. Source: transformers' `Qwen3MoeRotaryEmbedding` and `modeling_rope_utils`
+    (`linear`; `yarn`, Peng et al. 2023).
+    """
+    one = np.float32(1)
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # The power in double, then rounded: what a correctly rounded float32 power gives on every platform.
+    wavelengths = np.power(float(rope.rope_theta), exponents.astype(np.float64)).astype(np.float32)
+    frequencies = one / wavelengths
+    if rope.rope_type == "default":
+        return frequencies, 1.0
+    assert rope.factor is not None
+    if rope.rope_type == "linear":
+        return frequencies / np.float32(rope.factor), 1.0
+
+    original = rope.original_max_position_embeddings
+    assert rope.rope_type == "yarn" and original is not None
+
+    def correction_dim(rotations: float) -> float:
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
+
+    low, high = correction_dim(rope.beta_fast or 32), correction_dim(rope.beta_slow or 1)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001  # transformers' guard against a division by zero
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    extrapolate = one - np.clip(ramp, 0, 1).astype(np.float32)
+    interpolated = one / (np.float32(rope.factor) * wavelengths)
+    frequencies = interpolated * (one - extrapolate) + frequencies * extrapolate
+
+    def magnitude(mscale: float = 1.0) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return frequencies, float(rope.attention_factor)
+    if rope.mscale and rope.mscale_all_dim:
+        return frequencies, magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    return frequencies, magnitude()
+
+
+def rotary_tables(
+    position_ids: Int[Array, "B T"], rope: RopeParameters, head_dim: int
+) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
+    """Cosine and sine of position * inverse frequency, float32, one column per rotated pair."""
+    frequencies, factor = rotary_frequencies(rope, head_dim)
+    angles = position_ids[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rotary(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
+) -> Float[Array, "B T heads H"]:
+    """Rotates the pairs (i, i + H/2) of each head, in float32, rounded to x's dtype once (Su et al. 2021)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention_mask(
+    query_index: Int[Array, "B T"],
+    key_index: Int[Array, "B S"],
+    query_segments: Int[Array, "B T"],
+    key_segments: Int[Array, "B S"],
+    sliding_window: int | None,
+) -> Bool[Array, "B T S"]:
+    """Which key each query sees: not later, in the same segment (0 is padding, seen by none), inside the window.
+
+    A window of w admits the last w positions, the query's own included, as transformers' sliding mask does.
+    """
+    distance = query_index[:, :, None] - key_index[:, None, :]
+    mask = (distance >= 0) & (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments > 0)[:, None, :]
+    return mask if sliding_window is None else mask & (distance < sliding_window)
+
+
+def attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention softmax(q k^T / sqrt(H)) v with float32 logits and softmax.
+
+    A query whose row of the mask is empty (padding) gets the mean of the values: finite, and read by nobody.
+    """
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=query.shape[-1] ** -0.5)
+
+
+def explain() -> list[tuple[str, str, str]]:
+    """(operation, implementation, reason) for the default device, as `python -m jaxmoe.doctor` prints it."""
+    return [
+        ("attention", "xla", "jax.nn.dot_product_attention with an explicit mask [B, T, S]; exact for packed rows"),
+    ]
+
+
+def layer_slice(stack: Array, slot: Array | int) -> Array:
+    """Layer `slot` of a stacked parameter, marked so that no recomputation policy keeps the copy for the backward pass.
+
+    The stack itself stays where it is; saving the slices of all layers would hold the model twice.
+    """
+    return checkpoint_name(jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False), WEIGHT_SLICE)
+
+
+WEIGHT_SLICE = "weight_slice"

@@ -1,0 +1,69 @@
+"""Which experts each token goes to, and how uneven the load is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmoe.layers import PRECISION, Adapter
+
+
+class Routing(NamedTuple):
+    """The router's output for M tokens: logits and probabilities over E experts, the k chosen and their weights."""
+
+    logits: Float[Array, "M E"]
+    probabilities: Float[Array, "M E"]
+    experts: Int[Array, "M k"]
+    weights: Float[Array, "M k"]
+
+
+def route(
+    x: Float[Array, "M D"],
+    weight: Float[Array, "E D"],
+    *,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    adapter: Adapter | None = None,
+) -> Routing:
+    """Softmax over all experts, then the k most probable, renormalised to sum 1 if `norm_topk_prob`; all float32.
+
+    Ties go to the lowest index. transformers' `Qwen3MoeTopKRouter` rounds the logits to the model's dtype first; here
+    they stay float32, so that in bfloat16 fewer tokens are routed by a rounding error. A LoRA on the router is added to
+    the weight before the product, as PEFT does for a parameter.
+    """
+    if adapter is not None:
+        delta = jnp.einsum("er,rd->ed", adapter.lora_B, adapter.lora_A, precision=PRECISION)
+        weight = weight.astype(jnp.float32) + adapter.scale * delta
+    logits = jnp.einsum(
+        "md,ed->me", x.astype(weight.dtype), weight, precision=PRECISION, preferred_element_type=jnp.float32
+    )
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    weights, experts = jax.lax.top_k(probabilities, num_experts_per_tok)
+    if norm_topk_prob:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return Routing(logits, probabilities, experts, weights)
+
+
+def expert_counts(experts: Int[Array, "M k"], valid: Bool[Array, " M"], num_experts: int) -> Int[Array, " E"]:
+    """How many routed rows of valid tokens each expert receives."""
+    ids = jnp.where(valid[:, None], experts, num_experts).reshape(-1)
+    return jnp.bincount(ids, length=num_experts + 1)[:num_experts]
+
+
+def load_balancing_loss(
+    counts: Int[Array, "Ls E"] | Float[Array, "Ls E"],
+    probability_sums: Float[Array, "Ls E"],
+    tokens: Int[Array, ""] | Float[Array, ""],
+) -> Float[Array, ""]:
+    """E * sum_e (count_e / n) (sum p_e / n), pooled over the MoE layers, n = tokens * Ls; balanced routing gives k.
+
+    `counts` are routed rows per expert, `probability_sums` the router probabilities summed over tokens. Source: Fedus et
+    al. 2021, equations 4 to 6, in the form of transformers' `load_balancing_loss_func`.
+    """
+    layers, experts = probability_sums.shape
+    n = jnp.maximum(tokens, 1).astype(jnp.float32) * layers
+    fraction = counts.sum(0).astype(jnp.float32) / n
+    return experts * jnp.sum(fraction * probability_sums.sum(0) / n)
