@@ -1,0 +1,57 @@
+# make demo       converts, fine-tunes, generates, exports and reloads a small Qwen3-MoE; a few minutes on two cores
+# make test       the test suite, on the CPU
+# make lint       ruff and pyright
+# make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
+# make bench      the CPU benchmarks of the README
+# make clean      removes what the others made
+#
+# demo, test, lint and bench make their own environment in .venv the first time: CPU builds, every version pinned. They
+# need Python 3.11 or newer with pip, and a package index. PyTorch's CPU build is taken from the index that pip is set up
+# with where it has one, else from TORCH_INDEX: `make demo TORCH_INDEX=https://a.mirror/whl/cpu`.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+INSTALLED := $(VENV)/.installed
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
+verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
+
+.PHONY: help demo test lint test-gpu bench clean
+
+help:
+	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
+
+$(INSTALLED): pyproject.toml constraints-cpu.txt
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer, found none; name one with PYTHON=..." >&2; exit 2; }
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 0.7 GB to download, a few minutes the first time ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch 2>/dev/null || { echo "PyTorch's CPU build: trying $(TORCH_INDEX)"; \
+		$(PIP) torch --index-url $(TORCH_INDEX); }
+	@$(PIP) --editable '.[torch,notebooks,dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(RUN) examples/demo.py
+
+test: $(INSTALLED)
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest $(PYTEST_ARGS) $(verdict)
+
+lint: $(INSTALLED)
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)
+
+# Float32 in full precision and deterministic kernels: the same conditions as on the CPU.
+test-gpu:
+	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "make test-gpu: JAX finds no GPU")'
+	@JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true" \
+		$(PYTHON) -m pytest $(PYTEST_ARGS) $(verdict)
+
+bench: $(INSTALLED)
+	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.train_cpu
+	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.compile_time
+
+clean:
+	rm -rf $(VENV) build dist demo-output pretrain-output *.egg-info .pytest_cache .ruff_cache .hypothesis
