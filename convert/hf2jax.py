@@ -1,0 +1,154 @@
+"""Reads an HF checkpoint, layer by layer, and writes it as a converted folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from convert.names import Row, block_shapes, blocks_of, find_layout, rows
+from convert.safetensors_io import Tensor, inside, open_folder
+from jaxmoe.checkpoint import Block, cast, write_converted
+from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
+from jaxmoe.errors import UserError
+
+# what is not weights and belongs to a checkpoint; the first two groups are the two forms of a tokenizer
+_TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_COMPANIONS = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_COMPARE_BYTES = 16 * 2**20
+
+
+class HFCheckpoint:
+    """An HF folder whose every key, shape and dtype has been checked; weights are read when `blocks` gets to them."""
+
+    def __init__(self, path: pathlib.Path, dtype: str | None) -> None:
+        self.path = path
+        # before the config: whoever points at a folder of pickles should hear of that first
+        self._tensors = open_folder(path)
+        raw = read_json(inside(path, "config.json"))
+        quantized = [key for key in self._tensors if key.endswith((".absmax", ".weight_scale_inv"))]
+        if raw.get("quantization_config") is not None or quantized:
+            found = "quantization_config in config.json" if raw.get("quantization_config") else quantized[0]
+            raise UserError(f"{path}: expected float32, bfloat16 or float16 weights, found {found} (not supported yet)")
+        self.config = Qwen3MoeConfig.from_hf(raw)
+        self.layout = find_layout(self._tensors)
+        self._target = np.dtype(_known(dtype)) if dtype else None
+        self._rows = {layer: list(rows(self.config, layer, self.layout)) for layer in blocks_of(self.config)}
+        self.stored_tied_head = self._check_tied_head()
+        self._check_keys()
+        self.stored_dtypes = self._check_tensors()
+        self.dtypes = {name: self._target or stored for name, stored in self.stored_dtypes.items()}
+
+    def _check_keys(self) -> None:
+        expected = {row.key for block in self._rows.values() for row in block}
+        found = set(self._tensors) - ({"lm_head.weight"} if self.stored_tied_head else set())
+        if missing := sorted(expected - found):
+            raise UserError(f"{self.path}: expected tensor {missing[0]}, found none ({len(missing)} missing)")
+        if unexpected := sorted(found - expected):
+            raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected)")
+
+    def _check_tensors(self) -> dict[str, np.dtype]:
+        first: dict[str, Tensor] = {}
+        for block in self._rows.values():
+            for row in block:
+                tensor = self._tensors[row.key]
+                if tensor.shape != row.shape:
+                    raise UserError(f"{row.key}: expected shape {list(row.shape)}, found {list(tensor.shape)}")
+                one = first.setdefault(row.path, tensor)
+                if tensor.dtype != one.dtype:
+                    raise UserError(f"{row.key}: expected {one.code} like {one.name}, found {tensor.code}")
+        return {name: tensor.dtype for name, tensor in first.items()}
+
+    def _check_tied_head(self) -> bool:
+        """Some tools store lm_head although it is tied; then it must be the embedding, bit for bit."""
+        head, embedding = self._tensors.get("lm_head.weight"), self._tensors.get("model.embed_tokens.weight")
+        if not self.config.tie_word_embeddings or head is None or embedding is None:
+            return False
+        same = (head.code, head.shape) == (embedding.code, embedding.shape)
+        if same:
+            a, b = (tensor.read().reshape(-1).view(np.uint8) for tensor in (head, embedding))
+            steps = range(0, a.size, _COMPARE_BYTES)
+            same = all(np.array_equal(a[i : i + _COMPARE_BYTES], b[i : i + _COMPARE_BYTES]) for i in steps)
+        if not same:
+            raise UserError(
+                f"{self.path}: lm_head.weight: expected the embedding (tie_word_embeddings), found another tensor"
+            )
+        return True
+
+    def blocks(self) -> Iterator[Block]:
+        """The top level first, then every layer; experts are gathered into one array per parameter."""
+        for layer, block in self._rows.items():
+            yield Block(layer, self._gather(layer, block))
+
+    def _gather(self, layer: int | None, block: list[Row]) -> dict[str, np.ndarray]:
+        arrays: dict[str, np.ndarray] = {}
+        shapes = block_shapes(self.config, layer)
+        for row in block:
+            dtype = self.dtypes[row.path]
+            tensor = cast(row.key, self._tensors[row.key].read(), dtype)
+            if not row.part:
+                arrays[row.path] = tensor
+                continue
+            if row.path not in arrays:
+                arrays[row.path] = np.empty(shapes[row.path], dtype)
+            arrays[row.path][row.part] = tensor
+        return arrays
+
+
+def read_hf(path: str | os.PathLike[str], dtype: str | None = None) -> HFCheckpoint:
+    """Opens an HF checkpoint and checks all of it but the values; `dtype` casts every tensor, once.
+
+    Raises:
+        UserError: no safetensors, another model type, a quantised checkpoint, a key that is missing, unexpected or
+            stored twice, a wrong shape or dtype, or dtypes that differ within a stack.
+    """
+    return HFCheckpoint(pathlib.Path(path), dtype)
+
+
+def _known(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
+    return dtype
+
+
+def companion_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The tokenizer's files and the generation config in `path`, by name; a UserError when there is no tokenizer."""
+    found = {name: inside(path, name) for name in _COMPANIONS if (path / name).is_file()}
+    if not any(found.keys() >= set(form) for form in _TOKENIZER_FORMS):
+        raise UserError(f"{path}: expected a tokenizer (tokenizer.json, or vocab.json and merges.txt), found none")
+    return found
+
+
+def config_bytes(path: pathlib.Path, dtype: str | None) -> bytes:
+    """config.json as it is, or with only its dtype changed, under the name that it has there."""
+    content = (path / "config.json").read_bytes()
+    if dtype is None:
+        return content
+    raw = json.loads(content)
+    names = [name for name in ("dtype", "torch_dtype") if name in raw] or ["dtype"]
+    return (json.dumps(raw | dict.fromkeys(names, dtype), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def hf2jax(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    dtype: str | None = None,
+    on_block: Callable[[Block], None] = lambda block: None,
+) -> None:
+    """Converts the HF folder `src` into the converted folder `dst`, which must be new or empty."""
+    source = read_hf(src, dtype)
+    files = {"config.json": config_bytes(source.path, dtype), **companion_files(source.path)}
+    write_converted(dst, source, files, on_block)

@@ -1,0 +1,262 @@
+"""Reads and writes safetensors shards: every header is checked before a byte is used, tensors are views of the file.
+
+Only safetensors are read: a pickle can run code. The format is that of github.com/huggingface/safetensors: a length in
+8 bytes, a JSON header, then the tensors without gaps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from jaxmoe.config import read_json
+from jaxmoe.errors import UserError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# codes of the format; float8 and integers are known so that they can be named, not so that they can be converted
+_ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
+}
+FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+CODES = {dtype.name: code for code, dtype in FLOATS.items()}
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a shard: `code` is the format's dtype, `start` and `stop` are offsets from the file's beginning."""
+
+    name: str
+    file: pathlib.Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The NumPy dtype; a UserError for a dtype that is no float of 16 or 32 bits."""
+        if self.code not in FLOATS:
+            raise UserError(f"{self.file.name}: {self.name}: expected one of {', '.join(FLOATS)}, found {self.code}")
+        return FLOATS[self.code]
+
+    def read(self) -> np.ndarray:
+        """A read-only view of the file; pages are loaded when touched and belong to the page cache."""
+        return _mapped(self.file)[self.start : self.stop].view(self.dtype).reshape(self.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _mapped(file: pathlib.Path) -> np.ndarray:
+    return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise UserError(f"key {key!r} occurs twice")
+        seen[key] = value
+    return seen
+
+
+def read_header(file: pathlib.Path) -> dict[str, Tensor]:
+    """Name -> tensor of one shard, in the order of the file.
+
+    Raises:
+        UserError: no safetensors file, a header that does not parse, offsets that overlap, leave gaps or do not fit the
+            shapes, or a file that is shorter or longer than its header says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise UserError(
+                f"{file}: expected a safetensors header of at most {max(size - 8, 0)} bytes, found {length}"
+            )
+        encoded = stream.read(length)
+    try:
+        header = json.loads(encoded.decode("utf-8"), object_pairs_hook=_unique)
+    except UserError as error:
+        raise UserError(f"{file}: safetensors header: {error}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: expected a JSON header, found {error}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{file}: expected a JSON object as header, found {type(header).__name__}")
+    header.pop("__metadata__", None)
+    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.start != end:
+            what = "an overlap" if tensor.start < end else "a gap"
+            raise UserError(f"{file}: {tensor.name}: expected it at byte {end}, found {what} (byte {tensor.start})")
+        end = tensor.stop
+    if end != size:
+        what = "truncated" if size < end else "too long"
+        raise UserError(f"{file}: expected {end} bytes as its header says, found {size} ({what})")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _tensor(file: pathlib.Path, name: str, entry: Any, base: int) -> Tensor:
+    try:
+        code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        whole = False
+        code, shape, start, stop = None, (), 0, 0
+    if not whole:
+        raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {entry!r}"[:300])
+    if code not in _ITEM_BYTES:
+        raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {code!r}")
+    if stop - start != math.prod(shape) * _ITEM_BYTES[code]:
+        raise UserError(f"{file}: {name}: {code} {list(shape)} does not fill the offsets {start} to {stop}")
+    return Tensor(name, file, code, shape, base + start, base + stop)
+
+
+def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of the file `name` in `folder`, after making sure that it lies there and not elsewhere.
+
+    Symbolic links may lead to the blobs of the hub's cache, of which `folder` is then a snapshot, and nowhere else.
+    """
+    path = folder / name
+    root = folder.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if pathlib.PurePath(name).name != name or not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+        raise UserError(f"{folder}: expected files of this folder, found {name!r}, which points outside it")
+    return path
+
+
+def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+    """Name -> tensor over `model.safetensors`, or over the shards that `model.safetensors.index.json` lists.
+
+    Raises:
+        UserError: no safetensors, an index that names a file outside the folder, a missing shard, a key that its shard
+            lacks, or a key that two shards hold.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: expected a folder with a checkpoint, found {'a file' if folder.exists() else 'none'}"
+        )
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.exists():
+        if single.exists():
+            return read_header(inside(folder, SINGLE))
+        pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
+        found = f"only {pickles[0]} (pickles can run code and are never read)" if pickles else "neither"
+        raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: expected weight_map, key -> file, found {type(weight_map).__name__}")
+    if single.exists() and SINGLE not in weight_map.values():
+        raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found both")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(weight_map.values())):
+        shard = inside(folder, name)
+        if not shard.is_file():
+            raise UserError(f"{shard}: expected this shard, which {INDEX} names, found none")
+        for key, tensor in read_header(shard).items():
+            if key in tensors:
+                raise UserError(f"{key}: expected in one shard, found in {tensors[key].file.name} and {name}")
+            if key not in weight_map:
+                raise UserError(f"{key}: found in {name}, but {INDEX} does not list it")
+            tensors[key] = tensor
+    for key, name in weight_map.items():
+        if key not in tensors:
+            raise UserError(f"{key}: expected in {name}, as {INDEX} says, found none")
+        if tensors[key].file.name != name:
+            raise UserError(f"{key}: expected in {name}, as {INDEX} says, found in {tensors[key].file.name}")
+    return tensors
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_sharded(
+    folder: pathlib.Path, planned: Iterable[Planned], tensors: Iterator[tuple[str, np.ndarray]], max_shard_size: int
+) -> None:
+    """Writes `tensors`, which come in the order of `planned`, into shards of at most `max_shard_size` bytes each.
+
+    A tensor larger than the limit gets a shard of its own. One shard is `model.safetensors` without an index, as
+    transformers writes it.
+    """
+    groups: list[list[Planned]] = []
+    used = 0
+    for plan in planned:
+        if not groups or used + plan.nbytes > max_shard_size:
+            groups.append([])
+            used = 0
+        groups[-1].append(plan)
+        used += plan.nbytes
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, 1):
+        file = SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        with (folder / file).open("wb") as stream:
+            offsets = _write_header(stream, group, {"format": "pt"})
+            for plan in group:
+                name, array = next(tensors)
+                assert (name, array.shape, array.dtype) == (plan.name, plan.shape, plan.dtype), (name, plan)
+                stream.seek(offsets[name])
+                write_array(stream, array)
+                del array  # a view of a layer that the iterator is about to replace
+        weight_map |= {plan.name: file for plan in group}
+    with contextlib.suppress(StopIteration):
+        raise AssertionError(f"tensor {next(tensors)[0]} was not planned")
+    if len(groups) > 1:
+        total = sum(plan.nbytes for group in groups for plan in group)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Writes one safetensors file."""
+    with path.open("wb") as stream:
+        plans = [Planned(name, array.shape, array.dtype) for name, array in tensors.items()]
+        offsets = _write_header(stream, plans, metadata)
+        for name, array in tensors.items():
+            stream.seek(offsets[name])
+            write_array(stream, array)
+
+
+def write_array(stream: BinaryIO, array: np.ndarray) -> None:
+    """The bytes of an array in C order; a contiguous one is not copied."""
+    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _write_header(stream: BinaryIO, plans: list[Planned], metadata: Mapping[str, str]) -> dict[str, int]:
+    # wide dtypes first, so that every tensor stays aligned, as the safetensors library does
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for plan in sorted(plans, key=lambda plan: -plan.dtype.itemsize):
+        ends = [offset, offset + plan.nbytes]
+        header[plan.name] = {"dtype": CODES[plan.dtype.name], "shape": list(plan.shape), "data_offsets": ends}
+        offset += plan.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    stream.write(struct.pack("<Q", len(encoded)) + encoded)
+    base = stream.tell()
+    return {plan.name: base + header[plan.name]["data_offsets"][0] for plan in plans}

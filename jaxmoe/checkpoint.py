@@ -1,0 +1,315 @@
+"""Checkpoints on disk: the converted folder, the converted adapter, and the state of a training run.
+
+A converted folder holds one Orbax item per decoder layer (`layers/00012`) and one for the rest (`top`), the files of
+the HF checkpoint that are not weights, and `manifest.json` with shape, dtype and SHA-256 of every array. Orbax copies
+the host arrays that it saves, so one item is written after the other: the peak is a layer, not a model. Arrays are
+NumPy here, bfloat16 as `ml_dtypes.bfloat16`; no model and no device is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401  (registers bfloat16, so that np.dtype("bfloat16") works)
+import numpy as np
+
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, read_json
+from jaxmoe.errors import UserError
+from jaxmoe.files import copy_file, output_folder
+from jaxmoe.parameters import layer_paths, lora_specs, parameter_specs, top_level_paths
+
+MANIFEST, ADAPTER_MANIFEST = "manifest.json", "adapter.json"
+_VERSION = 1
+_FORMATS = {MANIFEST: "jaxmoe checkpoint", ADAPTER_MANIFEST: "jaxmoe adapter"}
+# Compression runs on all cores at once, each with a chunk and its compressed copy: small chunks keep the peak low.
+_CHUNK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer, or the top level (None): dotted path -> array without the layer axis."""
+
+    layer: int | None
+    arrays: dict[str, np.ndarray]
+
+
+class Checkpoint(Protocol):
+    """What reading an HF folder and reading a converted folder have in common."""
+
+    path: pathlib.Path
+    config: Qwen3MoeConfig
+    dtypes: dict[str, np.dtype]  # of every path of `parameter_specs(config)`
+    layout: str  # of the experts in the HF checkpoint that this comes from: per_expert or fused
+    stored_tied_head: bool  # that checkpoint stored lm_head although it is tied
+
+    def blocks(self) -> Iterator[Block]:
+        """The top level first, then every layer; each block is dropped before the next one is made."""
+        ...
+
+
+def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`array` in `dtype`, rounded once to the nearest, ties to even; the array itself when it has that dtype already.
+
+    Raises:
+        UserError: a finite value that float16 cannot hold.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        out = array.astype(dtype)
+    if dtype == np.float16:
+        lost = np.isinf(out) & np.isfinite(array)
+        if lost.any():
+            raise UserError(f"{name}: expected values that float16 can hold, found {float(array[lost].flat[0]):g}")
+    return out
+
+
+def item_name(layer: int | None) -> str:
+    """Where a block lies in a converted folder."""
+    return "top" if layer is None else f"layers/{layer:05d}"
+
+
+def write_converted(
+    dst: str | os.PathLike[str],
+    source: Checkpoint,
+    files: Mapping[str, pathlib.Path | bytes],
+    on_block: Callable[[Block], None] = lambda block: None,
+) -> None:
+    """Streams a checkpoint into the converted folder `dst`; `files`, name -> file or content, are copied beside it."""
+    with output_folder(dst) as folder:
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                (folder / name).write_bytes(content)
+            else:
+                copy_file(content, folder / name)
+        (folder / "layers").mkdir()
+        items: dict[str, Any] = {}
+        for block in source.blocks():
+            items[item_name(block.layer)] = write_item(folder / item_name(block.layer), block.arrays)
+            on_block(block)
+            del block  # the next one is made while this name would still hold it
+        source_form = {"layout": source.layout, "stored_tied_head": source.stored_tied_head}
+        _write_manifest(folder / MANIFEST, {"source": source_form, "items": items})
+
+
+class ConvertedCheckpoint:
+    """A converted folder whose manifest agrees with its config; arrays are read when `blocks` gets to them."""
+
+    def __init__(self, path: pathlib.Path, dtype: str | None, verify: bool) -> None:
+        self.path, self._verify = path, verify
+        self.config = Qwen3MoeConfig.from_pretrained(path)
+        manifest = _read_manifest(path / MANIFEST)
+        source, self._items = manifest.get("source"), manifest.get("items")
+        layout, tied = (source.get(k) for k in ("layout", "stored_tied_head")) if isinstance(source, dict) else (0, 0)
+        if layout not in ("per_expert", "fused") or not isinstance(tied, bool):
+            raise UserError(f"{path / MANIFEST}: source: expected layout and stored_tied_head, found {source!r}")
+        self.layout, self.stored_tied_head = layout, tied
+        self._target = np.dtype(dtype) if dtype else None
+        self.stored_dtypes = self._check_items()
+        self.dtypes = {name: self._target or stored for name, stored in self.stored_dtypes.items()}
+
+    def _check_items(self) -> dict[str, np.dtype]:
+        shapes = {name: spec.shape for name, spec in parameter_specs(self.config).items()}
+        expected = {item_name(None): {name: shapes[name] for name in top_level_paths(self.config)}}
+        for layer in range(self.config.num_hidden_layers):
+            expected[item_name(layer)] = {name: shapes[name][1:] for name, _ in layer_paths(self.config, layer)}
+        dtypes: dict[str, np.dtype] = {}
+        _same_names(f"{self.path / MANIFEST}: items", expected, self._items)
+        for item, arrays in expected.items():
+            for name, dtype in check_entries(f"{self.path / MANIFEST}: {item}", self._items[item], arrays).items():
+                if dtypes.setdefault(name, dtype) != dtype:
+                    raise UserError(f"{self.path / MANIFEST}: {item}: {name}: expected {dtypes[name]}, found {dtype}")
+        return dtypes
+
+    def blocks(self) -> Iterator[Block]:
+        """The top level first, then every layer, each checked against the manifest."""
+        for layer in (None, *range(self.config.num_hidden_layers)):
+            yield Block(layer, self._read(item_name(layer)))
+
+    def _read(self, item: str) -> dict[str, np.ndarray]:
+        arrays = read_item(self.path / item, self._items[item], self._verify)
+        if self._target is not None:
+            for name in arrays:
+                arrays[name] = cast(f"{item}: {name}", arrays[name], self._target)
+        return arrays
+
+
+def read_converted(path: str | os.PathLike[str], dtype: str | None = None, verify: bool = True) -> ConvertedCheckpoint:
+    """Opens a converted folder; `dtype` casts every array, `verify` compares checksums while reading.
+
+    Raises:
+        UserError: here, for a manifest or config that is damaged or does not agree; from `blocks`, for a missing or
+            damaged item.
+    """
+    return ConvertedCheckpoint(pathlib.Path(path), dtype, verify)
+
+
+def is_converted(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a converted folder, as against an HF one."""
+    return (pathlib.Path(path) / MANIFEST).is_file()
+
+
+# --- adapters
+
+
+def write_adapter(
+    dst: str | os.PathLike[str], config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]
+) -> None:
+    """Writes a converted adapter: one Orbax item, and `adapter.json` with both configs and every array's checksum."""
+    arrays = {name: np.asarray(array) for name, array in adapters.items()}
+    check_adapter("adapter", config, lora, arrays)
+    with output_folder(dst) as folder:
+        entries = write_item(folder / "adapter", arrays)
+        model = config.to_hf()
+        _write_manifest(folder / ADAPTER_MANIFEST, {"lora": asdict(lora), "model": model, "arrays": entries})
+
+
+def read_adapter(
+    path: str | os.PathLike[str], config: Qwen3MoeConfig | None = None, verify: bool = True
+) -> tuple[Qwen3MoeConfig, LoraConfig, dict[str, np.ndarray]]:
+    """Reads a converted adapter: the config of the model that it was made for, its own, and its arrays.
+
+    Raises:
+        UserError: a damaged folder, or an adapter whose shapes do not fit `config`.
+    """
+    path = pathlib.Path(path)
+    manifest = _read_manifest(path / ADAPTER_MANIFEST)
+    raw = manifest.get("lora")
+    known = {field.name for field in fields(LoraConfig)}
+    if not isinstance(raw, dict) or set(raw) != known or not isinstance(manifest.get("model"), dict):
+        raise UserError(f"{path / ADAPTER_MANIFEST}: lora, model: expected {', '.join(sorted(known))}, found {raw!r}")
+    patterns = {name: tuple(tuple(pair) for pair in raw[name]) for name in ("rank_pattern", "alpha_pattern")}
+    lora = LoraConfig(**(raw | {"targets": tuple(raw["targets"])} | patterns))
+    own = Qwen3MoeConfig.from_hf(manifest["model"])
+    shapes = {name: spec.shape for name, spec in lora_specs(config or own, lora).items()}
+    check_entries(f"{path / ADAPTER_MANIFEST}: arrays", manifest.get("arrays"), shapes)
+    return own, lora, read_item(path / "adapter", manifest["arrays"], verify)
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a converted adapter."""
+    return (pathlib.Path(path) / ADAPTER_MANIFEST).is_file()
+
+
+def check_adapter(where: str, config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError unless `adapters` holds exactly the arrays that `lora_specs(config, lora)` asks for."""
+    specs = lora_specs(config, lora)
+    _same_names(where, specs, adapters)
+    for name, spec in specs.items():
+        if adapters[name].shape != spec.shape:
+            raise UserError(f"{where}: {name}: expected shape {spec.shape}, found {adapters[name].shape}")
+
+
+# --- manifests and Orbax items
+
+
+def _write_manifest(path: pathlib.Path, content: dict[str, Any]) -> None:
+    head = {"format": _FORMATS[path.name], "version": _VERSION}
+    path.write_text(json.dumps(head | content, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+    raw = read_json(path)
+    if raw.get("format") != _FORMATS[path.name]:
+        raise UserError(f"{path}: format: expected {_FORMATS[path.name]!r}, found {raw.get('format')!r}")
+    if raw.get("version") != _VERSION:
+        raise UserError(f"{path}: version: expected {_VERSION}, found {raw.get('version')!r}")
+    return raw
+
+
+def _same_names(where: str, expected: Iterable[str], found: Any) -> None:
+    if not isinstance(found, Mapping):
+        raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}")
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing:
+        raise UserError(f"{where}: expected {missing[0]}, found none ({len(missing)} missing)")
+    if unexpected:
+        raise UserError(f"{where}: unexpected {unexpected[0]} ({len(unexpected)} unexpected)")
+
+
+def check_entries(where: str, entries: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.dtype]:
+    """Checks the manifest's entries of one item against the expected shapes and returns the dtypes."""
+    _same_names(where, shapes, entries)
+    dtypes = {}
+    for name, shape in shapes.items():
+        entry = entries[name]
+        if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "sha256"}:
+            raise UserError(f"{where}: {name}: expected shape, dtype and sha256, found {entry!r}")
+        if entry["shape"] != list(shape):
+            raise UserError(f"{where}: {name}: expected shape {list(shape)}, found {entry['shape']}")
+        if entry["dtype"] not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"{where}: {name}: expected a float dtype, found {entry['dtype']!r}")
+        dtypes[name] = np.dtype(entry["dtype"])
+    return dtypes
+
+
+def checksum(array: np.ndarray) -> str:
+    """SHA-256 of the array's bytes in C order."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def write_item(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Writes one Orbax item and returns its entries for the manifest."""
+    ocp = _orbax()
+    # one file per chunk: the single-file format (OCDBT) gathers the whole item in memory before it writes
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+    save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
+    try:
+        checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
+    except ValueError as error:
+        # tensorstore reports a failing disk as ValueError, with the cause in the text
+        raise OSError(f"{path.name}: cannot be written: {_first_line(error)}") from error
+    finally:
+        checkpointer.close()
+    return {
+        name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": checksum(array)}
+        for name, array in arrays.items()
+    }
+
+
+def read_item(path: pathlib.Path, entries: Mapping[str, Any], verify: bool) -> dict[str, np.ndarray]:
+    """Reads one Orbax item and compares it with its entries in the manifest.
+
+    Raises:
+        UserError: a missing or unreadable item, or an array whose shape, dtype or checksum differs.
+    """
+    ocp = _orbax()
+    if not path.is_dir():
+        raise UserError(f"{path}: expected a folder with arrays, found none")
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+    restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in entries}
+    try:
+        arrays = checkpointer.restore(path.resolve(), args=ocp.args.PyTreeRestore(restore_args=restore_args))
+    except Exception as error:
+        # damaged files surface as whatever the layer that stumbled raises: ValueError, KeyError, JSON and zstd errors
+        raise UserError(f"{path}: cannot be read: {_first_line(error)}") from error
+    finally:
+        checkpointer.close()
+    _same_names(str(path), entries, arrays)
+    for name, entry in entries.items():
+        array = arrays[name]
+        if list(array.shape) != entry["shape"] or array.dtype != np.dtype(entry["dtype"]):
+            found = f"{array.dtype} {list(array.shape)}"
+            raise UserError(f"{path}: {name}: expected {entry['dtype']} {entry['shape']}, found {found}")
+        if verify and (found := checksum(array)) != entry["sha256"]:
+            raise UserError(f"{path}: {name}: expected SHA-256 {entry['sha256'][:16]}..., found {found[:16]}...")
+    return arrays
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _orbax() -> Any:
+    """Orbax, imported where it is used because it loads JAX, and without its log lines."""
+    import absl.logging
+    import orbax.checkpoint as ocp
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    return ocp
