@@ -184,12 +184,16 @@ def read_adapter(
     known = {field.name for field in fields(LoraConfig)}
     if not isinstance(raw, dict) or set(raw) != known or not isinstance(manifest.get("model"), dict):
         raise UserError(f"{path / ADAPTER_MANIFEST}: lora, model: expected {', '.join(sorted(known))}, found {raw!r}")
-    patterns = {name: tuple(tuple(pair) for pair in raw[name]) for name in ("rank_pattern", "alpha_pattern")}
-    lora = LoraConfig(**(raw | {"targets": tuple(raw["targets"])} | patterns))
+    lora = LoraConfig(**{name: _tuples(value) for name, value in raw.items()})
     own = Qwen3MoeConfig.from_hf(manifest["model"])
     shapes = {name: spec.shape for name, spec in lora_specs(config or own, lora).items()}
     check_entries(f"{path / ADAPTER_MANIFEST}: arrays", manifest.get("arrays"), shapes)
     return own, lora, read_item(path / "adapter", manifest["arrays"], verify)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a frozen dataclass holds."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
@@ -204,6 +208,112 @@ def check_adapter(where: str, config: Qwen3MoeConfig, lora: LoraConfig, adapters
     for name, spec in specs.items():
         if adapters[name].shape != spec.shape:
             raise UserError(f"{where}: {name}: expected shape {spec.shape}, found {adapters[name].shape}")
+
+
+# --- training runs
+
+
+class TrainCheckpoints:
+    """The last `keep` states of a training run in the folder `directory`, one Orbax step each, written atomically.
+
+    A state is any pytree of arrays and numbers. It is stored leaf by leaf, with the leaves' names in the metadata, so
+    that a state of another structure is refused rather than misread. A run that is killed while it saves leaves the
+    steps before it intact.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
+        self._ocp = _orbax()
+        self.directory = pathlib.Path(directory).resolve()
+        # Not asynchronous: on CPU the arrays of the next step may reuse the memory that a background thread still reads.
+        options = self._ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+        self._manager = self._ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+        """Writes `state` and `metadata` (anything that JSON can hold) as the checkpoint of `step`; returns when it is
+        on disk."""
+        leaves = _named_leaves(state)
+        entries = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
+        self._manager.save(
+            step,
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.PyTreeSave({str(i): leaf for i, (_, leaf) in enumerate(leaves)}),
+                metadata=self._ocp.args.JsonSave({"version": _VERSION, "leaves": entries, "metadata": dict(metadata)}),
+            ),
+            force=True,
+        )
+
+    def restore_latest(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest (step, state, metadata), or None when there is none.
+
+        The state has the structure, dtypes and placement of `template`, whose leaves are arrays or
+        `jax.ShapeDtypeStruct`; NumPy leaves come back as NumPy.
+
+        Raises:
+            UserError: the checkpoint is damaged, or its leaves are not those of `template`.
+        """
+        import jax
+
+        step = self.latest_step()
+        if step is None:
+            return None
+        where = self.directory / str(step)
+        leaves = _named_leaves(template)
+        stored = self._restore(step, where, metadata=self._ocp.args.JsonRestore())
+        if not isinstance(stored, dict) or stored.get("version") != _VERSION:
+            raise UserError(f"{where}: expected a training checkpoint of version {_VERSION}, found another")
+        expected = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
+        for want, found in zip(expected, stored["leaves"], strict=False):
+            if want != found:
+                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {_leaf_text(*found)}")
+        if len(expected) != len(stored["leaves"]):
+            raise UserError(f"{where}: expected {len(expected)} arrays, found {len(stored['leaves'])}")
+        restore_args = {str(i): self._ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(leaves))}
+        arrays = self._restore(step, where, state=self._ocp.args.PyTreeRestore(restore_args=restore_args))
+        values = [_placed(arrays[str(i)], leaf) for i, (_, leaf) in enumerate(leaves)]
+        return step, jax.tree.unflatten(jax.tree.structure(template), values), stored["metadata"]
+
+    def _restore(self, step: int, where: pathlib.Path, **args: Any) -> Any:
+        try:
+            (item,) = self._manager.restore(step, args=self._ocp.args.Composite(**args)).values()
+        except Exception as error:
+            # as in `read_item`: the type depends on which layer stumbled over the damage
+            raise UserError(f"{where}: cannot be read: {_first_line(error)}") from error
+        return item
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Releases the folder; call it once, after the last save."""
+        self._manager.close()
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    import jax
+
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def _leaf_text(name: str, shape: list[int], dtype: str) -> str:
+    return f"{name} {dtype} {shape}"
+
+
+def _placed(value: np.ndarray, like: Any) -> Any:
+    """`value` as a jax.Array with the sharding of `like`, or as NumPy where `like` is no JAX array."""
+    import jax
+
+    if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
+        return jax.device_put(value, like.sharding) if like.sharding is not None else jax.device_put(value)
+    return value
 
 
 # --- manifests and Orbax items
