@@ -29,8 +29,8 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer, found none; name one with PYTHON=..." >&2; exit 2; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 0.7 GB to download, a few minutes the first time ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) torch 2>/dev/null || { echo "PyTorch's CPU build: trying $(TORCH_INDEX)"; \
-		$(PIP) torch --index-url $(TORCH_INDEX); }
+	@$(PIP) --no-deps torch 2>/dev/null || { echo "PyTorch's CPU build: trying $(TORCH_INDEX)"; \
+		$(PIP) --no-deps torch --index-url $(TORCH_INDEX); }
 	@$(PIP) --editable '.[torch,notebooks,dev]'
 	@touch $@
 
