@@ -74,14 +74,14 @@ class Batch(NamedTuple):
     """Rows of T tokens with any leading axes, here [accumulation, B]; padding has segment 0 and weight 0.
 
     A document has one segment id (1.. within its row) and positions that start at 0; `labels` is the document's next
-    token and never one of another document.
+    token and never one of another document. The arrays are NumPy's here and JAX's within a step.
     """
 
-    input_ids: Int32[np.ndarray, "*lead T"]
-    labels: Int32[np.ndarray, "*lead T"]
-    weights: Float32[np.ndarray, "*lead T"]
-    segment_ids: Int32[np.ndarray, "*lead T"]
-    position_ids: Int32[np.ndarray, "*lead T"]
+    input_ids: Int32[Any, "*lead T"]
+    labels: Int32[Any, "*lead T"]
+    weights: Float32[Any, "*lead T"]
+    segment_ids: Int32[Any, "*lead T"]
+    position_ids: Int32[Any, "*lead T"]
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:

@@ -1,0 +1,636 @@
+"""LoRA fine-tuning, and training of all parameters, of a Qwen3-MoE model: `python -m jaxmoe.train --help`.
+
+The output folder holds the adapter in PEFT's form (`adapter_model.safetensors`, `adapter_config.json`), or the model in
+`model/` when all parameters are trained; `metrics.jsonl`, `tensorboard/`, `checkpoints/` (Orbax) and
+`train_config.json`. A run that stops, by a signal or a crash, continues with `--resume` as if it had never stopped; on
+CPU, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.checkpoint import Block, TrainCheckpoints, cast
+from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
+from jaxmoe.data import Rows, cut, digest, hold_out, load_tokenizer, read_records
+from jaxmoe.errors import UserError
+from jaxmoe.metrics import MetricsLog, Progress, expert_load
+from jaxmoe.model import Params, Qwen3MoeForCausalLM, Remat, init_adapters, init_parameters
+from jaxmoe.parameters import layer_paths, top_level_paths
+from jaxmoe.step import (
+    Model,
+    Schedule,
+    StepMetrics,
+    TrainState,
+    adamw,
+    initial_state,
+    learning_rate,
+    make_eval_step,
+    make_train_step,
+)
+
+_RUN_FILE = "train_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a run depends on; each field is a flag of `python -m jaxmoe.train`.
+
+    Raises:
+        UserError: a value out of range, or flags that exclude each other.
+    """
+
+    data: pathlib.Path = field(metadata={"help": "JSONL records to train on"})
+    output: pathlib.Path = field(metadata={"help": "folder to write; new or empty, unless --resume"})
+    model: pathlib.Path | None = field(
+        default=None, metadata={"help": "model folder: HF form, or converted by python -m convert hf2jax"}
+    )
+    adapter: pathlib.Path | None = field(
+        default=None, metadata={"help": "adapter folder to start from; it decides targets, rank and alpha"}
+    )
+    full: bool = field(
+        default=False,
+        metadata={"help": "train all parameters of --model, not adapters, and write the model in HF form"},
+    )
+    from_scratch: pathlib.Path | None = field(
+        default=None, metadata={"help": "config.json of a new model to train from random weights"}
+    )
+    tokenizer: pathlib.Path | None = field(
+        default=None, metadata={"help": "folder with the tokenizer, for --from-scratch"}
+    )
+
+    lora_targets: tuple[str, ...] = field(
+        default=("attention",),
+        metadata={"help": "groups (attention, router, experts, dense) or names such as q_proj, experts.down_proj"},
+    )
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: float = field(default=32.0, metadata={"help": "the low-rank product is scaled by alpha / r"})
+    rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(r) instead"})
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    schedule: Schedule = field(default="cosine", metadata={"help": "course of the learning rate behind the warm-up"})
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "steps of linear warm-up (default: from --warmup-ratio)"}
+    )
+    warmup_ratio: float = field(default=0.03, metadata={"help": "share of all steps to warm up over"})
+    epochs: int | None = field(default=None, metadata={"help": "passes over the data (default: 1, unless --max-steps)"})
+    max_steps: int | None = field(default=None, metadata={"help": "optimizer steps, instead of --epochs"})
+    batch_size: int = field(default=4, metadata={"help": "rows per micro-batch"})
+    accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
+    seq_length: int = field(default=1024, metadata={"help": "tokens per row"})
+    pack: bool = field(default=True, metadata={"help": "pack several records into a row (each sees only itself)"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "clip gradients to this global norm; 0 never clips"})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2"})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
+    router_aux_loss_coef: float | None = field(
+        default=None, metadata={"help": "weight of the load-balancing loss (default: the model config's)"}
+    )
+    seed: int = field(default=0, metadata={"help": "seed of fresh weights and of the order of the data"})
+    dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None,
+        metadata={"help": "dtype to compute in (default: the model's own; float32 when all parameters are trained)"},
+    )
+    remat: Remat = field(
+        default="full", metadata={"help": "full: recompute each layer in the backward pass; none: keep its results"}
+    )
+
+    eval_data: pathlib.Path | None = field(default=None, metadata={"help": "JSONL records to evaluate on"})
+    eval_fraction: float | None = field(default=None, metadata={"help": "share of --data to hold out and evaluate on"})
+    eval_every: int | None = field(
+        default=None, metadata={"help": "evaluate every so many steps (always before the first and after the last)"}
+    )
+    save_every: int | None = field(
+        default=None, metadata={"help": "save a checkpoint every so many steps (always after the last)"}
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints to keep"})
+    resume: bool = field(
+        default=False, metadata={"help": "continue from the last checkpoint in --output, if there is one"}
+    )
+    log_every: int = field(default=10, metadata={"help": "log every so many steps"})
+    tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard files"})
+    merge: bool = field(default=False, metadata={"help": "also write the model with the adapter merged, in HF form"})
+
+    def __post_init__(self) -> None:
+        for name in "lora_r batch_size accumulation seq_length keep_checkpoints log_every".split():
+            _at_least(name, getattr(self, name), 1)
+        for name in "epochs max_steps eval_every save_every".split():
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        for name in "warmup_steps router_aux_loss_coef".split():
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 0)
+        for name in "seed learning_rate warmup_ratio max_grad_norm weight_decay adam_epsilon".split():
+            _at_least(name, getattr(self, name), 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name}: expected a number from 0 to below 1, found {getattr(self, name)!r}")
+        if self.epochs is not None and self.max_steps is not None:
+            raise UserError("epochs and max_steps: expected one of them, found both")
+        if self.eval_data is not None and self.eval_fraction is not None:
+            raise UserError("eval_data and eval_fraction: expected one of them, found both")
+        if self.eval_every is not None and self.eval_data is None and self.eval_fraction is None:
+            raise UserError("eval_every: expected eval_data or eval_fraction with it, found neither")
+        if (self.model is None) == (self.from_scratch is None):
+            found = "neither" if self.model is None else "both"
+            raise UserError(f"model and from_scratch: expected one of them, found {found}")
+        if (self.from_scratch is None) != (self.tokenizer is None):
+            raise UserError("tokenizer: expected with from_scratch, and only there")
+        if self.trains_all and (self.adapter is not None or self.merge):
+            raise UserError("adapter and merge: expected only where adapters are trained")
+        if self.full and self.from_scratch is not None:
+            raise UserError("full: expected with model; from_scratch trains all parameters anyway")
+        lora = ("lora_targets", "lora_r", "lora_alpha", "rslora")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        changed = [name for name in lora if getattr(self, name) != defaults[name]]
+        if changed and (self.trains_all or self.adapter is not None):
+            owner = "all parameters are trained" if self.trains_all else "the adapter decides it"
+            raise UserError(f"{changed[0]}: expected none, {owner}")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all parameters are trained, not adapters."""
+        return self.full or self.from_scratch is not None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run needs, read and checked before anything is written."""
+
+    model: Model
+    frozen: Params
+    trainable: Params
+    rows: Rows
+    eval_rows: Rows | None
+    total_steps: int
+    warmup_steps: int
+    aux_coefficient: float
+    notices: list[str]
+    identity: dict[str, Any]  # flag -> value, of everything that the course of the run depends on
+
+
+def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
+    """Trains and writes the output folder; `on_step` gets each step's numbers, as they stand in metrics.jsonl.
+
+    Returns:
+        steps, loss (of the last step), eval_loss_before and eval_loss (None without held-out records), seconds,
+        stopped_by (the signal that ended the run early, or None).
+
+    Raises:
+        UserError: bad input, before anything is written; a changed setting on resume; a loss that is not finite.
+    """
+    started = time.perf_counter()
+    previous = _previous_run(settings)
+    plan = _prepare(settings)
+    if previous is not None:
+        _same_run(settings.output, previous, plan.identity)
+    rate = learning_rate(settings.schedule, settings.learning_rate, plan.warmup_steps, plan.total_steps)
+    optimizer = adamw(
+        rate,
+        plan.model,
+        max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
+        beta1=settings.adam_beta1,
+        beta2=settings.adam_beta2,
+        epsilon=settings.adam_epsilon,
+    )
+    train_step = jax.jit(make_train_step(plan.model, optimizer, rate, plan.aux_coefficient), donate_argnums=1)
+    state = initial_state(plan.trainable, optimizer)
+
+    if previous is None:
+        settings.output.mkdir(parents=True, exist_ok=True)
+        _write_json(settings.output / _RUN_FILE, _describe(settings, plan))
+    checkpoints = TrainCheckpoints(settings.output / "checkpoints", keep=settings.keep_checkpoints)
+    restored = checkpoints.restore_latest(state)
+    first, before = 0, None
+    if restored is not None:
+        first, state, saved = restored
+        before = saved["eval_loss_before"]
+    log = MetricsLog(settings.output, keep_to=first if restored is not None else -1, tensorboard=settings.tensorboard)
+    progress = Progress(plan.total_steps, first)
+    try:
+        for notice in [*plan.notices, *([log.notice] if log.notice else [])]:
+            progress.say(notice)
+        if settings.resume:
+            progress.say(f"continuing at step {first}" if restored else "no checkpoint yet: starting at step 0")
+        loop = _Loop(settings, plan, train_step, checkpoints, log, progress, on_step)
+        with _Signals() as signals:
+            loop.summary |= {"steps": first, "eval_loss_before": before}
+            state, stopped_by = loop.run(state, first, signals)
+    finally:
+        progress.close()
+        log.close()
+        checkpoints.close()
+    summary = loop.summary | {"seconds": time.perf_counter() - started, "stopped_by": stopped_by}
+    if stopped_by is None:
+        _export(settings, plan, state.trainable)
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jaxmoe.train`: 0 when done, 128 + the signal's number when a signal ended the run early."""
+    parser = ArgumentParser(description=__doc__, formatter_class=_help_formatter())
+    add_dataclass_arguments(parser, TrainConfig)
+    settings = dataclass_from_arguments(TrainConfig, parser.parse_args(argv))
+    summary = train(settings)
+    if summary["stopped_by"] is not None:
+        name = signal.Signals(summary["stopped_by"]).name
+        print(
+            f"{name}: saved after step {summary['steps']}; the same command with --resume continues from there",
+            file=sys.stderr,
+        )
+        return 128 + summary["stopped_by"]
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s, wrote {settings.output}")
+    if summary["eval_loss"] is not None:
+        before, after = summary["eval_loss_before"], summary["eval_loss"]
+        print(f"held-out loss {before:.4f} -> {after:.4f} (perplexity {_exp(before):.2f} -> {_exp(after):.2f})")
+    return 0
+
+
+class _Loop:
+    """The steps of one run; the numbers of a step are fetched while the device works on the next one."""
+
+    def __init__(
+        self,
+        settings: TrainConfig,
+        plan: _Run,
+        train_step: Callable[..., tuple[TrainState, StepMetrics]],
+        checkpoints: TrainCheckpoints,
+        log: MetricsLog,
+        progress: Progress,
+        on_step: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._settings, self._plan, self._train_step = settings, plan, train_step
+        self._checkpoints, self._log, self._progress, self._on_step = checkpoints, log, progress, on_step
+        self._eval_step = jax.jit(make_eval_step(plan.model))
+        self._since: float | None = None  # tokens/s counts from here: the last logged step, or what interrupted it
+        self._tokens = 0
+        self.summary: dict[str, Any] = {"steps": 0, "loss": None, "eval_loss_before": None, "eval_loss": None}
+
+    def run(self, state: TrainState, first: int, signals: _Signals) -> tuple[TrainState, int | None]:
+        """Trains from step `first`; returns the state and the signal that ended the run early, if one did."""
+        settings, total = self._settings, self._plan.total_steps
+        if first == 0 and self._plan.eval_rows is not None:
+            before = self._evaluate(state)
+            self.summary["eval_loss_before"] = self.summary["eval_loss"] = before
+            self._log.write({"step": 0, "eval_loss": before})
+            self._progress.say(f"step 0/{total}  held-out loss {before:.4f}")
+        pending: tuple[int, StepMetrics] | None = None
+        for step in range(first + 1, total + 1):
+            batch = self._plan.rows.batch(step - 1, (settings.accumulation, settings.batch_size))
+            state, metrics = self._train_step(self._plan.frozen, state, batch)
+            if pending is not None:
+                self._report(*pending)
+            pending = (step, metrics)
+            last = step == total
+            evaluate = self._plan.eval_rows is not None and (last or _due(step, settings.eval_every))
+            stop = signals.received is not None
+            if evaluate or last or stop or _due(step, settings.save_every):
+                self._report(*pending, state if evaluate else None)
+                pending = None
+                if last or stop or _due(step, settings.save_every):
+                    self._checkpoints.save(step, state, {"eval_loss_before": self.summary["eval_loss_before"]})
+                self._restart_clock()
+            if stop and not last:
+                return state, signals.received
+        return state, None
+
+    def _evaluate(self, state: TrainState) -> float:
+        """Mean token loss (nats) over the held-out rows."""
+        rows, size = self._plan.eval_rows, self._settings.batch_size
+        assert rows is not None
+        parts = [
+            self._eval_step(self._plan.frozen, state.trainable, rows.batch(i, (size,)))
+            for i in range(rows.steps(1, size))
+        ]
+        losses, weights = zip(*jax.device_get(parts), strict=True)
+        return float(np.sum(losses, dtype=np.float64) / np.sum(weights, dtype=np.float64))
+
+    def _report(self, step: int, metrics: StepMetrics, evaluate: TrainState | None = None) -> None:
+        """Waits for a step's numbers, checks and logs them; evaluates first when given a state to evaluate."""
+        numbers = jax.device_get(metrics)
+        self._tokens += int(numbers.tokens)
+        # The first step's time is that of its compilation.
+        speed = self._tokens / (time.perf_counter() - self._since) if self._since is not None else None
+        loss, norm = float(numbers.loss), float(numbers.grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = self._checkpoints.latest_step()
+            where = "no checkpoint was saved before" if kept is None else f"the checkpoint of step {kept} is kept"
+            raise UserError(
+                f"loss: expected a finite number, found {loss} (gradient norm {norm}) at step {step}; {where}"
+            )
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "learning_rate": float(numbers.learning_rate),
+            "grad_norm": norm,
+            "tokens_per_second": speed,
+            "aux_loss": float(numbers.aux_loss),
+            "eval_loss": self._evaluate(evaluate) if evaluate is not None else None,
+            **expert_load(numbers.expert_counts),
+        }
+        logged = step in (1, self._plan.total_steps) or _due(step, self._settings.log_every) or evaluate is not None
+        if logged:
+            self._log.write(row)
+        self._progress.step(row, logged=logged)
+        if evaluate is not None:
+            self.summary["eval_loss"] = row["eval_loss"]
+            self._progress.say(f"step {step}/{self._plan.total_steps}  held-out loss {row['eval_loss']:.4f}")
+        self.summary |= {"steps": step, "loss": loss}
+        self._on_step(row)
+        if logged or self._since is None:
+            self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._since, self._tokens = time.perf_counter(), 0
+
+
+class _Signals:
+    """Notes the first SIGINT or SIGTERM; a second one of either kind then ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received = number
+        for each in self._before:
+            # The system's own action needs no interpreter: it also ends a process that waits for the device.
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _prepare(settings: TrainConfig) -> _Run:
+    """Reads and checks everything, cheap things first."""
+    source = settings.tokenizer if settings.from_scratch is not None else settings.model
+    assert source is not None
+    config = _model_config(settings)
+    lora = None
+    if not settings.trains_all and settings.adapter is None:
+        lora = LoraConfig(
+            r=settings.lora_r,
+            alpha=settings.lora_alpha,
+            use_rslora=settings.rslora,
+            targets=expand_targets(settings.lora_targets),
+            base_model_name_or_path=str(settings.model),
+        )
+        lora.check_against(config)
+    if settings.seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"seq_length: expected at most the model's max_position_embeddings ({config.max_position_embeddings}), "
+            f"found {settings.seq_length}"
+        )
+
+    tokenizer = load_tokenizer(source)
+    records = read_records(settings.data, tokenizer, config.vocab_size)
+    held_out = []
+    if settings.eval_data is not None:
+        held_out = read_records(settings.eval_data, tokenizer, config.vocab_size)
+    elif settings.eval_fraction is not None:
+        records, held_out = hold_out(records, settings.eval_fraction)
+    epochs = None if settings.max_steps is not None else settings.epochs or 1
+    segments, lost = cut(records, settings.seq_length)
+    notices = lost.notices(settings.seq_length)
+    rows = Rows(segments, settings.seq_length, seed=settings.seed, pack=settings.pack, epochs=epochs)
+    eval_rows = None
+    if held_out:
+        segments, lost = cut(held_out, settings.seq_length)
+        notices += [f"held-out: {line}" for line in lost.notices(settings.seq_length)]
+        eval_rows = Rows(segments, settings.seq_length, pack=settings.pack, shuffle=False, epochs=1)
+    rows_per_step = settings.batch_size * settings.accumulation
+    total = settings.max_steps if epochs is None else rows.steps(epochs, rows_per_step)
+    assert total is not None
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = round(settings.warmup_ratio * total)
+
+    model, frozen, trainable = _load(settings, config, lora)
+    coefficient = settings.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = config.router_aux_loss_coef
+    same = "seq_length batch_size accumulation pack learning_rate schedule max_grad_norm weight_decay adam_beta1 "
+    same += "adam_beta2 adam_epsilon seed remat"
+    identity = {
+        "model": [config.to_hf(), _sample(frozen or trainable)],
+        "data": digest(records),
+        "eval_data": digest(held_out),
+        "lora": dataclasses.asdict(model.lora) | {"base_model_name_or_path": None} if model.lora else None,
+        "dtype": model.dtype,
+        "router_aux_loss_coef": coefficient,
+        "warmup_steps": warmup,
+        "max_steps": total,
+        **{name: getattr(settings, name) for name in same.split()},
+    }
+    return _Run(model, frozen, trainable, rows, eval_rows, total, warmup, coefficient, notices, identity)
+
+
+def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
+    if settings.from_scratch is not None:
+        return Qwen3MoeConfig.from_hf(read_json(settings.from_scratch))
+    assert settings.model is not None
+    if not settings.model.is_dir():
+        raise UserError(f"{settings.model}: expected a model folder, found none")
+    return Qwen3MoeConfig.from_pretrained(settings.model)
+
+
+def _load(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> tuple[Model, Params, Params]:
+    """(what to run, frozen parameters, trainable ones)."""
+    key = jax.random.key(settings.seed)
+    if settings.trains_all:
+        model = Model(config, None, settings.dtype or "float32", settings.remat)
+        if settings.from_scratch is not None:
+            draw = jax.jit(init_parameters, static_argnums=(0, 2))
+            return model, {}, draw(config, key, jnp.dtype("float32"))
+        assert settings.model is not None
+        return model, {}, Qwen3MoeForCausalLM.from_pretrained(settings.model, dtype="float32").params
+    assert settings.model is not None
+    loaded = Qwen3MoeForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, adapter=settings.adapter)
+    frozen = loaded.params
+    if lora is None:
+        assert loaded.lora_config is not None
+        lora, adapters = loaded.lora_config, loaded.adapters
+    else:
+        adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, key)
+    return Model(config, lora, str(frozen["embed_tokens"].dtype), settings.remat), frozen, adapters
+
+
+def _previous_run(settings: TrainConfig) -> dict[str, Any] | None:
+    """The identity of the run that --resume continues, or None when the output folder is new or empty."""
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: expected a folder, found a file")
+    if not output.exists() or not any(output.iterdir()):
+        return None
+    if not settings.resume:
+        raise UserError(f"{output}: expected a new or empty folder, or --resume; found a folder with files in it")
+    return read_json(output / _RUN_FILE).get("identity", {})
+
+
+def _same_run(output: pathlib.Path, previous: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    now = json.loads(json.dumps(identity))
+    for name in [*now, *previous]:
+        before, after = previous.get(name), now.get(name)
+        if before != after:
+            shown = f"{before!r}, found {after!r}"
+            if name in ("model", "data", "eval_data"):
+                shown = "the content that it had, found another"
+            raise UserError(f"{name}: expected, to resume {output}, {shown}")
+
+
+def _sample(params: Params) -> str:
+    """SHA-256 over the first and last row of every parameter: tells two models of one shape apart, at no cost."""
+    total = hashlib.sha256()
+    for path in sorted(params):
+        flat = params[path].reshape(-1, params[path].shape[-1])
+        total.update(path.encode() + np.asarray(flat[jnp.asarray([0, -1])]).tobytes())
+    return total.hexdigest()
+
+
+def _describe(settings: TrainConfig, plan: _Run) -> dict[str, Any]:
+    """Settings, identity and versions, as JSON can hold them."""
+    from importlib.metadata import version
+
+    flags = {
+        name: str(value) if isinstance(value, pathlib.Path) else value
+        for name, value in dataclasses.asdict(settings).items()
+    }
+    packages = ("jaxmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    return {
+        "settings": flags,
+        "identity": plan.identity,
+        "versions": {"python": platform.python_version()} | {name: _version(version, name) for name in packages},
+        "device": str(jax.devices()[0].device_kind),
+    }
+
+
+def _version(version: Callable[[str], str], name: str) -> str | None:
+    try:
+        return version(name)
+    except ModuleNotFoundError:  # a source tree that is not installed
+        return None
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _export(settings: TrainConfig, plan: _Run, trainable: Params) -> None:
+    """Writes what was trained: the adapter in PEFT's form (and merged, if asked for), or the model in HF form."""
+    config, lora = plan.model.config, plan.model.lora
+    arrays = {path: np.asarray(array) for path, array in trainable.items()}
+    if lora is None:
+        _export_model(settings, config, arrays)
+        return
+    from convert.adapters import write_peft
+
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=settings.output) as draft:
+        folder = pathlib.Path(draft) / "adapter"
+        write_peft(folder, config, lora, arrays)
+        for file in folder.iterdir():
+            file.replace(settings.output / file.name)
+    if settings.merge:
+        _export_merged(settings, config, lora, arrays)
+
+
+def _export_model(settings: TrainConfig, config: Qwen3MoeConfig, arrays: dict[str, np.ndarray]) -> None:
+    from convert.hf2jax import companion_files
+    from convert.jax2hf import write_hf
+
+    source = settings.tokenizer if settings.from_scratch is not None else settings.model
+    assert source is not None
+    stored = config.replace(dtype=config.dtype or "float32")
+    dtype = np.dtype(stored.dtype)
+    raw = stored.to_hf() | {"eos_token_id": load_tokenizer(source).eos_token_id}
+    files = {**companion_files(source), "config.json": (json.dumps(raw, indent=2) + "\n").encode()}
+    target = settings.output / "model"
+    shutil.rmtree(target, ignore_errors=True)  # of a finished run that was resumed
+    write_hf(target, config, dict.fromkeys(arrays, dtype), _blocks(config, arrays, dtype), files)
+
+
+def _blocks(config: Qwen3MoeConfig, arrays: Mapping[str, np.ndarray], dtype: np.dtype) -> Iterator[Block]:
+    """The top level, then every layer, cast once."""
+    yield Block(None, {path: cast(path, arrays[path], dtype) for path in top_level_paths(config)})
+    for layer in range(config.num_hidden_layers):
+        yield Block(layer, {path: cast(path, arrays[path][slot], dtype) for path, slot in layer_paths(config, layer)})
+
+
+def _export_merged(
+    settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig, arrays: dict[str, np.ndarray]
+) -> None:
+    from convert import open_checkpoint
+    from convert.adapters import merge
+    from convert.hf2jax import companion_files
+    from convert.jax2hf import write_hf
+
+    assert settings.model is not None
+    source = open_checkpoint(settings.model)
+
+    def blocks() -> Iterator[Block]:
+        for block in source.blocks():
+            merge(config, block, lora, arrays)
+            yield block
+
+    files = {**companion_files(settings.model), "config.json": settings.model / "config.json"}
+    target = settings.output / "merged"
+    shutil.rmtree(target, ignore_errors=True)
+    write_hf(
+        target,
+        config,
+        source.dtypes,
+        blocks(),
+        files,
+        layout=source.layout,
+        stored_tied_head=source.stored_tied_head,
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UserError(f"{name}: expected at least {least}, found {value!r}")
+
+
+def _help_formatter() -> Any:
+    import argparse
+
+    return argparse.RawDescriptionHelpFormatter
+
+
+if __name__ == "__main__":
+    run(main)
