@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
 from convert.safetensors_io import Tensor, inside, open_folder
-from jaxmoe.checkpoint import Block, cast, write_converted
+from jaxmoe.checkpoint import Block, Layout, cast, write_converted
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
 
@@ -44,7 +44,7 @@ class HFCheckpoint:
             found = "quantization_config in config.json" if raw.get("quantization_config") else quantized[0]
             raise UserError(f"{path}: expected float32, bfloat16 or float16 weights, found {found} (not supported yet)")
         self.config = Qwen3MoeConfig.from_hf(raw)
-        self.layout = find_layout(self._tensors)
+        self.layout: Layout = find_layout(self._tensors)
         self._target = np.dtype(_known(dtype)) if dtype else None
         self._rows = {layer: list(rows(self.config, layer, self.layout)) for layer in blocks_of(self.config)}
         self.stored_tied_head = self._check_tied_head()
@@ -146,7 +146,7 @@ def hf2jax(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     dtype: str | None = None,
-    on_block: Callable[[Block], None] = lambda block: None,
+    on_block: Callable[[Block, int], None] = lambda block, layers: None,
 ) -> None:
     """Converts the HF folder `src` into the converted folder `dst`, which must be new or empty."""
     source = read_hf(src, dtype)

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
+from jaxmoe.checkpoint import Layout
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.parameters import layer_paths, parameter_specs, top_level_paths
-
-# how the experts lie on disk: one tensor per expert and projection (what transformers writes), or as transformers holds
-# them in memory
-Layout = Literal["per_expert", "fused"]
 
 _TOP = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
 _LAYER = {

@@ -14,7 +14,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import ml_dtypes  # noqa: F401  (registers bfloat16, so that np.dtype("bfloat16") works)
 import numpy as np
@@ -30,6 +30,10 @@ _FORMATS = {MANIFEST: "jaxmoe checkpoint", ADAPTER_MANIFEST: "jaxmoe adapter"}
 # Compression runs on all cores at once, each with a chunk and its compressed copy: small chunks keep the peak low.
 _CHUNK_BYTES = 16 * 2**20
 
+# how the experts of an HF checkpoint lie on disk: one tensor per expert and projection, as transformers writes them, or
+# as it holds them in memory
+Layout = Literal["per_expert", "fused"]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -39,13 +43,14 @@ class Block:
     arrays: dict[str, np.ndarray]
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """What reading an HF folder and reading a converted folder have in common."""
 
     path: pathlib.Path
     config: Qwen3MoeConfig
     dtypes: dict[str, np.dtype]  # of every path of `parameter_specs(config)`
-    layout: str  # of the experts in the HF checkpoint that this comes from: per_expert or fused
+    layout: Layout  # of the HF checkpoint that this comes from
     stored_tied_head: bool  # that checkpoint stored lm_head although it is tied
 
     def blocks(self) -> Iterator[Block]:
@@ -79,7 +84,7 @@ def write_converted(
     dst: str | os.PathLike[str],
     source: Checkpoint,
     files: Mapping[str, pathlib.Path | bytes],
-    on_block: Callable[[Block], None] = lambda block: None,
+    on_block: Callable[[Block, int], None] = lambda block, layers: None,
 ) -> None:
     """Streams a checkpoint into the converted folder `dst`; `files`, name -> file or content, are copied beside it."""
     with output_folder(dst) as folder:
@@ -92,7 +97,7 @@ def write_converted(
         items: dict[str, Any] = {}
         for block in source.blocks():
             items[item_name(block.layer)] = write_item(folder / item_name(block.layer), block.arrays)
-            on_block(block)
+            on_block(block, source.config.num_hidden_layers)
             del block  # the next one is made while this name would still hold it
         source_form = {"layout": source.layout, "stored_tied_head": source.stored_tied_head}
         _write_manifest(folder / MANIFEST, {"source": source_form, "items": items})
@@ -105,11 +110,12 @@ class ConvertedCheckpoint:
         self.path, self._verify = path, verify
         self.config = Qwen3MoeConfig.from_pretrained(path)
         manifest = _read_manifest(path / MANIFEST)
-        source, self._items = manifest.get("source"), manifest.get("items")
-        layout, tied = (source.get(k) for k in ("layout", "stored_tied_head")) if isinstance(source, dict) else (0, 0)
-        if layout not in ("per_expert", "fused") or not isinstance(tied, bool):
-            raise UserError(f"{path / MANIFEST}: source: expected layout and stored_tied_head, found {source!r}")
-        self.layout, self.stored_tied_head = layout, tied
+        self._items: dict[str, Any] = manifest.get("items") or {}
+        try:
+            self.layout: Layout = {name: name for name in get_args(Layout)}[manifest["source"]["layout"]]
+            self.stored_tied_head = bool(manifest["source"]["stored_tied_head"])
+        except (KeyError, TypeError):
+            raise UserError(f"{path / MANIFEST}: source: expected layout and stored_tied_head, found neither") from None
         self._target = np.dtype(dtype) if dtype else None
         self.stored_dtypes = self._check_items()
         self.dtypes = {name: self._target or stored for name, stored in self.stored_dtypes.items()}
@@ -224,7 +230,7 @@ class TrainCheckpoints:
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
         self._ocp = _orbax()
         self.directory = pathlib.Path(directory).resolve()
-        # Not asynchronous: on CPU the arrays of the next step may reuse the memory that a background thread still reads.
+        # Not asynchronous: on CPU the next step may reuse the memory that a background thread would still be reading.
         options = self._ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
         self._manager = self._ocp.CheckpointManager(self.directory, options=options)
 

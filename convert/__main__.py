@@ -1,0 +1,148 @@
+"""`python -m convert`: checkpoints and adapters from HF and PEFT to JAX and back, and what is in a folder."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+
+from convert.adapters import SETTINGS, read_peft, write_peft
+from convert.hf2jax import hf2jax
+from convert.hub import local_folder
+from convert.jax2hf import jax2hf, parse_size
+from convert.report import as_text, inspect, size_text
+from jaxmoe.checkpoint import Block, read_adapter, write_adapter
+from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
+from jaxmoe.errors import UserError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str, source: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("src", metavar="SRC", help=source)
+        sub.add_argument("dst", metavar="DST", help="folder to write; has to be new or empty")
+        return sub
+
+    sub = command("hf2jax", "Converts an HF checkpoint into a converted folder.", "HF folder or hub id")
+    sub.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its dtype)")
+    sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
+    sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, in PEFT's form or converted")
+    sub.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest safetensors file (default: 5GB)")
+    sub = command("peft2jax", "Converts a PEFT adapter into a converted adapter.", "PEFT adapter folder or hub id")
+    sub.add_argument("--model", metavar="DIR", help="base model, HF or converted (default: the one that SRC names)")
+    sub.add_argument(
+        "--packing",
+        choices=("peft", "unsloth"),
+        default="peft",
+        help="order of lora_B of the experts; unsloth: as Unsloth wrote it before September 2026 (default: peft)",
+    )
+    command("jax2peft", "Converts a converted adapter into a PEFT adapter.", "converted adapter folder")
+    sub = commands.add_parser("inspect", help="Shows what is in a folder.", description="Shows what is in a folder.")
+    sub.add_argument("path", metavar="PATH", help="HF checkpoint, converted folder, or adapter of either form")
+    sub.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` (default: the command line) and does what it says; bad input raises `UserError`."""
+    args = _parser().parse_args(argv)
+    # Orbax asks JAX for its devices; a conversion needs no GPU and must not take one. Has to come before first use.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with _cleanup_on_sigterm():
+        if args.command == "inspect":
+            report = inspect(args.path)
+            print(json.dumps(report, indent=2) if args.json else as_text(report))
+        elif args.command == "hf2jax":
+            src = local_folder(args.src)
+            with _progress(args.dst) as on_block:
+                hf2jax(src, args.dst, args.dtype, on_block)
+        elif args.command == "jax2hf":
+            size = parse_size(args.max_shard_size)
+            with _progress(args.dst) as on_block:
+                jax2hf(args.src, args.dst, args.adapter, size, on_block)
+        elif args.command == "peft2jax":
+            src = local_folder(args.src)
+            config = Qwen3MoeConfig.from_pretrained(_base_model(src, args.model))
+            lora, adapters = read_peft(src, config, args.packing)
+            write_adapter(args.dst, config, lora, adapters)
+            print(f"{args.dst}: {len(adapters)} arrays")
+        else:
+            config, lora, adapters = read_adapter(args.src)
+            write_peft(args.dst, config, lora, adapters)
+            print(f"{args.dst}: {len(adapters)} arrays")
+
+
+def _base_model(adapter: pathlib.Path, given: str | None) -> pathlib.Path:
+    name = given or read_json(adapter / SETTINGS).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(
+            f"{adapter / SETTINGS}: base_model_name_or_path: expected a model (or give --model), found {name}"
+        )
+    return local_folder(name, ("config.json",))
+
+
+@contextlib.contextmanager
+def _progress(dst: str) -> Iterator[Callable[[Block, int], None]]:
+    """Calls back per block: a bar on a terminal, a line every few seconds elsewhere, and a summary at the end."""
+    start = shown = time.monotonic()
+    parameters = nbytes = layers = 0
+
+    def count(block: Block) -> None:
+        nonlocal parameters, nbytes, layers
+        parameters += sum(array.size for array in block.arrays.values())
+        nbytes += sum(array.nbytes for array in block.arrays.values())
+        layers += block.layer is not None
+
+    def line(block: Block, total: int) -> None:
+        nonlocal shown
+        count(block)
+        if time.monotonic() - shown >= 5:
+            shown = time.monotonic()
+            print(f"{dst}: {layers} of {total} layers, {size_text(nbytes)}", flush=True)
+
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (MofNCompleteColumn(), TextColumn("layers"), BarColumn(), TextColumn("{task.fields[size]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=None, size="")
+
+            def tick(block: Block, total: int) -> None:
+                count(block)
+                bar.update(task, completed=layers, total=total, size=size_text(nbytes))
+
+            yield tick
+    else:
+        yield line
+    seconds = time.monotonic() - start
+    print(f"{dst}: {layers} layers, {parameters:,} parameters, {size_text(nbytes)} in {seconds:.1f} s")
+
+
+@contextlib.contextmanager
+def _cleanup_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM unwind the stack, so that a half-written folder is removed."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    run(main)

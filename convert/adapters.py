@@ -1,0 +1,381 @@
+"""LoRA adapters in PEFT's format: reading, writing, merging.
+
+Here an expert's adapter is A [E, r, in] and B [E, out, r]; PEFT packs A as [E*r, in], expert slowest, and B as
+[out, r*E], expert fastest (`ParamWrapper.get_delta_weight` in PEFT's lora/layer.py). The keys say `base_layer` for the
+inner one of two wrapped parameters, so which parameter a pair of tensors adapts is told by its shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from convert.names import block_shapes
+from convert.safetensors_io import inside, read_header, write_file
+from jaxmoe.checkpoint import Block, cast, check_adapter, is_adapter, read_adapter
+from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig, expand_targets, read_json
+from jaxmoe.errors import UserError
+from jaxmoe.files import output_folder
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+# how lora_B of the experts is packed: as PEFT does, or as Unsloth did before September 2026: (out, E, r)
+Packing = Literal["peft", "unsloth"]
+
+# target -> module in a decoder layer, for those whose module has one adapter
+_MODULES = {
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    "gate": "mlp.gate",
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+_TARGETS = {module: target for target, module in _MODULES.items()}
+# Targets that PEFT has to be told about as parameters. The router is no nn.Linear in transformers 5; dense MLPs are,
+# but PEFT takes their module names for those of the experts in transformers 4 and would wrap the experts instead.
+_PARAMETERS = {
+    "gate": "mlp.gate.weight",
+    "gate_proj": "mlp.gate_proj.weight",
+    "up_proj": "mlp.up_proj.weight",
+    "down_proj": "mlp.down_proj.weight",
+    "experts.gate_up_proj": "mlp.experts.gate_up_proj",
+    "experts.down_proj": "mlp.experts.down_proj",
+}
+_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
+_OLD_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
+
+# fields of adapter_config.json that change nothing about a trained adapter's result
+_HARMLESS = frozenset(
+    """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
+    layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version
+    qalora_group_size revision runtime_config target_modules target_parameters task_type""".split()
+)
+_USED = frozenset("r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
+# starts that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A and B of one target in one layer, in the shapes of `lora_specs` without the layer axis, and their alpha."""
+
+    a: np.ndarray
+    b: np.ndarray
+    alpha: float
+
+
+def read_peft(
+    path: str | os.PathLike[str], config: Qwen3MoeConfig, packing: Packing = "peft"
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Reads a PEFT adapter for the model `config` into the arrays of `lora_specs`; layers without adapter get zeros.
+
+    The form of transformers 4, one adapter per expert and projection, becomes rank 2r for gate and up together, block
+    diagonal, with twice the alpha: the same delta.
+
+    Raises:
+        UserError: another kind of adapter, a feature that changes the result and is not supported (DoRA, trained
+            biases, modules_to_save, ...), a tensor that is missing, unexpected or of the wrong shape, or ranks, scales
+            or dtypes that differ between the layers of a target.
+    """
+    path = pathlib.Path(path)
+    if not (path / SETTINGS).is_file():
+        raise UserError(f"{path}: expected a PEFT adapter ({SETTINGS}), found none")
+    if not (path / WEIGHTS).is_file():
+        pickled = " (adapter_model.bin is a pickle and never read)" if (path / "adapter_model.bin").exists() else ""
+        raise UserError(f"{path}: expected {WEIGHTS}, found none{pickled}")
+    raw = read_json(path / SETTINGS)
+    _check_settings(path, raw)
+    tensors = {name: tensor.read() for name, tensor in read_header(inside(path, WEIGHTS)).items()}
+    pairs = _pairs(path, config, raw, tensors, packing)
+    targets = expand_targets(list({target for target, _ in pairs}))
+    lora = LoraConfig(
+        r=raw["r"],
+        alpha=float(raw["lora_alpha"]),
+        use_rslora=bool(raw.get("use_rslora")),
+        targets=targets,
+        base_model_name_or_path=raw.get("base_model_name_or_path"),
+    )
+    ranks, alphas, arrays = [], [], {}
+    for target in targets:
+        layers = {layer: pair for (name, layer), pair in pairs.items() if name == target}
+        rank, alpha = _common(path, target, layers)
+        ranks += [(target, rank)] if rank != lora.r else []
+        alphas += [(target, alpha)] if alpha != lora.alpha else []
+        arrays |= _stack(config, target, layers)
+    lora = replace(lora, rank_pattern=tuple(ranks), alpha_pattern=tuple(alphas))
+    check_adapter(str(path), config, lora, arrays)
+    return lora, arrays
+
+
+def _check_settings(path: pathlib.Path, raw: dict[str, Any]) -> None:
+    where = path / SETTINGS
+    for name, expected in (("peft_type", ("LORA",)), ("task_type", ("CAUSAL_LM", None)), ("bias", ("none", None))):
+        if raw.get(name) not in expected:
+            raise UserError(f"{where}: {name}: expected {expected[0]!r}, found {raw.get(name)!r}")
+    if (start := raw.get("init_lora_weights", True)) not in _PLAIN_STARTS:
+        raise UserError(f"{where}: init_lora_weights: {start!r} changes the base weights, which is not supported")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise UserError(f"{where}: {name}: expected a JSON object, found {raw[name]!r}")
+    for name in ("r", "lora_alpha"):
+        if isinstance(raw.get(name), bool) or not isinstance(raw.get(name), int | float):
+            raise UserError(f"{where}: {name}: expected a number, found {raw.get(name)!r}")
+    for name, value in raw.items():
+        if value and name not in _HARMLESS | _USED:
+            raise UserError(f"{where}: {name}: expected it to be off, found {value!r} (not supported)"[:300])
+
+
+def _pairs(
+    path: pathlib.Path, config: Qwen3MoeConfig, raw: dict[str, Any], tensors: dict[str, np.ndarray], packing: Packing
+) -> dict[tuple[str, int], _Pair]:
+    """(target, layer) -> its A, B and alpha; every tensor is used."""
+    modules: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None or tensor.ndim != 2:
+            raise UserError(f"{path / WEIGHTS}: unexpected tensor {key} {list(tensor.shape)}")
+        modules.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor
+    if not modules:
+        raise UserError(f"{path / WEIGHTS}: expected LoRA tensors, found none")
+    pairs: dict[tuple[str, int], _Pair] = {}
+    experts: dict[int, dict[tuple[int, str], _Pair]] = {}
+    for (layer, module), halves in modules.items():
+        where = f"{path / WEIGHTS}: layers.{layer}.{module}"
+        if set(halves) != {"A", "B"}:
+            raise UserError(f"{where}: expected lora_A and lora_B, found only lora_{next(iter(halves))}")
+        if layer >= config.num_hidden_layers:
+            raise UserError(f"{where}: expected one of the model's {config.num_hidden_layers} layers")
+        a, b = halves["A"], halves["B"]
+        if old := _OLD_EXPERT.fullmatch(module):
+            alpha = _alpha(where, raw, f"model.layers.{layer}.{module}", a.shape[0])
+            experts.setdefault(layer, {})[int(old[1]), old[2]] = _Pair(a, b, alpha)
+            continue
+        if module in ("mlp.experts", "mlp.experts.base_layer"):
+            target, a, b = _unpack(where, config, layer, a, b, packing)
+            parameter = _PARAMETERS[target]
+        elif module in _TARGETS:
+            target, parameter = _TARGETS[module], module
+        else:
+            raise UserError(f"{where}: expected one of {', '.join(_TARGETS)} or mlp.experts")
+        if (target, layer) in pairs:
+            raise UserError(f"{where}: expected two different parameters, found {target} twice")
+        # a router or a dense MLP may have been targeted as a module or as a parameter: the pattern names either
+        names = [f"model.layers.{layer}.{parameter}"]
+        names += [f"model.layers.{layer}.{_PARAMETERS[target]}"] if target in _PARAMETERS else []
+        pairs[target, layer] = _Pair(a, b, _alpha(where, raw, names[-1], a.shape[-2], names[0]))
+    for layer, found in experts.items():
+        for target, pair in _fuse(f"{path / WEIGHTS}: layers.{layer}.mlp.experts", config, raw, found):
+            if pairs.setdefault((target, layer), pair) is not pair:
+                raise UserError(f"{path / WEIGHTS}: layers.{layer}: {target}: found in both forms")
+    return pairs
+
+
+def _alpha(where: str, raw: dict[str, Any], name: str, rank: int, other_name: str | None = None) -> float:
+    """The alpha of one module, after making sure that the config gives it the rank that its tensors have."""
+
+    def pick(pattern: str, default: float) -> float:
+        # PEFT's `get_pattern_key`: the first pattern that matches the end of the name
+        for expression, value in (raw.get(pattern) or {}).items():
+            for candidate in (name, other_name):
+                try:
+                    matches = candidate and re.match(rf"(.*\.)?({expression})$", candidate)
+                except re.error as error:
+                    raise UserError(
+                        f"{SETTINGS}: {pattern}: {expression!r} is no regular expression: {error}"
+                    ) from None
+                if matches:
+                    return value
+        return default
+
+    if (expected := pick("rank_pattern", raw["r"])) != rank:
+        raise UserError(f"{where}: expected rank {expected} as {SETTINGS} says, found {rank}")
+    return float(pick("alpha_pattern", raw["lora_alpha"]))
+
+
+def _unpack(
+    where: str, config: Qwen3MoeConfig, layer: int, a: np.ndarray, b: np.ndarray, packing: Packing
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """Packed tensors of one expert parameter -> (target, A [E, r, in], B [E, out, r])."""
+    shapes = {name: shape for name, shape in block_shapes(config, layer).items() if len(shape) == 3}
+    for path, (experts, out, inner) in shapes.items():
+        if a.shape[1] != inner or b.shape[0] != out or a.shape[0] != b.shape[1] or a.shape[0] % experts:
+            continue
+        target = f"experts.{path.removeprefix('sparse.')}"
+        rank = a.shape[0] // experts
+        if packing == "unsloth":
+            unpacked = b.reshape(out, experts, rank).transpose(1, 0, 2)
+        else:
+            unpacked = b.reshape(out, rank, experts).transpose(2, 0, 1)
+        return target, a.reshape(experts, rank, inner), unpacked
+    expected = " or ".join(f"[{e}*r, {i}] and [{o}, r*{e}]" for e, o, i in shapes.values()) or "no experts here"
+    raise UserError(f"{where}: expected {expected}, found {list(a.shape)} and {list(b.shape)}")
+
+
+def _fuse(
+    where: str, config: Qwen3MoeConfig, raw: dict[str, Any], found: dict[tuple[int, str], _Pair]
+) -> Iterator[tuple[str, _Pair]]:
+    """One adapter per expert and projection -> one per expert and parameter."""
+    for target, names in (("experts.gate_up_proj", ("gate_proj", "up_proj")), ("experts.down_proj", ("down_proj",))):
+        wanted = [(expert, name) for expert in range(config.num_experts) for name in names]
+        present = [key for key in wanted if key in found]
+        if not present:
+            continue
+        if present != wanted:
+            missing = next(key for key in wanted if key not in found)
+            raise UserError(f"{where}: expected adapters on {'.'.join(map(str, missing))} as on the others, found none")
+        F, D = config.moe_intermediate_size, config.hidden_size
+        out, inner = (D, F) if names == ("down_proj",) else (F, D)
+        first = found[wanted[0]]
+        rank = first.a.shape[0]
+        for key in wanted:
+            pair = found[key]
+            shapes = (pair.a.shape, pair.b.shape)
+            kinds = (pair.alpha, pair.a.dtype.name, pair.b.dtype.name)
+            same = (first.alpha, first.a.dtype.name, first.b.dtype.name)
+            if shapes != ((rank, inner), (out, rank)) or kinds != same:
+                expected = f"A [{rank}, {inner}], B [{out}, {rank}], alpha and dtypes {same} as in the others"
+                raise UserError(f"{where}: {'.'.join(map(str, key))}: expected {expected}; found {shapes}, {kinds}")
+        n = len(names)
+        a = np.concatenate([found[key].a for key in wanted]).reshape(config.num_experts, n * rank, inner)
+        b = np.zeros((config.num_experts, n * out, n * rank), first.b.dtype)
+        for expert, name in wanted:
+            i = names.index(name)
+            b[expert, i * out : (i + 1) * out, i * rank : (i + 1) * rank] = found[expert, name].b
+        # the factor on the product stays what it was: alpha / rank, or alpha / sqrt(rank) for rsLoRA
+        yield target, _Pair(a, b, first.alpha * (math.sqrt(n) if raw.get("use_rslora") else n))
+    unknown = {expert for expert, _ in found if expert >= config.num_experts}
+    if unknown:
+        raise UserError(f"{where}: expected {config.num_experts} experts, found number {min(unknown)}")
+
+
+def _common(path: pathlib.Path, target: str, layers: dict[int, _Pair]) -> tuple[int, float]:
+    """Rank and alpha of a target, which every layer has to share because the layers are stacked."""
+    first_layer, first = next(iter(layers.items()))
+    rank = first.a.shape[-2]
+    for pair in layers.values():
+        for what, want, found in (
+            ("rank", rank, pair.a.shape[-2]),
+            ("alpha", first.alpha, pair.alpha),
+            ("dtype of lora_A", first.a.dtype, pair.a.dtype),
+            ("dtype of lora_B", first.b.dtype, pair.b.dtype),
+        ):
+            if want != found:
+                raise UserError(f"{path}: {target}: expected {what} {want} as in layer {first_layer}, found {found}")
+    return rank, first.alpha
+
+
+def _layers_of(config: Qwen3MoeConfig, target: str) -> tuple[int, ...]:
+    stack, _ = LORA_TARGETS[target]
+    every = {"attention": tuple(range(config.num_hidden_layers)), "sparse": config.sparse_layers}
+    return every.get(stack, config.dense_layers)
+
+
+def _stack(config: Qwen3MoeConfig, target: str, layers: dict[int, _Pair]) -> dict[str, np.ndarray]:
+    slots = {layer: slot for slot, layer in enumerate(_layers_of(config, target))}
+    path = ".".join(LORA_TARGETS[target])
+    out = {}
+    for name, part in (("lora_A", "a"), ("lora_B", "b")):
+        first = getattr(next(iter(layers.values())), part)
+        stacked = np.zeros((len(slots), *first.shape), first.dtype)
+        for layer, pair in layers.items():
+            array = getattr(pair, part)
+            if layer not in slots:
+                raise UserError(f"layer {layer}: {target}: the model has no such module in this layer")
+            if array.shape != first.shape:
+                raise UserError(f"layer {layer}: {target}.{name}: expected {first.shape}, found {array.shape}")
+            stacked[slots[layer]] = array
+        out[f"{path}.{name}"] = stacked
+    return out
+
+
+def write_peft(
+    dst: str | os.PathLike[str], config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, Any]
+) -> None:
+    """Writes `adapters` (the arrays of `lora_specs`) as a PEFT adapter into the folder `dst`, which has to be new or
+    empty; every layer of a target is written."""
+    arrays = {name: np.asarray(array) for name, array in adapters.items()}
+    check_adapter("adapter", config, lora, arrays)
+    tensors: dict[str, np.ndarray] = {}
+    both = {"experts.gate_up_proj", "experts.down_proj"} <= set(lora.targets)
+    for target in lora.targets:
+        path = ".".join(LORA_TARGETS[target])
+        for slot, layer in enumerate(_layers_of(config, target)):
+            a, b = arrays[f"{path}.lora_A"][slot], arrays[f"{path}.lora_B"][slot]
+            if target in _MODULES:
+                module = _MODULES[target]
+            else:
+                module = "mlp.experts.base_layer" if both and target == "experts.gate_up_proj" else "mlp.experts"
+                a, b = a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+            key = f"base_model.model.model.layers.{layer}.{module}"
+            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    with output_folder(dst) as folder:
+        write_file(folder / WEIGHTS, tensors, {"format": "pt"})
+        settings = json.dumps(_settings(lora), indent=2, sort_keys=True) + "\n"
+        (folder / SETTINGS).write_text(settings, encoding="utf-8")
+
+
+def _settings(lora: LoraConfig) -> dict[str, Any]:
+    def name(target: str) -> str:
+        return re.escape(_PARAMETERS.get(target, target))
+
+    def number(value: float) -> int | float:
+        return int(value) if value == int(value) else value
+
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": lora.base_model_name_or_path,
+        "r": lora.r,
+        "lora_alpha": number(lora.alpha),
+        "use_rslora": lora.use_rslora,
+        "lora_dropout": 0.0,  # PEFT refuses any other on parameters
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "target_modules": [target for target in lora.targets if target not in _PARAMETERS],
+        "target_parameters": [_PARAMETERS[target] for target in lora.targets if target in _PARAMETERS],
+        "rank_pattern": {name(target): rank for target, rank in lora.rank_pattern},
+        "alpha_pattern": {name(target): number(alpha) for target, alpha in lora.alpha_pattern},
+    }
+
+
+def load_adapter(path: str | os.PathLike[str], config: Qwen3MoeConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+    """Reads an adapter for the model `config` from a PEFT folder or a converted one."""
+    if is_adapter(path):
+        _, lora, arrays = read_adapter(path, config)
+        return lora, arrays
+    return read_peft(path, config)
+
+
+def merge(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> Block:
+    """Adds the adapters of this layer to its weights, in place of the arrays in `block`, and returns `block`.
+
+    W + scale * B A: product and sum in float32, one cast to the weight's dtype at the end, expert by expert.
+    """
+    for target in lora.targets:
+        path, layers = ".".join(LORA_TARGETS[target]), _layers_of(config, target)
+        if block.layer not in layers:
+            continue
+        slot, scale = layers.index(block.layer), np.float32(lora.scale(target))
+        base = block.arrays[path]
+        a, b = adapters[f"{path}.lora_A"][slot], adapters[f"{path}.lora_B"][slot]
+        name = f"layer {block.layer}: {path}"
+        if base.ndim == 2:
+            block.arrays[path] = _merged(name, base, a, b, scale)
+            continue
+        merged = np.empty_like(base)
+        for expert in range(base.shape[0]):
+            merged[expert] = _merged(f"{name}[{expert}]", base[expert], a[expert], b[expert], scale)
+        block.arrays[path] = merged
+    return block
+
+
+def _merged(name: str, base: np.ndarray, a: np.ndarray, b: np.ndarray, scale: np.float32) -> np.ndarray:
+    delta = (b.astype(np.float32) @ a.astype(np.float32)) * scale
+    return cast(name, base.astype(np.float32) + delta, base.dtype)

@@ -1,0 +1,106 @@
+"""What is in a folder: an HF checkpoint, a converted one, a PEFT adapter or a converted adapter."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from convert.adapters import SETTINGS, WEIGHTS
+from convert.hf2jax import read_hf
+from convert.safetensors_io import inside, open_folder, read_header
+from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_converted
+from jaxmoe.config import Qwen3MoeConfig, read_json
+
+Entry = tuple[str, tuple[int, ...], str, int]  # name, shape, dtype, bytes
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Kind, config, tensors grouped over layers and experts, number of parameters and bytes.
+
+    Everything that reading would check is checked, and is a UserError. Of a converted folder the checksums are
+    compared, so all of it is read.
+    """
+    path = pathlib.Path(path)
+    if is_converted(path):
+        source = read_converted(path)
+        entries = [
+            (f"layers.{block.layer}.{name}" if block.layer is not None else name, *_facts(array))
+            for block in source.blocks()
+            for name, array in block.arrays.items()
+        ]
+        return _report("converted checkpoint", _model(source.config), entries, checksums="verified")
+    if is_adapter(path):
+        config, lora, arrays = read_adapter(path)
+        entries = [(name, *_facts(array)) for name, array in arrays.items()]
+        return _report("converted adapter", asdict(lora) | {"model": _model(config)}, entries, checksums="verified")
+    if (path / SETTINGS).is_file():
+        tensors = read_header(inside(path, WEIGHTS)).values()
+        settings = {key: value for key, value in read_json(path / SETTINGS).items() if value not in (None, {}, [])}
+        kind, summary = "PEFT adapter", settings
+    else:
+        summary, kind = _model(read_hf(path).config), "HF checkpoint"
+        tensors = open_folder(path).values()
+    return _report(kind, summary, [(t.name, t.shape, t.dtype.name, t.stop - t.start) for t in tensors])
+
+
+def _facts(array: np.ndarray) -> tuple[tuple[int, ...], str, int]:
+    return array.shape, array.dtype.name, array.nbytes
+
+
+def _model(config: Qwen3MoeConfig) -> dict[str, Any]:
+    layers = {"sparse_layers": len(config.sparse_layers), "dense_layers": len(config.dense_layers)}
+    return config.to_hf() | layers
+
+
+def _report(kind: str, config: dict[str, Any], entries: Iterable[Entry], **more: str) -> dict[str, Any]:
+    groups: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
+    for name, shape, dtype, nbytes in entries:
+        groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape, dtype), []).append(nbytes)
+    tensors = [
+        {"name": name, "count": len(sizes), "shape": list(shape), "dtype": dtype, "bytes": sum(sizes)}
+        for (name, shape, dtype), sizes in groups.items()
+    ]
+    return {
+        "kind": kind,
+        **more,
+        "parameters": sum(tensor["count"] * math.prod(tensor["shape"]) for tensor in tensors),
+        "bytes": sum(tensor["bytes"] for tensor in tensors),
+        "config": config,
+        "tensors": tensors,
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """A report of `inspect` for people."""
+    head = f"{report['kind']}: {report['parameters']:,} parameters, {size_text(report['bytes'])}"
+    if "checksums" in report:
+        head += f", checksums {report['checksums']}"
+    lines = [head, ""]
+    width = max(len(name) for name in report["config"])
+    lines += [f"  {name:<{width}}  {value}" for name, value in report["config"].items()]
+    table = [("tensor", "count", "shape", "dtype", "size")]
+    for tensor in report["tensors"]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        table.append((tensor["name"], str(tensor["count"]), shape, tensor["dtype"], size_text(tensor["bytes"])))
+    widths = [max(len(row[i]) for row in table) for i in range(5)]
+    lines += [
+        "",
+        *("  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table),
+    ]
+    return "\n".join(lines)
+
+
+def size_text(nbytes: float) -> str:
+    """A size in binary units: 1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.1f} {unit}" if unit != "B" else f"{int(nbytes)} B"
+        nbytes /= 1024
+    raise AssertionError
