@@ -1,13 +1,14 @@
-"""Sort-based expert dispatch with static shapes: sort by expert, grouped matmul, un-permute by gather, weigh, sum over k.
+"""Sort-based expert dispatch with static shapes: sort, grouped matmul, un-permute by gather, weigh, sum over k.
 
 The R = M*k routed rows are laid out expert by expert, each expert's rows padded to whole tiles, so that a tile of rows
 belongs to one expert:
 
-    token*k + slot ->(destination)-> position in the padded layout;   position ->(source)-> routed row, or -1 for padding
+    destination: routed row (token*k + slot) -> position in the padded layout
+    source:      position -> routed row, or -1 for padding
 
-No token is ever dropped: the layout has room for every routed row whatever the skew. The number of tiles in use is a value,
-not a shape; its bound, floor(R / tile) + min(E, R), is static. Both directions of both permutations are gathers, and the
-sums over k run in a fixed order, so the result is deterministic. Nothing of size [M, E, ...] exists.
+No token is ever dropped: the layout has room for every routed row whatever the skew. The number of tiles in use is a
+value, not a shape; its bound, floor(R / tile) + min(E, R), is static. Both directions of both permutations are gathers,
+and the sums over k run in a fixed order, so the result is deterministic. Nothing of size [M, E, ...] exists.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Schedule(NamedTuple):
 class ExpertWeights(NamedTuple):
     """The fused experts of one layer inside a stack of groups (layers * experts): group = offset + expert.
 
-    `gate_up_proj` [groups, 2F, D] (rows :F gate, F: up) and `down_proj` [groups, D, F] may hold all layers: the layer is
-    picked by `offset`, no slice of it is copied. `trainable` says whether they get a gradient.
+    `gate_up_proj` [groups, 2F, D] (rows :F gate, F: up) and `down_proj` [groups, D, F] may hold all layers: the layer
+    is picked by `offset`, no slice of it is copied. `trainable` says whether they get a gradient.
     """
 
     gate_up_proj: Array
@@ -132,7 +133,7 @@ def grouped_matmul(
     offset: Int[Array, ""] | int,
     trainable: bool,
 ) -> Float[Array, "P out"]:
-    """y = x W[offset + expert of the row's tile]^T, float32 sums rounded to x's dtype; rows of unused tiles are zero.
+    """Rows x W[offset + expert of the row's tile]^T, float32 sums rounded to x's dtype; unused tiles give zeros.
 
     The gradient of x uses the weights as they lie. The weights' gradient is formed only if `trainable`.
     """
@@ -216,20 +217,20 @@ def sorted_experts(
     """The mixture's output sum_k w_k down_k(silu(gate_k x) * up_k x), by sort-based dispatch.
 
     Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products are grouped matmuls like the base's,
-    added to it in float32.
+    and each of the two is rounded to x's dtype before they are added.
     """
     num_experts = routing.logits.shape[-1]
     tile = tile_rows(routing.experts.size, num_experts)
     with jax.named_scope("permute"):
         schedule = make_schedule(routing.experts, num_experts, tile)
-        rows = permute(x, schedule)
+        rows: Array = permute(x, schedule)
 
     def project(rows: Array, weight: Array, adapter: Adapter | None) -> Array:
         tiles = schedule.tile_expert, schedule.tiles_used
-        y = grouped_matmul(rows, weight, *tiles, weights.offset, weights.trainable)
+        y: Array = grouped_matmul(rows, weight, *tiles, weights.offset, weights.trainable)
         if adapter is not None:
-            low = grouped_matmul(rows, adapter.lora_A.astype(rows.dtype), *tiles, 0, True)
-            delta = grouped_matmul(low, adapter.lora_B.astype(rows.dtype), *tiles, 0, True)
+            low: Array = grouped_matmul(rows, adapter.lora_A.astype(rows.dtype), *tiles, 0, True)
+            delta: Array = grouped_matmul(low, adapter.lora_B.astype(rows.dtype), *tiles, 0, True)
             y = (y.astype(jnp.float32) + adapter.scale * delta.astype(jnp.float32)).astype(y.dtype)
         return y
 

@@ -1,9 +1,9 @@
 """The dense building blocks: linear maps with an optional adapter, RMSNorm, rotary embedding, attention.
 
 Precision, here and in the experts: every contraction accumulates in float32, at full precision for float32 operands
-(never TF32); an operation's result is rounded to the activations' dtype once, at its end. transformers rounds more often
-in bfloat16 (after the normalisation, each rotary product, each factor of SwiGLU), so this package is at least as close
-to the exact result; in float32 both compute the same thing up to the order of sums.
+(never TF32); an operation's result is rounded to the activations' dtype once, at its end. transformers rounds more
+often in bfloat16 (after the normalisation, each rotary product, each factor of SwiGLU), so this package is at least as
+close to the exact result; in float32 both compute the same thing up to the order of sums.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def linear(
     bias: Float[Array, " out"] | None = None,
     adapter: Adapter | None = None,
 ) -> Float[Array, "*batch out"]:
-    """x W^T + b + scale (x A^T) B^T in x's dtype; the sum is formed in float32 and rounded once.
+    """Forms x W^T + b + scale (x A^T) B^T in x's dtype; the sum is formed in float32 and rounded once.
 
     Source: torch.nn.Linear's layout; Hu et al. 2021, equation 3. The adapter is cast to x's dtype before use.
     """
@@ -54,7 +54,7 @@ def _contract(x: Array, weight: Array) -> Array:
 
 
 def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded to x's dtype once.
+    """Scales x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32, rounded to x's dtype once.
 
     Source: Zhang and Sennrich 2019; transformers' `Qwen3MoeRMSNorm`, which rounds before the weight as well.
     """
@@ -103,8 +103,10 @@ def rotary_frequencies(rope: RopeParameters, head_dim: int) -> tuple[np.ndarray,
     interpolated = one / (np.float32(rope.factor) * wavelengths)
     frequencies = interpolated * (one - extrapolate) + frequencies * extrapolate
 
+    factor = rope.factor
+
     def magnitude(mscale: float = 1.0) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * mscale * math.log(rope.factor) + 1.0
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
     if rope.attention_factor is not None:
         return frequencies, float(rope.attention_factor)

@@ -18,8 +18,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Weighted sum over tokens of -log softmax(hidden head^T)[label], in nats, float32.
 
-    The logits (float32) of `chunk` tokens exist at a time, in the forward pass and again in the backward pass. Divide by
-    the sum of the weights for the mean. A token of weight 0 contributes nothing, whatever its label.
+    The logits (float32) of `chunk` tokens exist at a time, in the forward pass and again in the backward pass. Divide
+    by the sum of the weights for the mean. A token of weight 0 contributes nothing, whatever its label.
     """
     tokens = hidden.shape[0]
     chunk = min(chunk, tokens)

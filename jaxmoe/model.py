@@ -1,24 +1,28 @@
 """Qwen3-MoE: the decoder layer, the scan over layers, the KV cache, and the Flax NNX shell around them.
 
-The forward pass is a pure function over a flat dictionary of stacked parameters (`jaxmoe.parameters` lists them). One scan
-runs over all layers; its body picks each layer's weights by index, so a kind of layer is compiled once whatever the depth.
+The forward pass is a pure function over a flat dictionary of stacked parameters (`jaxmoe.parameters` lists them). One
+scan runs over all layers; its body picks each layer's weights by index, so a kind of layer is compiled once whatever
+the depth.
 """
 
 from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import getitem
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.config import DTYPES, LORA_TARGETS, LoraConfig, Qwen3MoeConfig
+from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
+from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dispatch import ExpertWeights, sorted_experts
 from jaxmoe.errors import UserError
 from jaxmoe.layers import (
@@ -39,6 +43,11 @@ from jaxmoe.router import expert_counts, load_balancing_loss, route
 Params = dict[str, Array]
 Trainable = Literal["none", "adapters", "all"]
 Remat = Literal["none", "full"]
+# (query, key, value, layer index) -> (heads' output, cache); the cached form takes the cache first
+Attend = Callable[[Array, Array, Array, Array], tuple[Array, Any]]
+CachedAttend = Callable[[Any, Array, Array, Array, Array], tuple[Array, Any]]
+
+EXPERT_STACKS = ("sparse.gate_up_proj", "sparse.down_proj")
 
 
 class RouterStats(NamedTuple):
@@ -75,41 +84,82 @@ class CausalLMOutput(NamedTuple):
     hidden_states: tuple[Float[Array, "B T D"], ...] | None
 
 
-class _Layer(NamedTuple):
-    """One layer's view of the parameters: `weight` and `adapter` by parameter name, `experts` for the sparse kind."""
+class _Scanned(NamedTuple):
+    """Stacks as the scan sees them: `sliced` ones hold one layer in the body, `whole` ones are indexed there."""
 
-    weight: Callable[[str], Array | None]
-    adapter: Callable[[str], Adapter | None]
-    experts: Callable[[], ExpertWeights]
+    sliced: Params
+    whole: Params
+
+    def pick(self, path: str, slot: Array) -> Array:
+        return self.sliced[path] if path in self.sliced else layer_slice(self.whole[path], slot)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.sliced or path in self.whole
 
 
-def _attention_block(h: Array, layer: _Layer, config: Qwen3MoeConfig, tables: tuple[Array, Array], attend) -> Any:
-    """Pre-norm attention with q/k norm and its residual; `attend(q, k, v)` returns the heads' output and a carry."""
-    B, T, _ = h.shape
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's view of the stacked parameters, by dotted path; built inside the scan's body."""
 
-    def project(x: Array, name: str) -> Array:
-        path = f"attention.{name}"
-        return linear(x, layer.weight(path), layer.weight(f"{path}_bias"), layer.adapter(path))
+    config: Qwen3MoeConfig
+    weights: _Scanned
+    adapters: _Scanned
+    scales: Mapping[str, float]
+    experts_of_all: Params  # frozen expert stacks as [layers * E, out, in]; empty when the experts are trained
+    layer: Array
+    mlp_slot: Array
 
-    with jax.named_scope("attention"):
-        x = rms_norm(h, layer.weight("attention.input_layernorm"), config.rms_norm_eps)
-        query, key, value = (
-            project(x, name).reshape(B, T, -1, config.head_dim) for name in ("q_proj", "k_proj", "v_proj")
-        )
-        # The norms run over the head's width, so they commute with the split into heads but not with the rotation.
-        query = apply_rotary(rms_norm(query, layer.weight("attention.q_norm"), config.rms_norm_eps), *tables)
-        key = apply_rotary(rms_norm(key, layer.weight("attention.k_norm"), config.rms_norm_eps), *tables)
-        heads, carry = attend(query, key, value)
-        return h + project(heads.reshape(B, T, -1), "o_proj"), carry
+    def _slot(self, path: str) -> Array:
+        return self.layer if path.startswith("attention.") else self.mlp_slot
+
+    def weight(self, path: str) -> Array:
+        return self.weights.pick(path, self._slot(path))
+
+    def bias(self, path: str) -> Array | None:
+        return self.weight(f"{path}_bias") if f"{path}_bias" in self.weights else None
+
+    def adapter(self, path: str) -> Adapter | None:
+        if path not in self.scales:
+            return None
+        a, b = (self.adapters.pick(f"{path}.lora_{x}", self._slot(path)) for x in "AB")
+        return Adapter(a, b, self.scales[path])
+
+    def project(self, x: Array, path: str) -> Array:
+        return linear(x, self.weight(path), self.bias(path), self.adapter(path))
+
+    def experts(self) -> ExpertWeights:
+        pair = EXPERT_STACKS
+        if self.experts_of_all:
+            gate_up, down = (self.experts_of_all[path] for path in pair)
+            return ExpertWeights(gate_up, down, self.mlp_slot * self.config.num_experts, trainable=False)
+        gate_up, down = (self.weights.sliced[path] for path in pair)
+        return ExpertWeights(gate_up, down, 0, trainable=True)
 
 
 class _RoutingRecord(NamedTuple):
-    counts: Array
-    prob_sums: Array
-    logits: Array | None
+    counts: Int[Array, " E"]
+    prob_sums: Float[Array, " E"]
+    logits: Float[Array, "M E"] | None
 
 
-def _sparse_mlp(x: Array, layer: _Layer, config: Qwen3MoeConfig, valid: Array, capture: bool):
+def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
+    """Pre-norm attention with q/k norm, and its residual; `attend(q, k, v)` gives the heads' output and the cache."""
+    config = layer.config
+    B, T, _ = h.shape
+    with jax.named_scope("attention"):
+        x = rms_norm(h, layer.weight("attention.input_layernorm"), config.rms_norm_eps)
+        query, key, value = (
+            layer.project(x, f"attention.{name}").reshape(B, T, -1, config.head_dim)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        query = apply_rotary(rms_norm(query, layer.weight("attention.q_norm"), config.rms_norm_eps), *tables)
+        key = apply_rotary(rms_norm(key, layer.weight("attention.k_norm"), config.rms_norm_eps), *tables)
+        heads, cache = attend(query, key, value, layer.layer)
+        return h + layer.project(heads.reshape(B, T, -1), "attention.o_proj"), cache
+
+
+def _sparse_mlp(x: Array, layer: _Layer, valid: Array, capture: bool) -> tuple[Array, _RoutingRecord]:
+    config = layer.config
     with jax.named_scope("router"):
         routing = route(
             x,
@@ -124,121 +174,111 @@ def _sparse_mlp(x: Array, layer: _Layer, config: Qwen3MoeConfig, valid: Array, c
             routing.logits if capture else None,
         )
     with jax.named_scope("experts"):
-        adapters = (layer.adapter(f"sparse.{name}") for name in ("gate_up_proj", "down_proj"))
-        return sorted_experts(x, routing, layer.experts(), *adapters), record
+        gate_up, down = (layer.adapter(path) for path in EXPERT_STACKS)
+        return sorted_experts(x, routing, layer.experts(), gate_up, down), record
 
 
-def _dense_mlp(x: Array, layer: _Layer, config: Qwen3MoeConfig, capture: bool):
-    def project(x: Array, name: str) -> Array:
-        return linear(x, layer.weight(f"dense.{name}"), None, layer.adapter(f"dense.{name}"))
-
-    E = config.num_experts
+def _dense_mlp(x: Array, layer: _Layer, capture: bool) -> tuple[Array, _RoutingRecord]:
+    E = layer.config.num_experts
     with jax.named_scope("dense_mlp"):
-        y = project(swiglu(project(x, "gate_proj"), project(x, "up_proj")), "down_proj")
+        hidden = swiglu(layer.project(x, "dense.gate_proj"), layer.project(x, "dense.up_proj"))
+        y = layer.project(hidden, "dense.down_proj")
     logits = jnp.zeros((x.shape[0], E), jnp.float32) if capture else None
     return y, _RoutingRecord(jnp.zeros(E, jnp.int32), jnp.zeros(E, jnp.float32), logits)
 
 
-def _decoder_layer(h, view, index, config, tables, attend, valid, capture):
-    """One decoder layer; `view(slot of the mlp kind)` gives the weights, `index` is (layer, mlp slot, is sparse)."""
-    _, mlp_slot, is_sparse = index
-    layer = view(mlp_slot)
-    h, carry = _attention_block(h, layer, config, tables, attend)
-    x = rms_norm(h, layer.weight("attention.post_attention_layernorm"), config.rms_norm_eps)
-    x = x.reshape(-1, x.shape[-1])
-
-    def sparse(x):
-        return _sparse_mlp(x, layer, config, valid, capture)
-
-    def dense(x):
-        return _dense_mlp(x, layer, config, capture)
-
+def _decoder_layer(
+    h: Array, layer: _Layer, is_sparse: Array, tables: tuple[Array, Array], attend: Attend, valid: Array, capture: bool
+) -> tuple[Array, Any, _RoutingRecord]:
+    """One decoder layer: attention, then the MLP of the layer's kind, each with its residual."""
+    config = layer.config
+    h, cache = _attention_block(h, layer, tables, attend)
+    x = rms_norm(h, layer.weight("attention.post_attention_layernorm"), config.rms_norm_eps).reshape(-1, h.shape[-1])
+    sparse = partial(_sparse_mlp, layer=layer, valid=valid, capture=capture)
+    dense = partial(_dense_mlp, layer=layer, capture=capture)
     if not config.dense_layers:
         y, record = sparse(x)
     elif not config.sparse_layers:
         y, record = dense(x)
     else:  # both kinds: one branch each is compiled, whatever the pattern of layers
         y, record = jax.lax.cond(is_sparse, sparse, dense, x)
-    return h + y.reshape(h.shape), carry, record
+    return h + y.reshape(h.shape), cache, record
 
 
 def _layer_indices(config: Qwen3MoeConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each layer: its index, its slot in the stack of its MLP kind, whether it is sparse."""
     sparse, dense = config.sparse_layers, config.dense_layers
-    slots = [sparse.index(i) if i in sparse else dense.index(i) for i in range(config.num_hidden_layers)]
-    is_sparse = [i in sparse for i in range(config.num_hidden_layers)]
-    return np.arange(config.num_hidden_layers), np.asarray(slots), np.asarray(is_sparse)
+    layers = range(config.num_hidden_layers)
+    slots = [sparse.index(i) if i in sparse else dense.index(i) for i in layers]
+    return np.arange(len(layers)), np.asarray(slots), np.asarray([i in sparse for i in layers])
 
 
-def _split_scanned(stacks: Params, config: Qwen3MoeConfig, trained: bool) -> tuple[Params, Params]:
-    """(scanned, indexed): arrays with a gradient are scanned over, so that each layer's gradient is written once;
-    frozen ones stay whole and are indexed in the body."""
-    if not trained:
-        return {}, dict(stacks)
-    sparse, dense = config.sparse_layers, config.dense_layers
-    if not (sparse and dense):
-        return dict(stacks), {}
+def _split(stacks: Params, config: Qwen3MoeConfig, differentiated: bool) -> _Scanned:
+    """Arrays with a gradient are scanned over, so each layer's gradient is written once; frozen ones stay whole."""
+    if not differentiated:
+        return _Scanned({}, dict(stacks))
+    if not (config.sparse_layers and config.dense_layers):
+        return _Scanned(dict(stacks), {})
     # Mixed kinds: a layer of the other kind carries an unused slot, whose gradient is zero.
-    _, slots, is_sparse = _layer_indices(config)
-    slot_of = {
-        "attention": np.arange(config.num_hidden_layers),
-        "sparse": np.where(is_sparse, slots, 0),
-        "dense": np.where(is_sparse, 0, slots),
-    }
-    return {path: stack[slot_of[path.split(".")[0]]] for path, stack in stacks.items()}, {}
+    layers, slots, is_sparse = _layer_indices(config)
+    slot_of = {"attention": layers, "sparse": np.where(is_sparse, slots, 0), "dense": np.where(is_sparse, 0, slots)}
+    return _Scanned({path: stack[slot_of[path.split(".")[0]]] for path, stack in stacks.items()}, {})
 
 
-def _run_layers(h, params, adapters, *, config, lora, trainable, remat, tables, attend, cache, valid, capture, keep):
-    """Scans the decoder layers; returns the hidden states, the cache and the stacked records (and layer inputs)."""
-    stacks = {path: a for path, a in params.items() if "." in path}
-    scanned, indexed = _split_scanned(stacks, config, trainable == "all")
-    scanned_lora, indexed_lora = _split_scanned(adapters, config, trainable in ("adapters", "all"))
-    E = config.num_experts
-    groups = {
-        path: indexed.pop(path).reshape(-1, *stacks[path].shape[2:])
-        for path in ("sparse.gate_up_proj", "sparse.down_proj")
-        if path in indexed
+@dataclass(frozen=True)
+class _Run:
+    """What is the same for all layers of one forward pass."""
+
+    config: Qwen3MoeConfig
+    lora: LoraConfig | None
+    tables: tuple[Array, Array]
+    valid: Bool[Array, " M"]
+    trainable: Trainable = "none"
+    remat: Remat = "full"
+    capture_router_logits: bool = False
+    capture_hidden: bool = False
+
+
+def _run_layers(
+    run: _Run, h: Array, params: Params, adapters: Params, attend: CachedAttend, cache: Any
+) -> tuple[Array, Any, _RoutingRecord, Array | None]:
+    """Scans the decoder layers: (hidden states, cache, stacked routing records, stacked layer inputs or None)."""
+    config = run.config
+    weights = _split({path: a for path, a in params.items() if "." in path}, config, run.trainable == "all")
+    lora_weights = _split(adapters, config, run.trainable != "none")
+    experts_of_all = {
+        path: stack.reshape(-1, *stack.shape[2:])
+        for path in EXPERT_STACKS
+        if (stack := weights.whole.get(path)) is not None
     }
-    scale = {".".join(LORA_TARGETS[target]): lora.scale(target) for target in lora.targets} if lora else {}
+    scales = {".".join(LORA_TARGETS[target]): run.lora.scale(target) for target in run.lora.targets} if run.lora else {}
 
     def body(carry, xs):
         h, cache = carry
-        index, sliced, sliced_lora = xs
+        (index, mlp_slot, is_sparse), sliced, sliced_lora = xs
+        layer = _Layer(
+            config,
+            weights._replace(sliced=sliced),
+            lora_weights._replace(sliced=sliced_lora),
+            scales,
+            experts_of_all,
+            index,
+            mlp_slot,
+        )
+        out, new_cache, record = _decoder_layer(
+            h, layer, is_sparse, run.tables, partial(attend, cache), run.valid, run.capture_router_logits
+        )
+        return (out, new_cache), (record, h if run.capture_hidden else None)
 
-        def view(mlp_slot) -> _Layer:
-            def pick(path, sliced, indexed):
-                if path in sliced:
-                    return sliced[path]
-                if path in indexed:
-                    return layer_slice(indexed[path], index[0] if path.startswith("attention.") else mlp_slot)
-                return None
-
-            def adapter(path: str) -> Adapter | None:
-                if path not in scale:
-                    return None
-                pair = (pick(f"{path}.lora_{x}", sliced_lora, indexed_lora) for x in "AB")
-                return Adapter(*pair, scale[path])
-
-            def experts() -> ExpertWeights:
-                if groups:
-                    return ExpertWeights(groups["sparse.gate_up_proj"], groups["sparse.down_proj"], mlp_slot * E, False)
-                return ExpertWeights(sliced["sparse.gate_up_proj"], sliced["sparse.down_proj"], 0, True)
-
-            return _Layer(lambda path: pick(path, sliced, indexed), adapter, experts)
-
-        def attend_here(query, key, value):
-            return attend(query, key, value, cache, index[0])
-
-        out, new_cache, record = _decoder_layer(h, view, index, config, tables, attend_here, valid, capture)
-        return (out, new_cache), (record, h if keep else None)
-
-    if trainable != "none":
-        policy = {
-            "full": jax.checkpoint_policies.nothing_saveable,
-            "none": jax.checkpoint_policies.save_anything_except_these_names(WEIGHT_SLICE),
-        }[remat]
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    xs = (_layer_indices(config), scanned, scanned_lora)
+    if run.trainable != "none":
+        policies = jax.checkpoint_policies
+        keep = {
+            "full": policies.nothing_saveable,
+            "none": policies.save_anything_except_these_names(WEIGHT_SLICE),
+        }
+        # The scan already keeps the two passes apart, so common subexpressions need no barrier against merging.
+        body = jax.checkpoint(body, policy=keep[run.remat], prevent_cse=False)
+    xs = (_layer_indices(config), weights.sliced, lora_weights.sliced)
     (h, cache), (records, inputs) = jax.lax.scan(body, (h, cache), xs)
     return h, cache, records, inputs
 
@@ -259,8 +299,8 @@ def forward(
 ) -> ForwardOutput:
     """The decoder over whole sequences, a pure function: jit it with the keyword arguments static.
 
-    `segment_ids` are 0 for padding and 1, 2, ... for the documents packed into a row; a token attends to earlier tokens of
-    its own segment. Computation runs in the dtype of `embed_tokens`. `trainable` says which parameters will be
+    `segment_ids` are 0 for padding and 1, 2, ... for the documents packed into a row; a token attends to earlier tokens
+    of its own segment. Computation runs in the dtype of `embed_tokens`. `trainable` says which parameters will be
     differentiated; `remat` what the backward pass recomputes: "full" keeps one [B, T, D] per layer, "none" keeps all
     intermediate results (never a copy of a frozen weight).
     """
@@ -270,30 +310,17 @@ def forward(
         index = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         mask = attention_mask(index, index, segment_ids, segment_ids, config.sliding_window)
 
-        def attend(query, key, value, cache, layer):
+        def attend(cache, query, key, value, layer):
             return attention(query, key, value, mask), cache
 
         valid = segment_ids.reshape(-1) > 0
-        h, _, records, inputs = _run_layers(
-            h,
-            params,
-            adapters,
-            config=config,
-            lora=lora,
-            trainable=trainable,
-            remat=remat,
-            tables=tables,
-            attend=attend,
-            cache=None,
-            valid=valid,
-            capture=capture_router_logits,
-            keep=capture_hidden,
-        )
+        run = _Run(config, lora, tables, valid, trainable, remat, capture_router_logits, capture_hidden)
+        h, _, records, inputs = _run_layers(run, h, params, adapters, attend, None)
         hidden = rms_norm(h, params["norm"], config.rms_norm_eps)
     sparse = np.asarray(config.sparse_layers, np.int32)
     stats = RouterStats(records.counts[sparse], records.prob_sums[sparse], jnp.sum(valid))
     logits = None
-    if capture_router_logits:
+    if records.logits is not None:
         logits = records.logits[sparse].reshape(len(sparse), *input_ids.shape, config.num_experts)
     return ForwardOutput(hidden, stats, logits, inputs)
 
@@ -325,28 +352,16 @@ def forward_cached(
         mask = attention_mask(positions, slots, ones((B, T)), ones((B, S)), config.sliding_window)
         rows = jnp.arange(B)[:, None]
 
-        def attend(query, key, value, cache, layer):
+        def attend(cache, query, key, value, layer):
             # Out-of-range writes (a bucket's padding past S) are dropped, never clamped onto the last slot.
             keys = cache.key.at[layer, rows, positions].set(key.astype(cache.key.dtype), mode="drop")
             values = cache.value.at[layer, rows, positions].set(value.astype(cache.value.dtype), mode="drop")
             here = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
             return attention(query, here(keys), here(values), mask), KVCache(keys, values)
 
-        h, cache, _, _ = _run_layers(
-            jnp.take(params["embed_tokens"], input_ids, axis=0),
-            params,
-            adapters,
-            config=config,
-            lora=lora,
-            trainable="none",
-            remat="full",
-            tables=tables,
-            attend=attend,
-            cache=cache,
-            valid=(jnp.arange(T) < length[:, None]).reshape(-1),
-            capture=False,
-            keep=False,
-        )
+        valid = (jnp.arange(T) < length[:, None]).reshape(-1)
+        h = jnp.take(params["embed_tokens"], input_ids, axis=0)
+        h, cache, _, _ = _run_layers(_Run(config, lora, tables, valid), h, params, adapters, attend, cache)
         return rms_norm(h, params["norm"], config.rms_norm_eps), cache
 
 
@@ -414,13 +429,7 @@ def _nest(arrays: Mapping[str, Array], specs: Mapping[str, ParameterSpec], kind:
 
 
 def _flatten(root: nnx.Dict, specs: Mapping[str, ParameterSpec]) -> Params:
-    def find(path: str) -> nnx.Variable:
-        node = root
-        for part in path.split("."):
-            node = node[part]
-        return node
-
-    return {path: find(path)[...] for path in specs}
+    return {path: reduce(getitem, path.split("."), root)[...] for path in specs}
 
 
 class Qwen3MoeForCausalLM(nnx.Module):
@@ -483,17 +492,19 @@ class Qwen3MoeForCausalLM(nnx.Module):
         """
         if quantize is not None:
             raise UserError(f"quantize: expected None, found {quantize!r}")
-        if dtype is not None and dtype not in DTYPES:
-            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-        from convert import open_adapter, open_checkpoint
+        from convert.adapters import read_peft
+        from convert.hf2jax import read_hf
 
-        checkpoint = open_checkpoint(path)
-        config = checkpoint.config
-        params = _load_stacks(config, checkpoint.blocks(), dtype)
+        source = read_converted(path, dtype) if is_converted(path) else read_hf(path, dtype)
+        config = source.config if dtype is None else source.config.replace(dtype=dtype)
+        params = _load_stacks(config, source)
         if adapter is None:
             return cls(config, params)
-        lora, adapters = open_adapter(adapter, config)
-        return cls(config, params, lora, {p: jnp.asarray(a, jnp.float32) for p, a in adapters.items()})
+        if is_adapter(adapter):
+            _, lora, arrays = read_adapter(adapter, config)
+        else:
+            lora, arrays = read_peft(adapter, config)
+        return cls(config, params, lora, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
 
     def __call__(
         self,
@@ -549,21 +560,20 @@ def _logits(params, adapters, input_ids, position_ids, segment_ids, *, config, *
 
 @partial(jax.jit, donate_argnums=0)
 def _fill(stack: Array, value: Array, slot: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value.astype(stack.dtype), slot, 0)
+    return jax.lax.dynamic_update_index_in_dim(stack, value, slot, 0)
 
 
-def _load_stacks(config: Qwen3MoeConfig, blocks: Iterable[Any], dtype: str | None) -> Params:
+def _load_stacks(config: Qwen3MoeConfig, source: Checkpoint) -> Params:
     """Fills preallocated stacks on the device from a stream of layers; the host holds one layer at a time."""
-    specs = parameter_specs(config)
-    params: Params = {}
-    for block in blocks:
-        slots = dict(layer_paths(config, block.layer)) if block.layer is not None else {}
-        for path, value in block.arrays.items():
-            kind = jnp.dtype(dtype or value.dtype)
-            if block.layer is None:
-                params[path] = jnp.asarray(value).astype(kind)
-                continue
-            if path not in params:
-                params[path] = jnp.zeros(specs[path].shape, kind)
-            params[path] = _fill(params[path], value, slots[path])
+    params = {
+        path: jnp.zeros(spec.shape, source.dtypes[path])
+        for path, spec in parameter_specs(config).items()
+        if "." in path
+    }
+    for block in source.blocks():
+        if block.layer is None:
+            params |= {path: jnp.asarray(value) for path, value in block.arrays.items()}
+            continue
+        for path, slot in layer_paths(config, block.layer):
+            params[path] = _fill(params[path], block.arrays[path], slot)
     return params

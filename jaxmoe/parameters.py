@@ -1,9 +1,9 @@
 """Every parameter of the model and of its adapters: path, shape, logical axes and initialiser, declared together.
 
 Standard library only, so that `convert` can check a checkpoint without loading a model. Weights lie as transformers
-holds them in memory, [out, in], and experts as one [E, out, in] array; layers of a kind are stacked along a leading axis
-(`attention` holds every decoder layer, `sparse` and `dense` the MLPs of their kind). Nothing is transposed on the way
-from a checkpoint to the device, and NF4 blocks, which run along the flat [out, in] order, stay whole.
+holds them in memory, [out, in], and experts as one [E, out, in] array; layers of a kind are stacked along a leading
+axis (`attention` holds every decoder layer, `sparse` and `dense` the MLPs of their kind). Nothing is transposed on the
+way from a checkpoint to the device, and NF4 blocks, which run along the flat [out, in] order, stay whole.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def load_balancing_loss(
 ) -> Float[Array, ""]:
     """E * sum_e (count_e / n) (sum p_e / n), pooled over the MoE layers, n = tokens * Ls; balanced routing gives k.
 
-    `counts` are routed rows per expert, `probability_sums` the router probabilities summed over tokens. Source: Fedus et
-    al. 2021, equations 4 to 6, in the form of transformers' `load_balancing_loss_func`.
+    `counts` are routed rows per expert, `probability_sums` the router probabilities summed over tokens. Source: Fedus
+    et al. 2021, equations 4 to 6, in the form of transformers' `load_balancing_loss_func`.
     """
     layers, experts = probability_sums.shape
     n = jnp.maximum(tokens, 1).astype(jnp.float32) * layers
