@@ -31,8 +31,10 @@ ANNOTATIONS_CHECKED = importlib.util.find_spec("beartype") is not None
 if ANNOTATIONS_CHECKED:
     import jaxtyping
 
+    import tests.annotations  # noqa: F401 - the hook below names it, but imports only what stands before the dot
+
     # Has to come before the first import of a checked package.
-    jaxtyping.install_import_hook(list(CHECKED_PACKAGES), "beartype.beartype")
+    jaxtyping.install_import_hook(list(CHECKED_PACKAGES), "tests.annotations.checked")
 
 
 @functools.cache

@@ -22,6 +22,9 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
 from jaxmoe.config import LoraConfig
 
+# Tiny tensors: a second thread costs more than it gives, and JAX wants the other core.
+torch.set_num_threads(1)
+
 _NAMES = {
     "attention": {
         "input_layernorm": "input_layernorm.weight",
@@ -38,10 +41,13 @@ _NAMES = {
     },
     "dense": {f"{x}_proj": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
 }
+# Dense MLPs go as parameters too: where gate_proj, up_proj and down_proj are named as modules of this model type, PEFT
+# takes them for the experts of transformers 4 and adapts the fused experts instead.
 _TARGET_PARAMETERS = {
     "gate": "mlp.gate.weight",
     "experts.gate_up_proj": "mlp.experts.gate_up_proj",
     "experts.down_proj": "mlp.experts.down_proj",
+    **{f"{x}_proj": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
 }
 
 
@@ -202,14 +208,15 @@ class Reference:
             if "default" not in getattr(module, "lora_A", ()):
                 continue
             layer = int(name.split("layers.")[1].split(".")[0])
-            wrapped = getattr(module, "parameter_name", None)
-            if wrapped is not None:  # a target parameter: the router's weight or a stack of experts
-                stack, slot, target = "sparse", self.sparse.index(layer), "gate" if wrapped == "weight" else wrapped
-            elif ".self_attn." in name:
+            inner = name.split("mlp.")[-1].split(".")[0]  # below an MLP: gate, experts, or a dense projection
+            wrapped = getattr(module, "parameter_name", "weight")
+            if ".self_attn." in name:
                 stack, slot, target = "attention", layer, name.split(".")[-1]
+            elif layer in self.sparse:
+                stack, slot, target = "sparse", self.sparse.index(layer), inner if wrapped == "weight" else wrapped
             else:
-                stack, slot, target = "dense", dense.index(layer), name.split(".")[-1]
-            experts = self.config.num_experts if wrapped in ("gate_up_proj", "down_proj") else 0
+                stack, slot, target = "dense", dense.index(layer), inner
+            experts = self.config.num_experts if inner == "experts" else 0
             for side in "AB":
                 parameter = getattr(module, f"lora_{side}")["default"].weight
                 yield f"{stack}.{target}.lora_{side}", slot, parameter, experts
