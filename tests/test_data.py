@@ -1,0 +1,452 @@
+"""Records -> tokens and loss weights -> packed batches: hand-worked masks, packing properties, every bad line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxmoe import data
+from jaxmoe.data import Batch, Record, Rows, cut, digest, hold_out, load_tokenizer, read_records, tokenize_record
+from jaxmoe.errors import UserError
+from tests.make_checkpoint import write_tokenizer
+
+VOCAB = 320
+
+# A template that does with thoughts what Qwen3's does: turns before the last question lose theirs, the last turn always
+# has one, be it empty, and tool results are the user's.
+HYBRID = """\
+{%- set ns = namespace(question=-1) -%}
+{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.question = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for m in messages -%}
+{%- if m.role == 'tool' -%}
+{{- '<|im_start|>user\\n<tool_response>\\n' + m.content + '\\n</tool_response><|im_end|>\\n' -}}
+{%- elif m.role != 'assistant' -%}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}
+{%- else -%}
+{%- set content = m.content or '' -%}
+{%- set thought = m.reasoning_content or '' -%}
+{%- if '</think>' in content -%}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if loop.index0 > ns.question and (loop.last or thought) -%}
+{{- '<think>\\n' + thought + '\\n</think>\\n\\n' -}}
+{%- endif -%}
+{{- content -}}
+{%- for call in m.tool_calls or [] -%}{{- '<tool_call>' + call.name + '</tool_call>' -}}{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+# The generation prompt of a model that always thinks opens the thought.
+THINKING = HYBRID.replace(
+    "{{- '<|im_start|>assistant\\n' -}}{%- endif -%}", "{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
+)
+MARKED = """\
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' -}}
+{%- if m.role == 'assistant' -%}{%- generation -%}{{- m.content + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}{{- m.content + '<|im_end|>' -}}{%- endif -%}{{- '\\n' -}}
+{%- endfor -%}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture
+def tokenizer(folder: pathlib.Path) -> Any:
+    return load_tokenizer(folder)
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def learned(record: Record, tokenizer: Any) -> list[str]:
+    """The runs of learned tokens, as text."""
+    runs: list[list[int]] = []
+    before = 0.0
+    for token, weight in zip(record.tokens.tolist(), record.weights.tolist(), strict=True):
+        if weight and not before:
+            runs.append([])
+        if weight:
+            runs[-1].append(token)
+        before = weight
+    return [tokenizer.decode(run) for run in runs]
+
+
+TWO_TURNS = chat(
+    ("system", "S"),
+    ("user", "Q1"),
+    ("assistant", "<think>\nT1\n</think>\n\nA1"),
+    ("user", "Q2"),
+    ("assistant", "<think>\nT2\n</think>\n\nA2"),
+)
+WITH_TOOL = {
+    "messages": [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": None, "reasoning_content": "why", "tool_calls": [{"name": "f"}]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": "it is 7"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "7"},
+    ]
+}
+MASKS = {
+    "plain": (None, chat(("user", "hi"), ("assistant", "yo")), ["yo<|im_end|>"]),
+    "plain turns": (
+        None,
+        chat(("user", "a"), ("assistant", "b"), ("user", "b"), ("assistant", "bb")),
+        ["b<|im_end|>", "bb<|im_end|>"],
+    ),
+    "thoughts of earlier turns are gone": (
+        HYBRID,
+        TWO_TURNS,
+        ["A1<|im_end|>", "<think>\nT2\n</think>\n\nA2<|im_end|>"],
+    ),
+    "empty thought": (
+        HYBRID,
+        chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
+        ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"],
+    ),
+    "tool calls": (
+        HYBRID,
+        WITH_TOOL,
+        ["<tool_call>f</tool_call><|im_end|>", "it is 7<|im_end|>", "<think>\n\n</think>\n\n7<|im_end|>"],
+    ),
+    "thought between tool calls": (
+        HYBRID,
+        {"messages": WITH_TOOL["messages"][:4]},
+        [
+            "<think>\nwhy\n</think>\n\n<tool_call>f</tool_call><|im_end|>",
+            "<think>\n\n</think>\n\nit is 7<|im_end|>",
+        ],
+    ),
+    "opened thought": (THINKING, TWO_TURNS, ["A1<|im_end|>", "T2\n</think>\n\nA2<|im_end|>"]),
+    "generation tag": (
+        MARKED,
+        chat(("user", "a"), ("assistant", "b"), ("assistant", "c")),
+        ["b<|im_end|>", "c<|im_end|>"],
+    ),
+    "completion": (None, {"prompt": "1+1=", "completion": "2"}, ["2<|im_end|>"]),
+    "text": (None, {"text": "a\nb"}, ["a\nb<|im_end|>"]),
+}
+
+
+def check_mask(name: str, tokenizer: Any) -> None:
+    template, raw, expected = MASKS[name]
+    if template is not None:
+        tokenizer.chat_template = template
+    assert learned(tokenize_record(raw, tokenizer), tokenizer) == expected
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask(name: str, tokenizer: Any) -> None:
+    check_mask(name, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["plain", "empty thought", "tool calls", "opened thought"])
+def test_mask_of_a_shifted_span_is_noticed(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = data.assistant_spans
+
+    def shifted(*args: Any) -> tuple[str, list[tuple[int, int]]]:
+        text, spans = right(*args)
+        return text, [(start + 1, end) for start, end in spans]
+
+    monkeypatch.setattr(data, "assistant_spans", shifted)
+    with pytest.raises(AssertionError):
+        check_mask(name, tokenizer)
+
+
+def test_tokens_are_those_of_the_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = HYBRID
+    for raw in (TWO_TURNS, WITH_TOOL):
+        whole = tokenizer.apply_chat_template(raw["messages"], tokenize=True, return_dict=True)["input_ids"]
+        assert tokenize_record(raw, tokenizer).tokens.tolist() == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.text(max_size=8), st.text("a<>|/\n im_endthk", min_size=1, max_size=12)), min_size=1, max_size=4
+    )
+)
+def test_mask_of_any_conversation(folder: pathlib.Path, turns: list[tuple[str, str]]) -> None:
+    tokenizer = load_tokenizer(folder)
+    raw = chat(*(turn for question, answer in turns for turn in (("user", question), ("assistant", answer))))
+    assert learned(tokenize_record(raw, tokenizer), tokenizer) == [f"{answer}<|im_end|>" for _, answer in turns]
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}", "generation prompt"),
+        (
+            "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+            "special token behind the answer of message 2",
+        ),
+        (
+            "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}"
+            "{% if add_generation_prompt %}#{% endif %}",
+            "cannot tell the answer of message 2",
+        ),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages | nonsense }}", "nonsense"),
+    ],
+)
+def test_unusable_template(template: str, found: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=f"chat template: .*{found}"):
+        tokenize_record(chat(("user", "a"), ("assistant", "b")), tokenizer)
+
+
+def test_no_template(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="expected a tokenizer with a chat template, found none"):
+        tokenize_record(chat(("user", "a"), ("assistant", "b")), tokenizer)
+
+
+BAD_LINES = {
+    "not JSON": (b"{", "expected JSON, found"),
+    "not UTF-8": (b'{"text": "\xff"}', "expected UTF-8, found byte 0xff at byte 11"),
+    "a list": (b"[]", "expected a JSON object, found a list"),
+    "a number": (b"1", "expected a JSON object, found a number"),
+    "null": (b"null", "expected a JSON object, found nothing"),
+    "no key": (b"{}", "expected the keys .*; found none"),
+    "unknown key": (b'{"text": "a", "id": 1}', 'found "text", "id"'),
+    "mixed keys": (b'{"text": "a", "messages": []}', 'found "text", "messages"'),
+    "half a pair": (b'{"prompt": "a"}', 'found "prompt"'),
+    "text of another type": (b'{"text": ["a"]}', "text: expected a string, found a list"),
+    "empty text": (b'{"text": ""}', "text: expected text, found an empty string"),
+    "empty completion": (b'{"prompt": "a", "completion": ""}', "completion: expected text, found an empty string"),
+    "prompt of another type": (b'{"prompt": null, "completion": "a"}', "prompt: expected a string, found nothing"),
+    "lone surrogate": (b'{"text": "\\ud800"}', "text: expected Unicode text, found a lone surrogate"),
+    "messages of another type": (b'{"messages": {}}', "messages: expected a list, found an object"),
+    "no messages": (b'{"messages": []}', "messages: expected at least one, found none"),
+    "message of another type": (b'{"messages": ["a"]}', "message 1: expected an object, found a string"),
+    "unknown role": (b'{"messages": [{"role": "bot", "content": "a"}]}', "message 1: expected a role of .*'bot'"),
+    "unknown message key": (
+        b'{"messages": [{"role": "user", "content": "a", "text": "a"}]}',
+        "message 1: expected the keys .*'text'",
+    ),
+    "no content": (b'{"messages": [{"role": "user"}]}', "message 1: content: expected a string, found nothing"),
+    "content in parts": (
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}',
+        "message 1: content: expected a string, found a list",
+    ),
+    "bad tool calls": (
+        b'{"messages": [{"role": "assistant", "content": "", "tool_calls": "f"}]}',
+        "message 1: expected tool_calls to be a list of objects, found a string",
+    ),
+    "bad tools": (
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": 1}',
+        "tools: expected a list of objects, found a number",
+    ),
+    "no assistant": (
+        b'{"messages": [{"role": "user", "content": "a"}]}',
+        "messages: expected at least one of the assistant, found none",
+    ),
+    "empty answer": (
+        b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
+        "message 2: expected an answer, found an empty one",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_line_is_named(name: str, tokenizer: Any, tmp_path: pathlib.Path) -> None:
+    line, message = BAD_LINES[name]
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=rf"data\.jsonl:3: .*{message}") as caught:
+        read_records(path, tokenizer, VOCAB)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_file(tokenizer: Any, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "data.jsonl"
+    with pytest.raises(UserError, match=r"data\.jsonl: expected a JSONL file, found none"):
+        read_records(path, tokenizer, VOCAB)
+    with pytest.raises(UserError, match="expected a JSONL file, found a folder"):
+        read_records(tmp_path, tokenizer, VOCAB)
+    path.write_text(" \n\n")
+    with pytest.raises(UserError, match=r"data\.jsonl: expected at least one record, found none"):
+        read_records(path, tokenizer, VOCAB)
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(
+        UserError, match=r"data\.jsonl:1: expected token ids below the model's vocab_size 258, found 258"
+    ):
+        read_records(path, tokenizer, 258)
+
+
+def test_bad_tokenizer(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match="expected a folder with a tokenizer, found none"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="expected a tokenizer, found none that loads"):
+        load_tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
+    with pytest.raises(UserError, match="expected a tokenizer with an eos_token, found none"):
+        load_tokenizer(tmp_path)
+
+
+def numbered(lengths: list[int], splittable: bool = True) -> list[Record]:
+    """Records whose tokens count upwards, a thousand apart: a label that is not input + 1 belongs to another record."""
+    return [
+        Record(np.arange(1000 * i, 1000 * i + n, dtype=np.int32), np.ones(n, np.float32), splittable)
+        for i, n in enumerate(lengths, start=1)
+    ]
+
+
+def check_packing(lengths: list[int], seq_length: int, seed: int, pack: bool) -> None:
+    """One epoch: every token that has a predecessor is predicted once, and no row mixes up its documents."""
+    segments, lost = cut(numbered(lengths), seq_length)
+    assert lost.truncated == 0
+    rows = Rows(segments, seq_length, seed=seed, pack=pack, epochs=1)
+    predicted: list[int] = []
+    for step in range(rows.steps(1, 6)):
+        batch = rows.batch(step, (2, 3))
+        assert all(array.shape == (2, 3, seq_length) for array in batch)
+        for row in zip(*(array.reshape(-1, seq_length) for array in batch), strict=True):
+            ids, labels, weights, segment_ids, positions = row
+            used = segment_ids > 0
+            count = int(used.sum())
+            assert used[:count].all(), "padding comes last"
+            assert (np.diff(segment_ids[:count], prepend=0) >= 0).all()
+            assert set(segment_ids[:count].tolist()) == set(range(1, len(set(segment_ids[:count].tolist())) + 1))
+            for segment in set(segment_ids[:count].tolist()):
+                inside = segment_ids == segment
+                assert positions[inside].tolist() == list(range(int(inside.sum())))
+                assert len(set((ids[inside] // 1000).tolist())) == 1
+            assert (labels[used] == ids[used] + 1).all()
+            assert (weights == used).all()
+            assert not ids[~used].any() and not labels[~used].any() and not positions[~used].any()
+            predicted += labels[used].tolist()
+    assert sorted(predicted) == [1000 * i + j for i, n in enumerate(lengths, start=1) for j in range(1, n)]
+
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=40).filter(lambda lengths: max(lengths) > 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(LENGTHS, st.integers(1, 40), st.integers(0, 3), st.booleans())
+def test_packing(lengths: list[int], seq_length: int, seed: int, pack: bool) -> None:
+    check_packing(lengths, seq_length, seed, pack)
+
+
+def lose_one(rows: list[list[int]]) -> list[list[int]]:
+    return [*rows[:-1], rows[-1][:-1]]
+
+
+def repeat_one(rows: list[list[int]]) -> list[list[int]]:
+    return [*rows, rows[0][:1]]
+
+
+@pytest.mark.parametrize("fault", [lose_one, repeat_one])
+def test_packing_that_loses_or_repeats_is_noticed(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = data.pack_rows
+    monkeypatch.setattr(data, "pack_rows", lambda *args: fault(right(*args)))
+    with pytest.raises(AssertionError):
+        check_packing([5, 9, 30, 2, 8], 16, 0, True)
+
+
+def one_document(batch: Batch) -> Batch:
+    return batch._replace(segment_ids=np.minimum(batch.segment_ids, 1))
+
+
+def running_positions(batch: Batch) -> Batch:
+    return batch._replace(position_ids=np.broadcast_to(np.arange(batch.labels.shape[-1]), batch.labels.shape))
+
+
+def labels_of_the_row(batch: Batch) -> Batch:
+    return batch._replace(labels=np.roll(batch.input_ids, -1, axis=-1))
+
+
+@pytest.mark.parametrize("fault", [one_document, running_positions, labels_of_the_row])
+def test_documents_that_run_together_are_noticed(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Rows.batch
+    monkeypatch.setattr(Rows, "batch", lambda *args: fault(right(*args)))
+    with pytest.raises(AssertionError):
+        check_packing([5, 9, 30, 2, 8], 16, 0, True)
+
+
+def test_batches_are_a_function_of_seed_and_step() -> None:
+    segments, _ = cut(numbered([3, 9, 14, 2, 8, 8, 5, 11] * 6), 16)
+
+    def batches(seed: int, order: list[int]) -> dict[int, bytes]:
+        rows = Rows(segments, 16, seed=seed)
+        return {step: b"".join(a.tobytes() for a in rows.batch(step, (1, 4))) for step in order}
+
+    steps = list(range(20))  # more than one epoch
+    forward = batches(0, steps)
+    assert forward == batches(0, steps[::-1])
+    assert forward != batches(1, steps)
+    assert len(set(forward.values())) == len(steps), "an epoch is another order"
+
+
+def test_epochs_follow_each_other_without_a_gap() -> None:
+    segments, _ = cut(numbered([6] * 5), 5)
+    rows = Rows(segments, 5, epochs=3)
+    assert rows.steps(3, 4) == 4
+    batches = [rows.batch(step, (4,)) for step in range(5)]
+    used = [int((batch.segment_ids > 0).any(-1).sum()) for batch in batches]
+    assert used == [4, 4, 4, 3, 0]
+    assert np.bincount(np.concatenate([batch.labels[batch.weights > 0] for batch in batches])).max() == 3
+
+
+def test_rows_are_nearly_full() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.5, 0.8, 3000), 2, 1000).astype(int).tolist()
+    rows = data.pack_rows(lengths, 1024, rng)
+    assert sum(lengths) / (1024 * len(rows)) > 0.97
+    assert max(sum(lengths[i] for i in row) for row in rows) <= 1024
+
+
+def test_long_records() -> None:
+    segments, lost = cut(numbered([25]), 10)
+    assert lost == (1, 0, 0)
+    assert [len(s.inputs) for s in segments] == [10, 10, 4]
+    assert np.concatenate([s.labels for s in segments]).tolist() == list(range(1001, 1025))
+
+    segments, lost = cut(numbered([25, 11], splittable=False), 10)
+    assert lost == (0, 1, 0)
+    assert [s.labels.tolist() for s in segments] == [list(range(1001, 1011)), list(range(2001, 2011))]
+
+    answer_too_late = Record(np.arange(20, dtype=np.int32), (np.arange(20) > 15).astype(np.float32), False)
+    question_behind = Record(np.arange(9, dtype=np.int32), (np.arange(9) == 4).astype(np.float32), False)
+    segments, lost = cut([answer_too_late, question_behind], 10)
+    assert lost == (0, 1, 1)
+    assert segments[0].labels.tolist() == [1, 2, 3, 4], "nothing is computed behind the last learned token"
+    assert len(lost.notices(10)) == 2
+
+    with pytest.raises(UserError, match="expected at least one record with a token to learn, found none"):
+        Rows(cut([answer_too_late], 10)[0], 10)
+
+
+def test_hold_out() -> None:
+    records = numbered(list(range(2, 42)))
+    kept, held = hold_out(records, 0.1)
+    assert len(held) == 4
+    assert sorted(map(id, kept + held)) == sorted(map(id, records))
+    assert digest(held) == digest(hold_out(records, 0.1)[1])
+    assert digest(held) != digest(kept[:4])
+    for fraction in (0.0, 1.0, -0.1):
+        with pytest.raises(UserError, match="eval_fraction: expected a number between 0 and 1"):
+            hold_out(records, fraction)
+    with pytest.raises(UserError, match="eval_fraction: expected records on both sides, found 1 in all"):
+        hold_out(records[:1], 0.5)
