@@ -118,6 +118,9 @@ class RopeParameters:
         Where a file holds both forms, they must agree on the base.
         """
         new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+        for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigError(f"{name}: expected an object, found {value!r}")
         if new is not None and old is not None and dict(new) != dict(old):
             raise ConfigError("rope_parameters and rope_scaling: expected one of them, found both and they differ")
         scaling = dict(new or old or {})
@@ -125,6 +128,8 @@ class RopeParameters:
             raise ConfigError("rope_parameters: expected one flat set, found one per layer type")
         kind = scaling.pop("rope_type", None)
         legacy_kind = scaling.pop("type", None)
+        if kind is not None and legacy_kind is not None and kind != legacy_kind:
+            raise ConfigError(f"rope_type: expected one kind, found {kind!r} and, as type, {legacy_kind!r}")
         kind = kind or legacy_kind or "default"
         theta = scaling.pop("rope_theta", None)
         outer_theta = raw.get("rope_theta")
@@ -148,25 +153,42 @@ class RopeParameters:
                 "truncate",
             },
         }
-        if kind not in allowed:
-            raise ConfigError(f"rope_type: expected one of {sorted(allowed)}, found {kind!r}")
+        if not isinstance(kind, str) or kind not in allowed:
+            raise ConfigError(f"rope_type: expected one of {', '.join(allowed)}, found {kind!r}")
         if kind == "default":
             # transformers ignores scaling values of the default type, with a warning; so may a stale null here.
             scaling = {key: value for key, value in scaling.items() if value is not None}
         unknown = set(scaling) - allowed[kind]
         if unknown:
             raise ConfigError(f"rope_parameters: {sorted(unknown)} do not belong to rope_type {kind!r}")
-        if kind == "yarn" and scaling.get("original_max_position_embeddings") is None:
-            scaling["original_max_position_embeddings"] = max_position_embeddings
-        if scaling.get("truncate") is None:
-            scaling.pop("truncate", None)
-        _number("rope_theta", theta, above=0)
+        # yarn divides by the logarithm of the base
+        _number("rope_theta", theta, above=1 if kind == "yarn" else 0)
+        if kind == "yarn":
+            scaling = cls._checked_yarn(scaling, max_position_embeddings)
         if kind != "default":
-            # yarn lets `factor` be null: then it is the ratio of the two context lengths
-            if kind == "yarn" and "factor" in scaling and scaling["factor"] is None:
-                scaling["factor"] = max_position_embeddings / scaling["original_max_position_embeddings"]
             _number("rope_parameters.factor", scaling.get("factor"), at_least=1)
         return cls(rope_theta=float(theta), rope_type=kind, **scaling)
+
+    @staticmethod
+    def _checked_yarn(scaling: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
+        """The values of yarn without nulls; where transformers only warns, a wrong value is an error here."""
+        _integer("max_position_embeddings", max_position_embeddings, at_least=1)
+        # A null factor is the ratio of the two context lengths; an absent one is a mistake.
+        ratio = "factor" in scaling and scaling["factor"] is None
+        scaling = {key: value for key, value in scaling.items() if value is not None}
+        context = scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
+        _integer("rope_parameters.original_max_position_embeddings", context, at_least=1)
+        if ratio:
+            scaling["factor"] = max_position_embeddings / context
+        for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+            if name in scaling:
+                _number(f"rope_parameters.{name}", scaling[name], above=0)
+        fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+        if fast < slow:
+            raise ConfigError(f"rope_parameters.beta_fast: expected at least beta_slow ({slow}), found {fast}")
+        if not isinstance(scaling.get("truncate", True), bool):
+            raise ConfigError(f"rope_parameters.truncate: expected true or false, found {scaling['truncate']!r}")
+        return scaling
 
     def to_hf(self) -> dict[str, Any]:
         """The `rope_parameters` dictionary of transformers 5; fields that are None or default are left out."""
@@ -225,6 +247,8 @@ class Qwen3MoeConfig:
             raise ConfigError(f"hidden_act: expected 'silu', found {self.hidden_act!r}")
         for layer in self.mlp_only_layers:
             _integer("mlp_only_layers", layer, at_least=0)
+            if layer >= self.num_hidden_layers:
+                raise ConfigError(f"mlp_only_layers: expected layers below {self.num_hidden_layers}, found {layer}")
         if self.num_experts:
             _integer("num_experts_per_tok", self.num_experts_per_tok, at_least=1)
             if self.num_experts_per_tok > self.num_experts:
@@ -236,7 +260,10 @@ class Qwen3MoeConfig:
             _integer("sliding_window", self.sliding_window, at_least=1)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
-        _number("rms_norm_eps", self.rms_norm_eps, at_least=0)
+        for name in ("rms_norm_eps", "initializer_range", "router_aux_loss_coef", "attention_dropout"):
+            _number(name, getattr(self, name), at_least=0)
+        if self.attention_dropout >= 1:
+            raise ConfigError(f"attention_dropout: expected a number below 1, found {self.attention_dropout}")
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -285,20 +312,27 @@ class Qwen3MoeConfig:
             head_dim = width // heads
         values["head_dim"] = head_dim
         values.setdefault("num_key_value_heads", cls.num_key_value_heads)
-        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers") or ())
+        only_dense = values.get("mlp_only_layers")
+        if only_dense is not None and not isinstance(only_dense, list):
+            raise ConfigError(f"mlp_only_layers: expected a list of layers, found {only_dense!r}")
+        values["mlp_only_layers"] = tuple(only_dense or ())
         use_window = raw.pop("use_sliding_window", False)
+        if not isinstance(use_window, bool):
+            raise ConfigError(f"use_sliding_window: expected true or false, found {use_window!r}")
         window = raw.pop("sliding_window", None if not use_window else 4096)
         raw.pop("max_window_layers", None)  # transformers ignores it for this model: every layer slides, or none
         values["sliding_window"] = window if use_window else None
         layer_types = raw.pop("layer_types", None)
         if layer_types is not None:
-            expected = "sliding_attention" if values["sliding_window"] is not None else "full_attention"
-            if set(layer_types) != {expected}:
-                raise ConfigError(f"layer_types: expected only {expected!r}, found {sorted(set(layer_types))}")
-        dtypes = {raw.pop(name, None) for name in ("dtype", "torch_dtype")} - {None, "auto"}
-        if len(dtypes) > 1:
-            raise ConfigError(f"dtype and torch_dtype: expected the same, found {sorted(dtypes)}")
-        values["dtype"] = dtypes.pop() if dtypes else None
+            kind = "sliding_attention" if values["sliding_window"] is not None else "full_attention"
+            layers = values.get("num_hidden_layers", cls.num_hidden_layers)
+            if layer_types != [kind] * _integer("num_hidden_layers", layers, at_least=1):
+                raise ConfigError(f"layer_types: expected {layers} times {kind!r}, found {layer_types!r}")
+        dtypes = [raw.pop(name, None) for name in ("dtype", "torch_dtype")]
+        dtypes = [dtype for dtype in dtypes if dtype not in (None, "auto")]
+        if len(dtypes) > 1 and dtypes[0] != dtypes[1]:
+            raise ConfigError(f"dtype and torch_dtype: expected the same, found {dtypes[0]!r} and {dtypes[1]!r}")
+        values["dtype"] = dtypes[0] if dtypes else None
         values["rope_parameters"] = RopeParameters.from_hf(
             raw, max_position_embeddings=values.get("max_position_embeddings", cls.max_position_embeddings)
         )
@@ -437,9 +471,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return raw
 
 
-def _integer(name: str, value: Any, *, at_least: int) -> None:
+def _integer(name: str, value: Any, *, at_least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ConfigError(f"{name}: expected a whole number of at least {at_least}, found {value!r}")
+    return value
 
 
 def _number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> None:

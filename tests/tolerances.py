@@ -23,6 +23,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "load_balancing_loss": Tolerance(2e-6, 0.0, "auxiliary loss against transformers, relative"),
     "packing_isolation": Tolerance(1e-6, 0.0, "logits of a document when another one in its row changes, relative L2"),
     "merge_fp32": Tolerance(5e-7, 0.0, "weights with a merged adapter against PEFT's own merge, relative L2"),
+    "rotary_frequencies": Tolerance(1e-6, 0.0, "inverse frequencies against transformers and the oracle, relative"),
     "routing_margin": Tolerance(1e-5, 0.0, "top-k margin in probability above which the same experts must be chosen"),
 }
 

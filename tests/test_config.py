@@ -1,0 +1,252 @@
+"""Reading config.json: what both generations of transformers write and mean, and a clear error for everything else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeRotaryEmbedding
+
+from jaxmoe.config import LORA_GROUPS, LORA_TARGETS, ConfigError, LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.layers import rotary_frequencies
+from tests import oracle
+from tests.configs import CONFIGS, config_of
+from tests.reference import hf_config
+from tests.tolerances import bound
+
+SHARED_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings rms_norm_eps tie_word_embeddings attention_bias sliding_window attention_dropout "
+    "decoder_sparse_step moe_intermediate_size num_experts_per_tok num_experts norm_topk_prob router_aux_loss_coef"
+).split()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fields_mean_what_they_mean_to_transformers(name: str) -> None:
+    ours, theirs = config_of(name), hf_config(CONFIGS[name])
+    for field in SHARED_FIELDS:
+        assert getattr(ours, field) == getattr(theirs, field), field
+    layers = [Qwen3MoeDecoderLayer(theirs, i) for i in range(theirs.num_hidden_layers)]
+    assert ours.sparse_layers == tuple(i for i, layer in enumerate(layers) if hasattr(layer.mlp, "gate"))
+    assert sorted(ours.sparse_layers + ours.dense_layers) == list(range(theirs.num_hidden_layers))
+    assert {ours.head_dim} == {layer.self_attn.head_dim for layer in layers}
+    assert ours.dtype == "float32"
+
+
+def frequencies_agree(name: str) -> bool:
+    theirs = Qwen3MoeRotaryEmbedding(hf_config(CONFIGS[name]))
+    found, factor = rotary_frequencies(config_of(name).rope_parameters, config_of(name).head_dim)
+    rope = config_of(name).rope_parameters
+    exact = oracle.inverse_frequencies(rope, config_of(name).head_dim)
+    tolerance = bound("rotary_frequencies")
+    return (
+        np.allclose(found, theirs.inv_freq.numpy(), rtol=tolerance, atol=0)
+        and np.allclose(found, exact, rtol=tolerance, atol=0)
+        and math.isclose(factor, theirs.attention_scaling, rel_tol=tolerance)
+        and math.isclose(factor, oracle.attention_factor(rope), rel_tol=tolerance)
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rotary_frequencies_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert frequencies_agree(name)
+    # Negative control: another base in what the product has read.
+    read = Qwen3MoeConfig.from_hf.__func__
+
+    def misread(cls: type[Qwen3MoeConfig], raw: dict[str, Any]) -> Qwen3MoeConfig:
+        config = read(cls, raw)
+        rope = config.rope_parameters
+        return config.replace(rope_parameters=type(rope)(**{**vars(rope), "rope_theta": rope.rope_theta * 1.001}))
+
+    monkeypatch.setattr(Qwen3MoeConfig, "from_hf", classmethod(misread))
+    assert not frequencies_agree(name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip_through_the_form_of_transformers_5(name: str) -> None:
+    config = config_of(name)
+    written = json.loads(json.dumps(config.to_hf()))
+    assert Qwen3MoeConfig.from_hf(written) == config
+    theirs = hf_config(written)
+    for field in SHARED_FIELDS:
+        assert getattr(theirs, field) == getattr(config, field), field
+    assert theirs.head_dim == config.head_dim
+
+
+@pytest.mark.parametrize("name", ["plain_v4", "rope_yarn_v4", "sliding_window", "no_head_dim_v4", "odd_sizes"])
+def test_reads_what_transformers_writes(name: str, tmp_path: pathlib.Path) -> None:
+    hf_config(CONFIGS[name]).save_pretrained(tmp_path)
+    assert Qwen3MoeConfig.from_pretrained(tmp_path) == config_of(name)
+
+
+def test_absent_fields_take_the_defaults_of_transformers() -> None:
+    ours, theirs = Qwen3MoeConfig.from_hf({"model_type": "qwen3_moe"}), hf_config({"model_type": "qwen3_moe"})
+    for field in SHARED_FIELDS:
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.rope_parameters.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
+
+
+def test_sliding_window_counts_only_with_use_sliding_window() -> None:
+    raw = {**CONFIGS["plain"], "sliding_window": 7}
+    assert Qwen3MoeConfig.from_hf(raw).sliding_window is None is hf_config(raw).sliding_window
+    raw["use_sliding_window"] = True
+    assert Qwen3MoeConfig.from_hf(raw).sliding_window == 7 == hf_config(raw).sliding_window
+    del raw["sliding_window"]
+    assert Qwen3MoeConfig.from_hf(raw).sliding_window == 4096 == hf_config(raw).sliding_window
+
+
+ROPE_YARN = CONFIGS["rope_yarn"]["rope_parameters"]
+REJECTED = {
+    "another model type": ({"model_type": "qwen3"}, "model_type"),
+    "no model type": ({"model_type": None}, "model_type"),
+    "unknown field": ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+    "misspelt field": ({"num_expert_per_tok": 2}, "num_expert_per_tok"),
+    "two numbers of experts": ({"num_experts": 4, "num_local_experts": 8}, "num_local_experts"),
+    "more chosen than there are": ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
+    "none chosen": ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
+    "negative experts": ({"num_local_experts": -1}, "num_experts"),
+    "heads no multiple": ({"num_key_value_heads": 3}, "num_attention_heads"),
+    "no key heads": ({"num_key_value_heads": 0}, "num_key_value_heads"),
+    "odd head width": ({"head_dim": 13}, "head_dim"),
+    "head width to guess": ({"head_dim": None, "num_attention_heads": 5, "num_key_value_heads": 5}, "head_dim"),
+    "width as text": ({"hidden_size": "48"}, "hidden_size"),
+    "width as fraction": ({"hidden_size": 48.0}, "hidden_size"),
+    "layers as truth": ({"num_hidden_layers": True}, "num_hidden_layers"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers"),
+    "sparse step zero": ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+    "layer list as number": ({"mlp_only_layers": 1}, "mlp_only_layers"),
+    "negative layer": ({"mlp_only_layers": [-1]}, "mlp_only_layers"),
+    "layer beyond the last": ({"mlp_only_layers": [3]}, "mlp_only_layers"),
+    "layer as text": ({"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act"),
+    "activation as list": ({"hidden_act": ["silu"]}, "hidden_act"),
+    "flag as number": ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    "flag as null": ({"tie_word_embeddings": None}, "tie_word_embeddings"),
+    "window flag as text": ({"use_sliding_window": "yes"}, "use_sliding_window"),
+    "window of nothing": ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window"),
+    "window as text": ({"use_sliding_window": True, "sliding_window": "4"}, "sliding_window"),
+    "layer types that differ": (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "layer_types",
+    ),
+    "layer types as number": ({"layer_types": 3}, "layer_types"),
+    "layer types of another depth": ({"layer_types": ["full_attention"]}, "layer_types"),
+    "epsilon": ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+    "epsilon as text": ({"rms_norm_eps": "1e-6"}, "rms_norm_eps"),
+    "epsilon not a number": ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
+    "loss coefficient": ({"router_aux_loss_coef": "0.1"}, "router_aux_loss_coef"),
+    "attention dropout": ({"attention_dropout": 1.5}, "attention_dropout"),
+    "initial range": ({"initializer_range": -0.1}, "initializer_range"),
+    "unknown dtype": ({"dtype": "int8"}, "dtype"),
+    "dtype as number": ({"dtype": 16}, "dtype"),
+    "two dtypes": ({"dtype": "float32", "torch_dtype": "bfloat16"}, "torch_dtype"),
+    "rope kind": ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope_type"),
+    "rope as list": ({"rope_parameters": ["default"]}, "rope_parameters"),
+    "rope scaling as text": ({"rope_parameters": None, "rope_scaling": "linear"}, "rope_scaling"),
+    "rope per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
+    "rope two forms": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    "rope two bases": ({"rope_theta": 5.0}, "rope_theta"),
+    "rope two kinds": ({"rope_parameters": {**ROPE_YARN, "type": "linear"}}, "rope_type"),
+    "rope base": ({"rope_parameters": {"rope_theta": 0}}, "rope_theta"),
+    "rope base of one": ({"rope_parameters": {**ROPE_YARN, "rope_theta": 1.0}}, "rope_theta"),
+    "rope base as text": ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta"),
+    "rope no factor": ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    "rope factor below one": ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor"),
+    "rope foreign key": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}}, "beta_fast"),
+    "rope default with factor": ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor"),
+    "rope partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "rope partial inside": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    "yarn no factor": ({"rope_parameters": {k: v for k, v in ROPE_YARN.items() if k != "factor"}}, "factor"),
+    "yarn context": (
+        {"rope_parameters": {**ROPE_YARN, "original_max_position_embeddings": 0}},
+        "original_max_position_embeddings",
+    ),
+    "yarn attention factor": ({"rope_parameters": {**ROPE_YARN, "attention_factor": -1.0}}, "attention_factor"),
+    "yarn beta as text": ({"rope_parameters": {**ROPE_YARN, "beta_fast": "32"}}, "beta_fast"),
+    "yarn betas exchanged": ({"rope_parameters": {**ROPE_YARN, "beta_fast": 1.0, "beta_slow": 32.0}}, "beta_fast"),
+    "yarn mscale": ({"rope_parameters": {**ROPE_YARN, "mscale": "1"}}, "mscale"),
+    "yarn truncate as text": ({"rope_parameters": {**ROPE_YARN, "truncate": "no"}}, "truncate"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_unknown_and_inconsistent_fields_are_named(case: str) -> None:
+    changes, field = REJECTED[case]
+    Qwen3MoeConfig.from_hf(CONFIGS["plain"])
+    with pytest.raises(ConfigError, match=re.escape(field)) as error:
+        Qwen3MoeConfig.from_hf({**CONFIGS["plain"], **changes})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, 0.5, math.inf, True, [], [1, "x"], {}, {"a": {}}], ids=repr)
+def test_no_value_of_any_field_escapes_as_another_error(value: Any) -> None:
+    for raw in (CONFIGS["rope_yarn"], CONFIGS["rope_yarn_v4"]):
+        for name in raw:
+            for changed in ({**raw, name: value}, *_inside(raw, name, value)):
+                with contextlib.suppress(ConfigError):
+                    Qwen3MoeConfig.from_hf(changed)
+
+
+def _inside(raw: dict[str, Any], name: str, value: Any) -> list[dict[str, Any]]:
+    inner = raw[name]
+    return [{**raw, name: {**inner, key: value}} for key in inner] if isinstance(inner, dict) else []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"qwen3_moe"', '{"a": \udc80}'])
+def test_a_broken_file_is_named(text: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "config.json"))):
+        Qwen3MoeConfig.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="elsewhere"):
+        Qwen3MoeConfig.from_pretrained(tmp_path / "elsewhere")
+
+
+def test_lora_scale_and_patterns() -> None:
+    lora = LoraConfig(r=8, alpha=4.0, rank_pattern=(("v_proj", 2),), alpha_pattern=(("k_proj", 16.0),))
+    assert [lora.rank(t) for t in ("q_proj", "v_proj")] == [8, 2]
+    assert [lora.scale(t) for t in ("q_proj", "k_proj", "v_proj")] == [0.5, 2.0, 2.0]
+    assert LoraConfig(r=16, alpha=4.0, use_rslora=True).scale("q_proj") == 1.0
+
+
+def test_target_groups_expand_to_single_targets() -> None:
+    assert expand_targets(["attention"]) == LORA_GROUPS["attention"]
+    assert expand_targets(["experts", "q_proj", "gate"]) == (
+        "q_proj",
+        "gate",
+        "experts.gate_up_proj",
+        "experts.down_proj",
+    )
+    assert set(expand_targets(list(LORA_GROUPS))) == set(LORA_TARGETS)
+    with pytest.raises(ConfigError, match="q_porj"):
+        expand_targets(["q_porj"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"r": 0}, "rank"),
+        ({"r": 2.0}, "rank"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"targets": ()}, "targets"),
+        ({"targets": ("q_proj", "q_proj")}, "targets"),
+        ({"targets": ("experts",)}, "experts"),
+        ({"rank_pattern": (("gate", 4),)}, "gate"),
+    ],
+)
+def test_a_wrong_lora_configuration_is_named(arguments: dict[str, Any], field: str) -> None:
+    LoraConfig()
+    with pytest.raises(ConfigError, match=field):
+        LoraConfig(**arguments)
+
+
+def test_targets_that_the_model_lacks_are_named() -> None:
+    for name, target in (("plain", "gate_proj"), ("all_dense", "gate"), ("all_dense", "experts.down_proj")):
+        with pytest.raises(ConfigError, match=re.escape(target)):
+            LoraConfig(targets=(target,)).check_against(config_of(name))
