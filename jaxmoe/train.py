@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint import Block, TrainCheckpoints, cast
+from jaxmoe.checkpoint import Block, TrainCheckpoints, cast, is_converted, read_converted
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
 from jaxmoe.data import Rows, cut, digest, hold_out, load_tokenizer, read_records
@@ -586,13 +586,12 @@ def _blocks(config: Qwen3MoeConfig, arrays: Mapping[str, np.ndarray], dtype: np.
 def _export_merged(
     settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig, arrays: dict[str, np.ndarray]
 ) -> None:
-    from convert import open_checkpoint
     from convert.adapters import merge
-    from convert.hf2jax import companion_files
+    from convert.hf2jax import companion_files, read_hf
     from convert.jax2hf import write_hf
 
     assert settings.model is not None
-    source = open_checkpoint(settings.model)
+    source = read_converted(settings.model) if is_converted(settings.model) else read_hf(settings.model)
 
     def blocks() -> Iterator[Block]:
         for block in source.blocks():
