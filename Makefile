@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	@$(RUN) examples/demo.py
+	@$(RUN) -m examples.demo
 
 test: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest $(PYTEST_ARGS) $(verdict)

@@ -1,7 +1,6 @@
-"""`python -m jaxmoe.doctor`: what this machine has, which implementation each operation takes, and what fits.
+"""What this machine has, which implementation each operation takes, and what fits: `python -m jaxmoe.doctor`.
 
-    python -m jaxmoe.doctor
-    python -m jaxmoe.doctor --model qwen3-30b-a3b --lora-targets attention,experts --batch-size 2 --seq-length 4096
+With `--model`, a forecast of the memory that training and generation need; `qwen3-30b-a3b` needs no download.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.presets import PRESETS
 
 PACKAGES = (
-    "jax jaxlib jax-cuda12-plugin jax-cuda13-plugin flax optax orbax-checkpoint numpy ml_dtypes safetensors transformers "
-    "tokenizers tensorboardX torch peft bitsandbytes"
+    "jax jaxlib jax-cuda12-plugin jax-cuda13-plugin flax optax orbax-checkpoint numpy ml_dtypes safetensors "
+    "transformers tokenizers tensorboardX torch peft bitsandbytes"
 ).split()
 
 
@@ -46,13 +45,14 @@ class DoctorConfig:
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
     batch_size: int = field(default=1, metadata={"help": "rows in a batch"})
     seq_length: int = field(default=2048, metadata={"help": "tokens in a row"})
+    accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "dtype of the parameters and of the computation"}
     )
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
     def __post_init__(self) -> None:
-        for name in ("lora_r", "batch_size", "seq_length"):
+        for name in ("lora_r", "batch_size", "seq_length", "accumulation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}")
 
@@ -108,13 +108,14 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     lora = LoraConfig(r=options.lora_r, targets=expand_targets(options.lora_targets))
     shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
     trained = lora if options.train == "lora" else None
+    parameters = memory.parameter_count(config)
     return {
         "model": options.model,
-        "parameters": memory.parameter_count(config),
+        "parameters": parameters,
         "active_parameters": memory.active_parameter_count(config),
-        "trained_parameters": memory.count(memory.lora_specs(config, lora)) if trained else memory.parameter_count(config),
+        "trained_parameters": memory.adapter_count(config, trained) if trained else parameters,
         **shape,
-        "training": memory.training_forecast(config, trained, **shape),
+        "training": memory.training_forecast(config, trained, **shape, accumulation=options.accumulation),
         "generation": memory.generation_forecast(config, trained, **shape),
     }
 

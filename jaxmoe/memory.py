@@ -6,7 +6,7 @@ Standard library only: a forecast needs neither a device nor weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
@@ -14,7 +14,7 @@ from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FLOAT32 = 4
-ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, in its dtype
+ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time: the default of jaxmoe.loss.cross_entropy
 
 
@@ -39,14 +39,14 @@ class Forecast:
         return sum(part.bytes for part in self.parts)
 
 
-def count(specs: Mapping[str, ParameterSpec]) -> int:
-    """Number of elements of all arrays."""
-    return sum(math.prod(spec.shape) for spec in specs.values())
-
-
 def parameter_count(config: Qwen3MoeConfig) -> int:
     """Number of parameters of the model (a tied head counts once)."""
-    return count(parameter_specs(config))
+    return _count(parameter_specs(config))
+
+
+def adapter_count(config: Qwen3MoeConfig, lora: LoraConfig) -> int:
+    """Number of parameters of the adapters."""
+    return _count(lora_specs(config, lora))
 
 
 def active_parameter_count(config: Qwen3MoeConfig) -> int:
@@ -54,34 +54,47 @@ def active_parameter_count(config: Qwen3MoeConfig) -> int:
     specs = parameter_specs(config)
     experts = {path: specs.pop(path) for path in ("sparse.gate_up_proj", "sparse.down_proj") if path in specs}
     if not experts:
-        return count(specs)
-    return count(specs) + count(experts) * config.num_experts_per_tok // config.num_experts
+        return _count(specs)
+    return _count(specs) + _count(experts) * config.num_experts_per_tok // config.num_experts
 
 
 def training_forecast(
-    config: Qwen3MoeConfig, lora: LoraConfig | None, *, batch_size: int, seq_length: int, dtype: str
+    config: Qwen3MoeConfig,
+    lora: LoraConfig | None,
+    *,
+    batch_size: int,
+    seq_length: int,
+    dtype: str,
+    accumulation: int = 1,
 ) -> Forecast:
     """One step of AdamW on `batch_size` rows of `seq_length` tokens, every layer recomputed in the backward pass.
 
-    With `lora` only the adapters (float32) have gradients and moments; with None all parameters, kept in `dtype`, do.
-    Accumulation over several batches adds nothing: gradients are summed in place.
+    With `lora` only the adapters have gradients and moments; with None all parameters do, and are computed in `dtype`
+    from float32 masters. What is trained is float32. Accumulation holds the sum beside the gradients of a micro-batch.
     """
     size = DTYPE_BYTES[dtype]
-    model = parameter_count(config) * size
-    adapters = count(lora_specs(config, lora)) * FLOAT32 if lora else 0
-    trained = adapters if lora else model
-    parts = [
-        Part("parameters", model, True),
-        Part("adapters", adapters, True),
-        Part("gradients", trained, True),
-        Part("optimizer state", ADAM_MOMENTS * trained, True),
-        Part("layer inputs", config.num_hidden_layers * batch_size * seq_length * config.hidden_size * size, False),
-        # The recomputed results of a layer, and the gradient of each.
-        Part("one layer at work", 2 * layer_bytes(config, batch_size, seq_length, seq_length, size), False),
-        # The logits of a chunk, and their gradient.
-        Part("one chunk of logits", 2 * min(LOSS_CHUNK, batch_size * seq_length) * config.vocab_size * FLOAT32, False),
-    ]
-    return _forecast(parts)
+    parameters = parameter_count(config)
+    tokens = batch_size * seq_length
+    if lora:
+        trained = adapter_count(config, lora) * FLOAT32
+        stored = [Part("parameters", parameters * size, True), Part("adapters", trained, True)]
+    else:
+        trained = parameters * FLOAT32
+        stored = [Part("parameters", trained, True)]
+        if dtype != "float32":
+            stored.append(Part(f"{dtype} copy", parameters * size, True))
+    return Forecast(
+        (
+            *stored,
+            Part("gradients", trained * min(accumulation, 2), True),
+            Part("optimizer state", ADAM_MOMENTS * trained, True),
+            Part("layer inputs", config.num_hidden_layers * tokens * config.hidden_size * size, False),
+            # The recomputed results of a layer, and the gradient of each.
+            Part("one layer at work", 2 * layer_bytes(config, batch_size, seq_length, size), False),
+            # The logits of a chunk, and their gradient.
+            Part("one chunk of logits", 2 * min(LOSS_CHUNK, tokens) * config.vocab_size * FLOAT32, False),
+        )
+    )
 
 
 def generation_forecast(
@@ -90,14 +103,16 @@ def generation_forecast(
     """Prefill and decoding of `batch_size` rows, `seq_length` tokens each, prompt and answer together."""
     size = DTYPE_BYTES[dtype]
     kv_width = config.num_key_value_heads * config.head_dim
-    parts = [
-        Part("parameters", parameter_count(config) * size, True),
-        Part("adapters", count(lora_specs(config, lora)) * FLOAT32 if lora else 0, True),
-        Part("KV cache", 2 * config.num_hidden_layers * batch_size * seq_length * kv_width * size, True),
-        Part("one layer at work", layer_bytes(config, batch_size, seq_length, seq_length, size), False),
-        Part("logits", batch_size * config.vocab_size * FLOAT32, False),
-    ]
-    return _forecast(parts)
+    adapters = (Part("adapters", adapter_count(config, lora) * FLOAT32, True),) if lora else ()
+    return Forecast(
+        (
+            Part("parameters", parameter_count(config) * size, True),
+            *adapters,
+            Part("KV cache", 2 * config.num_hidden_layers * batch_size * seq_length * kv_width * size, True),
+            Part("one layer at work", layer_bytes(config, batch_size, seq_length, size), False),
+            Part("logits", batch_size * config.vocab_size * FLOAT32, False),
+        )
+    )
 
 
 def padded_rows(routed_rows: int, num_experts: int) -> int:
@@ -109,15 +124,15 @@ def padded_rows(routed_rows: int, num_experts: int) -> int:
     return routed_rows + min(num_experts, routed_rows) * tile
 
 
-def layer_bytes(config: Qwen3MoeConfig, batch_size: int, query_length: int, key_length: int, size: int) -> int:
+def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int) -> int:
     """Bytes of all results inside the larger kind of decoder layer, `size` bytes an element.
 
-    Attention logits and probabilities are float32, [B, N, T, S], as XLA's attention holds them.
+    Attention logits and probabilities are float32, [B, N, T, T], as XLA's attention holds them.
     """
-    tokens = batch_size * query_length
+    tokens = batch_size * seq_length
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = tokens * (2 * config.hidden_size + 2 * heads + 2 * kv) * size
-    attention += 2 * batch_size * config.num_attention_heads * query_length * key_length * FLOAT32
+    attention += 2 * batch_size * config.num_attention_heads * seq_length**2 * FLOAT32
     mlps = [0]
     if config.sparse_layers:
         rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts)
@@ -131,12 +146,12 @@ def layer_bytes(config: Qwen3MoeConfig, batch_size: int, query_length: int, key_
 def human(count_of_bytes: int) -> str:
     """Bytes in binary units, three significant digits: 61064245248 -> '56.9 GiB'."""
     value, unit = float(count_of_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):
         if value < 1000:
             break
         value, unit = value / 1024, larger
     return f"{count_of_bytes} B" if unit == "B" else f"{value:.3g} {unit}"
 
 
-def _forecast(parts: Iterable[Part]) -> Forecast:
-    return Forecast(tuple(part for part in parts if part.bytes))
+def _count(specs: Mapping[str, ParameterSpec]) -> int:
+    return sum(math.prod(spec.shape) for spec in specs.values())

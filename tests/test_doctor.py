@@ -1,0 +1,205 @@
+"""The doctor's report, and the memory forecast against counts by hand and against what XLA allocates."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe import doctor, memory
+from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig
+from jaxmoe.data import Batch
+from jaxmoe.dispatch import make_schedule, tile_rows
+from jaxmoe.errors import UserError
+from jaxmoe.model import init_adapters, init_parameters
+from jaxmoe.parameters import lora_specs, parameter_specs
+from jaxmoe.presets import PRESETS
+from jaxmoe.step import Model, loss_and_gradients
+
+SMALL = Qwen3MoeConfig(
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    moe_intermediate_size=48,
+    num_experts=8,
+    num_experts_per_tok=2,
+    mlp_only_layers=(1,),
+)
+LORA = LoraConfig(r=4, targets=LORA_GROUPS["attention"] + LORA_GROUPS["experts"])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("qwen3-30b-a3b", 30_532_122_624), ("qwen3-235b-a22b", 235_093_634_560)]
+)
+def test_published_parameter_counts(name: str, parameters: int) -> None:
+    assert memory.parameter_count(PRESETS[name]) == parameters
+
+
+def test_parameters_counted_by_hand() -> None:
+    attention = 64 * 128 + 2 * 64 * 64 + 128 * 64 + 2 * 32 + 2 * 64  # q; k and v; o; q/k norms; layer norms
+    sparse = 8 * 64 + 8 * (2 * 48 * 64 + 64 * 48)  # router; gate_up and down of each expert
+    dense = 3 * 96 * 64
+    top = 2 * 1000 * 64 + 64  # embedding and head; norm
+    assert memory.parameter_count(SMALL) == top + 4 * attention + 3 * sparse + dense
+    assert memory.parameter_count(SMALL.replace(tie_word_embeddings=True)) == memory.parameter_count(SMALL) - 1000 * 64
+    chosen = 8 * 64 + 2 * (2 * 48 * 64 + 64 * 48)
+    assert memory.active_parameter_count(SMALL) == top + 4 * attention + 3 * chosen + dense
+
+
+def test_adapters_counted_by_hand() -> None:
+    attention = 4 * ((64 + 128) + 2 * (64 + 64) + (128 + 64))
+    experts = 4 * 8 * ((64 + 2 * 48) + (48 + 64))
+    assert memory.adapter_count(SMALL, LORA) == 4 * attention + 3 * experts
+
+
+def test_what_training_stores() -> None:
+    parameters, adapters = memory.parameter_count(SMALL), memory.adapter_count(SMALL, LORA)
+
+    def exact(lora: LoraConfig | None, accumulation: int = 1) -> dict[str, int]:
+        plan = memory.training_forecast(
+            SMALL, lora, batch_size=2, seq_length=64, dtype="bfloat16", accumulation=accumulation
+        )
+        return {part.name: part.bytes for part in plan.parts if part.exact}
+
+    assert exact(LORA) == {
+        "parameters": 2 * parameters,
+        "adapters": 4 * adapters,
+        "gradients": 4 * adapters,
+        "optimizer state": 8 * adapters,
+    }
+    assert exact(LORA, accumulation=8)["gradients"] == 8 * adapters
+    assert exact(None) == {
+        "parameters": 4 * parameters,
+        "bfloat16 copy": 2 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer state": 8 * parameters,
+    }
+
+
+def test_what_generation_stores() -> None:
+    plan = memory.generation_forecast(SMALL, None, batch_size=3, seq_length=100, dtype="float32")
+    exact = {part.name: part.bytes for part in plan.parts if part.exact}
+    assert exact == {"parameters": 4 * memory.parameter_count(SMALL), "KV cache": 2 * 4 * 3 * 100 * (2 * 32) * 4}
+    assert plan.total == sum(part.bytes for part in plan.parts)
+
+
+def test_bytes_are_those_of_real_arrays() -> None:
+    params = init_parameters(SMALL, jax.random.key(0), jnp.bfloat16)
+    adapters = init_adapters(SMALL, LORA, jax.random.key(1))
+    plan = memory.training_forecast(SMALL, LORA, batch_size=1, seq_length=8, dtype="bfloat16")
+    sizes = {part.name: part.bytes for part in plan.parts}
+    assert sizes["parameters"] == sum(array.nbytes for array in params.values())
+    assert sizes["adapters"] == sum(array.nbytes for array in adapters.values())
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 512, 4096])
+@pytest.mark.parametrize("num_experts", [2, 32, 128])
+def test_padded_rows_bound_what_dispatch_lays_out(tokens: int, num_experts: int) -> None:
+    k = min(8, num_experts)
+    tile = tile_rows(tokens * k, num_experts)
+    experts = jax.ShapeDtypeStruct((tokens, k), jnp.int32)
+    schedule = jax.eval_shape(lambda chosen: make_schedule(chosen, num_experts, tile), experts)
+    assert schedule.source.size <= memory.padded_rows(tokens * k, num_experts) <= 2 * max(schedule.source.size, 8)
+
+
+@pytest.mark.parametrize("seq_length", [256, 512])
+def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(seq_length: int) -> None:
+    lora, batch_size = LORA, 4
+    config = SMALL.replace(hidden_size=128, num_hidden_layers=8, mlp_only_layers=(), num_experts_per_tok=4)
+    structs = {
+        "frozen": {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in parameter_specs(config).items()},
+        "adapters": {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in lora_specs(config, lora).items()},
+    }
+    shape = (1, batch_size, seq_length)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32 if n == "weights" else jnp.int32) for n in Batch._fields))
+    model = Model(config, lora)
+    step = jax.jit(lambda frozen, adapters, batch: loss_and_gradients(model, frozen, adapters, batch, 0.001))
+    used = step.lower(structs["frozen"], structs["adapters"], batch).compile().memory_analysis()
+    assert used is not None
+    plan = memory.training_forecast(config, lora, batch_size=batch_size, seq_length=seq_length, dtype="float32")
+    estimate = sum(part.bytes for part in plan.parts if not part.exact)
+    assert 0.5 < estimate / used.temp_size_in_bytes < 2
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1024, "1 KiB"), (61_064_245_248, "56.9 GiB"), (2**50, "1 PiB")],
+)
+def test_human_sizes(size: int, text: str) -> None:
+    assert memory.human(size) == text
+
+
+def test_the_command_prints_every_section(run_module: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = run_module("jaxmoe.doctor", "--model", "qwen3-30b-a3b", "--batch-size", "2")
+    assert done.returncode == 0, done.stderr
+    for line in ("Devices", "Versions", "Operations", "30,532,122,624 parameters", "  training: ", "  generation: "):
+        assert line in done.stdout
+    assert "optimizer state" in done.stdout
+    assert "fit" in done.stdout.lower()
+
+
+def test_the_same_as_json(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
+    for model in (tmp_path, tmp_path / "config.json"):
+        doctor.main(["--model", str(model), "--json", "--train", "full", "--dtype", "float32"])
+        found = json.loads(capsys.readouterr().out)
+        assert found["forecast"]["trained_parameters"] == memory.parameter_count(SMALL)
+        parts = found["forecast"]["training"]["parts"]
+        assert found["forecast"]["training"]["total"] == sum(part["bytes"] for part in parts)
+        assert found["versions"]["jax"] == jax.__version__
+        assert found["devices"][0]["platform"] == jax.default_backend()
+        assert {operation for operation, _, _ in found["operations"]} >= {"attention", "grouped matmul"}
+
+
+def test_without_a_device_it_still_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def no_devices() -> None:
+        raise RuntimeError("Unable to initialize backend 'cuda':\n no driver")
+
+    monkeypatch.setattr(jax, "devices", no_devices)
+    doctor.main(["--model", "qwen3-30b-a3b"])
+    shown = capsys.readouterr().out
+    assert "! JAX finds no device: Unable to initialize backend 'cuda': no driver" in shown
+    assert "30,532,122,624 parameters" in shown
+
+
+@pytest.mark.parametrize("room", [-1, 0])
+def test_fits_or_not(room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    options = doctor.DoctorConfig(model="qwen3-30b-a3b")
+    total = doctor.forecast(options)["training"].total
+    device = {"name": "card", "platform": "gpu", "memory": total + room}
+    monkeypatch.setattr(doctor, "devices", lambda: [device, device])
+    doctor.main(["--model", "qwen3-30b-a3b"])
+    training = capsys.readouterr().out.split("training:")[1].split("generation:")[0]
+    assert training.count("card") == 1
+    assert ("DOES NOT FIT on one card: 1 B short" if room else "fits on one card: 0 B left") in training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "qwen9"], "model: expected a folder, a config.json or one of qwen3-30b-a3b, .*; found 'qwen9'"),
+        (["--lora-r", "0"], "lora_r: expected at least 1, found 0"),
+        (["--model", "qwen3-30b-a3b", "--lora-targets", "mlp"], "LoRA targets: expected .*; found 'mlp'"),
+        (["--model", "qwen3-30b-a3b", "--lora-targets", "dense"], "the model has no dense MLP layer"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        doctor.main(arguments)
+
+
+def test_counts_are_whole_numbers_beyond_int32() -> None:
+    shapes = parameter_specs(PRESETS["qwen3-235b-a22b"]).values()
+    assert memory.parameter_count(PRESETS["qwen3-235b-a22b"]) == sum(
+        int(np.prod(spec.shape, dtype=np.int64)) for spec in shapes
+    )
