@@ -47,7 +47,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         summary, kind = _model(read_hf(path).config), "HF checkpoint"
         tensors = open_folder(path).values()
-    return _report(kind, summary, [(t.name, t.shape, t.dtype.name, t.stop - t.start) for t in tensors])
+    return _report(kind, summary, [(t.name, t.shape, t.dtype.name, t.data.nbytes) for t in tensors])
 
 
 def _facts(array: np.ndarray) -> tuple[tuple[int, ...], str, int]:

@@ -7,7 +7,6 @@ Only safetensors are read: a pickle can run code. The format is that of github.c
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import pathlib
@@ -36,16 +35,15 @@ CODES = {dtype.name: code for code, dtype in FLOATS.items()}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tensor:
-    """One tensor of a shard: `code` is the format's dtype, `start` and `stop` are offsets from the file's beginning."""
+    """One tensor of a shard: `code` is the format's dtype, `data` its bytes, a read-only view of the mapped file."""
 
     name: str
     file: pathlib.Path
     code: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
+    data: np.ndarray
 
     @property
     def dtype(self) -> np.dtype:
@@ -55,13 +53,8 @@ class Tensor:
         return FLOATS[self.code]
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file; pages are loaded when touched and belong to the page cache."""
-        return _mapped(self.file)[self.start : self.stop].view(self.dtype).reshape(self.shape)
-
-
-@functools.lru_cache(maxsize=256)
-def _mapped(file: pathlib.Path) -> np.ndarray:
-    return np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+        """A view, no copy: pages are loaded when touched and belong to the page cache."""
+        return self.data.view(self.dtype).reshape(self.shape)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,34 +91,38 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise UserError(f"{file}: expected a JSON object as header, found {type(header).__name__}")
     header.pop("__metadata__", None)
-    tensors = [_tensor(file, name, entry, 8 + length) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
-    end = 8 + length
-    for tensor in tensors:
-        if tensor.start != end:
-            what = "an overlap" if tensor.start < end else "a gap"
-            raise UserError(f"{file}: {tensor.name}: expected it at byte {end}, found {what} (byte {tensor.start})")
-        end = tensor.stop
-    if end != size:
-        what = "truncated" if size < end else "too long"
-        raise UserError(f"{file}: expected {end} bytes as its header says, found {size} ({what})")
-    return {tensor.name: tensor for tensor in tensors}
+    spans = sorted((*_span(file, name, entry), name) for name, entry in header.items())
+    end, base = 0, 8 + length
+    for start, stop, name in spans:
+        if start != end:
+            what = "an overlap" if start < end else "a gap"
+            raise UserError(f"{file}: {name}: expected it at offset {end}, found {what} (offset {start})")
+        end = stop
+    if base + end != size:
+        what = "truncated" if size < base + end else "too long"
+        raise UserError(f"{file}: expected {base + end} bytes as its header says, found {size} ({what})")
+    mapped = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
+    return {
+        name: Tensor(
+            name, file, header[name]["dtype"], tuple(header[name]["shape"]), mapped[base + start : base + stop]
+        )
+        for start, stop, name in spans
+    }
 
 
-def _tensor(file: pathlib.Path, name: str, entry: Any, base: int) -> Tensor:
+def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
+    """Offsets of a tensor, after making sure that they fit its dtype and shape."""
     try:
-        code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            raise ValueError
     except (TypeError, KeyError, ValueError):
-        whole = False
-        code, shape, start, stop = None, (), 0, 0
-    if not whole:
-        raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {entry!r}"[:300])
-    if code not in _ITEM_BYTES:
+        raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {entry!r}"[:300]) from None
+    if not isinstance(code, str) or code not in _ITEM_BYTES:
         raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {code!r}")
     if stop - start != math.prod(shape) * _ITEM_BYTES[code]:
-        raise UserError(f"{file}: {name}: {code} {list(shape)} does not fill the offsets {start} to {stop}")
-    return Tensor(name, file, code, shape, base + start, base + stop)
+        raise UserError(f"{file}: {name}: {code} {shape} does not fill the offsets {start} to {stop}")
+    return start, stop
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
