@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
     tokenizer.save_pretrained(arguments.output)
     characters = sum(map(len, texts))
-    tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+    tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
     print(f"{arguments.output}: {len(tokenizer)} tokens; {characters / tokens:.2f} characters of its data each")
 
 

@@ -14,6 +14,6 @@ python=${PYTHON:-python3}
 "$python" -m examples.train_tokenizer "$output/corpus/text.jsonl" "$output/tokenizer" --vocab-size 2048
 "$python" -m jaxmoe.train --from-scratch "examples/pretrain/$recipe.json" --tokenizer "$output/tokenizer" \
     --data "$output/corpus/text.jsonl" --eval-data "$output/corpus/text.heldout.jsonl" --output "$output/run" \
-    --seq-length 512 --batch-size 32 --epochs 30 --learning-rate 2e-3 --warmup-ratio 0.02 \
+    --seq-length 512 --batch-size 32 --max-steps 5400 --learning-rate 2e-3 --warmup-ratio 0.02 \
     --weight-decay 0.1 --adam-beta2 0.95 --eval-every 500 --save-every 500 "${@:3}"
 echo "The model, in HF form: $output/run/model"
