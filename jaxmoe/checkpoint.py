@@ -8,10 +8,13 @@ NumPy here, bfloat16 as `ml_dtypes.bfloat16`; no model and no device is needed.
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import json
 import os
 import pathlib
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -372,21 +375,41 @@ def checksum(array: np.ndarray) -> str:
 
 def write_item(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Writes one Orbax item and returns its entries for the manifest."""
-    ocp = _orbax()
-    # one file per chunk: the single-file format (OCDBT) gathers the whole item in memory before it writes
-    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
-    save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
-    try:
-        checkpointer.save(path.resolve(), args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
-    except ValueError as error:
-        # tensorstore reports a failing disk as ValueError, with the cause in the text
-        raise OSError(f"{path.name}: cannot be written: {_first_line(error)}") from error
-    finally:
-        checkpointer.close()
+    # In a thread of its own, which is waited for: Ctrl-C and SIGTERM are raised in the main thread, and one that tore
+    # Orbax out of a write would leave others running while the folder is being removed.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(_save, path.resolve(), arrays).result()
     return {
         name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": checksum(array)}
         for name, array in arrays.items()
     }
+
+
+def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    ocp = _orbax()
+    # one file per chunk: the single-file format (OCDBT) gathers the whole item in memory before it writes
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+    save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
+    # When one array cannot be written, Orbax stops listening to the others, and tensorstore prints a traceback for each
+    # of them through this hook.
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
+    except ValueError as error:
+        _wait_for_stragglers(path)
+        # tensorstore reports a failing disk as ValueError, with the cause in the text
+        raise OSError(f"{path.name}: cannot be written: {_first_line(error)}") from error
+    finally:
+        sys.unraisablehook = hook
+        checkpointer.close()
+
+
+def _wait_for_stragglers(path: pathlib.Path) -> None:
+    """Returns once the writes that were under way when one failed have ended: nothing new appears beside `path`."""
+    before = None
+    while (now := sorted(map(str, path.parent.glob(f"{path.name}*/**/*")))) != before:
+        before = now
+        time.sleep(0.2)
 
 
 def read_item(path: pathlib.Path, entries: Mapping[str, Any], verify: bool) -> dict[str, np.ndarray]:
@@ -423,9 +446,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _orbax() -> Any:
-    """Orbax, imported where it is used because it loads JAX, and without its log lines."""
+    """Orbax, imported where it is used because it loads JAX, and without its log lines: what it logs it also raises."""
     import absl.logging
     import orbax.checkpoint as ocp
 
-    absl.logging.set_verbosity(absl.logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.FATAL)
     return ocp

@@ -27,7 +27,9 @@ def output_folder(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     new_parents = [parent for parent in final.parents if not parent.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent) as outer:
+        # a failure to clean up must not hide the failure that made it necessary
+        temporary = tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent, ignore_cleanup_errors=True)
+        with temporary as outer:
             # a folder inside the private one gets the permissions that the user's umask asks for
             inner = pathlib.Path(outer) / "content"
             inner.mkdir()
