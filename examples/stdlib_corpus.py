@@ -1,8 +1,9 @@
 """Python's own library as training data: `python -m examples.stdlib_corpus OUTPUT`.
 
-Writes four JSONL files: the source files as `{"text": ...}` (text.jsonl, text.heldout.jsonl), and chats that answer a
-signature with its docstring (docstrings.jsonl, docstrings.heldout.jsonl). A module is held out from both, by a hash of
-its name. The same Python version gives the same bytes; another one has another library.
+Writes four JSONL files: the source files (code) and the language reference (prose) as `{"text": ...}` (text.jsonl,
+text.heldout.jsonl), and chats that answer a signature with its docstring (docstrings.jsonl, docstrings.heldout.jsonl).
+A module is held out from both, by a hash of its name. The same Python version gives the same bytes; another one has
+another library.
 """
 
 from __future__ import annotations
@@ -62,6 +63,16 @@ def read_sources(root: pathlib.Path) -> dict[str, str]:
     return sources
 
 
+def read_topics(root: pathlib.Path) -> dict[str, str]:
+    """Name -> text of every topic of the language reference that `help()` shows (`pydoc_data/topics.py`)."""
+    path = root / "pydoc_data" / "topics.py"
+    if not path.is_file():  # some distributions leave it out
+        return {}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    (table,) = (node.value for node in tree.body if isinstance(node, ast.Assign))
+    return {f"topics/{name}": text for name, text in sorted(ast.literal_eval(table).items()) if text.strip()}
+
+
 def signatures(source: str) -> Iterator[tuple[str, str]]:
     """(signature, first paragraph of the docstring) of every public function and method, in order.
 
@@ -96,9 +107,10 @@ def write_corpus(output: pathlib.Path, root: pathlib.Path) -> dict[str, int]:
     """Writes the four files into `output` and returns the number of records in each."""
     sources = read_sources(root)
     train, held_out = docstring_records(sources)
+    texts = sources | read_topics(root)
     files: dict[str, Sequence[Any]] = {
-        "text.jsonl": [{"text": text} for name, text in sources.items() if not is_held_out(name)],
-        "text.heldout.jsonl": [{"text": text} for name, text in sources.items() if is_held_out(name)],
+        "text.jsonl": [{"text": text} for name, text in texts.items() if not is_held_out(name)],
+        "text.heldout.jsonl": [{"text": text} for name, text in texts.items() if is_held_out(name)],
         "docstrings.jsonl": train,
         "docstrings.heldout.jsonl": held_out,
     }

@@ -388,10 +388,14 @@ def _draw(spec: ParameterSpec, key: Array, dtype: Any, std: float) -> Array:
         return jnp.ones(spec.shape, dtype)
     if spec.init == "zeros":
         return jnp.zeros(spec.shape, dtype)
+    if spec.axes[0] == "layers":
+        # Layer by layer: the random bits of a whole stack would take twice the memory of the stack itself.
+        layer = ParameterSpec(spec.shape[1:], spec.axes[1:], spec.init)
+        return jax.lax.map(lambda k: _draw(layer, k, dtype, std), jax.random.split(key, spec.shape[0]))
     if spec.init == "uniform":  # Kaiming with a = sqrt(5): bound 1 / sqrt(fan in), as PEFT draws lora_A
         bound = 1 / math.sqrt(spec.shape[-1])
         return jax.random.uniform(key, spec.shape, dtype, -bound, bound)
-    return std * jax.random.normal(key, spec.shape, dtype)
+    return (std * jax.random.normal(key, spec.shape, dtype)).astype(dtype)
 
 
 def _draw_all(specs: Mapping[str, ParameterSpec], key: Array, dtype: Any, std: float) -> Params:

@@ -28,6 +28,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "merge_fp32": Tolerance(5e-7, 0.0, "weights with a merged adapter against PEFT's own merge, relative L2"),
     "rotary_frequencies": Tolerance(1e-6, 0.0, "inverse frequencies against transformers and the oracle, relative"),
     "routing_margin": Tolerance(1e-5, 0.0, "top-k margin in probability above which the same experts must be chosen"),
+    "accumulation": Tolerance(2e-6, 0.0, "loss and gradients of several micro-batches against one batch, relative"),
+    "reloaded_loss": Tolerance(2e-6, 0.0, "held-out loss of what a run wrote, read again (also by transformers), relative"),
 }
 
 
