@@ -9,6 +9,7 @@ NumPy here, bfloat16 as `ml_dtypes.bfloat16`; no model and no device is needed.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
@@ -168,9 +169,12 @@ def is_converted(path: str | os.PathLike[str]) -> bool:
 
 
 def write_adapter(
-    dst: str | os.PathLike[str], config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]
+    dst: str | os.PathLike[str], config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, Any]
 ) -> None:
-    """Writes a converted adapter: one Orbax item, and `adapter.json` with both configs and every array's checksum."""
+    """Writes a converted adapter: one Orbax item, and `adapter.json` with both configs and every array's checksum.
+
+    `adapters` holds the arrays of `lora_specs(config, lora)`, NumPy or JAX.
+    """
     arrays = {name: np.asarray(array) for name, array in adapters.items()}
     check_adapter("adapter", config, lora, arrays)
     with output_folder(dst) as folder:
@@ -390,18 +394,29 @@ def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     # one file per chunk: the single-file format (OCDBT) gathers the whole item in memory before it writes
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
     save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
-    # When one array cannot be written, Orbax stops listening to the others, and tensorstore prints a traceback for each
-    # of them through this hook.
-    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     try:
-        checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
+        with _without_stray_tracebacks():
+            checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
     except ValueError as error:
         _wait_for_stragglers(path)
         # tensorstore reports a failing disk as ValueError, with the cause in the text
         raise OSError(f"{path.name}: cannot be written: {_first_line(error)}") from error
     finally:
-        sys.unraisablehook = hook
         checkpointer.close()
+
+
+@contextlib.contextmanager
+def _without_stray_tracebacks() -> Iterator[None]:
+    """When one array fails, Orbax stops listening to the others, and tensorstore prints a traceback for each of them
+    through this hook; the error itself is raised as ever."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    try:
+        yield
+    except BaseException:
+        time.sleep(0.2)  # for those that are still to come
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
 def _wait_for_stragglers(path: pathlib.Path) -> None:
@@ -424,7 +439,8 @@ def read_item(path: pathlib.Path, entries: Mapping[str, Any], verify: bool) -> d
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
     restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in entries}
     try:
-        arrays = checkpointer.restore(path.resolve(), args=ocp.args.PyTreeRestore(restore_args=restore_args))
+        with _without_stray_tracebacks():
+            arrays = checkpointer.restore(path.resolve(), args=ocp.args.PyTreeRestore(restore_args=restore_args))
     except Exception as error:
         # damaged files surface as whatever the layer that stumbled raises: ValueError, KeyError, JSON and zstd errors
         raise UserError(f"{path}: cannot be read: {_first_line(error)}") from error
