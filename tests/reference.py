@@ -128,11 +128,10 @@ class Reference:
         segment_ids: np.ndarray | None = None,
         *,
         aux_coef: float | None = None,
-    ) -> tuple[float, float, dict[str, np.ndarray]]:
-        """Mean cross-entropy of the next token plus the weighted load-balancing loss, and its gradients.
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """Mean cross-entropy plus the weighted load-balancing loss, and its gradients under the paths of `jaxmoe`.
 
-        `labels` [B, T] are already shifted, -100 where there is none. Returns (loss, load-balancing loss, gradients
-        under the paths of `jaxmoe`).
+        `labels` [B, T] are already shifted, -100 where there is none; `aux_coef` is the configuration's by default.
         """
         self.model.zero_grad(set_to_none=True)
         out = self._run(input_ids, position_ids, segment_ids)
@@ -147,7 +146,7 @@ class Reference:
             assert parameter.grad is not None, f"{path}[{slot}] has no gradient"
             stacks.setdefault(path, {})[slot] = _unpack(parameter.grad, path, experts).float().numpy()
         gradients = {path: np.stack([slots[i] for i in sorted(slots)]) for path, slots in stacks.items()}
-        return float(loss.detach()), float(aux), gradients
+        return float(loss.detach()), gradients
 
     def load_balancing_loss(
         self, input_ids: np.ndarray, position_ids: np.ndarray | None = None, segment_ids: np.ndarray | None = None

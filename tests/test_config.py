@@ -89,7 +89,7 @@ def test_absent_fields_take_the_defaults_of_transformers() -> None:
     ours, theirs = Qwen3MoeConfig.from_hf({"model_type": "qwen3_moe"}), hf_config({"model_type": "qwen3_moe"})
     for field in SHARED_FIELDS:
         assert getattr(ours, field) == getattr(theirs, field), field
-    assert ours.rope_parameters.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope_parameters.rope_theta == dict(theirs.rope_parameters or {})["rope_theta"]
     assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
 
 
