@@ -246,18 +246,25 @@ class TrainCheckpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
-        """Writes `state` and `metadata` (anything that JSON can hold) as the checkpoint of `step`; returns when it is
-        on disk."""
+        """Writes `state` and `metadata` (anything that JSON can hold) as the checkpoint of `step`, a new one; returns
+        when it is on disk.
+
+        Raises:
+            OSError: the disk is full or fails; older checkpoints are as they were.
+        """
         leaves = _named_leaves(state)
         entries = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
-        self._manager.save(
-            step,
-            args=self._ocp.args.Composite(
-                state=self._ocp.args.PyTreeSave({str(i): leaf for i, (_, leaf) in enumerate(leaves)}),
-                metadata=self._ocp.args.JsonSave({"version": _VERSION, "leaves": entries, "metadata": dict(metadata)}),
-            ),
-            force=True,
+        items = self._ocp.args.Composite(
+            state=self._ocp.args.PyTreeSave({str(i): leaf for i, (_, leaf) in enumerate(leaves)}),
+            metadata=self._ocp.args.JsonSave({"version": _VERSION, "leaves": entries, "metadata": dict(metadata)}),
         )
+        try:
+            with _without_stray_tracebacks():
+                self._manager.save(step, args=items, force=True)
+        except ValueError as error:
+            if "os_error_code" not in str(error):  # how tensorstore marks what the disk said
+                raise
+            raise OSError(f"{self.directory / str(step)}: cannot be written: {_first_line(error)}") from error
 
     def restore_latest(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest (step, state, metadata), or None when there is none.

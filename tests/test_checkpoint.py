@@ -299,6 +299,32 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing_older(delay: float, tmp_pa
     assert checkpoints.latest_step() == step + 1
 
 
+FULL_DISK = """
+import resource, sys, numpy as np
+from jaxmoe.checkpoint import TrainCheckpoints
+checkpoints = TrainCheckpoints(sys.argv[1], keep=2)
+state = {name: np.random.default_rng(0).random((512, 1024)) for name in "abc"}
+checkpoints.save(1, state, {})
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+    checkpoints.save(2, state, {})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_loses_nothing_older(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert "cannot be written" in result.stdout
+    assert "Traceback" not in result.stderr
+    template = {name: np.zeros((512, 1024)) for name in "abc"}
+    restored = TrainCheckpoints(tmp_path / "run").restore_latest(template)
+    assert restored is not None
+    assert restored[0] == 1
+
+
 # --- output folders
 
 

@@ -383,12 +383,19 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The checkpoint that is damaged below, which converts as long as it is whole."""
+    folder = tmp_path_factory.mktemp("sound")
+    hf2jax(make_checkpoint(folder / "hf", TINY, shards=2), folder / "jax")
+    return folder / "hf"
+
+
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(bad: str, tmp_path: pathlib.Path) -> None:
+def test_bad_input_is_one_line_and_leaves_nothing(bad: str, sound: pathlib.Path, tmp_path: pathlib.Path) -> None:
     damage, says = BAD[bad]
-    src = make_checkpoint(tmp_path / "hf", TINY, shards=2)
-    hf2jax(src, tmp_path / "jax")
-    shutil.rmtree(tmp_path / "jax")
+    src = tmp_path / "hf"
+    shutil.copytree(sound, src)
     damage(src)
     with pytest.raises(UserError) as caught:
         main(["hf2jax", str(src), str(tmp_path / "out" / "jax")])
