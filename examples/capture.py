@@ -14,7 +14,7 @@ from jaxmoe.data import Record, load_tokenizer, read_records
 from jaxmoe.errors import UserError
 
 # A token whose k-th and next expert are this close in probability is routed by rounding: another framework may choose
-# otherwise, and both are right. Records with such a token are left out of what is compared.
+# otherwise, and both are right. What is compared ends before the first such token of a record.
 MARGIN = 1e-5
 
 
@@ -37,6 +37,11 @@ def chosen_experts(router_logits: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
     ordered = np.sort(probabilities, axis=-1)
     margin = ordered[..., -k] - ordered[..., -k - 1] if k < ordered.shape[-1] else np.ones(ordered.shape[:-1])
     return probabilities >= ordered[..., -k, None], margin
+
+
+def comparable(valid: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    """Which tokens [B, T] depend on clearly routed tokens only, themselves included; `margin` [Ls, B, T]."""
+    return np.logical_and.accumulate(valid & (margin.min(axis=0) > MARGIN), axis=1)
 
 
 def draw_expert_load(counts: np.ndarray, picture: pathlib.Path) -> None:
@@ -78,14 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen, margin = chosen_experts(np.stack(out.router_logits), model.config.num_experts_per_tok)
     valid = mask.astype(bool)
     draw_expert_load((chosen & valid[..., None]).sum(axis=(1, 2)), arguments.picture)
-    clear = np.where(valid, margin, 1).min(axis=(0, 2)) > MARGIN
     print(f"{arguments.picture}: expert load of {len(mask)} records")
-    if not clear.any():
+
+    compared = comparable(valid, margin)
+    if not compared.any():
         raise UserError(f"{arguments.data}: expected a record whose routing is clear by {MARGIN}, found none")
-    np.savez(arguments.logits, input_ids=input_ids[clear], mask=mask[clear], logits=np.asarray(out.logits)[clear])
+    np.savez(arguments.logits, input_ids=input_ids, mask=mask, compared=compared, logits=np.asarray(out.logits))
     print(
-        f"{arguments.logits}: logits of {clear.sum()} records, {mask[clear].sum()} tokens; left out: {(~clear).sum()} "
-        f"records in which two experts are within {MARGIN} for a place among the chosen"
+        f"{arguments.logits}: logits of {len(mask)} records; to compare: {compared.sum()} of {valid.sum()} tokens, those "
+        f"before the first one for which two experts are within {MARGIN} of each other for the last place"
     )
 
 

@@ -23,7 +23,7 @@ from jaxmoe.errors import UserError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKPOINT = pathlib.Path("tests/checkpoints/qwen3-moe-stdlib")
 OUTPUT = pathlib.Path("demo-output")
-PROMPTS = 3
+QUESTIONS = 3
 
 TRAINING = (
     *("--lora-targets", "attention,experts", "--lora-r", "8", "--lora-alpha", "16"),
@@ -56,11 +56,11 @@ class Demo:
         return time.perf_counter() - self.started
 
 
-def prompts(data: pathlib.Path, count: int) -> list[str]:
-    """`count` user messages, evenly spaced, of a JSONL file of chats."""
+def examples(data: pathlib.Path, count: int) -> dict[str, str]:
+    """`count` questions and their answers, evenly spaced, of a JSONL file of chats."""
     with data.open(encoding="utf-8") as file:
-        questions = [json.loads(line)["messages"][0]["content"] for line in file]
-    return questions[len(questions) // (2 * count) :: len(questions) // count][:count]
+        chats = [[message["content"] for message in json.loads(line)["messages"]] for line in file]
+    return dict(chats[len(chats) // (2 * count) :: len(chats) // count][:count])
 
 
 def held_out_losses(metrics: pathlib.Path) -> tuple[float, float]:
@@ -90,13 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     demo = Demo(total=8)
     demo.step("Make training data: signature -> docstring", "examples.stdlib_corpus", corpus)
-    asked = [word for prompt in prompts(ROOT / held_out, PROMPTS) for word in ("--prompt", prompt)]
-    speak = ("--chat", *asked, "--max-new-tokens", 40)
+    asked = examples(ROOT / held_out, QUESTIONS)
+    speak = ("--chat", *(word for prompt in asked for word in ("--prompt", prompt)), "--max-new-tokens", 40)
     demo.step("Convert the checkpoint to JAX", "convert", "hf2jax", checkpoint, converted, "--dtype", "float32")
     demo.step("Ask it, before training", "jaxmoe.generate", "--model", converted, *speak)
     files = ("--model", converted, "--data", train, "--eval-data", held_out, "--output", adapter)
     demo.step("Fine-tune with LoRA on attention and experts", "jaxmoe.train", *files, *TRAINING)
     demo.step("Ask again", "jaxmoe.generate", "--model", converted, "--adapter", adapter, *speak)
+    print("What the library itself says:", *(f"--- {prompt}\n{answer}" for prompt, answer in asked.items()), sep="\n")
     demo.step("Merge and export to Hugging Face", "convert", "jax2hf", converted, merged, "--adapter", adapter)
     capture = ("--adapter", adapter, "--data", held_out, "--logits", logits, "--picture", picture)
     demo.step("Keep jaxmoe's logits, draw the experts' load", "examples.capture", "--model", converted, *capture)

@@ -79,6 +79,13 @@ def test_what_is_not_the_library_is_skipped(name: str, tmp_path: pathlib.Path) -
     assert stdlib_corpus.source_files(tmp_path) == ["package/module_0.py"]
 
 
+def test_topics_of_the_reference(tmp_path: pathlib.Path) -> None:
+    assert stdlib_corpus.read_topics(tmp_path) == {}
+    (tmp_path / "pydoc_data").mkdir()
+    (tmp_path / "pydoc_data/topics.py").write_text("topics = {'while': 'The while statement.', 'empty': ' '}\n")
+    assert stdlib_corpus.read_topics(tmp_path) == {"topics/while": "The while statement."}
+
+
 def test_unreadable_and_empty_modules_are_skipped(tmp_path: pathlib.Path) -> None:
     library(tmp_path, 1)
     (tmp_path / "empty.py").write_text("\n")
@@ -156,16 +163,25 @@ def test_chosen_experts_and_margin() -> None:
     assert (capture.chosen_experts(np.log(probabilities), 4)[1] == 1).all()
 
 
+def test_what_is_compared_ends_before_the_first_unclear_token() -> None:
+    valid = np.array([[True, True, True, True], [True, True, False, False]])
+    margin = np.full((2, 2, 4), 0.1)
+    margin[1, 0, 2] = capture.MARGIN / 2
+    np.testing.assert_array_equal(
+        capture.comparable(valid, margin), [[True, True, False, False], [True, True, False, False]]
+    )
+
+
 def test_the_picture_is_a_png(tmp_path: pathlib.Path) -> None:
     pytest.importorskip("matplotlib")
     capture.draw_expert_load(np.random.default_rng(0).integers(1, 50, (3, 8)), tmp_path / "load.png")
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_prompts_are_spread_over_the_file(tmp_path: pathlib.Path) -> None:
+def test_questions_are_spread_over_the_file(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "chats.jsonl"
-    path.write_text("".join(json.dumps(stdlib_corpus.chat(f"def f{i}()", "x")) + "\n" for i in range(10)))
-    assert demo.prompts(path, 3) == ["def f1()", "def f4()", "def f7()"]
+    path.write_text("".join(json.dumps(stdlib_corpus.chat(f"def f{i}()", f"Do {i}.")) + "\n" for i in range(10)))
+    assert demo.examples(path, 3) == {"def f1()": "Do 1.", "def f4()": "Do 4.", "def f7()": "Do 7."}
 
 
 def test_padding(tmp_path: pathlib.Path) -> None:
