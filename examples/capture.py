@@ -90,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{arguments.data}: expected a record whose routing is clear by {MARGIN}, found none")
     np.savez(arguments.logits, input_ids=input_ids, mask=mask, compared=compared, logits=np.asarray(out.logits))
     print(
-        f"{arguments.logits}: logits of {len(mask)} records; to compare: {compared.sum()} of {valid.sum()} tokens, those "
-        f"before the first one for which two experts are within {MARGIN} of each other for the last place"
+        f"{arguments.logits}: logits of {len(mask)} records; to compare: {compared.sum()} of {valid.sum()} tokens, "
+        f"those before the first one for which two experts are within {MARGIN} of each other for the last place"
     )
 
 
