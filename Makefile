@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints-cpu.txt
+PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
 .PHONY: help demo test lint test-gpu bench clean

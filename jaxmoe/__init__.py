@@ -23,7 +23,12 @@ def __getattr__(name: str) -> Any:
     """Imports a public name from its module on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        module = importlib.import_module(_HOMES[name])
+    except AttributeError as error:
+        # `from jaxmoe import NAME` would take it for a missing name and hide it: two packages that do not fit, say.
+        raise ImportError(f"{_HOMES[name]}: {error}") from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 
