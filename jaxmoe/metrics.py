@@ -78,8 +78,8 @@ class Progress:
     """A progress bar with loss, tokens/s and time left on a terminal; one plain line per logged step elsewhere."""
 
     def __init__(self, total: int, done: int) -> None:
-        self._total, self._done = total, done
-        self._start, self._first = time.perf_counter(), done
+        self._total = total
+        self._start: tuple[float, int] | None = None  # time and step from which on the pace is measured
         self._bar = None
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -101,19 +101,19 @@ class Progress:
 
     def step(self, row: dict[str, Any], *, logged: bool) -> None:
         """Shows one finished step; `row` as in metrics.jsonl."""
-        if self._done == self._first:
-            self._start, self._first = time.perf_counter(), row["step"]  # the first step is mostly compilation
-        self._done = row["step"]
-        speed = row["tokens_per_second"]
+        if self._start is None:
+            self._start = time.perf_counter(), row["step"]  # the first step is mostly compilation
+        start, first = self._start
+        done, speed = row["step"], row["tokens_per_second"]
         shown = "-" if speed is None else f"{speed:,.0f}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, loss=f"{row['loss']:.4f}", speed=shown)
+            self._bar.update(self._task, completed=done, loss=f"{row['loss']:.4f}", speed=shown)
         elif logged:
-            line = f"step {self._done}/{self._total}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}"
+            line = f"step {done}/{self._total}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}"
             line += f"  grad norm {row['grad_norm']:.3f}  {shown} tokens/s"
-            if self._done > self._first:
-                pace = (time.perf_counter() - self._start) / (self._done - self._first)
-                line += f"  {_clock(pace * (self._total - self._done))} left"
+            if done > first:
+                pace = (time.perf_counter() - start) / (done - first)
+                line += f"  {_clock(pace * (self._total - done))} left"
             print(line, flush=True)
 
     def say(self, text: str) -> None:

@@ -170,7 +170,7 @@ def make_train_step(
         metrics = StepMetrics(
             loss=loss,
             aux_loss=load_balancing_loss(*stats) if model.config.sparse_layers else jnp.zeros(()),
-            grad_norm=optax.global_norm(gradients),
+            grad_norm=optax.tree.norm(gradients),
             learning_rate=jnp.asarray(rate(state.step), jnp.float32),
             tokens=stats.tokens,
             expert_counts=stats.counts,

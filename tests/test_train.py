@@ -1,0 +1,645 @@
+"""Training runs on a tiny model: resume, accumulation, what is trained and what is frozen, signals, every bad input."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe import cli
+from jaxmoe.checkpoint import TrainCheckpoints
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.data import Batch, Rows
+from jaxmoe.errors import UserError
+from jaxmoe.metrics import MetricsLog, Progress, expert_load
+from jaxmoe.model import Qwen3MoeForCausalLM, init_adapters, init_parameters
+from jaxmoe.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
+from jaxmoe.train import TrainConfig, _Signals, main, train
+from tests.conftest import ROOT
+from tests.make_checkpoint import TINY, make_checkpoint
+from tests.tolerances import bound
+
+CONFIG = TINY.replace(num_hidden_layers=2, router_aux_loss_coef=0.01)
+MIXED = CONFIG.replace(mlp_only_layers=(0,))
+STEPS = 6
+NO_LORA: dict[str, Any] = {"lora_targets": ("attention",), "lora_r": 16}  # the defaults
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(shared_tmp: pathlib.Path) -> Iterator[dict[str, str]]:
+    """Runs of one shape compile once, and fast; the settings also go to subprocesses, through their environment."""
+    options: dict[str, Any] = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(shared_tmp / "jax-cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield {name.upper(): str(value) for name, value in options.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with `model/`, `config.json`, `data.jsonl` and `held-out.jsonl`."""
+    folder = tmp_path_factory.mktemp("base")
+    make_checkpoint(folder / "model", CONFIG)
+    (folder / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    write_records(folder / "data.jsonl", range(36))
+    write_records(folder / "held-out.jsonl", range(36, 40))
+    return folder
+
+
+def write_records(path: pathlib.Path, numbers: Iterable[int]) -> None:
+    lines = (
+        json.dumps({"prompt": f"{i} + {i % 7} = ", "completion": str(i + i % 7) * (1 + i % 3)}) + "\n" for i in numbers
+    )
+    path.write_text("".join(lines))
+
+
+def options(base: pathlib.Path, output: pathlib.Path, **changes: Any) -> TrainConfig:
+    values: dict[str, Any] = {
+        "model": base / "model",
+        "data": base / "data.jsonl",
+        "output": output,
+        "lora_targets": ("attention", "router", "experts"),
+        "lora_r": 2,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "max_steps": STEPS,
+        "batch_size": 2,
+        "accumulation": 2,
+        "seq_length": 48,
+        "log_every": 1,
+        "eval_data": base / "held-out.jsonl",
+        "merge": True,
+        "tensorboard": False,
+    }
+    return TrainConfig(**values | changes)
+
+
+def scratch(base: pathlib.Path, output: pathlib.Path, **changes: Any) -> TrainConfig:
+    values = {"model": None, "from_scratch": base / "config.json", "tokenizer": base / "model", "accumulation": 1}
+    return options(base, output, **values | NO_LORA | {"merge": False} | changes)
+
+
+def metrics(output: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without the one number that no two runs share."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def weights(output: pathlib.Path) -> bytes:
+    path = output / "adapter_model.safetensors"
+    return (path if path.exists() else output / "model" / "model.safetensors").read_bytes()
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step: int) -> Callable[[dict[str, Any]], None]:
+    def on_step(row: dict[str, Any]) -> None:
+        if row["step"] == step:
+            raise Crash
+
+    return on_step
+
+
+# --- resume
+
+
+@pytest.fixture(scope="module", params=[options, scratch], ids=["adapters", "from scratch"])
+def whole(request: pytest.FixtureRequest, base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """How a kind of run is set up, and its output when it never stops."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    train(request.param(base, output))
+    return request.param, output
+
+
+@pytest.fixture(scope="module")
+def crashed(whole: Any, base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The same run after it died behind step 4, with a checkpoint of step 3."""
+    output = tmp_path_factory.mktemp("crashed") / "out"
+    with pytest.raises(Crash):
+        train(whole[0](base, output, save_every=3), crash_at(4))
+    assert [row["step"] for row in metrics(output)] == [0, 1, 2, 3, 4]
+    return output
+
+
+def check_resume(whole: Any, crashed: pathlib.Path, base: pathlib.Path, output: pathlib.Path) -> None:
+    """A run that continues leaves what a run leaves that never stopped."""
+    setup, expected = whole
+    shutil.copytree(crashed, output)
+    summary = train(setup(base, output, resume=True))
+    assert summary["steps"] == STEPS
+    assert metrics(output) == metrics(expected)
+    assert weights(output) == weights(expected)
+
+
+def test_resume_is_bit_for_bit(whole: Any, crashed: pathlib.Path, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    check_resume(whole, crashed, base, tmp_path / "out")
+
+
+def forget_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TrainCheckpoints.restore_latest
+
+    def restore(self: TrainCheckpoints, template: Any) -> Any:
+        found = right(self, template)
+        return found if found is None else (found[0], found[1]._replace(optimizer=template.optimizer), found[2])
+
+    monkeypatch.setattr(TrainCheckpoints, "restore_latest", restore)
+
+
+def start_data_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Rows.batch
+
+    def batch(self: Rows, step: int, shape: tuple[int, ...]) -> Batch:
+        if len(shape) == 2:  # training, not evaluation: whatever the step, what this object has not served yet
+            step = vars(self).setdefault("served", 0)
+            vars(self)["served"] += 1
+        return right(self, step, shape)
+
+    monkeypatch.setattr(Rows, "batch", batch)
+
+
+def keep_late_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = MetricsLog.__init__
+    monkeypatch.setattr(MetricsLog, "__init__", lambda *args, **options: right(*args, **{**options, "keep_to": 99}))
+
+
+@pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
+@pytest.mark.parametrize("fault", [forget_moments, start_data_over, keep_late_metrics])
+def test_resume_that_forgets_is_noticed(
+    fault: Any,
+    whole: Any,
+    crashed: pathlib.Path,
+    base: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_resume(whole, crashed, base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("whole", [scratch], indirect=True, ids=["from scratch"])
+def test_seed_decides(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    setup, expected = whole
+    train(setup(base, tmp_path / "other", seed=1))
+    for before, after in zip(metrics(expected), metrics(tmp_path / "other"), strict=True):
+        assert before["eval_loss"] is None or before["eval_loss"] != after["eval_loss"]
+    assert weights(tmp_path / "other") != weights(expected)
+
+
+CHANGES = {
+    "lora": {"lora_r": 3},
+    "learning_rate": {"learning_rate": 1e-3},
+    "max_steps": {"max_steps": 7},
+    "seed": {"seed": 1},
+    "batch_size": {"batch_size": 1},
+    "router_aux_loss_coef": {"router_aux_loss_coef": 0.0},
+    "data": {"eval_data": None, "eval_fraction": 0.2},
+}
+
+
+@pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
+@pytest.mark.parametrize("name", [*CHANGES, "model"])
+def test_resume_refuses_another_run(name: str, whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    setup, output = whole
+    changes = CHANGES.get(name, {})
+    if name == "model":
+        changes = {"model": make_checkpoint(tmp_path / "model", CONFIG, seed=1)}
+    before = weights(output), metrics(output)
+    with pytest.raises(UserError, match=f"^{name}: expected, to resume .*found") as caught:
+        train(setup(base, output, resume=True, **changes))
+    assert "\n" not in str(caught.value)
+    assert before == (weights(output), metrics(output))
+
+
+@pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
+def test_resume_of_a_finished_run_changes_nothing(whole: Any, base: pathlib.Path) -> None:
+    setup, output = whole
+    before = weights(output), metrics(output)
+    assert train(setup(base, output, resume=True))["steps"] == STEPS
+    assert before == (weights(output), metrics(output))
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(
+    number: signal.Signals, base: pathlib.Path, tmp_path: pathlib.Path, compilation_cache: dict[str, str]
+) -> None:
+    output = tmp_path / "out"
+    flags = f"--model {base}/model --data {base}/data.jsonl --output {output} --max-steps 100000 --log-every 1"
+    flags += " --batch-size 2 --seq-length 48 --lora-r 2 --no-tensorboard"
+    command = [sys.executable, "-m", "jaxmoe.train", *flags.split()]
+    environment = os.environ | compilation_cache
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            give_up = time.monotonic() + 120
+            while not (output / "metrics.jsonl").exists() or len(metrics(output)) < 3:
+                assert process.poll() is None, process.communicate()
+                assert time.monotonic() < give_up
+                time.sleep(0.05)
+            process.send_signal(number)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 128 + number
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
+    steps = metrics(output)[-1]["step"]
+    assert f"{number.name}: saved after step {steps}" in lines[0]
+    assert "--resume" in lines[0]
+    assert [int(path.name) for path in (output / "checkpoints").iterdir()] == [steps]
+    assert not (output / "adapter_model.safetensors").exists(), "an unfinished adapter is not passed off as finished"
+
+
+def test_second_signal_is_the_systems() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _Signals() as signals:
+        assert signals.received is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_DFL}
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+# --- the step
+
+
+def random_batch(config: Qwen3MoeConfig, rows: int, length: int, seed: int = 0) -> Batch:
+    """Rows of two documents and padding, with another number of learned tokens in each."""
+    rng = np.random.default_rng(seed)
+    place = np.arange(length)
+    segment_ids = np.stack([1 + (place >= length // 2) - 2 * (place >= length - i) for i in range(rows)])
+    segment_ids = np.maximum(segment_ids, 0).astype(np.int32)
+    learned = rng.random((rows, length)) < rng.uniform(0.2, 1.0, (rows, 1))
+    return Batch(
+        input_ids=rng.integers(0, config.vocab_size, (rows, length), np.int32),
+        labels=rng.integers(0, config.vocab_size, (rows, length), np.int32),
+        weights=(learned & (segment_ids > 0)).astype(np.float32),
+        segment_ids=segment_ids,
+        position_ids=np.tile(np.where(place < length // 2, place, place - length // 2), (rows, 1)).astype(np.int32),
+    )
+
+
+def adapted(config: Qwen3MoeConfig, lora: LoraConfig) -> tuple[Model, dict[str, Any], dict[str, Any]]:
+    """A model with random weights and adapters, B included."""
+    frozen = init_parameters(config, jax.random.key(0))
+    adapters = init_adapters(config, lora, jax.random.key(1))
+    keys = jax.random.split(jax.random.key(2), len(adapters))
+    noisy = {
+        path: 0.1 * jax.random.normal(key, a.shape) if path.endswith("lora_B") else a
+        for key, (path, a) in zip(keys, adapters.items(), strict=True)
+    }
+    return Model(config, lora, remat="none"), frozen, noisy
+
+
+@functools.cache
+def in_one_batch() -> Any:
+    """What is trained, the rows, and loss, statistics and gradients of all rows in one batch."""
+    model, frozen, adapters = adapted(CONFIG, LoraConfig(r=2, targets=("q_proj", "gate")))
+    rows = random_batch(CONFIG, 4, 24)
+    return (model, frozen, adapters), rows, in_micro_batches(1, rows, model, frozen, adapters)
+
+
+def in_micro_batches(count: int, rows: Batch, model: Model, frozen: Any, adapters: Any) -> Any:
+    batch = Batch(*(array.reshape(count, -1, array.shape[-1]) for array in rows))
+    return jax.jit(lambda f, a, b: loss_and_gradients(model, f, a, b, 0.1))(frozen, adapters, batch)
+
+
+def check_accumulation() -> None:
+    what, rows, (loss, stats, gradients) = in_one_batch()
+    split_loss, split_stats, split_gradients = in_micro_batches(2, rows, *what)
+    np.testing.assert_array_equal(stats.counts, split_stats.counts)
+    errors = {"loss": abs(float(split_loss - loss)) / abs(float(loss))}
+    for path, gradient in gradients.items():
+        errors[path] = float(jnp.linalg.norm(split_gradients[path] - gradient) / jnp.linalg.norm(gradient))
+    worst = max(errors, key=errors.__getitem__)
+    print(worst, errors[worst])
+    assert errors[worst] <= bound("accumulation"), (worst, errors[worst])
+
+
+def test_accumulation_is_one_batch() -> None:
+    check_accumulation()
+
+
+def own_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each micro-batch balances its own load."""
+    in_one_batch()
+    right = Model.run
+
+    def run(self: Model, *args: Any, train: bool) -> Any:
+        loss, stats = right(self, *args, train=train)
+        return loss, stats if train else stats._replace(counts=stats.counts // 2, tokens=stats.tokens // 2)
+
+    monkeypatch.setattr(Model, "run", run)
+
+
+def own_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each micro-batch's loss is divided by its own weight, not by all."""
+    in_one_batch()
+    right = Model.run
+
+    def run(self: Model, frozen: Any, trainable: Any, batch: Batch, *, train: bool) -> Any:
+        loss, stats = right(self, frozen, trainable, batch, train=train)
+        return loss * 20 / jnp.sum(batch.weights), stats
+
+    monkeypatch.setattr(Model, "run", run)
+
+
+@pytest.mark.parametrize("fault", [own_load, own_mean])
+def test_accumulation_of_other_means_is_noticed(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_accumulation()
+
+
+def test_only_adapters_are_trained() -> None:
+    lora = LoraConfig(r=2, targets=expand_targets(["q_proj", "router", "experts", "dense"]))
+    model, frozen, adapters = adapted(MIXED, lora)
+    before = jax.device_get(frozen)
+    started = jax.device_get(adapters)
+    rate = learning_rate("constant", 1e-2, 0, 10)
+    optimizer = adamw(rate, model, max_grad_norm=1, weight_decay=0, beta1=0.9, beta2=0.99, epsilon=1e-8)
+    state = initial_state(adapters, optimizer)
+    paths = [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.ndim]
+    assert len(paths) == 3 * len(adapters), "a master, a first and a second moment of each adapter"
+    assert all("lora_" in path for path in paths)
+    batch = Batch(*(array[None] for array in random_batch(MIXED, 4, 24)))
+    state, numbers = jax.jit(make_train_step(model, optimizer, rate, 0.01), donate_argnums=1)(frozen, state, batch)
+    for path, array in before.items():
+        np.testing.assert_array_equal(array, frozen[path], err_msg=path)
+    assert numbers.expert_counts.sum() == int((batch.segment_ids > 0).sum()) * MIXED.num_experts_per_tok
+    received = np.asarray(numbers.expert_counts[0]) > 0
+    for path, array in state.trainable.items():
+        changed = np.asarray(array) != started[path]
+        if path.startswith("sparse.") and "gate.lora" not in path:
+            assert changed[0].any(axis=(-1, -2)).tolist() == received.tolist(), path
+        else:
+            assert changed.any(axis=(-1, -2)).all(), path
+
+
+def test_weight_decay_spares_norms() -> None:
+    model = Model(CONFIG.replace(attention_bias=True), None)
+    params = {path: jnp.ones_like(a) for path, a in init_parameters(model.config, jax.random.key(0)).items()}
+    rate = learning_rate("constant", 0.1, 0, 10)
+    optimizer = adamw(rate, model, max_grad_norm=0, weight_decay=0.5, beta1=0.9, beta2=0.99, epsilon=1e-8)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates: Any = optimizer.update(zeros, optimizer.init(params), params)[0]
+    decayed = {path for path, update in updates.items() if np.asarray(update).any()}
+    assert {path for path in params if "norm" in path or "bias" in path} == set(params) - decayed
+    assert decayed
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [1 / 3, 2 / 3, 1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5]),
+    ],
+)
+def test_learning_rate(schedule: Any, expected: list[float]) -> None:
+    rate: Any = learning_rate(schedule, 2.0, 2, 6)
+    np.testing.assert_allclose([float(rate(step)) for step in range(6)], 2 * np.asarray(expected), rtol=1e-6)
+    at_once: Any = learning_rate(schedule, 2.0, 0, 6)
+    assert float(at_once(0)) == 2.0
+
+
+# --- what comes out
+
+
+def test_another_run_starts_where_one_ended(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The written adapter, the merged model and the full model have the held-out loss that the run ended with."""
+    setup, output = whole
+    last = metrics(output)[-1]["eval_loss"]
+    if setup is scratch:
+        again = [options(base, tmp_path / "out", model=output / "model")]
+    else:
+        again = [
+            options(base, tmp_path / "adapter", **NO_LORA, adapter=output),
+            options(base, tmp_path / "merged", model=output / "merged"),
+        ]
+    for settings in again:
+        with pytest.raises(Crash):
+            train(settings, crash_at(1))
+        first = metrics(settings.output)[0]["eval_loss"]
+        print(abs(first - last) / last)
+        assert abs(first - last) <= bound("reloaded_loss") * last
+
+
+@pytest.mark.parametrize("whole", [scratch], indirect=True, ids=["from scratch"])
+def test_transformers_loads_a_model_from_scratch(whole: Any, base: pathlib.Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = whole[1] / "model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    losses = []
+    for line in (base / "held-out.jsonl").read_text().splitlines():
+        raw = json.loads(line)
+        prompt, answer = (tokenizer.encode(raw[key], add_special_tokens=False) for key in ("prompt", "completion"))
+        ids = torch.tensor([prompt + answer + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            scores = model(ids).logits[0, :-1].log_softmax(-1)
+        losses += (-scores[range(ids.shape[1] - 1), ids[0, 1:]])[len(prompt) - 1 :].tolist()
+    last = metrics(whole[1])[-1]["eval_loss"]
+    print(abs(np.mean(losses) - last) / last)
+    assert abs(np.mean(losses) - last) <= bound("reloaded_loss") * last
+
+
+def test_full_training_keeps_the_dtype_on_disk(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    make_checkpoint(tmp_path / "model", CONFIG, dtype="bfloat16")
+    changes = {"full": True, "accumulation": 1, "merge": False}
+    settings = options(base, tmp_path / "out", model=tmp_path / "model", **NO_LORA, **changes)
+    summary = train(settings)
+    assert summary["eval_loss"] < summary["eval_loss_before"]
+    written = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert {str(array.dtype) for array in written.params.values()} == {"bfloat16"}
+
+
+def test_loss_that_is_not_finite(base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Rows.batch
+
+    def batch(self: Rows, step: int, shape: tuple[int, ...]) -> Batch:
+        found = right(self, step, shape)
+        return found if step < 2 else found._replace(weights=np.full_like(found.weights, np.inf))
+
+    monkeypatch.setattr(Rows, "batch", batch)
+    with pytest.raises(
+        UserError, match=r"^loss: expected a finite number, found .* at step 3; the checkpoint of step 2"
+    ):
+        train(options(base, tmp_path / "out", save_every=1))
+    assert sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir()) == [1, 2]
+
+
+@pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
+def test_packing_does_not_change_the_held_out_loss(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    setup, output = whole
+    with pytest.raises(Crash):
+        train(setup(base, tmp_path / "out", pack=False), crash_at(1))
+    packed, apart = (metrics(folder)[0]["eval_loss"] for folder in (output, tmp_path / "out"))
+    print(abs(packed - apart) / apart)
+    assert abs(packed - apart) <= bound("reloaded_loss") * apart
+
+
+def test_expert_load() -> None:
+    load = expert_load(np.asarray([[4, 4, 4, 4], [16, 0, 0, 0], [0, 0, 0, 0], [3, 1, 0, 0]]))
+    np.testing.assert_allclose(load["expert_load_cv"], [0, 3**0.5, 0, 1.5**0.5])
+    half = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
+    np.testing.assert_allclose(load["expert_load_entropy"], [1, 0, 0, half], atol=1e-12)
+
+
+def test_metrics_log(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = MetricsLog(tmp_path, keep_to=-1, tensorboard=False)
+    for number in range(4):
+        log.write({"step": number, "loss": 1.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    MetricsLog(tmp_path, keep_to=2, tensorboard=False).close()
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2]
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    log = MetricsLog(tmp_path, keep_to=2, tensorboard=True)
+    log.close()
+    assert log.notice is not None
+    assert "tensorboardX is not installed" in log.notice
+
+
+def test_tensorboard(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("tensorboardX")
+    log = MetricsLog(tmp_path, keep_to=-1, tensorboard=True)
+    log.write({"step": 1, "loss": 1.0, "eval_loss": None, "expert_load_cv": [0.5, 0.25]})
+    log.close()
+    (written,) = (tmp_path / "tensorboard").iterdir()
+    content = written.read_bytes()
+    assert b"loss" in content
+    assert b"expert_load_cv/layer_01" in content
+    assert b"eval_loss" not in content
+
+
+def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(total=10, done=0)
+    row = {"loss": 1.5, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": None}
+    progress.step(row | {"step": 1}, logged=True)
+    progress.step(row | {"step": 2, "tokens_per_second": 1234.0}, logged=False)
+    progress.step(row | {"step": 3, "tokens_per_second": 1234.0}, logged=True)
+    progress.close()
+    first, third = capsys.readouterr().out.splitlines()
+    assert first == "step 1/10  loss 1.5000  lr 1.00e-03  grad norm 0.500  - tokens/s"
+    assert third.startswith("step 3/10  loss 1.5000  lr 1.00e-03  grad norm 0.500  1,234 tokens/s  0:00 left")
+
+
+# --- bad input
+
+
+def broken(base: pathlib.Path, folder: pathlib.Path, *, remove: str = "", truncate: str = "") -> pathlib.Path:
+    shutil.copytree(base / "model", folder)
+    if remove:
+        (folder / remove).unlink()
+    if truncate:
+        content = (folder / truncate).read_bytes()
+        (folder / truncate).write_bytes(content[: len(content) // 2])
+    return folder
+
+
+BAD_FLAGS = {
+    "no such data": ("--data {tmp}/nowhere.jsonl", "nowhere.jsonl: expected a JSONL file, found none"),
+    "bad record": ("--data {tmp}/bad.jsonl", r"bad\.jsonl:2: expected JSON, found"),
+    "bad held-out record": ("--eval-data {tmp}/bad.jsonl", r"bad\.jsonl:2: expected JSON, found"),
+    "no such model": ("--model {tmp}/nowhere", "nowhere: expected a model folder, found none"),
+    "no weights": ("--model {tmp}/no-weights", "no-weights: .*safetensors"),
+    "half the weights": ("--model {tmp}/half", "half.*model.safetensors"),
+    "no tokenizer": ("--model {tmp}/no-tokenizer", "no-tokenizer: expected a tokenizer"),
+    "no config": ("--model {tmp}/no-config", r"config\.json: expected this file, found none"),
+    "no such adapter": ("--adapter {tmp}/nowhere", "nowhere: expected a PEFT adapter"),
+    "adapter and rank": ("--adapter {tmp}/nowhere --lora-r 3", "lora_r: expected none, the adapter decides it"),
+    "unknown target": ("--lora-targets q_proj,mlp", "LoRA targets: expected .*'mlp'"),
+    "missing layers": ("--lora-targets dense", "'gate_proj': the model has no dense MLP layer"),
+    "too long": ("--seq-length 4096", "seq_length: expected at most the model's max_position_embeddings"),
+    "too short": ("--seq-length 0", "seq_length: expected at least 1, found 0"),
+    "no number": ("--batch-size two", "--batch-size: expected a whole number, found 'two'"),
+    "unknown flag": ("--lora-rank 8", "unrecognized arguments: --lora-rank 8"),
+    "beta": ("--adam-beta1 1", "adam_beta1: expected a number from 0 to below 1"),
+    "steps and epochs": ("--max-steps 3 --epochs 1", "epochs and max_steps: expected one of them, found both"),
+    "two ways to evaluate": ("--eval-data a --eval-fraction 0.1", "eval_data and eval_fraction: expected one of them"),
+    "nothing to evaluate": ("--eval-every 3", "eval_every: expected eval_data or eval_fraction"),
+    "all held out": ("--eval-fraction 1", "eval_fraction: expected a number between 0 and 1"),
+    "two models": ("--from-scratch {tmp}/config.json", "model and from_scratch: expected one of them, found both"),
+    "stray tokenizer": ("--tokenizer {tmp}", "tokenizer: expected with from_scratch, and only there"),
+    "full and merge": ("--full --merge", "adapter and merge: expected only where adapters are trained"),
+    "full and rank": ("--full --lora-r 3", "lora_r: expected none, all parameters are trained"),
+    "nothing within a row": ("--seq-length 2", "data: expected at least one record with a token to learn, found none"),
+    "output in use": ("--output {tmp}/used", "used: expected a new or empty folder, or --resume"),
+    "output of something else": ("--output {tmp}/used --resume", r"train_config\.json: expected this file, found none"),
+    "output is a file": ("--output {tmp}/bad.jsonl", r"bad\.jsonl: expected a folder, found a file"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad(base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n{\n')
+    (folder / "used").mkdir()
+    (folder / "used" / "thesis.tex").touch()
+    broken(base, folder / "no-weights", remove="model.safetensors")
+    broken(base, folder / "half", truncate="model.safetensors")
+    broken(base, folder / "no-tokenizer", remove="tokenizer.json")
+    broken(base, folder / "no-config", remove="config.json")
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_input(
+    name: str, base: pathlib.Path, bad: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, message = BAD_FLAGS[name]
+    given = f"--model {base}/model --data {base}/data.jsonl --output {tmp_path}/out --seq-length 48 ".split()
+    listing = sorted(bad.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: main([*given, *flags.format(tmp=bad).split()]))
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert re.search(message, printed.err), printed.err
+    assert not (tmp_path / "out").exists()
+    assert sorted(bad.rglob("*")) == listing
+
+
+def test_bad_architecture(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf() | {"num_heads": 3}))
+    with pytest.raises(UserError, match="unknown field 'num_heads'"):
+        train(scratch(base, tmp_path / "out", from_scratch=tmp_path / "config.json"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.replace(vocab_size=200).to_hf()))
+    with pytest.raises(
+        UserError, match=r"data\.jsonl:1: expected token ids below the model's vocab_size 200, found 258"
+    ):
+        train(scratch(base, tmp_path / "out", from_scratch=tmp_path / "config.json"))
+    assert not (tmp_path / "out").exists()
