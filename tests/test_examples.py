@@ -64,8 +64,6 @@ def test_signatures_and_docstrings() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "test/test_json.py",
-        "package/tests/a.py",
         "encodings/cp1252.py",
         "site-packages/numpy/a.py",
         "html/entities.py",
@@ -77,6 +75,14 @@ def test_what_is_not_the_library_is_skipped(name: str, tmp_path: pathlib.Path) -
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("x = 1\n")
     assert stdlib_corpus.source_files(tmp_path) == ["package/module_0.py"]
+
+
+@pytest.mark.parametrize("name", ["test/test_json.py", "package/tests/a.py", "idlelib/idle_test/a.py"])
+def test_docstrings_of_tests_are_left_out(name: str) -> None:
+    source = 'def f():\n    """Say what this function does."""\n'
+    assert stdlib_corpus.docstring_records({name: source}) == ([], [])
+    train, held_out = stdlib_corpus.docstring_records({name.replace("test", "tools"): source})
+    assert len(train + held_out) == 1
 
 
 def test_topics_of_the_reference(tmp_path: pathlib.Path) -> None:
