@@ -92,7 +92,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         head_dim=16,
     ),
     "sliding_window": _v5(use_sliding_window=True, sliding_window=9),
-    "every_expert": _v5(num_local_experts=4, num_experts_per_tok=4, norm_topk_prob=False),
+    "every_expert": _v5(num_experts_per_tok=8, norm_topk_prob=False),
     "one_expert": _v5(num_local_experts=1, num_experts_per_tok=1),
     "odd_sizes": _v5(num_local_experts=5, num_experts_per_tok=3, num_attention_heads=6, num_key_value_heads=3)
     | {"vocab_size": 101, "head_dim": 10, "moe_intermediate_size": 7, "rms_norm_eps": 1e-5},

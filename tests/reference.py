@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pathlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +63,10 @@ class ReferenceOutput:
 
 
 class Reference:
-    """One model in memory.
+    """One model in memory, in eval mode, its own weights frozen; `model` is transformers' object.
 
-    Args:
-        config: the dictionary in a config.json.
-        params: flat dictionary of stacked float32 arrays.
-        dtype: float32 or bfloat16; PEFT keeps adapters in float32 either way.
-        attention: eager or sdpa, transformers' `attn_implementation`.
-        experts: eager, batched_mm or grouped_mm, transformers' `experts_implementation`.
+    `attention` (eager, sdpa) and `experts` (eager, batched_mm, grouped_mm) are transformers' implementations. PEFT
+    keeps adapters in float32 whatever the model's `dtype`.
     """
 
     def __init__(
@@ -83,22 +80,43 @@ class Reference:
         lora: LoraConfig | None = None,
         adapters: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        self.config = hf_config(config)
-        self.model = AutoModelForCausalLM.from_config(
-            self.config, dtype=getattr(torch, dtype), attn_implementation=attention, experts_implementation=experts
-        ).eval()
-        self.sparse = [
-            i for i, layer in enumerate(self.model.model.layers) if isinstance(layer.mlp, hf.Qwen3MoeSparseMoeBlock)
-        ]
-        self.routers = [self.model.model.layers[i].mlp.gate for i in self.sparse]
+        """`config` is the dictionary in a config.json, `params` a flat dictionary of stacked float32 arrays."""
+        self._adopt(
+            AutoModelForCausalLM.from_config(
+                hf_config(config),
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                experts_implementation=experts,
+            )
+        )
         self.model.load_state_dict(self._state_dict(params))
-        self.model.requires_grad_(False)
-        if lora is not None:
-            assert adapters is not None
-            get_peft_model(self.model, peft_config(lora))  # in place
-            with torch.no_grad():
-                for path, slot, parameter, experts_of in self._adapter_parameters():
-                    parameter.copy_(_pack(torch.from_numpy(adapters[path][slot]), path, experts_of))
+        if lora is not None and adapters is not None:
+            self._add_adapters(lora, adapters)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: pathlib.Path,
+        *,
+        dtype: str = "float32",
+        attention: str = "eager",
+        experts: str = "eager",
+        lora: LoraConfig | None = None,
+        adapters: Mapping[str, np.ndarray] | None = None,
+    ) -> Reference:
+        """The same from a checkpoint in HF form, read by transformers."""
+        self = cls.__new__(cls)
+        self._adopt(
+            AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention,
+                experts_implementation=experts,
+            )
+        )
+        if lora is not None and adapters is not None:
+            self._add_adapters(lora, adapters)
+        return self
 
     def forward(
         self,
@@ -171,6 +189,21 @@ class Reference:
         )
         tails = [row[longest:].tolist() for row in out]
         return [t[: t.index(stop_token) + 1] if stop_token in t else t for t in tails]
+
+    def _adopt(self, model: Any) -> None:
+        self.model = model.eval()
+        self.model.requires_grad_(False)
+        self.config = model.config
+        self.sparse = [
+            i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, hf.Qwen3MoeSparseMoeBlock)
+        ]
+        self.routers = [model.model.layers[i].mlp.gate for i in self.sparse]
+
+    def _add_adapters(self, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:
+        get_peft_model(self.model, peft_config(lora))  # in place
+        with torch.no_grad():
+            for path, slot, parameter, experts in self._adapter_parameters():
+                parameter.copy_(_pack(torch.from_numpy(adapters[path][slot]), path, experts))
 
     def _run(self, input_ids: np.ndarray, position_ids: np.ndarray | None, segment_ids: np.ndarray | None) -> Any:
         mask = None

@@ -23,13 +23,18 @@ TOLERANCES: dict[str, Tolerance] = {
     "load_balancing_loss": Tolerance(2e-6, 0.0, "auxiliary loss against transformers, relative"),
     "parity_loss": Tolerance(2e-6, 0.0, "training loss against transformers, relative"),
     "parity_gradients": Tolerance(1e-4, 0.0, "each adapter's gradient in each layer against PEFT, relative L2"),
-    "dispatch_fp32": Tolerance(2e-6, 0.0, "sort-based dispatch against the dense oracle, value and gradients, relative L2"),
+    "dispatch_fp32": Tolerance(
+        2e-6, 0.0, "sort-based dispatch against the dense oracle, value and gradients, relative L2"
+    ),
+    "bf16_against_transformers": Tolerance(1.0, 0.0, "bfloat16 error against float64, over transformers' own"),
     "packing_isolation": Tolerance(1e-6, 0.0, "logits of a document when another one in its row changes, relative L2"),
     "merge_fp32": Tolerance(5e-7, 0.0, "weights with a merged adapter against PEFT's own merge, relative L2"),
     "rotary_frequencies": Tolerance(1e-6, 0.0, "inverse frequencies against transformers and the oracle, relative"),
     "routing_margin": Tolerance(1e-5, 0.0, "top-k margin in probability above which the same experts must be chosen"),
-    "accumulation": Tolerance(2e-6, 0.0, "loss and gradients of several micro-batches against one batch, relative"),
-    "reloaded_loss": Tolerance(2e-6, 0.0, "held-out loss of what a run wrote, read again (also by transformers), relative"),
+    "accumulation": Tolerance(5e-6, 1.3e-6, "loss and gradients of several micro-batches against one batch, relative"),
+    "reloaded_loss": Tolerance(
+        2e-6, 4e-8, "held-out loss of what a run wrote, read again here or by transformers, relative"
+    ),
 }
 
 

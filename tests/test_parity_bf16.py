@@ -1,0 +1,115 @@
+"""In bfloat16 the product is at least as close to a float64 run as transformers is, with 8 experts per token.
+
+Where all 8 of 8 experts are chosen there is no routing to differ in, and whole prompts are compared. Where 8 of 32 are,
+near-ties fall either way in both frameworks: then the errors are compared over the rows in which nobody's choice
+differs from the float64 run's, and the number of choices that differ is compared as well. Weights are rounded to
+bfloat16 first, for the oracle too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import jaxmoe.model
+from tests import oracle
+from tests.configs import CONFIGS, config_of, random_parameters
+from tests.parity import Batch, ProductOutput, make_batch, product, relative_error
+from tests.reference import Reference, ReferenceOutput
+from tests.tolerances import bound
+
+# transformers' most exact ways on a CPU: eager adds the k experts' outputs one by one in bfloat16, grouped_mm does not.
+WAYS = (("eager", "eager"), ("sdpa", "eager"), ("sdpa", "grouped_mm"))
+CASES = {
+    "every_expert": {"600 tokens": [[600]], "packed": [[48], [13, 1, 34], [-3, 45]]},
+    "top_8_of_32": {"short": [[4]] * 160},
+    "top_8_of_32_unnormalised": {"short": [[4]] * 160},
+}
+
+
+@functools.cache
+def parameters(name: str) -> dict[str, np.ndarray]:
+    """Float32 arrays that bfloat16 holds exactly."""
+    random = random_parameters(config_of(name))
+    return {path: array.astype(ml_dtypes.bfloat16).astype(np.float32) for path, array in random.items()}
+
+
+def batch_of(name: str, layout: str) -> Batch:
+    return make_batch(config_of(name), CASES[name][layout])
+
+
+@functools.cache
+def others(name: str, layout: str) -> tuple[oracle.OracleOutput, list[ReferenceOutput]]:
+    """The float64 run, and transformers' bfloat16 runs."""
+    batch, config = batch_of(name, layout), config_of(name)
+    runs = [
+        Reference(CONFIGS[name], parameters(name), dtype="bfloat16", attention=attention, experts=experts).forward(
+            *batch
+        )
+        for attention, experts in WAYS
+    ]
+    return oracle.forward(config, parameters(name), *batch), runs
+
+
+def check(name: str, layout: str, found: ProductOutput) -> None:
+    """The claim that every test of this module asserts, negative controls included."""
+    exact, runs = others(name, layout)
+    valid = batch_of(name, layout).valid
+    differs = [(np.sort(run.selected) != np.sort(exact.selected)).any(-1) & valid for run in (found, *runs)]
+    flips = [d.sum() for d in differs]
+    assert flips[0] <= min(flips[1:])
+    same = ~np.any(differs, axis=(0, 1, 3))
+    assert same.sum() >= len(same) / 8  # enough rows to judge by
+    valid &= same[:, None]
+    for what in ("logits", "hidden", "router_logits"):
+        expected = getattr(exact, what)[..., valid, :]
+        errors = [relative_error(getattr(run, what)[..., valid, :], expected) for run in (found, *runs)]
+        assert errors[0] <= bound("bf16_against_transformers") * min(errors[1:]), what
+
+
+@pytest.mark.parametrize(("name", "layout"), [(name, layout) for name in CASES for layout in CASES[name]])
+def test_at_least_as_exact_as_transformers(name: str, layout: str) -> None:
+    check(name, layout, product(config_of(name), parameters(name), batch_of(name, layout), dtype="bfloat16"))
+
+
+def norm_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    def rms_norm(x, weight, eps):
+        return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+    patch.setattr(jaxmoe.model, "rms_norm", rms_norm)
+
+
+def coarse_linear_maps(patch: pytest.MonkeyPatch) -> None:
+    """A quarter of bfloat16's precision in what each linear map returns."""
+    linear = jaxmoe.model.linear
+
+    def coarse(*arguments):
+        y = linear(*arguments)
+        return y.astype(jnp.float8_e4m3fn).astype(y.dtype)
+
+    patch.setattr(jaxmoe.model, "linear", coarse)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name", "layout"),
+    [
+        (norm_in_bfloat16, "every_expert", "600 tokens"),
+        (norm_in_bfloat16, "every_expert", "packed"),
+        (coarse_linear_maps, "top_8_of_32", "short"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_planted_fault_is_found(
+    fault: Callable[[pytest.MonkeyPatch], None], name: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = batch_of(name, layout)
+    check(name, layout, product(config_of(name), parameters(name), batch, dtype="bfloat16"))
+    fault(monkeypatch)
+    worse = product(config_of(name), parameters(name), batch, dtype="bfloat16", fresh=True)
+    with pytest.raises(AssertionError):
+        check(name, layout, worse)
