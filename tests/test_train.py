@@ -339,7 +339,6 @@ def check_accumulation() -> None:
     for path, gradient in gradients.items():
         errors[path] = float(jnp.linalg.norm(split_gradients[path] - gradient) / jnp.linalg.norm(gradient))
     worst = max(errors, key=errors.__getitem__)
-    print(worst, errors[worst])
     assert errors[worst] <= bound("accumulation"), (worst, errors[worst])
 
 
@@ -436,7 +435,8 @@ def test_learning_rate(schedule: Any, expected: list[float]) -> None:
 def test_another_run_starts_where_one_ended(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The written adapter, the merged model and the full model have the held-out loss that the run ended with."""
     setup, output = whole
-    last = metrics(output)[-1]["eval_loss"]
+    before, last = (metrics(output)[i]["eval_loss"] for i in (0, -1))
+    assert last < 0.95 * before, "what the run learned has to show, or else nothing is compared"
     if setup is scratch:
         again = [options(base, tmp_path / "out", model=output / "model")]
     else:
@@ -448,7 +448,6 @@ def test_another_run_starts_where_one_ended(whole: Any, base: pathlib.Path, tmp_
         with pytest.raises(Crash):
             train(settings, crash_at(1))
         first = metrics(settings.output)[0]["eval_loss"]
-        print(abs(first - last) / last)
         assert abs(first - last) <= bound("reloaded_loss") * last
 
 
@@ -469,7 +468,6 @@ def test_transformers_loads_a_model_from_scratch(whole: Any, base: pathlib.Path)
             scores = model(ids).logits[0, :-1].log_softmax(-1)
         losses += (-scores[range(ids.shape[1] - 1), ids[0, 1:]])[len(prompt) - 1 :].tolist()
     last = metrics(whole[1])[-1]["eval_loss"]
-    print(abs(np.mean(losses) - last) / last)
     assert abs(np.mean(losses) - last) <= bound("reloaded_loss") * last
 
 
@@ -504,7 +502,6 @@ def test_packing_does_not_change_the_held_out_loss(whole: Any, base: pathlib.Pat
     with pytest.raises(Crash):
         train(setup(base, tmp_path / "out", pack=False), crash_at(1))
     packed, apart = (metrics(folder)[0]["eval_loss"] for folder in (output, tmp_path / "out"))
-    print(abs(packed - apart) / apart)
     assert abs(packed - apart) <= bound("reloaded_loss") * apart
 
 
