@@ -14,13 +14,11 @@ import json
 import math
 import pathlib
 import platform
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -28,14 +26,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.checkpoint import Block, TrainCheckpoints, cast, is_converted, read_converted
+from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
 from jaxmoe.data import Rows, cut, digest, hold_out, load_tokenizer, read_records
 from jaxmoe.errors import UserError
+from jaxmoe.export import export_adapter, export_merged, export_model
 from jaxmoe.metrics import MetricsLog, Progress, expert_load
 from jaxmoe.model import Params, Qwen3MoeForCausalLM, Remat, init_adapters, init_parameters
-from jaxmoe.parameters import layer_paths, top_level_paths
 from jaxmoe.step import (
     Model,
     Schedule,
@@ -548,72 +546,18 @@ def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 
 
 def _export(settings: TrainConfig, plan: _Run, trainable: Params) -> None:
-    """Writes what was trained: the adapter in PEFT's form (and merged, if asked for), or the model in HF form."""
+    """Writes what was trained: the adapter (and the merged model, if asked for), or the model."""
     config, lora = plan.model.config, plan.model.lora
     arrays = {path: np.asarray(array) for path, array in trainable.items()}
     if lora is None:
-        _export_model(settings, config, arrays)
+        source = settings.tokenizer if settings.from_scratch is not None else settings.model
+        assert source is not None
+        export_model(settings.output / "model", source, config, arrays)
         return
-    from convert.adapters import write_peft
-
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=settings.output) as draft:
-        folder = pathlib.Path(draft) / "adapter"
-        write_peft(folder, config, lora, arrays)
-        for file in folder.iterdir():
-            file.replace(settings.output / file.name)
+    export_adapter(settings.output, config, lora, arrays)
     if settings.merge:
-        _export_merged(settings, config, lora, arrays)
-
-
-def _export_model(settings: TrainConfig, config: Qwen3MoeConfig, arrays: dict[str, np.ndarray]) -> None:
-    from convert.hf2jax import companion_files
-    from convert.jax2hf import write_hf
-
-    source = settings.tokenizer if settings.from_scratch is not None else settings.model
-    assert source is not None
-    stored = config.replace(dtype=config.dtype or "float32")
-    dtype = np.dtype(stored.dtype)
-    raw = stored.to_hf() | {"eos_token_id": load_tokenizer(source).eos_token_id}
-    files = {**companion_files(source), "config.json": (json.dumps(raw, indent=2) + "\n").encode()}
-    target = settings.output / "model"
-    shutil.rmtree(target, ignore_errors=True)  # of a finished run that was resumed
-    write_hf(target, config, dict.fromkeys(arrays, dtype), _blocks(config, arrays, dtype), files)
-
-
-def _blocks(config: Qwen3MoeConfig, arrays: Mapping[str, np.ndarray], dtype: np.dtype) -> Iterator[Block]:
-    """The top level, then every layer, cast once."""
-    yield Block(None, {path: cast(path, arrays[path], dtype) for path in top_level_paths(config)})
-    for layer in range(config.num_hidden_layers):
-        yield Block(layer, {path: cast(path, arrays[path][slot], dtype) for path, slot in layer_paths(config, layer)})
-
-
-def _export_merged(
-    settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig, arrays: dict[str, np.ndarray]
-) -> None:
-    from convert.adapters import merge
-    from convert.hf2jax import companion_files, read_hf
-    from convert.jax2hf import write_hf
-
-    assert settings.model is not None
-    source = read_converted(settings.model) if is_converted(settings.model) else read_hf(settings.model)
-
-    def blocks() -> Iterator[Block]:
-        for block in source.blocks():
-            merge(config, block, lora, arrays)
-            yield block
-
-    files = {**companion_files(settings.model), "config.json": settings.model / "config.json"}
-    target = settings.output / "merged"
-    shutil.rmtree(target, ignore_errors=True)
-    write_hf(
-        target,
-        config,
-        source.dtypes,
-        blocks(),
-        files,
-        layout=source.layout,
-        stored_tied_head=source.stored_tied_head,
-    )
+        assert settings.model is not None
+        export_merged(settings.output / "merged", settings.model, config, lora, arrays)
 
 
 def _due(step: int, every: int | None) -> bool:

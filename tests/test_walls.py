@@ -31,6 +31,7 @@ LAYERS = {
     "data": {"errors"},
     "files": {"errors"},
     "checkpoint": {"config", "errors", "files", "parameters"},
+    "export": {"checkpoint", "config", "data", "parameters"},
     "metrics": set(),
     "model": {"checkpoint", "config", "errors", "parameters", "layers", "router", "dispatch"},
 }
