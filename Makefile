@@ -43,10 +43,11 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)
 
-# Float32 in full precision and deterministic kernels: the same conditions as on the CPU.
+# Float32 in full precision and deterministic kernels, the same conditions as on the CPU; no autotuning, for hundreds of
+# small programs would be tuned to run once.
 test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "make test-gpu: JAX finds no GPU")'
-	@JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true" \
+	@JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0" \
 		$(PYTHON) -m pytest $(PYTEST_ARGS) $(verdict)
 
 bench: $(INSTALLED)

@@ -76,6 +76,21 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
 
 
+def clear(output: pathlib.Path) -> None:
+    """Makes `output` an empty folder; deletes only what an earlier demo has written.
+
+    Raises:
+        UserError: a folder with other files in it.
+    """
+    marker = output / ".demo"
+    if output.exists() and any(output.iterdir()):
+        if not marker.exists():
+            raise UserError(f"{output}: expected an empty folder or that of an earlier demo, found one with other files")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs all steps and prints the verdict."""
     parser = ArgumentParser(description="Convert, fine-tune, generate, export and reload a small Qwen3-MoE.")
@@ -83,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, metavar="DIR", help="folder to write, anew")
     arguments = parser.parse_args(argv)
     checkpoint, output = arguments.checkpoint, arguments.output
-    shutil.rmtree(ROOT / output, ignore_errors=True)
+    clear(ROOT / output)
     corpus, converted, adapter, merged = (output / name for name in ("corpus", "converted", "lora", "merged"))
     train, held_out = corpus / "docstrings.jsonl", corpus / "docstrings.heldout.jsonl"
     logits, picture = output / "logits.npz", output / "expert-load.png"

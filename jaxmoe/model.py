@@ -43,6 +43,7 @@ from jaxmoe.router import expert_counts, load_balancing_loss, route
 Params = dict[str, Array]
 Trainable = Literal["none", "adapters", "all"]
 Remat = Literal["none", "full"]
+TokenArray = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 # (query, key, value, layer index) -> (heads' output, cache); the cached form takes the cache first
 Attend = Callable[[Array, Array, Array, Array], tuple[Array, Any]]
 CachedAttend = Callable[[Any, Array, Array, Array, Array], tuple[Array, Any]]
@@ -512,10 +513,10 @@ class Qwen3MoeForCausalLM(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "B T"],
-        attention_mask: Int[Array, "B T"] | None = None,
-        position_ids: Int[Array, "B T"] | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
+        input_ids: TokenArray,
+        attention_mask: TokenArray | None = None,
+        position_ids: TokenArray | None = None,
+        segment_ids: TokenArray | None = None,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
     ) -> CausalLMOutput:

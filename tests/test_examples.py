@@ -202,3 +202,15 @@ def test_padding(tmp_path: pathlib.Path) -> None:
 def test_a_failing_step_stops_the_demo() -> None:
     with pytest.raises(UserError, match="demo: FAILED at step 1, Convert: exit code 2"):
         demo.Demo(total=1).step("Convert", "convert", "inspect", "no-such-folder")
+
+
+def test_demo_deletes_only_its_own_output(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "output"
+    demo.clear(output)
+    (output / "left.txt").touch()
+    demo.clear(output)
+    assert [path.name for path in output.iterdir()] == [".demo"]
+    (tmp_path / "precious.txt").touch()
+    with pytest.raises(UserError, match="other files"):
+        demo.clear(tmp_path)
+    assert (tmp_path / "precious.txt").exists()
