@@ -1,0 +1,17 @@
+"""Qwen3-MoE in PyTorch, the trusted side: transformers' model with patched forwards, 4-bit experts, LoRA on all of it.
+
+The semantics are transformers'; the names and signatures are those of Unsloth's `qwen3_moe.py`.
+"""
+
+from __future__ import annotations
+
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"torch_ref needs transformers 5, whose experts are one stack per layer, found {transformers.__version__}"
+    )
+
+from torch_ref.model import FastQwen3Model, FastQwen3MoeModel
+
+__all__ = ["FastQwen3Model", "FastQwen3MoeModel"]

@@ -1,0 +1,69 @@
+"""How the patched forwards apply PEFT's adapters: from PEFT's own modules, but factored and in the activations' dtype.
+
+PEFT raises activations to the adapter's float32, and adds an expert's delta to a copy of the whole stack. Here the
+adapter is cast to the activations' dtype and x A^T B^T is added to the product; master weights and files stay PEFT's.
+"""
+
+from __future__ import annotations
+
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_ref.experts import ExpertAdapter
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, with LoRA computed in x's dtype: W x + b + scale B A dropout(x).
+
+    What is no plain LoRA on a linear map (DoRA, a trained bias, a merged or disabled adapter) is left to PEFT.
+    """
+    if not isinstance(module, LoraLayer) or not _factored(module):
+        return module(x)
+    y = module.base_layer(x)
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            low = F.linear(module.lora_dropout[name](x), _weight(module.lora_A[name]).to(x.dtype))
+            y = y + module.scaling[name] * F.linear(low, _weight(module.lora_B[name]).to(x.dtype))
+    return y
+
+
+def _factored(module: LoraLayer) -> bool:
+    special = any(module.use_dora.values()) or any(module.lora_bias.values()) or module.lora_variant
+    return isinstance(module.base_layer, nn.Linear) and not (module.disable_adapters or module.merged or special)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def split_experts(module: nn.Module) -> tuple[nn.Module, dict[str, list[ExpertAdapter]]]:
+    """The module that holds the expert stacks, and the active adapters of each of its parameters.
+
+    PEFT wraps the experts once for each adapted parameter. A stack adapter is packed as A [E*r, in], expert slowest,
+    and B [out, r*E], expert fastest (`ParamWrapper.get_delta_factors`).
+    """
+    adapters: dict[str, list[ExpertAdapter]] = {}
+    while isinstance(module, ParamWrapper | ModulesToSaveWrapper):
+        if isinstance(module, ModulesToSaveWrapper):
+            copied = not module.disable_adapters and bool(module.active_adapters)
+            module = module.modules_to_save[module.active_adapters[0]] if copied else module.original_module
+            continue
+        if not (module.disable_adapters or module.merged):
+            found = [_expert_adapter(module, name) for name in module.active_adapters if name in module.lora_A]
+            adapters[module.parameter_name] = found
+        module = module.base_layer
+    return module, adapters
+
+
+def _expert_adapter(module: ParamWrapper, name: str) -> ExpertAdapter:
+    experts = module.num_experts
+    return ExpertAdapter(
+        lora_A=_weight(module.lora_A[name]).unflatten(0, (experts, -1)),
+        lora_B=_weight(module.lora_B[name]).unflatten(1, (-1, experts)).permute(2, 0, 1),
+        scale=module.scaling[name],
+        dropout=module.lora_dropout[name],
+    )

@@ -1,0 +1,233 @@
+"""The routed experts, in two implementations chosen by name that give the same numbers to rounding.
+
+`loop` is the plain reference: a one-hot mask, one expert after the other, `index_add` into float32. `grouped` sorts the
+routed rows by expert and hands each projection to torch's grouped matmul, never waiting for the GPU on its own account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_ALIGNMENT = 16  # bytes: the stride that torch's grouped matmul asks of every operand
+
+
+@dataclass(frozen=True)
+class ExpertAdapter:
+    """LoRA on one stack: A [E, r, in], B [E, out, r], the factor on their product, and the dropout before A."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scale: float
+    dropout: nn.Module
+
+
+class Stack(Protocol):
+    """The weights [E, out, in] of one projection of all experts, in whatever form they are stored."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, out, in)."""
+        ...
+
+    def linear(self, x: Tensor, expert: int) -> Tensor:
+        """X W[expert]^T."""
+        ...
+
+    def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W^T; `ends` [E] are the groups' ends, `experts` [R] the expert of each row."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenseStack:
+    """A stack stored as one tensor [E, out, in], trainable or not."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, out, in)."""
+        return self.weight.shape
+
+    def linear(self, x: Tensor, expert: int) -> Tensor:
+        """X W[expert]^T."""
+        return F.linear(x, self.weight[expert])
+
+    def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W^T."""
+        return grouped_matmul(rows, self.weight.transpose(-2, -1), ends)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A stack and the adapters that are active on it."""
+
+    stack: Stack
+    adapters: Sequence[ExpertAdapter] = ()
+
+    def linear(self, x: Tensor, expert: int) -> Tensor:
+        """X W[expert]^T plus every adapter's scale (x A^T) B^T, in x's dtype."""
+        y = self.stack.linear(x, expert)
+        for adapter in self.adapters:
+            low = F.linear(adapter.dropout(x), adapter.lora_A[expert].to(x.dtype))
+            y = y + adapter.scale * F.linear(low, adapter.lora_B[expert].to(x.dtype))
+        return y
+
+    def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """The same for rows that are sorted by expert."""
+        y = self.stack.grouped_linear(rows, ends, experts)
+        for adapter in self.adapters:
+            a, b = _aligned(adapter.lora_A, adapter.lora_B, rows.dtype)
+            low = grouped_matmul(adapter.dropout(rows), a.transpose(-2, -1), ends)
+            y = y + adapter.scale * grouped_matmul(low, b.transpose(-2, -1), ends)
+        return y
+
+
+def _aligned(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B in `dtype`, their rank filled with zeros to what the grouped matmul accepts."""
+    pad = -lora_a.shape[1] % (_ALIGNMENT // dtype.itemsize)
+    a, b = lora_a.to(dtype), lora_b.to(dtype)
+    return (F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad))) if pad else (a, b.contiguous())
+
+
+def grouped_matmul(
+    rows: Float[Tensor, "R inner"], weights: Float[Tensor, "E inner out"], ends: Int[Tensor, " E"]
+) -> Float[Tensor, "R out"]:
+    """Rows ends[e-1]:ends[e] times weights[e], for every e; differentiable in rows and weights.
+
+    Source: `torch.nn.functional.grouped_mm`. On a CPU and on GPUs before Hopper torch runs one product per expert.
+
+    Raises:
+        ValueError: torch lacks the function, or an inner or outer size is no multiple of 16 bytes.
+    """
+    if not hasattr(F, "grouped_mm"):
+        raise ValueError(
+            f"experts_implementation: 'grouped' needs torch.nn.functional.grouped_mm, not in torch {torch.__version__}"
+        )
+    for size in weights.shape[1:]:
+        if size * rows.dtype.itemsize % _ALIGNMENT:
+            raise ValueError(
+                f"experts_implementation: 'grouped' expects sizes that are multiples of {_ALIGNMENT} bytes, "
+                f"found {size} x {rows.dtype}; use 'loop'"
+            )
+    return F.grouped_mm(rows, weights.to(rows.dtype), offs=ends)
+
+
+class _Gather(torch.autograd.Function):
+    """Copies each token's row to its k routed rows; the backward pass is a gather and a sum, not a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.k = k
+        return x.index_select(0, order // k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Sums each token's k rows with their weights, accumulated in float32; the backward pass is a gather as well."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, order, inverse)
+        per_token = rows.index_select(0, inverse).unflatten(0, weights.shape)
+        return torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows, weights, order, inverse = ctx.saved_tensors
+        (d_out,) = grads
+        d_rows = d_weights = None
+        if ctx.needs_input_grad[0]:
+            d_rows = d_out.index_select(0, order // weights.shape[1]) * weights.flatten()[order].unsqueeze(1)
+        if ctx.needs_input_grad[1]:
+            per_token = rows.index_select(0, inverse).unflatten(0, weights.shape)
+            d_weights = torch.bmm(per_token, d_out.unsqueeze(2)).squeeze(2)
+        return d_rows, d_weights, None, None
+
+
+def loop_experts(
+    x: Float[Tensor, "M D"],
+    selected: Int[Tensor, "M k"],
+    weights: Float[Tensor, "M k"],
+    gate_up: Projection,
+    down: Projection,
+    activation: Callable[[Tensor], Tensor],
+    temp_up: Float[Tensor, "R F2"] | None = None,
+) -> Float[Tensor, "M D"]:
+    """sum_k weight * down(activation(gate(x)) * up(x)) over each token's experts, in x's dtype, accumulated in float32.
+
+    `temp_up`, [M * k, 2F], receives x W_gate_up^T of the routed rows, ordered by expert, then by token.
+    """
+    experts = gate_up.stack.shape[0]
+    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    with torch.no_grad():
+        mask = F.one_hot(selected, experts).permute(2, 0, 1)  # [E, M, k]
+        hit = mask.sum((1, 2)).nonzero().flatten().tolist()
+    start = 0
+    for expert in hit:
+        token, slot = torch.where(mask[expert])
+        product = gate_up.linear(x[token], expert)
+        if temp_up is not None:
+            product = temp_up[start : start + len(token)].copy_(product)
+            start += len(token)
+        gate, up = product.chunk(2, dim=-1)
+        rows = down.linear(activation(gate) * up, expert)
+        out.index_add_(0, token, rows.to(out.dtype) * weights[token, slot, None].to(out.dtype))
+    return out.to(x.dtype)
+
+
+def grouped_experts(
+    x: Float[Tensor, "M D"],
+    selected: Int[Tensor, "M k"],
+    weights: Float[Tensor, "M k"],
+    gate_up: Projection,
+    down: Projection,
+    activation: Callable[[Tensor], Tensor],
+    temp_up: Float[Tensor, "R F2"] | None = None,
+) -> Float[Tensor, "M D"]:
+    """As `loop_experts`, over rows sorted by expert."""
+    flat = selected.flatten()
+    order = flat.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    # Neither bincount nor repeat_interleave: both wait for the GPU.
+    counts = torch.zeros(gate_up.stack.shape[0], dtype=torch.int32, device=x.device)
+    ends = counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
+    experts = flat[order]
+
+    rows = _Gather.apply(x, order, inverse, selected.shape[1])
+    product = gate_up.grouped_linear(rows, ends, experts)
+    if temp_up is not None:
+        product = temp_up.copy_(product)
+    gate, up = product.chunk(2, dim=-1)
+    rows = down.grouped_linear(activation(gate) * up, ends, experts)
+    return _Combine.apply(rows, weights.to(rows.dtype), order, inverse)
+
+
+IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}
+
+
+def implementation(name: str | None, x: Tensor, gate_up: Projection) -> Callable[..., Tensor]:
+    """The function called `name`; None picks `grouped` on CUDA where the sizes allow it, `loop` elsewhere.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name is None:
+        _, two_f, inner = gate_up.stack.shape
+        fits = not any(size * x.dtype.itemsize % _ALIGNMENT for size in (two_f // 2, inner))
+        name = "grouped" if x.is_cuda and fits and hasattr(F, "grouped_mm") else "loop"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"experts_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
+    return IMPLEMENTATIONS[name]

@@ -1,0 +1,231 @@
+"""The entry points: loading, adapters, the switch between training and inference."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
+
+from torch_ref import lora, patch
+from torch_ref.experts import IMPLEMENTATIONS
+
+logger = logging.getLogger(__name__)
+
+# tokens of Qwen's vocabularies that stand for nothing in a text, in the order in which padding is looked for
+_PAD_CANDIDATES = ("<|endoftext|>", "<|vision_pad|>", "<|fim_pad|>", "<unk>")
+
+
+class FastQwen3Model:
+    """What dense Qwen3 and Qwen3-MoE share: attention, SwiGLU, loading, adapters.
+
+    `get_peft_model` is `torch_ref.lora.get_peft_model`.
+    """
+
+    model_class: ClassVar[type] = Qwen3ForCausalLM
+    patches: ClassVar[Iterable[patch.Patch]] = patch.DENSE_PATCHES
+    get_peft_model = staticmethod(lora.get_peft_model)
+
+    @classmethod
+    def pre_patch(cls) -> None:
+        """Replaces transformers' forwards in this process; a second call changes nothing."""
+        patch.apply(cls.patches)
+
+    @classmethod
+    def unpatch(cls) -> None:
+        """Puts transformers' own forwards back, the very objects that `pre_patch` replaced."""
+        patch.restore(cls.patches)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name: str = "Qwen/Qwen3-8B",
+        max_seq_length: int | None = 4096,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool = True,
+        token: str | None = None,
+        device_map: Any = "sequential",
+        rope_scaling: dict[str, Any] | None = None,
+        fix_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        experts_implementation: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> tuple[Any, Any]:
+        """Patches transformers, then loads the model and its tokenizer from a folder or the hub.
+
+        Args:
+            model_name: a folder in HF form, or a hub id.
+            max_seq_length: the longest sequence that will be used. Beyond the configuration's max_position_embeddings
+                positions are compressed linearly (Chen et al. 2023), with a warning, unless `rope_scaling` covers it.
+            dtype: torch dtype or its name; None is bfloat16 where the device has it, else float16, on a CPU float32.
+            load_in_4bit: store attention, dense MLPs and experts as NF4 with doubly quantised statistics; router,
+                embeddings, norms and head stay in `dtype`. A checkpoint that is quantised already is taken as it is.
+            token: access token for the hub.
+            device_map: as in transformers: "sequential", "auto", a device, or a dictionary from module to device.
+            rope_scaling: replaces the configuration's; in transformers' form: {"rope_type": "yarn", "factor": 4, ...}.
+            fix_tokenizer: give the tokenizer a padding token that is not its end-of-sequence token, padding on the
+                right, and `max_seq_length` as its longest input.
+            trust_remote_code: lets the checkpoint's own Python code make the tokenizer and the configuration; the model
+                itself is always transformers' own class.
+            experts_implementation: "loop" or "grouped"; None picks `grouped` on CUDA where it can run, else `loop`.
+            attn_implementation: transformers' attention: eager, sdpa, flash_attention_2, ...; None is its own choice.
+
+        Raises:
+            ValueError: an option that cannot be honoured, named.
+        """
+        if experts_implementation is not None and experts_implementation not in IMPLEMENTATIONS:
+            expected = ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"experts_implementation: expected one of {expected}, found {experts_implementation!r}")
+        cls.pre_patch()
+        config = AutoConfig.from_pretrained(model_name, token=token, trust_remote_code=trust_remote_code)
+        expected = cls.model_class.config_class.model_type
+        if config.model_type != expected:
+            raise ValueError(f"model_name: expected a {expected} checkpoint, found {config.model_type} in {model_name}")
+        scale_positions(config, max_seq_length, rope_scaling)
+        tokenizer = AutoTokenizer.from_pretrained(model_name, token=token, trust_remote_code=trust_remote_code)
+        if fix_tokenizer:
+            repair_tokenizer(tokenizer, config, max_seq_length)
+        model = cls._load(model_name, config, choose_dtype(dtype), load_in_4bit, token, device_map, attn_implementation)
+        set_experts_implementation(model, experts_implementation)
+        if fix_tokenizer and model.generation_config is not None:
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.max_seq_length = max_seq_length or config.max_position_embeddings
+        return cls.for_inference(model), tokenizer
+
+    @classmethod
+    def _load(
+        cls,
+        model_name: str,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        load_in_4bit: bool,
+        token: str | None,
+        device_map: Any,
+        attn_implementation: str | None,
+    ) -> Any:
+        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        return cls.model_class.from_pretrained(
+            model_name, config=config, dtype=dtype, token=token, device_map=device_map, **attention
+        )
+
+    @staticmethod
+    def for_inference(model: Any) -> Any:
+        """Evaluation mode with the cache on and nothing recomputed; returns `model`."""
+        lora.set_gradient_checkpointing(model, False)
+        model.config.use_cache = True
+        return model.eval()
+
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: bool = True) -> Any:
+        """Training mode without the cache; returns `model`."""
+        return lora.for_training(model, use_gradient_checkpointing)
+
+
+class FastQwen3MoeModel(FastQwen3Model):
+    """Qwen3-MoE: adds the routed experts, in 16 or 4 bit."""
+
+    model_class = Qwen3MoeForCausalLM
+    patches = patch.MOE_PATCHES
+
+    @classmethod
+    def from_pretrained(cls, model_name: str = "Qwen/Qwen3-30B-A3B", *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """As `FastQwen3Model.from_pretrained`; the default of the original, Qwen/Qwen3-7B, does not exist."""
+        return super().from_pretrained(model_name, *args, **kwargs)
+
+
+def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """The dtype to compute in; None picks one for this machine's device.
+
+    Raises:
+        ValueError: no dtype of 16 or 32 bits, or bfloat16 on a GPU that lacks it.
+    """
+    cuda = torch.cuda.is_available()
+    if dtype is None:
+        return (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if cuda else torch.float32
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if chosen not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype: expected bfloat16, float16 or float32, found {dtype!r}")
+    if chosen is torch.bfloat16 and cuda and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"dtype: expected float16 or float32 on {torch.cuda.get_device_name()}, found bfloat16")
+    return chosen
+
+
+def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[str, Any] | None) -> None:
+    """Fits the configuration's rotary embedding to `max_seq_length` and `rope_scaling`, in place.
+
+    Raises:
+        ValueError: no length, no rope_type, an unknown one, or a length that the scaling does not reach.
+    """
+    if max_seq_length is not None and max_seq_length < 1:
+        raise ValueError(f"max_seq_length: expected a positive number, found {max_seq_length}")
+    positions = config.max_position_embeddings
+    if rope_scaling is not None:
+        scaling = dict(rope_scaling)
+        scaling["rope_type"] = scaling.pop("type", scaling.get("rope_type"))
+        known = ("default", *ROPE_INIT_FUNCTIONS)
+        if scaling["rope_type"] not in known:
+            raise ValueError(f"rope_scaling: expected rope_type among {', '.join(known)}, found {rope_scaling}")
+        if "factor" in scaling:
+            positions = int(scaling.get("original_max_position_embeddings", positions) * scaling["factor"])
+        config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **scaling}
+        # rejects what the type needs and the dictionary lacks
+        config.standardize_rope_params()
+        config.validate_rope()
+    if max_seq_length is None or max_seq_length <= positions:
+        config.max_position_embeddings = max(positions, config.max_position_embeddings)
+        return
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type != "default":
+        raise ValueError(
+            f"max_seq_length: expected at most {positions}, which {rope_type} scaling reaches, found {max_seq_length}"
+        )
+    factor = max_seq_length / positions
+    warnings.warn(
+        f"{max_seq_length} positions exceed the model's {positions}: they are compressed linearly by {factor}",
+        stacklevel=3,
+    )
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": factor}
+    config.max_position_embeddings = max_seq_length
+
+
+def repair_tokenizer(tokenizer: Any, config: Any, max_seq_length: int | None) -> None:
+    """Gives the tokenizer a padding token of its own, padding on the right, and the longest input; in place.
+
+    Raises:
+        ValueError: more tokens than the embedding has rows, or no token that could stand for padding.
+    """
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"fix_tokenizer: expected at most {config.vocab_size} tokens, the embedding's rows, found {len(tokenizer)}"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        vocabulary = tokenizer.get_vocab()
+        free = [name for name in _PAD_CANDIDATES if name in vocabulary and name != tokenizer.eos_token]
+        if not free:
+            raise ValueError(
+                f"fix_tokenizer: expected a token for padding other than {tokenizer.eos_token!r}, one of "
+                f"{', '.join(_PAD_CANDIDATES)}, found none"
+            )
+        tokenizer.pad_token = free[0]
+    tokenizer.padding_side = "right"
+    if max_seq_length is not None:
+        tokenizer.model_max_length = max_seq_length
+
+
+def set_experts_implementation(model: Any, name: str | None) -> None:
+    """Chooses the experts' implementation, `loop` or `grouped`, of every layer; None leaves the choice to the device.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name is not None and name not in IMPLEMENTATIONS:
+        raise ValueError(f"experts_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj") and hasattr(module, "act_fn"):
+            module.torch_ref_implementation = name
