@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
+import inspect
+import pathlib
+import statistics
+import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,6 +18,7 @@ import numpy as np
 
 from jaxmoe import model
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.data import load_tokenizer
 from tests import oracle
 from tests.configs import random_tokens
 
@@ -70,6 +77,17 @@ LAYOUTS = {
     "packed_and_padded": [[20, 17, -11], [-3, 5, 40]],
 }
 LONG = {"plain_600": [[600]], "packed_600": [[217, 383]]}
+
+
+CHECKPOINT = pathlib.Path(__file__).parent / "checkpoints" / "qwen3-moe-stdlib"
+
+
+def checkpoint_batch(length: int = 600) -> Batch:
+    """The beginnings of four modules of the standard library, as tokens of the trained checkpoint."""
+    tokenizer = load_tokenizer(CHECKPOINT)
+    texts = [inspect.getsource(module) for module in (argparse, dataclasses, statistics, textwrap)]
+    ids = np.asarray([tokenizer(text[: 8 * length])["input_ids"][:length] for text in texts], np.int32)
+    return Batch(ids, np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape).copy(), np.ones_like(ids))
 
 
 class ProductOutput(NamedTuple):

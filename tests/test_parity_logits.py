@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ import jaxmoe.dispatch
 import jaxmoe.layers
 import jaxmoe.model
 from jaxmoe.config import expand_targets
+from jaxmoe.model import Qwen3MoeForCausalLM
 from tests import oracle
 from tests.configs import CONFIGS, LoraConfig, config_of, random_adapters, random_parameters
-from tests.parity import LAYOUTS, LONG, Batch, make_batch, product, relative_error
+from tests.parity import CHECKPOINT, LAYOUTS, LONG, Batch, checkpoint_batch, make_batch, product, relative_error
 from tests.reference import Reference
 from tests.tolerances import bound
 
@@ -91,6 +93,30 @@ def test_forward_equals_the_float64_oracle(name: str) -> None:
     assert distance(name, batch, found, exact) <= bound("oracle_fp32")
     # Two witnesses that share no code: an error in the oracle would otherwise only show where the product repeats it.
     assert distance(name, batch, reference(name).forward(*batch), exact) <= bound("oracle_fp32")
+
+
+def test_trained_checkpoint_equals_transformers() -> None:
+    """Both read the folder themselves; 600 tokens of Python a row, one row padded."""
+    batch = checkpoint_batch()
+    batch.segment_ids[0, 500:] = 0
+    model = Qwen3MoeForCausalLM.from_pretrained(CHECKPOINT, dtype="float32")
+    out = model(batch.input_ids, attention_mask=batch.segment_ids, output_router_logits=True, output_hidden_states=True)
+    theirs = Reference.from_pretrained(CHECKPOINT)
+    expected = theirs.forward(*batch)
+    assert out.router_logits is not None and out.hidden_states is not None and out.aux_loss is not None
+    pairs = [(out.logits, expected.logits)]
+    pairs += [*zip(out.hidden_states, expected.hidden, strict=True)]
+    pairs += [*zip(out.router_logits, expected.router_logits, strict=True)]
+    for found, wanted in pairs:
+        assert relative_error(np.asarray(found)[batch.valid], wanted[batch.valid]) <= bound("parity_fp32")
+    for logits, wanted, chosen in zip(out.router_logits, expected.router_logits, expected.selected, strict=True):
+        k = model.config.num_experts_per_tok
+        clear = batch.valid & (oracle.top_k_margin(wanted, k) > bound("routing_margin"))
+        assert (np.sort(oracle.top_k(np.asarray(logits), k))[clear] == np.sort(chosen)[clear]).all()
+    assert float(out.aux_loss) == pytest.approx(theirs.load_balancing_loss(*batch), rel=bound("load_balancing_loss"))
+    # Trained: far better than the log of the vocabulary's size, 7.6 nats.
+    shifted = out.logits[:, :-1] - jax.nn.logsumexp(out.logits[:, :-1], axis=-1, keepdims=True)
+    assert -np.take_along_axis(np.asarray(shifted), batch.input_ids[:, 1:, None], axis=-1).mean() < 5
 
 
 @pytest.mark.parametrize("name", ["plain", "sparse_step_2", "top_8_of_32_unnormalised"])

@@ -18,18 +18,18 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES: dict[str, Tolerance] = {
-    "parity_fp32": Tolerance(5e-6, 0.0, "logits, hidden states, router logits against transformers, relative L2"),
-    "oracle_fp32": Tolerance(5e-6, 0.0, "the same against the float64 oracle, whose rotary angles are float64 too"),
-    "load_balancing_loss": Tolerance(2e-6, 0.0, "auxiliary loss against transformers, relative"),
-    "parity_loss": Tolerance(2e-6, 0.0, "training loss against transformers, relative"),
-    "parity_gradients": Tolerance(1e-4, 0.0, "each adapter's gradient in each layer against PEFT, relative L2"),
+    "parity_fp32": Tolerance(5e-6, 1.3e-6, "logits, hidden states, router logits against transformers, relative L2"),
+    "oracle_fp32": Tolerance(5e-6, 9.3e-7, "the product, and transformers, against the float64 oracle"),
+    "load_balancing_loss": Tolerance(2e-6, 2.3e-7, "auxiliary loss against transformers, relative"),
+    "parity_loss": Tolerance(2e-6, 1.6e-7, "training loss against transformers, relative"),
+    "parity_gradients": Tolerance(1e-4, 5.4e-6, "each adapter's gradient in each layer against PEFT, relative L2"),
     "dispatch_fp32": Tolerance(
         2e-6, 0.0, "sort-based dispatch against the dense oracle, value and gradients, relative L2"
     ),
-    "bf16_against_transformers": Tolerance(1.0, 0.0, "bfloat16 error against float64, over transformers' own"),
+    "bf16_against_transformers": Tolerance(1.0, 0.84, "bfloat16 error against float64, over transformers' own"),
     "packing_isolation": Tolerance(1e-6, 0.0, "logits of a document when another one in its row changes, relative L2"),
     "merge_fp32": Tolerance(5e-7, 0.0, "weights with a merged adapter against PEFT's own merge, relative L2"),
-    "rotary_frequencies": Tolerance(1e-6, 0.0, "inverse frequencies against transformers and the oracle, relative"),
+    "rotary_frequencies": Tolerance(1e-6, 3.6e-7, "inverse frequencies against transformers and the oracle, relative"),
     "routing_margin": Tolerance(1e-5, 0.0, "top-k margin in probability above which the same experts must be chosen"),
     "accumulation": Tolerance(2e-6, 1.2e-6, "loss and gradients of several micro-batches against one batch, relative"),
     "reloaded_loss": Tolerance(
