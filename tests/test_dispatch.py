@@ -211,8 +211,8 @@ def test_same_input_gives_the_same_output():
 def test_routing_is_renormalised_only_when_asked():
     rng = np.random.default_rng(0)
     x, gate = (rng.normal(size=(n, 8)).astype(np.float32) for n in (7, 6))
-    plain: Routing = route(x, gate, num_experts_per_tok=2, norm_topk_prob=False)
-    scaled: Routing = route(x, gate, num_experts_per_tok=2, norm_topk_prob=True)
+    plain: Routing = routed(x, gate, num_experts_per_tok=2, norm_topk_prob=False)
+    scaled: Routing = routed(x, gate, num_experts_per_tok=2, norm_topk_prob=True)
     np.testing.assert_allclose(scaled.weights.sum(-1), 1, rtol=1e-6)
     assert (plain.weights.sum(-1) < 0.999).any()
     np.testing.assert_allclose(plain.weights / plain.weights.sum(-1, keepdims=True), scaled.weights, rtol=1e-5)

@@ -1,0 +1,148 @@
+"""Sampling, streaming, and the command; tests/test_parity_generation.py holds greedy text to transformers."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe import Qwen3MoeForCausalLM
+from jaxmoe.data import load_tokenizer
+from jaxmoe.errors import UserError
+from jaxmoe.generate import Generator, Sampling, TextStream, generation_defaults, main, sample
+from tests.conftest import ROOT
+
+CHECKPOINT = ROOT / "tests" / "checkpoints" / "qwen3-moe-stdlib"
+PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
+
+
+def drawn(temperature=1.0, top_k=0, top_p=1.0, draws=4000):
+    """Share of each token among many draws from `PROBABILITIES`."""
+    logits = jnp.broadcast_to(jnp.log(PROBABILITIES).astype(jnp.float32), (draws, 5))
+    tokens = sample(logits, jax.random.split(jax.random.key(0), draws), temperature, top_k, top_p)
+    return np.bincount(tokens, minlength=5) / draws
+
+
+def expected(kept, temperature=1.0):
+    weights = np.where(np.isin(np.arange(5), kept), PROBABILITIES ** (1 / temperature), 0)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "temperature"),
+    [
+        ({}, range(5), 1.0),
+        ({"temperature": 0.5}, range(5), 0.5),
+        ({"top_k": 2}, [1, 3], 1.0),
+        ({"top_k": 1}, [1], 1.0),
+        ({"top_p": 0.6}, [1, 3], 1.0),  # 0.4 < 0.6 <= 0.65
+        ({"top_p": 0.3}, [1], 1.0),  # the first token stays although its own mass exceeds top_p
+        ({"top_k": 3, "top_p": 0.5}, [1, 3], 1.0),  # mass is counted after top-k: 0.4 / 0.85 < 0.5
+        ({"temperature": 2.0, "top_k": 3}, [1, 3, 4], 2.0),
+    ],
+)
+def test_draws_follow_the_distribution(options, kept, temperature):
+    # Three standard deviations of a share drawn 4,000 times are at most 0.024.
+    np.testing.assert_allclose(drawn(**options), expected(kept, temperature), atol=0.025)
+
+
+def test_the_distribution_test_can_fail():
+    assert abs(drawn(temperature=0.5) - expected(range(5), 1.0)).max() > 0.05
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
+def test_options_out_of_range(options):
+    with pytest.raises(UserError, match="expected"):
+        Sampling(**options)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return Generator(Qwen3MoeForCausalLM.from_pretrained(CHECKPOINT, dtype="float32"))
+
+
+def test_seed_decides(generator):
+    prompts = [[5, 6, 7], [300, 301]]
+    run = lambda seed: generator.generate(prompts, 12, Sampling(temperature=1.0, seed=seed))
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert generator.generate(prompts[:1], 12, Sampling(temperature=1.0, seed=1)) == run(1)[:1]
+
+
+def test_on_token_sees_what_is_returned(generator):
+    seen = [[], []]
+    out = generator.generate([[5, 6, 7], [8]], 6, on_token=lambda row, token: seen[row].append(token))
+    assert seen == out and [len(row) for row in out] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "message"),
+    [([], 4, "at least one"), ([[1], []], 4, "prompt 1"), ([[99999]], 4, "99999"), ([[1]], 0, "max-new-tokens")],
+)
+def test_bad_prompts(generator, prompts, count, message):
+    with pytest.raises(UserError, match=message):
+        generator.generate(prompts, count)
+
+
+def test_stream_never_writes_half_a_character():
+    tokenizer = load_tokenizer(CHECKPOINT)
+    text = "naïve – 你好, done"
+    pieces = []
+    stream = TextStream(tokenizer, pieces.append)
+    for token in tokenizer(text)["input_ids"]:
+        stream.put(token)
+    stream.end()
+    assert "".join(pieces) == text
+    assert len(pieces) > 5 and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_defaults_come_from_the_generation_config(tmp_path):
+    assert generation_defaults(tmp_path) == (Sampling(), ())
+    file = tmp_path / "generation_config.json"
+    file.write_text(
+        json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [7, 9]})
+    )
+    assert generation_defaults(tmp_path) == (Sampling(0.6, 20, 0.95), (7, 9))
+    file.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 7}))
+    assert generation_defaults(tmp_path) == (Sampling(), (7,))
+
+
+def test_command_streams_one_prompt_and_lists_several(monkeypatch, capsys):
+    def run(*prompts):
+        words = [word for prompt in prompts for word in ("--prompt", prompt)]
+        arguments = ["generate", "--model", str(CHECKPOINT), "--max-new-tokens", "8", "--dtype", "float32", *words]
+        monkeypatch.setattr("sys.argv", arguments)
+        main()
+        return capsys.readouterr().out
+
+    alone = run("import os")
+    assert alone.strip()
+    both = run("import os", "class A:")
+    assert both.startswith("--- import os\n" + alone.rstrip("\n")) and "--- class A:\n" in both
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere", "--prompt", "x"], "nowhere"),
+        (["--model", str(CHECKPOINT), "--prompt", ""], "prompt 0"),
+        (["--model", str(CHECKPOINT), "--prompt", "x", "--adapter", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(run_module, arguments, message):
+    done = run_module("jaxmoe.generate", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_chat_needs_a_template(run_module, tmp_path: pathlib.Path):
+    copy = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, copy)
+    (copy / "chat_template.jinja").unlink()
+    done = run_module("jaxmoe.generate", "--model", copy, "--chat", "--prompt", "x")
+    assert done.returncode == 2 and "chat template" in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,152 @@
+"""The model as an object, the chunked loss, and what the compiled step keeps in memory."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.adapters import write_peft
+from convert.hf2jax import hf2jax
+from jaxmoe import LoraConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM, loss, model
+from jaxmoe.checkpoint import write_adapter
+from jaxmoe.errors import UserError
+from jaxmoe.loss import cross_entropy
+from jaxmoe.model import forward, init_adapters, init_parameters
+from jaxmoe.parameters import lora_specs, parameter_specs
+from tests.make_checkpoint import TINY, make_checkpoint
+from tests.tolerances import bound
+
+LORA = LoraConfig(r=2, targets=("q_proj", "gate", "experts.gate_up_proj", "experts.down_proj"))
+
+
+@pytest.fixture(scope="module")
+def folder(shared_tmp):
+    return make_checkpoint(shared_tmp / "model-test", TINY)
+
+
+def equal(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_every_parameter_is_named_and_has_logical_axes():
+    made = Qwen3MoeForCausalLM(
+        TINY, init_parameters(TINY, jax.random.key(0)), LORA, init_adapters(TINY, LORA, jax.random.key(1))
+    )
+    state = {".".join(map(str, path[1:])): variable for path, variable in nnx.to_flat_state(nnx.state(made))}
+    specs = parameter_specs(TINY) | lora_specs(TINY, LORA)
+    assert set(state) == set(specs)
+    for path, variable in state.items():
+        assert variable.get_metadata("out_sharding") == specs[path].axes
+        assert len(specs[path].axes) == variable[...].ndim
+        assert isinstance(variable, nnx.LoRAParam) == (".lora_" in path)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])
+def test_wrong_arrays_are_refused(fault):
+    params = init_parameters(TINY, jax.random.key(0))
+    if fault == "missing":
+        del params["norm"]
+    elif fault == "unexpected":
+        params["attention.extra"] = jnp.zeros(1)
+    else:
+        params["norm"] = jnp.zeros(1)
+    with pytest.raises(ValueError, match={"missing": "norm", "unexpected": "extra", "shape": "norm"}[fault]):
+        Qwen3MoeForCausalLM(TINY, params)
+
+
+def test_both_forms_of_a_folder_give_the_same_arrays(folder, tmp_path):
+    hf2jax(folder, tmp_path / "converted")
+    first, second = (Qwen3MoeForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "converted"))
+    equal(first.params, second.params)
+    assert first.config == second.config
+
+
+def test_both_forms_of_an_adapter_give_the_same_arrays(folder, tmp_path):
+    config = Qwen3MoeConfig.from_pretrained(folder)
+    arrays = {name: np.asarray(a) for name, a in init_adapters(config, LORA, jax.random.key(3)).items()}
+    write_peft(tmp_path / "peft", config, LORA, arrays)
+    write_adapter(tmp_path / "converted", config, LORA, arrays)
+    for form in ("peft", "converted"):
+        loaded = Qwen3MoeForCausalLM.from_pretrained(folder, adapter=tmp_path / form)
+        equal(loaded.adapters, arrays)
+        assert [loaded.lora_config.scale(t) for t in LORA.targets] == [LORA.scale(t) for t in LORA.targets]
+
+
+def test_dtype_casts_every_parameter(folder):
+    loaded = Qwen3MoeForCausalLM.from_pretrained(folder, dtype="bfloat16")
+    assert {a.dtype for a in loaded.params.values()} == {jnp.dtype("bfloat16")}
+    assert loaded.config.dtype == "bfloat16"
+    with pytest.raises(UserError, match="int8"):
+        Qwen3MoeForCausalLM.from_pretrained(folder, dtype="int8")
+
+
+def test_segment_ids_exclude_an_attention_mask(folder):
+    loaded, ids = Qwen3MoeForCausalLM.from_pretrained(folder), np.ones((1, 4), np.int32)
+    with pytest.raises(ValueError, match="at most one"):
+        loaded(ids, attention_mask=ids, segment_ids=ids)
+
+
+def losses_and_gradients(chunk):
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (37, 50))
+    labels, weights = jnp.asarray(rng.integers(0, 50, 37)), jnp.asarray(rng.random(37) < 0.7, jnp.float32)
+    found = jax.value_and_grad(loss.cross_entropy, argnums=(0, 1))(hidden, head, labels, weights, chunk)
+
+    def plain(hidden, head):
+        return -jnp.sum(weights * jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), labels[:, None], 1)[:, 0])
+
+    expected = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+    return [
+        np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
+def test_chunked_loss_equals_the_plain_one(chunk):
+    assert max(losses_and_gradients(chunk)) <= bound("dispatch_fp32")
+
+
+def test_the_loss_comparison_sees_a_planted_fault(monkeypatch):
+    def forgets_weights(hidden, head, labels, weights, chunk=1024):
+        return cross_entropy(hidden, head, labels, jnp.ones_like(weights), chunk)
+
+    monkeypatch.setattr(loss, "cross_entropy", forgets_weights)
+    assert max(losses_and_gradients(10)) > 1e-2
+
+
+def compiled_step_memory(config, remat, trainable="adapters"):
+    """Bytes of temporaries of the compiled loss and gradients over few tokens."""
+    specs = parameter_specs(config)
+    params = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in specs.items()}
+    adapters = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in lora_specs(config, LORA).items()}
+    ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+
+    def value(adapters, params, ids):
+        out = forward(params, adapters, ids, ids, ids, config=config, lora=LORA, trainable=trainable, remat=remat)
+        return jnp.sum(out.hidden)
+
+    compiled = jax.jit(jax.grad(value)).lower(adapters, params, ids).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_no_temporary_holds_a_layers_experts(remat, monkeypatch):
+    """Frozen experts are indexed where they lie: neither copied by the loops nor saved for the backward pass."""
+    config = TINY.replace(hidden_size=256, moe_intermediate_size=128, num_experts=32, mlp_only_layers=())
+    one_layer = 4 * 3 * config.num_experts * config.moe_intermediate_size * config.hidden_size
+    assert compiled_step_memory(config, remat) < one_layer
+
+    original = model._Layer.experts
+
+    def sliced(layer):  # the obvious way, which copies
+        weights = original(layer)
+        here = partial(jax.lax.dynamic_slice_in_dim, start_index=weights.offset, slice_size=config.num_experts)
+        return weights._replace(gate_up_proj=here(weights.gate_up_proj), down_proj=here(weights.down_proj), offset=0)
+
+    monkeypatch.setattr(model._Layer, "experts", sliced)
+    assert compiled_step_memory(config, remat) > one_layer
