@@ -1,5 +1,5 @@
 # make demo       converts, fine-tunes, generates, exports and reloads a small Qwen3-MoE; a few minutes on two cores
-# make test       the test suite, on the CPU
+# make test       the test suite, on the CPU, in WORKERS processes (2)
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
 # make bench      the CPU benchmarks of the README
@@ -13,6 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 VENV ?= .venv
+WORKERS ?= 2
 PYTEST_ARGS ?=
 
 INSTALLED := $(VENV)/.installed
@@ -38,7 +39,7 @@ demo: $(INSTALLED)
 	@$(RUN) -m examples.demo
 
 test: $(INSTALLED)
-	@JAX_PLATFORMS=cpu $(RUN) -m pytest $(PYTEST_ARGS) $(verdict)
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS) $(verdict)
 
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)
