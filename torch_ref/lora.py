@@ -6,7 +6,7 @@ PEFT is told of the fused expert stacks, the router and the dense MLPs as parame
 
 from __future__ import annotations
 
-import logging
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +15,6 @@ from peft import LoraConfig, PeftModel
 from peft import get_peft_model as make_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-
-logger = logging.getLogger(__name__)
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -46,7 +44,7 @@ def get_peft_model(
     lora_dropout: float = 0.0,
     bias: str = "none",
     layers_to_transform: int | Sequence[int] | None = None,
-    use_gradient_checkpointing: bool = True,
+    use_gradient_checkpointing: bool | str = True,
     random_state: int = 3407,
     use_rslora: bool = False,
     modules_to_save: Sequence[str] | None = None,
@@ -66,7 +64,8 @@ def get_peft_model(
         bias: as in PEFT: none, all, lora_only.
         layers_to_transform: the layers that get adapters; None is all.
         use_rslora: see `lora_alpha`.
-        use_gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+        use_gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations;
+            "unsloth" holds what the recomputation starts from in the host's memory too.
         random_state: seed of the adapters' first values; the global generator is left as it was.
         modules_to_save: modules to train and save whole, such as lm_head.
         options: further fields of PEFT's `LoraConfig`.
@@ -75,8 +74,6 @@ def get_peft_model(
         ValueError: an unknown target, one that the model lacks, gate_proj without up_proj of the experts, a layer that
             does not exist, dropout on the router, or another value of `use_gradient_checkpointing`.
     """
-    if use_gradient_checkpointing not in (True, False):
-        raise ValueError(f"use_gradient_checkpointing: expected True or False, found {use_gradient_checkpointing!r}")
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected a probability below 1, found {lora_dropout!r}")
     layers = _layers(model, layers_to_transform)
@@ -113,20 +110,33 @@ def get_peft_model(
     return for_training(adapted, use_gradient_checkpointing)
 
 
-def for_training(model: Any, use_gradient_checkpointing: bool) -> Any:
+def for_training(model: Any, use_gradient_checkpointing: bool | str) -> Any:
     """Training mode without the cache; returns `model`."""
     set_gradient_checkpointing(model, use_gradient_checkpointing)
     model.config.use_cache = False
     return model.train()
 
 
-def set_gradient_checkpointing(model: Any, on: bool) -> None:
-    """Switches the recomputation of layers in the backward pass, for a model with or without adapters."""
+def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
+    """Switches the recomputation of layers in the backward pass, for a model with or without adapters.
+
+    Raises:
+        ValueError: anything but True, False and "unsloth", or the latter where transformers cannot offload.
+    """
+    if mode not in (True, False, "unsloth"):
+        raise ValueError(f"use_gradient_checkpointing: expected True, False or 'unsloth', found {mode!r}")
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if on:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    elif base.is_gradient_checkpointing:
-        base.gradient_checkpointing_disable()
+    if not mode:
+        for module in base.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False
+        return
+    # earlier versions of transformers have the other name only, and no offloading
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    options = {"offload": True} if mode == "unsloth" and base.device.type == "cuda" else {}
+    if options and "offload" not in inspect.signature(enable).parameters:
+        raise ValueError("use_gradient_checkpointing: 'unsloth' needs a transformers that offloads activations")
+    enable({"use_reentrant": False}, **options)
 
 
 def _state_logical_shapes(module: nn.Module) -> None:

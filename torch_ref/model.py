@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
-from torch_ref import lora, patch
+from torch_ref import export, lora, patch
 from torch_ref.experts import IMPLEMENTATIONS
 
 logger = logging.getLogger(__name__)
@@ -22,15 +22,25 @@ logger = logging.getLogger(__name__)
 _PAD_CANDIDATES = ("<|endoftext|>", "<|vision_pad|>", "<|fim_pad|>", "<unk>")
 
 
+class _Default(int):
+    """A number that nobody asked for."""
+
+
+_DEFAULT_LENGTH = _Default(4096)
+
+
 class FastQwen3Model:
     """What dense Qwen3 and Qwen3-MoE share: attention, SwiGLU, loading, adapters.
 
-    `get_peft_model` is `torch_ref.lora.get_peft_model`.
+    `get_peft_model` is that of `torch_ref.lora`; `save_pretrained_merged` and `save_pretrained_4bit` are those of
+    `torch_ref.export`.
     """
 
     model_class: ClassVar[type] = Qwen3ForCausalLM
     patches: ClassVar[Iterable[patch.Patch]] = patch.DENSE_PATCHES
     get_peft_model = staticmethod(lora.get_peft_model)
+    save_pretrained_merged = staticmethod(export.save_pretrained_merged)
+    save_pretrained_4bit = staticmethod(export.save_pretrained_4bit)
 
     @classmethod
     def pre_patch(cls) -> None:
@@ -46,7 +56,7 @@ class FastQwen3Model:
     def from_pretrained(
         cls,
         model_name: str = "Qwen/Qwen3-8B",
-        max_seq_length: int | None = 4096,
+        max_seq_length: int | None = _DEFAULT_LENGTH,
         dtype: torch.dtype | str | None = None,
         load_in_4bit: bool = True,
         token: str | None = None,
@@ -63,6 +73,7 @@ class FastQwen3Model:
             model_name: a folder in HF form, or a hub id.
             max_seq_length: the longest sequence that will be used. Beyond the configuration's max_position_embeddings
                 positions are compressed linearly (Chen et al. 2023), with a warning, unless `rope_scaling` covers it.
+                The default, 4096, compresses nothing: it is the model's own limit where that is lower.
             dtype: torch dtype or its name; None is bfloat16 where the device has it, else float16, on a CPU float32.
             load_in_4bit: store attention, dense MLPs and experts as NF4 with doubly quantised statistics; router,
                 embeddings, norms and head stay in `dtype`. A checkpoint that is quantised already is taken as it is.
@@ -87,15 +98,15 @@ class FastQwen3Model:
         expected = cls.model_class.config_class.model_type
         if config.model_type != expected:
             raise ValueError(f"model_name: expected a {expected} checkpoint, found {config.model_type} in {model_name}")
-        scale_positions(config, max_seq_length, rope_scaling)
+        length = scale_positions(config, max_seq_length, rope_scaling)
         tokenizer = AutoTokenizer.from_pretrained(model_name, token=token, trust_remote_code=trust_remote_code)
         if fix_tokenizer:
-            repair_tokenizer(tokenizer, config, max_seq_length)
+            repair_tokenizer(tokenizer, config, length)
         model = cls._load(model_name, config, choose_dtype(dtype), load_in_4bit, token, device_map, attn_implementation)
         set_experts_implementation(model, experts_implementation)
         if fix_tokenizer and model.generation_config is not None:
             model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.max_seq_length = max_seq_length or config.max_position_embeddings
+        model.max_seq_length = length
         return cls.for_inference(model), tokenizer
 
     @classmethod
@@ -109,6 +120,11 @@ class FastQwen3Model:
         device_map: Any,
         attn_implementation: str | None,
     ) -> Any:
+        if load_in_4bit or getattr(config, "quantization_config", None) is not None:
+            # bitsandbytes is needed for this alone
+            from torch_ref.checkpoint import load_4bit
+
+            return load_4bit(cls.model_class, model_name, config, dtype, device_map, token, attn_implementation)
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         return cls.model_class.from_pretrained(
             model_name, config=config, dtype=dtype, token=token, device_map=device_map, **attention
@@ -122,7 +138,7 @@ class FastQwen3Model:
         return model.eval()
 
     @staticmethod
-    def for_training(model: Any, use_gradient_checkpointing: bool = True) -> Any:
+    def for_training(model: Any, use_gradient_checkpointing: bool | str = True) -> Any:
         """Training mode without the cache; returns `model`."""
         return lora.for_training(model, use_gradient_checkpointing)
 
@@ -156,8 +172,8 @@ def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return chosen
 
 
-def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[str, Any] | None) -> None:
-    """Fits the configuration's rotary embedding to `max_seq_length` and `rope_scaling`, in place.
+def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[str, Any] | None) -> int:
+    """Fits the configuration's rotary embedding to `max_seq_length` and `rope_scaling`, in place; returns the length.
 
     Raises:
         ValueError: no length, no rope_type, an unknown one, or a length that the scaling does not reach.
@@ -177,9 +193,11 @@ def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[
         # rejects what the type needs and the dictionary lacks
         config.standardize_rope_params()
         config.validate_rope()
+    config.max_position_embeddings = positions = max(positions, config.max_position_embeddings)
     if max_seq_length is None or max_seq_length <= positions:
-        config.max_position_embeddings = max(positions, config.max_position_embeddings)
-        return
+        return positions if max_seq_length is None else int(max_seq_length)
+    if isinstance(max_seq_length, _Default):
+        return positions
     rope_type = config.rope_parameters["rope_type"]
     if rope_type != "default":
         raise ValueError(
@@ -192,9 +210,10 @@ def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[
     )
     config.rope_parameters = {**config.rope_parameters, "rope_type": "linear", "factor": factor}
     config.max_position_embeddings = max_seq_length
+    return max_seq_length
 
 
-def repair_tokenizer(tokenizer: Any, config: Any, max_seq_length: int | None) -> None:
+def repair_tokenizer(tokenizer: Any, config: Any, max_seq_length: int) -> None:
     """Gives the tokenizer a padding token of its own, padding on the right, and the longest input; in place.
 
     Raises:
@@ -214,8 +233,7 @@ def repair_tokenizer(tokenizer: Any, config: Any, max_seq_length: int | None) ->
             )
         tokenizer.pad_token = free[0]
     tokenizer.padding_side = "right"
-    if max_seq_length is not None:
-        tokenizer.model_max_length = max_seq_length
+    tokenizer.model_max_length = max_seq_length
 
 
 def set_experts_implementation(model: Any, name: str | None) -> None:

@@ -1,0 +1,319 @@
+"""4-bit weights as bitsandbytes stores them, for linear maps and for whole expert stacks.
+
+NF4 (Dettmers et al. 2023): blocks of 64 values, two codes to a byte, the blocks' maxima quantised in turn to 8 bits.
+What is saved for the backward pass is the packed weight; the 16-bit one exists while a product needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import bitsandbytes as bnb
+import bitsandbytes.functional
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_ref.experts import Projection, grouped_matmul, implementation
+
+# bitsandbytes' annotations call nearly every field of its classes None
+State = Any
+QuantState: Any = bitsandbytes.functional.QuantState
+Params4bit: Any = bnb.nn.modules.Params4bit
+dequantize_4bit = bitsandbytes.functional.dequantize_4bit
+
+_NESTED_BLOCK = 256  # maxima that share one maximum of their own
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """X W^T for a W that is made when needed, in the forward pass and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.weight(grads[0].dtype), None
+
+
+class _FrozenGroupedLinear(torch.autograd.Function):
+    """The same for rows sorted by expert and a stack of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ends: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(ends)
+        return grouped_matmul(rows, weight(rows.dtype).transpose(-2, -1), ends)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (ends,) = ctx.saved_tensors
+        return grouped_matmul(grads[0].contiguous(), ctx.weight(grads[0].dtype), ends), None, None
+
+
+class Linear4bit(bnb.nn.modules.Linear4bit):
+    """bitsandbytes' linear map, computed by decoding the weight into the input's dtype once and multiplying.
+
+    bitsandbytes' own forward repacks the weight on some CPUs, which changes the numbers.
+    """
+
+    @classmethod
+    def packed(cls, packed: Tensor, state: State, bias: nn.Parameter | None) -> Linear4bit:
+        """The module around codes and statistics that exist already."""
+        out, inner = state.shape
+        with torch.device("meta"):
+            self = cls(inner, out, bias=False, compress_statistics=state.nested, quant_type=state.quant_type)
+        weight = Params4bit(
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            blocksize=state.blocksize,
+            compress_statistics=state.nested,
+            quant_type=state.quant_type,
+            bnb_quantized=True,
+            module=self,
+        )
+        self.weight = weight
+        self.quant_state = state
+        self.bias = bias
+        self.compute_dtype = state.dtype
+        self.compute_type_is_set = True
+        return self
+
+    @property
+    def packed_shapes(self) -> dict[str, torch.Size]:
+        """The shape that each packed parameter stands for."""
+        return {"weight": torch.Size((self.out_features, self.in_features))}
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in], decoded in float32 and rounded to `dtype` once."""
+        weight: Any = self.weight
+        return _decode(weight.data, weight.quant_state, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X W^T + bias in x's dtype."""
+        y = _FrozenLinear.apply(x, self.dequantized)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
+    """NF4 codes with doubly quantised statistics; `dtype` is the one that the weight is meant to be decoded to.
+
+    The encoder gets float32: it divides by the block's maximum in the dtype that it is given.
+    """
+    packed, state = bitsandbytes.functional.quantize_4bit(
+        weight.float().contiguous(), compress_statistics=True, quant_type="nf4"
+    )
+    state.dtype = dtype
+    return packed, state
+
+
+def _decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
+    if dtype != state.dtype:
+        known = {name: getattr(state, name) for name in ("absmax", "code", "blocksize", "offset", "state2")}
+        state = QuantState(shape=state.shape, quant_type=state.quant_type, dtype=dtype, **known)
+    return dequantize_4bit(packed, state)
+
+
+@dataclass
+class PackedStack:
+    """The weights [E, out, in] of one projection of all experts, each part of each expert quantised on its own.
+
+    A part is a matrix that has a key of its own on disk: gate and up of an expert are two parts of one stack.
+
+    Attributes:
+        codes: uint8 [E, parts, bytes]; each part is filled up to whole blocks.
+        absmax: the blocks' maxima [E, parts, blocks]: 8-bit codes where `nested_absmax` is there, else float32.
+        nested_absmax: float32 [E, parts, ceil(blocks / 256)].
+        offset: float32 [E, parts], the mean that was taken from the maxima.
+        nested_quant_map: float32 [256], the values of absmax's codes.
+        shape: (E, out, in).
+        blocksize: values in a block.
+        quant_type: nf4 or fp4.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    nested_quant_map: Tensor | None
+    shape: torch.Size
+    blocksize: int
+    quant_type: str
+
+    @classmethod
+    def from_parts(cls, parts: Iterator[tuple[int, int, Tensor, State]], shape: torch.Size) -> PackedStack:
+        """Gathers (expert, part, codes, statistics) in any order; `shape` is (E, out, in)."""
+        self: PackedStack | None = None
+        for expert, part, packed, state in parts:
+            if self is None:
+                self = cls._empty(packed.device, state, shape)
+            if (state.blocksize, state.quant_type, state.nested) != (self.blocksize, self.quant_type, self.nested):
+                raise ValueError("expected experts that are all quantised alike, found different settings")
+            self.codes[expert, part, : packed.numel()] = packed.flatten()
+            self.absmax[expert, part] = state.absmax
+            if self.nested_absmax is not None:
+                assert self.offset is not None
+                self.nested_absmax[expert, part] = state.state2.absmax
+                self.offset[expert, part] = state.offset
+        assert self is not None
+        return self
+
+    @classmethod
+    def _empty(cls, device: torch.device, state: State, shape: torch.Size) -> PackedStack:
+        experts, out, inner = shape
+        rows, _ = state.shape
+        parts, blocks = out // rows, -(-rows * inner // state.blocksize)
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(experts, parts, *size, dtype=dtype, device=device)
+
+        return cls(
+            codes=zeros(blocks * state.blocksize // 2, dtype=torch.uint8),
+            absmax=zeros(blocks, dtype=state.absmax.dtype),
+            nested_absmax=zeros(-(-blocks // _NESTED_BLOCK)) if state.nested else None,
+            offset=zeros() if state.nested else None,
+            nested_quant_map=state.state2.code if state.nested else None,
+            shape=shape,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+        )
+
+    @property
+    def nested(self) -> bool:
+        """Whether the blocks' maxima are quantised themselves."""
+        return self.nested_absmax is not None
+
+    @property
+    def parts(self) -> int:
+        """Matrices per expert."""
+        return self.codes.shape[1]
+
+    def to(self, device: torch.device) -> None:
+        """Moves codes and statistics, which keep their dtypes."""
+        for name in ("codes", "absmax", "nested_absmax", "offset", "nested_quant_map"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.to(device))
+
+    def select(self, experts: Tensor | slice) -> PackedStack:
+        """The stack of some experts, in the order of `experts`; an expert may come more than once."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[experts]
+
+        codes = self.codes[experts]
+        return PackedStack(
+            codes,
+            self.absmax[experts],
+            pick(self.nested_absmax),
+            pick(self.offset),
+            self.nested_quant_map,
+            torch.Size((len(codes), *self.shape[1:])),
+            self.blocksize,
+            self.quant_type,
+        )
+
+    def maxima(self) -> Tensor:
+        """The blocks' maxima in float32, [E, parts, blocks]."""
+        if self.nested_absmax is None:
+            return self.absmax
+        assert self.nested_quant_map is not None and self.offset is not None
+        scale = self.nested_absmax.repeat_interleave(_NESTED_BLOCK, -1)[..., : self.absmax.shape[-1]]
+        return self.nested_quant_map[self.absmax.int()] * scale + self.offset[..., None]
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weights [E, out, in], decoded in float32 and rounded to `dtype` once."""
+        experts, out, inner = self.shape
+        filled = torch.Size((experts, self.parts, self.codes.shape[-1] * 2))
+        state = QuantState(
+            self.maxima().flatten(), filled, blocksize=self.blocksize, quant_type=self.quant_type, dtype=dtype
+        )
+        values = dequantize_4bit(self.codes.view(-1, 1), state)
+        return values[..., : out // self.parts * inner].reshape(self.shape)
+
+    def linear(self, x: Tensor, expert: int) -> Tensor:
+        """X W[expert]^T."""
+        one = self.select(slice(expert, expert + 1))
+        return _FrozenLinear.apply(x, lambda dtype: one.dequantized(dtype)[0])
+
+    def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W^T; with fewer rows than experts, only the experts in use are decoded."""
+        if len(rows) < self.shape[0]:
+            ends = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=rows.device)
+            return _FrozenGroupedLinear.apply(rows, ends, self.select(experts).dequantized)
+        return _FrozenGroupedLinear.apply(rows, ends, self.dequantized)
+
+    def states(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, State]]:
+        """Codes and statistics of each part of one expert, as bitsandbytes would have made them by themselves."""
+        _, out, inner = self.shape
+        rows = out // self.parts
+        code = bitsandbytes.functional.get_4bit_type(self.quant_type, device=self.codes.device)
+        for part in range(self.parts):
+            state2 = offset = None
+            if self.nested_absmax is not None:
+                assert self.nested_quant_map is not None and self.offset is not None
+                nested_absmax = self.nested_absmax[expert, part]
+                nested_map = self.nested_quant_map
+                state2 = QuantState(nested_absmax, code=nested_map, blocksize=_NESTED_BLOCK, dtype=torch.float32)
+                offset = self.offset[expert, part]
+            yield (
+                self.codes[expert, part, : -(-rows * inner // 2), None],
+                QuantState(
+                    self.absmax[expert, part],
+                    shape=torch.Size((rows, inner)),
+                    code=code,
+                    blocksize=self.blocksize,
+                    quant_type=self.quant_type,
+                    dtype=dtype,
+                    offset=offset,
+                    state2=state2,
+                ),
+            )
+
+
+class Experts4bit(nn.Module):
+    """The experts of one layer in 4 bit, in the place of transformers' `Qwen3MoeExperts`.
+
+    The codes are parameters under the names of the stacks, where PEFT finds them. The statistics are no buffers: a cast
+    of the model to another dtype must not reach them.
+    """
+
+    def __init__(
+        self, gate_up_proj: PackedStack, down_proj: PackedStack, act_fn: Callable[[Tensor], Tensor], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self._stacks = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
+        self.gate_up_proj = nn.Parameter(gate_up_proj.codes, requires_grad=False)
+        self.down_proj = nn.Parameter(down_proj.codes, requires_grad=False)
+        self.act_fn = act_fn
+        self.num_experts = gate_up_proj.shape[0]
+        self.dtype = dtype
+        self.is_transposed = False  # PEFT asks: [E, out, in]
+
+    @property
+    def packed_shapes(self) -> Mapping[str, torch.Size]:
+        """The shape that each packed parameter stands for."""
+        return {name: stack.shape for name, stack in self._stacks.items()}
+
+    def stack(self, name: str) -> PackedStack:
+        """The packed stack `name`, gate_up_proj or down_proj."""
+        return self._stacks[name]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `Qwen3MoeExperts.forward`: [M, D], [M, k], [M, k] -> [M, D]; transformers' own block calls it."""
+        gate_up, down = (Projection(self.stack(name)) for name in ("gate_up_proj", "down_proj"))
+        run = implementation(getattr(self, "torch_ref_implementation", None), hidden_states, gate_up)
+        return run(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Experts4bit:
+        super()._apply(fn, recurse)
+        for name, stack in self._stacks.items():
+            parameter = getattr(self, name)
+            stack.to(parameter.device)
+            parameter.data = stack.codes  # one copy of the codes, not two
+        return self
