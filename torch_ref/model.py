@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -15,8 +14,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
 from torch_ref import export, lora, patch
 from torch_ref.experts import IMPLEMENTATIONS
-
-logger = logging.getLogger(__name__)
 
 # tokens of Qwen's vocabularies that stand for nothing in a text, in the order in which padding is looked for
 _PAD_CANDIDATES = ("<|endoftext|>", "<|vision_pad|>", "<|fim_pad|>", "<unk>")
@@ -187,7 +184,10 @@ def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[
         known = ("default", *ROPE_INIT_FUNCTIONS)
         if scaling["rope_type"] not in known:
             raise ValueError(f"rope_scaling: expected rope_type among {', '.join(known)}, found {rope_scaling}")
-        if "factor" in scaling:
+        if scaling["rope_type"] == "yarn":
+            scaling.setdefault("original_max_position_embeddings", positions)
+        # the other types' frequencies depend on max_position_embeddings itself
+        if scaling["rope_type"] in ("linear", "yarn") and "factor" in scaling:
             positions = int(scaling.get("original_max_position_embeddings", positions) * scaling["factor"])
         config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **scaling}
         # rejects what the type needs and the dictionary lacks
