@@ -39,8 +39,10 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("hf2jax", "Converts an HF checkpoint into a converted folder.", "HF folder or hub id")
     sub.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its dtype)")
+    sub.add_argument("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
     sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
     sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, in PEFT's form or converted")
+    sub.add_argument("--dequantize", action="store_true", help="write weights that are in NF4 in their former dtype")
     sub.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest safetensors file (default: 5GB)")
     sub = command("peft2jax", "Converts a PEFT adapter into a converted adapter.", "PEFT adapter folder or hub id")
     sub.add_argument("--model", metavar="DIR", help="base model, HF or converted (default: the one that SRC names)")
@@ -70,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.command == "hf2jax":
             src = local_folder(args.src)
             with _progress(args.dst) as on_block:
-                hf2jax(src, args.dst, args.dtype, on_block)
+                hf2jax(src, args.dst, args.dtype, args.quantize, on_block)
         elif args.command == "jax2hf":
             size = parse_size(args.max_shard_size)
             with _progress(args.dst) as on_block:
-                jax2hf(args.src, args.dst, args.adapter, size, on_block)
+                jax2hf(args.src, args.dst, args.adapter, size, args.dequantize, on_block)
         elif args.command == "peft2jax":
             src = local_folder(args.src)
             config = Qwen3MoeConfig.from_pretrained(_base_model(src, args.model))
@@ -100,11 +102,10 @@ def _base_model(adapter: pathlib.Path, given: str | None) -> pathlib.Path:
 def _progress(dst: str) -> Iterator[Callable[[Block, int], None]]:
     """Calls back per block: a bar on a terminal, a line every few seconds elsewhere, and a summary at the end."""
     start = shown = time.monotonic()
-    parameters = nbytes = layers = 0
+    nbytes = layers = 0
 
     def count(block: Block) -> None:
-        nonlocal parameters, nbytes, layers
-        parameters += sum(array.size for array in block.arrays.values())
+        nonlocal nbytes, layers
         nbytes += sum(array.nbytes for array in block.arrays.values())
         layers += block.layer is not None
 
@@ -131,7 +132,7 @@ def _progress(dst: str) -> Iterator[Callable[[Block, int], None]]:
     else:
         yield line
     seconds = time.monotonic() - start
-    print(f"{dst}: {layers} layers, {parameters:,} parameters, {size_text(nbytes)} in {seconds:.1f} s")
+    print(f"{dst}: {layers} layers, {size_text(nbytes)} in {seconds:.1f} s")
 
 
 def _give_memory_back() -> None:

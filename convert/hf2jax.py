@@ -6,14 +6,19 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
-from convert.safetensors_io import Tensor, inside, open_folder
-from jaxmoe.checkpoint import Block, Layout, cast, write_converted
+from convert.nf4 import companions, find_quantization, read_matrix, settings_of
+from convert.safetensors_io import CODES, inside, open_folder
+from jaxmoe.checkpoint import Block, Checkpoint, Layout, cast, write_converted
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
+from jaxmoe.parameters import NESTED_QUANT_MAP
+from jaxmoe.quantize import NF4, put
+from jaxmoe.recode import Recoded, quantized
 
 # what is not weights and belongs to a checkpoint; the first two groups are the two forms of a tokenizer
 _TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -39,21 +44,33 @@ class HFCheckpoint:
         # before the config: whoever points at a folder of pickles should hear of that first
         self._tensors = open_folder(path)
         raw = read_json(inside(path, "config.json"))
-        quantized = [key for key in self._tensors if key.endswith((".absmax", ".weight_scale_inv"))]
-        if raw.get("quantization_config") is not None or quantized:
-            found = "quantization_config in config.json" if raw.get("quantization_config") else quantized[0]
-            raise UserError(f"{path}: expected float32, bfloat16 or float16 weights, found {found} (not supported yet)")
         self.config = Qwen3MoeConfig.from_hf(raw)
         self.layout: Layout = find_layout(self._tensors)
         self._target = np.dtype(_known(dtype)) if dtype else None
         self._rows = {layer: list(rows(self.config, layer, self.layout)) for layer in blocks_of(self.config)}
+        settings = raw.get("quantization_config")
+        self.quantization = find_quantization(str(path), settings, self.config, self._tensors, self._every_row())
         self.stored_tied_head = self._check_tied_head()
         self._check_keys()
+        self._nested_quant_map: np.ndarray | None = None
         self.stored_dtypes = self._check_tensors()
         self.dtypes = {name: self._target or stored for name, stored in self.stored_dtypes.items()}
 
+    def _every_row(self) -> Iterator[Row]:
+        return (row for block in self._rows.values() for row in block)
+
+    def _in_nf4(self, row: Row) -> bool:
+        return self.quantization is not None and row.path in self.quantization.paths
+
+    def _read_nf4(self, row: Row) -> tuple[NF4, str, np.ndarray | None]:
+        assert self.quantization is not None
+        return read_matrix(row, self._tensors, self.quantization.nested)
+
     def _check_keys(self) -> None:
-        expected = {row.key for block in self._rows.values() for row in block}
+        expected = {row.key for row in self._every_row()}
+        if self.quantization is not None:
+            quantized = (row.key for row in self._every_row() if self._in_nf4(row))
+            expected.update(key for name in quantized for key in companions(name, self.quantization.nested))
         found = set(self._tensors) - ({"lm_head.weight"} if self.stored_tied_head else set())
         if missing := sorted(expected - found):
             raise UserError(f"{self.path}: expected tensor {missing[0]}, found none ({len(missing)} missing)")
@@ -61,16 +78,29 @@ class HFCheckpoint:
             raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected)")
 
     def _check_tensors(self) -> dict[str, np.dtype]:
-        first: dict[str, Tensor] = {}
-        for block in self._rows.values():
-            for row in block:
+        first: dict[str, tuple[str, np.dtype]] = {}
+        for row in self._every_row():
+            if self._in_nf4(row):
+                _, made_from, table = self._read_nf4(row)
+                dtype, code = np.dtype(made_from), f"NF4 of {made_from}"
+                self._check_map(row, table)
+            else:
                 tensor = self._tensors[row.key]
                 if tensor.shape != row.shape:
                     raise UserError(f"{row.key}: expected shape {list(row.shape)}, found {list(tensor.shape)}")
-                one = first.setdefault(row.path, tensor)
-                if tensor.dtype != one.dtype:
-                    raise UserError(f"{row.key}: expected {one.code} like {one.name}, found {tensor.code}")
-        return {name: tensor.dtype for name, tensor in first.items()}
+                dtype, code = tensor.dtype, tensor.code
+            key, expected = first.setdefault(row.path, (row.key, dtype))
+            if dtype != expected:
+                one = CODES[expected.name] if not self._in_nf4(row) else f"NF4 of {expected}"
+                raise UserError(f"{row.key}: expected {one} like {key}, found {code}")
+        return {name: dtype for name, (_, dtype) in first.items()}
+
+    def _check_map(self, row: Row, table: np.ndarray | None) -> None:
+        """The table lies beside every weight in bitsandbytes' form; here it is kept once."""
+        if self._nested_quant_map is None:
+            self._nested_quant_map = table
+        elif table is None or not np.array_equal(table, self._nested_quant_map):
+            raise UserError(f"{row.key}.nested_quant_map: expected the same table for every weight, found another")
 
     def _check_tied_head(self) -> bool:
         """Some tools store lm_head although it is tied; then it must be the embedding, bit for bit."""
@@ -95,8 +125,16 @@ class HFCheckpoint:
 
     def _gather(self, layer: int | None, block: list[Row]) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
-        shapes = block_shapes(self.config, layer)
+        shapes = block_shapes(self.config, layer, self.quantization)
+        if layer is None and self._nested_quant_map is not None:
+            arrays[NESTED_QUANT_MAP] = self._nested_quant_map
         for row in block:
+            if self._in_nf4(row):
+                for name, part in put(self._read_nf4(row)[0], row.path).items():
+                    if name not in arrays:
+                        arrays[name] = np.empty(shapes[name], part.dtype)
+                    arrays[name][row.matrix] = part
+                continue
             dtype = self.dtypes[row.path]
             tensor = cast(row.key, self._tensors[row.key].read(), dtype)
             if not row.part:
@@ -111,9 +149,11 @@ class HFCheckpoint:
 def read_hf(path: str | os.PathLike[str], dtype: str | None = None) -> HFCheckpoint:
     """Opens an HF checkpoint and checks all of it but the values; `dtype` casts every tensor, once.
 
+    Weights in NF4 keep their bytes; `dtype` is then the one that they are meant to be decoded into.
+
     Raises:
-        UserError: no safetensors, another model type, a quantised checkpoint, a key that is missing, unexpected or
-            stored twice, a wrong shape or dtype, or dtypes that differ within a stack.
+        UserError: no safetensors, another model type, a quantisation other than bitsandbytes' NF4, a key that is
+            missing, unexpected or stored twice, a wrong shape or dtype, or dtypes that differ within a stack.
     """
     return HFCheckpoint(pathlib.Path(path), dtype)
 
@@ -132,23 +172,37 @@ def companion_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
     return found
 
 
-def config_bytes(path: pathlib.Path, dtype: str | None) -> bytes:
-    """config.json as it is, or with only its dtype changed, under the name that it has there."""
-    content = (path / "config.json").read_bytes()
-    if dtype is None:
-        return content
+def config_bytes(source: Checkpoint, dtype: str | None) -> bytes:
+    """config.json as it is, or with only its dtype changed, under the name that it has there, and with the
+    quantization_config where NF4 is new."""
+    content = (source.path / "config.json").read_bytes()
     raw = json.loads(content)
-    names = [name for name in ("dtype", "torch_dtype") if name in raw] or ["dtype"]
-    return (json.dumps(raw | dict.fromkeys(names, dtype), indent=2, ensure_ascii=False) + "\n").encode()
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        names = [name for name in ("dtype", "torch_dtype") if name in raw] or ["dtype"]
+        changes |= dict.fromkeys(names, dtype)
+    if isinstance(source, Recoded):
+        changes["quantization_config"] = None
+        if source.quantization is not None:
+            settings = settings_of(source.config, source.quantization, source.dtypes["embed_tokens"].name)
+            changes["quantization_config"] = settings
+    raw = {key: value for key, value in (raw | changes).items() if key not in changes or value is not None}
+    return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
 
 
 def hf2jax(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     dtype: str | None = None,
+    quantize: str | None = None,
     on_block: Callable[[Block, int], None] = lambda block, layers: None,
 ) -> None:
-    """Converts the HF folder `src` into the converted folder `dst`, which must be new or empty."""
-    source = read_hf(src, dtype)
-    files = {"config.json": config_bytes(source.path, dtype), **companion_files(source.path)}
+    """Converts the HF folder `src` into the converted folder `dst`, which must be new or empty.
+
+    `quantize` "nf4" encodes projections, dense MLPs and experts on the way; NF4 in `src` keeps its bytes.
+    """
+    source: Checkpoint = read_hf(src, dtype)
+    if quantize is not None:
+        source = quantized(source, quantize)
+    files = {"config.json": config_bytes(source, dtype), **companion_files(source.path)}
     write_converted(dst, source, files, on_block)

@@ -6,17 +6,23 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 
 from convert.adapters import load_adapter, merge
-from convert.hf2jax import companion_files
-from convert.names import Layout, blocks_of, rows
+from convert.hf2jax import companion_files, config_bytes
+from convert.names import Layout, block_shapes, blocks_of, rows
+from convert.nf4 import matrix_tensors
 from convert.safetensors_io import Planned, write_sharded
 from jaxmoe.checkpoint import Block, is_converted, read_converted
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.files import copy_file, output_folder
+from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, stored_specs
+from jaxmoe.quantize import take
+from jaxmoe.recode import dequantized
 
 MAX_SHARD_SIZE = 5 * 10**9  # what transformers writes
 
@@ -30,11 +36,15 @@ def write_hf(
     max_shard_size: int = MAX_SHARD_SIZE,
     layout: Layout = "per_expert",
     stored_tied_head: bool = False,
+    quantization: Quantization | None = None,
+    nested_offsets: Mapping[int, Mapping[str, np.ndarray]] = MappingProxyType({}),
 ) -> None:
     """Streams `blocks` (the top level first, then every layer) into the HF folder `dst`, which must be new or empty.
 
     `dtypes` names the dtype of every path of `parameter_specs(config)`; `files`, name -> file or content, are copied
-    beside the weights and have to include config.json. `stored_tied_head` repeats a tied embedding as lm_head.
+    beside the weights and have to include config.json. `stored_tied_head` repeats a tied embedding as lm_head. Weights
+    in NF4 come as the arrays of `stored_specs(config, quantization)` and are written in bitsandbytes' form, which holds
+    the offset as text: its length has to be known beforehand, so `nested_offsets` has them by layer and path.
     """
     with output_folder(dst) as folder:
         for name, content in files.items():
@@ -42,20 +52,46 @@ def write_hf(
                 (folder / name).write_bytes(content)
             else:
                 copy_file(content, folder / name)
-        planned = []
-        for layer in blocks_of(config):
-            planned += [Planned(row.key, row.shape, dtypes[row.path]) for row in rows(config, layer, layout)]
-            if layer is None and stored_tied_head:
-                planned.append(Planned("lm_head.weight", planned[0].shape, planned[0].dtype))
-        write_sharded(folder, planned, _tensors(config, blocks, layout, stored_tied_head), max_shard_size)
+        outlines = _outlines(config, dtypes, quantization, nested_offsets)
+        tensors = partial(_tensors, config, dtypes, layout=layout, stored_tied_head=stored_tied_head)
+        planned = [Planned(name, array.shape, array.dtype) for name, array in tensors(outlines)]
+        write_sharded(folder, planned, tensors(blocks), max_shard_size)
+
+
+def _outlines(
+    config: Qwen3MoeConfig,
+    dtypes: Mapping[str, np.dtype],
+    quantization: Quantization | None,
+    nested_offsets: Mapping[int, Mapping[str, np.ndarray]],
+) -> Iterator[Block]:
+    """Blocks of the shapes and dtypes to come: every element is the same zero, but for the offsets of NF4."""
+    specs = stored_specs(config, quantization)
+    for layer in blocks_of(config):
+        arrays = {
+            name: np.broadcast_to(np.zeros((), specs[name].dtype or dtypes[name]), shape)
+            for name, shape in block_shapes(config, layer, quantization).items()
+        }
+        offsets = nested_offsets.get(layer, {}) if layer is not None else {}
+        yield Block(layer, arrays | {f"{path}.nested_offset": array for path, array in offsets.items()})
 
 
 def _tensors(
-    config: Qwen3MoeConfig, blocks: Iterable[Block], layout: Layout, stored_tied_head: bool
+    config: Qwen3MoeConfig,
+    dtypes: Mapping[str, np.dtype],
+    blocks: Iterable[Block],
+    layout: Layout,
+    stored_tied_head: bool,
 ) -> Iterator[tuple[str, np.ndarray]]:
+    nested_quant_map = None
     for block in blocks:
+        if block.layer is None:
+            nested_quant_map = block.arrays.get(NESTED_QUANT_MAP)
         for row in rows(config, block.layer, layout):
-            yield row.key, block.arrays[row.path][row.part]
+            if f"{row.path}.codes" not in block.arrays:
+                yield row.key, block.arrays[row.path][row.part]
+                continue
+            one = take(block.arrays, row.path).matrix(row.matrix)
+            yield from matrix_tensors(row, one, dtypes[row.path], nested_quant_map)
         if block.layer is None and stored_tied_head:
             yield "lm_head.weight", block.arrays["embed_tokens"]
         del block  # the next one is made while this name would still hold it
@@ -76,13 +112,24 @@ def jax2hf(
     dst: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    dequantize: bool = False,
     on_block: Callable[[Block, int], None] = lambda block, layers: None,
 ) -> None:
-    """Converts the converted folder `src` into the HF folder `dst`; an adapter of either form is merged on the way."""
+    """Converts the converted folder `src` into the HF folder `dst`; an adapter of either form is merged on the way.
+
+    Weights in NF4 keep their bytes, in the form of bitsandbytes, unless `dequantize` asks for the weights that they
+    stand for, in the dtype that they were made from. An adapter can be merged into those only.
+    """
     if not is_converted(src):
         raise UserError(f"{src}: expected a converted folder (with manifest.json), found none")
-    source = read_converted(src)
-    files = {"config.json": source.path / "config.json", **companion_files(source.path)}
+    stored = read_converted(src)
+    in_nf4 = stored.quantization is not None
+    if dequantize and not in_nf4:
+        raise UserError(f"{src}: dequantize: expected weights in NF4, found none")
+    if adapter is not None and in_nf4 and not dequantize:
+        raise UserError(f"{src}: adapter: expected weights to merge it into, found NF4 (--dequantize decodes them)")
+    source = dequantized(stored) if dequantize else stored
+    files = {"config.json": config_bytes(source, None), **companion_files(source.path)}
     adapted = load_adapter(adapter, source.config) if adapter is not None else None
 
     def blocks() -> Iterator[Block]:
@@ -93,4 +140,15 @@ def jax2hf(
             yield block
             del block
 
-    write_hf(dst, source.config, source.dtypes, blocks(), files, max_shard_size, source.layout, source.stored_tied_head)
+    write_hf(
+        dst,
+        source.config,
+        source.dtypes,
+        blocks(),
+        files,
+        max_shard_size,
+        source.layout,
+        source.stored_tied_head,
+        source.quantization,
+        {} if dequantize else stored.nested_offsets(),
+    )

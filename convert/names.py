@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxmoe.checkpoint import Layout
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.parameters import layer_paths, parameter_specs, top_level_paths
+from jaxmoe.parameters import Quantization, layer_paths, stored_specs, top_level_paths
 
 _TOP = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
 _LAYER = {
@@ -37,14 +37,17 @@ class Row:
     shape: tuple[int, ...]
     path: str
     part: tuple[int | slice, ...]
+    matrix: tuple[int, ...] = (0,)  # index among the matrices that NF4 quantises one by one: (expert, matrix) or (0,)
 
 
-def block_shapes(config: Qwen3MoeConfig, layer: int | None) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the parameters of one decoder layer, or of the top level (None)."""
-    specs = parameter_specs(config)
+def block_shapes(
+    config: Qwen3MoeConfig, layer: int | None, quantization: Quantization | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the stored arrays of one decoder layer, or of the top level (None)."""
+    specs = stored_specs(config, quantization)
     if layer is None:
-        return {path: specs[path].shape for path in top_level_paths(config)}
-    return {path: specs[path].shape[1:] for path, _ in layer_paths(config, layer)}
+        return {path: specs[path].shape for path in top_level_paths(config, quantization)}
+    return {path: specs[path].shape[1:] for path, _ in layer_paths(config, layer, quantization)}
 
 
 def rows(config: Qwen3MoeConfig, layer: int | None, layout: Layout) -> Iterator[Row]:
@@ -62,7 +65,8 @@ def rows(config: Qwen3MoeConfig, layer: int | None, layout: Layout) -> Iterator[
             for expert in range(experts):
                 for i, name in enumerate(names):
                     key = f"model.layers.{layer}.mlp.experts.{expert}.{name}.weight"
-                    yield Row(key, (height, width), path, (expert, slice(i * height, (i + 1) * height)))
+                    part = expert, slice(i * height, (i + 1) * height)
+                    yield Row(key, (height, width), path, part, (expert, i))
 
 
 def blocks_of(config: Qwen3MoeConfig) -> list[int | None]:

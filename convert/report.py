@@ -17,6 +17,8 @@ from convert.hf2jax import read_hf
 from convert.safetensors_io import inside, open_folder, read_header
 from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import Qwen3MoeConfig, read_json
+from jaxmoe.memory import parameter_count
+from jaxmoe.parameters import Quantization
 
 Entry = tuple[str, tuple[int, ...], str, int]  # name, shape, dtype, bytes
 
@@ -35,23 +37,36 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             for block in source.blocks()
             for name, array in block.arrays.items()
         ]
-        return _report("converted checkpoint", _model(source.config), entries, checksums="verified")
+        more = _nf4(source.config, source.quantization) | {"checksums": "verified"}
+        return _report("converted checkpoint", _model(source.config), entries, **more)
     if is_adapter(path):
         config, lora, arrays = read_adapter(path)
         entries = [(name, *_facts(array)) for name, array in arrays.items()]
         return _report("converted adapter", asdict(lora) | {"model": _model(config)}, entries, checksums="verified")
+    more: dict[str, Any] = {}
     if (path / SETTINGS).is_file():
         tensors = read_header(inside(path, WEIGHTS)).values()
         settings = {key: value for key, value in read_json(path / SETTINGS).items() if value not in (None, {}, [])}
         kind, summary = "PEFT adapter", settings
     else:
-        summary, kind = _model(read_hf(path).config), "HF checkpoint"
+        checkpoint = read_hf(path)
+        summary, kind = _model(checkpoint.config), "HF checkpoint"
+        more = _nf4(checkpoint.config, checkpoint.quantization)
         tensors = open_folder(path).values()
-    return _report(kind, summary, [(t.name, t.shape, t.dtype.name, t.data.nbytes) for t in tensors])
+    return _report(kind, summary, [(t.name, t.shape, t.stored_dtype.name, t.data.nbytes) for t in tensors], **more)
 
 
 def _facts(array: np.ndarray) -> tuple[tuple[int, ...], str, int]:
     return array.shape, array.dtype.name, array.nbytes
+
+
+def _nf4(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str, Any]:
+    """What NF4 adds to a report: the number of parameters is not that of the stored elements then."""
+    if quantization is None:
+        return {}
+    nested = "double quantisation" if quantization.nested else "float32 block maxima"
+    text = f"NF4 with {nested}: {', '.join(quantization.paths)}"
+    return {"parameters": parameter_count(config), "quantization": text}
 
 
 def _model(config: Qwen3MoeConfig) -> dict[str, Any]:
@@ -59,7 +74,7 @@ def _model(config: Qwen3MoeConfig) -> dict[str, Any]:
     return config.to_hf() | layers
 
 
-def _report(kind: str, config: dict[str, Any], entries: Iterable[Entry], **more: str) -> dict[str, Any]:
+def _report(kind: str, config: dict[str, Any], entries: Iterable[Entry], **more: Any) -> dict[str, Any]:
     groups: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
     for name, shape, dtype, nbytes in entries:
         groups.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), shape, dtype), []).append(nbytes)
@@ -69,8 +84,8 @@ def _report(kind: str, config: dict[str, Any], entries: Iterable[Entry], **more:
     ]
     return {
         "kind": kind,
-        **more,
         "parameters": sum(tensor["count"] * math.prod(tensor["shape"]) for tensor in tensors),
+        **more,
         "bytes": sum(tensor["bytes"] for tensor in tensors),
         "config": config,
         "tensors": tensors,
@@ -82,7 +97,7 @@ def as_text(report: dict[str, Any]) -> str:
     head = f"{report['kind']}: {report['parameters']:,} parameters, {size_text(report['bytes'])}"
     if "checksums" in report:
         head += f", checksums {report['checksums']}"
-    lines = [head, ""]
+    lines = [head, *([report["quantization"]] if "quantization" in report else []), ""]
     width = max(len(name) for name in report["config"])
     lines += [f"  {name:<{width}}  {value}" for name, value in report["config"].items()]
     table = [("tensor", "count", "shape", "dtype", "size")]

@@ -31,7 +31,8 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-CODES = {dtype.name: code for code, dtype in FLOATS.items()}
+_DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}  # what is read and written; bytes hold NF4
+CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -52,9 +53,21 @@ class Tensor:
             raise UserError(f"{self.file.name}: {self.name}: expected one of {', '.join(FLOATS)}, found {self.code}")
         return FLOATS[self.code]
 
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The NumPy dtype, bytes included; a UserError for a dtype that is neither."""
+        return _DTYPES["U8"] if self.code == "U8" else self.dtype
+
     def read(self) -> np.ndarray:
         """A view, no copy: pages are loaded when touched and belong to the page cache."""
         return self.data.view(self.dtype).reshape(self.shape)
+
+    def read_as(self, code: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A view like `read`, of a tensor that has to have this dtype, a float's or U8, and this shape."""
+        if (self.code, self.shape) != (code, shape):
+            found = f"{self.code} {list(self.shape)}"
+            raise UserError(f"{self.file.name}: {self.name}: expected {code} {list(shape)}, found {found}")
+        return self.data.view(_DTYPES[code]).reshape(shape)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A converted folder holds one Orbax item per decoder layer (`layers/00012`) and one for the rest (`top`), the files of
 the HF checkpoint that are not weights, and `manifest.json` with shape, dtype and SHA-256 of every array. Orbax copies
 the host arrays that it saves, so one item is written after the other: the peak is a layer, not a model. Arrays are
-NumPy here, bfloat16 as `ml_dtypes.bfloat16`; no model and no device is needed.
+NumPy here, bfloat16 as `ml_dtypes.bfloat16`; no model and no device is needed. A folder with weights in NF4 says so in
+its manifest, whose version is then 2.
 """
 
 from __future__ import annotations
@@ -18,18 +19,27 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import ml_dtypes  # noqa: F401  (registers bfloat16, so that np.dtype("bfloat16") works)
 import numpy as np
 
-from jaxmoe.config import LoraConfig, Qwen3MoeConfig, read_json
+from jaxmoe.config import DTYPES, LoraConfig, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
 from jaxmoe.files import copy_file, output_folder
-from jaxmoe.parameters import layer_paths, lora_specs, parameter_specs, top_level_paths
+from jaxmoe.parameters import (
+    Quantization,
+    layer_paths,
+    lora_specs,
+    nf4_candidates,
+    parameter_specs,
+    stored_specs,
+    top_level_paths,
+)
 
 MANIFEST, ADAPTER_MANIFEST = "manifest.json", "adapter.json"
-_VERSION = 1
+_VERSION, _NF4_VERSION = 1, 2
 _FORMATS = {MANIFEST: "jaxmoe checkpoint", ADAPTER_MANIFEST: "jaxmoe adapter"}
 # Compression runs on all cores at once, each with a chunk and its compressed copy: small chunks keep the peak low.
 _CHUNK_BYTES = 16 * 2**20
@@ -41,7 +51,10 @@ Layout = Literal["per_expert", "fused"]
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer, or the top level (None): dotted path -> array without the layer axis."""
+    """One decoder layer, or the top level (None): dotted path -> array without the layer axis.
+
+    The paths are those of `stored_specs`: a weight in NF4 is several arrays.
+    """
 
     layer: int | None
     arrays: dict[str, np.ndarray]
@@ -53,7 +66,8 @@ class Checkpoint(Protocol):
 
     path: pathlib.Path
     config: Qwen3MoeConfig
-    dtypes: dict[str, np.dtype]  # of every path of `parameter_specs(config)`
+    quantization: Quantization | None
+    dtypes: dict[str, np.dtype]  # of every path of `parameter_specs(config)`; of a weight in NF4: what it was made from
     layout: Layout  # of the HF checkpoint that this comes from
     stored_tied_head: bool  # that checkpoint stored lm_head although it is tied
 
@@ -104,7 +118,13 @@ def write_converted(
             on_block(block, source.config.num_hidden_layers)
             del block  # the next one is made while this name would still hold it
         source_form = {"layout": source.layout, "stored_tied_head": source.stored_tied_head}
-        _write_manifest(folder / MANIFEST, {"source": source_form, "items": items})
+        manifest: dict[str, Any] = {"source": source_form, "items": items}
+        version = _VERSION
+        if source.quantization is not None:
+            version, paths = _NF4_VERSION, source.quantization.paths
+            weights = {path: source.dtypes[path].name for path in paths}
+            manifest = {"nf4": {"nested": source.quantization.nested, "weights": weights}} | manifest
+        _write_manifest(folder / MANIFEST, manifest, version)
 
 
 class ConvertedCheckpoint:
@@ -113,7 +133,7 @@ class ConvertedCheckpoint:
     def __init__(self, path: pathlib.Path, dtype: str | None, verify: bool) -> None:
         self.path, self._verify = path, verify
         self.config = Qwen3MoeConfig.from_pretrained(path)
-        manifest = _read_manifest(path / MANIFEST)
+        manifest = _read_manifest(path / MANIFEST, (_VERSION, _NF4_VERSION))
         self._items: dict[str, Any] = manifest.get("items") or {}
         try:
             self.layout: Layout = {name: name for name in get_args(Layout)}[manifest["source"]["layout"]]
@@ -121,18 +141,39 @@ class ConvertedCheckpoint:
         except (KeyError, TypeError):
             raise UserError(f"{path / MANIFEST}: source: expected layout and stored_tied_head, found neither") from None
         self._target = np.dtype(dtype) if dtype else None
-        self.stored_dtypes = self._check_items()
-        self.dtypes = {name: self._target or stored for name, stored in self.stored_dtypes.items()}
+        self.quantization, weights = self._check_nf4(manifest.get("nf4"))
+        self.stored_dtypes = self._check_items() | weights
+        self.dtypes = {name: self._target or self.stored_dtypes[name] for name in parameter_specs(self.config)}
+
+    def _check_nf4(self, entry: Any) -> tuple[Quantization | None, dict[str, np.dtype]]:
+        """(what is in NF4, the dtype that each of its weights was made from)."""
+        if entry is None:
+            return None, {}
+        try:
+            nested, weights = entry["nested"], dict(entry["weights"])
+            known = nf4_candidates(self.config, router=True)
+            if type(nested) is not bool or not weights or not set(weights) <= set(known):
+                raise ValueError
+            dtypes = {path: np.dtype({name: name for name in DTYPES}[dtype]) for path, dtype in weights.items()}
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{self.path / MANIFEST}: nf4: expected nested and weights, found {entry!r}"[:300]
+            ) from None
+        return Quantization(tuple(sorted(weights)), nested), dtypes
 
     def _check_items(self) -> dict[str, np.dtype]:
-        shapes = {name: spec.shape for name, spec in parameter_specs(self.config).items()}
-        expected = {item_name(None): {name: shapes[name] for name in top_level_paths(self.config)}}
+        specs = stored_specs(self.config, self.quantization)
+        fixed = {name: spec.dtype for name, spec in specs.items() if spec.dtype is not None}
+        top = top_level_paths(self.config, self.quantization)
+        expected = {item_name(None): {name: specs[name].shape for name in top}}
         for layer in range(self.config.num_hidden_layers):
-            expected[item_name(layer)] = {name: shapes[name][1:] for name, _ in layer_paths(self.config, layer)}
+            paths = layer_paths(self.config, layer, self.quantization)
+            expected[item_name(layer)] = {name: specs[name].shape[1:] for name, _ in paths}
         dtypes: dict[str, np.dtype] = {}
         _same_names(f"{self.path / MANIFEST}: items", expected, self._items)
         for item, arrays in expected.items():
-            for name, dtype in check_entries(f"{self.path / MANIFEST}: {item}", self._items[item], arrays).items():
+            where = f"{self.path / MANIFEST}: {item}"
+            for name, dtype in check_entries(where, self._items[item], arrays, fixed).items():
                 if dtypes.setdefault(name, dtype) != dtype:
                     raise UserError(f"{self.path / MANIFEST}: {item}: {name}: expected {dtypes[name]}, found {dtype}")
         return dtypes
@@ -142,16 +183,29 @@ class ConvertedCheckpoint:
         for layer in (None, *range(self.config.num_hidden_layers)):
             yield Block(layer, self._read(item_name(layer)))
 
+    def nested_offsets(self) -> dict[int, dict[str, np.ndarray]]:
+        """Layer -> path -> the offsets of the weights in NF4: the only arrays whose values a plan of an HF checkpoint
+        needs; they are small and read by themselves."""
+        if self.quantization is None or not self.quantization.nested:
+            return {}
+        offsets: dict[int, dict[str, np.ndarray]] = {}
+        for layer in range(self.config.num_hidden_layers):
+            item, suffix = item_name(layer), ".nested_offset"
+            entries = {name: entry for name, entry in self._items[item].items() if name.endswith(suffix)}
+            arrays = read_item(self.path / item, entries, self._verify, partial=True)
+            offsets[layer] = {name.removesuffix(suffix): array for name, array in arrays.items()}
+        return offsets
+
     def _read(self, item: str) -> dict[str, np.ndarray]:
         arrays = read_item(self.path / item, self._items[item], self._verify)
         if self._target is not None:
-            for name in arrays:
+            for name in arrays.keys() & self.dtypes.keys():
                 arrays[name] = cast(f"{item}: {name}", arrays[name], self._target)
         return arrays
 
 
 def read_converted(path: str | os.PathLike[str], dtype: str | None = None, verify: bool = True) -> ConvertedCheckpoint:
-    """Opens a converted folder; `dtype` casts every array, `verify` compares checksums while reading.
+    """Opens a converted folder; `dtype` casts every weight that is not in NF4, `verify` compares checksums.
 
     Raises:
         UserError: here, for a manifest or config that is damaged or does not agree; from `blocks`, for a missing or
@@ -339,17 +393,18 @@ def _placed(value: np.ndarray, like: Any) -> Any:
 # --- manifests and Orbax items
 
 
-def _write_manifest(path: pathlib.Path, content: dict[str, Any]) -> None:
-    head = {"format": _FORMATS[path.name], "version": _VERSION}
+def _write_manifest(path: pathlib.Path, content: dict[str, Any], version: int = _VERSION) -> None:
+    head = {"format": _FORMATS[path.name], "version": version}
     path.write_text(json.dumps(head | content, indent=1) + "\n", encoding="utf-8")
 
 
-def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+def _read_manifest(path: pathlib.Path, versions: tuple[int, ...] = (_VERSION,)) -> dict[str, Any]:
     raw = read_json(path)
     if raw.get("format") != _FORMATS[path.name]:
         raise UserError(f"{path}: format: expected {_FORMATS[path.name]!r}, found {raw.get('format')!r}")
-    if raw.get("version") != _VERSION:
-        raise UserError(f"{path}: version: expected {_VERSION}, found {raw.get('version')!r}")
+    if raw.get("version") not in versions:
+        expected = " or ".join(map(str, versions))
+        raise UserError(f"{path}: version: expected {expected}, found {raw.get('version')!r}")
     return raw
 
 
@@ -363,8 +418,13 @@ def _same_names(where: str, expected: Iterable[str], found: Any) -> None:
         raise UserError(f"{where}: unexpected {unexpected[0]} ({len(unexpected)} unexpected)")
 
 
-def check_entries(where: str, entries: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.dtype]:
-    """Checks the manifest's entries of one item against the expected shapes and returns the dtypes."""
+def check_entries(
+    where: str, entries: Any, shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, np.dtype]:
+    """Checks the manifest's entries of one item against the expected shapes and returns the dtypes.
+
+    `fixed` names the dtypes that are given; every other one has to be a float.
+    """
     _same_names(where, shapes, entries)
     dtypes = {}
     for name, shape in shapes.items():
@@ -373,8 +433,9 @@ def check_entries(where: str, entries: Any, shapes: Mapping[str, tuple[int, ...]
             raise UserError(f"{where}: {name}: expected shape, dtype and sha256, found {entry!r}")
         if entry["shape"] != list(shape):
             raise UserError(f"{where}: {name}: expected shape {list(shape)}, found {entry['shape']}")
-        if entry["dtype"] not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"{where}: {name}: expected a float dtype, found {entry['dtype']!r}")
+        if entry["dtype"] not in ((fixed[name],) if name in fixed else DTYPES):
+            expected = fixed.get(name, "a float dtype")
+            raise UserError(f"{where}: {name}: expected {expected}, found {entry['dtype']!r}")
         dtypes[name] = np.dtype(entry["dtype"])
     return dtypes
 
@@ -434,8 +495,10 @@ def _wait_for_stragglers(path: pathlib.Path) -> None:
         time.sleep(0.2)
 
 
-def read_item(path: pathlib.Path, entries: Mapping[str, Any], verify: bool) -> dict[str, np.ndarray]:
-    """Reads one Orbax item and compares it with its entries in the manifest.
+def read_item(
+    path: pathlib.Path, entries: Mapping[str, Any], verify: bool, partial: bool = False
+) -> dict[str, np.ndarray]:
+    """Reads one Orbax item, or (`partial`) some of its arrays, and compares it with its entries in the manifest.
 
     Raises:
         UserError: a missing or unreadable item, or an array whose shape, dtype or checksum differs.
@@ -447,7 +510,9 @@ def read_item(path: pathlib.Path, entries: Mapping[str, Any], verify: bool) -> d
     restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in entries}
     try:
         with _without_stray_tracebacks():
-            arrays = checkpointer.restore(path.resolve(), args=ocp.args.PyTreeRestore(restore_args=restore_args))
+            chosen = {"item": dict.fromkeys(entries, 0), "partial_restore": True} if partial else {}
+            options = ocp.args.PyTreeRestore(restore_args=restore_args, **chosen)
+            arrays = checkpointer.restore(path.resolve(), args=options)
     except Exception as error:
         # damaged files surface as whatever the layer that stumbled raises: ValueError, KeyError, JSON and zstd errors
         raise UserError(f"{path}: cannot be read: {_first_line(error)}") from error

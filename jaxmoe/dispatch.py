@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.dequantize import NF4Stack
 from jaxmoe.layers import PRECISION, Adapter, swiglu
 from jaxmoe.router import Routing
 
@@ -37,11 +38,12 @@ class ExpertWeights(NamedTuple):
     """The fused experts of one layer inside a stack of groups (layers * experts): group = offset + expert.
 
     `gate_up_proj` [groups, 2F, D] (rows :F gate, F: up) and `down_proj` [groups, D, F] may hold all layers: the layer
-    is picked by `offset`, no slice of it is copied. `trainable` says whether they get a gradient.
+    is picked by `offset`, no slice of it is copied. `trainable` says whether they get a gradient. Frozen ones may be in
+    NF4: an expert is decoded when one of its tiles is multiplied, forwards and backwards.
     """
 
-    gate_up_proj: Array
-    down_proj: Array
+    gate_up_proj: Array | NF4Stack
+    down_proj: Array | NF4Stack
     offset: Array | int
     trainable: bool
 
@@ -127,7 +129,7 @@ combine.defvjp(_combine_forward, _combine_backward)
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def grouped_matmul(
     x: Float[Array, "P inner"],
-    weight: Float[Array, "groups out inner"],
+    weight: Float[Array, "groups out inner"] | NF4Stack,
     tile_expert: Int[Array, " tiles"],
     tiles_used: Int[Array, ""],
     offset: Int[Array, ""] | int,
@@ -156,7 +158,7 @@ def _grouped_matmul_backward(trainable, residuals, d_y):
 grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
 
 
-def _tiles_per_step(tiles: int, tile: int, weight: Array) -> int:
+def _tiles_per_step(tiles: int, tile: int, weight: Array | NF4Stack) -> int:
     """Tiles multiplied at once by the loop: as many as keep their gathered weights below the size of the rows.
 
     One on a CPU, where a tile's matmul already fills the cores and a batched one runs slower.
@@ -167,7 +169,9 @@ def _tiles_per_step(tiles: int, tile: int, weight: Array) -> int:
     return max(1, min(tiles, tiles * tile * max(out, inner) // (out * inner)))
 
 
-def _tiled_matmul(x: Array, weight: Array, group: Array, tiles_used: Array, product: str, width: int) -> Array:
+def _tiled_matmul(
+    x: Array, weight: Array | NF4Stack, group: Array, tiles_used: Array, product: str, width: int
+) -> Array:
     """Runs `product` over the tiles in use, `c` of them a step, each with its own expert's weight."""
     tiles = group.shape[0]
     tile = x.shape[0] // tiles
@@ -225,7 +229,7 @@ def sorted_experts(
         schedule = make_schedule(routing.experts, num_experts, tile)
         rows: Array = permute(x, schedule)
 
-    def project(rows: Array, weight: Array, adapter: Adapter | None) -> Array:
+    def project(rows: Array, weight: Array | NF4Stack, adapter: Adapter | None) -> Array:
         tiles = schedule.tile_expert, schedule.tiles_used
         y: Array = grouped_matmul(rows, weight, *tiles, weights.offset, weights.trainable)
         if adapter is not None:
@@ -255,7 +259,8 @@ def dense_experts(
     M, E = routing.logits.shape
     layer = partial(jax.lax.dynamic_slice_in_dim, start_index=weights.offset, slice_size=E)
 
-    def project(rows: Array, product: str, weight: Array, adapter: Adapter | None) -> Array:
+    def project(rows: Array, product: str, weight: Array | NF4Stack, adapter: Adapter | None) -> Array:
+        assert not isinstance(weight, NF4Stack)
         full = layer(weight).astype(jnp.float32)
         if adapter is not None:
             delta = jnp.einsum("eor,eri->eoi", adapter.lora_B, adapter.lora_A, precision=PRECISION)

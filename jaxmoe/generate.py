@@ -244,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, help="default: the generation config's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    parser.add_argument("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
     return parser
 
 
@@ -259,7 +260,7 @@ def main() -> None:
     sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})
 
     prompts = [_encode(tokenizer, text, args.chat) for text in args.prompt]
-    generator = Generator(Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, adapter=args.adapter))
+    generator = Generator(Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, args.quantize, args.adapter))
     if len(prompts) == 1:
         stream = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
         generator.generate(prompts, args.max_new_tokens, sampling, stop, lambda _, token: stream.put(token))

@@ -10,9 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
-from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
+from jaxmoe.parameters import (
+    ParameterSpec,
+    Quantization,
+    lora_specs,
+    nf4_candidates,
+    parameter_specs,
+    stored_specs,
+)
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+STORED_BYTES = DTYPE_BYTES | {"uint8": 1}
 FLOAT32 = 4
 ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time: the default of jaxmoe.loss.cross_entropy
@@ -66,18 +74,20 @@ def training_forecast(
     seq_length: int,
     dtype: str,
     accumulation: int = 1,
+    quantize: str | None = None,
 ) -> Forecast:
     """One step of AdamW on `batch_size` rows of `seq_length` tokens, every layer recomputed in the backward pass.
 
     With `lora` only the adapters have gradients and moments; with None all parameters do, and are computed in `dtype`
-    from float32 masters. What is trained is float32. Accumulation holds the sum beside the gradients of a micro-batch.
+    from float32 masters. What is trained is float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
+    Accumulation holds the sum beside the gradients of a micro-batch.
     """
     size = DTYPE_BYTES[dtype]
     parameters = parameter_count(config)
     tokens = batch_size * seq_length
     if lora:
         trained = adapter_count(config, lora) * FLOAT32
-        stored = [Part("parameters", parameters * size, True), Part("adapters", trained, True)]
+        stored = [*_frozen(config, dtype, quantize), Part("adapters", trained, True)]
     else:
         trained = parameters * FLOAT32
         stored = [Part("parameters", trained, True)]
@@ -98,7 +108,13 @@ def training_forecast(
 
 
 def generation_forecast(
-    config: Qwen3MoeConfig, lora: LoraConfig | None, *, batch_size: int, seq_length: int, dtype: str
+    config: Qwen3MoeConfig,
+    lora: LoraConfig | None,
+    *,
+    batch_size: int,
+    seq_length: int,
+    dtype: str,
+    quantize: str | None = None,
 ) -> Forecast:
     """Prefill and decoding of `batch_size` rows, `seq_length` tokens each, prompt and answer together."""
     size = DTYPE_BYTES[dtype]
@@ -106,13 +122,26 @@ def generation_forecast(
     adapters = (Part("adapters", adapter_count(config, lora) * FLOAT32, True),) if lora else ()
     return Forecast(
         (
-            Part("parameters", parameter_count(config) * size, True),
+            *_frozen(config, dtype, quantize),
             *adapters,
             Part("KV cache", 2 * config.num_hidden_layers * batch_size * seq_length * kv_width * size, True),
             Part("one layer at work", layer_bytes(config, batch_size, seq_length, size), False),
             Part("logits", batch_size * config.vocab_size * FLOAT32, False),
         )
     )
+
+
+def _frozen(config: Qwen3MoeConfig, dtype: str, quantize: str | None) -> tuple[Part, ...]:
+    """The frozen parameters; in NF4 also the weights of one layer as `dtype`, which decoding makes for a moment."""
+    size = DTYPE_BYTES[dtype]
+    if quantize is None:
+        return (Part("parameters", parameter_count(config) * size, True),)
+    quantization = Quantization(nf4_candidates(config))
+    specs = stored_specs(config, quantization).values()
+    stored = sum(math.prod(spec.shape) * (STORED_BYTES[spec.dtype] if spec.dtype else size) for spec in specs)
+    weights = parameter_specs(config)
+    largest = max(math.prod(weights[path].shape[1:]) for path in quantization.paths)
+    return Part("parameters (nf4)", stored, True), Part("one decoded weight", largest * size, False)
 
 
 def padded_rows(routed_rows: int, num_experts: int) -> int:

@@ -23,8 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
+from jaxmoe.dequantize import NF4Stack
 from jaxmoe.dispatch import ExpertWeights, sorted_experts
-from jaxmoe.errors import UserError
 from jaxmoe.layers import (
     WEIGHT_SLICE,
     Adapter,
@@ -37,10 +37,12 @@ from jaxmoe.layers import (
     rotary_tables,
     swiglu,
 )
-from jaxmoe.parameters import ParameterSpec, layer_paths, lora_specs, parameter_specs
+from jaxmoe.parameters import ParameterSpec, Quantization, layer_paths, lora_specs, parameter_specs, stored_specs
+from jaxmoe.recode import quantized
 from jaxmoe.router import expert_counts, load_balancing_loss, route
 
 Params = dict[str, Array]
+Stacks = dict[str, Array | NF4Stack]
 Trainable = Literal["none", "adapters", "all"]
 Remat = Literal["none", "full"]
 TokenArray = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -89,10 +91,13 @@ class _Scanned(NamedTuple):
     """Stacks as the scan sees them: `sliced` ones hold one layer in the body, `whole` ones are indexed there."""
 
     sliced: Params
-    whole: Params
+    whole: Stacks
 
     def pick(self, path: str, slot: Array) -> Array:
-        return self.sliced[path] if path in self.sliced else layer_slice(self.whole[path], slot)
+        if path in self.sliced:
+            return self.sliced[path]
+        stack = self.whole[path]
+        return stack[slot] if isinstance(stack, NF4Stack) else layer_slice(stack, slot)
 
     def __contains__(self, path: object) -> bool:
         return path in self.sliced or path in self.whole
@@ -106,7 +111,7 @@ class _Layer:
     weights: _Scanned
     adapters: _Scanned
     scales: Mapping[str, float]
-    experts_of_all: Params  # frozen expert stacks as [layers * E, out, in]; empty when the experts are trained
+    experts_of_all: Stacks  # frozen expert stacks as [layers * E, out, in]; empty when the experts are trained
     layer: Array
     mlp_slot: Array
 
@@ -126,7 +131,13 @@ class _Layer:
         return Adapter(a, b, self.scales[path])
 
     def project(self, x: Array, path: str) -> Array:
-        return linear(x, self.weight(path), self.bias(path), self.adapter(path))
+        def apply(x: Array) -> Array:
+            return linear(x, self.weight(path), self.bias(path), self.adapter(path))
+
+        if isinstance(self.weights.whole.get(path), NF4Stack):
+            # The backward pass decodes anew, whatever else it keeps: kept, the weights would be there in 16 bit.
+            return jax.checkpoint(apply, prevent_cse=False)(x)
+        return apply(x)
 
     def experts(self) -> ExpertWeights:
         pair = EXPERT_STACKS
@@ -214,7 +225,22 @@ def _layer_indices(config: Qwen3MoeConfig) -> tuple[np.ndarray, np.ndarray, np.n
     return np.arange(len(layers)), np.asarray(slots), np.asarray([i in sparse for i in layers])
 
 
-def _split(stacks: Params, config: Qwen3MoeConfig, differentiated: bool) -> _Scanned:
+def _layer_stacks(params: Params, config: Qwen3MoeConfig) -> Stacks:
+    """The parameters of the layers: as they are, or as one `NF4Stack` for the arrays of a quantised weight."""
+    quantization = Quantization.of(params)
+    if quantization is None:
+        return {path: stack for path, stack in params.items() if "." in path}
+    stacks: Stacks = {}
+    for path, spec in parameter_specs(config).items():
+        if path in quantization.paths:
+            *lead, out, inner = spec.shape
+            stacks[path] = NF4Stack.of(params, path, (math.prod(lead), out, inner), params["embed_tokens"].dtype)
+        elif "." in path:
+            stacks[path] = params[path]
+    return stacks
+
+
+def _split(stacks: Mapping[str, Any], config: Qwen3MoeConfig, differentiated: bool) -> _Scanned:
     """Arrays with a gradient are scanned over, so each layer's gradient is written once; frozen ones stay whole."""
     if not differentiated:
         return _Scanned({}, dict(stacks))
@@ -245,10 +271,10 @@ def _run_layers(
 ) -> tuple[Array, Any, _RoutingRecord, Array | None]:
     """Scans the decoder layers: (hidden states, cache, stacked routing records, stacked layer inputs or None)."""
     config = run.config
-    weights = _split({path: a for path, a in params.items() if "." in path}, config, run.trainable == "all")
+    weights = _split(_layer_stacks(params, config), config, run.trainable == "all")
     lora_weights = _split(adapters, config, run.trainable != "none")
     experts_of_all = {
-        path: stack.reshape(-1, *stack.shape[2:])
+        path: stack if isinstance(stack, NF4Stack) else stack.reshape(-1, *stack.shape[2:])
         for path in EXPERT_STACKS
         if (stack := weights.whole.get(path)) is not None
     }
@@ -451,10 +477,11 @@ class Qwen3MoeForCausalLM(nnx.Module):
         lora_config: LoraConfig | None = None,
         adapters: Mapping[str, Array] | None = None,
     ):
-        """Raises ValueError when an array is missing, unexpected or of another shape than `parameter_specs` says."""
+        """Raises ValueError when an array is missing, unexpected or of another shape than `stored_specs` says."""
         self.config = nnx.static(config)
         self.lora_config = nnx.static(lora_config)
-        self.weights = _nest(params, parameter_specs(config), nnx.Param)
+        self.quantization = nnx.static(Quantization.of(params))
+        self.weights = _nest(params, stored_specs(config, self.quantization), nnx.Param)
         self.lora_weights = _nest(adapters or {}, self._lora_specs(), nnx.LoRAParam)
 
     def _lora_specs(self) -> dict[str, ParameterSpec]:
@@ -463,7 +490,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
     @property
     def params(self) -> Params:
         """Flat dictionary of the base parameters: dotted path -> array."""
-        return _flatten(self.weights, parameter_specs(self.config))
+        return _flatten(self.weights, stored_specs(self.config, self.quantization))
 
     @property
     def adapters(self) -> Params:
@@ -489,18 +516,19 @@ class Qwen3MoeForCausalLM(nnx.Module):
         Args:
             path: the model's folder.
             dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's.
-            quantize: None; 4-bit weights are not supported by this version.
+            quantize: "nf4" holds projections, dense MLPs and experts in NF4 with double quantisation; None keeps the
+                checkpoint's form. Weights that are in NF4 already keep their bytes.
             adapter: a PEFT adapter's folder or a converted one.
 
         Raises:
             UserError: a broken or unfitting folder; the message names the file, what was expected and what was found.
         """
-        if quantize is not None:
-            raise UserError(f"quantize: expected None, found {quantize!r}")
         from convert.adapters import read_peft
         from convert.hf2jax import read_hf
 
         source = read_converted(path, dtype) if is_converted(path) else read_hf(path, dtype)
+        if quantize is not None:
+            source = quantized(source, quantize)
         config = source.config if dtype is None else source.config.replace(dtype=dtype)
         params = _load_stacks(config, source)
         if adapter is None:
@@ -571,14 +599,14 @@ def _fill(stack: Array, value: Array, slot: Array) -> Array:
 def _load_stacks(config: Qwen3MoeConfig, source: Checkpoint) -> Params:
     """Fills preallocated stacks on the device from a stream of layers; the host holds one layer at a time."""
     params = {
-        path: jnp.zeros(spec.shape, source.dtypes[path])
-        for path, spec in parameter_specs(config).items()
+        path: jnp.zeros(spec.shape, spec.dtype or source.dtypes[path])
+        for path, spec in stored_specs(config, source.quantization).items()
         if "." in path
     }
     for block in source.blocks():
         if block.layer is None:
             params |= {path: jnp.asarray(value) for path, value in block.arrays.items()}
             continue
-        for path, slot in layer_paths(config, block.layer):
+        for path, slot in layer_paths(config, block.layer, source.quantization):
             params[path] = _fill(params[path], block.arrays[path], slot)
     return params

@@ -8,21 +8,52 @@ way from a checkpoint to the device, and NF4 blocks, which run along the flat [o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 
 STACKS = ("attention", "sparse", "dense")
 
+# NF4: weights per block, block maxima per block of the second quantisation, as bitsandbytes does by default
+NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
+# the 256 values of the second quantisation: one table for the whole model, a parameter of the top level
+NESTED_QUANT_MAP = "nested_quant_map"
+# matrices that lie one below the other in a parameter; HF stores, and NF4 quantises, each by itself
+_MATRICES = {"sparse.gate_up_proj": 2}
+
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """Shape and logical axis names (same length), and how a fresh array is drawn: normal, zeros, ones or uniform."""
+    """Shape and logical axis names (same length), and how a fresh array is drawn: normal, zeros, ones or uniform.
+
+    `dtype` is None where the model decides it.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     init: str = "normal"
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Which parameters are held in NF4; `nested`: the block maxima are quantised too (double quantisation).
+
+    Dettmers et al. 2023. In place of the weight "x" stand the arrays "x.codes" (two 4-bit codes a byte) and "x.absmax"
+    (maximum of each block), and if nested "x.nested_absmax" and "x.nested_offset". The matrices of an expert, gate, up
+    and down, have statistics of their own.
+    """
+
+    paths: tuple[str, ...]
+    nested: bool = True
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Quantization | None:
+        """What the names of a model's arrays tell; None for a model without NF4."""
+        names = set(names)
+        paths = tuple(sorted(name.removesuffix(".codes") for name in names if name.endswith(".codes")))
+        return cls(paths, NESTED_QUANT_MAP in names) if paths else None
 
 
 def parameter_specs(config: Qwen3MoeConfig) -> dict[str, ParameterSpec]:
@@ -68,6 +99,45 @@ def parameter_specs(config: Qwen3MoeConfig) -> dict[str, ParameterSpec]:
     return specs
 
 
+def nf4_candidates(config: Qwen3MoeConfig, router: bool = False) -> tuple[str, ...]:
+    """The parameters that NF4 is meant for: attention projections, experts, dense MLPs (transformers 4: the router)."""
+    specs = parameter_specs(config).items()
+    matrices = (path for path, spec in specs if spec.axes[0] == "layers" and spec.init == "normal")
+    return tuple(path for path in matrices if router or path != "sparse.gate")
+
+
+def matrix_shape(config: Qwen3MoeConfig, path: str) -> tuple[int, ...]:
+    """How the elements of a layer's parameter form the matrices that are quantised one by one: (matrices, elements)
+    for q_proj, (experts, matrices, elements) for experts."""
+    *lead, out, inner = parameter_specs(config)[path].shape[1:]
+    matrices = _MATRICES.get(path, 1)
+    return (*lead, matrices, out // matrices * inner)
+
+
+def stored_specs(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str, ParameterSpec]:
+    """`parameter_specs`, with the arrays of NF4 in place of each quantised weight."""
+    specs = parameter_specs(config)
+    if quantization is None:
+        return specs
+    for path in quantization.paths:
+        weight = specs.pop(path)
+        *lead, elements = matrix_shape(config, path)
+        lead, axes = (weight.shape[0], *lead), (*weight.axes[:-2], "matrices")
+        blocks = -(-elements // NF4_BLOCK)
+        nested = quantization.nested
+        specs[f"{path}.codes"] = ParameterSpec((*lead, -(-elements // 2)), (*axes, "codes"), dtype="uint8")
+        specs[f"{path}.absmax"] = ParameterSpec(
+            (*lead, blocks), (*axes, "blocks"), dtype="uint8" if nested else "float32"
+        )
+        if nested:
+            outer = -(-blocks // NF4_NESTED_BLOCK)
+            specs[f"{path}.nested_absmax"] = ParameterSpec((*lead, outer), (*axes, "blocks"), dtype="float32")
+            specs[f"{path}.nested_offset"] = ParameterSpec(tuple(lead), axes, dtype="float32")
+    if quantization.nested:
+        specs[NESTED_QUANT_MAP] = ParameterSpec((256,), ("codes",), dtype="float32")
+    return specs
+
+
 def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterSpec]:
     """Dotted path -> spec of every adapter array: `attention.q_proj.lora_A` -> [L, r, D], `.lora_B` -> [L, N*H, r];
     experts have one A and B each: `sparse.gate_up_proj.lora_A` -> [Ls, E, r, D]."""
@@ -83,12 +153,14 @@ def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterS
     return specs
 
 
-def layer_paths(config: Qwen3MoeConfig, layer: int) -> Iterator[tuple[str, int]]:
-    """(stacked path, slot in the stack) of every parameter of decoder layer `layer`."""
+def layer_paths(
+    config: Qwen3MoeConfig, layer: int, quantization: Quantization | None = None
+) -> Iterator[tuple[str, int]]:
+    """(stacked path, slot in the stack) of every stored array of decoder layer `layer`."""
     sparse = layer in config.sparse_layers
     kind = "sparse" if sparse else "dense"
     slot = (config.sparse_layers if sparse else config.dense_layers).index(layer)
-    for path in parameter_specs(config):
+    for path in stored_specs(config, quantization):
         stack = path.split(".")[0]
         if stack == "attention":
             yield path, layer
@@ -96,6 +168,6 @@ def layer_paths(config: Qwen3MoeConfig, layer: int) -> Iterator[tuple[str, int]]
             yield path, slot
 
 
-def top_level_paths(config: Qwen3MoeConfig) -> tuple[str, ...]:
-    """Paths that belong to no layer: embed_tokens, norm and, unless tied, lm_head."""
-    return tuple(path for path in parameter_specs(config) if "." not in path)
+def top_level_paths(config: Qwen3MoeConfig, quantization: Quantization | None = None) -> tuple[str, ...]:
+    """Paths that belong to no layer: embed_tokens, norm and, unless tied, lm_head; with NF4 its nested_quant_map."""
+    return tuple(path for path in stored_specs(config, quantization) if "." not in path)

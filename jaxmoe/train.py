@@ -109,6 +109,9 @@ class TrainConfig:
         default=None,
         metadata={"help": "dtype to compute in (default: the model's own; float32 when all parameters are trained)"},
     )
+    quantize: Literal["nf4"] | None = field(
+        default=None, metadata={"help": "hold the frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
+    )
     remat: Remat = field(
         default="full", metadata={"help": "full: recompute each layer in the backward pass; none: keep its results"}
     )
@@ -156,6 +159,8 @@ class TrainConfig:
             raise UserError("tokenizer: expected with from_scratch, and only there")
         if self.trains_all and (self.adapter is not None or self.merge):
             raise UserError("adapter and merge: expected only where adapters are trained")
+        if self.trains_all and self.quantize is not None:
+            raise UserError("quantize: expected only where adapters are trained")
         if self.full and self.from_scratch is not None:
             raise UserError("full: expected with model; from_scratch trains all parameters anyway")
         lora = ("lora_targets", "lora_r", "lora_alpha", "rslora")
@@ -436,7 +441,7 @@ def _prepare(settings: TrainConfig) -> _Run:
     if coefficient is None:
         coefficient = config.router_aux_loss_coef
     same = "seq_length batch_size accumulation pack learning_rate schedule max_grad_norm weight_decay adam_beta1 "
-    same += "adam_beta2 adam_epsilon seed remat"
+    same += "adam_beta2 adam_epsilon seed remat quantize"
     identity = {
         "model": [config.to_hf(), _sample(frozen or trainable)],
         "data": digest(records),
@@ -469,9 +474,16 @@ def _load(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
             draw = jax.jit(init_parameters, static_argnums=(0, 2))
             return model, {}, draw(config, key, jnp.dtype("float32"))
         assert settings.model is not None
-        return model, {}, Qwen3MoeForCausalLM.from_pretrained(settings.model, dtype="float32").params
+        loaded = Qwen3MoeForCausalLM.from_pretrained(settings.model, dtype="float32")
+        if loaded.quantization is not None:
+            raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
+        return model, {}, loaded.params
     assert settings.model is not None
-    loaded = Qwen3MoeForCausalLM.from_pretrained(settings.model, dtype=settings.dtype, adapter=settings.adapter)
+    loaded = Qwen3MoeForCausalLM.from_pretrained(
+        settings.model, dtype=settings.dtype, quantize=settings.quantize, adapter=settings.adapter
+    )
+    if settings.merge and loaded.quantization is not None:
+        raise UserError("merge: expected weights to merge into, found NF4; merge with python -m convert afterwards")
     frozen = loaded.params
     if lora is None:
         assert loaded.lora_config is not None

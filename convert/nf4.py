@@ -1,0 +1,160 @@
+"""NF4 weights as bitsandbytes stores them in an HF checkpoint: which there are, reading them, writing them.
+
+Beside `X.weight`, the codes as uint8 [bytes, 1], lie `X.weight.absmax`, `X.weight.quant_map` (the table) and
+`X.weight.quant_state.bitsandbytes__nf4` (a JSON text in uint8), and with double quantisation `X.weight.nested_absmax`
+and `X.weight.nested_quant_map`. Source: `QuantState.as_dict(packed=True)` of bitsandbytes 0.50. There is no such form
+for fused experts: transformers 5 leaves them in 16 bit, transformers 4 and this package store each expert's matrices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from convert.names import Row
+from convert.safetensors_io import Tensor
+from jaxmoe.config import DTYPES, Qwen3MoeConfig
+from jaxmoe.errors import UserError
+from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK, Quantization, nf4_candidates
+from jaxmoe.quantize import NF4, NF4_TABLE
+
+_STATE = ".quant_state.bitsandbytes__"
+_PLAIN = (".absmax", ".quant_map", f"{_STATE}nf4")
+_NESTED = (*_PLAIN, ".nested_absmax", ".nested_quant_map")
+
+
+def find_quantization(
+    where: str, settings: Any, config: Qwen3MoeConfig, tensors: Mapping[str, Tensor], rows: Iterable[Row]
+) -> Quantization | None:
+    """Which parameters of an HF checkpoint are in NF4; `settings` is the quantization_config of its config.json.
+
+    Raises:
+        UserError: another quantisation than NF4 by bitsandbytes, or a config and tensors that contradict each other.
+    """
+    if settings is not None and not _is_nf4(settings):
+        shown = json.dumps(settings)[:200]
+        raise UserError(f"{where}: quantization_config: expected NF4 by bitsandbytes, found {shown} (not supported)")
+    for key in tensors:
+        _, mark, kind = key.partition(_STATE)
+        if key.endswith(".weight_scale_inv") or (mark and kind != "nf4"):
+            found = f"{kind} in {key}" if mark else key
+            raise UserError(f"{where}: expected weights in float32, bfloat16, float16 or NF4, found {found}")
+    candidates = nf4_candidates(config, router=True)
+    marked = {
+        row.path
+        for row in rows
+        if row.path in candidates and any(f"{row.key}{suffix}" in tensors for suffix in _NESTED)
+    }
+    if bool(marked) != (settings is not None):
+        expected, found = ("tensors in NF4", "none") if settings is not None else ("no tensors in NF4", "some")
+        by = "with" if settings is not None else "without"
+        raise UserError(f"{where}: expected {expected} {by} quantization_config in config.json, found {found}")
+    if not marked:
+        return None
+    nested = any(key.endswith(_NESTED[-2:]) for key in tensors)
+    return Quantization(tuple(sorted(marked)), nested)
+
+
+def _is_nf4(settings: Any) -> bool:
+    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    if not isinstance(settings, Mapping) or any(settings.get(key) != value for key, value in wanted.items()):
+        return False
+    return settings.get("bnb_4bit_quant_storage", "uint8") == "uint8"
+
+
+def settings_of(config: Qwen3MoeConfig, quantization: Quantization, dtype: str) -> dict[str, Any]:
+    """The quantization_config that transformers writes for a model in NF4 that computes in `dtype`."""
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in config.sparse_layers]
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": quantization.nested,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": ["lm_head", *([] if "sparse.gate" in quantization.paths else routers)],
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def companions(key: str, nested: bool) -> list[str]:
+    """The keys that lie beside a weight in NF4."""
+    return [f"{key}{suffix}" for suffix in (_NESTED if nested else _PLAIN)]
+
+
+def read_matrix(row: Row, tensors: Mapping[str, Tensor], nested: bool) -> tuple[NF4, str, np.ndarray | None]:
+    """(views of the weight's arrays, the dtype that it was made from, nested_quant_map).
+
+    Raises:
+        UserError: an array of another shape or dtype, another table, or a quantisation state of other content.
+    """
+    elements = math.prod(row.shape)
+    blocks = -(-elements // NF4_BLOCK)
+    outer = -(-blocks // NF4_NESTED_BLOCK)
+
+    def read(suffix: str, code: str, shape: tuple[int, ...]) -> np.ndarray:
+        return tensors[f"{row.key}{suffix}"].read_as(code, shape)
+
+    table = read(".quant_map", "F32", (16,))
+    if not np.array_equal(table, NF4_TABLE):
+        raise UserError(f"{row.key}.quant_map: expected the table of NF4, found another")
+    state = _read_state(tensors[f"{row.key}{_STATE}nf4"], row, nested)
+    codes = read("", "U8", (-(-elements // 2), 1)).reshape(-1)
+    if not nested:
+        return NF4(codes, read(".absmax", "F32", (blocks,))), state["dtype"], None
+    nested_map = read(".nested_quant_map", "F32", (256,))
+    if not (np.all(np.diff(nested_map) > 0) and np.abs(nested_map).max() <= 1):
+        raise UserError(f"{row.key}.nested_quant_map: expected 256 rising values from -1 to 1, found others")
+    packed = NF4(
+        codes,
+        read(".absmax", "U8", (blocks,)),
+        read(".nested_absmax", "F32", (outer,)),
+        np.asarray(state["nested_offset"], np.float32),
+    )
+    return packed, state["dtype"], nested_map
+
+
+def _read_state(tensor: Tensor, row: Row, nested: bool) -> dict[str, Any]:
+    try:
+        state = json.loads(tensor.read_as("U8", (tensor.data.size,)).tobytes())
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise UserError(f"{tensor.name}: expected a JSON text, found other bytes") from None
+    wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": None, "shape": list(row.shape)}
+    if nested:
+        wanted |= {"nested_blocksize": NF4_NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": None}
+    if not isinstance(state, dict) or set(state) != set(wanted):
+        raise UserError(f"{tensor.name}: expected {', '.join(wanted)}, found {json.dumps(state)[:200]}")
+    for name, value in wanted.items():
+        if value is not None and state[name] != value:
+            raise UserError(f"{tensor.name}: {name}: expected {value}, found {state[name]!r}")
+    if state["dtype"] not in DTYPES:
+        raise UserError(f"{tensor.name}: dtype: expected one of {', '.join(DTYPES)}, found {state['dtype']!r}")
+    if nested and not (isinstance(state["nested_offset"], float) and math.isfinite(state["nested_offset"])):
+        raise UserError(f"{tensor.name}: nested_offset: expected a number, found {state['nested_offset']!r}")
+    return state
+
+
+def matrix_tensors(
+    row: Row, packed: NF4, dtype: np.dtype, nested_quant_map: np.ndarray | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The HF tensors of one matrix, the inverse of `read_matrix`; the JSON text is spelt as bitsandbytes spells it."""
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": dtype.name, "shape": row.shape}
+    yield row.key, packed.codes[:, None]
+    yield f"{row.key}.absmax", packed.absmax
+    yield f"{row.key}.quant_map", NF4_TABLE
+    if packed.nested_absmax is not None:
+        assert packed.nested_offset is not None and nested_quant_map is not None
+        yield f"{row.key}.nested_absmax", packed.nested_absmax
+        yield f"{row.key}.nested_quant_map", nested_quant_map
+        state |= {"nested_blocksize": NF4_NESTED_BLOCK, "nested_dtype": "float32"}
+        state["nested_offset"] = float(packed.nested_offset)
+    yield f"{row.key}{_STATE}nf4", np.frombuffer(json.dumps(state).encode(), np.uint8)
