@@ -85,7 +85,7 @@ def clear(output: pathlib.Path) -> None:
     marker = output / ".demo"
     if output.exists() and any(output.iterdir()):
         if not marker.exists():
-            raise UserError(f"{output}: expected an empty folder or that of an earlier demo, found one with other files")
+            raise UserError(f"{output}: expected an empty folder or an earlier demo's, found one with other files")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     marker.touch()

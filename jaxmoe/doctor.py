@@ -80,9 +80,9 @@ def devices() -> list[dict[str, Any]]:
 
 def operations() -> list[tuple[str, str, str]]:
     """(operation, implementation, reason) on the default device."""
-    from jaxmoe import dispatch, layers
+    from jaxmoe import attention, dispatch
 
-    return [*layers.explain(), *dispatch.explain()]
+    return [*attention.explain(), *dispatch.explain()]
 
 
 def load_config(model: str) -> Qwen3MoeConfig:

@@ -162,13 +162,6 @@ def attention(
     return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None], scale=query.shape[-1] ** -0.5)
 
 
-def explain() -> list[tuple[str, str, str]]:
-    """(operation, implementation, reason) for the default device, as `python -m jaxmoe.doctor` prints it."""
-    return [
-        ("attention", "xla", "jax.nn.dot_product_attention with an explicit mask [B, T, S]; exact for packed rows"),
-    ]
-
-
 def layer_slice(stack: Array, slot: Array | int) -> Array:
     """Layer `slot` of a stacked parameter, marked so that no recomputation policy keeps the copy for the backward pass.
 

@@ -156,12 +156,13 @@ def padded_rows(routed_rows: int, num_experts: int) -> int:
 def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int) -> int:
     """Bytes of all results inside the larger kind of decoder layer, `size` bytes an element.
 
-    Attention logits and probabilities are float32, [B, N, T, T], as XLA's attention holds them.
+    Of a block of queries, `jaxmoe.attention` holds logits, probabilities and the gradient of each, float32.
     """
     tokens = batch_size * seq_length
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = tokens * (2 * config.hidden_size + 2 * heads + 2 * kv) * size
-    attention += 2 * batch_size * config.num_attention_heads * seq_length**2 * FLOAT32
+    block = max(64, -(-seq_length // 8))
+    attention += 4 * batch_size * config.num_attention_heads * block * seq_length * FLOAT32
     mlps = [0]
     if config.sparse_layers:
         rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts)

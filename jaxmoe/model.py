@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.attention import causal_attention
 from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack
@@ -334,11 +335,9 @@ def forward(
     with jax.default_matmul_precision("highest"):
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)
         tables = rotary_tables(position_ids, config.rope_parameters, config.head_dim)
-        index = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        mask = attention_mask(index, index, segment_ids, segment_ids, config.sliding_window)
 
         def attend(cache, query, key, value, layer):
-            return attention(query, key, value, mask), cache
+            return causal_attention(query, key, value, segment_ids, config.sliding_window), cache
 
         valid = segment_ids.reshape(-1) > 0
         run = _Run(config, lora, tables, valid, trainable, remat, capture_router_logits, capture_hidden)

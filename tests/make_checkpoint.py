@@ -1,7 +1,7 @@
 """Writes a random Qwen3-MoE checkpoint in HF form, with a byte-level tokenizer: `python -m tests.make_checkpoint DIR`.
 
-The key names are written out here, not taken from `convert.names`, so that a wrong name there is found. Tensors are drawn
-and written a few MiB at a time: the size of the checkpoint is bounded by the disk, not by memory.
+The key names are written out here, not taken from `convert.names`, so that a wrong name there is found. Tensors are
+drawn and written a few MiB at a time: the size of the checkpoint is bounded by the disk, not by memory.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def make_checkpoint(
     shards: int = 1,
     layout: str = "per_expert",
 ) -> pathlib.Path:
-    """Writes config, weights, tokenizer and generation config into the folder `path`; the same seed gives the same bytes.
+    """Writes config, weights, tokenizer and generation config into `path`; the same seed gives the same bytes.
 
     The tokenizer always has 259 tokens: a config with a smaller vocabulary cannot embed all of them.
     """

@@ -218,8 +218,8 @@ def omit_biases(patch: pytest.MonkeyPatch) -> None:
 
 
 def _patch_mask(patch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, ...]]) -> None:
-    mask = jaxmoe.model.attention_mask
-    patch.setattr(jaxmoe.model, "attention_mask", lambda *args: mask(*change(*args)))
+    mask = jaxmoe.attention.attention_mask
+    patch.setattr(jaxmoe.attention, "attention_mask", lambda *args: mask(*change(*args)))
 
 
 def widen_the_window(patch: pytest.MonkeyPatch) -> None:

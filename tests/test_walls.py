@@ -25,6 +25,7 @@ LAYERS = {
     "memory": {"config", "parameters"},
     "commands": {"cli"},
     "layers": {"config", "errors"},
+    "attention": {"layers"},
     "router": {"layers"},
     "quantize": {"parameters"},
     "recode": {"checkpoint", "errors", "parameters", "quantize"},
@@ -36,7 +37,17 @@ LAYERS = {
     "checkpoint": {"config", "errors", "files", "parameters"},
     "export": {"checkpoint", "config", "data", "parameters"},
     "metrics": set(),
-    "model": {"checkpoint", "config", "dequantize", "dispatch", "layers", "parameters", "recode", "router"},
+    "model": {
+        "attention",
+        "checkpoint",
+        "config",
+        "dequantize",
+        "dispatch",
+        "layers",
+        "parameters",
+        "recode",
+        "router",
+    },
 }
 
 

@@ -27,6 +27,9 @@ TOLERANCES: dict[str, Tolerance] = {
         2e-6, 0.0, "sort-based dispatch against the dense oracle, value and gradients, relative L2"
     ),
     "bf16_against_transformers": Tolerance(1.0, 0.84, "bfloat16 error against float64, over transformers' own"),
+    "attention_fp32": Tolerance(
+        2e-6, 0.0, "attention in blocks against the masked one, value and gradients, relative L2"
+    ),
     "packing_isolation": Tolerance(1e-6, 0.0, "logits of a document when another one in its row changes, relative L2"),
     "merge_fp32": Tolerance(5e-7, 0.0, "weights with a merged adapter against PEFT's own merge, relative L2"),
     "rotary_frequencies": Tolerance(1e-6, 3.6e-7, "inverse frequencies against transformers and the oracle, relative"),
