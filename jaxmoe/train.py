@@ -407,6 +407,8 @@ def _prepare(settings: TrainConfig) -> _Run:
             base_model_name_or_path=str(settings.model),
         )
         lora.check_against(config)
+    if config.attention_dropout:
+        raise UserError(f"attention_dropout: expected 0 (training applies none), found {config.attention_dropout}")
     if settings.seq_length > config.max_position_embeddings:
         raise UserError(
             f"seq_length: expected at most the model's max_position_embeddings ({config.max_position_embeddings}), "

@@ -634,6 +634,9 @@ def test_bad_architecture(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf() | {"num_heads": 3}))
     with pytest.raises(UserError, match="unknown field 'num_heads'"):
         train(scratch(base, tmp_path / "out", from_scratch=tmp_path / "config.json"))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.replace(attention_dropout=0.1).to_hf()))
+    with pytest.raises(UserError, match=r"attention_dropout: expected 0 .* found 0\.1"):
+        train(scratch(base, tmp_path / "out", from_scratch=tmp_path / "config.json"))
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.replace(vocab_size=200).to_hf()))
     with pytest.raises(
         UserError, match=r"data\.jsonl:1: expected token ids below the model's vocab_size 200, found 258"
