@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import pathlib
 import sys
 import types
@@ -22,6 +23,7 @@ T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def program_name() -> str:
@@ -81,6 +83,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits: 0 or what it returns; `UserError` and `OSError` give one line on stderr and code 2."""
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
         _fail(f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__)

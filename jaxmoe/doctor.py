@@ -165,7 +165,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += [f"  {name:<18} {version or 'not installed'}" for name, version in found["versions"].items()]
     if "operations" in found:
         lines += ["", "Operations"]
-        lines += [f"  {what:<18} {how:<12} {why}" for what, how, why in found["operations"]]
+        lines += [f"  {what:<21} {how:<12} {why}" for what, how, why in found["operations"]]
     if "forecast" not in found:
         return [*lines, "", "What fits: name a model, for instance --model qwen3-30b-a3b"]
     plan = found["forecast"]

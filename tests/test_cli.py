@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import errno
 import pathlib
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,6 +14,7 @@ import pytest
 
 from jaxmoe import cli
 from jaxmoe.errors import UserError
+from tests.conftest import ROOT
 
 
 @dataclass
@@ -137,3 +140,10 @@ def test_a_bug_keeps_its_traceback(error: Exception) -> None:
 
     with pytest.raises(type(error), match="a bug"):
         cli.run(main)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    program = "import sys; from jaxmoe.cli import run; run(lambda: print('x\\n' * 10**6))"
+    command = f'{sys.executable} -c "{program}" | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x\n", "")
