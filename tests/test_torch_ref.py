@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen3Config
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
@@ -214,7 +214,7 @@ def check_gradients(
 def test_training_gradients_equal_transformers(name: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = stock(name)
     expected = gradients(model, name, packed=True)
-    monkeypatch.setattr(torch_ref.loss.cross_entropy, "__defaults__", (None, -100, 32))  # several chunks
+    monkeypatch.setattr(torch_ref.loss, "CHUNK", 32)  # several chunks
     with patched(model, implementation):
         check_gradients(gradients(model, name, packed=True), expected)
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -248,7 +248,7 @@ def test_the_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> Non
     model = stock("plain").train()
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
-    monkeypatch.setattr(torch_ref.loss.cross_entropy, "__defaults__", (None, -100, 32))
+    monkeypatch.setattr(torch_ref.loss, "CHUNK", 32)
     ids = inputs_of("plain", packed=False)["input_ids"]
     with patched(model):
         out = model(input_ids=ids, labels=ids)
@@ -360,8 +360,14 @@ def test_patching_is_undone_exactly() -> None:
 
 
 def test_dense_qwen3_equals_transformers() -> None:
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    config = modeling_qwen3.Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    config = Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     model = modeling_qwen3.Qwen3ForCausalLM(config).eval()
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from torch_ref.export import save_pretrained_4bit
-from torch_ref.quantize import Experts4bit, Linear4bit, PackedStack, QuantState, State, dequantize_4bit, quantize
+from torch_ref.quantize import Experts4bit, Linear4bit, PackedStack, QuantState, State, decode, quantize
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Reader:
     def read_dense(self, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tensor `key` in `dtype`, decoded where it is quantised."""
         if self.quantized(key):
-            return dequantize_4bit(*self.read_quantized(key, device, dtype))
+            return decode(*self.read_quantized(key, device, dtype), dtype)
         return self.read(key).to(device, dtype)
 
     def check_all_read(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ class ExpertAdapter:
     dropout: nn.Module
 
 
+@runtime_checkable
 class Stack(Protocol):
     """The weights [E, out, in] of one projection of all experts, in whatever form they are stored."""
 

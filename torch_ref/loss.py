@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+CHUNK = 1024
+
 
 def cross_entropy(
     hidden: Float[Tensor, "M D"],
@@ -17,11 +19,10 @@ def cross_entropy(
     labels: Int[Tensor, " M"],
     num_items: Tensor | int | None = None,
     ignore_index: int = -100,
-    chunk: int = 1024,
 ) -> Float[Tensor, ""]:
     """Mean over labelled tokens (or sum / `num_items`) of -log softmax(head(hidden))[label], in nats, float32.
 
-    The logits of `chunk` tokens exist at a time, in the forward pass and again in the backward pass. The result is that
+    The logits of `CHUNK` tokens exist at a time, in the forward pass and again in the backward pass. The result is that
     of transformers' `ForCausalLMLoss`: not a number where no token is labelled. `labels` are shifted already.
     """
 
@@ -29,7 +30,7 @@ def cross_entropy(
         return F.cross_entropy(head(rows).float(), targets, ignore_index=ignore_index, reduction="sum")
 
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+    for rows, targets in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
         total = total + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
     if num_items is None:
         return total / (labels != ignore_index).sum()

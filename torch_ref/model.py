@@ -190,9 +190,11 @@ def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[
         if scaling["rope_type"] in ("linear", "yarn") and "factor" in scaling:
             positions = int(scaling.get("original_max_position_embeddings", positions) * scaling["factor"])
         config.rope_parameters = {"rope_theta": config.rope_parameters["rope_theta"], **scaling}
-        # rejects what the type needs and the dictionary lacks
-        config.standardize_rope_params()
-        config.validate_rope()
+        try:
+            config.standardize_rope_params()
+            config.validate_rope()
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"rope_scaling: {error}, found {rope_scaling}") from None
     config.max_position_embeddings = positions = max(positions, config.max_position_embeddings)
     if max_seq_length is None or max_seq_length <= positions:
         return positions if max_seq_length is None else int(max_seq_length)

@@ -92,7 +92,7 @@ class Linear4bit(bnb.nn.modules.Linear4bit):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in], decoded in float32 and rounded to `dtype` once."""
         weight: Any = self.weight
-        return _decode(weight.data, weight.quant_state, dtype)
+        return decode(weight.data, weight.quant_state, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """X W^T + bias in x's dtype."""
@@ -112,11 +112,24 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
     return packed, state
 
 
-def _decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
-    if dtype != state.dtype:
-        known = {name: getattr(state, name) for name in ("absmax", "code", "blocksize", "offset", "state2")}
-        state = QuantState(shape=state.shape, quant_type=state.quant_type, dtype=dtype, **known)
-    return dequantize_4bit(packed, state)
+def decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
+    """The tensor that codes and statistics stand for, decoded in float32 and rounded to `dtype` once.
+
+    As one row of values: on CPUs bitsandbytes 0.50 decodes a matrix wrongly whose rows are not whole blocks.
+    """
+    absmax = state.absmax
+    if state.nested:
+        absmax = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return _decode(packed, absmax, state.shape, state.blocksize, state.quant_type, dtype)
+
+
+def _decode(
+    packed: Tensor, absmax: Tensor, shape: torch.Size, blocksize: int, quant_type: str, dtype: torch.dtype
+) -> Tensor:
+    flat = QuantState(
+        absmax.flatten(), torch.Size((shape.numel(),)), blocksize=blocksize, quant_type=quant_type, dtype=dtype
+    )
+    return dequantize_4bit(packed.reshape(-1, 1), flat).view(shape)
 
 
 @dataclass
@@ -230,10 +243,7 @@ class PackedStack:
         """The weights [E, out, in], decoded in float32 and rounded to `dtype` once."""
         experts, out, inner = self.shape
         filled = torch.Size((experts, self.parts, self.codes.shape[-1] * 2))
-        state = QuantState(
-            self.maxima().flatten(), filled, blocksize=self.blocksize, quant_type=self.quant_type, dtype=dtype
-        )
-        values = dequantize_4bit(self.codes.view(-1, 1), state)
+        values = _decode(self.codes, self.maxima(), filled, self.blocksize, self.quant_type, dtype)
         return values[..., : out // self.parts * inner].reshape(self.shape)
 
     def linear(self, x: Tensor, expert: int) -> Tensor:
