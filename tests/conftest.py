@@ -27,6 +27,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two frameworks share the GPU; preallocating most of it would leave PyTorch none.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+collect_ignore = [] if BITSANDBYTES else ["test_torch_ref_4bit.py"]
+
 ANNOTATIONS_CHECKED = importlib.util.find_spec("beartype") is not None
 if ANNOTATIONS_CHECKED:
     import jaxtyping
@@ -52,6 +55,7 @@ def pytest_report_header() -> list[str]:
     return [
         f"jax {jax.__version__} on {', '.join(str(device) for device in jax.devices())}",
         f"run-time check of array annotations: {checked}",
+        f"4-bit tests of torch_ref: {'on' if BITSANDBYTES else 'off (bitsandbytes is not installed)'}",
     ]
 
 

@@ -271,6 +271,26 @@ def test_outputs_have_the_dtype_of_the_input(dtype: torch.dtype, implementation:
         assert model(torch.zeros(1, 3, dtype=torch.long)).logits.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("implementation", torch_ref.experts.IMPLEMENTATIONS)
+def test_training_under_autocast(implementation: str, dtype: torch.dtype) -> None:
+    name = "every_expert"  # no routing to flip
+    model = stock(name).to(dtype).train().requires_grad_(True)
+    inputs = inputs_of(name, packed=True)
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        return model.model.layers[0].mlp.experts.gate_up_proj.grad.float()
+
+    expected = gradient()
+    with patched(model, implementation):
+        assert distance(gradient(), expected) <= bound("torch_ref_autocast")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.model.layers[0].mlp(torch.randn(1, 3, 48, dtype=dtype))[0].dtype == dtype
+
+
 @pytest.mark.parametrize("name", ["top_8_of_32", "every_expert"])
 def test_bfloat16_is_no_further_from_float64_than_transformers(name: str) -> None:
     inputs = inputs_of(name, packed=True)

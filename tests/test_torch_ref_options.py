@@ -16,6 +16,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import torch_ref.experts
 import torch_ref.model
+from tests.conftest import BITSANDBYTES
 from tests.make_checkpoint import TINY, make_checkpoint
 from tests.test_torch_ref import distance
 from tests.tolerances import bound
@@ -73,7 +74,7 @@ def test_loading_patches(folder: pathlib.Path) -> None:
     assert distance(logits(model), expected) <= bound("torch_ref_fp32")
 
 
-@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("load_in_4bit", [True, False] if BITSANDBYTES else [False])
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, torch.float32])
 def test_dtype(dtype: Any, load_in_4bit: bool, folder: pathlib.Path) -> None:
     expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -96,7 +97,7 @@ def test_dtype_none(cuda: bool, bf16: bool, expected: torch.dtype, monkeypatch: 
             torch_ref.model.choose_dtype("bfloat16")
 
 
-@pytest.mark.parametrize("load_in_4bit", [True, False])
+@pytest.mark.parametrize("load_in_4bit", [True, False] if BITSANDBYTES else [False])
 def test_rope_scaling(load_in_4bit: bool, folder: pathlib.Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0}
     for rope in (yarn, {"type": "linear", "factor": 2.0}, yarn | {"original_max_position_embeddings": 256}):

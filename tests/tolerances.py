@@ -24,14 +24,16 @@ TOLERANCES: dict[str, Tolerance] = {
     "parity_loss": Tolerance(2e-6, 1.6e-7, "training loss against transformers, relative"),
     "parity_gradients": Tolerance(1e-4, 5.4e-6, "each adapter's gradient in each layer against PEFT, relative L2"),
     "dispatch_fp32": Tolerance(
-        2e-6, 0.0, "sort-based dispatch against the dense oracle, value and gradients, relative L2"
+        2e-6, 9.7e-7, "sort-based dispatch against the dense oracle, value and gradients, relative L2"
     ),
     "bf16_against_transformers": Tolerance(1.0, 0.84, "bfloat16 error against float64, over transformers' own"),
     "attention_fp32": Tolerance(
-        2e-6, 0.0, "attention in blocks against the masked one, value and gradients, relative L2"
+        2e-6, 4.0e-7, "attention in blocks against the masked one, value and gradients, relative L2"
     ),
     "packing_isolation": Tolerance(1e-6, 0.0, "logits of a document when another one in its row changes, relative L2"),
     "merge_fp32": Tolerance(5e-7, 0.0, "weights with a merged adapter against PEFT's own merge, relative L2"),
+    "nf4_model": Tolerance(1e-6, 0.0, "hidden states in NF4 against the model of the decoded weights, relative L2"),
+    "nf4_gradients": Tolerance(2e-6, 0.0, "the same, gradient of each adapter"),
     "rotary_frequencies": Tolerance(1e-6, 3.6e-7, "inverse frequencies against transformers and the oracle, relative"),
     "routing_margin": Tolerance(1e-5, 0.0, "top-k margin in probability above which the same experts must be chosen"),
     "accumulation": Tolerance(2e-6, 1.2e-6, "loss and gradients of several micro-batches against one batch, relative"),
@@ -44,6 +46,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "torch_ref_fp32": Tolerance(2e-6, 4.9e-7, "torch_ref's outputs against stock transformers, float32, relative L2"),
     "torch_ref_gradients": Tolerance(1e-5, 1.7e-6, "torch_ref's gradients against transformers and PEFT, relative L2"),
     "torch_ref_bf16": Tolerance(1.0, 0.96, "torch_ref's bfloat16 error against float64, over transformers' own"),
+    "torch_ref_autocast": Tolerance(
+        1e-1, 5.3e-2, "an expert gradient under autocast, two bfloat16 results, relative L2"
+    ),
     "torch_ref_gpu_bf16": Tolerance(3e-2, 0.0, "the two expert implementations in bfloat16 on a GPU, relative L2"),
 }
 

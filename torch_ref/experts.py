@@ -213,7 +213,8 @@ def grouped_experts(
         product = temp_up.copy_(product)
     gate, up = product.chunk(2, dim=-1)
     rows = down.grouped_linear(activation(gate) * up, ends, experts)
-    return _Combine.apply(rows, weights.to(rows.dtype), order, inverse)
+    with torch.autocast(device_type=x.device.type, enabled=False):  # in the rows' dtype, forward and backward
+        return _Combine.apply(rows, weights.to(rows.dtype), order, inverse)
 
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}

@@ -80,7 +80,8 @@ def rms_norm(module: nn.Module, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "
     plain = isinstance(module, modeling_qwen3_moe.Qwen3MoeRMSNorm | modeling_qwen3.Qwen3RMSNorm)
     if not plain or module.weight.dtype != x.dtype:
         return module(x)
-    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+    # autocast makes the result float32
+    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon).to(x.dtype)
 
 
 def fast_swiglu_inference(
