@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.adapters import SETTINGS, WEIGHTS
 from convert.hf2jax import read_hf
-from convert.safetensors_io import inside, open_folder, read_header
+from convert.safetensors_io import Tensor, inside, open_folder, read_header
 from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.memory import parameter_count
@@ -53,7 +53,23 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         summary, kind = _model(checkpoint.config), "HF checkpoint"
         more = _nf4(checkpoint.config, checkpoint.quantization)
         tensors = open_folder(path).values()
-    return _report(kind, summary, [(t.name, t.shape, t.stored_dtype.name, t.data.nbytes) for t in tensors], **more)
+    return _report(kind, summary, _hf_entries(tensors), **more)
+
+
+def _hf_entries(tensors: Iterable[Tensor]) -> list[Entry]:
+    """One entry per weight; the bytes of one in NF4 include what lies beside its codes."""
+    entries: dict[str, Entry] = {}
+    beside: dict[str, int] = {}
+    for tensor in tensors:
+        weight, dot, _ = tensor.name.partition(".weight.")
+        if dot:
+            beside[f"{weight}.weight"] = beside.get(f"{weight}.weight", 0) + tensor.data.nbytes
+        else:
+            entries[tensor.name] = (tensor.name, tensor.shape, tensor.stored_dtype.name, tensor.data.nbytes)
+    for name, nbytes in beside.items():
+        _, shape, _, codes = entries[name]
+        entries[name] = (name, shape, "nf4", codes + nbytes)
+    return list(entries.values())
 
 
 def _facts(array: np.ndarray) -> tuple[tuple[int, ...], str, int]:

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Int
 
+from jaxmoe.layers import PRECISION, contract
 from jaxmoe.parameters import NESTED_QUANT_MAP, NF4_BLOCK, NF4_NESTED_BLOCK
 from jaxmoe.quantize import NF4_TABLE
 
@@ -24,14 +25,16 @@ class NF4Stack:
     """Frozen weights [groups, out, in] in NF4; `stack[group]` gives them in `dtype`, decoded anew each time.
 
     A group is a layer, or an expert of a layer, and holds the codes of one matrix or of several that lie one below the
-    other. The fields are those of `jaxmoe.quantize.NF4`; `shape` and `dtype` are those of the weights.
+    other. The fields are those of `jaxmoe.quantize.NF4`, codes uint8 [groups, matrices, bytes] and so on, and the table
+    float32 [256]; `shape` and `dtype` are those of the weights.
     """
 
-    codes: UInt8[Array, "groups matrices bytes"]
-    absmax: Shaped[Array, "groups matrices blocks"]
-    nested_absmax: Float[Array, "groups matrices outer"] | None
-    nested_offset: Float[Array, "groups matrices"] | None
-    nested_quant_map: Float[Array, " 256"] | None
+    # JAX puts placeholders here while it takes trees apart, so no annotation of arrays would hold.
+    codes: Any
+    absmax: Any
+    nested_absmax: Any
+    nested_offset: Any
+    nested_quant_map: Any
     shape: tuple[int, ...] = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
 
@@ -57,13 +60,36 @@ class NF4Stack:
         with jax.named_scope("nf4_decode"):
             absmax = at(self.absmax)
             if self.nested_absmax is not None:
-                assert self.nested_offset is not None and self.nested_quant_map is not None
                 absmax = _decode_absmax(absmax, at(self.nested_absmax), at(self.nested_offset), self.nested_quant_map)
             codes = at(self.codes)
             *_, out, inner = self.shape
             elements = out * inner // codes.shape[-2]
             weights = _decode(codes, absmax, elements, self.dtype)
             return weights.reshape(*weights.shape[:-2], out, inner)
+
+
+@jax.custom_vjp
+def frozen_product(
+    x: Float[Array, "*batch inner"], stack: NF4Stack, group: Int[Array, ""]
+) -> Float[Array, "*batch out"]:
+    """Forms x W^T in float32 with W = stack[group], which has no gradient.
+
+    The backward pass decodes W anew: what it keeps is the stack, whatever the recomputation policy.
+    """
+    return contract(x, stack[group])
+
+
+def _frozen_product_forward(x: Array, stack: NF4Stack, group: Array) -> tuple[Array, tuple[NF4Stack, Array]]:
+    return frozen_product(x, stack, group), (stack, group)
+
+
+def _frozen_product_backward(residuals: tuple[NF4Stack, Array], d_y: Array) -> tuple[Array, None, None]:
+    stack, group = residuals
+    d_x = jnp.einsum("...o,oi->...i", d_y, stack[group], precision=PRECISION, preferred_element_type=jnp.float32)
+    return d_x.astype(stack.dtype), None, None
+
+
+frozen_product.defvjp(_frozen_product_forward, _frozen_product_backward)
 
 
 def _decode(codes: Array, absmax: Array, elements: int, dtype: Any) -> Array:

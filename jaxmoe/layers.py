@@ -40,16 +40,21 @@ def linear(
 
     Source: torch.nn.Linear's layout; Hu et al. 2021, equation 3. The adapter is cast to x's dtype before use.
     """
-    y = _contract(x, weight)
+    return finish_linear(contract(x, weight), x, bias, adapter)
+
+
+def finish_linear(y: Array, x: Array, bias: Array | None, adapter: Adapter | None) -> Array:
+    """The rest of `linear`, given the product y = x W^T in float32: adds bias and adapter and rounds once."""
     if bias is not None:
         y += bias
     if adapter is not None:
-        low = _contract(x, adapter.lora_A.astype(x.dtype)).astype(x.dtype)
-        y += adapter.scale * _contract(low, adapter.lora_B.astype(x.dtype))
+        low = contract(x, adapter.lora_A.astype(x.dtype)).astype(x.dtype)
+        y += adapter.scale * contract(low, adapter.lora_B.astype(x.dtype))
     return y.astype(x.dtype)
 
 
-def _contract(x: Array, weight: Array) -> Array:
+def contract(x: Array, weight: Array) -> Array:
+    """Forms x W^T in float32."""
     return jnp.einsum("...i,oi->...o", x, weight, precision=PRECISION, preferred_element_type=jnp.float32)
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.attention import causal_attention
 from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
-from jaxmoe.dequantize import NF4Stack
+from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import ExpertWeights, sorted_experts
 from jaxmoe.layers import (
     WEIGHT_SLICE,
@@ -32,6 +32,7 @@ from jaxmoe.layers import (
     apply_rotary,
     attention,
     attention_mask,
+    finish_linear,
     layer_slice,
     linear,
     rms_norm,
@@ -132,13 +133,11 @@ class _Layer:
         return Adapter(a, b, self.scales[path])
 
     def project(self, x: Array, path: str) -> Array:
-        def apply(x: Array) -> Array:
-            return linear(x, self.weight(path), self.bias(path), self.adapter(path))
-
-        if isinstance(self.weights.whole.get(path), NF4Stack):
-            # The backward pass decodes anew, whatever else it keeps: kept, the weights would be there in 16 bit.
-            return jax.checkpoint(apply, prevent_cse=False)(x)
-        return apply(x)
+        stack = self.weights.whole.get(path)
+        if isinstance(stack, NF4Stack):
+            y: Array = frozen_product(x, stack, self._slot(path))
+            return finish_linear(y, x, self.bias(path), self.adapter(path))
+        return linear(x, self.weight(path), self.bias(path), self.adapter(path))
 
     def experts(self) -> ExpertWeights:
         pair = EXPERT_STACKS

@@ -29,7 +29,7 @@ LAYERS = {
     "router": {"layers"},
     "quantize": {"parameters"},
     "recode": {"checkpoint", "errors", "parameters", "quantize"},
-    "dequantize": {"parameters", "quantize"},
+    "dequantize": {"layers", "parameters", "quantize"},
     "dispatch": {"dequantize", "layers", "router"},
     "loss": {"layers"},
     "data": {"errors"},
