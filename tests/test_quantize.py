@@ -160,6 +160,7 @@ def test_the_second_quantisation(bnb: Any) -> None:
     _, state = bnb.quantize_4bit(to_torch(x, "float32"), quant_type="nf4", compress_statistics=True)
     ours = encode(x, dynamic_map())
     assert ours.nested_offset == pytest.approx(state.offset.item(), rel=1e-6)
+    assert ours.nested_absmax is not None
     np.testing.assert_allclose(ours.nested_absmax, state.state2.absmax.numpy(), rtol=1e-5)
     steps = ours.absmax.astype(int) - state.absmax.numpy()
     assert np.abs(steps).max() <= 1
@@ -299,6 +300,7 @@ def temporary_bytes(remat: str, decode_first: bool) -> int:
         return loss_and_gradients(Model(WIDE, lora, "float32", remat), params, adapters, batch, 0.0)[2]  # pyright: ignore[reportArgumentType]
 
     analysis = jax.jit(run, compiler_options=COMPILER_OPTIONS).lower(params, adapters).compile().memory_analysis()
+    assert analysis is not None
     return analysis.temp_size_in_bytes
 
 
