@@ -266,6 +266,16 @@ class _Run:
     capture_hidden: bool = False
 
 
+def _keep_results(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """The policy of remat "none": keep every result, but no layer's slice of a frozen weight.
+
+    A slice is made in three steps (`layer_slice`), and keeping any of them would hold the model twice. Elsewhere the
+    first two are views, which cost nothing to take again.
+    """
+    view = primitive.name in ("dynamic_slice", "squeeze")
+    return not (view or (primitive.name == "name" and parameters["name"] == WEIGHT_SLICE))
+
+
 def _run_layers(
     run: _Run, h: Array, params: Params, adapters: Params, attend: CachedAttend, cache: Any
 ) -> tuple[Array, Any, _RoutingRecord, Array | None]:
@@ -298,11 +308,7 @@ def _run_layers(
         return (out, new_cache), (record, h if run.capture_hidden else None)
 
     if run.trainable != "none":
-        policies = jax.checkpoint_policies
-        keep = {
-            "full": policies.nothing_saveable,
-            "none": policies.save_anything_except_these_names(WEIGHT_SLICE),
-        }
+        keep = {"full": jax.checkpoint_policies.nothing_saveable, "none": _keep_results}
         # The scan already keeps the two passes apart, so common subexpressions need no barrier against merging.
         body = jax.checkpoint(body, policy=keep[run.remat], prevent_cse=False)
     xs = (_layer_indices(config), weights.sliced, lora_weights.sliced)

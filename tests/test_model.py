@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -137,7 +138,8 @@ def compiled_step_memory(config, remat, trainable="adapters"):
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_no_temporary_holds_a_layers_experts(remat, monkeypatch):
     """Frozen experts are indexed where they lie: neither copied by the loops nor saved for the backward pass."""
-    config = TINY.replace(hidden_size=256, moe_intermediate_size=128, num_experts=32, mlp_only_layers=())
+    # Compiled, never run: wide enough that a GPU's matmul workspace (32 MiB) is small beside a layer.
+    config = TINY.replace(hidden_size=1024, moe_intermediate_size=512, num_experts=64, mlp_only_layers=())
     one_layer = 4 * 3 * config.num_experts * config.moe_intermediate_size * config.hidden_size
     assert compiled_step_memory(config, remat) < one_layer
 
@@ -150,3 +152,11 @@ def test_no_temporary_holds_a_layers_experts(remat, monkeypatch):
 
     monkeypatch.setattr(model._Layer, "experts", sliced)
     assert compiled_step_memory(config, remat) > one_layer
+
+
+def test_no_recomputation_still_keeps_no_copy_of_the_weights():
+    """With remat "none" all results are kept, but not the slices of frozen attention weights, which are no results."""
+    config = TINY.replace(hidden_size=1024, head_dim=256, num_hidden_layers=12, num_experts=2, moe_intermediate_size=8)
+    config = config.replace(num_experts_per_tok=1, mlp_only_layers=())
+    attention = sum(math.prod(s.shape) for path, s in parameter_specs(config).items() if path.endswith("_proj")) * 4
+    assert compiled_step_memory(config, "none") < attention / 2

@@ -304,6 +304,7 @@ def temporary_bytes(remat: str, decode_first: bool) -> int:
     return analysis.temp_size_in_bytes
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuBLAS's workspace, 32 MiB, is larger than this model")
 @pytest.mark.parametrize("remat", ["full", "none"])
 def test_no_more_than_one_layer_is_ever_decoded(remat: str) -> None:
     """The bound is one layer's weights, and as much again for the results of all layers, where those are kept (they are
