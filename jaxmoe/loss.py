@@ -36,6 +36,6 @@ def cross_entropy(
     def step(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
         return total + chunk_loss(*piece), None
 
-    pieces = tuple(a.reshape(-1, chunk, *a.shape[1:]) for a in (hidden, labels, weights))
+    pieces = hidden.reshape(-1, chunk, hidden.shape[1]), labels.reshape(-1, chunk), weights.reshape(-1, chunk)
     with jax.named_scope("head"):
         return jax.lax.scan(step, jnp.zeros((), jnp.float32), pieces)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,8 @@ def test_needs_less_memory_than_masked_attention():
 
     def temporaries(function):
         loss = jax.jit(jax.grad(lambda *args: jnp.sum(function(*args)), argnums=(0, 1, 2)))
-        return loss.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        analysis: Any = loss.lower(*shapes).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
 
     index = jnp.arange(2048)[None]
     mask = attention_mask(index, index, segments, segments, None)

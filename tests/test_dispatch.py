@@ -53,7 +53,7 @@ def make_case(shape, skew, seed):
 def run(experts, x, weights, stacks, adapters, routing):
     """One number that depends on every output, differentiable in all but the routing's choice."""
     pairs = [Adapter(a, b, scale) for (a, b), scale in zip(adapters, (0.5, 2.0), strict=True)]
-    y = experts(x, routing._replace(weights=weights), ExpertWeights(*stacks, 0, True), *pairs)
+    y = experts(x, routing._replace(weights=weights), ExpertWeights(stacks[0], stacks[1], 0, True), *pairs)
     return weighted_sum(y), y
 
 
@@ -147,7 +147,7 @@ def test_stack_of_layers_is_indexed_in_place(shape):
     @partial(jax.jit, static_argnums=3)
     @partial(jax.value_and_grad, argnums=0)
     def value(x, stacks, offset, trainable):
-        return weighted_sum(sorted_experts(x, routing, ExpertWeights(*stacks, offset, trainable)))
+        return weighted_sum(sorted_experts(x, routing, ExpertWeights(stacks[0], stacks[1], offset, trainable)))
 
     alone = value(x, stacks, 0, True)
     inside = value(x, three, shape[3], False)
@@ -174,7 +174,7 @@ def test_no_buffer_exceeds_the_padded_rows_times_the_widest_layer():
 
     def gradient_of(experts):
         def value(x, stacks):
-            return jnp.sum(experts(x, routing, ExpertWeights(*stacks, 0, True)))
+            return jnp.sum(experts(x, routing, ExpertWeights(stacks[0], stacks[1], 0, True)))
 
         return jax.grad(value, argnums=(0, 1))
 
@@ -202,7 +202,9 @@ def test_counts_leave_out_padding():
 
 def test_same_input_gives_the_same_output():
     x, routing, stacks, _ = make_case((200, 16, 8, 5, 2), "random", 3)
-    block = jax.jit(lambda x: sorted_experts(x, routing, ExpertWeights(*map(jnp.asarray, stacks), 0, True)))
+    block = jax.jit(
+        lambda x: sorted_experts(x, routing, ExpertWeights(jnp.asarray(stacks[0]), jnp.asarray(stacks[1]), 0, True))
+    )
     first = block(x)
     for _ in range(5):
         np.testing.assert_array_equal(block(x), first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,7 @@ def test_both_forms_of_an_adapter_give_the_same_arrays(folder, tmp_path):
     for form in ("peft", "converted"):
         loaded = Qwen3MoeForCausalLM.from_pretrained(folder, adapter=tmp_path / form)
         equal(loaded.adapters, arrays)
+        assert loaded.lora_config is not None
         assert [loaded.lora_config.scale(t) for t in LORA.targets] == [LORA.scale(t) for t in LORA.targets]
 
 
@@ -120,7 +122,7 @@ def test_the_loss_comparison_sees_a_planted_fault(monkeypatch):
     assert max(losses_and_gradients(10)) > 1e-2
 
 
-def compiled_step_memory(config, remat, trainable="adapters"):
+def compiled_step_memory(config, remat):
     """Bytes of temporaries of the compiled loss and gradients over few tokens."""
     specs = parameter_specs(config)
     params = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in specs.items()}
@@ -128,11 +130,11 @@ def compiled_step_memory(config, remat, trainable="adapters"):
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
     def value(adapters, params, ids):
-        out = forward(params, adapters, ids, ids, ids, config=config, lora=LORA, trainable=trainable, remat=remat)
+        out = forward(params, adapters, ids, ids, ids, config=config, lora=LORA, trainable="adapters", remat=remat)
         return jnp.sum(out.hidden)
 
-    compiled = jax.jit(jax.grad(value)).lower(adapters, params, ids).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    analysis: Any = jax.jit(jax.grad(value)).lower(adapters, params, ids).compile().memory_analysis()
+    return analysis.temp_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", ["full", "none"])
@@ -146,7 +148,7 @@ def test_no_temporary_holds_a_layers_experts(remat, monkeypatch):
     original = model._Layer.experts
 
     def sliced(layer):  # the obvious way, which copies
-        weights = original(layer)
+        weights: Any = original(layer)
         here = partial(jax.lax.dynamic_slice_in_dim, start_index=weights.offset, slice_size=config.num_experts)
         return weights._replace(gate_up_proj=here(weights.gate_up_proj), down_proj=here(weights.down_proj), offset=0)
 

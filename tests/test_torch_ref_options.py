@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def load(folder: pathlib.Path, **options: Any) -> tuple[Any, Any]:
-    return FastQwen3MoeModel.from_pretrained(str(folder), **({"load_in_4bit": False} | options))
+    return FastQwen3MoeModel.from_pretrained(str(folder), **({"load_in_4bit": False, "dtype": torch.float32} | options))
 
 
 def logits(model: Any) -> torch.Tensor:

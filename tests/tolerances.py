@@ -40,9 +40,11 @@ TOLERANCES: dict[str, Tolerance] = {
     "reloaded_loss": Tolerance(
         2e-6, 4e-8, "held-out loss of what a run wrote, read again here or by transformers, relative"
     ),
-    "gpu_fp32": Tolerance(5e-6, 0.0, "H200 against CPU in float32: logits and loss of the demo checkpoint, relative"),
-    "gpu_gradients_fp32": Tolerance(1e-4, 0.0, "the same for the gradient of each adapter, relative L2"),
-    "gpu_experts_bf16": Tolerance(5e-3, 0.0, "bfloat16 experts at full width against float32, value and gradient"),
+    "gpu_fp32": Tolerance(
+        5e-6, 5.4e-7, "H200 against CPU in float32: logits and loss of the demo checkpoint, relative"
+    ),
+    "gpu_gradients_fp32": Tolerance(1e-4, 2.0e-6, "the same for the gradient of each adapter, relative L2"),
+    "gpu_experts_bf16": Tolerance(5e-3, 4.8e-3, "bfloat16 experts at full width against float32, value and gradient"),
     "torch_ref_fp32": Tolerance(2e-6, 4.9e-7, "torch_ref's outputs against stock transformers, float32, relative L2"),
     "torch_ref_gradients": Tolerance(1e-5, 1.7e-6, "torch_ref's gradients against transformers and PEFT, relative L2"),
     "torch_ref_bf16": Tolerance(1.0, 0.96, "torch_ref's bfloat16 error against float64, over transformers' own"),
