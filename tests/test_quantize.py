@@ -82,7 +82,8 @@ def to_numpy(x: Any) -> np.ndarray:
 def same_bits(found: Any, expected: np.ndarray) -> None:
     found = np.asarray(found)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert found.tobytes() == expected.tobytes()
+    equal = found.tobytes() == expected.tobytes()
+    assert equal  # a bare name: pytest would spend minutes on the difference between two long strings of bytes
 
 
 # --- the codec
