@@ -41,7 +41,7 @@ from jaxmoe.layers import (
 )
 from jaxmoe.parameters import ParameterSpec, Quantization, layer_paths, lora_specs, parameter_specs, stored_specs
 from jaxmoe.recode import quantized
-from jaxmoe.router import expert_counts, load_balancing_loss, route
+from jaxmoe.router import RoutingControl, expert_counts, load_balancing_loss, route
 
 Params = dict[str, Array]
 Stacks = dict[str, Array | NF4Stack]
@@ -114,6 +114,7 @@ class _Layer:
     adapters: _Scanned
     scales: Mapping[str, float]
     experts_of_all: Stacks  # frozen expert stacks as [layers * E, out, in]; empty when the experts are trained
+    control: RoutingControl | None
     layer: Array
     mlp_slot: Array
 
@@ -179,6 +180,7 @@ def _sparse_mlp(x: Array, layer: _Layer, valid: Array, capture: bool) -> tuple[A
             num_experts_per_tok=config.num_experts_per_tok,
             norm_topk_prob=config.norm_topk_prob,
             adapter=layer.adapter("sparse.gate"),
+            control=layer.control and layer.control.layer(layer.mlp_slot),
         )
         record = _RoutingRecord(
             expert_counts(routing.experts, valid, config.num_experts),
@@ -264,6 +266,7 @@ class _Run:
     remat: Remat = "full"
     capture_router_logits: bool = False
     capture_hidden: bool = False
+    control: RoutingControl | None = None
 
 
 def _keep_results(primitive: Any, *_: Any, **parameters: Any) -> bool:
@@ -299,6 +302,7 @@ def _run_layers(
             lora_weights._replace(sliced=sliced_lora),
             scales,
             experts_of_all,
+            run.control,
             index,
             mlp_slot,
         )
@@ -329,13 +333,14 @@ def forward(
     remat: Remat = "full",
     capture_router_logits: bool = False,
     capture_hidden: bool = False,
+    routing_control: RoutingControl | None = None,
 ) -> ForwardOutput:
     """The decoder over whole sequences, a pure function: jit it with the keyword arguments static.
 
     `segment_ids` are 0 for padding and 1, 2, ... for the documents packed into a row; a token attends to earlier tokens
     of its own segment. Computation runs in the dtype of `embed_tokens`. `trainable` says which parameters will be
     differentiated; `remat` what the backward pass recomputes: "full" keeps one [B, T, D] per layer, "none" keeps all
-    intermediate results (never a copy of a frozen weight).
+    intermediate results (never a copy of a frozen weight). `routing_control` replays or biases the routing.
     """
     with jax.default_matmul_precision("highest"):
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)
@@ -345,7 +350,9 @@ def forward(
             return causal_attention(query, key, value, segment_ids, config.sliding_window), cache
 
         valid = segment_ids.reshape(-1) > 0
-        run = _Run(config, lora, tables, valid, trainable, remat, capture_router_logits, capture_hidden)
+        run = _Run(
+            config, lora, tables, valid, trainable, remat, capture_router_logits, capture_hidden, routing_control
+        )
         h, _, records, inputs = _run_layers(run, h, params, adapters, attend, None)
         hidden = rms_norm(h, params["norm"], config.rms_norm_eps)
     sparse = np.asarray(config.sparse_layers, np.int32)
@@ -551,6 +558,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         segment_ids: TokenArray | None = None,
         output_router_logits: bool = False,
         output_hidden_states: bool = False,
+        routing_control: RoutingControl | None = None,
     ) -> CausalLMOutput:
         """Logits (float32) for whole sequences.
 
@@ -561,6 +569,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
             segment_ids: packed rows: 0 padding, 1, 2, ... documents; excludes `attention_mask`.
             output_router_logits: also give router logits and the load-balancing loss over unpadded tokens.
             output_hidden_states: also give each layer's input and, last, the normed output, as transformers does.
+            routing_control: replays recorded experts ([Ls, B, T, k]) or biases the router logits ([Ls, E]).
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         if segment_ids is not None and attention_mask is not None:
@@ -579,6 +588,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
             lora=self.lora_config,
             capture_router_logits=output_router_logits,
             capture_hidden=output_hidden_states,
+            routing_control=routing_control,
         )
         router = hidden = aux = None
         if output_router_logits:

@@ -20,6 +20,26 @@ class Routing(NamedTuple):
     weights: Float[Array, "M k"]
 
 
+class RoutingControl(NamedTuple):
+    """What a caller imposes on the routing; every field may be None.
+
+    `experts` replays a recorded choice, -1 in a token's first slot leaves that token free; `logit_bias` is added to the
+    router logits before the softmax (-inf removes an expert). The weights are always the model's own probabilities of
+    the experts that are used. For all MoE layers fields are [Ls, B, T, k] and [Ls, E]; for one, [M, k] and [E].
+    """
+
+    experts: Int[Array, "Ls B T k"] | Int[Array, "M k"] | None = None
+    logit_bias: Float[Array, "Ls E"] | Float[Array, " E"] | None = None
+
+    def layer(self, slot: Array | int) -> RoutingControl:
+        """The control of MoE layer `slot`, its experts as [M, k]."""
+        pick = lambda a: None if a is None else jax.lax.dynamic_index_in_dim(a, slot, keepdims=False)
+        experts = pick(self.experts)
+        return RoutingControl(
+            None if experts is None else experts.reshape(-1, experts.shape[-1]), pick(self.logit_bias)
+        )
+
+
 def route(
     x: Float[Array, "M D"],
     weight: Float[Array, "E D"],
@@ -27,12 +47,13 @@ def route(
     num_experts_per_tok: int,
     norm_topk_prob: bool,
     adapter: Adapter | None = None,
+    control: RoutingControl | None = None,
 ) -> Routing:
     """Softmax over all experts, then the k most probable, renormalised to sum 1 if `norm_topk_prob`; all float32.
 
     Ties go to the lowest index. transformers' `Qwen3MoeTopKRouter` rounds the logits to the model's dtype first; here
     they stay float32, so that in bfloat16 fewer tokens are routed by a rounding error. A LoRA on the router is added to
-    the weight before the product, as PEFT does for a parameter.
+    the weight before the product, as PEFT does for a parameter. `control` is that of one layer.
     """
     if adapter is not None:
         delta = jnp.einsum("er,rd->ed", adapter.lora_B, adapter.lora_A, precision=PRECISION)
@@ -40,8 +61,13 @@ def route(
     logits = jnp.einsum(
         "md,ed->me", x.astype(weight.dtype), weight, precision=PRECISION, preferred_element_type=jnp.float32
     )
+    if control is not None and control.logit_bias is not None:
+        logits = logits + control.logit_bias
     probabilities = jax.nn.softmax(logits, axis=-1)
     weights, experts = jax.lax.top_k(probabilities, num_experts_per_tok)
+    if control is not None and control.experts is not None:
+        experts = jnp.where(control.experts[:, :1] < 0, experts, control.experts)
+        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     if norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return Routing(logits, probabilities, experts, weights)
