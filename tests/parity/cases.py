@@ -57,9 +57,12 @@ def random_batch(config: Qwen3MoeConfig, rows: int = 2, length: int = LENGTH) ->
     return packed_batch(random_tokens(config, rows, length))
 
 
-def text_batch(checkpoint: pathlib.Path, text: str | None = None, length: int = LENGTH) -> Batch:
-    """One row of `text`, as tokens of the checkpoint, or four rows of Python, the last of which is packed."""
-    if text is None:
-        return packed_batch(checkpoint_batch(length, checkpoint).input_ids)
-    ids = np.asarray([load_tokenizer(checkpoint)(text)["input_ids"]], np.int32)
+def text_batch(checkpoint: pathlib.Path, rows: int = 4, length: int = LENGTH) -> Batch:
+    """Up to four rows of Python, as tokens of the checkpoint; the last row is packed."""
+    return packed_batch(checkpoint_batch(length, checkpoint).input_ids[:rows])
+
+
+def prompt_batch(checkpoint: pathlib.Path, prompt: str) -> Batch:
+    """One row: the text `prompt`, as tokens of the checkpoint."""
+    ids = np.asarray([load_tokenizer(checkpoint)(prompt)["input_ids"]], np.int32)
     return Batch(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))

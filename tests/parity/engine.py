@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from tests.parity.plan import Device, Plan, log
 
@@ -23,15 +24,21 @@ class SideFailed(Exception):
     """A side's process ended with an error; its output is on stderr."""
 
 
-def run(plan: Plan) -> None:
+def run(plan: Plan, parallel: bool = False) -> None:
     """Writes the plan and runs every side of it, the oracle first: the others are pinned to its experts.
+
+    `parallel` runs the others at the same time, which small models allow.
 
     Raises:
         SideFailed: a process failed.
     """
     plan.write()
-    for side in plan.sides:
-        run_module(*_COMMANDS[side], plan.folder, device=plan.device)
+    first, *others = plan.sides
+    run_module(*_COMMANDS[first], plan.folder, device=plan.device)
+    with ThreadPoolExecutor(len(others) if parallel else 1) as pool:
+        jobs = [pool.submit(run_module, *_COMMANDS[side], plan.folder, device=plan.device) for side in others]
+    for job in jobs:
+        job.result()
 
 
 def quantize(pairs: Sequence[tuple[str | pathlib.Path, str | pathlib.Path]], dtype: str, device: Device) -> None:
@@ -53,7 +60,9 @@ def run_module(*command: object, device: Device) -> None:
     if device == "cpu":
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     else:
-        environment |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+        # Two frameworks may share the GPU. Deterministic kernels and no autotuning, as in `make test-gpu`.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+        environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags.strip()}
     words = [str(word) for word in command]
     log("run", " ".join(words))
     if subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environment, check=False).returncode:

@@ -103,7 +103,7 @@ class Plan:
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
     """Writes a safetensors file, beside its place first."""
     # safetensors writes a view's base in its own order, so every array has to be contiguous
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(whole, beside)
     beside.replace(path)
