@@ -53,7 +53,9 @@ TOLERANCES: dict[str, Tolerance] = {
     ),
     # the parity suite (tests/parity): both sides against transformers in float32, against float64 in 16 bit
     "parity_model_kl": Tolerance(1e-10, 1.8e-12, "float32: mean KL of the whole model, nats per token"),
-    "parity_model_fp32": Tolerance(3e-6, 7.1e-7, "float32: logits, and the worst layer's hidden states and router logits"),
+    "parity_model_fp32": Tolerance(
+        3e-6, 7.1e-7, "float32: logits, and the worst layer's hidden states and router logits"
+    ),
     "parity_step": Tolerance(1e-2, 0.0, "float32: an adapter's entries after one step of AdamW, in learning rates"),
     "parity_16_bit": Tolerance(1.0, 0.0, "16 bit: KL and mean error of layers, over transformers' own"),
     "parity_16_bit_gradients": Tolerance(1.0, 0.0, "16 bit: error of all adapter gradients, over PEFT's own"),

@@ -54,28 +54,33 @@ def compare_case(plan: Plan, case: Case) -> Figures:
         figures["margins"] = _histogram(margin, _MARGIN_EDGES)
         figures["router_logit_std"] = float(exact["router_logits"].std())
     for run in _forward_runs(case):
-        stock = plan.load(case, "transformers", run) if plan.has(case, "transformers", run) else None
         for side in plan.sides[1:]:
-            if plan.has(case, side, run):
-                found = plan.load(case, side, run)
-                against = {"exact": compare_run(config, found, exact)}
-                if side != "transformers" and stock is not None:
-                    against["transformers"] = compare_run(config, found, stock)
+            if against := _forward(plan, case, config, exact, side, run, run):
                 figures["runs"].setdefault(side, {})[run] = against
     for fault in case.faults:
-        found = plan.load(case, "jaxmoe", f"free+{fault}")
-        stock = plan.load(case, "transformers", "free")
-        against = {"exact": compare_run(config, found, exact), "transformers": compare_run(config, found, stock)}
-        figures["runs"]["jaxmoe"][f"free+{fault}"] = against
+        if against := _forward(plan, case, config, exact, "jaxmoe", f"free+{fault}", "free"):
+            figures["runs"]["jaxmoe"][f"free+{fault}"] = against
     if "gradients" in case.runs:
-        sides = {side: plan.load(case, side, "gradients") for side in plan.sides}
-        for side in plan.sides[1:]:
+        sides = {side: plan.load(case, side, "gradients") for side in plan.sides if plan.has(case, side, "gradients")}
+        for side in [side for side in sides if side != "exact"]:
+            others = [other for other in ("exact", "transformers") if other in sides and other != side]
             figures["gradients"][side] = {
-                other: compare_gradients(sides[side], sides[other], case.learning_rate)
-                for other in ("exact", "transformers")
-                if other != side
+                other: compare_gradients(sides[side], sides[other], case.learning_rate) for other in others
             }
     return figures
+
+
+def _forward(
+    plan: Plan, case: Case, config: Qwen3MoeConfig, exact: Arrays, side: str, run: str, stock_run: str
+) -> Figures:
+    """One run of one side against the oracle and, where it is another side's, against transformers."""
+    if not plan.has(case, side, run):
+        return {}
+    found = plan.load(case, side, run)
+    against = {"exact": compare_run(config, found, exact)}
+    if side != "transformers" and plan.has(case, "transformers", stock_run):
+        against["transformers"] = compare_run(config, found, plan.load(case, "transformers", stock_run))
+    return against
 
 
 def _forward_runs(case: Case) -> Iterator[str]:
@@ -123,14 +128,13 @@ def compare_run(config: Qwen3MoeConfig, found: Arrays, expected: Arrays) -> Figu
 def compare_gradients(found: Arrays, expected: Arrays, learning_rate: float) -> Figures:
     """Loss, each adapter's gradient in each layer, and the adapter after one step.
 
-    AdamW's first step is the learning rate times the gradient's sign, so only entries are compared whose gradient stands
-    above its own rounding: above 0.001 of its matrix' root mean square. The difference is in learning rates.
+    AdamW's first step is the learning rate times the gradient's sign, so only entries are compared whose gradient
+    stands above its own rounding: above 0.001 of its matrix' root mean square. The difference is in learning rates.
     """
     paths = [name.removeprefix("gradient.") for name in expected if name.startswith("gradient.")]
     gradients = {
         path: [
-            relative_error(f, e)
-            for f, e in zip(found[f"gradient.{path}"], expected[f"gradient.{path}"], strict=True)
+            relative_error(f, e) for f, e in zip(found[f"gradient.{path}"], expected[f"gradient.{path}"], strict=True)
         ]
         for path in paths
     }

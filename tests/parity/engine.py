@@ -27,10 +27,11 @@ class SideFailed(Exception):
 def run(plan: Plan, parallel: bool = False) -> None:
     """Writes the plan and runs every side of it, the oracle first: the others are pinned to its experts.
 
-    `parallel` runs the others at the same time, which small models allow.
+    `parallel` runs the others at the same time, which small models allow. A case that fails on a side is missing from
+    the arrays, and so fails the verdict; the other cases go on.
 
     Raises:
-        SideFailed: a process failed.
+        SideFailed: the oracle failed.
     """
     plan.write()
     first, *others = plan.sides
@@ -38,7 +39,10 @@ def run(plan: Plan, parallel: bool = False) -> None:
     with ThreadPoolExecutor(len(others) if parallel else 1) as pool:
         jobs = [pool.submit(run_module, *_COMMANDS[side], plan.folder, device=plan.device) for side in others]
     for job in jobs:
-        job.result()
+        try:
+            job.result()
+        except SideFailed as error:
+            log("run", str(error))
 
 
 def quantize(pairs: Sequence[tuple[str | pathlib.Path, str | pathlib.Path]], dtype: str, device: Device) -> None:

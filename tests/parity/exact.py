@@ -26,7 +26,7 @@ from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from tests.oracle import attention_factor, inverse_frequencies
 from tests.parity.batches import Batch
 from tests.parity.environment import torch_device, write_environment
-from tests.parity.plan import Case, Plan, log, read_batch
+from tests.parity.plan import Case, Plan, read_batch, run_cases
 from tests.parity.weights import Weights
 
 SIDE = "exact"
@@ -122,9 +122,7 @@ class Exact:
         out = torch.zeros_like(h)
         for expert in selected.unique().tolist():
             token, place = torch.where(selected == expert)
-            both = h[token] @ gate_up[expert].double().T + self._delta(
-                h[token], "experts.gate_up_proj", (slot, expert)
-            )
+            both = h[token] @ gate_up[expert].double().T + self._delta(h[token], "experts.gate_up_proj", (slot, expert))
             gate, up = both.chunk(2, dim=-1)
             product = F.silu(gate) * up
             rows = product @ down[expert].double().T + self._delta(product, "experts.down_proj", (slot, expert))
@@ -183,18 +181,20 @@ def run_case(plan: Plan, case: Case) -> None:
             leaf.requires_grad_()
         loss = exact.loss(batch, case.aux_coefficient)
         loss.backward()
-        grads = {f"gradient.{path}": leaf.grad.cpu().numpy() for path, leaf in adapters.items() if leaf.grad is not None}
-        plan.save(case, SIDE, "gradients", {"loss": np.asarray(loss.item()), **grads})
+        out = {"loss": np.asarray(loss.item())}
+        for path, leaf in adapters.items():
+            assert leaf.grad is not None, f"{path} has no gradient"
+            out[f"gradient.{path}"] = leaf.grad.cpu().numpy()
+        plan.save(case, SIDE, "gradients", out)
 
 
-def main() -> None:
+def main() -> int:
     """Runs every case of a plan."""
     plan = Plan.read(pathlib.Path(sys.argv[1]))
-    for case in plan.cases:
-        log(SIDE, case.name)
-        run_case(plan, case)
+    failed = run_cases(plan, SIDE, lambda case: run_case(plan, case))
     write_environment(plan, SIDE)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

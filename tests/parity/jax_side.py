@@ -1,6 +1,6 @@
 """Runs a plan's cases in jaxmoe: its own loading, forward pass and training step, negative controls included.
 
-    python -m tests.parity.jax_side PLAN
+python -m tests.parity.jax_side PLAN
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.parity.batches import Batch
 from tests.parity.environment import write_environment
 from tests.parity.faults import FAULTS
 from tests.parity.inprocess import COMPILER_OPTIONS
-from tests.parity.plan import Case, Plan, log, read_batch
+from tests.parity.plan import Case, Plan, log, read_batch, run_cases
 
 SIDE = "jaxmoe"
 
@@ -145,16 +145,15 @@ def run_case(plan: Plan, case: Case) -> None:
             plan.save(case, SIDE, f"free+{fault}", forward(model, batch, None))
 
 
-def main() -> None:
+def main() -> int:
     """Runs every case of a plan."""
     plan = Plan.read(pathlib.Path(sys.argv[1]))
     if jax.default_backend() != plan.device:
         raise SystemExit(f"device: expected {plan.device}, JAX runs on {jax.default_backend()}")
-    for case in plan.cases:
-        log(SIDE, case.name)
-        run_case(plan, case)
+    failed = run_cases(plan, SIDE, lambda case: run_case(plan, case))
     write_environment(plan, SIDE)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

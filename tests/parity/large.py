@@ -60,12 +60,13 @@ def write_large(
 
 
 def first_layers(source: pathlib.Path, folder: pathlib.Path, layers: int) -> pathlib.Path:
-    """The first `layers` layers of a checkpoint of `write_large`, by links to its shards."""
+    """The first `layers` layers of a checkpoint of `write_large`, by hard links to its shards: a folder must
+    not point outside itself."""
     config = Qwen3MoeConfig.from_pretrained(source).replace(num_hidden_layers=layers)
     folder.mkdir(parents=True)
     weight_map = {name: _shard(name) for name in hf_shapes(config, "fused")}
     for file in set(weight_map.values()):
-        (folder / file).symlink_to((source / file).resolve())
+        (folder / file).hardlink_to(source / file)
     _write_rest(folder, config, weight_map)
     return folder
 
@@ -91,7 +92,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     config = PRESETS[args.preset]
-    write_large(args.path, config.replace(num_hidden_layers=args.layers or config.num_hidden_layers), args.device, args.seed)
+    write_large(
+        args.path, config.replace(num_hidden_layers=args.layers or config.num_hidden_layers), args.device, args.seed
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import time
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -120,6 +122,23 @@ def write_batch(path: pathlib.Path, batch: Batch) -> pathlib.Path:
 def read_batch(path: str) -> Batch:
     """The inverse of `write_batch`."""
     return Batch(**load_file(path))
+
+
+def run_cases(plan: Plan, side: str, run: Callable[[Case], None]) -> int:
+    """Runs every case; one that fails is reported with its traceback and does not keep the others from running.
+
+    Returns the number of failed cases.
+    """
+    failed = 0
+    for case in plan.cases:
+        start = time.monotonic()
+        try:
+            run(case)
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+        log(side, f"{case.name}: {time.monotonic() - start:.1f} s")
+    return failed
 
 
 def log(side: str, text: str) -> None:

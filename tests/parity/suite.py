@@ -1,8 +1,8 @@
 """The fixed suites behind `make parity` and `make parity-gpu`: which cases, on what, and the report over them.
 
-    python -m tests.parity.suite demo    --device cpu|gpu --out DIR
-    python -m tests.parity.suite trained --checkpoint DIR --device gpu --out DIR     demo and a deep trained model
-    python -m tests.parity.suite large   --checkpoint DIR --device gpu --out DIR     a checkpoint of `tests.parity.large`
+python -m tests.parity.suite demo    --device cpu|gpu --out DIR
+python -m tests.parity.suite trained --checkpoint DIR --device gpu --out DIR     demo and a deep trained model
+python -m tests.parity.suite large   --checkpoint DIR --device gpu --out DIR     a checkpoint of `tests.parity.large`
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
     parser.add_argument("--layers", type=int, default=12, help="of the large model in NF4 and with an adapter")
+    parser.add_argument("--bisect", action=argparse.BooleanOptionalAction, default=True, help="explain what fails")
     parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens of the large model's prompt")
     args = parser.parse_args()
     args.out.mkdir(parents=True)
@@ -117,7 +118,7 @@ def main() -> int:
     command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
     engine.run(plan, parallel=args.device == "gpu" and args.suite != "large")
-    return finish(plan)
+    return finish(plan, args.bisect)
 
 
 if __name__ == "__main__":

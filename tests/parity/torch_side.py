@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.parity.batches import Batch
 from tests.parity.environment import torch_device, write_environment
-from tests.parity.plan import Case, Plan, log, read_batch
+from tests.parity.plan import Case, Plan, log, read_batch, run_cases
 from tests.parity.weights import Weights
 from tests.reference import Reference
 
@@ -240,20 +240,25 @@ def quantize(arguments: list[str]) -> None:
         del model
 
 
-def main() -> None:
+def main() -> int:
     """Runs every case of a plan on one side."""
     if sys.argv[1] == "quantize":
-        return quantize(sys.argv[2:])
+        quantize(sys.argv[2:])
+        return 0
     side = {"transformers": Transformers, "torch_ref": TorchRef}[sys.argv[1]]()
     plan = Plan.read(pathlib.Path(sys.argv[2]))
-    for case in plan.cases:
-        log(side.name, case.name)
-        run_case(plan, side, case)
-        gc.collect()
-        if plan.device == "gpu":
-            torch.cuda.empty_cache()
+
+    def run(case: Case) -> None:
+        try:
+            run_case(plan, side, case)
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()  # the next model needs the room
+
+    failed = run_cases(plan, side.name, run)
     write_environment(plan, side.name)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
