@@ -60,6 +60,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "parity_16_bit": Tolerance(1.0, 0.0, "16 bit: KL and mean error of layers, over transformers' own"),
     "parity_16_bit_gradients": Tolerance(1.0, 0.0, "16 bit: error of all adapter gradients, over PEFT's own"),
     "parity_pinned_kl": Tolerance(1e-4, 0.0, "16 bit, experts pinned: mean KL against float64; a goal, not a bound"),
+    "bisection_fp32": Tolerance(1e-5, 0.0, "float32: what one layer or operation may be off by before it is named"),
+    "bisection_16_bit": Tolerance(5e-2, 0.0, "16 bit: the same"),
     # The margin above which no choice of experts may flip: the 99.9th percentile of what the differences of stock
     # transformers' router logits are off by, pinned, against float64. Measured: the widest flip.
     "flip_margin_demo_float32": Tolerance(2.3e-5, 0.0, "demo checkpoint, float32"),

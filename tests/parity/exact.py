@@ -30,6 +30,7 @@ from tests.parity.plan import Case, Plan, read_batch, run_cases
 from tests.parity.weights import Weights
 
 SIDE = "exact"
+_RECOMPUTE_ABOVE = 4 << 30  # bytes of expert weights in float64
 
 
 @dataclass
@@ -60,8 +61,7 @@ class Exact:
         hidden, records = [], []
         for layer in range(config.num_hidden_layers):
             hidden.append(x)
-            if self.adapters and torch.is_grad_enabled():
-                # recomputed, so that one layer's weights exist in float64 at a time
+            if self._recompute():
                 x, *record = checkpoint(self._layer, x, layer, tables, visible, use_reentrant=False)
             else:
                 x, *record = self._layer(x, layer, tables, visible)
@@ -81,6 +81,13 @@ class Exact:
         labels = torch.from_numpy(batch.labels.astype(np.int64)).to(self.weights.device)
         loss = F.cross_entropy(out["logits"].flatten(0, 1), labels.flatten(), ignore_index=-100)
         return loss + aux_coefficient * out["aux_loss"] if "aux_loss" in out else loss
+
+    def _recompute(self) -> bool:
+        """Whether gradients are wanted of a model whose weights would fill the device in float64: then each layer's
+        exist one at a time, in the backward pass too."""
+        c = self.config
+        size = 8 * 3 * len(c.sparse_layers) * c.num_experts * c.moe_intermediate_size * c.hidden_size
+        return bool(self.adapters) and torch.is_grad_enabled() and size > _RECOMPUTE_ABOVE
 
     def _layer(self, x: Tensor, layer: int, tables: Any, visible: Tensor) -> tuple[Tensor, ...]:
         config, at = self.config, f"model.layers.{layer}"

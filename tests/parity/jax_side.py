@@ -30,6 +30,7 @@ from tests.parity.environment import write_environment
 from tests.parity.faults import FAULTS
 from tests.parity.inprocess import COMPILER_OPTIONS
 from tests.parity.plan import Case, Plan, log, read_batch, run_cases
+from tests.parity.trace import jax_trace
 
 SIDE = "jaxmoe"
 
@@ -55,7 +56,7 @@ def control_of(pinned: np.ndarray | None) -> RoutingControl | None:
     return None if pinned is None else RoutingControl(experts=jnp.asarray(pinned, jnp.int32))
 
 
-def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None) -> dict[str, np.ndarray]:
+def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The arrays that every side dumps."""
     config, lora = model.config, model.lora_config
 
@@ -129,20 +130,19 @@ def run_case(plan: Plan, case: Case) -> None:
         case.quantized or case.checkpoint, dtype=case.dtype, adapter=case.adapter
     )
     batch = read_batch(case.batch)
-    pinned = plan.load(case, "exact", "free").get("selected")
+    pinned = plan.oracle_experts(case)
     for run in case.runs:
         if run == "gradients":
             plan.save(case, SIDE, run, train(model, case, batch, pinned))
         elif run == "trace":
-            from tests.parity.trace import jax_trace
-
             plan.save(case, SIDE, run, jax_trace(model, batch))
         else:
             plan.save(case, SIDE, run, forward(model, batch, pinned if run == "pinned" else None))
     for fault in case.faults:
         log(SIDE, f"{case.name}: planted fault: {fault}")
+        run, function = ("trace", jax_trace) if "trace" in case.runs else ("free", forward)
         with FAULTS[fault]():
-            plan.save(case, SIDE, f"free+{fault}", forward(model, batch, None))
+            plan.save(case, SIDE, f"{run}+{fault}", function(model, batch))
 
 
 def main() -> int:

@@ -97,6 +97,10 @@ class Plan:
         """The arrays of one run."""
         return load_file(self.path(case, side, run))
 
+    def oracle_experts(self, case: Case) -> np.ndarray | None:
+        """The oracle's choice [Ls, B, T, k], which a pinned run is given; None without one."""
+        return self.load(case, "exact", "free").get("selected") if self.has(case, "exact", "free") else None
+
     def has(self, case: Case, side: str, run: str) -> bool:
         """Whether that run was made."""
         return self.path(case, side, run).is_file()

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.parity.batches import Batch
 from tests.parity.environment import torch_device, write_environment
 from tests.parity.plan import Case, Plan, log, read_batch, run_cases
+from tests.parity.trace import torch_trace
 from tests.parity.weights import Weights
 from tests.reference import Reference
 
@@ -192,7 +193,7 @@ def run_case(plan: Plan, side: Side, case: Case) -> None:
     if case.adapter:
         model = side.adapt(model, case)
     batch = read_batch(case.batch)
-    pinned = plan.load(case, "exact", "free").get("selected")
+    pinned = plan.oracle_experts(case)
     for run in case.runs:
         recorder = Recorder(routers, None if run in ("free", "trace") else pinned, device)
         if run in ("free", "pinned"):
@@ -205,9 +206,7 @@ def run_case(plan: Plan, side: Side, case: Case) -> None:
         elif run == "gradients":
             plan.save(case, side.name, run, train(side, model, reference, case, batch, recorder, device))
         else:
-            from tests.parity.trace import torch_trace
-
-            plan.save(case, side.name, run, torch_trace(model, inputs_of(batch, device), routers))
+            plan.save(case, side.name, run, torch_trace(model, inputs_of(batch, device)))
 
 
 def train(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class Weights:
 
     def __contains__(self, key: str) -> bool:
         return key in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
 
     def __getitem__(self, key: str) -> Tensor:
         """The tensor `key`, decoded where it is quantised, rounded to `dtype` once."""
