@@ -92,6 +92,7 @@ def compare_run(config: Qwen3MoeConfig, found: Arrays, expected: Arrays) -> Figu
     V = expected["logits"].shape[-1]
     logits = logit_errors(found["logits"].reshape(-1, V), expected["logits"].reshape(-1, V))
     out: Figures = {
+        "kl_by_token": [float(f"{kl:.3e}") for kl in logits.kl],
         "logits_max": logits.max_abs,
         "logits_relative": logits.relative,
         "kl": float(logits.kl.mean()),

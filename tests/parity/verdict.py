@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tests.parity.plan import Case
 from tests.tolerances import bound
 
@@ -105,7 +107,13 @@ def _sixteen_bit(figures: dict[str, Any], case: Case, side: str, run: str) -> It
     found, stock = figures["runs"][side][run]["exact"], figures["runs"]["transformers"][base]["exact"]
     ratio = bound("parity_16_bit")
     check = lambda what, value, limit: Check(side, run, f"{what}, against float64", value, limit)
-    yield check("KL in nats per token (limit: transformers' own)", found["kl"], ratio * stock["kl"])
+    if base == "free":
+        # a few flips make most of it, on either side: the difference is judged against its standard error over tokens
+        difference = np.asarray(found["kl_by_token"]) - np.asarray(stock["kl_by_token"])
+        limit = 2 * float(difference.std() / np.sqrt(difference.size))
+        yield check("KL above transformers' own (limit: 2 standard errors)", float(difference.mean()), limit)
+    else:
+        yield check("KL in nats per token (limit: transformers' own)", found["kl"], ratio * stock["kl"])
     if base == "pinned":
         for what in ("hidden", "router_logits"):
             if what in found:
