@@ -66,3 +66,16 @@ def prompt_batch(checkpoint: pathlib.Path, prompt: str) -> Batch:
     """One row: the text `prompt`, as tokens of the checkpoint."""
     ids = np.asarray([load_tokenizer(checkpoint)(prompt)["input_ids"]], np.int32)
     return Batch(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))
+
+
+def faults_of(config: Qwen3MoeConfig, batch: Batch, adapter: bool, quantized: bool) -> tuple[str, ...]:
+    """The planted faults that change what this model computes for this batch."""
+    return (
+        *(("gate and up swapped", "experts permuted") if config.sparse_layers else ()),
+        *(("no renormalisation" if config.norm_topk_prob else "softmax after top-k",) if config.sparse_layers else ()),
+        "rotary base 10 % off",
+        "q and k norm missing",
+        *(("documents joined",) if (batch.segment_ids > 1).any() else ()),
+        *(("adapter scaled by 1 over r",) if adapter else ()),
+        *(("NF4 nibbles swapped",) if quantized else ()),
+    )

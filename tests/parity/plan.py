@@ -80,8 +80,10 @@ class Plan:
     def read(cls, folder: pathlib.Path) -> Plan:
         """The plan in `folder`."""
         raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        cases = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in case.items()}) for case in raw["cases"]]
-        return cls(folder, raw["device"], tuple(cases), raw["command"], tuple(raw["sides"]))
+        cases = tuple(
+            Case(**case | {"runs": tuple(case["runs"]), "faults": tuple(case["faults"])}) for case in raw["cases"]
+        )
+        return cls(folder, raw["device"], cases, raw["command"], tuple(raw["sides"]))
 
     def path(self, case: Case, side: str, run: str) -> pathlib.Path:
         """Where one side's arrays of one run lie."""

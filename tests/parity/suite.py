@@ -21,16 +21,6 @@ from tests.parity.plan import Case, Device, Plan, write_batch
 from tests.parity.results import finish
 from tests.tolerances import TOLERANCES
 
-# Faults that show in the plain model; the others need an adapter, NF4, or a model that does not renormalise.
-MODEL_FAULTS = (
-    "gate and up swapped",
-    "no renormalisation",
-    "rotary base 10 % off",
-    "q and k norm missing",
-    "experts permuted",
-    "documents joined",
-)
-
 
 def _flip_bound(name: str, dtype: str) -> str | None:
     entry = f"flip_margin_{name}_{dtype}"
@@ -41,7 +31,9 @@ def trained_cases(
     name: str, checkpoint: pathlib.Path, folder: pathlib.Path, rows: int = 4, faults: bool = False
 ) -> list[Case]:
     """A trained checkpoint in float32, bfloat16 and NF4, and with a random adapter on everything, on Python's text."""
-    batch = write_batch(folder / f"{name}.batch", cases.text_batch(checkpoint, rows))
+    text = cases.text_batch(checkpoint, rows)
+    batch = write_batch(folder / f"{name}.batch", text)
+    model_faults = cases.faults_of(Qwen3MoeConfig.from_pretrained(checkpoint), text, False, False)
     quantized = str(folder / f"{name}-nf4")
     adapter = str(cases.write_random_adapter(folder / f"{name}-adapter", checkpoint))
 
@@ -59,7 +51,7 @@ def trained_cases(
         )
 
     return [
-        case("fp32", "float32", faults=MODEL_FAULTS),
+        case("fp32", "float32", faults=model_faults),
         case("bf16", "bfloat16"),
         case("nf4-fp32", "float32", quantized=quantized, runs=("free",), faults=("NF4 nibbles swapped",)),
         case("nf4-bf16", "bfloat16", quantized=quantized),
@@ -81,11 +73,21 @@ def large_cases(checkpoint: pathlib.Path, folder: pathlib.Path, layers: int, len
     batch = str(write_batch(folder / "large.batch", cases.random_batch(config, rows=1, length=length)))
     adapter = cases.write_random_adapter(folder / "large-adapter", short, ("attention", "experts"), r=8)
     every = ("pinned", "gradients")
-    bound = {"flip_bound": _flip_bound("large", "bfloat16")}
+    bound = _flip_bound("large", "bfloat16")
     return [
-        Case(f"{config.num_hidden_layers}-layers-bf16", str(checkpoint), "bfloat16", batch, **bound),
-        Case(f"{layers}-layers-nf4", str(short), "bfloat16", batch, quantized=str(folder / "large-nf4"), **bound),
-        Case(f"{layers}-layers-adapter", str(short), "bfloat16", batch, adapter=str(adapter), runs=every, **bound),
+        Case(f"{config.num_hidden_layers}-layers-bf16", str(checkpoint), "bfloat16", batch, flip_bound=bound),
+        Case(
+            f"{layers}-layers-nf4", str(short), "bfloat16", batch, quantized=str(folder / "large-nf4"), flip_bound=bound
+        ),
+        Case(
+            f"{layers}-layers-adapter",
+            str(short),
+            "bfloat16",
+            batch,
+            adapter=str(adapter),
+            runs=every,
+            flip_bound=bound,
+        ),
     ]
 
 
