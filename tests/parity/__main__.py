@@ -6,7 +6,6 @@ Exit codes: 0 everything holds; 1 a check failed or a planted fault was not caug
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import pathlib
 import shlex
 import sys
@@ -16,7 +15,7 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from tests.parity import cases, engine
 from tests.parity.plan import Case, Plan, write_batch
-from tests.parity.results import RESULTS, finish
+from tests.parity.results import finish
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,14 +37,7 @@ def main() -> int:
     if args.quantize:
         engine.quantize([(args.checkpoint, args.out / "nf4")], "bfloat16", args.device)
     engine.run(plan)
-    code = finish(plan)
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"no report without matplotlib: python -m tests.parity.report {args.out / RESULTS} --out DIR makes it")
-        return code
-    from tests.parity.report import write_report
-
-    print(write_report([args.out / RESULTS], args.out, f"Parity of {args.checkpoint.name}"))
-    return code
+    return finish(plan, f"Parity of {args.checkpoint.resolve().name}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -105,8 +105,9 @@ class Exact:
         weights, selected = (t[..., : config.num_experts_per_tok] for t in (weights, selected))
         if config.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
-        rows = (t.flatten(0, 1) for t in (h, selected, weights))
-        return x + self._experts(*rows, layer, slot).view(x.shape), logits, selected, weights
+        flat, experts, shares = (t.flatten(0, 1) for t in (h, selected, weights))
+        out = self._experts(flat, experts, shares, layer, slot)
+        return x + out.view(x.shape), logits, selected, weights
 
     def _attention(self, h: Tensor, layer: int, tables: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
         config, at = self.config, f"model.layers.{layer}.self_attn"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import pathlib
+import sys
 from typing import Any
 
 from tests.parity.compare import compare_case, list_flips
@@ -40,8 +42,8 @@ def failures(result: dict[str, Any]) -> list[str]:
     return lines + [f"FAILED: planted fault not caught: {fault}" for fault in result["uncaught"]]
 
 
-def finish(plan: Plan, bisect: bool = True) -> int:
-    """Evaluates every case, looks for the cause of what failed, writes the results; 1 where something failed."""
+def finish(plan: Plan, title: str, bisect: bool = True) -> int:
+    """Evaluates every case, looks for the cause of what failed, writes results and report; 1 where something failed."""
     results, failed = [], False
     for case in plan.cases:
         result = evaluate(plan, case)
@@ -57,6 +59,15 @@ def finish(plan: Plan, bisect: bool = True) -> int:
         failed |= bool(lines)
         results.append(result)
     write_results(plan, results)
+    if importlib.util.find_spec("matplotlib") is None:
+        # a machine with a GPU may lack it; the results are all that the report needs, here or elsewhere
+        log(
+            "parity", f"no matplotlib: python -m tests.parity.report {plan.folder / RESULTS} --out DIR makes the report"
+        )
+    else:
+        from tests.parity.report import write_report
+
+        log("parity", f"report: {write_report([plan.folder / RESULTS], plan.folder / 'report', title)}")
     return int(failed)
 
 
@@ -81,3 +92,18 @@ def write_flips(plan: Plan, path: pathlib.Path) -> None:
             lost, gained = (" ".join(map(str, experts)) for experts in (flip.lost, flip.gained))
             table.writerow((case.name, side, run, layer, flip.row, flip.token, lost, gained, f"{flip.margin:.4e}"))
     path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+
+
+def main() -> int:
+    """Prints what failed in results that were written before; 1 where anything did."""
+    failed = 0
+    for path in map(pathlib.Path, sys.argv[1:]):
+        for result in json.loads(path.read_text(encoding="utf-8"))["cases"]:
+            for line in failures(result):
+                print(f"{path}: {result['figures']['case']}: {line}")
+                failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

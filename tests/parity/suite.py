@@ -120,7 +120,7 @@ def main() -> int:
     command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
     engine.run(plan, parallel=args.device == "gpu" and args.suite != "large")
-    return finish(plan, args.bisect)
+    return finish(plan, f"Parity: {args.suite}", args.bisect)
 
 
 if __name__ == "__main__":
