@@ -38,7 +38,7 @@ def trained_cases(
     adapter = str(cases.write_random_adapter(folder / f"{name}-adapter", checkpoint))
 
     def case(label: str, dtype: str, **options: Any) -> Case:
-        bound = _flip_bound(name, dtype)
+        bound = _flip_bound(f"{name}-adapter" if "adapter" in options else name, dtype)
         planted = options.pop("faults", ())
         return Case(
             f"{name}-{label}",
