@@ -51,6 +51,12 @@ def recorded_routing() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
         yield records
 
 
+def compiler_options(model: Qwen3MoeForCausalLM) -> dict[str, Any]:
+    """Less optimisation on a CPU where a program takes longer to compile than to run: models below a million weights."""
+    small = sum(array.size for array in model.params.values()) < 1_000_000
+    return COMPILER_OPTIONS if small else {}
+
+
 def control_of(pinned: np.ndarray | None) -> RoutingControl | None:
     """The oracle's experts [Ls, B, T, k] as what the model takes."""
     return None if pinned is None else RoutingControl(experts=jnp.asarray(pinned, jnp.int32))
@@ -60,7 +66,7 @@ def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None 
     """The arrays that every side dumps."""
     config, lora = model.config, model.lora_config
 
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @functools.partial(jax.jit, compiler_options=compiler_options(model))
     def run(params, adapters, input_ids, position_ids, segment_ids, control):
         out = jaxmoe.model.forward(
             params,
@@ -115,7 +121,7 @@ def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarr
     # the step has no argument for the routing, so its forward pass is given it here
     pinned_forward = functools.partial(jaxmoe.step.forward, routing_control=control_of(pinned))
     with mock.patch.object(jaxmoe.step, "forward", pinned_forward):
-        run = jax.jit(stepped, compiler_options=COMPILER_OPTIONS)
+        run = jax.jit(stepped, compiler_options=compiler_options(model))
         state = jaxmoe.step.initial_state(model.adapters, optimizer)
         state, metrics = run(model.params, state, jax.tree.map(lambda a: jnp.asarray(a)[None], micro))
     loss = metrics.loss + case.aux_coefficient * metrics.aux_loss
