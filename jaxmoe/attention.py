@@ -13,9 +13,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.layers import PRECISION, attention_mask
+from jaxmoe.layers import ATTENDED, PRECISION, attention_mask
 
 _MASKED = -1e30  # finite, so that a query that sees nothing gets a mean and not a NaN
 _MAX_BLOCKS = 8  # each is compiled on its own, for a block's keys have a static length
@@ -84,8 +85,9 @@ def _attend_forward(query: Array, key: Array, value: Array, segments: Array, win
         out = _contract("bkrs,bksh->bkrh", weights.astype(value.dtype), value[:, :, keys]) / total
         outs.append(out.astype(query.dtype).reshape(*lead, -1, query.shape[-1]))
         log_sums.append((largest + jnp.log(total)).reshape(*lead, -1, 1))
-    out = jnp.concatenate(outs, axis=3)
-    return out, (query, key, value, segments, out, jnp.concatenate(log_sums, axis=3))
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), ATTENDED)
+    log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), ATTENDED)
+    return out, (query, key, value, segments, out, log_sum)
 
 
 def _attend_backward(window: int | None, residuals: tuple[Array, ...], d_out: Array):
@@ -110,11 +112,3 @@ def _attend_backward(window: int | None, residuals: tuple[Array, ...], d_out: Ar
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def explain() -> list[tuple[str, str, str]]:
-    """(operation, implementation, reason) for the default device, as `python -m jaxmoe.doctor` prints it."""
-    return [
-        ("attention", "query blocks", "pure JAX, causal half only, exact for packed rows, no [T, T] kept"),
-        ("attention, decoding", "xla", "jax.nn.dot_product_attention against the KV cache, mask [B, T, S]"),
-    ]
