@@ -22,14 +22,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe import projections
+from jaxmoe import cudnn, projections
 from jaxmoe.attention import causal_attention
 from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
 from jaxmoe.layers import (
-    ATTENDED,
     PROJECTED,
     ROUTING,
     STREAM,
@@ -281,8 +280,8 @@ class _Run:
 # backward pass computes the rest again. Never kept is a layer's slice of a frozen weight, which would hold the model
 # twice; elementwise results (norms, rotary, SwiGLU) are never worth their memory.
 _KEPT: dict[Remat, frozenset[str]] = {
-    "fast": frozenset({STREAM, PROJECTED, ATTENDED, ROUTING, SCHEDULE, GATE_UP}),
-    "balanced": frozenset({STREAM, PROJECTED, ATTENDED, ROUTING, SCHEDULE}),
+    "fast": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE, GATE_UP}),
+    "balanced": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE}),
     "low-memory": frozenset(),
 }
 
@@ -291,10 +290,7 @@ def _policy(remat: Remat) -> Callable[..., bool]:
     kept = _KEPT[remat]
 
     def keep(primitive: Any, *_: Any, **parameters: Any) -> bool:
-        if primitive.name == "name":
-            return parameters["name"] in kept
-        # jax.nn's attention by cuDNN names nothing inside; its forward pass is one primitive.
-        return ATTENDED in kept and primitive.name.startswith("dot_product_attention_fwd")
+        return primitive.name == "name" and parameters["name"] in kept
 
     return keep
 
