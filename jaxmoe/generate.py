@@ -94,8 +94,7 @@ _STATIC = ("config", "lora", "greedy")
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
 def _prefill(params, adapters, input_ids, lengths, cache, options, *, config, lora, greedy):
-    start = jnp.zeros_like(lengths)
-    hidden, cache = forward_cached(params, adapters, input_ids, start, lengths, cache, config=config, lora=lora)
+    hidden, cache = forward_cached(params, adapters, input_ids, None, lengths, cache, config=config, lora=lora)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _next_token(params, last, options, jnp.uint32(0), config=config, greedy=greedy), cache
 
