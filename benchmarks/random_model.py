@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.config import Qwen3MoeConfig
 
 STD = 0.02
 ROUTER_SCALES = (0.25, 1.75)  # of the shortest and the longest row
@@ -50,21 +50,23 @@ def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
 def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
     """Transformers' model in bfloat16 on the GPU (the CPU where there is none), never held twice."""
     import torch
-    from transformers import Qwen3MoeConfig as HFConfig
-    from transformers import Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from tests.reference import hf_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hf = HFConfig(**config.to_hf())
-    hf._attn_implementation = "sdpa"
-    hf._experts_implementation = experts
+    hf = hf_config(config.to_hf())
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(hf).to(torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_config(
+            hf, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts
+        )
+    model.to_empty(device=device)
     # Buffers (the rotary frequencies) have values that to_empty would lose.
     model = model.to_empty(device=device)
     with torch.device(device), torch.no_grad():
         model.model.rotary_emb = type(model.model.rotary_emb)(hf)
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1) if name.endswith("norm.weight") or parameter.ndim == 1 else parameter.normal_(0, STD)
+        for parameter in model.parameters():
+            parameter.fill_(1) if parameter.ndim == 1 else parameter.normal_(0, STD)
         for slot, router in enumerate(routers(config)):
             layer = model.model.layers[config.sparse_layers[slot]]
             layer.mlp.gate.weight.copy_(torch.from_numpy(router))
@@ -89,15 +91,3 @@ def torch_load(model: Any, config: Qwen3MoeConfig, ids: Any) -> float:
     for hook in hooks:
         hook.remove()
     return load_ratio(np.stack(counts))
-
-
-def peft_config(lora: LoraConfig) -> Any:
-    """The same adapters for PEFT."""
-    import peft
-
-    modules = [name for name in LORA_GROUPS["attention"] if name in lora.targets]
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    parameters = experts if set(lora.targets) & set(expand_targets(["experts"])) else []
-    return peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=modules, target_parameters=parameters or None, bias="none"
-    )
