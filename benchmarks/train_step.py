@@ -219,7 +219,7 @@ def measure_apart(side: str, name: str, argv: list[str], module: str = "benchmar
 
 def installed(side: str) -> bool:
     """Whether this side's packages are there."""
-    needed = {"transformers + PEFT": ("torch", "peft"), "Unsloth": ("torch", "unsloth")}
+    needed = {"transformers": ("torch",), "transformers + PEFT": ("torch", "peft"), "Unsloth": ("torch", "unsloth")}
     return all(importlib.util.find_spec(name) is not None for name in needed.get(side, ()))
 
 
