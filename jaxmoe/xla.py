@@ -13,7 +13,12 @@ import os
 import pathlib
 
 # flag -> (value, why): measured, the numbers are in docs/log.md
-GPU_FLAGS: dict[str, tuple[str, str]] = {}
+GPU_FLAGS: dict[str, tuple[str, str]] = {
+    "xla_gpu_enable_dynamic_slice_fusion": (
+        "false",
+        "a kernel whose result is both used and kept for the backward pass would run twice, once into the kept stack",
+    ),
+}
 
 CACHE_BYTES = 4 * 2**30  # a training step takes some ten megabytes; the least recently used go first
 
