@@ -164,7 +164,9 @@ def grouped_outer(left: Float[Array, "P A"], right: Float[Array, "P C"], schedul
         return tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
     from jaxmoe.kernels import grouped_matmul as mosaic
 
-    return mosaic.grouped_outer(left, right, schedule.first_tile, schedule.tile_count)
+    width = left.shape[1]
+    left = jnp.pad(left, ((0, 0), (0, -width % _MOSAIC_TILE)))
+    return mosaic.grouped_outer(left, right, schedule.first_tile, schedule.tile_count)[:, :width]
 
 
 def implementation(dtype: Any, *sizes: int) -> implementations.Choice:

@@ -115,7 +115,7 @@ def test_a_wrong_group_is_seen() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("A", "C"), [(64, 128), (64, 256), (128, 256)] + [(1536, 2048)] * on_gpu)
+@pytest.mark.parametrize(("A", "C"), [(64, 64), (64, 160), (64, 256), (128, 64), (192, 160)] + [(1536, 2048)] * on_gpu)
 def test_grouped_outer_equals_the_groups_products(A: int, C: int) -> None:
     from jaxmoe.kernels import grouped_matmul as kernel
 

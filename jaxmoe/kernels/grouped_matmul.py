@@ -300,10 +300,11 @@ def grouped_outer(
     if A % 64:
         raise ValueError(f"grouped_outer: expected a multiple of 64 columns in left, found {A}")
     _check("grouped_outer", left, right, (A, C))
-    tiles = tiles or default_tiles(C, jnp.dtype(dtype).itemsize)
-    TC, stages = tiles.columns, tiles.stages
-    # A narrow left (an adapter's rank) is one warpgroup high: the two then share the columns.
+    # A narrow left (an adapter's rank) is one warpgroup high: the two then share the columns, 64 or more each.
     TA = 64 if A == 64 else 128
+    if tiles is None:
+        tiles = default_tiles(128 if TA == 64 and C % 128 else C, jnp.dtype(dtype).itemsize)
+    TC, stages = tiles.columns, tiles.stages
     wg_rows, wg_columns = (64, TC) if TA == 128 else (64, TC // 2)
     across = pl.cdiv(C, TC)
 
