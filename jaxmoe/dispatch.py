@@ -138,14 +138,15 @@ def grouped_matmul(
     offset: Any,
     *,
     transposed: bool,
+    mosaic: bool = False,
     low: Float[Array, "P rank"] | None = None,
     low_weight: Array | None = None,
 ) -> Float[Array, "P out"]:
     """Rows times weight[offset + the row's expert] (its transpose if `transposed`), plus a low-rank term, rounded once.
 
-    By the implementation that `jaxmoe.implementations` chooses: the Mosaic GPU kernel or the tiled loop.
+    By the Mosaic GPU kernel, which takes a schedule with tiles of 64 rows, or by the tiled loop.
     """
-    if not _on_mosaic(schedule, x.dtype):
+    if not mosaic:
         tiles = schedule.tile_expert, schedule.tiles_used
         return tiled.grouped_matmul(x, weight, *tiles, offset, transposed=transposed, low=low, low_weight=low_weight)
     from jaxmoe.kernels import grouped_matmul as mosaic
@@ -157,10 +158,12 @@ def grouped_matmul(
     )
 
 
-def grouped_outer(left: Float[Array, "P A"], right: Float[Array, "P C"], schedule: Schedule) -> Float[Array, "E A C"]:
+def grouped_outer(
+    left: Float[Array, "P A"], right: Float[Array, "P C"], schedule: Schedule, *, mosaic: bool = False
+) -> Float[Array, "E A C"]:
     """For each expert the sum over its rows of left[row]^T right[row], float32; one of the two is zero at padding."""
     E = schedule.first_tile.shape[0]
-    if not _on_mosaic(schedule, left.dtype):
+    if not mosaic:
         return tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
     from jaxmoe.kernels import grouped_matmul as mosaic
 
@@ -182,11 +185,6 @@ def _mosaic_obstacle(dtype: Any, sizes: tuple[int, ...]) -> str | None:
     if odd := [size for size in sizes if size % 16]:
         return f"needs widths that are multiples of 16, found {', '.join(map(str, odd))}"
     return None
-
-
-def _on_mosaic(schedule: Schedule, dtype: Any) -> bool:
-    tile = schedule.source.shape[0] // schedule.tile_expert.shape[0]
-    return tile == _MOSAIC_TILE and implementation(dtype).name == "mosaic"
 
 
 _MOSAIC_TILE = 64
@@ -224,6 +222,13 @@ class _Residuals(NamedTuple):
     schedule: Schedule
 
 
+class _Static(NamedTuple):
+    """What is decided while tracing: whether the stacks get gradients, and whether the kernel runs."""
+
+    trainable: bool
+    mosaic: bool
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _mixture(
     x: Array,
@@ -232,29 +237,31 @@ def _mixture(
     offset: Any,
     adapters: tuple[_LowRank | None, _LowRank | None],
     schedule: Schedule,
-    trainable: bool,
+    static: _Static,
 ) -> Array:
-    return _mixture_forward(x, weights, stacks, offset, adapters, schedule, trainable)[0]
+    return _mixture_forward(x, weights, stacks, offset, adapters, schedule, static)[0]
 
 
 def _project(
-    rows: Array, stack: Any, offset: Any, adapter: _LowRank | None, schedule: Schedule
+    rows: Array, stack: Any, offset: Any, adapter: _LowRank | None, schedule: Schedule, mosaic: bool
 ) -> tuple[Array, Array | None]:
     """(rows W^T + (rows A^T) B^T, rows A^T)."""
+    multiply = partial(grouped_matmul, rows, transposed=True, mosaic=mosaic)
     if adapter is None:
-        return grouped_matmul(rows, stack, schedule, offset, transposed=True), None
-    low = grouped_matmul(rows, adapter.a, schedule, 0, transposed=True)
-    return grouped_matmul(rows, stack, schedule, offset, transposed=True, low=low, low_weight=adapter.b), low
+        return multiply(stack, schedule, offset), None
+    low: Array = multiply(adapter.a, schedule, 0)
+    return multiply(stack, schedule, offset, low=low, low_weight=adapter.b), low
 
 
 def _project_back(
-    d_rows: Array, stack: Any, offset: Any, adapter: _LowRank | None, schedule: Schedule
+    d_rows: Array, stack: Any, offset: Any, adapter: _LowRank | None, schedule: Schedule, mosaic: bool
 ) -> tuple[Array, Array | None]:
     """(dY W + (dY B) A, dY B): the gradient of the rows, and of the low-rank rows."""
+    multiply = partial(grouped_matmul, d_rows, transposed=False, mosaic=mosaic)
     if adapter is None:
-        return grouped_matmul(d_rows, stack, schedule, offset, transposed=False), None
-    low = grouped_matmul(d_rows, adapter.b, schedule, 0, transposed=False)
-    return grouped_matmul(d_rows, stack, schedule, offset, transposed=False, low=low, low_weight=adapter.a), low
+        return multiply(stack, schedule, offset), None
+    low: Array = multiply(adapter.b, schedule, 0)
+    return multiply(stack, schedule, offset, low=low, low_weight=adapter.a), low
 
 
 def _activation(gate_up: Array) -> Array:
@@ -262,36 +269,36 @@ def _activation(gate_up: Array) -> Array:
     return swiglu(gate, up)
 
 
-def _mixture_forward(x, weights, stacks, offset, adapters, schedule, trainable):
+def _mixture_forward(x, weights, stacks, offset, adapters, schedule, static: _Static):
     with jax.named_scope("permute"):
         rows = permute(x, schedule)
     with jax.named_scope("gate_up"):
-        gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], schedule)
+        gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], schedule, static.mosaic)
         gate_up = checkpoint_name(gate_up, GATE_UP)
     with jax.named_scope("swiglu"):
         hidden = _activation(gate_up)
     with jax.named_scope("down"):
-        rows, low_down = _project(hidden, stacks[1], offset, adapters[1], schedule)
+        rows, low_down = _project(hidden, stacks[1], offset, adapters[1], schedule, static.mosaic)
     with jax.named_scope("combine"):
         out = combine(rows, weights, schedule)
     low = tuple(None if a is None else checkpoint_name(a, GATE_UP) for a in (low_up, low_down))
     return out, _Residuals(x, weights, gate_up, low, stacks, offset, adapters, schedule)
 
 
-def _mixture_backward(trainable: bool, residuals: _Residuals, d_out: Array):
+def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
     x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, schedule = residuals
     with jax.named_scope("combine"):
         d_rows = permute(d_out, schedule)  # not yet weighed
         weight_of_row = row_weights(weights, schedule)
     with jax.named_scope("down"):
-        d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule)
+        d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule, static.mosaic)
     with jax.named_scope("swiglu"):
         hidden, pull = jax.vjp(_activation, gate_up)
         d_weight_of_row = jnp.sum(hidden.astype(jnp.float32) * d_hidden.astype(jnp.float32), axis=-1)
         # At padding the weight is zero, and with it all that follows: no sum over rows needs a mask.
         (d_gate_up,) = pull((d_hidden.astype(jnp.float32) * weight_of_row).astype(hidden.dtype))
     with jax.named_scope("gate_up"):
-        d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule)
+        d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule, static.mosaic)
     with jax.named_scope("permute"):
         gathered = jnp.take(d_x_rows, schedule.destination, axis=0).astype(jnp.float32)
         d_x = gathered.sum(axis=1).astype(x.dtype)
@@ -300,29 +307,30 @@ def _mixture_backward(trainable: bool, residuals: _Residuals, d_out: Array):
     def weighed(rows: Array) -> Array:
         return (rows.astype(jnp.float32) * weight_of_row).astype(rows.dtype)
 
+    outer = partial(grouped_outer, schedule=schedule, mosaic=static.mosaic)
     d_adapters: list[_LowRank | None] = [None, None]
     d_stacks: list[Array | None] = [None, None]
     with jax.named_scope("weight_gradients"):
-        rows = permute(x, schedule) if trainable or adapters[0] is not None else None
+        rows = permute(x, schedule) if static.trainable or adapters[0] is not None else None
         if adapters[0] is not None:
-            d_adapters[0] = _adapter_gradient(rows, low_up, d_gate_up, d_low_up, adapters[0], schedule)
+            d_adapters[0] = _adapter_gradient(outer, rows, low_up, d_gate_up, d_low_up, adapters[0])
         if adapters[1] is not None:
             assert low_down is not None and d_low_down is not None
             d_adapters[1] = _adapter_gradient(
-                hidden, weighed(low_down), d_rows, weighed(d_low_down), adapters[1], schedule
+                outer, hidden, weighed(low_down), d_rows, weighed(d_low_down), adapters[1]
             )
-        if trainable:
+        if static.trainable:
             d_stacks = [
-                grouped_outer(d_gate_up, rows, schedule).astype(stacks[0].dtype),
-                grouped_outer(weighed(d_rows), hidden, schedule).astype(stacks[1].dtype),
+                outer(d_gate_up, rows).astype(stacks[0].dtype),
+                outer(weighed(d_rows), hidden).astype(stacks[1].dtype),
             ]
     return d_x, d_weights, tuple(d_stacks), None, tuple(d_adapters), None
 
 
-def _adapter_gradient(rows, low, d_y, d_low, adapter: _LowRank, schedule: Schedule) -> _LowRank:
+def _adapter_gradient(outer: Any, rows: Array, low: Any, d_y: Array, d_low: Any, adapter: _LowRank) -> _LowRank:
     """The sums dA = dLow^T rows and dB = dY^T low; of each pair of factors one is zero at padding."""
-    d_a = grouped_outer(d_low, rows, schedule)
-    d_b = grouped_outer(low, d_y, schedule).swapaxes(1, 2)
+    d_a: Array = outer(d_low, rows)
+    d_b: Array = outer(low, d_y).swapaxes(1, 2)
     return _LowRank(d_a.astype(adapter.a.dtype), d_b.astype(adapter.b.dtype))
 
 
@@ -349,7 +357,8 @@ def sorted_experts(
     adapters = tuple(_low_rank(adapter, x.dtype, on_mosaic) for adapter in (gate_up_adapter, down_adapter))
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
-    return _mixture(x, routing.weights, stacks, offset, adapters, schedule, weights.trainable)
+    static = _Static(weights.trainable, on_mosaic)
+    return _mixture(x, routing.weights, stacks, offset, adapters, schedule, static)
 
 
 def _low_rank(adapter: Adapter | None, dtype: Any, on_mosaic: bool) -> _LowRank | None:

@@ -101,8 +101,8 @@ def off_by_one_expert(x, weight, schedule, offset, **options):
     return original_matmul(x, weight, rolled, offset, **options)
 
 
-def forgotten_weight(rows, low, d_y, d_low, adapter, schedule):
-    return original_gradient(rows, low, d_y, jnp.ones_like(d_low), adapter, schedule)
+def forgotten_gradient(outer, rows, low, d_y, d_low, adapter):
+    return original_gradient(outer, rows, low, d_y, jnp.ones_like(d_low), adapter)
 
 
 original_combine, original_matmul = dispatch.combine, dispatch.grouped_matmul
@@ -111,7 +111,7 @@ FAULTS = {
     "swiglu": swapped_gate_and_up,
     "combine": without_the_last_row,
     "grouped_matmul": off_by_one_expert,
-    "_adapter_gradient": forgotten_weight,
+    "_adapter_gradient": forgotten_gradient,
 }
 
 
