@@ -112,7 +112,7 @@ def read_records(path: str | pathlib.Path, tokenizer: Any, vocab_size: int) -> l
     """
     path = pathlib.Path(path)
     records = []
-    for where, raw in _read_lines(path):
+    for where, raw in read_lines(path):
         try:
             record = tokenize_record(raw, tokenizer)
         except UserError as error:
@@ -359,7 +359,7 @@ class Rows:
             yield self.epoch(epoch)[row - self.count(epoch)]
 
 
-def _read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """(`FILE:LINE`, parsed JSON) of every line that is not blank."""
     if not path.is_file():
         raise UserError(f"{path}: expected a JSONL file, found {'a folder' if path.is_dir() else 'none'}")
