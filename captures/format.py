@@ -62,9 +62,7 @@ class Model:
         if not self.layers:
             raise UserError("layers: expected a model with mixture-of-experts layers, found none")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise UserError(
-                f"num_experts_per_tok: expected 1 to {self.num_experts}, found {self.num_experts_per_tok}"
-            )
+            raise UserError(f"num_experts_per_tok: expected 1 to {self.num_experts}, found {self.num_experts_per_tok}")
 
 
 class Text(NamedTuple):
@@ -163,7 +161,7 @@ class CaptureWriter:
     """Writes a capture shard by shard in a thread of its own; the folder appears whole or not at all.
 
         with CaptureWriter(folder, model, ...) as writer:
-            writer.put(text, arrays)   # arrays may be anything that np.asarray takes: a device's are fetched by the thread
+            writer.put(text, arrays)   # anything that np.asarray takes: a device's arrays are fetched by the thread
 
     `put` waits while two shards are still unwritten, so that memory stays bounded.
     """
@@ -235,7 +233,10 @@ class CaptureWriter:
             self._output.__exit__(type(failure), failure, failure.__traceback__)
             raise failure
         if kind is None:
-            self._manifest["text"] |= {"tokens": sum(s["tokens"] for s in self._shards), "digest": self._digest.hexdigest()}
+            self._manifest["text"] |= {
+                "tokens": sum(s["tokens"] for s in self._shards),
+                "digest": self._digest.hexdigest(),
+            }
             content = json.dumps(self._manifest | {"shards": self._shards}, indent=1) + "\n"
             (self._folder / MANIFEST).write_text(content, encoding="utf-8")
         return self._output.__exit__(kind, error, trace)
@@ -264,16 +265,15 @@ class CaptureWriter:
         n = len(text.token)
         for name, (dtype, shape) in _layout(self.model, self.top, n, "loss" in shard).items():
             if shard[name].dtype != dtype or shard[name].shape != shape:
-                raise ValueError(
-                    f"capture {name}: expected {dtype} {list(shape)}, found {shard[name].dtype} {list(shard[name].shape)}"
-                )
+                found = f"{shard[name].dtype} {list(shard[name].shape)}"
+                raise ValueError(f"capture {name}: expected {dtype} {list(shape)}, found {found}")
         file = f"routing-{len(self._shards):05d}.safetensors"
         save_file(shard, self._folder / file)
         self._shards.append({"file": file, "tokens": n})
 
 
 def _layout(model: Model, top: int, n: int, predictions: bool) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """dtype and shape of every array of a shard of n tokens."""
+    """Type and shape of every array of a shard of n tokens."""
     layers, expert, real = len(model.layers), expert_dtype(model.num_experts), np.dtype(np.float32)
     return {
         **{name: (dtype, (n,)) for name, dtype in (_TEXT | (_PREDICTIONS if predictions else {})).items()},
@@ -316,13 +316,15 @@ class Capture:
             model = Model(**raw["model"] | {"layers": tuple(raw["model"]["layers"])})
             shards = tuple((str(shard["file"]), int(shard["tokens"])) for shard in raw["shards"])
             text, top = raw["text"], int(raw["top"])
-            text["tokenizer"], text["digest"], text["domains"], text["roles"], text["seq_length"]  # noqa: B018
+            text["tokenizer"], text["digest"], text["domains"], text["roles"], text["seq_length"]
             known = raw["source"], raw["control"]
         except UserError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{path}: expected a capture's manifest, found one that cannot be read ({reason})") from None
+            raise UserError(
+                f"{path}: expected a capture's manifest, found one that cannot be read ({reason})"
+            ) from None
         if any(pathlib.PurePath(file).name != file for file, _ in shards):
             raise UserError(f"{path}: expected names of files beside it, found a path among the shards")
         if text["tokens"] != sum(tokens for _, tokens in shards) or not shards:

@@ -172,6 +172,9 @@ class _Wanted(NamedTuple):
     top: int = 0
 
 
+_NOTHING = _Wanted()
+
+
 def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
     """Pre-norm attention with q/k norm, and its residual; `attend(q, k, v)` gives the heads' output and the cache."""
     config = layer.config
@@ -226,7 +229,13 @@ def _dense_mlp(x: Array, layer: _Layer, wanted: _Wanted) -> tuple[Array, _Routin
 
 
 def _decoder_layer(
-    h: Array, layer: _Layer, is_sparse: Array, tables: tuple[Array, Array], attend: Attend, valid: Array, wanted: _Wanted
+    h: Array,
+    layer: _Layer,
+    is_sparse: Array,
+    tables: tuple[Array, Array],
+    attend: Attend,
+    valid: Array,
+    wanted: _Wanted,
 ) -> tuple[Array, Any, _RoutingRecord]:
     """One decoder layer: attention, then the MLP of the layer's kind, each with its residual."""
     config = layer.config
@@ -288,7 +297,7 @@ class _Run:
     valid: Bool[Array, " M"]
     trainable: Trainable = "none"
     remat: Remat = "full"
-    wanted: _Wanted = _Wanted()
+    wanted: _Wanted = _NOTHING
     capture_hidden: bool = False
     control: RoutingControl | None = None
 

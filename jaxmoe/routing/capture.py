@@ -28,7 +28,7 @@ from jaxmoe.router import RoutingControl
 
 
 class PackedRows(NamedTuple):
-    """A batch of whole contexts: rows of `seq_length` tokens, segment 0 is padding; `part` is its place in the stream."""
+    """A batch of whole contexts in rows of T tokens; segment 0 is padding, `part` its place in the stream."""
 
     input_ids: Int32[np.ndarray, "B T"]
     position_ids: Int32[np.ndarray, "B T"]
@@ -194,9 +194,7 @@ def capture(
     about = {"framework": "jaxmoe", "dtype": str(model.params["embed_tokens"].dtype)}
     about |= {"quantization": "nf4" if model.quantization else None, **(source or {}), "versions": versions()}
     params, adapters = model.params, model.adapters
-    with CaptureWriter(
-        folder, model_of(config), labels=labels, source=about, control=imposed, top=top
-    ) as writer:
+    with CaptureWriter(folder, model_of(config), labels=labels, source=about, control=imposed, top=top) as writer:
         for rows in pack_in_order(labels, batch_size):
             step_control = control
             if replay is not None:

@@ -1,8 +1,8 @@
 """Text and record files -> the labelled stream of tokens that a capture runs on.
 
-A `.jsonl` file holds the records that training takes (`jaxmoe.data`), each optionally with a "domain"; any other file is
-one text. The domain of what names none is its file's name without the ending. Tokens are exactly those that training
-sees, so that a captured routing can be replayed there.
+A `.jsonl` file holds the records that training takes (`jaxmoe.data`), each optionally with a "domain"; any other file
+is one text. The domain of what names none is its file's name without the ending. Tokens are exactly those that
+training sees, so that a captured routing can be replayed there.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def read_documents(paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_si
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             if (largest := int(document.tokens.max())) >= vocab_size:
-                raise UserError(f"{where}: expected token ids below the model's vocab_size {vocab_size}, found {largest}")
+                raise UserError(
+                    f"{where}: expected token ids below the model's vocab_size {vocab_size}, found {largest}"
+                )
             yield document
 
 
