@@ -28,7 +28,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Int32, Integer
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -100,8 +100,8 @@ class Chunk:
 
     model: Model
     text: Text
-    experts: Int[np.ndarray, "Ls n k"]
-    top_experts: Int[np.ndarray, "Ls n t"]
+    experts: Integer[np.ndarray, "Ls n k"]
+    top_experts: Integer[np.ndarray, "Ls n t"]
     top_logits: Float32[np.ndarray, "Ls n t"]
     log_sum_exp: Float32[np.ndarray, "Ls n"]
     entropy: Float32[np.ndarray, "Ls n"]

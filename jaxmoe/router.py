@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmoe.layers import PRECISION, Adapter
 
@@ -49,8 +49,8 @@ class CapturedRouting(NamedTuple):
     the t most probable ones with their logits, the log-sum-exp of all E logits, and the entropy (nats) of the router's
     distribution. Expert indices are uint8 where they fit: they leave the device in every step."""
 
-    experts: Int[Array, "*tokens k"]
-    top_experts: Int[Array, "*tokens t"]
+    experts: Integer[Array, "*tokens k"]
+    top_experts: Integer[Array, "*tokens t"]
     top_logits: Float[Array, "*tokens t"]
     log_sum_exp: Float[Array, "*tokens"]
     entropy: Float[Array, "*tokens"]

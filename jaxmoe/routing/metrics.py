@@ -15,20 +15,20 @@ from math import comb
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer, Num
 
-Experts = Int[np.ndarray, "n k"]
+Experts = Integer[np.ndarray, "n k"]
 
 
 # ---- load and balance
 
 
-def expert_load(experts: Experts, num_experts: int) -> Int[np.ndarray, " E"]:
+def expert_load(experts: Experts, num_experts: int) -> Integer[np.ndarray, " E"]:
     """Tokens per expert: load_e = #{tokens whose k experts contain e}; sums to n k."""
     return np.bincount(experts.reshape(-1), minlength=num_experts)
 
 
-def load_cv(load: Float[np.ndarray, "*layers E"] | Int[np.ndarray, "*layers E"]) -> Float[np.ndarray, "*layers"]:
+def load_cv(load: Num[np.ndarray, "*layers E"]) -> Float[np.ndarray, "*layers"] | np.floating:
     """Coefficient of variation, std_e(load) / mean_e(load) with the population's standard deviation; 0 is even.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), section 4, whose importance loss is its square.
@@ -38,8 +38,8 @@ def load_cv(load: Float[np.ndarray, "*layers E"] | Int[np.ndarray, "*layers E"])
 
 
 def maximal_violation(
-    load: Float[np.ndarray, "*layers E"] | Int[np.ndarray, "*layers E"],
-) -> Float[np.ndarray, "*layers"]:
+    load: Num[np.ndarray, "*layers E"],
+) -> Float[np.ndarray, "*layers"] | np.floating:
     """MaxVio = (max_e load_e - mean load) / mean load; 0 is even, E/k - 1 the worst.
 
     Source: Wang et al. 2024, equation 4.
@@ -48,35 +48,37 @@ def maximal_violation(
     return np.divide(load.max(axis=-1) - mean, mean, out=np.full(np.shape(mean), np.nan), where=mean > 0)
 
 
-def entropy(p: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch"]:
+def entropy(p: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch"] | np.floating:
     """Shannon entropy H = -sum_e p_e log p_e in nats, with 0 log 0 = 0."""
     return -(p * np.log(p, where=p > 0, out=np.zeros_like(p, dtype=np.float64))).sum(axis=-1)
 
 
 def load_entropy(
-    load: Float[np.ndarray, "*layers E"] | Int[np.ndarray, "*layers E"],
-) -> Float[np.ndarray, "*layers"]:
+    load: Num[np.ndarray, "*layers E"],
+) -> Float[np.ndarray, "*layers"] | np.floating:
     """Entropy of the shares load_e / sum load over log E: 1 is even, log k / log E the least. Source: normalised
     Shannon entropy (Pielou's evenness, 1966)."""
     return entropy(_shares(load)) / np.log(max(load.shape[-1], 2))
 
 
 def effective_experts(
-    load: Float[np.ndarray, "*layers E"] | Int[np.ndarray, "*layers E"],
-) -> Float[np.ndarray, "*layers"]:
+    load: Num[np.ndarray, "*layers E"],
+) -> Float[np.ndarray, "*layers"] | np.floating:
     """exp(H(shares)): of how many equally loaded experts the layer would have this entropy; k to E. Source: Hill number
     of order 1 (Hill 1973, Ecology 54)."""
     return np.exp(entropy(_shares(load)))
 
 
-def routing_entropy(router_entropy: Float[np.ndarray, "*batch"], num_experts: int) -> Float[np.ndarray, "*batch"]:
+def routing_entropy(
+    router_entropy: Float[np.ndarray, "*batch"] | np.floating, num_experts: int
+) -> Float[np.ndarray, "*batch"] | np.floating:
     """A token's normalised routing entropy, -sum_e p_e log p_e / log E over all E router probabilities; 0 is a certain
     router, 1 one without opinion. `router_entropy` is the numerator, as captures hold it or `entropy` gives it."""
     return router_entropy / np.log(max(num_experts, 2))
 
 
 def load_balancing_loss(
-    load: Int[np.ndarray, "Ls E"], probability_sums: Float[np.ndarray, "Ls E"], tokens: int
+    load: Integer[np.ndarray, "Ls E"], probability_sums: Float[np.ndarray, "Ls E"], tokens: int
 ) -> float:
     """E sum_e f_e P_e, pooled over layers: f_e = load_e / (n Ls), P_e the mean probability; even routing gives k.
 
@@ -91,7 +93,7 @@ def load_balancing_loss(
 # ---- one token
 
 
-def topk_margin(probabilities: Float[np.ndarray, "*batch E"], k: int) -> Float[np.ndarray, "*batch"]:
+def topk_margin(probabilities: Float[np.ndarray, "*batch E"], k: int) -> Float[np.ndarray, "*batch"] | np.floating:
     """p_(k) - p_(k+1), the probability between the last expert taken and the first one not; 1 if k = E.
 
     A perturbation of every probability by less than half of it leaves the chosen set as it is.
@@ -105,7 +107,7 @@ def topk_margin(probabilities: Float[np.ndarray, "*batch E"], k: int) -> Float[n
 # ---- experts with each other
 
 
-def coactivation_counts(experts: Experts, num_experts: int) -> Int[np.ndarray, "E E"]:
+def coactivation_counts(experts: Experts, num_experts: int) -> Integer[np.ndarray, "E E"]:
     """C_ij = #{tokens that choose both i and j}, of all pairs among the k, not only neighbours by rank; C_ii is the
     load."""
     if not len(experts):
@@ -114,14 +116,14 @@ def coactivation_counts(experts: Experts, num_experts: int) -> Int[np.ndarray, "
     return np.bincount(pairs.reshape(-1), minlength=num_experts**2).reshape(num_experts, num_experts)
 
 
-def coactivation(counts: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
+def coactivation(counts: Integer[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
     """Jaccard co-activation: C_ij / (C_ii + C_jj - C_ij), symmetric; the diagonal is 1 (0 for an unused expert)."""
     load = np.diag(counts)
     either = load[:, None] + load[None, :] - counts
     return np.divide(counts, either, out=np.zeros(counts.shape), where=either > 0)
 
 
-def conditional_coactivation(counts: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
+def conditional_coactivation(counts: Integer[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
     """P(j | i) = C_ij / C_ii, the share of expert i's tokens that also go to j; NaN in the row of an unused expert.
 
     Source: OLMoE, equation for expert co-activation, N_ij / N_i. Independent choices give about (k - 1) / (E - 1).
@@ -130,13 +132,13 @@ def conditional_coactivation(counts: Int[np.ndarray, "E E"]) -> Float[np.ndarray
     return np.divide(counts, load, out=np.full(counts.shape, np.nan), where=load > 0)
 
 
-def transition_counts(before: Experts, after: Experts, num_experts: int) -> Int[np.ndarray, "E E"]:
+def transition_counts(before: Experts, after: Experts, num_experts: int) -> Integer[np.ndarray, "E E"]:
     """T_ij = #{tokens with expert i in one layer and j in the next one}, over all k x k pairs."""
     pairs = before[:, :, None].astype(np.int64) * num_experts + after[:, None, :]
     return np.bincount(pairs.reshape(-1), minlength=num_experts**2).reshape(num_experts, num_experts)
 
 
-def transition(counts: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
+def transition(counts: Integer[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
     """P(j in layer l + 1 | i in layer l) = T_ij / sum_j T_ij, of one of the k slots; NaN in an unused expert's row.
 
     Source: cross-layer expert affinity (Yao et al. 2024, ExFlow, arXiv 2401.08383, section 4).
@@ -145,7 +147,7 @@ def transition(counts: Int[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
     return np.divide(counts, rows, out=np.full(counts.shape, np.nan), where=rows > 0)
 
 
-def mutual_information(counts: Int[np.ndarray, "E E"]) -> float:
+def mutual_information(counts: Integer[np.ndarray, "E E"]) -> float:
     """I = sum_ij p_ij log(p_ij / (p_i p_j)), nats, of a table of pairs: what one layer's expert tells of the next's."""
     total = counts.sum()
     if not total:
@@ -158,7 +160,7 @@ def mutual_information(counts: Int[np.ndarray, "E E"]) -> float:
 
 
 def domain_specialisation(
-    experts: Experts, domains: Int[np.ndarray, " n"], num_domains: int, num_experts: int
+    experts: Experts, domains: Integer[np.ndarray, " n"], num_domains: int, num_experts: int
 ) -> Float[np.ndarray, "domains E"]:
     """S(e, d) = #{tokens of d that choose e} / #{tokens of d}; a row sums to k, and k / E is the uniform baseline.
 
@@ -170,8 +172,8 @@ def domain_specialisation(
 
 
 def pair_counts(
-    labels: Int[np.ndarray, " n"], experts: Experts, num_labels: int, num_experts: int
-) -> Int[np.ndarray, "labels E"]:
+    labels: Integer[np.ndarray, " n"], experts: Experts, num_labels: int, num_experts: int
+) -> Integer[np.ndarray, "labels E"]:
     """#{tokens with the label that choose the expert}: the table behind every specialisation, additive over chunks."""
     k = experts.shape[1]
     flat = np.repeat(labels.astype(np.int64), k) * num_experts + experts.reshape(-1)
@@ -181,13 +183,13 @@ def pair_counts(
 class Vocabulary(NamedTuple):
     """Vocabulary specialisation: the tokens that occur often enough, how often, and each expert's share of them."""
 
-    token: Int[np.ndarray, " x"]
-    occurrences: Int[np.ndarray, " x"]
+    token: Integer[np.ndarray, " x"]
+    occurrences: Integer[np.ndarray, " x"]
     share: Float[np.ndarray, "x E"]
 
 
 def vocabulary_specialisation(
-    experts: Experts, tokens: Int[np.ndarray, " n"], num_experts: int, least: int = 8
+    experts: Experts, tokens: Integer[np.ndarray, " n"], num_experts: int, least: int = 8
 ) -> Vocabulary:
     """V(e, x) = #{occurrences of token x that choose e} / #{occurrences of x}, of tokens that occur `least` times.
 
@@ -234,9 +236,9 @@ def flips(a: Experts, b: Experts) -> Bool[np.ndarray, " n"]:
 class FlipsByMargin(NamedTuple):
     """Tokens and flips whose margin lies in [edges[i], edges[i + 1])."""
 
-    edges: Float[np.ndarray, " bins+1"]
-    tokens: Int[np.ndarray, " bins"]
-    flips: Int[np.ndarray, " bins"]
+    edges: Num[np.ndarray, " edges"]
+    tokens: Integer[np.ndarray, " bins"]
+    flips: Integer[np.ndarray, " bins"]
 
     @property
     def rate(self) -> Float[np.ndarray, " bins"]:
@@ -250,8 +252,8 @@ MARGIN_EDGES = np.array([0, *(10.0**e for e in np.arange(-6, 0.25, 0.5)), 2.0])
 
 def flip_rate_by_margin(
     flipped: Bool[np.ndarray, " n"],
-    margin: Float[np.ndarray, " n"],
-    edges: Float[np.ndarray, " bins+1"] = MARGIN_EDGES,
+    margin: Num[np.ndarray, " n"],
+    edges: Num[np.ndarray, " edges"] = MARGIN_EDGES,
 ) -> FlipsByMargin:
     """#{flips with margin in a bin} / #{tokens with margin in it}: rounding flips small margins only, training any.
 
@@ -261,7 +263,9 @@ def flip_rate_by_margin(
     return FlipsByMargin(np.asarray(edges, np.float64), tokens, np.histogram(margin[flipped], edges)[0])
 
 
-def jensen_shannon(p: Float[np.ndarray, "*batch E"], q: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch"]:
+def jensen_shannon(
+    p: Float[np.ndarray, "*batch E"], q: Float[np.ndarray, "*batch E"]
+) -> Float[np.ndarray, "*batch"] | np.floating:
     """JSD = H((p + q) / 2) - (H(p) + H(q)) / 2 in nats; 0 for equal distributions, log 2 for disjoint ones.
 
     Source: Lin 1991, equation 4.1 with equal weights.
@@ -270,9 +274,9 @@ def jensen_shannon(p: Float[np.ndarray, "*batch E"], q: Float[np.ndarray, "*batc
 
 
 def coarse_jensen_shannon(
-    experts_p: Int[np.ndarray, "n t"],
+    experts_p: Integer[np.ndarray, "n t"],
     p: Float[np.ndarray, "n t"],
-    experts_q: Int[np.ndarray, "n t"],
+    experts_q: Integer[np.ndarray, "n t"],
     q: Float[np.ndarray, "n t"],
 ) -> Float[np.ndarray, " n"]:
     """Jensen-Shannon divergence of two routers of which only the t largest probabilities are known.
@@ -288,7 +292,7 @@ def coarse_jensen_shannon(
     return jensen_shannon(np.append(left, rest(left), axis=1), np.append(right, rest(right), axis=1))
 
 
-def rank_correlation(a: Float[np.ndarray, " E"], b: Float[np.ndarray, " E"]) -> float:
+def rank_correlation(a: Num[np.ndarray, " E"], b: Num[np.ndarray, " E"]) -> float:
     """Spearman's rho: Pearson's correlation of the ranks, ties at their mean rank; NaN where a side is constant.
 
     Source: Spearman 1904. Used on loads: do two captures agree on which experts are busy?
@@ -349,7 +353,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    clusters: Float[np.ndarray, "c *sums"] | Int[np.ndarray, "c *sums"],
+    clusters: Num[np.ndarray, "c *sums"],
     statistic: Callable[[np.ndarray], np.ndarray | float],
     *,
     draws: int = 1000,
@@ -378,7 +382,7 @@ def bootstrap(
 
 
 def cluster_sums(
-    values: Float[np.ndarray, "n *sums"], cluster: Int[np.ndarray, " n"], num_clusters: int
+    values: Num[np.ndarray, "n *sums"], cluster: Integer[np.ndarray, " n"], num_clusters: int
 ) -> Float[np.ndarray, "c *sums"]:
     """Sums of the rows of each cluster."""
     total = np.zeros((num_clusters, *values.shape[1:]))
@@ -386,7 +390,9 @@ def cluster_sums(
     return total
 
 
-def blocks(document: Int[np.ndarray, " n"], position: Int[np.ndarray, " n"], size: int = 256) -> Int[np.ndarray, " n"]:
+def blocks(
+    document: Integer[np.ndarray, " n"], position: Integer[np.ndarray, " n"], size: int = 256
+) -> Integer[np.ndarray, " n"]:
     """Clusters of neighbouring tokens: up to `size` consecutive ones of one context, numbered from 0."""
     starts = (position % size == 0) | np.append(True, document[1:] != document[:-1])
     return np.cumsum(starts) - 1
