@@ -121,10 +121,11 @@ class Chunk:
         """The weights with which the used experts' outputs were summed."""
         k = self.model.num_experts_per_tok
         chosen = self.probabilities[..., :k]
-        if not np.array_equal(self.experts, self.top_experts[..., :k]):
-            if self.top_experts.shape[-1] < self.model.num_experts:
+        if not np.array_equal(self.experts, self.top_experts[..., :k]):  # imposed, or ties in another order
+            match = self.experts[..., :, None] == self.top_experts[..., None, :]
+            if not match.any(axis=-1).all():
                 raise ValueError("weights: expected the used experts among those whose logits were kept")
-            chosen = np.take_along_axis(self.dense_probabilities(), self.experts.astype(np.intp), axis=-1)
+            chosen = np.take_along_axis(self.probabilities, match.argmax(axis=-1), axis=-1)
         return chosen / chosen.sum(axis=-1, keepdims=True) if self.model.norm_topk_prob else chosen
 
     @cached_property
@@ -383,6 +384,15 @@ class Capture:
         text = Text(**{name: joined.pop(name) for name in Text._fields})
         predictions = {name: joined.pop(name, None) for name in _PREDICTIONS}
         return Chunk(self.model, text, **joined, **predictions)
+
+    def read_experts(self) -> Integer[np.ndarray, "Ls n k"]:
+        """The used experts of all tokens: Ls k bytes a token."""
+        parts = []
+        for file, tokens in self.shards:
+            with self._file(file) as shard:
+                self._same_layout(file, shard, tokens)
+                parts.append(shard.get_tensor("experts"))
+        return np.concatenate(parts, axis=1)
 
     def labelled_text(self) -> LabelledText:
         """The text that was read, whole (24 bytes a token): what another capture needs to run on the same."""

@@ -226,7 +226,7 @@ def test_locality_by_hand_and_by_loop():
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    """95 % intervals of a rate over 60 clusters that differ among themselves, 200 times: 88 % to 99 % hold the truth."""
+    """95 % intervals of a rate over 60 clusters that differ among themselves: 88 % to 99 % of 200 hold the truth."""
     rng = np.random.default_rng(0)
     held = 0
     for repeat in range(200):
