@@ -256,8 +256,8 @@ class CaptureWriter:
 
     def _write(self, text: Text, arrays: Mapping[str, Any], valid: np.ndarray | None) -> None:
         shard = {name: np.ascontiguousarray(array, np.int32) for name, array in text._asdict().items()}
-        for name in ("token", "document", "position", "next"):
-            self._digest.update(shard[name].tobytes())
+        # Token by token, so that the digest does not depend on where shards end.
+        self._digest.update(np.stack([text.token, text.document, text.position, text.next], axis=1).tobytes())
         for name, array in arrays.items():
             array = np.asarray(array)
             if valid is not None and name != "probability_sums":
@@ -323,9 +323,7 @@ class Capture:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise UserError(
-                f"{path}: expected a capture's manifest, found one that cannot be read ({reason})"
-            ) from None
+            raise UserError(f"{path}: expected a capture's manifest, found one that does not read ({reason})") from None
         if any(pathlib.PurePath(file).name != file for file, _ in shards):
             raise UserError(f"{path}: expected names of files beside it, found a path among the shards")
         if text["tokens"] != sum(tokens for _, tokens in shards) or not shards:

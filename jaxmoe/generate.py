@@ -55,6 +55,9 @@ class Sampling:
             raise UserError(f"top-p: expected more than 0 and at most 1, found {self.top_p}")
 
 
+GREEDY = Sampling()
+
+
 def sample(
     logits: Float[Array, "B V"],
     keys: Array,
@@ -147,7 +150,7 @@ class Generator:
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         stop_tokens: Sequence[int] = (),
         on_token: Callable[[int, int], None] | None = None,
         control: RoutingControl | None = None,

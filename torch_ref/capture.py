@@ -9,7 +9,7 @@ import argparse
 import math
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -150,7 +150,7 @@ def _predict(hidden: Tensor, head: Any, following: np.ndarray) -> tuple[np.ndarr
     return torch.cat(predicted).int().cpu().numpy(), torch.cat(loss).cpu().numpy()
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """`python -m torch_ref.capture`: 0 when done; 2 with one line for a mistake of the user's."""
     parser = argparse.ArgumentParser(prog="python -m torch_ref.capture", description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder in HF form, or a hub id")
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the device has")
     parser.add_argument("--load-in-4bit", action="store_true", help="NF4, experts included")
     parser.add_argument("--top", type=int, default=DEFAULT_TOP, metavar="N", help="router logits kept per token")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         labels = Capture.open(args.text).labelled_text()
         from torch_ref import FastQwen3MoeModel

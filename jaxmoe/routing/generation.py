@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from captures import Capture, CaptureWriter, LabelledText, Text
-from captures.format import DEFAULT_TOP
 from jaxmoe.errors import UserError
-from jaxmoe.generate import Generator, Sampling
+from jaxmoe.generate import GREEDY, Generator, Sampling
 from jaxmoe.router import CapturedRouting, RoutingControl
 from jaxmoe.routing.capture import model_of, versions
 from jaxmoe.routing.text import ROLES
@@ -26,18 +25,18 @@ def capture_generation(
     folder: str | pathlib.Path | None,
     *,
     tokenizer: str,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int] = (),
     control: RoutingControl | None = None,
     replay: Capture | None = None,
     description: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
-    top: int = DEFAULT_TOP,
 ) -> list[list[int]]:
     """Generates as `Generator.generate` does and writes the routing of every token that the model has read.
 
     A row's last token is only written, never read: it has no routing, and stands in the capture as what follows. So a
-    row holds what training on prompt and answer reads, and `--replay` of the capture covers it.
+    row holds what training on prompt and answer reads, and `--replay` of the capture covers it. All router logits are
+    kept: a few thousand tokens are little beside a capture of text.
 
     Args:
         generator: the model.
@@ -52,7 +51,6 @@ def capture_generation(
             that it holds, the model's own choice behind them.
         description: what the manifest says about `control`.
         source: what the manifest says about the model.
-        top: how many of the largest router logits are kept; all where the routing is imposed.
 
     Raises:
         UserError: a replayed capture of other prompts or another model.
@@ -61,7 +59,6 @@ def capture_generation(
     if replay is not None:
         control = (control or RoutingControl())._replace(experts=_replayed(replay, prompts, generator))
     imposed = dict(description or {}) | ({"replay": str(replay.folder)} if replay else {}) if control else None
-    top = model.num_experts if imposed is not None else min(top, model.num_experts)
     steps: list[CapturedRouting] = []
     outputs = generator.generate(
         prompts,
@@ -70,7 +67,7 @@ def capture_generation(
         stop_tokens,
         control=control,
         on_routing=steps.append if folder is not None else None,
-        capture=top,
+        capture=model.num_experts,
     )
     if folder is None:
         return outputs
@@ -79,7 +76,7 @@ def capture_generation(
     longest = max(len(prompt) + len(output) for prompt, output in zip(prompts, outputs, strict=True))
     labels = LabelledText(_text([], [], 0), ("generation",), ROLES, longest, tokenizer)
     prefill, *decoded = (CapturedRouting(*map(np.asarray, step)) for step in jax.device_get(steps))
-    with CaptureWriter(folder, model, labels=labels, source=about, control=imposed, top=top) as writer:
+    with CaptureWriter(folder, model, labels=labels, source=about, control=imposed, top=model.num_experts) as writer:
         for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
             read, written = len(prompt), len(output)
             fed_back = [CapturedRouting(*(a[:, row] for a in step)) for step in decoded[: written - 1]]

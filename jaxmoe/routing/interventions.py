@@ -48,7 +48,7 @@ class Intervention:
         """The control of the forward pass; None where nothing is changed.
 
         Raises:
-            UserError: a layer without experts, an expert that does not exist, or is both removed and forced, or too many.
+            UserError: a layer without experts, an expert that does not exist or is both removed and forced, too many.
         """
         E, k = config.num_experts, config.num_experts_per_tok
         slots = {layer: slot for slot, layer in enumerate(config.sparse_layers)}
@@ -145,8 +145,8 @@ def _layers(flag: str, text: str, config: Qwen3MoeConfig) -> tuple[Sequence[int]
 
 
 class Effect(NamedTuple):
-    """What one expert's removal (or being forced) does to a text: the share of tokens that used it before, the mean loss
-    (nats), its change with a 95 % bootstrap interval over blocks of text, the mean KL divergence of the next-token
+    """What one expert's removal (or being forced) does to a text: the share of tokens that used it before, the mean
+    loss (nats), its change with a 95 % bootstrap interval over blocks of text, the mean KL divergence of the next-token
     distribution from the unchanged model's, and the share of tokens whose most probable next token stays."""
 
     layer: int

@@ -32,13 +32,11 @@ class Replay:
         expected = (tuple(config.sparse_layers), config.num_experts, config.num_experts_per_tok)
         if (found.layers, found.num_experts, found.num_experts_per_tok) != expected:
             raise UserError(
-                f"replay: expected a capture of {len(expected[0])} MoE layers with {expected[2]} of {expected[1]} experts, "
+                f"replay: expected {len(expected[0])} MoE layers with {expected[2]} of {expected[1]} experts, "
                 f"found {len(found.layers)} with {found.num_experts_per_tok} of {found.num_experts} in {capture.folder}"
             )
         if capture.text["tokenizer"] != tokenizer_digest(tokenizer):
-            raise UserError(
-                f"replay: expected a capture made with the model's tokenizer, found another in {capture.folder}"
-            )
+            raise UserError(f"replay: expected a capture made with the model's tokenizer, found {capture.folder}")
         self._folder = capture.folder
         self.digest: str = capture.text["digest"]
         self._experts = capture.read_experts()
@@ -52,7 +50,7 @@ class Replay:
         if missing:
             first = missing[0].inputs[:8].tolist()
             raise UserError(
-                f"replay: expected all training data in {self._folder}, found none of {len(missing)} segments; the first "
+                f"replay: expected all training data in {self._folder}, {len(missing)} segments are missing; the first "
                 f"begins with the tokens {first} (was the capture made with the same --seq-length?)"
             )
 
