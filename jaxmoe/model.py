@@ -19,15 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe import cudnn, projections
 from jaxmoe.attention import causal_attention
 from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
-from jaxmoe.dispatch import ExpertWeights, sorted_experts
+from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
 from jaxmoe.layers import (
-    WEIGHT_SLICE,
+    PROJECTED,
+    ROUTING,
+    STREAM,
     Adapter,
     apply_rotary,
     attention,
@@ -54,7 +58,7 @@ from jaxmoe.router import (
 Params = dict[str, Array]
 Stacks = dict[str, Array | NF4Stack]
 Trainable = Literal["none", "adapters", "all"]
-Remat = Literal["none", "full"]
+Remat = Literal["fast", "balanced", "low-memory"]
 TokenArray = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 # (query, key, value, layer index) -> (heads' output, cache); the cached form takes the cache first
 Attend = Callable[[Array, Array, Array, Array], tuple[Array, Any]]
@@ -147,6 +151,8 @@ class _Layer:
         if isinstance(stack, NF4Stack):
             y: Array = frozen_product(x, stack, self._slot(path))
             return finish_linear(y, x, self.bias(path), self.adapter(path))
+        if stack is not None and projections.takes(x, stack):
+            return projections.frozen_linear(x, stack, self._slot(path), self.bias(path), self.adapter(path))
         return linear(x, self.weight(path), self.bias(path), self.adapter(path))
 
     def experts(self) -> ExpertWeights:
@@ -182,13 +188,13 @@ def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], atten
     with jax.named_scope("attention"):
         x = rms_norm(h, layer.weight("attention.input_layernorm"), config.rms_norm_eps)
         query, key, value = (
-            layer.project(x, f"attention.{name}").reshape(B, T, -1, config.head_dim)
+            checkpoint_name(layer.project(x, f"attention.{name}"), PROJECTED).reshape(B, T, -1, config.head_dim)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         query = apply_rotary(rms_norm(query, layer.weight("attention.q_norm"), config.rms_norm_eps), *tables)
         key = apply_rotary(rms_norm(key, layer.weight("attention.k_norm"), config.rms_norm_eps), *tables)
         heads, cache = attend(query, key, value, layer.layer)
-        return h + layer.project(heads.reshape(B, T, -1), "attention.o_proj"), cache
+        return checkpoint_name(h + layer.project(heads.reshape(B, T, -1), "attention.o_proj"), STREAM), cache
 
 
 def _sparse_mlp(x: Array, layer: _Layer, valid: Array, wanted: _Wanted) -> tuple[Array, _RoutingRecord]:
@@ -202,6 +208,7 @@ def _sparse_mlp(x: Array, layer: _Layer, valid: Array, wanted: _Wanted) -> tuple
             adapter=layer.adapter("sparse.gate"),
             control=layer.control and layer.control.layer(layer.mlp_slot),
         )
+        routing = jax.tree.map(partial(checkpoint_name, name=ROUTING), routing)
         record = _RoutingRecord(
             expert_counts(routing.experts, valid, config.num_experts),
             jnp.sum(jnp.where(valid[:, None], routing.probabilities, 0), axis=0),
@@ -296,20 +303,29 @@ class _Run:
     tables: tuple[Array, Array]
     valid: Bool[Array, " M"]
     trainable: Trainable = "none"
-    remat: Remat = "full"
+    remat: Remat = "low-memory"
     wanted: _Wanted = _NOTHING
     capture_hidden: bool = False
     control: RoutingControl | None = None
 
 
-def _keep_results(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """The policy of remat "none": keep every result, but no layer's slice of a frozen weight.
+# What each recomputation policy keeps of a layer beside its input, by the names that `checkpoint_name` gave. The
+# backward pass computes the rest again. Never kept is a layer's slice of a frozen weight, which would hold the model
+# twice; elementwise results (norms, rotary, SwiGLU) are never worth their memory.
+_KEPT: dict[Remat, frozenset[str]] = {
+    "fast": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE, GATE_UP}),
+    "balanced": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE}),
+    "low-memory": frozenset(),
+}
 
-    A slice is made in three steps (`layer_slice`), and keeping any of them would hold the model twice. Elsewhere the
-    first two are views, which cost nothing to take again.
-    """
-    view = primitive.name in ("dynamic_slice", "squeeze")
-    return not (view or (primitive.name == "name" and parameters["name"] == WEIGHT_SLICE))
+
+def _policy(remat: Remat) -> Callable[..., bool]:
+    kept = _KEPT[remat]
+
+    def keep(primitive: Any, *_: Any, **parameters: Any) -> bool:
+        return primitive.name == "name" and parameters["name"] in kept
+
+    return keep
 
 
 def _run_layers(
@@ -345,9 +361,8 @@ def _run_layers(
         return (out, new_cache), (record, h if run.capture_hidden else None)
 
     if run.trainable != "none":
-        keep = {"full": jax.checkpoint_policies.nothing_saveable, "none": _keep_results}
         # The scan already keeps the two passes apart, so common subexpressions need no barrier against merging.
-        body = jax.checkpoint(body, policy=keep[run.remat], prevent_cse=False)
+        body = jax.checkpoint(body, policy=_policy(run.remat), prevent_cse=False)
     xs = (_layer_indices(config), weights.sliced, lora_weights.sliced)
     (h, cache), (records, inputs) = jax.lax.scan(body, (h, cache), xs)
     return h, cache, records, inputs
@@ -363,7 +378,7 @@ def forward(
     config: Qwen3MoeConfig,
     lora: LoraConfig | None = None,
     trainable: Trainable = "none",
-    remat: Remat = "full",
+    remat: Remat = "low-memory",
     capture_router_logits: bool = False,
     capture_hidden: bool = False,
     capture_routing: int = 0,
@@ -373,9 +388,10 @@ def forward(
 
     `segment_ids` are 0 for padding and 1, 2, ... for the documents packed into a row; a token attends to earlier tokens
     of its own segment. Computation runs in the dtype of `embed_tokens`. `trainable` says which parameters will be
-    differentiated; `remat` what the backward pass recomputes: "full" keeps one [B, T, D] per layer, "none" keeps all
-    intermediate results (never a copy of a frozen weight). `routing_control` replays or biases the routing;
-    `capture_routing` > 0 keeps the routing of each token with so many of its largest router logits.
+    differentiated; `remat` what the backward pass recomputes: "low-memory" keeps one [B, T, D] per layer, "fast" all
+    that is dear to compute, "balanced" the same but the experts' products (never a copy of a frozen weight).
+    `routing_control` replays or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many
+    of its largest router logits.
     """
     with jax.default_matmul_precision("highest"):
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)

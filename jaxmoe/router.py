@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from jaxmoe.layers import PRECISION, Adapter
+from jaxmoe.layers import PRECISION, Adapter, contract
 
 
 class Routing(NamedTuple):
@@ -74,9 +74,7 @@ def route(
     if adapter is not None:
         delta = jnp.einsum("er,rd->ed", adapter.lora_B, adapter.lora_A, precision=PRECISION)
         weight = weight.astype(jnp.float32) + adapter.scale * delta
-    logits = jnp.einsum(
-        "md,ed->me", x.astype(weight.dtype), weight, precision=PRECISION, preferred_element_type=jnp.float32
-    )
+    logits = contract(x.astype(weight.dtype), weight)
     if control is not None and control.logit_bias is not None:
         logits = logits + control.logit_bias
     probabilities = jax.nn.softmax(logits, axis=-1)
@@ -116,8 +114,9 @@ def captured_routing(routing: Routing, top: int) -> CapturedRouting:
 
 def expert_counts(experts: Int[Array, "M k"], valid: Bool[Array, " M"], num_experts: int) -> Int[Array, " E"]:
     """How many routed rows of valid tokens each expert receives."""
-    ids = jnp.where(valid[:, None], experts, num_experts).reshape(-1)
-    return jnp.bincount(ids, length=num_experts + 1)[:num_experts]
+    # Compare and sum, which fuse into one pass; a histogram's atomic adds would queue up for E addresses on a GPU.
+    hits = (experts[:, :, None] == jnp.arange(num_experts)) & valid[:, None, None]
+    return jnp.sum(hits, axis=(0, 1), dtype=jnp.int32)
 
 
 def load_balancing_loss(

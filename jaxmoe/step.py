@@ -51,7 +51,7 @@ class Model(NamedTuple):
     config: Qwen3MoeConfig
     lora: LoraConfig | None
     dtype: str = "float32"
-    remat: Remat = "full"
+    remat: Remat = "low-memory"
 
     def run(self, frozen: Params, trainable: Params, batch: Batch, *, train: bool) -> tuple[Array, RouterStats]:
         """(sum of the weighted token losses in nats, router statistics) of B rows of T tokens."""
@@ -76,7 +76,8 @@ class Model(NamedTuple):
         )
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         head = head_weight(params, self.config)
-        return cross_entropy(hidden, head, batch.labels.reshape(-1), batch.weights.reshape(-1)), out.stats
+        labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
+        return cross_entropy(hidden, head, labels, weights, frozen_head=self.lora is not None), out.stats
 
 
 def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:

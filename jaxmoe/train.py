@@ -115,7 +115,10 @@ class TrainConfig:
         default=None, metadata={"help": "hold the frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
     )
     remat: Remat = field(
-        default="full", metadata={"help": "full: recompute each layer in the backward pass; none: keep its results"}
+        default="low-memory",
+        metadata={
+            "help": "what to keep for the backward pass; fast: all that is dear, balanced: not the experts' products"
+        },
     )
 
     replay: pathlib.Path | None = field(

@@ -42,7 +42,7 @@ class LayerDrift(NamedTuple):
 
 
 class Flip(NamedTuple):
-    """One token that was routed otherwise: its place in the stream, the layer, A's margin (probability), the experts."""
+    """One token that was routed otherwise: its place, the layer, A's margin (probability), both sets of experts."""
 
     token: int
     layer: int
