@@ -1,8 +1,8 @@
 """What capturing the routing costs over the plain forward pass: `python -m benchmarks.capture_overhead`.
 
 Random weights in a published model's full shape, random tokens, and the whole way to the disk: both sides run the same
-batches in the same process, in turn, several times. The plain side gives each token's hidden state, or its loss with
-`--predictions`; the capture writes every token's experts, largest router logits, log-sum-exp and entropy beside that.
+batches in the same process, in turn, several times. The plain side gives each token's hidden state, or its loss as
+well; the capture writes every token's experts, largest router logits, log-sum-exp and entropy beside that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2, metavar="N")
     parser.add_argument("--seq-length", type=int, default=4096, metavar="N")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="times each side runs, in turn")
-    parser.add_argument("--predictions", action="store_true", help="both sides also compute every token's loss")
     parser.add_argument(
         "--folder", type=pathlib.Path, metavar="DIR", help="where to write (default: the temporary one)"
     )
@@ -71,47 +71,53 @@ def main() -> None:
     params = model.params
     print(
         f"{jax.devices()[0].device_kind}: {args.preset}, {config.num_hidden_layers} layers, {args.tokens:,} tokens, "
-        f"{args.batch_size} x {args.seq_length} a step, {'with' if args.predictions else 'without'} predictions",
+        f"{args.batch_size} x {args.seq_length} a step",
         flush=True,
     )
 
-    def plain(text: LabelledText) -> float:
+    def plain(text: LabelledText, predictions: bool) -> float:
         start = time.perf_counter()
         results = []
         for rows in pack_in_order(text, args.batch_size):
-            results.append(plain_step(params, *rows[:4], config=config, predictions=args.predictions))
+            results.append(plain_step(params, *rows[:4], config=config, predictions=predictions))
             results = results[-2:]  # what an evaluation keeps; the queue on the device stays full
         jax.block_until_ready(results)
         return time.perf_counter() - start
 
     written = 0
 
-    def captured(text: LabelledText) -> float:
+    def captured(text: LabelledText, predictions: bool) -> float:
         nonlocal written
         outer = pathlib.Path(tempfile.mkdtemp(dir=args.folder))
         try:
             start = time.perf_counter()
-            capture(model, text, outer / "capture", batch_size=args.batch_size, predictions=args.predictions)
+            capture(model, text, outer / "capture", batch_size=args.batch_size, predictions=predictions)
             seconds = time.perf_counter() - start
             written = sum(file.stat().st_size for file in (outer / "capture").iterdir())
             return seconds
         finally:
             shutil.rmtree(outer)
 
-    first = args.batch_size * args.seq_length
-    warm = random_text(2 * first, args.seq_length, config.vocab_size)
-    print(f"compilation: plain {plain(warm):.1f} s, capture {captured(warm):.1f} s", flush=True)
-    times = [(plain(labels), captured(labels)) for _ in range(args.repeat)]
-    for number, (a, b) in enumerate(times, start=1):
-        print(f"round {number}: plain {a:.3f} s ({args.tokens / a:,.0f} tokens/s), capture {b:.3f} s, {b / a:.3f}")
-    a, b = (statistics.median(side) for side in zip(*times, strict=True))
-    print(
-        f"median: plain {a:.3f} s, capture {b:.3f} s: overhead {100 * (b / a - 1):.1f} %, "
-        f"{written / 1e6:,.0f} MB written, {written / args.tokens:,.0f} bytes a token"
-    )
-    if args.json:
-        record = {"device": jax.devices()[0].device_kind, "tokens": args.tokens, "plain_s": a, "capture_s": b}
-        args.json.write_text(json.dumps(record | {"rounds": times, "bytes": written}, indent=2) + "\n")
+    record: dict[str, Any] = {"device": jax.devices()[0].device_kind, "tokens": args.tokens}
+    warm = random_text(2 * args.batch_size * args.seq_length, args.seq_length, config.vocab_size)
+    for predictions in (False, True):
+        name = "hidden states and token losses" if predictions else "hidden states"
+        first = plain(warm, predictions), captured(warm, predictions)
+        print(f"{name}: first calls {first[0]:.1f} and {first[1]:.1f} s", flush=True)
+        times = [(plain(labels, predictions), captured(labels, predictions)) for _ in range(args.repeat)]
+        for number, (a, b) in enumerate(times, start=1):
+            print(
+                f"  round {number}: plain {a:.3f} s ({args.tokens / a:,.0f} tokens/s), capture {b:.3f} s, {b / a:.3f}"
+            )
+        a, b = (statistics.median(side) for side in zip(*times, strict=True))
+        print(
+            f"  median: plain {a:.3f} s, capture {b:.3f} s: overhead {100 * (b / a - 1):.1f} %, "
+            f"{written / 1e6:,.0f} MB written, {written / args.tokens:,.0f} bytes a token",
+            flush=True,
+        )
+        record[name] = {"plain_s": a, "capture_s": b, "rounds": times, "bytes": written}
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
