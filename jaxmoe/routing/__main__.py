@@ -162,8 +162,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         any_layer = found.flipped_tokens
         print(f"{found.a.folder} against {found.b.folder}: {found.tokens:,} tokens")
         print(
-            f"routed otherwise in a layer: {any_layer.value:.3%} of tokens [{any_layer.low:.4%}, {any_layer.high:.4%}]; "
-            f"mean over layers: flips {found.pooled('flip_rate'):.4%}, overlap {found.pooled('overlap'):.4%}, "
+            f"routed otherwise in a layer {any_layer.value:.3%} of tokens [{any_layer.low:.3%}, {any_layer.high:.3%}]; "
+            f"mean of layers: flips {found.pooled('flip_rate'):.4%}, overlap {found.pooled('overlap'):.4%}, "
             f"divergence {found.pooled('divergence'):.3g} nats"
         )
         if found.loss_change is not None:
