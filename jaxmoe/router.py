@@ -24,14 +24,14 @@ class RoutingControl(NamedTuple):
     """What a caller imposes on the routing; every field may be None.
 
     `experts` replays a recorded choice, -1 in a token's first slot leaves that token free; `logit_bias` is added to the
-    router logits before the softmax (-inf removes an expert); an expert that is `forced` is among the k of every token.
-    The weights are always the model's own probabilities of the experts that are used. For all MoE layers fields are
-    [Ls, B, T, k] and [Ls, E]; for one, [M, k] and [E].
+    router logits before the softmax; `selection` is 1 for an expert that is among the k of every token, -1 for one that
+    nobody gets, and leaves the probabilities as they are. The weights are always the model's own probabilities of the
+    experts that are used. For all MoE layers fields are [Ls, B, T, k] and [Ls, E]; for one, [M, k] and [E].
     """
 
     experts: Int[Array, "Ls B T k"] | Int[Array, "M k"] | None = None
     logit_bias: Float[Array, "Ls E"] | Float[Array, " E"] | None = None
-    forced: Bool[Array, "Ls E"] | Bool[Array, " E"] | None = None
+    selection: Int[Array, "Ls E"] | Int[Array, " E"] | None = None
 
     def layer(self, slot: Array | int) -> RoutingControl:
         """The control of MoE layer `slot`, its experts as [M, k]."""
@@ -40,7 +40,7 @@ class RoutingControl(NamedTuple):
         return RoutingControl(
             None if experts is None else experts.reshape(-1, experts.shape[-1]),
             pick(self.logit_bias),
-            pick(self.forced),
+            pick(self.selection),
         )
 
 
@@ -78,9 +78,9 @@ def route(
     if control is not None and control.logit_bias is not None:
         logits = logits + control.logit_bias
     probabilities = jax.nn.softmax(logits, axis=-1)
-    if control is not None and control.forced is not None:
-        # Probabilities are at most 1: what is forced comes first, among itself in the order of its probability.
-        experts = jax.lax.top_k(probabilities + 2.0 * control.forced, num_experts_per_tok)[1]
+    if control is not None and control.selection is not None:
+        # Probabilities are within 0 and 1: what is forced comes first, what is removed last.
+        experts = jax.lax.top_k(probabilities + 2.0 * control.selection, num_experts_per_tok)[1]
         weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     else:
         weights, experts = jax.lax.top_k(probabilities, num_experts_per_tok)

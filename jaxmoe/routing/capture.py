@@ -168,7 +168,7 @@ def capture(
         batch_size: rows of `labels.seq_length` tokens per step.
         top: how many of the largest router logits to keep, num_experts for all.
         predictions: also keep each token's most probable successor and its loss.
-        control: expert biases and forced experts, [Ls, E]; all logits are then kept.
+        control: biases, forced and removed experts, [Ls, E]; all logits are then kept.
         replay: a capture of the same text whose experts are imposed; all logits are then kept.
         description: what the manifest says about `control`.
         source: what the manifest says about the model: its folder, its adapter.

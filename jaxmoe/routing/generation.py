@@ -46,7 +46,7 @@ def capture_generation(
         tokenizer: its digest (`captures.tokenizer_digest`).
         sampling: how tokens are chosen.
         stop_tokens: ids that end a row.
-        control: biases and forced experts, [Ls, E].
+        control: biases, forced and removed experts, [Ls, E].
         replay: a capture whose contexts begin with the prompts, in their order; its experts are used at every position
             that it holds, the model's own choice behind them.
         description: what the manifest says about `control`.

@@ -37,7 +37,8 @@ Action = Literal["ablate", "force"]
 class Intervention:
     """Which experts of which layers (model's index) are removed, forced into the k of every token, or biased.
 
-    `ablate` and `force` map a layer to experts, `bias` a layer to {expert: what is added to its router logit}.
+    A removed expert keeps its router probability, it is only not chosen: removing one that no token uses changes nothing,
+    whether the weights are renormalised or not. `ablate` and `force` map a layer to experts, `bias` a layer to {expert: what is added to its router logit}.
     """
 
     ablate: dict[int, tuple[int, ...]]
@@ -53,7 +54,7 @@ class Intervention:
         E, k = config.num_experts, config.num_experts_per_tok
         slots = {layer: slot for slot, layer in enumerate(config.sparse_layers)}
         bias = np.zeros((len(slots), E), np.float32)
-        forced = np.zeros((len(slots), E), bool)
+        selection = np.zeros((len(slots), E), np.int32)
         for name, layers in (("ablate", self.ablate), ("force", self.force), ("bias", self.bias)):
             for layer, experts in layers.items():
                 if layer not in slots:
@@ -64,20 +65,21 @@ class Intervention:
             for expert, value in experts.items():
                 bias[slots[layer], expert] += value
         for layer, experts in self.ablate.items():
-            bias[slots[layer], list(experts)] = -np.inf
+            selection[slots[layer], list(experts)] = -1
             if E - len(set(experts)) < k:
                 raise UserError(f"ablate: expected at least {k} experts to be left in layer {layer}, found fewer")
         for layer, experts in self.force.items():
-            forced[slots[layer], list(experts)] = True
+            if both := sorted(set(experts) & set(self.ablate.get(layer, ()))):
+                raise UserError(
+                    f"force: expected experts that are not removed, found {both[0]} in layer {layer} in both"
+                )
+            selection[slots[layer], list(experts)] = 1
             if len(set(experts)) > k:
                 raise UserError(f"force: expected at most {k} experts in layer {layer}, found {len(set(experts))}")
-        if (forced & np.isneginf(bias)).any():
-            slot, expert = np.argwhere(forced & np.isneginf(bias))[0]
-            layer = config.sparse_layers[int(slot)]
-            raise UserError(f"force: expected experts that are not removed, found {expert} in layer {layer} in both")
-        if not (bias.any() or forced.any()):
+        if not (bias.any() or selection.any()):
             return None
-        return RoutingControl(logit_bias=jnp.asarray(bias), forced=jnp.asarray(forced) if forced.any() else None)
+        given = lambda array: jnp.asarray(array) if array.any() else None
+        return RoutingControl(logit_bias=given(bias), selection=given(selection))
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says: only what is there."""
@@ -215,7 +217,7 @@ def effects(
     batches: list[tuple[PackedRows, np.ndarray, Array]] = []
     base: list[tuple[np.ndarray, ...]] = []
     load = np.zeros((len(config.sparse_layers), config.num_experts), np.int64)
-    nothing = RoutingControl(logit_bias=jnp.zeros(load.shape, jnp.float32), forced=jnp.zeros(load.shape, bool))
+    nothing = RoutingControl(selection=jnp.zeros(load.shape, jnp.int32))
     for rows in pack_in_order(labels, batch_size):
         wanted = np.where(rows.valid, rows.next.reshape(-1), -1).astype(np.int32)
         hidden, counts = run(*rows[:3], nothing)
@@ -232,7 +234,6 @@ def effects(
             change = Intervention({}, {layer: (expert,)}, {})
         control = change.control(config)
         assert control is not None
-        control = control._replace(forced=nothing.forced if control.forced is None else control.forced)
         parts = []
         for rows, wanted, reference in batches:
             hidden, _ = run(*rows[:3], control)

@@ -66,7 +66,6 @@ function heatmap(parent, figure) {
   let [low, high] = extent(data.values);
   const middle = figure.center, reach = middle === null ? 0 : Math.max(middle - low, high - middle) || 1;
   const scale = middle === null ? v => viridis((v - low) / (high - low || 1)) : (d => v => d((v - middle) / reach))(diverging(rgb(color("--paper"))));
-  if (middle !== null) [low, high] = [middle - reach, middle + reach];
   pager(parent, figure.page_names, (place, page) => {
     const left = 46, top = 4, bottom = 38, right = 92, width = Math.max(480, Math.min(parent.clientWidth - 4, 1180));
     const cell = Math.max((width - left - right) / columns, 1), tall = Math.max(Math.min(rows > columns / 2 ? cell : Math.max(cell, 11), 26), 3);
@@ -126,7 +125,8 @@ function frame(place, xs, ys, options) {
   el("text", { transform: `translate(13 ${(height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, svg, options.y_label);
   return { svg, x, y, width, height, left, right, top, bottom };
 }
-const shade = (i, n) => `rgb(${viridis(n > 1 ? .08 + .84 * i / (n - 1) : .5)})`;
+// The dark end of the scale is invisible on dark paper, the light one on light paper.
+const shade = (i, n) => { const from = rgb(color("--paper"))[0] < 128 ? .3 : .05; return `rgb(${viridis(n > 1 ? from + .9 * (1 - from) * i / (n - 1) : .5)})`; };
 
 function lines(parent, figure) {
   const xs = unpack(figure.x).values, series = figure.series.map(s => ({ ...s, y: unpack(s.y).values, low: s.low && unpack(s.low).values, high: s.high && unpack(s.high).values }));
