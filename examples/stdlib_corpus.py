@@ -123,6 +123,24 @@ def write_corpus(output: pathlib.Path, root: pathlib.Path) -> dict[str, int]:
     return {name: len(records) for name, records in files.items()}
 
 
+def write_domains(path: pathlib.Path, root: pathlib.Path, texts: int = 24, characters: int = 1500) -> int:
+    """Writes code and prose as two domains, in turn, `texts` of each at most; returns the number of records.
+
+    Code are the beginnings of held-out modules, prose those of the language reference's topics (nearly all of which a
+    model of this corpus has seen: their few held-out ones would not do).
+    """
+    code = {name: text for name, text in read_sources(root).items() if is_held_out(name)}
+    pairs = zip(list(code.values())[:texts], list(read_topics(root).values())[:texts], strict=False)
+    records = [
+        {"text": text[:characters], "domain": domain}
+        for pair in pairs
+        for domain, text in zip(("code", "prose"), pair, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_jsonl(path, records)
+    return len(records)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes the corpus and says what is in it."""
     parser = ArgumentParser(description="Writes Python's own library as training data.")

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CHECKED_PACKAGES = ("jaxmoe", "torch_ref", "convert")
+CHECKED_PACKAGES = ("jaxmoe", "torch_ref", "convert", "captures")
 
 # No test may reach the network: a hub id that slips in fails at once instead of downloading.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -37,8 +37,8 @@ Action = Literal["ablate", "force"]
 class Intervention:
     """Which experts of which layers (model's index) are removed, forced into the k of every token, or biased.
 
-    A removed expert keeps its router probability, it is only not chosen: removing one that no token uses changes nothing,
-    whether the weights are renormalised or not. `ablate` and `force` map a layer to experts, `bias` a layer to {expert: what is added to its router logit}.
+    A removed expert keeps its router probability, it is only not chosen: removing one that no token uses changes
+    nothing. `ablate` and `force` map a layer to experts, `bias` a layer to {expert: what is added to its router logit}.
     """
 
     ablate: dict[int, tuple[int, ...]]
