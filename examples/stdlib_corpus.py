@@ -145,7 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Writes the corpus and says what is in it."""
     parser = ArgumentParser(description="Writes Python's own library as training data.")
     parser.add_argument("output", type=pathlib.Path, metavar="OUTPUT", help="folder for the four files")
+    parser.add_argument("--domains", type=pathlib.Path, metavar="FILE", help="also write code and prose as two domains")
     arguments = parser.parse_args(argv)
+    if arguments.domains is not None:
+        records = write_domains(arguments.domains, pathlib.Path(sysconfig.get_path("stdlib")))
+        print(f"{arguments.domains}: {records} records, code and prose in turn")
     counts = write_corpus(arguments.output, pathlib.Path(sysconfig.get_path("stdlib")))
     for name, records in counts.items():
         size = (arguments.output / name).stat().st_size

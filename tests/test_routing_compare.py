@@ -1,4 +1,4 @@
-"""Comparing captures: token by token, against plain loops; what cannot be aligned is refused. And the report's files."""
+"""Comparing captures: token by token, against plain loops; what cannot be aligned is refused. The report's files."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_a_planted_import_is_found(
 ) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     planted = tmp_path / name
-    planted.parent.mkdir()
+    planted.parent.mkdir(parents=True)
     planted.write_text(source)
     assert violations(planted) == [wall]
 
