@@ -32,11 +32,13 @@ def execute(name: str, timeout: int = 600) -> Any:
 
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # the kernel's debugger warns about frozen modules
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # nobody looks at a progress bar here
     client = NotebookClient(
         notebook,
         timeout=timeout,
         kernel_name="python3",
         resources={"metadata": {"path": str(ROOT)}},
+        extra_arguments=["--log-level=ERROR"],
         record_timing=False,
     )
     client.execute()

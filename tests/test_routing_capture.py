@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "qwen3-moe-stdlib"
 LENGTH = 64
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="session")
@@ -51,8 +52,8 @@ def text(tokenizer, shared_tmp) -> LabelledText:
     return read_text(records(shared_tmp), tokenizer, 2048, LENGTH)
 
 
-@pytest.fixture(scope="session")
-def captured(model, text, shared_tmp) -> Capture:
+@pytest.fixture(scope="module")
+def captured(quick_compilation, model, text, shared_tmp) -> Capture:
     return capture(model, text, shared_tmp / "captured", batch_size=2)
 
 

@@ -26,7 +26,7 @@ class Summary:
     domain_tokens: Integer[np.ndarray, " domains"]
     role_load: Integer[np.ndarray, "roles Ls E"]
     role_tokens: Integer[np.ndarray, " roles"]
-    position_load: Integer[np.ndarray, "bins Ls E"]
+    position_load: Integer[np.ndarray, "places Ls E"]
     position_edges: Integer[np.ndarray, " edges"]
     coactivation: Integer[np.ndarray, "Ls E E"]
     transition: Integer[np.ndarray, "Ls-1 E E"]
