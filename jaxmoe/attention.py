@@ -1,10 +1,10 @@
 """Causal grouped-query attention over whole sequences; its oracle is `layers.attention`.
 
-On recent NVIDIA GPUs cuDNN does it (`jaxmoe.cudnn`); elsewhere, and for what cuDNN does not take, it runs in pure JAX,
+On recent NVIDIA GPUs cuDNN does it (`jaxmoe.cudnn`). Elsewhere, and for what cuDNN does not take, it runs in pure JAX,
 a block of queries at a time. A block sees only the keys that causality and the window allow, so half of the work is
 never done, and the logits of one block fit a cache: on a CPU this runs three times as fast as
-`jax.nn.dot_product_attention`, which forms all of [B, N, T, T]. The backward pass recomputes each block's probabilities from the saved log-sum-exp (Dao et al. 2022,
-algorithm 4); nothing of size [T, T] is saved for it.
+`jax.nn.dot_product_attention`, which forms all of [B, N, T, T]. The backward pass recomputes each block's probabilities
+from the saved log-sum-exp (Dao et al. 2022, algorithm 4); nothing of size [T, T] is saved for it.
 """
 
 from __future__ import annotations
@@ -68,15 +68,17 @@ def causal_attention(
     B, T, N, H = query.shape
     if sliding_window is not None and sliding_window >= T:
         sliding_window = None
-    if choose("attention", {"cudnn": cudnn.obstacle(query, key)}).name == "cudnn":
-        return cudnn.causal_attention(query, key, value, segments, sliding_window)
-    if segments is None:
-        segments = jnp.ones((B, T), jnp.int32)
-    K = key.shape[2]
-    grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    by_head = partial(jnp.transpose, axes=(0, 2, 1, 3))
-    out: Array = _attend(grouped, by_head(key), by_head(value), segments, sliding_window)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    taken = choose("attention", {"cudnn": cudnn.obstacle(query, key)})
+    with jax.named_scope("dot_product_attention"):
+        if taken.name == "cudnn":
+            return cudnn.causal_attention(query, key, value, segments, sliding_window)
+        if segments is None:
+            segments = jnp.ones((B, T), jnp.int32)
+        K = key.shape[2]
+        grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+        by_head = partial(jnp.transpose, axes=(0, 2, 1, 3))
+        out: Array = _attend(grouped, by_head(key), by_head(value), segments, sliding_window)
+        return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

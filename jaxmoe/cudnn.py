@@ -86,7 +86,7 @@ def _group(run: Int[Array, "B T"], number: Array | int, size: int) -> _Group:
 
 
 def _operands(query: Array, key: Array, value: Array, group: _Group | None) -> tuple[Array, ...]:
-    """cuDNN's operands: no bias, lengths and offsets where the rows are packed, no page table."""
+    """The operands of a call: no bias, lengths and offsets where the rows are packed, no page table."""
     unused = jnp.zeros(0, query.dtype)
     if group is None:
         return query, key, value, unused, unused, unused, unused, unused, unused, unused

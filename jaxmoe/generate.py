@@ -106,10 +106,9 @@ def _at(control: RoutingControl | None, positions: Array) -> RoutingControl | No
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
 def _prefill(params, adapters, input_ids, lengths, cache, options, control, *, config, lora, greedy, capture):
-    start = jnp.zeros_like(lengths)
     here = _at(control, jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape))
     routed = {"config": config, "lora": lora, "capture_routing": capture, "routing_control": here}
-    hidden, cache, routing = forward_cached_routed(params, adapters, input_ids, start, lengths, cache, **routed)
+    hidden, cache, routing = forward_cached_routed(params, adapters, input_ids, None, lengths, cache, **routed)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _next_token(params, last, options, jnp.uint32(0), config=config, greedy=greedy), cache, routing
 

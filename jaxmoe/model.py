@@ -428,7 +428,7 @@ def forward_cached(
     params: Params,
     adapters: Params,
     input_ids: Int[Array, "B T"],
-    start: Int[Array, " B"],
+    start: Int[Array, " B"] | None,
     length: Int[Array, " B"],
     cache: KVCache,
     *,
@@ -437,8 +437,9 @@ def forward_cached(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """The decoder over T new tokens a row, at positions start .. start + T - 1, against and into the cache.
 
-    The first `length` of a row's T tokens are real; what the others write lies past the row's end, where no query looks
-    before a later call has overwritten it. Positions must stay below the cache's S.
+    Without `start` the rows begin here, at position 0: the tokens then attend to each other by `causal_attention`, and
+    the cache is only written. The first `length` of a row's T tokens are real; what the others write lies past the
+    row's end, where no query looks before a later call has overwritten it. Positions must stay below the cache's S.
     """
     return forward_cached_routed(params, adapters, input_ids, start, length, cache, config=config, lora=lora)[:2]
 
@@ -447,7 +448,7 @@ def forward_cached_routed(
     params: Params,
     adapters: Params,
     input_ids: Int[Array, "B T"],
-    start: Int[Array, " B"],
+    start: Int[Array, " B"] | None,
     length: Int[Array, " B"],
     cache: KVCache,
     *,
@@ -460,7 +461,7 @@ def forward_cached_routed(
     B, T = input_ids.shape
     S = cache.key.shape[2]
     with jax.default_matmul_precision("highest"):
-        positions = start[:, None] + jnp.arange(T)
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if start is None else start[:, None] + jnp.arange(T)
         tables = rotary_tables(positions, config.rope_parameters, config.head_dim)
         slots = jnp.broadcast_to(jnp.arange(S), (B, S))
         # One segment: a slot beyond the row's own position is excluded by causality alone.
@@ -472,6 +473,9 @@ def forward_cached_routed(
             # Out-of-range writes (a bucket's padding past S) are dropped, never clamped onto the last slot.
             keys = cache.key.at[layer, rows, positions].set(key.astype(cache.key.dtype), mode="drop")
             values = cache.value.at[layer, rows, positions].set(value.astype(cache.value.dtype), mode="drop")
+            if start is None:
+                # What lies behind a row's end comes after every real token: causality alone excludes it.
+                return causal_attention(query, key, value, None, config.sliding_window), KVCache(keys, values)
             here = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
             return attention(query, here(keys), here(values), mask), KVCache(keys, values)
 
