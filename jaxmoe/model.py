@@ -45,7 +45,15 @@ from jaxmoe.layers import (
 )
 from jaxmoe.parameters import ParameterSpec, Quantization, layer_paths, lora_specs, parameter_specs, stored_specs
 from jaxmoe.recode import quantized
-from jaxmoe.router import RoutingControl, expert_counts, load_balancing_loss, route
+from jaxmoe.router import (
+    CapturedRouting,
+    Routing,
+    RoutingControl,
+    captured_routing,
+    expert_counts,
+    load_balancing_loss,
+    route,
+)
 
 Params = dict[str, Array]
 Stacks = dict[str, Array | NF4Stack]
@@ -74,6 +82,7 @@ class ForwardOutput(NamedTuple):
     stats: RouterStats
     router_logits: Float[Array, "Ls B T E"] | None
     layer_inputs: Float[Array, "L B T D"] | None
+    routing: CapturedRouting | None = None
 
 
 class KVCache(NamedTuple):
@@ -159,6 +168,17 @@ class _RoutingRecord(NamedTuple):
     counts: Int[Array, " E"]
     prob_sums: Float[Array, " E"]
     logits: Float[Array, "M E"] | None
+    captured: CapturedRouting | None
+
+
+class _Wanted(NamedTuple):
+    """What a forward pass keeps of each layer: all router logits, the routing with the `top` largest ones (0: none)."""
+
+    logits: bool = False
+    top: int = 0
+
+
+_NOTHING = _Wanted()
 
 
 def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
@@ -177,7 +197,7 @@ def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], atten
         return checkpoint_name(h + layer.project(heads.reshape(B, T, -1), "attention.o_proj"), STREAM), cache
 
 
-def _sparse_mlp(x: Array, layer: _Layer, valid: Array, capture: bool) -> tuple[Array, _RoutingRecord]:
+def _sparse_mlp(x: Array, layer: _Layer, valid: Array, wanted: _Wanted) -> tuple[Array, _RoutingRecord]:
     config = layer.config
     with jax.named_scope("router"):
         routing = route(
@@ -192,31 +212,44 @@ def _sparse_mlp(x: Array, layer: _Layer, valid: Array, capture: bool) -> tuple[A
         record = _RoutingRecord(
             expert_counts(routing.experts, valid, config.num_experts),
             jnp.sum(jnp.where(valid[:, None], routing.probabilities, 0), axis=0),
-            routing.logits if capture else None,
+            routing.logits if wanted.logits else None,
+            captured_routing(routing, wanted.top) if wanted.top else None,
         )
     with jax.named_scope("experts"):
         gate_up, down = (layer.adapter(path) for path in EXPERT_STACKS)
         return sorted_experts(x, routing, layer.experts(), gate_up, down), record
 
 
-def _dense_mlp(x: Array, layer: _Layer, capture: bool) -> tuple[Array, _RoutingRecord]:
-    E = layer.config.num_experts
+def _dense_mlp(x: Array, layer: _Layer, wanted: _Wanted) -> tuple[Array, _RoutingRecord]:
+    M, E, k = x.shape[0], layer.config.num_experts, layer.config.num_experts_per_tok
     with jax.named_scope("dense_mlp"):
         hidden = swiglu(layer.project(x, "dense.gate_proj"), layer.project(x, "dense.up_proj"))
         y = layer.project(hidden, "dense.down_proj")
-    logits = jnp.zeros((x.shape[0], E), jnp.float32) if capture else None
-    return y, _RoutingRecord(jnp.zeros(E, jnp.int32), jnp.zeros(E, jnp.float32), logits)
+    logits = jnp.zeros((M, E), jnp.float32)
+    nobody = Routing(logits, logits, jnp.zeros((M, k), jnp.int32), logits[:, :k])
+    return y, _RoutingRecord(
+        jnp.zeros(E, jnp.int32),
+        jnp.zeros(E, jnp.float32),
+        logits if wanted.logits else None,
+        captured_routing(nobody, wanted.top) if wanted.top else None,
+    )
 
 
 def _decoder_layer(
-    h: Array, layer: _Layer, is_sparse: Array, tables: tuple[Array, Array], attend: Attend, valid: Array, capture: bool
+    h: Array,
+    layer: _Layer,
+    is_sparse: Array,
+    tables: tuple[Array, Array],
+    attend: Attend,
+    valid: Array,
+    wanted: _Wanted,
 ) -> tuple[Array, Any, _RoutingRecord]:
     """One decoder layer: attention, then the MLP of the layer's kind, each with its residual."""
     config = layer.config
     h, cache = _attention_block(h, layer, tables, attend)
     x = rms_norm(h, layer.weight("attention.post_attention_layernorm"), config.rms_norm_eps).reshape(-1, h.shape[-1])
-    sparse = partial(_sparse_mlp, layer=layer, valid=valid, capture=capture)
-    dense = partial(_dense_mlp, layer=layer, capture=capture)
+    sparse = partial(_sparse_mlp, layer=layer, valid=valid, wanted=wanted)
+    dense = partial(_dense_mlp, layer=layer, wanted=wanted)
     if not config.dense_layers:
         y, record = sparse(x)
     elif not config.sparse_layers:
@@ -271,7 +304,7 @@ class _Run:
     valid: Bool[Array, " M"]
     trainable: Trainable = "none"
     remat: Remat = "low-memory"
-    capture_router_logits: bool = False
+    wanted: _Wanted = _NOTHING
     capture_hidden: bool = False
     control: RoutingControl | None = None
 
@@ -323,7 +356,7 @@ def _run_layers(
             mlp_slot,
         )
         out, new_cache, record = _decoder_layer(
-            h, layer, is_sparse, run.tables, partial(attend, cache), run.valid, run.capture_router_logits
+            h, layer, is_sparse, run.tables, partial(attend, cache), run.valid, run.wanted
         )
         return (out, new_cache), (record, h if run.capture_hidden else None)
 
@@ -348,6 +381,7 @@ def forward(
     remat: Remat = "low-memory",
     capture_router_logits: bool = False,
     capture_hidden: bool = False,
+    capture_routing: int = 0,
     routing_control: RoutingControl | None = None,
 ) -> ForwardOutput:
     """The decoder over whole sequences, a pure function: jit it with the keyword arguments static.
@@ -356,7 +390,8 @@ def forward(
     of its own segment. Computation runs in the dtype of `embed_tokens`. `trainable` says which parameters will be
     differentiated; `remat` what the backward pass recomputes: "low-memory" keeps one [B, T, D] per layer, "fast" all
     that is dear to compute, "balanced" the same but the experts' products (never a copy of a frozen weight).
-    `routing_control` replays or biases the routing.
+    `routing_control` replays or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many
+    of its largest router logits.
     """
     with jax.default_matmul_precision("highest"):
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)
@@ -366,9 +401,8 @@ def forward(
             return causal_attention(query, key, value, segment_ids, config.sliding_window), cache
 
         valid = segment_ids.reshape(-1) > 0
-        run = _Run(
-            config, lora, tables, valid, trainable, remat, capture_router_logits, capture_hidden, routing_control
-        )
+        wanted = _Wanted(capture_router_logits, capture_routing)
+        run = _Run(config, lora, tables, valid, trainable, remat, wanted, capture_hidden, routing_control)
         h, _, records, inputs = _run_layers(run, h, params, adapters, attend, None)
         hidden = rms_norm(h, params["norm"], config.rms_norm_eps)
     sparse = np.asarray(config.sparse_layers, np.int32)
@@ -376,7 +410,18 @@ def forward(
     logits = None
     if records.logits is not None:
         logits = records.logits[sparse].reshape(len(sparse), *input_ids.shape, config.num_experts)
-    return ForwardOutput(hidden, stats, logits, inputs)
+    return ForwardOutput(hidden, stats, logits, inputs, _captured(records, config, input_ids.shape))
+
+
+def _captured(records: _RoutingRecord, config: Qwen3MoeConfig, shape: tuple[int, ...]) -> CapturedRouting | None:
+    """The captured routing of the MoE layers as [Ls, B, T, ...]."""
+    if records.captured is None:
+        return None
+    sparse = np.asarray(config.sparse_layers, np.int32)
+    every = len(sparse) == config.num_hidden_layers  # the usual case: no copy
+    return CapturedRouting(
+        *((a if every else a[sparse]).reshape(len(sparse), *shape, *a.shape[2:]) for a in records.captured)
+    )
 
 
 def forward_cached(
@@ -396,6 +441,23 @@ def forward_cached(
     the cache is only written. The first `length` of a row's T tokens are real; what the others write lies past the
     row's end, where no query looks before a later call has overwritten it. Positions must stay below the cache's S.
     """
+    return forward_cached_routed(params, adapters, input_ids, start, length, cache, config=config, lora=lora)[:2]
+
+
+def forward_cached_routed(
+    params: Params,
+    adapters: Params,
+    input_ids: Int[Array, "B T"],
+    start: Int[Array, " B"] | None,
+    length: Int[Array, " B"],
+    cache: KVCache,
+    *,
+    config: Qwen3MoeConfig,
+    lora: LoraConfig | None = None,
+    capture_routing: int = 0,
+    routing_control: RoutingControl | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache, CapturedRouting | None]:
+    """`forward_cached` with its routing captured, replayed or biased, as in `forward`."""
     B, T = input_ids.shape
     S = cache.key.shape[2]
     with jax.default_matmul_precision("highest"):
@@ -419,8 +481,10 @@ def forward_cached(
 
         valid = (jnp.arange(T) < length[:, None]).reshape(-1)
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)
-        h, cache, _, _ = _run_layers(_Run(config, lora, tables, valid), h, params, adapters, attend, cache)
-        return rms_norm(h, params["norm"], config.rms_norm_eps), cache
+        run = _Run(config, lora, tables, valid, wanted=_Wanted(top=capture_routing), control=routing_control)
+        h, cache, records, _ = _run_layers(run, h, params, adapters, attend, cache)
+        hidden = rms_norm(h, params["norm"], config.rms_norm_eps)
+        return hidden, cache, _captured(records, config, input_ids.shape)
 
 
 def empty_cache(config: Qwen3MoeConfig, batch: int, slots: int, dtype: Any) -> KVCache:

@@ -19,7 +19,7 @@ from jaxmoe.data import Batch
 from jaxmoe.loss import cross_entropy
 from jaxmoe.model import Params, Remat, RouterStats, forward, head_weight
 from jaxmoe.parameters import parameter_specs
-from jaxmoe.router import load_balancing_loss
+from jaxmoe.router import RoutingControl, load_balancing_loss
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -59,6 +59,9 @@ class Model(NamedTuple):
             params, adapters = frozen, trainable
         else:
             params, adapters = {path: array.astype(self.dtype) for path, array in trainable.items()}, {}
+        control = None
+        if batch.experts is not None:
+            control = RoutingControl(experts=jnp.moveaxis(batch.experts, -2, 0).astype(jnp.int32))
         out = forward(
             params,
             adapters,
@@ -69,6 +72,7 @@ class Model(NamedTuple):
             lora=self.lora,
             trainable="none" if not train else "all" if self.lora is None else "adapters",
             remat=self.remat,
+            routing_control=control,
         )
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         head = head_weight(params, self.config)
