@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe import cudnn, projections
 from jaxmoe.attention import causal_attention
-from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
+from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
@@ -43,7 +43,8 @@ from jaxmoe.layers import (
     rotary_tables,
     swiglu,
 )
-from jaxmoe.parameters import ParameterSpec, Quantization, layer_paths, lora_specs, parameter_specs, stored_specs
+from jaxmoe.loading import load_stacks
+from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, parameter_specs, stored_specs
 from jaxmoe.recode import quantized
 from jaxmoe.router import RoutingControl, expert_counts, load_balancing_loss, route
 
@@ -561,7 +562,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         if quantize is not None:
             source = quantized(source, quantize)
         config = source.config if dtype is None else source.config.replace(dtype=dtype)
-        params = _load_stacks(config, source)
+        params = load_stacks(config, source)
         if adapter is None:
             return cls(config, params)
         if is_adapter(adapter):
@@ -623,24 +624,3 @@ class Qwen3MoeForCausalLM(nnx.Module):
 def _logits(params, adapters, input_ids, position_ids, segment_ids, *, config, **options):
     out = forward(params, adapters, input_ids, position_ids, segment_ids, config=config, **options)
     return logits_of(out.hidden, head_weight(params, config)), out
-
-
-@partial(jax.jit, donate_argnums=0)
-def _fill(stack: Array, value: Array, slot: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value, slot, 0)
-
-
-def _load_stacks(config: Qwen3MoeConfig, source: Checkpoint) -> Params:
-    """Fills preallocated stacks on the device from a stream of layers; the host holds one layer at a time."""
-    params = {
-        path: jnp.zeros(spec.shape, spec.dtype or source.dtypes[path])
-        for path, spec in stored_specs(config, source.quantization).items()
-        if "." in path
-    }
-    for block in source.blocks():
-        if block.layer is None:
-            params |= {path: jnp.asarray(value) for path, value in block.arrays.items()}
-            continue
-        for path, slot in layer_paths(config, block.layer, source.quantization):
-            params[path] = _fill(params[path], block.arrays[path], slot)
-    return params

@@ -42,7 +42,9 @@ LAYERS = {
     "checkpoint": {"config", "errors", "files", "parameters"},
     "export": {"checkpoint", "config", "data", "parameters"},
     "metrics": set(),
+    "loading": {"checkpoint", "config", "parameters"},
     "model": {
+        "loading",
         "attention",
         "checkpoint",
         "config",
