@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from convert.hf2jax import hf2jax, read_hf
-from jaxmoe.checkpoint import Block, read_converted
+from jaxmoe.checkpoint import Block, Checkpoint, Layout, read_converted
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.loading import load_stacks
-from jaxmoe.parameters import layer_paths, parameter_specs, top_level_paths
+from jaxmoe.parameters import Quantization, layer_paths, parameter_specs, top_level_paths
 from jaxmoe.recode import quantized
 from tests.configs import config_of
 from tests.make_checkpoint import make_checkpoint
@@ -25,7 +25,7 @@ from tests.make_checkpoint import make_checkpoint
 def test_stacks_hold_the_blocks(form, tmp_path):
     config = config_of("mlp_only_layers")
     make_checkpoint(tmp_path / "hf", config, layout="fused" if form == "fused" else "per_expert", dtype="bfloat16")
-    source = read_hf(tmp_path / "hf", "float32" if form == "float32" else None)
+    source: Checkpoint = read_hf(tmp_path / "hf", "float32" if form == "float32" else None)
     if form == "converted":
         hf2jax(tmp_path / "hf", tmp_path / "jax")
         source = read_converted(tmp_path / "jax")
@@ -46,7 +46,9 @@ def test_stacks_hold_the_blocks(form, tmp_path):
 class Watched:
     """A checkpoint of ones that counts its readers and the layers that are alive."""
 
-    quantization, layout, stored_tied_head = None, "fused", False
+    quantization: Quantization | None = None
+    layout: Layout = "fused"
+    stored_tied_head = False
 
     def __init__(self, config: Qwen3MoeConfig, path, broken: int | None = None):
         self.path, self.config, self.broken = path, config, broken
