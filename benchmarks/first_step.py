@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     _, metrics = compiled(params, state, batch)
     loss = float(metrics.loss)
     mark()
-    seconds = {name: stop - start for name, start, stop in zip(STAGES, marks, marks[1:], strict=True)}
+    seconds = {name: stop - start for name, start, stop in zip(STAGES, marks[:-1], marks[1:], strict=True)}
     total = sum(value for name, value in seconds.items() if "excluded" not in name)
     return {"stages": seconds, "total": total, "loss": loss, "device": jax.local_devices()[0].device_kind}
 
