@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 # Named scopes of the model and the step, innermost wins; `attention` without `dot_product_attention` is projections,
-# norms and rotary embedding.
+# norms and rotary embedding; `experts` without a part is what XLA fused across them.
 STAGES = (
     "dot_product_attention",
     "attention",
@@ -28,6 +28,8 @@ STAGES = (
     "swiglu",
     "down",
     "combine",
+    "weight_gradients",
+    "nf4_decode",
     "experts",
     "dense_mlp",
     "head",

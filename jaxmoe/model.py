@@ -591,12 +591,17 @@ class Qwen3MoeForCausalLM(nnx.Module):
             output_router_logits: also give router logits and the load-balancing loss over unpadded tokens.
             output_hidden_states: also give each layer's input and, last, the normed output, as transformers does.
             routing_control: replays recorded experts ([Ls, B, T, k]) or biases the router logits ([Ls, E]).
+
+        Raises:
+            ValueError: both `attention_mask` and `segment_ids`, or a document in several pieces.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         if segment_ids is not None and attention_mask is not None:
             raise ValueError("segment_ids and attention_mask: expected at most one, found both")
         if segment_ids is None:
             segment_ids = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not isinstance(segment_ids, jax.core.Tracer):
+            _check_contiguous(np.asarray(segment_ids))
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         logits, out = _logits(
@@ -618,6 +623,15 @@ class Qwen3MoeForCausalLM(nnx.Module):
         if output_hidden_states:
             hidden = (*out.layer_inputs, out.hidden)
         return CausalLMOutput(logits, router, aux, hidden)
+
+
+def _check_contiguous(segments: np.ndarray) -> None:
+    """Raises ValueError when a segment is not one run of a row: attention takes runs for segments (`jaxmoe.cudnn`)."""
+    for row, ids in enumerate(segments):
+        starts = ids[np.flatnonzero(np.diff(ids, prepend=0))]
+        starts = starts[starts > 0]
+        if len(np.unique(starts)) < len(starts):
+            raise ValueError(f"row {row}: expected each document, or all unpadded tokens, in one piece, found several")
 
 
 @partial(jax.jit, static_argnames=("config", "lora", "capture_router_logits", "capture_hidden"))
