@@ -42,6 +42,7 @@ LAYERS = {
     "checkpoint": {"config", "errors", "files", "parameters"},
     "export": {"checkpoint", "config", "data", "parameters"},
     "metrics": set(),
+    "xla": set(),
     "loading": {"checkpoint", "config", "parameters"},
     "model": {
         "loading",
