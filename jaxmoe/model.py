@@ -408,13 +408,17 @@ def forward_cached(
         mask = attention_mask(positions, slots, ones((B, T)), ones((B, S)), config.sliding_window)
         rows = jnp.arange(B)[:, None]
 
+        def whole_rows(stack, new, layer):
+            return jax.lax.dynamic_update_slice(stack, new[None, :, :S].astype(stack.dtype), (layer, 0, 0, 0, 0))
+
         def attend(cache, query, key, value, layer):
+            if start is None:
+                # What lies behind a row's end comes after every real token: causality alone excludes it.
+                out = causal_attention(query, key, value, None, config.sliding_window)
+                return out, KVCache(*(whole_rows(*pair, layer) for pair in ((cache.key, key), (cache.value, value))))
             # Out-of-range writes (a bucket's padding past S) are dropped, never clamped onto the last slot.
             keys = cache.key.at[layer, rows, positions].set(key.astype(cache.key.dtype), mode="drop")
             values = cache.value.at[layer, rows, positions].set(value.astype(cache.value.dtype), mode="drop")
-            if start is None:
-                # What lies behind a row's end comes after every real token: causality alone excludes it.
-                return causal_attention(query, key, value, None, config.sliding_window), KVCache(keys, values)
             here = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
             return attention(query, here(keys), here(values), mask), KVCache(keys, values)
 
