@@ -78,7 +78,7 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, 
         found["flops"] = limits.matmul_flops_per_second()
     if args.stages:
         ids = jax.device_put(ids_of(0))
-        found["profile"] = stages.profile(lambda: compiled(params, ids), compiled.as_text())
+        found["profile"] = stages.profile(lambda: compiled(params, ids), compiled)
     return found
 
 
@@ -154,9 +154,9 @@ def main() -> None:
         print(f"\n{name}: {args.preset}, {config.num_hidden_layers} layers")
         print(f"{'':22}{'ms':>9}{'tokens/s':>10}{'of limit':>9}{'peak':>10}{'first':>8}{'load':>6}", flush=True)
         for side in args.sides.split(","):
-            found = {"failed": "not installed"}
+            found: dict[str, Any] = {"failed": "not installed"}
             if installed(side):
-                found: dict[str, Any] = measure_apart(side, name, argv, "benchmarks.prefill")
+                found = measure_apart(side, name, argv, "benchmarks.prefill")
             record[f"{name}: {side}"] = found
             if "failed" in found:
                 print(f"{side:22} {found['failed']}", flush=True)

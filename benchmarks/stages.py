@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 # Named scopes of the model and the step, innermost wins; `attention` without `dot_product_attention` is projections,
-# norms and rotary embedding.
+# norms and rotary embedding; `experts` without a part is what XLA fused across them.
 STAGES = (
     "dot_product_attention",
     "attention",
@@ -28,6 +28,8 @@ STAGES = (
     "swiglu",
     "down",
     "combine",
+    "weight_gradients",
+    "nf4_decode",
     "experts",
     "dense_mlp",
     "head",
@@ -102,8 +104,8 @@ def slowest(
     return [(name, sum(times) / steps, len(times) // steps, paths.get(name, "")) for name, times in ranked]
 
 
-def profile(run: Callable[[], Any], hlo: str, steps: int = 3, keep: pathlib.Path | None = None) -> dict[str, Any]:
-    """Runs `run`, which has been compiled to the text `hlo` and warmed up, `steps` times under the profiler.
+def profile(run: Callable[[], Any], compiled: Any, steps: int = 3, keep: pathlib.Path | None = None) -> dict[str, Any]:
+    """Runs `run`, a call of `compiled` that has been warmed up, `steps` times under the profiler.
 
     Returns "stages" [[stage, pass, milliseconds a step]], "busy" (milliseconds a step) and "slowest"; `keep` also
     stores the trace there, for Perfetto.
@@ -117,7 +119,7 @@ def profile(run: Callable[[], Any], hlo: str, steps: int = 3, keep: pathlib.Path
         content = file.read_bytes()
     if keep is not None:
         keep.write_bytes(content)
-    events, paths = kernels(json.loads(gzip.decompress(content))), scopes(hlo)
+    events, paths = kernels(json.loads(gzip.decompress(content))), scopes(compiled.as_text())
     stages = [[*key, value] for key, value in breakdown(events, paths, steps).items()]
     return {"stages": stages, "busy": busy(events) / steps, "slowest": slowest(events, paths, steps, 15)}
 

@@ -120,7 +120,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
             state, metrics = compiled(params, state, batch(0))
             return metrics
 
-        found["profile"] = stages.profile(queued, compiled.as_text(), keep=args.trace)
+        found["profile"] = stages.profile(queued, compiled, keep=args.trace)
     return found
 
 
@@ -268,7 +268,9 @@ def main() -> None:
             flush=True,
         )
         for side in args.sides.split(","):
-            found = measure_apart(side, name, argv) if installed(side) else {"failed": "not installed"}
+            found: dict[str, Any] = {"failed": "not installed"}
+            if installed(side):
+                found = measure_apart(side, name, argv)
             record[f"{name}: {side}"] = found
             if "failed" in found:
                 print(f"{side:22} {found['failed']}", flush=True)

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as fused
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+fused: Any = fused_attention_stablehlo  # untyped
 
 MAX_RUNS = 16
 OUT, LOG_SUM = "attention_out", "attention_log_sum"  # for recomputation policies: what the backward pass needs saved
@@ -180,7 +182,8 @@ def _packed_backward(
         )
         gradients = _backward(query, keys, values, group, window, by_sequence, out, d_out)
         gradients = gradients[0], _of_group(gradients[1], key), _of_group(gradients[2], value)
-        return tuple(_where_covered(group, new, old) for new, old in zip(gradients, carry, strict=True))
+        d_query, d_key, d_value = (_where_covered(group, *pair) for pair in zip(gradients, carry, strict=True))
+        return d_query, d_key, d_value
 
     return _over_groups(run, step, (jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)))
 

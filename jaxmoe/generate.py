@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe import xla
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
@@ -292,6 +293,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """`python -m jaxmoe.generate`: prints each prompt's continuation, a single one as it comes."""
     args = _parser().parse_args()
+    xla.configure()
     from jaxmoe.data import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe import cudnn, projections
 from jaxmoe.attention import causal_attention
-from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
+from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
@@ -43,7 +43,8 @@ from jaxmoe.layers import (
     rotary_tables,
     swiglu,
 )
-from jaxmoe.parameters import ParameterSpec, Quantization, layer_paths, lora_specs, parameter_specs, stored_specs
+from jaxmoe.loading import load_stacks
+from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, parameter_specs, stored_specs
 from jaxmoe.recode import quantized
 from jaxmoe.router import (
     CapturedRouting,
@@ -469,13 +470,17 @@ def forward_cached_routed(
         mask = attention_mask(positions, slots, ones((B, T)), ones((B, S)), config.sliding_window)
         rows = jnp.arange(B)[:, None]
 
+        def whole_rows(stack, new, layer):
+            return jax.lax.dynamic_update_slice(stack, new[None, :, :S].astype(stack.dtype), (layer, 0, 0, 0, 0))
+
         def attend(cache, query, key, value, layer):
+            if start is None:
+                # What lies behind a row's end comes after every real token: causality alone excludes it.
+                out = causal_attention(query, key, value, None, config.sliding_window)
+                return out, KVCache(*(whole_rows(*pair, layer) for pair in ((cache.key, key), (cache.value, value))))
             # Out-of-range writes (a bucket's padding past S) are dropped, never clamped onto the last slot.
             keys = cache.key.at[layer, rows, positions].set(key.astype(cache.key.dtype), mode="drop")
             values = cache.value.at[layer, rows, positions].set(value.astype(cache.value.dtype), mode="drop")
-            if start is None:
-                # What lies behind a row's end comes after every real token: causality alone excludes it.
-                return causal_attention(query, key, value, None, config.sliding_window), KVCache(keys, values)
             here = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
             return attention(query, here(keys), here(values), mask), KVCache(keys, values)
 
@@ -625,7 +630,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         if quantize is not None:
             source = quantized(source, quantize)
         config = source.config if dtype is None else source.config.replace(dtype=dtype)
-        params = _load_stacks(config, source)
+        params = load_stacks(config, source)
         if adapter is None:
             return cls(config, params)
         if is_adapter(adapter):
@@ -654,12 +659,17 @@ class Qwen3MoeForCausalLM(nnx.Module):
             output_router_logits: also give router logits and the load-balancing loss over unpadded tokens.
             output_hidden_states: also give each layer's input and, last, the normed output, as transformers does.
             routing_control: replays recorded experts ([Ls, B, T, k]) or biases the router logits ([Ls, E]).
+
+        Raises:
+            ValueError: both `attention_mask` and `segment_ids`, or a document in several pieces.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         if segment_ids is not None and attention_mask is not None:
             raise ValueError("segment_ids and attention_mask: expected at most one, found both")
         if segment_ids is None:
             segment_ids = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not isinstance(segment_ids, jax.core.Tracer):
+            _check_contiguous(np.asarray(segment_ids))
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         logits, out = _logits(
@@ -683,28 +693,16 @@ class Qwen3MoeForCausalLM(nnx.Module):
         return CausalLMOutput(logits, router, aux, hidden)
 
 
+def _check_contiguous(segments: np.ndarray) -> None:
+    """Raises ValueError when a segment is not one run of a row: attention takes runs for segments (`jaxmoe.cudnn`)."""
+    for row, ids in enumerate(segments):
+        starts = ids[np.flatnonzero(np.diff(ids, prepend=0))]
+        starts = starts[starts > 0]
+        if len(np.unique(starts)) < len(starts):
+            raise ValueError(f"row {row}: expected each document, or all unpadded tokens, in one piece, found several")
+
+
 @partial(jax.jit, static_argnames=("config", "lora", "capture_router_logits", "capture_hidden"))
 def _logits(params, adapters, input_ids, position_ids, segment_ids, *, config, **options):
     out = forward(params, adapters, input_ids, position_ids, segment_ids, config=config, **options)
     return logits_of(out.hidden, head_weight(params, config)), out
-
-
-@partial(jax.jit, donate_argnums=0)
-def _fill(stack: Array, value: Array, slot: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value, slot, 0)
-
-
-def _load_stacks(config: Qwen3MoeConfig, source: Checkpoint) -> Params:
-    """Fills preallocated stacks on the device from a stream of layers; the host holds one layer at a time."""
-    params = {
-        path: jnp.zeros(spec.shape, spec.dtype or source.dtypes[path])
-        for path, spec in stored_specs(config, source.quantization).items()
-        if "." in path
-    }
-    for block in source.blocks():
-        if block.layer is None:
-            params |= {path: jnp.asarray(value) for path, value in block.arrays.items()}
-            continue
-        for path, slot in layer_paths(config, block.layer, source.quantization):
-            params[path] = _fill(params[path], block.arrays[path], slot)
-    return params

@@ -171,7 +171,9 @@ def make_train_step(
 
     def train_step(frozen: Params, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, stats, gradients = loss_and_gradients(model, frozen, state.trainable, batch, aux_coefficient)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+            trainable = jax.tree.map(jnp.add, state.trainable, updates)
         metrics = StepMetrics(
             loss=loss,
             aux_loss=load_balancing_loss(*stats) if model.config.sparse_layers else jnp.zeros(()),
@@ -180,7 +182,6 @@ def make_train_step(
             tokens=stats.tokens,
             expert_counts=stats.counts,
         )
-        trainable = jax.tree.map(jnp.add, state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
     return train_step

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from captures import Capture
+from jaxmoe import xla
 from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
@@ -266,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=_help_formatter())
     add_dataclass_arguments(parser, TrainConfig)
     settings = dataclass_from_arguments(TrainConfig, parser.parse_args(argv))
+    xla.configure()
     summary = train(settings)
     if summary["stopped_by"] is not None:
         name = signal.Signals(summary["stopped_by"]).name

@@ -130,7 +130,7 @@ def errors(segments, window, repeated, monkeypatch):
         out, pull = jax.vjp(lambda *args: jnp.where(valid, function(*args), 0), query, key, value)
         return out, *pull(cotangent)
 
-    found = run(lambda *args: cudnn.causal_attention(*args, segments, window))
+    found = run(lambda q, k, v: cudnn.causal_attention(q, k, v, segments, window))
     return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, run(masked), strict=True)]
 
 
@@ -164,3 +164,19 @@ def test_each_group_covers_its_own_runs():
 def test_what_cudnn_does_not_take(dtype, heads, what):
     query = jnp.zeros((1, 4, 2, heads), dtype)
     assert what in str(cudnn.obstacle(query, query))
+
+
+@pytest.mark.parametrize("segments", [None, "packed"])
+def test_jax_s_private_functions_are_called_as_they_are_declared(segments, monkeypatch):
+    """Traced, not run: a version of JAX that declares them otherwise is found without a GPU."""
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn.fused, "check_compute_capability", lambda capability: True)
+    query, key = (jax.ShapeDtypeStruct((2, 96, heads, 64), jnp.bfloat16) for heads in (8, 2))
+    ids = jax.ShapeDtypeStruct((2, 96), jnp.int32)
+
+    def loss(query, key, value, ids):
+        out = cudnn.causal_attention(query, key, value, None if segments is None else ids, 33)
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), query, key, key, ids)
+    assert [(g.shape, g.dtype) for g in gradients] == [(a.shape, a.dtype) for a in (query, key, key)]

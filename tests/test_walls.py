@@ -42,7 +42,10 @@ LAYERS = {
     "checkpoint": {"config", "errors", "files", "parameters"},
     "export": {"checkpoint", "config", "data", "parameters"},
     "metrics": set(),
+    "xla": set(),
+    "loading": {"checkpoint", "config", "parameters"},
     "model": {
+        "loading",
         "attention",
         "checkpoint",
         "config",
