@@ -4,6 +4,8 @@
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
 # make bench      the CPU benchmarks of the README
+# make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
+# make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make clean      removes what the others made
 #
 # demo, test, lint, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
@@ -22,7 +24,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test lint notebooks test-gpu bench clean
+.PHONY: help demo test lint notebooks test-gpu parity parity-gpu bench clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -55,9 +57,25 @@ test-gpu:
 notebooks: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m notebooks $(verdict)
 
+parity: $(INSTALLED)
+	@rm -rf parity-output/demo
+	@$(RUN) -m tests.parity.suite demo --device cpu --out parity-output/demo $(verdict)
+
+# 70 GB on DISK, which should be memory-backed; the folder is removed at the end. The report needs matplotlib.
+DISK ?= /dev/shm/jaxmoe-parity
+parity-gpu:
+	@rm -rf $(DISK) parity-output/trained parity-output/large && mkdir -p $(DISK) parity-output/trained parity-output/large
+	@PYTHON=$(PYTHON) bash examples/pretrain/run.sh deep $(DISK)/deep
+	@$(PYTHON) -m tests.parity.large $(DISK)/large
+	@{ $(PYTHON) -m tests.parity.suite trained --checkpoint $(DISK)/deep/run/model --device gpu --out $(DISK)/out-trained; \
+	  $(PYTHON) -m tests.parity.suite large --checkpoint $(DISK)/large --device gpu --out $(DISK)/out-large; \
+	  for suite in trained large; do for what in results.json flips.csv.gz report minimal; do \
+	    cp -r $(DISK)/out-$$suite/$$what parity-output/$$suite/ 2>/dev/null; done; done; rm -rf $(DISK); \
+	  $(PYTHON) -m tests.parity.results parity-output/trained/results.json parity-output/large/results.json; } $(verdict)
+
 bench: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.train_cpu
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.compile_time
 
 clean:
-	rm -rf $(VENV) build dist demo-output pretrain-output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis

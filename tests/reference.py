@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,13 @@ class Reference:
             self._add_adapters(lora, adapters)
         return self
 
+    @classmethod
+    def of(cls, model: Any) -> Reference:
+        """The same around a model that exists, whose adapters, if it is to have any, come later."""
+        self = cls.__new__(cls)
+        self._adopt(model)
+        return self
+
     def forward(
         self,
         input_ids: np.ndarray,
@@ -159,12 +166,23 @@ class Reference:
         aux = self._load_balancing_loss(out, segment_ids)
         loss = loss + (self.config.router_aux_loss_coef if aux_coef is None else aux_coef) * aux
         loss.backward()
+        return float(loss.detach()), self.gradients()
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """The gradient of every adapter weight, under the paths of `jaxmoe`."""
+        for path, slot, parameter, _ in self._adapter_parameters():
+            assert parameter.grad is not None, f"{path}[{slot}] has no gradient"
+        return self._stacked(lambda parameter: parameter.grad)
+
+    def adapters(self) -> dict[str, np.ndarray]:
+        """The adapter weights as they are now, under the paths of `jaxmoe`."""
+        return self._stacked(lambda parameter: parameter.detach())
+
+    def _stacked(self, read: Callable[[torch.nn.Parameter], Any]) -> dict[str, np.ndarray]:
         stacks: dict[str, dict[int, np.ndarray]] = {}
         for path, slot, parameter, experts in self._adapter_parameters():
-            assert parameter.grad is not None, f"{path}[{slot}] has no gradient"
-            stacks.setdefault(path, {})[slot] = _unpack(parameter.grad, path, experts).float().numpy()
-        gradients = {path: np.stack([slots[i] for i in sorted(slots)]) for path, slots in stacks.items()}
-        return float(loss.detach()), gradients
+            stacks.setdefault(path, {})[slot] = _unpack(read(parameter), path, experts).float().cpu().numpy()
+        return {path: np.stack([slots[i] for i in sorted(slots)]) for path, slots in stacks.items()}
 
     def load_balancing_loss(
         self, input_ids: np.ndarray, position_ids: np.ndarray | None = None, segment_ids: np.ndarray | None = None

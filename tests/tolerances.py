@@ -55,6 +55,25 @@ TOLERANCES: dict[str, Tolerance] = {
     "torch_ref_autocast": Tolerance(
         1e-1, 5.3e-2, "an expert gradient under autocast, two bfloat16 results, relative L2"
     ),
+    # the parity suite (tests/parity): both sides against transformers in float32, against float64 in 16 bit
+    "parity_model_kl": Tolerance(1e-10, 6.5e-12, "float32: mean KL of the whole model, nats per token"),
+    "parity_model_fp32": Tolerance(
+        3e-6, 7.1e-7, "float32: logits, and the worst layer's hidden states and router logits"
+    ),
+    "parity_step": Tolerance(1e-3, 7.7e-5, "float32: an adapter's entries after one step of AdamW, in learning rates"),
+    "parity_16_bit": Tolerance(1.0, 0.95, "16 bit, pinned: KL and mean error of layers, over transformers' own"),
+    "parity_16_bit_gradients": Tolerance(1.0, 0.79, "16 bit: error of all adapter gradients, over PEFT's own"),
+    # torch_ref rounds both low-rank products and their sum to 16 bit, where PEFT keeps them in float32
+    "parity_16_bit_torch_ref_adapted": Tolerance(1.25, 1.16, "16 bit: the two above for torch_ref with adapters"),
+    "parity_pinned_kl": Tolerance(1e-4, 1.5e-4, "16 bit, experts pinned: mean KL against float64; a goal, not a bound"),
+    "bisection_fp32": Tolerance(1e-5, 0.0, "float32: what one layer or operation may be off by before it is named"),
+    "bisection_16_bit": Tolerance(5e-2, 0.0, "16 bit: the same"),
+    # The margin above which no choice of experts may flip: the 99.9th percentile of what the differences of stock
+    # transformers' router logits are off by, pinned, against float64. Measured: the widest flip.
+    "flip_margin_demo_float32": Tolerance(2.3e-5, 0.0, "demo checkpoint, float32"),
+    "flip_margin_demo_bfloat16": Tolerance(8.5e-2, 5.4e-2, "demo checkpoint, bfloat16"),
+    "flip_margin_demo-adapter_float32": Tolerance(3.3e-5, 0.0, "demo checkpoint with a random adapter, float32"),
+    "flip_margin_demo-adapter_bfloat16": Tolerance(1.8e-1, 8.0e-2, "demo checkpoint with a random adapter, bfloat16"),
     "torch_ref_gpu_bf16": Tolerance(3e-2, 0.0, "the two expert implementations in bfloat16 on a GPU, relative L2"),
 }
 

@@ -1,0 +1,84 @@
+"""`python -m tests.parity`: any checkpoint through transformers, torch_ref and jaxmoe, compared number by number.
+
+Exit codes: 0 everything holds; 1 a check failed or a planted fault was not caught; 2 bad input, in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+
+from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.errors import UserError
+from tests.parity import cases, engine
+from tests.parity.plan import Case, Plan, write_batch
+from tests.parity.results import finish
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main() -> int:
+    """Parses the command line, runs the sides, writes results and report."""
+    args = _arguments()
+    if args.out.exists():
+        raise UserError(f"{args.out}: expected a folder that does not exist yet, found one")
+    config = Qwen3MoeConfig.from_pretrained(args.checkpoint)
+    if not any(args.checkpoint.glob("*.safetensors")):
+        raise UserError(f"{args.checkpoint}: expected a Hugging Face folder with safetensors, found none")
+    if args.length > config.max_position_embeddings:
+        raise UserError(f"--length: expected at most {config.max_position_embeddings}, found {args.length}")
+    args.out.mkdir(parents=True)
+    selected = _cases(args, config)
+    command = f"python -m tests.parity {shlex.join(sys.argv[1:])}"
+    plan = Plan(args.out, args.device, tuple(selected), command)
+    if args.quantize:
+        engine.quantize([(args.checkpoint, args.out / "nf4")], "bfloat16", args.device)
+    engine.run(plan)
+    return finish(plan, f"Parity of {args.checkpoint.resolve().name}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description="Compares transformers, torch_ref and jaxmoe on one checkpoint.")
+    parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a Hugging Face folder in 16 or 32 bit")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder for arrays, results and report")
+    parser.add_argument("--dtype", default="float32,bfloat16", help="what to compute in; a comma-separated list")
+    parser.add_argument("--quantize", choices=("nf4",), help="all sides on the same NF4 bytes")
+    parser.add_argument("--adapter", help="a PEFT folder, or 'random': compares training as well")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--prompt", type=pathlib.Path, help="a text file; otherwise rows of Python's library")
+    parser.add_argument(
+        "--rows", type=int, default=2, choices=(1, 2, 3, 4), help="of Python's library, the last packed"
+    )
+    parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens a row")
+    parser.add_argument("--faults", action="store_true", help="plant the negative controls in float32, too")
+    return parser.parse_args()
+
+
+def _cases(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
+    if args.prompt is None:
+        batch = cases.text_batch(args.checkpoint, args.rows, args.length)
+    else:
+        batch = cases.prompt_batch(args.checkpoint, args.prompt.read_text(encoding="utf-8"))
+        batch = type(batch)(*(array[:, : args.length] for array in batch))
+    at = str(write_batch(args.out / "input.batch", batch))
+    adapter = args.adapter
+    if adapter == "random":
+        adapter = str(cases.write_random_adapter(args.out / "random-adapter", args.checkpoint))
+    runs = ("free", "pinned", "gradients") if adapter else ("free", "pinned")
+    quantized = str(args.out / "nf4") if args.quantize else None
+    out = []
+    for dtype in args.dtype.split(","):
+        if dtype not in _DTYPES:
+            raise UserError(f"--dtype: expected names among {', '.join(_DTYPES)}, found {dtype!r}")
+        strict = dtype == "float32" and args.faults
+        faults = cases.faults_of(config, batch, adapter is not None, bool(quantized)) if strict else ()
+        name = f"{args.checkpoint.resolve().name}-{dtype}"
+        out.append(Case(name, str(args.checkpoint), dtype, at, quantized, adapter, runs, faults))
+    return out
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""What the cases are made of: random adapters, odd configurations written as checkpoints, inputs."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from convert.adapters import write_peft
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.data import load_tokenizer
+from tests.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
+from tests.make_checkpoint import write_tokenizer
+from tests.parity.batches import Batch, checkpoint_batch
+
+LENGTH = 600
+
+
+def write_random_adapter(
+    folder: pathlib.Path, checkpoint: str | pathlib.Path, groups: Sequence[str] | None = None, r: int = 4
+) -> pathlib.Path:
+    """A PEFT adapter with random A and B on `groups` (None: all that the model has), alpha not r."""
+    config = Qwen3MoeConfig.from_pretrained(checkpoint)
+    if groups is None:
+        sparse, dense = config.sparse_layers, config.dense_layers
+        groups = ["attention", *(["router", "experts"] if sparse else []), *(["dense"] if dense else [])]
+    lora = LoraConfig(r=r, alpha=1.5 * r, targets=expand_targets(list(groups)))
+    write_peft(folder, config, lora, random_adapters(config, lora))
+    return folder
+
+
+def write_odd_checkpoint(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The configuration `name` with random weights, written by transformers itself; config.json stays as it is in
+    `tests.configs`, in the words of transformers 4 or 5."""
+    from tests.reference import Reference
+
+    Reference(CONFIGS[name], random_parameters(config_of(name))).model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name], indent=1) + "\n", encoding="utf-8")
+    write_tokenizer(folder)
+    return folder
+
+
+def packed_batch(rows: np.ndarray) -> Batch:
+    """Rows [B, T] of tokens, the last of which is made of two documents."""
+    B, T = rows.shape
+    positions, segments = np.tile(np.arange(T, dtype=np.int32), (B, 1)), np.ones((B, T), np.int32)
+    first = (2 * T) // 5
+    positions[-1, first:] -= first
+    segments[-1, first:] = 2
+    return Batch(np.ascontiguousarray(rows, np.int32), positions, segments)
+
+
+def random_batch(config: Qwen3MoeConfig, rows: int = 2, length: int = LENGTH) -> Batch:
+    """Random tokens; the last row is packed."""
+    return packed_batch(random_tokens(config, rows, length))
+
+
+def text_batch(checkpoint: pathlib.Path, rows: int = 4, length: int = LENGTH) -> Batch:
+    """Up to four rows of Python, as tokens of the checkpoint; the last row is packed."""
+    return packed_batch(checkpoint_batch(length, checkpoint).input_ids[:rows])
+
+
+def prompt_batch(checkpoint: pathlib.Path, prompt: str) -> Batch:
+    """One row: the text `prompt`, as tokens of the checkpoint."""
+    ids = np.asarray([load_tokenizer(checkpoint)(prompt)["input_ids"]], np.int32)
+    return Batch(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))
+
+
+def faults_of(config: Qwen3MoeConfig, batch: Batch, adapter: bool, quantized: bool) -> tuple[str, ...]:
+    """The planted faults that change what this model computes for this batch."""
+    return (
+        *(("gate and up swapped", "experts permuted") if config.sparse_layers else ()),
+        *(("no renormalisation" if config.norm_topk_prob else "softmax after top-k",) if config.sparse_layers else ()),
+        "rotary base 10 % off",
+        "q and k norm missing",
+        *(("documents joined",) if (batch.segment_ids > 1).any() else ()),
+        *(("adapter scaled by 1 over r",) if adapter else ()),
+        *(("NF4 nibbles swapped",) if quantized else ()),
+    )

@@ -1,0 +1,73 @@
+"""Runs a plan: one process per side, one after the other, since a GPU holds one large model at a time."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.parity.plan import Device, Plan, log
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+_COMMANDS = {
+    "exact": ("tests.parity.exact",),
+    "transformers": ("tests.parity.torch_side", "transformers"),
+    "torch_ref": ("tests.parity.torch_side", "torch_ref"),
+    "jaxmoe": ("tests.parity.jax_side",),
+}
+
+
+class SideFailed(Exception):
+    """A side's process ended with an error; its output is on stderr."""
+
+
+def run(plan: Plan, parallel: bool = False) -> None:
+    """Writes the plan and runs every side of it, the oracle first: the others are pinned to its experts.
+
+    `parallel` runs the others at the same time, which small models allow. A case that fails on a side is missing from
+    the arrays, and so fails the verdict; the other cases go on.
+
+    Raises:
+        SideFailed: the oracle failed.
+    """
+    plan.write()
+    first, *others = plan.sides
+    run_module(*_COMMANDS[first], plan.folder, device=plan.device)
+    with ThreadPoolExecutor(len(others) if parallel else 1) as pool:
+        jobs = [pool.submit(run_module, *_COMMANDS[side], plan.folder, device=plan.device) for side in others]
+    for job in jobs:
+        try:
+            job.result()
+        except SideFailed as error:
+            log("run", str(error))
+
+
+def quantize(pairs: Sequence[tuple[str | pathlib.Path, str | pathlib.Path]], dtype: str, device: Device) -> None:
+    """Writes each (source, target) checkpoint in bitsandbytes' NF4."""
+    place = "cpu" if device == "cpu" else "cuda:0"
+    arguments = [word for source, target in pairs for word in (source, target, dtype, place)]
+    run_module("tests.parity.torch_side", "quantize", *arguments, device=device)
+
+
+def run_module(*command: object, device: Device) -> None:
+    """Runs `python -m ...` from the repository's root."""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if device == "cpu":
+        environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        # Two frameworks may share the GPU. Deterministic kernels and no autotuning, as in `make test-gpu`.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+        environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags.strip()}
+    words = [str(word) for word in command]
+    log("run", " ".join(words))
+    if subprocess.run([sys.executable, "-m", *words], cwd=ROOT, env=environment, check=False).returncode:
+        raise SideFailed(f"{words[0]} failed: {' '.join(words[1:])}")

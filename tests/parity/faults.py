@@ -1,0 +1,91 @@
+"""The negative controls: faults that other implementations really had, put into jaxmoe's own path.
+
+Each is a context manager under which the product computes something else; what is compiled inside it has the fault.
+The suite must fail with each of them, and pass without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+import jaxmoe.attention
+import jaxmoe.config
+import jaxmoe.dequantize
+import jaxmoe.dispatch
+import jaxmoe.layers
+import jaxmoe.model
+
+Fault = Callable[[], AbstractContextManager[None]]
+
+
+def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Fault:
+    @contextlib.contextmanager
+    def planted() -> Iterator[None]:
+        with mock.patch.object(owner, name, make(getattr(owner, name))):
+            yield
+
+    return planted
+
+
+def _without_renormalisation(route: Any) -> Any:
+    return lambda *args, **kwargs: route(*args, **(kwargs | {"norm_topk_prob": False}))
+
+
+def _softmax_after_top_k(route: Any) -> Any:
+    """The same as softmax, top-k and renormalisation: only where a model does not renormalise is it a fault."""
+
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        routing = route(*args, **kwargs)
+        chosen = jnp.take_along_axis(routing.logits, routing.experts, axis=-1)
+        return routing._replace(weights=jax.nn.softmax(chosen, axis=-1))
+
+    return routed
+
+
+def _rotary_base_off(frequencies: Any) -> Any:
+    def off(rope: Any, head_dim: int) -> Any:
+        return frequencies(dataclasses.replace(rope, rope_theta=1.1 * rope.rope_theta), head_dim)
+
+    return off
+
+
+def _without_query_and_key_norm(rms_norm: Any) -> Any:
+    # only queries and keys are four-dimensional when they are normed
+    return lambda x, weight, eps: x if x.ndim == 4 else rms_norm(x, weight, eps)
+
+
+def _two_experts_exchanged(experts: Any) -> Any:
+    """The router's choice stands; the weights of expert 0 lie where those of expert 1 belong, and the reverse."""
+
+    def exchanged(x: Any, routing: Any, *args: Any) -> Any:
+        chosen = jnp.where(routing.experts < 2, 1 - routing.experts, routing.experts)
+        return experts(x, routing._replace(experts=chosen), *args)
+
+    return exchanged
+
+
+def _documents_joined(mask: Any) -> Any:
+    return lambda q, k, qs, ks, window: mask(q, k, jnp.minimum(qs, 1), jnp.minimum(ks, 1), window)
+
+
+FAULTS: dict[str, Fault] = {
+    "gate and up swapped": _replaced(jaxmoe.dispatch, "swiglu", lambda swiglu: lambda gate, up: swiglu(up, gate)),
+    "no renormalisation": _replaced(jaxmoe.model, "route", _without_renormalisation),
+    "rotary base 10 % off": _replaced(jaxmoe.layers, "rotary_frequencies", _rotary_base_off),
+    "q and k norm missing": _replaced(jaxmoe.model, "rms_norm", _without_query_and_key_norm),
+    "experts permuted": _replaced(jaxmoe.model, "sorted_experts", _two_experts_exchanged),
+    "softmax after top-k": _replaced(jaxmoe.model, "route", _softmax_after_top_k),
+    "adapter scaled by 1 over r": _replaced(
+        jaxmoe.config.LoraConfig, "scale", lambda scale: lambda self, target: scale(self, target) / self.alpha
+    ),
+    "NF4 nibbles swapped": _replaced(jaxmoe.dequantize, "_PAIRS", lambda pairs: pairs[:, ::-1]),
+    "documents joined": _replaced(jaxmoe.attention, "attention_mask", _documents_joined),
+}

@@ -1,0 +1,77 @@
+"""The product's forward pass under jit, for parity tests that run in one process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe import model
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from tests import oracle
+from tests.parity.batches import Batch
+
+# On a CPU nearly all of the suite's time is spent in LLVM; less optimisation halves it and reorders no sum.
+COMPILER_OPTIONS = (
+    {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    if jax.default_backend() == "cpu"
+    else {}
+)
+
+
+class ProductOutput(NamedTuple):
+    """As `oracle.OracleOutput`, with what the product counted while routing."""
+
+    logits: np.ndarray
+    hidden: np.ndarray
+    router_logits: np.ndarray
+    selected: np.ndarray
+    counts: np.ndarray
+    aux_loss: float
+
+
+def product(
+    config: Qwen3MoeConfig,
+    params: Mapping[str, np.ndarray],
+    batch: Batch,
+    *,
+    dtype: str = "float32",
+    lora: LoraConfig | None = None,
+    adapters: Mapping[str, np.ndarray] | None = None,
+    fresh: bool = False,
+) -> ProductOutput:
+    """Runs `jaxmoe`; `fresh` compiles anew, which a test that patches the product needs."""
+    step = _compiled.__wrapped__(config, lora) if fresh else _compiled(config, lora)
+    cast = {path: jnp.asarray(array, dtype) for path, array in params.items()}
+    logits, out, aux = step(cast, {k: jnp.asarray(v) for k, v in (adapters or {}).items()}, *map(jnp.asarray, batch))
+    logits, out = jax.tree.map(lambda x: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None), (logits, out))
+    hidden = np.concatenate([out.layer_inputs, out.hidden[None]])
+    # The choice is made from float32 probabilities, lowest index first where they tie.
+    probabilities = np.asarray(jax.nn.softmax(out.router_logits, axis=-1))
+    selected = oracle.top_k(probabilities, config.num_experts_per_tok)
+    return ProductOutput(logits, hidden, out.router_logits, selected, out.stats.counts, float(aux))
+
+
+@functools.cache
+def _compiled(config: Qwen3MoeConfig, lora: LoraConfig | None):
+    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    def run(params, adapters, input_ids, position_ids, segment_ids):
+        out = model.forward(
+            params,
+            adapters,
+            input_ids,
+            position_ids,
+            segment_ids,
+            config=config,
+            lora=lora,
+            capture_router_logits=True,
+            capture_hidden=True,
+        )
+        aux = model.load_balancing_loss(*out.stats) if config.sparse_layers else jnp.zeros(())
+        return model.logits_of(out.hidden, model.head_weight(params, config)), out, aux
+
+    return run

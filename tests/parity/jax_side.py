@@ -1,0 +1,165 @@
+"""Runs a plan's cases in jaxmoe: its own loading, forward pass and training step, negative controls included.
+
+python -m tests.parity.jax_side PLAN
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import io_callback
+
+import jaxmoe.model
+import jaxmoe.step
+from jaxmoe import Qwen3MoeForCausalLM
+from jaxmoe.data import Batch as TrainingBatch
+from jaxmoe.router import RoutingControl
+from tests import oracle
+from tests.parity.batches import Batch
+from tests.parity.environment import write_environment
+from tests.parity.faults import FAULTS
+from tests.parity.inprocess import COMPILER_OPTIONS
+from tests.parity.plan import Case, Plan, log, read_batch, run_cases
+from tests.parity.trace import jax_trace
+
+SIDE = "jaxmoe"
+
+
+@contextlib.contextmanager
+def recorded_routing() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Collects experts and weights [M, k] that each sparse layer is given, in layer order, from inside the scan."""
+    records: list[tuple[np.ndarray, np.ndarray]] = []
+    route = jaxmoe.model.route
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        routing = route(*args, **kwargs)
+        record = lambda experts, weights: records.append((np.array(experts), np.array(weights)))
+        io_callback(record, None, routing.experts, routing.weights, ordered=True)
+        return routing
+
+    with mock.patch.object(jaxmoe.model, "route", recording):
+        yield records
+
+
+def compiler_options(model: Qwen3MoeForCausalLM) -> dict[str, Any]:
+    """Less optimisation on a CPU where a program takes longer to compile than to run: models below a million weights."""
+    small = sum(array.size for array in model.params.values()) < 1_000_000
+    return COMPILER_OPTIONS if small else {}
+
+
+def control_of(pinned: np.ndarray | None) -> RoutingControl | None:
+    """The oracle's experts [Ls, B, T, k] as what the model takes."""
+    return None if pinned is None else RoutingControl(experts=jnp.asarray(pinned, jnp.int32))
+
+
+def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """The arrays that every side dumps."""
+    config, lora = model.config, model.lora_config
+
+    @functools.partial(jax.jit, compiler_options=compiler_options(model))
+    def run(params, adapters, input_ids, position_ids, segment_ids, control):
+        out = jaxmoe.model.forward(
+            params,
+            adapters,
+            input_ids,
+            position_ids,
+            segment_ids,
+            config=config,
+            lora=lora,
+            capture_router_logits=True,
+            capture_hidden=True,
+            routing_control=control,
+        )
+        aux = jaxmoe.model.load_balancing_loss(*out.stats) if config.sparse_layers else jnp.zeros(())
+        return jaxmoe.model.logits_of(out.hidden, jaxmoe.model.head_weight(params, config)), out, aux
+
+    with recorded_routing() as records:
+        result = run(model.params, model.adapters, *map(jnp.asarray, batch), control_of(pinned))
+        logits, out, aux = jax.device_get(jax.block_until_ready(result))
+        jax.effects_barrier()
+    hidden = [np.asarray(h, np.float32) for h in (*out.layer_inputs, out.hidden)]
+    arrays = {"logits": logits, "hidden": np.stack(hidden)}
+    if config.sparse_layers:
+        assert len(records) == len(config.sparse_layers)
+        shape = (len(records), *batch.input_ids.shape, config.num_experts_per_tok)
+        selected, weights = (np.stack(part).reshape(shape) for part in zip(*records, strict=True))
+        # what the router would have chosen: the most probable in float32, the lowest index first where they tie
+        probabilities = np.asarray(jax.nn.softmax(out.router_logits, axis=-1))
+        chosen = oracle.top_k(probabilities, config.num_experts_per_tok).astype(np.int32)
+        arrays |= {"router_logits": out.router_logits, "chosen": chosen, "selected": selected, "weights": weights}
+        arrays["aux_loss"] = np.asarray(aux)
+    return arrays
+
+
+def keep_gradients() -> optax.GradientTransformation:
+    """Changes nothing and remembers, as its state, the gradients that it was given."""
+    return optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
+
+
+def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Loss, gradients, and the adapter after one step: the product's own training step with AdamW."""
+    assert model.lora_config is not None
+    spec = jaxmoe.step.Model(model.config, model.lora_config, case.dtype)
+    rate = optax.constant_schedule(case.learning_rate)
+    adamw = jaxmoe.step.adamw(rate, spec, max_grad_norm=0.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
+    optimizer = optax.chain(keep_gradients(), adamw)
+    labels = batch.labels
+    arrays = (batch.input_ids, np.maximum(labels, 0), (labels >= 0).astype(np.float32))
+    fields = dict(zip(("input_ids", "labels", "weights"), arrays, strict=True))
+    micro = TrainingBatch(**fields, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
+    stepped = jaxmoe.step.make_train_step(spec, optimizer, rate, case.aux_coefficient)
+    # the step has no argument for the routing, so its forward pass is given it here
+    pinned_forward = functools.partial(jaxmoe.step.forward, routing_control=control_of(pinned))
+    with mock.patch.object(jaxmoe.step, "forward", pinned_forward):
+        run = jax.jit(stepped, compiler_options=compiler_options(model))
+        state = jaxmoe.step.initial_state(model.adapters, optimizer)
+        state, metrics = run(model.params, state, jax.tree.map(lambda a: jnp.asarray(a)[None], micro))
+    loss = metrics.loss + case.aux_coefficient * metrics.aux_loss
+    out = {"loss": np.asarray(loss, np.float32)}
+    out |= {f"gradient.{path}": np.asarray(a) for path, a in state.optimizer[0].items()}
+    return out | {f"after.{path}": np.asarray(a) for path, a in state.trainable.items()}
+
+
+def run_case(plan: Plan, case: Case) -> None:
+    """Loads the case's model once and writes the arrays of all of its runs."""
+    model = Qwen3MoeForCausalLM.from_pretrained(
+        case.quantized or case.checkpoint, dtype=case.dtype, adapter=case.adapter
+    )
+    batch = read_batch(case.batch)
+    pinned = plan.oracle_experts(case)
+    for run in case.runs:
+        if run == "gradients":
+            plan.save(case, SIDE, run, train(model, case, batch, pinned))
+        elif run == "trace":
+            plan.save(case, SIDE, run, jax_trace(model, batch))
+        else:
+            plan.save(case, SIDE, run, forward(model, batch, pinned if run == "pinned" else None))
+    for fault in case.faults:
+        log(SIDE, f"{case.name}: planted fault: {fault}")
+        run, function = ("trace", jax_trace) if "trace" in case.runs else ("free", forward)
+        with FAULTS[fault]():
+            plan.save(case, SIDE, f"{run}+{fault}", function(model, batch))
+
+
+def main() -> int:
+    """Runs every case of a plan."""
+    plan = Plan.read(pathlib.Path(sys.argv[1]))
+    if jax.default_backend() != plan.device:
+        raise SystemExit(f"device: expected {plan.device}, JAX runs on {jax.default_backend()}")
+    failed = run_cases(plan, SIDE, lambda case: run_case(plan, case))
+    write_environment(plan, SIDE)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

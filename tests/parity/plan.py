@@ -1,0 +1,152 @@
+"""What is to be run, as every process reads it: cases, where their arrays lie, and how arrays are written.
+
+A plan is a folder: `plan.json`, then `arrays/CASE/SIDE.RUN.safetensors` from the sides and `SIDE.json` with what each
+of them ran on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tests.parity.batches import Batch
+
+Device = Literal["cpu", "gpu"]
+SIDES = ("exact", "transformers", "torch_ref", "jaxmoe")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model as every side loads it, and what is run with it.
+
+    Attributes:
+        name: a word that files and reports use.
+        checkpoint: a folder in HF form, in 16 or 32 bit.
+        dtype: what the sides compute in; the oracle rounds the weights to it and computes in float64.
+        batch: a file of `write_batch`.
+        quantized: a folder with the same model in bitsandbytes' NF4, one key per expert; the sides read its bytes.
+        adapter: a PEFT folder, applied in every run.
+        runs: of "free", "pinned" (the oracle's experts, each side's own weights), "gradients" (pinned; needs an
+            adapter) and "trace" (free, every operation of every layer recorded).
+        faults: negative controls that jaxmoe runs as well, from `tests.parity.faults`.
+        flip_bound: entry of the tolerance table for the margin above which no choice may flip; None takes what
+            transformers needs in the same run.
+    """
+
+    name: str
+    checkpoint: str
+    dtype: str
+    batch: str
+    quantized: str | None = None
+    adapter: str | None = None
+    runs: tuple[str, ...] = ("free", "pinned")
+    faults: tuple[str, ...] = ()
+    flip_bound: str | None = None
+    aux_coefficient: float = 0.1
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cases of one run of the suite, and its folder."""
+
+    folder: pathlib.Path
+    device: Device
+    cases: tuple[Case, ...] = ()
+    command: str = ""
+    sides: tuple[str, ...] = field(default=SIDES)
+
+    def write(self) -> None:
+        """Puts the plan into its folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "device": self.device,
+            "command": self.command,
+            "sides": self.sides,
+            "cases": [asdict(case) for case in self.cases],
+        }
+        (self.folder / "plan.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> Plan:
+        """The plan in `folder`."""
+        raw = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        cases = tuple(
+            Case(**case | {"runs": tuple(case["runs"]), "faults": tuple(case["faults"])}) for case in raw["cases"]
+        )
+        return cls(folder, raw["device"], cases, raw["command"], tuple(raw["sides"]))
+
+    def path(self, case: Case, side: str, run: str) -> pathlib.Path:
+        """Where one side's arrays of one run lie."""
+        return self.folder / "arrays" / case.name / f"{side}.{run}.safetensors"
+
+    def save(self, case: Case, side: str, run: str, arrays: Mapping[str, Any]) -> None:
+        """Writes the arrays of one run, whole or not at all."""
+        path = self.path(case, side, run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(path, arrays)
+
+    def load(self, case: Case, side: str, run: str) -> dict[str, np.ndarray]:
+        """The arrays of one run."""
+        return load_file(self.path(case, side, run))
+
+    def oracle_experts(self, case: Case) -> np.ndarray | None:
+        """The oracle's choice [Ls, B, T, k], which a pinned run is given; None without one."""
+        return self.load(case, "exact", "free").get("selected") if self.has(case, "exact", "free") else None
+
+    def has(self, case: Case, side: str, run: str) -> bool:
+        """Whether that run was made."""
+        return self.path(case, side, run).is_file()
+
+
+def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Writes a safetensors file, beside its place first."""
+    # safetensors writes a view's base in its own order, so every array has to be contiguous
+    whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(whole, beside)
+    beside.replace(path)
+
+
+def write_batch(path: pathlib.Path, batch: Batch) -> pathlib.Path:
+    """Writes a batch for the sides; without padding, which transformers is told of in other ways than documents."""
+    assert batch.valid.all(), "expected a batch without padding"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_arrays(path, batch._asdict())
+    return path
+
+
+def read_batch(path: str) -> Batch:
+    """The inverse of `write_batch`."""
+    return Batch(**load_file(path))
+
+
+def run_cases(plan: Plan, side: str, run: Callable[[Case], None]) -> int:
+    """Runs every case; one that fails is reported with its traceback and does not keep the others from running.
+
+    Returns the number of failed cases.
+    """
+    failed = 0
+    for case in plan.cases:
+        start = time.monotonic()
+        try:
+            run(case)
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+        log(side, f"{case.name}: {time.monotonic() - start:.1f} s")
+    return failed
+
+
+def log(side: str, text: str) -> None:
+    """One line of progress on stdout."""
+    print(f"[{side}] {text}", flush=True)

@@ -1,0 +1,127 @@
+"""The fixed suites behind `make parity` and `make parity-gpu`: which cases, on what, and the report over them.
+
+python -m tests.parity.suite demo    --device cpu|gpu --out DIR
+python -m tests.parity.suite trained --checkpoint DIR --device gpu --out DIR     demo and a deep trained model
+python -m tests.parity.suite large   --checkpoint DIR --device gpu --out DIR     a checkpoint of `tests.parity.large`
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+from jaxmoe.config import Qwen3MoeConfig
+from tests.parity import cases, engine
+from tests.parity.batches import CHECKPOINT
+from tests.parity.large import first_layers
+from tests.parity.plan import Case, Device, Plan, write_batch
+from tests.parity.results import finish
+from tests.tolerances import TOLERANCES
+
+
+def _flip_bound(name: str, dtype: str) -> str | None:
+    entry = f"flip_margin_{name}_{dtype}"
+    return entry if entry in TOLERANCES else None
+
+
+def trained_cases(
+    name: str, checkpoint: pathlib.Path, folder: pathlib.Path, rows: int = 4, faults: bool = False
+) -> list[Case]:
+    """A trained checkpoint in float32, bfloat16 and NF4, and with a random adapter on everything, on Python's text."""
+    text = cases.text_batch(checkpoint, rows)
+    batch = write_batch(folder / f"{name}.batch", text)
+    model_faults = cases.faults_of(Qwen3MoeConfig.from_pretrained(checkpoint), text, False, False)
+    quantized = str(folder / f"{name}-nf4")
+    adapter = str(cases.write_random_adapter(folder / f"{name}-adapter", checkpoint))
+
+    def case(label: str, dtype: str, **options: Any) -> Case:
+        bound = _flip_bound(f"{name}-adapter" if "adapter" in options else name, dtype)
+        planted = options.pop("faults", ())
+        return Case(
+            f"{name}-{label}",
+            str(checkpoint),
+            dtype,
+            str(batch),
+            flip_bound=bound,
+            faults=planted if faults else (),
+            **options,
+        )
+
+    return [
+        case("fp32", "float32", faults=model_faults),
+        case("bf16", "bfloat16"),
+        case("nf4-fp32", "float32", quantized=quantized, runs=("free",), faults=("NF4 nibbles swapped",)),
+        case("nf4-bf16", "bfloat16", quantized=quantized),
+        case(
+            "adapter-fp32",
+            "float32",
+            adapter=adapter,
+            runs=("free", "gradients"),
+            faults=("adapter scaled by 1 over r",),
+        ),
+        case("adapter-bf16", "bfloat16", adapter=adapter, runs=("pinned", "gradients")),
+    ]
+
+
+def large_cases(checkpoint: pathlib.Path, folder: pathlib.Path, layers: int, length: int) -> list[Case]:
+    """All layers in bfloat16; the first `layers` in NF4, and with a random adapter on attention and experts."""
+    config = Qwen3MoeConfig.from_pretrained(checkpoint)
+    short = first_layers(checkpoint, folder / "first-layers", layers)
+    batch = str(write_batch(folder / "large.batch", cases.random_batch(config, rows=1, length=length)))
+    adapter = cases.write_random_adapter(folder / "large-adapter", short, ("attention", "experts"), r=8)
+    every = ("pinned", "gradients")
+    bound = _flip_bound("large", "bfloat16")
+    return [
+        Case(f"{config.num_hidden_layers}-layers-bf16", str(checkpoint), "bfloat16", batch, flip_bound=bound),
+        Case(
+            f"{layers}-layers-nf4", str(short), "bfloat16", batch, quantized=str(folder / "large-nf4"), flip_bound=bound
+        ),
+        Case(
+            f"{layers}-layers-adapter",
+            str(short),
+            "bfloat16",
+            batch,
+            adapter=str(adapter),
+            runs=every,
+            flip_bound=bound,
+        ),
+    ]
+
+
+def quantize(selected: list[Case], device: Device) -> None:
+    """Makes the NF4 folders that the cases name."""
+    pairs = {case.quantized: case.checkpoint for case in selected if case.quantized is not None}
+    engine.quantize([(source, target) for target, source in pairs.items()], "bfloat16", device)
+
+
+def main() -> int:
+    """Parses the command line, runs a suite and writes its report; 1 where a check failed."""
+    parser = argparse.ArgumentParser(description="Runs one of the fixed parity suites.")
+    parser.add_argument("suite", choices=("demo", "trained", "large"))
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="the deep trained model, or the large one")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
+    parser.add_argument("--layers", type=int, default=12, help="of the large model in NF4 and with an adapter")
+    parser.add_argument("--bisect", action=argparse.BooleanOptionalAction, default=True, help="explain what fails")
+    parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens of the large model's prompt")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True)
+    if args.suite == "large":
+        selected = large_cases(args.checkpoint, args.out, args.layers, args.length)
+    else:
+        on_cpu = args.device == "cpu"
+        selected = trained_cases("demo", CHECKPOINT, args.out, rows=2 if on_cpu else 4, faults=on_cpu)
+        if args.suite == "trained":
+            selected += trained_cases("deep", args.checkpoint, args.out)
+    quantize(selected, args.device)
+    command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
+    plan = Plan(args.out, args.device, tuple(selected), command)
+    engine.run(plan, parallel=args.device == "gpu" and args.suite != "large")
+    return finish(plan, f"Parity: {args.suite}", args.bisect)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

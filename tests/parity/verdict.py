@@ -1,0 +1,148 @@
+"""Judges the figures of a case: what has to hold, whether it does, and whether each planted fault was caught.
+
+Float32 is held to transformers' own float32: the same numbers to rounding, layer by layer. In 16 bit both frameworks
+round, each in its own places, so both are held to the float64 oracle, and no side may be further from it than
+transformers is: running free, and pinned to the oracle's experts. Choices of experts may flip only where the margin is
+within what transformers' own router logits are off by, pinned: in a pinned run every router sees what the oracle's
+experts gave, so a flip there is the work of rounding alone. (Running free, a first flip changes what all later layers
+see, and the flips that follow have any margin.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.parity.plan import Case
+from tests.tolerances import bound
+
+JUDGED = ("torch_ref", "jaxmoe")
+
+
+@dataclass(frozen=True)
+class Check:
+    """`found <= limit`, said of one side's run; a goal is reported and does not fail the suite."""
+
+    side: str
+    run: str
+    what: str
+    found: float
+    limit: float
+    goal: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """False for what is not a number, too."""
+        return self.found <= self.limit
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "MISSED GOAL" if self.goal else "FAILED"
+        return f"{verdict}: {self.side}, {self.run}: {self.what}: {self.found:.2e}, at most {self.limit:.2e}"
+
+
+def judge(figures: dict[str, Any], case: Case) -> list[Check]:
+    """Every check of a case, faults aside."""
+    checks: list[Check] = []
+    for side in ("transformers", *JUDGED):
+        runs = figures["runs"].get(side, {}) | ({"gradients": {}} if side in figures["gradients"] else {})
+        missing = [run for run in case.runs if run not in runs and run != "trace"]
+        checks += [Check(side, run, "runs that ended without arrays", 1.0, 0.0) for run in missing]
+    if any(check.side == "transformers" for check in checks):
+        return checks  # nothing to judge by
+    for side in JUDGED:
+        for run in figures["runs"].get(side, {}):
+            if "+" not in run:
+                checks += judge_run(figures, case, side, run)
+        if side in figures["gradients"]:
+            checks += _gradients(figures, side)
+    return checks
+
+
+def judge_run(figures: dict[str, Any], case: Case, side: str, run: str) -> list[Check]:
+    """The checks of one forward pass; that of a planted fault is judged as a free one."""
+    rules = _float32 if figures["dtype"] == "float32" else _sixteen_bit
+    return list(rules(figures, case, side, run))
+
+
+def uncaught(figures: dict[str, Any], case: Case) -> list[str]:
+    """The planted faults with which every check passes."""
+    missed = []
+    for fault in case.faults:
+        if f"free+{fault}" not in figures["runs"].get("jaxmoe", {}):
+            missed.append(fault)
+            continue
+        checks = judge_run(figures, case, "jaxmoe", f"free+{fault}")
+        if all(check.passed for check in checks if not check.goal):
+            missed.append(fault)
+    return missed
+
+
+def flip_bound(figures: dict[str, Any], case: Case) -> tuple[float, str]:
+    """The margin above which no choice may flip, and where it is from."""
+    if case.flip_bound is not None:
+        return bound(case.flip_bound), f"tolerance table, {case.flip_bound}"
+    stock = figures["runs"]["transformers"]
+    run = stock.get("pinned") or stock["free"]
+    return run["exact"]["gap_error"], "transformers' router logits in the same run, 99.9th percentile"
+
+
+def _float32(figures: dict[str, Any], case: Case, side: str, run: str) -> Iterator[Check]:
+    found = figures["runs"][side][run]["transformers"]
+    check = lambda what, value, limit: Check(side, run, f"{what}, against transformers", value, limit)
+    yield check("KL in nats per token", found["kl"], bound("parity_model_kl"))
+    errors = {"logits": [found["logits_relative"]], **{n: found[n] for n in ("hidden", "router_logits") if n in found}}
+    for what, values in errors.items():
+        yield check(f"relative error of {what}, worst layer", max(values), bound("parity_model_fp32"))
+    if "router_logits" in found:
+        yield check("relative error of routing weights, worst layer", max(found["weights"]), bound("parity_fp32"))
+        yield check("relative error of the load-balancing loss", found["aux_loss"], bound("load_balancing_loss"))
+        yield check("widest margin of a flip", found["largest_flip"], flip_bound(figures, case)[0])
+
+
+def _sixteen_bit(figures: dict[str, Any], case: Case, side: str, run: str) -> Iterator[Check]:
+    base = run.split("+")[0]
+    found, stock = figures["runs"][side][run]["exact"], figures["runs"]["transformers"][base]["exact"]
+    ratio = bound(_rule(figures, side, "parity_16_bit"))
+    check = lambda what, value, limit: Check(side, run, f"{what}, against float64", value, limit)
+    if base == "free":
+        # a few flips make most of it, on either side: the difference is judged against its standard error over tokens
+        difference = np.asarray(found["kl_by_token"]) - np.asarray(stock["kl_by_token"])
+        limit = 2 * float(difference.std() / np.sqrt(difference.size))
+        yield check("KL above transformers' own (limit: 2 standard errors)", float(difference.mean()), limit)
+    else:
+        yield check("KL in nats per token (limit: from transformers' own)", found["kl"], ratio * stock["kl"])
+    if base == "pinned":
+        for what in ("hidden", "router_logits"):
+            if what in found:
+                value, limit = (sum(x[what]) / len(x[what]) for x in (found, stock))
+                yield check(
+                    f"relative error of {what}, mean of layers (limit: from transformers' own)", value, ratio * limit
+                )
+        yield Check(
+            side, run, "KL in nats per token, against float64", found["kl"], bound("parity_pinned_kl"), goal=True
+        )
+        if "router_logits" in found:
+            yield check("widest margin of a flip", found["largest_flip"], flip_bound(figures, case)[0])
+
+
+def _rule(figures: dict[str, Any], side: str, entry: str) -> str:
+    """The entry of the tolerance table; torch_ref has one of its own where it has adapters."""
+    return "parity_16_bit_torch_ref_adapted" if side == "torch_ref" and figures["adapter"] else entry
+
+
+def _gradients(figures: dict[str, Any], side: str) -> Iterator[Check]:
+    found = figures["gradients"][side]
+    check = lambda what, value, limit: Check(side, "gradients", what, value, limit)
+    if figures["dtype"] == "float32":
+        stock = found["transformers"]
+        yield check("relative error of the loss, against PEFT", stock["loss"], bound("parity_loss"))
+        yield check("relative error of a gradient, worst adapter", stock["gradient_max"], bound("parity_gradients"))
+        yield check("adapter after one step, in learning rates", stock["step"], bound("parity_step"))
+        return
+    stock = figures["gradients"]["transformers"]["exact"]
+    ratio = bound(_rule(figures, side, "parity_16_bit_gradients"))
+    value, limit = found["exact"]["gradient_all"], ratio * stock["gradient_all"]
+    yield check("relative error of all gradients, against float64 (limit: from PEFT's own)", value, limit)
