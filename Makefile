@@ -2,14 +2,15 @@
 # make test       the test suite, on the CPU, in WORKERS processes (2)
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
+# make notebooks  executes the notebooks in place; a few minutes
 # make bench      the CPU benchmarks of the README
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make clean      removes what the others made
 #
-# demo, test, lint and bench make their own environment in .venv the first time: CPU builds, every version pinned. They
-# need Python 3.11 or newer with pip, and a package index. PyTorch's CPU build is taken from the index that pip is set up
-# with where it has one, else from TORCH_INDEX: `make demo TORCH_INDEX=https://a.mirror/whl/cpu`.
+# demo, test, lint, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
+# pinned. They need Python 3.11 or newer with pip, and a package index. PyTorch's CPU build is taken from the index that
+# pip is set up with where it has one, else from TORCH_INDEX: `make demo TORCH_INDEX=https://a.mirror/whl/cpu`.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -23,7 +24,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test lint test-gpu parity parity-gpu bench clean
+.PHONY: help demo test lint notebooks test-gpu parity parity-gpu bench clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -52,6 +53,9 @@ test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "make test-gpu: JAX finds no GPU")'
 	@JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0" \
 		$(PYTHON) -m pytest $(PYTEST_ARGS) $(verdict)
+
+notebooks: $(INSTALLED)
+	@JAX_PLATFORMS=cpu $(RUN) -m notebooks $(verdict)
 
 parity: $(INSTALLED)
 	@rm -rf parity-output/demo

@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--lora-targets", default="attention,experts", metavar="TEXT,...")
     parser.add_argument("--lora-r", type=int, default=16, metavar="N")
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
+    parser.add_argument("--remat", default="fast", choices=("fast", "balanced", "low-memory"))
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
 
@@ -60,7 +61,7 @@ def main() -> None:
     if args.layers:
         config = config.replace(num_hidden_layers=args.layers)
     lora = LoraConfig(r=args.lora_r, targets=expand_targets(args.lora_targets.split(",")))
-    model = Model(config, lora, "bfloat16", "full")
+    model = Model(config, lora, "bfloat16", args.remat)
     device = jax.devices()[0]
     tokens = args.batch_size * args.seq_length
 

@@ -30,7 +30,7 @@ SIDES = {
     "PEFT, eager": "experts one by one",
     "PEFT, grouped_mm": "tokens sorted by expert",
     "PEFT, batched_mm": "each token's expert weights gathered",
-    "jaxmoe": "--remat none",
+    "jaxmoe": "--remat fast",
     "jaxmoe, recomputing": "--remat full: each layer again in the backward pass",
 }
 

@@ -118,10 +118,13 @@ class HFCheckpoint:
             )
         return True
 
+    def block(self, layer: int | None) -> Block:
+        """One layer or the top level; experts are gathered into one array per parameter."""
+        return Block(layer, self._gather(layer, self._rows[layer]))
+
     def blocks(self) -> Iterator[Block]:
-        """The top level first, then every layer; experts are gathered into one array per parameter."""
-        for layer, block in self._rows.items():
-            yield Block(layer, self._gather(layer, block))
+        """The top level first, then every layer."""
+        return map(self.block, self._rows)
 
     def _gather(self, layer: int | None, block: list[Row]) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
@@ -142,8 +145,13 @@ class HFCheckpoint:
                 continue
             if row.path not in arrays:
                 arrays[row.path] = np.empty(shapes[row.path], dtype)
-            arrays[row.path][row.part] = tensor
+            _copy(tensor, arrays[row.path][row.part])
         return arrays
+
+
+def _copy(tensor: np.ndarray, part: np.ndarray) -> None:
+    """Copies into a part of a stack, both contiguous, as bytes: NumPy holds its lock while it copies bfloat16."""
+    part.view(np.uint8)[...] = tensor.view(np.uint8)
 
 
 def read_hf(path: str | os.PathLike[str], dtype: str | None = None) -> HFCheckpoint:

@@ -1,9 +1,10 @@
-"""Causal grouped-query attention over whole sequences, a block of queries at a time; its oracle is `layers.attention`.
+"""Causal grouped-query attention over whole sequences; its oracle is `layers.attention`.
 
-A block sees only the keys that causality and the window allow, so half of the work is never done, and the logits of one
-block fit a cache: on a CPU this runs three times as fast as `jax.nn.dot_product_attention`, which forms all of
-[B, N, T, T]. The backward pass recomputes each block's probabilities from the saved log-sum-exp (Dao et al. 2022,
-algorithm 4); nothing of size [T, T] is saved for it.
+On recent NVIDIA GPUs cuDNN does it (`jaxmoe.cudnn`). Elsewhere, and for what cuDNN does not take, it runs in pure JAX,
+a block of queries at a time. A block sees only the keys that causality and the window allow, so half of the work is
+never done, and the logits of one block fit a cache: on a CPU this runs three times as fast as
+`jax.nn.dot_product_attention`, which forms all of [B, N, T, T]. The backward pass recomputes each block's probabilities
+from the saved log-sum-exp (Dao et al. 2022, algorithm 4); nothing of size [T, T] is saved for it.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxmoe import cudnn
+from jaxmoe.implementations import choose
 from jaxmoe.layers import PRECISION, attention_mask
 
 _MASKED = -1e30  # finite, so that a query that sees nothing gets a mean and not a NaN
@@ -52,19 +56,29 @@ def causal_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None = None,
     sliding_window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """Softmax(q k^T / sqrt(H)) v over earlier tokens of the same segment; logits and softmax in float32.
 
-    Segment 0 is padding: nobody sees it, and what it gets itself is finite and meaningless.
+    A segment is a contiguous run of equal ids. Segment 0 is padding: nobody sees it, and what it gets itself is finite
+    and meaningless. Without `segments` each row is one. Saved for the backward pass are, beside the operands, the
+    output and the log-sum-exp, named `cudnn.OUT` and `cudnn.LOG_SUM` for recomputation policies.
     """
     B, T, N, H = query.shape
-    K = key.shape[2]
-    grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    by_head = partial(jnp.transpose, axes=(0, 2, 1, 3))
-    out: Array = _attend(grouped, by_head(key), by_head(value), segments, sliding_window)
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    if sliding_window is not None and sliding_window >= T:
+        sliding_window = None
+    taken = choose("attention", {"cudnn": cudnn.obstacle(query, key)})
+    with jax.named_scope("dot_product_attention"):
+        if taken.name == "cudnn":
+            return cudnn.causal_attention(query, key, value, segments, sliding_window)
+        if segments is None:
+            segments = jnp.ones((B, T), jnp.int32)
+        K = key.shape[2]
+        grouped = query.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+        by_head = partial(jnp.transpose, axes=(0, 2, 1, 3))
+        out: Array = _attend(grouped, by_head(key), by_head(value), segments, sliding_window)
+        return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -84,8 +98,9 @@ def _attend_forward(query: Array, key: Array, value: Array, segments: Array, win
         out = _contract("bkrs,bksh->bkrh", weights.astype(value.dtype), value[:, :, keys]) / total
         outs.append(out.astype(query.dtype).reshape(*lead, -1, query.shape[-1]))
         log_sums.append((largest + jnp.log(total)).reshape(*lead, -1, 1))
-    out = jnp.concatenate(outs, axis=3)
-    return out, (query, key, value, segments, out, jnp.concatenate(log_sums, axis=3))
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), cudnn.OUT)
+    log_sum = checkpoint_name(jnp.concatenate(log_sums, axis=3), cudnn.LOG_SUM)
+    return out, (query, key, value, segments, out, log_sum)
 
 
 def _attend_backward(window: int | None, residuals: tuple[Array, ...], d_out: Array):
@@ -110,11 +125,3 @@ def _attend_backward(window: int | None, residuals: tuple[Array, ...], d_out: Ar
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def explain() -> list[tuple[str, str, str]]:
-    """(operation, implementation, reason) for the default device, as `python -m jaxmoe.doctor` prints it."""
-    return [
-        ("attention", "query blocks", "pure JAX, causal half only, exact for packed rows, no [T, T] kept"),
-        ("attention, decoding", "xla", "jax.nn.dot_product_attention against the KV cache, mask [B, T, S]"),
-    ]

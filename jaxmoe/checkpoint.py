@@ -71,6 +71,10 @@ class Checkpoint(Protocol):
     layout: Layout  # of the HF checkpoint that this comes from
     stored_tied_head: bool  # that checkpoint stored lm_head although it is tied
 
+    def block(self, layer: int | None) -> Block:
+        """One decoder layer, or the top level, which has to come first; layers may be read in several threads."""
+        ...
+
     def blocks(self) -> Iterator[Block]:
         """The top level first, then every layer; each block is dropped before the next one is made."""
         ...
@@ -178,10 +182,13 @@ class ConvertedCheckpoint:
                     raise UserError(f"{self.path / MANIFEST}: {item}: {name}: expected {dtypes[name]}, found {dtype}")
         return dtypes
 
+    def block(self, layer: int | None) -> Block:
+        """One layer or the top level, checked against the manifest."""
+        return Block(layer, self._read(item_name(layer)))
+
     def blocks(self) -> Iterator[Block]:
         """The top level first, then every layer, each checked against the manifest."""
-        for layer in (None, *range(self.config.num_hidden_layers)):
-            yield Block(layer, self._read(item_name(layer)))
+        return map(self.block, (None, *range(self.config.num_hidden_layers)))
 
     def nested_offsets(self) -> dict[int, dict[str, np.ndarray]]:
         """Layer -> path -> the offsets of the weights in NF4: the only arrays whose values a plan of an HF checkpoint

@@ -1,4 +1,4 @@
-"""Entry points of the console scripts `jaxmoe-train`, `jaxmoe-generate`, `jaxmoe-convert` and `jaxmoe-doctor`.
+"""Entry points of the console scripts `jaxmoe-train`, `jaxmoe-generate`, `jaxmoe-convert`, `jaxmoe-doctor`, `jaxmoe-routing`.
 
 They do what `python -m jaxmoe.train`, `python -m convert` and so on do, also in a folder that hides a module's name.
 """
@@ -32,5 +32,12 @@ def convert() -> None:
 def doctor() -> None:
     """`jaxmoe-doctor`: see `jaxmoe.doctor`."""
     from jaxmoe.doctor import main
+
+    run(main)
+
+
+def routing() -> None:
+    """`jaxmoe-routing`: see `jaxmoe.routing`."""
+    from jaxmoe.routing.__main__ import main
 
     run(main)

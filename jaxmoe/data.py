@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int16, Int32
 
 from jaxmoe.errors import UserError
 
@@ -74,7 +74,8 @@ class Batch(NamedTuple):
     """Rows of T tokens with any leading axes, here [accumulation, B]; padding has segment 0 and weight 0.
 
     A document has one segment id (1.. within its row) and positions that start at 0; `labels` is the document's next
-    token and never one of another document. The arrays are NumPy's here and JAX's within a step.
+    token and never one of another document. `experts`, where given, replays a captured routing: the k experts of each
+    token in each MoE layer, -1 where the model chooses. The arrays are NumPy's here and JAX's within a step.
     """
 
     input_ids: Int32[Any, "*lead T"]
@@ -82,6 +83,7 @@ class Batch(NamedTuple):
     weights: Float32[Any, "*lead T"]
     segment_ids: Int32[Any, "*lead T"]
     position_ids: Int32[Any, "*lead T"]
+    experts: Int16[Any, "*lead T Ls k"] | None = None
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:
@@ -112,7 +114,7 @@ def read_records(path: str | pathlib.Path, tokenizer: Any, vocab_size: int) -> l
     """
     path = pathlib.Path(path)
     records = []
-    for where, raw in _read_lines(path):
+    for where, raw in read_lines(path):
         try:
             record = tokenize_record(raw, tokenizer)
         except UserError as error:
@@ -335,6 +337,7 @@ class Rows:
         arrays: dict[str, np.ndarray] = {
             name: np.zeros((size, self.seq_length), np.float32 if name == "weights" else np.int32)
             for name in Batch._fields
+            if name != "experts"
         }
         for slot, row in enumerate(self._rows(step * size, (step + 1) * size)):
             at = 0
@@ -359,7 +362,7 @@ class Rows:
             yield self.epoch(epoch)[row - self.count(epoch)]
 
 
-def _read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """(`FILE:LINE`, parsed JSON) of every line that is not blank."""
     if not path.is_file():
         raise UserError(f"{path}: expected a JSONL file, found {'a folder' if path.is_dir() else 'none'}")

@@ -9,29 +9,47 @@ belongs to one expert:
 No token is ever dropped: the layout has room for every routed row whatever the skew. The number of tiles in use is a
 value, not a shape; its bound, floor(R / tile) + min(E, R), is static. Both directions of both permutations are gathers,
 and the sums over k run in a fixed order, so the result is deterministic. Nothing of size [M, E, ...] exists.
+
+The mixture has its own backward pass (`_mixture`), which keeps x and the product of gate and up, and nothing else as
+large: the gathered rows are a gather away, and the experts' outputs are not needed, since
+
+    d w_row = <d out, y_row> = <a_row, W_down^T d out>,    a = silu(gate) * up,
+
+is a by-product of the gradient of a.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxmoe import implementations
 from jaxmoe.dequantize import NF4Stack
+from jaxmoe.kernels import tiled
 from jaxmoe.layers import PRECISION, Adapter, swiglu
 from jaxmoe.router import Routing
 
+GATE_UP = "gate_up_product"  # what a recomputation policy may keep: [P, 2F], the largest result of a layer
+SCHEDULE = "expert_schedule"  # and the row layout, small and made by a sort
+
 
 class Schedule(NamedTuple):
-    """Where every routed row lies, and which expert each tile of rows belongs to (P = tiles * tile positions)."""
+    """Where every routed row lies, and which expert each tile of rows belongs to (P = tiles * tile positions).
+
+    `first_tile` and `tile_count` say the same by expert.
+    """
 
     destination: Int[Array, "M k"]
     source: Int[Array, " P"]
     tile_expert: Int[Array, " tiles"]
     tiles_used: Int[Array, ""]
+    first_tile: Int[Array, " E"]
+    tile_count: Int[Array, " E"]
 
 
 class ExpertWeights(NamedTuple):
@@ -39,7 +57,7 @@ class ExpertWeights(NamedTuple):
 
     `gate_up_proj` [groups, 2F, D] (rows :F gate, F: up) and `down_proj` [groups, D, F] may hold all layers: the layer
     is picked by `offset`, no slice of it is copied. `trainable` says whether they get a gradient. Frozen ones may be in
-    NF4: an expert is decoded when one of its tiles is multiplied, forwards and backwards.
+    NF4: an expert is decoded when it is multiplied, forwards and backwards.
     """
 
     gate_up_proj: Array | NF4Stack
@@ -57,158 +75,266 @@ def tile_rows(routed_rows: int, num_experts: int) -> int:
 def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int) -> Schedule:
     """Lays out the routed rows by expert; rows of one expert keep the order of their tokens (the sort is stable)."""
     rows = experts.size
-    flat = experts.reshape(-1)
+    flat = experts.reshape(-1).astype(jnp.int32)
     tiles = rows // tile + min(num_experts, rows)
 
-    order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=num_experts)
-    tiles_of_expert = (sizes + tile - 1) // tile
-    tile_end = jnp.cumsum(tiles_of_expert)
-    first_position = (tile_end - tiles_of_expert) * tile
+    order = _stable_order(flat, num_experts)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    tile_count = (sizes + tile - 1) // tile
+    tile_end = jnp.cumsum(tile_count)
+    first_tile = tile_end - tile_count
     first_sorted = jnp.cumsum(sizes) - sizes
 
     rank = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32), unique_indices=True)
-    destination = first_position[flat] + rank - first_sorted[flat]
+    destination = first_tile[flat] * tile + rank - first_sorted[flat]
 
     # Tiles past the last used one are given to the last expert; they hold only padding.
-    tile_expert = jnp.minimum(jnp.searchsorted(tile_end, jnp.arange(tiles), side="right"), num_experts - 1)
-    position = jnp.arange(tiles * tile)
-    owner = jnp.repeat(tile_expert, tile)
-    within = position - first_position[owner]
-    filled = within < sizes[owner]
-    source = jnp.where(filled, order[jnp.where(filled, first_sorted[owner] + within, 0)], -1)
+    ends = jnp.searchsorted(tile_end, jnp.arange(tiles), side="right", method="compare_all")
+    tile_expert = jnp.minimum(ends, num_experts - 1)
+    within = (jnp.arange(tiles) - first_tile[tile_expert])[:, None] * tile + jnp.arange(tile)
+    filled = within < sizes[tile_expert][:, None]
+    source = jnp.where(filled, order[jnp.where(filled, first_sorted[tile_expert][:, None] + within, 0)], -1)
     int32 = partial(jnp.asarray, dtype=jnp.int32)
-    return Schedule(int32(destination.reshape(experts.shape)), int32(source), int32(tile_expert), int32(tile_end[-1]))
+    return Schedule(
+        int32(destination.reshape(experts.shape)),
+        int32(source.reshape(-1)),
+        int32(tile_expert),
+        int32(tile_end[-1]),
+        int32(first_tile),
+        int32(tile_count),
+    )
 
 
-@jax.custom_vjp
+def _stable_order(flat: Int[Array, " R"], num_experts: int) -> Int[Array, " R"]:
+    """Stable argsort; where it fits an int32, one sort of (expert, row) as a single key: the fastest on a GPU."""
+    rows = flat.shape[0]
+    if num_experts * rows >= 2**31:
+        return jnp.argsort(flat, stable=True)
+    return jax.lax.sort(flat * rows + jnp.arange(rows, dtype=jnp.int32), is_stable=False) % rows
+
+
 def permute(x: Float[Array, "M D"], schedule: Schedule) -> Float[Array, "P D"]:
-    """Each token's row at its k positions, zeros at padding; the backward pass gathers and sums over k in float32."""
+    """Each token's row at its k positions; at padding the row of some token, which nobody reads."""
     k = schedule.destination.shape[1]
-    rows = jnp.take(x, jnp.maximum(schedule.source, 0) // k, axis=0)
-    return jnp.where(schedule.source[:, None] >= 0, rows, 0)
+    return jnp.take(x, jnp.maximum(schedule.source, 0) // k, axis=0)
 
 
-def _permute_forward(x: Array, schedule: Schedule) -> tuple[Array, Schedule]:
-    return permute(x, schedule), schedule
-
-
-def _permute_backward(schedule: Schedule, d_rows: Array) -> tuple[Array, None]:
-    gathered = jnp.take(d_rows, schedule.destination, axis=0)
-    return gathered.astype(jnp.float32).sum(axis=1).astype(d_rows.dtype), None
-
-
-permute.defvjp(_permute_forward, _permute_backward)
-
-
-@jax.custom_vjp
 def combine(rows: Float[Array, "P D"], weights: Float[Array, "M k"], schedule: Schedule) -> Float[Array, "M D"]:
     """sum_k weights[m, k] * rows[destination[m, k]], in float32, rounded to rows' dtype once."""
     gathered = jnp.take(rows, schedule.destination, axis=0).astype(jnp.float32)
     return jnp.einsum("mkd,mk->md", gathered, weights, precision=PRECISION).astype(rows.dtype)
 
 
-def _combine_forward(rows: Array, weights: Array, schedule: Schedule) -> tuple[Array, tuple[Array, Array, Schedule]]:
-    return combine(rows, weights, schedule), (rows, weights, schedule)
+def row_weights(weights: Float[Array, "M k"], schedule: Schedule) -> Float[Array, "P 1"]:
+    """The weight of each position's routed row, zero at padding."""
+    source = schedule.source
+    return jnp.where(source >= 0, weights.reshape(-1)[jnp.maximum(source, 0)], 0)[:, None]
 
 
-def _combine_backward(residuals: tuple[Array, Array, Schedule], d_out: Array) -> tuple[Array, Array, None]:
-    rows, weights, schedule = residuals
-    k = weights.shape[1]
-    source = jnp.maximum(schedule.source, 0)
-    weight_of_row = jnp.where(schedule.source >= 0, weights.reshape(-1)[source], 0)
-    d_rows = jnp.take(d_out, source // k, axis=0).astype(jnp.float32) * weight_of_row[:, None]
-    gathered = jnp.take(rows, schedule.destination, axis=0).astype(jnp.float32)
-    d_weights = jnp.einsum("mkd,md->mk", gathered, d_out.astype(jnp.float32), precision=PRECISION)
-    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), None
-
-
-combine.defvjp(_combine_forward, _combine_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
 def grouped_matmul(
     x: Float[Array, "P inner"],
-    weight: Float[Array, "groups out inner"] | NF4Stack,
-    tile_expert: Int[Array, " tiles"],
-    tiles_used: Int[Array, ""],
-    offset: Int[Array, ""] | int,
-    trainable: bool,
+    weight: Array | NF4Stack,
+    schedule: Schedule,
+    offset: Any,
+    *,
+    transposed: bool,
+    mosaic: bool = False,
+    low: Float[Array, "P rank"] | None = None,
+    low_weight: Array | None = None,
 ) -> Float[Array, "P out"]:
-    """Rows x W[offset + expert of the row's tile]^T, float32 sums rounded to x's dtype; unused tiles give zeros.
+    """Rows times weight[offset + the row's expert] (its transpose if `transposed`), plus a low-rank term, rounded once.
 
-    The gradient of x uses the weights as they lie. The weights' gradient is formed only if `trainable`.
+    By the Mosaic GPU kernel, which takes a schedule with tiles of 64 rows, or by the tiled loop.
     """
-    return _tiled_matmul(x, weight, offset + tile_expert, tiles_used, "cti,coi->cto", weight.shape[1])
+    if not mosaic:
+        tiles = schedule.tile_expert, schedule.tiles_used
+        return tiled.grouped_matmul(x, weight, *tiles, offset, transposed=transposed, low=low, low_weight=low_weight)
+    from jaxmoe.kernels import grouped_matmul as mosaic
 
-
-def _grouped_matmul_forward(x, weight, tile_expert, tiles_used, offset, trainable):
-    y = grouped_matmul(x, weight, tile_expert, tiles_used, offset, trainable)
-    # The frozen weight is a reference to the stack, not a copy; x is needed for the weights' gradient only.
-    return y, (x if trainable else None, weight, tile_expert, tiles_used, offset)
-
-
-def _grouped_matmul_backward(trainable, residuals, d_y):
-    x, weight, tile_expert, tiles_used, offset = residuals
-    d_x = _tiled_matmul(d_y, weight, offset + tile_expert, tiles_used, "cto,coi->cti", weight.shape[2])
-    d_weight = _tiled_weight_gradient(x, d_y, weight, offset + tile_expert, tiles_used) if trainable else None
-    return d_x, d_weight, None, None, None
-
-
-grouped_matmul.defvjp(_grouped_matmul_forward, _grouped_matmul_backward)
-
-
-def _tiles_per_step(tiles: int, tile: int, weight: Array | NF4Stack) -> int:
-    """Tiles multiplied at once by the loop: as many as keep their gathered weights below the size of the rows.
-
-    One on a CPU, where a tile's matmul already fills the cores and a batched one runs slower.
-    """
-    if jax.default_backend() == "cpu":
-        return 1
-    _, out, inner = weight.shape
-    return max(1, min(tiles, tiles * tile * max(out, inner) // (out * inner)))
-
-
-def _tiled_matmul(
-    x: Array, weight: Array | NF4Stack, group: Array, tiles_used: Array, product: str, width: int
-) -> Array:
-    """Runs `product` over the tiles in use, `c` of them a step, each with its own expert's weight."""
-    tiles = group.shape[0]
-    tile = x.shape[0] // tiles
-    c = _tiles_per_step(tiles, tile, weight)
-    padded = -(-tiles // c) * c
-    x = jnp.pad(x.reshape(tiles, tile, -1), ((0, padded - tiles), (0, 0), (0, 0)))
-    group = jnp.pad(group, (0, padded - tiles), mode="edge")
-
-    def step(i: Array, y: Array) -> Array:
-        rows = jax.lax.dynamic_slice_in_dim(x, i * c, c)
-        experts = weight[jax.lax.dynamic_slice_in_dim(group, i * c, c)]
-        out = jnp.einsum(product, rows, experts, precision=PRECISION, preferred_element_type=jnp.float32)
-        return jax.lax.dynamic_update_slice_in_dim(y, out.astype(y.dtype), i * c, 0)
-
-    y = jax.lax.fori_loop(0, -(-tiles_used // c), step, jnp.zeros((padded, tile, width), x.dtype))
-    return y[:tiles].reshape(tiles * tile, width)
-
-
-def _tiled_weight_gradient(x: Array, d_y: Array, weight: Array, group: Array, tiles_used: Array) -> Array:
-    """dW[g] = sum over g's tiles of dY^T X, summed in float32 in a fixed order."""
-    groups, tiles = weight.shape[0], group.shape[0]
-    c = _tiles_per_step(tiles, x.shape[0] // tiles, weight)
-    padded = -(-tiles // c) * c
-    x, d_y = (
-        jnp.pad(rows.reshape(tiles, -1, rows.shape[-1]), ((0, padded - tiles), (0, 0), (0, 0))) for rows in (x, d_y)
+    if isinstance(weight, NF4Stack):  # one layer's experts are decoded at a time, for this product alone
+        weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
+    return mosaic.grouped_matmul(
+        x, weight, expert_blocks(schedule), offset, transposed=transposed, low=low, low_weight=low_weight
     )
-    group = jnp.pad(group, (0, padded - tiles), mode="edge")
 
-    def step(i: Array, total: Array) -> Array:
-        rows, d_rows, owner = (jax.lax.dynamic_slice_in_dim(a, i * c, c) for a in (x, d_y, group))
-        part = jnp.einsum("cto,cti->coi", d_rows, rows, precision=PRECISION, preferred_element_type=jnp.float32)
-        if c == 1:
-            return total.at[owner[0]].add(part[0])
-        # A product with the one-hot owner instead of a scatter-add, whose order on a GPU is not fixed.
-        return total + jnp.einsum("cg,coi->goi", jax.nn.one_hot(owner, groups), part, precision=PRECISION)
 
-    return jax.lax.fori_loop(0, -(-tiles_used // c), step, jnp.zeros(weight.shape, jnp.float32)).astype(weight.dtype)
+def grouped_outer(
+    left: Float[Array, "P A"], right: Float[Array, "P C"], schedule: Schedule, *, mosaic: bool = False
+) -> Float[Array, "E A C"]:
+    """For each expert the sum over its rows of left[row]^T right[row], float32; one of the two is zero at padding."""
+    E = schedule.first_tile.shape[0]
+    if not mosaic:
+        return tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
+    from jaxmoe.kernels import grouped_matmul as mosaic
+
+    width = left.shape[1]
+    left = jnp.pad(left, ((0, 0), (0, -width % _MOSAIC_TILE)))
+    return mosaic.grouped_outer(left, right, schedule.first_tile, schedule.tile_count)[:, :width]
+
+
+def implementation(dtype: Any, *sizes: int) -> implementations.Choice:
+    """How grouped matmuls of this dtype and these widths run on the default device, and why."""
+    return implementations.choose("grouped_matmul", {"mosaic": _mosaic_obstacle(dtype, sizes)})
+
+
+def _mosaic_obstacle(dtype: Any, sizes: tuple[int, ...]) -> str | None:
+    if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11):
+        return f"needs jax 0.11 or newer, found {jax.__version__}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
+    if odd := [size for size in sizes if size % 16]:
+        return f"needs widths that are multiples of 16, found {', '.join(map(str, odd))}"
+    return None
+
+
+_MOSAIC_TILE = 64
+
+
+def expert_blocks(schedule: Schedule) -> Any:
+    """The schedule's tiles of 64 rows, two by two within an expert, as the kernel takes them."""
+    from jaxmoe.kernels.grouped_matmul import Blocks
+
+    count = schedule.tile_count
+    blocks_of_expert = (count + 1) // 2
+    end = jnp.cumsum(blocks_of_expert)
+    index = jnp.arange(schedule.tile_expert.shape[0] // 2 + count.shape[0])
+    expert = jnp.minimum(jnp.searchsorted(end, index, side="right", method="compare_all"), count.shape[0] - 1)
+    within = 2 * (index - (end - blocks_of_expert)[expert])
+    place = 2 * (schedule.first_tile[expert] + within) + (within + 1 < count[expert])
+    return Blocks(place.astype(jnp.int32), expert.astype(jnp.int32), end[-1].astype(jnp.int32))
+
+
+class _LowRank(NamedTuple):
+    """An adapter as the products take it: A [E, r, in] and scale * B [E, out, r] in the activations' dtype."""
+
+    a: Array
+    b: Array
+
+
+class _Residuals(NamedTuple):
+    x: Array
+    weights: Array
+    gate_up: Array  # [P, 2F]
+    low: tuple[Array | None, Array | None]  # rows of the low-rank products, [P, r]
+    stacks: tuple[Any, Any]
+    offset: Any
+    adapters: tuple[_LowRank | None, _LowRank | None]
+    schedule: Schedule
+
+
+class _Static(NamedTuple):
+    """What is decided while tracing: whether the stacks get gradients, and whether the kernel runs."""
+
+    trainable: bool
+    mosaic: bool
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _mixture(
+    x: Array,
+    weights: Array,
+    stacks: tuple[Any, Any],
+    offset: Any,
+    adapters: tuple[_LowRank | None, _LowRank | None],
+    schedule: Schedule,
+    static: _Static,
+) -> Array:
+    return _mixture_forward(x, weights, stacks, offset, adapters, schedule, static)[0]
+
+
+def _project(
+    rows: Array, stack: Any, offset: Any, adapter: _LowRank | None, schedule: Schedule, mosaic: bool
+) -> tuple[Array, Array | None]:
+    """(rows W^T + (rows A^T) B^T, rows A^T)."""
+    multiply = partial(grouped_matmul, rows, transposed=True, mosaic=mosaic)
+    if adapter is None:
+        return multiply(stack, schedule, offset), None
+    low: Array = multiply(adapter.a, schedule, 0)
+    return multiply(stack, schedule, offset, low=low, low_weight=adapter.b), low
+
+
+def _project_back(
+    d_rows: Array, stack: Any, offset: Any, adapter: _LowRank | None, schedule: Schedule, mosaic: bool
+) -> tuple[Array, Array | None]:
+    """(dY W + (dY B) A, dY B): the gradient of the rows, and of the low-rank rows."""
+    multiply = partial(grouped_matmul, d_rows, transposed=False, mosaic=mosaic)
+    if adapter is None:
+        return multiply(stack, schedule, offset), None
+    low: Array = multiply(adapter.b, schedule, 0)
+    return multiply(stack, schedule, offset, low=low, low_weight=adapter.a), low
+
+
+def _activation(gate_up: Array) -> Array:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return swiglu(gate, up)
+
+
+def _mixture_forward(x, weights, stacks, offset, adapters, schedule, static: _Static):
+    with jax.named_scope("permute"):
+        rows = permute(x, schedule)
+    with jax.named_scope("gate_up"):
+        gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], schedule, static.mosaic)
+        gate_up = checkpoint_name(gate_up, GATE_UP)
+    with jax.named_scope("swiglu"):
+        hidden = _activation(gate_up)
+    with jax.named_scope("down"):
+        rows, low_down = _project(hidden, stacks[1], offset, adapters[1], schedule, static.mosaic)
+    with jax.named_scope("combine"):
+        out = combine(rows, weights, schedule)
+    low = tuple(None if a is None else checkpoint_name(a, GATE_UP) for a in (low_up, low_down))
+    return out, _Residuals(x, weights, gate_up, low, stacks, offset, adapters, schedule)
+
+
+def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
+    x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, schedule = residuals
+    with jax.named_scope("combine"):
+        d_rows = permute(d_out, schedule)  # not yet weighed
+        weight_of_row = row_weights(weights, schedule)
+    with jax.named_scope("down"):
+        d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule, static.mosaic)
+    with jax.named_scope("swiglu"):
+        hidden, pull = jax.vjp(_activation, gate_up)
+        d_weight_of_row = jnp.sum(hidden.astype(jnp.float32) * d_hidden.astype(jnp.float32), axis=-1)
+        # At padding the weight is zero, and with it all that follows: no sum over rows needs a mask.
+        (d_gate_up,) = pull((d_hidden.astype(jnp.float32) * weight_of_row).astype(hidden.dtype))
+    with jax.named_scope("gate_up"):
+        d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule, static.mosaic)
+    with jax.named_scope("permute"):
+        gathered = jnp.take(d_x_rows, schedule.destination, axis=0).astype(jnp.float32)
+        d_x = gathered.sum(axis=1).astype(x.dtype)
+        d_weights = jnp.take(d_weight_of_row, schedule.destination, axis=0).astype(weights.dtype)
+
+    def weighed(rows: Array) -> Array:
+        return (rows.astype(jnp.float32) * weight_of_row).astype(rows.dtype)
+
+    outer = partial(grouped_outer, schedule=schedule, mosaic=static.mosaic)
+    d_adapters: list[_LowRank | None] = [None, None]
+    d_stacks: list[Array | None] = [None, None]
+    with jax.named_scope("weight_gradients"):
+        rows = permute(x, schedule) if static.trainable or adapters[0] is not None else None
+        if adapters[0] is not None:
+            d_adapters[0] = _adapter_gradient(outer, rows, low_up, d_gate_up, d_low_up, adapters[0])
+        if adapters[1] is not None:
+            assert low_down is not None and d_low_down is not None
+            d_adapters[1] = _adapter_gradient(
+                outer, hidden, weighed(low_down), d_rows, weighed(d_low_down), adapters[1]
+            )
+        if static.trainable:
+            d_stacks = [
+                outer(d_gate_up, rows).astype(stacks[0].dtype),
+                outer(weighed(d_rows), hidden).astype(stacks[1].dtype),
+            ]
+    return d_x, d_weights, tuple(d_stacks), None, tuple(d_adapters), None
+
+
+def _adapter_gradient(outer: Any, rows: Array, low: Any, d_y: Array, d_low: Any, adapter: _LowRank) -> _LowRank:
+    """The sums dA = dLow^T rows and dB = dY^T low; of each pair of factors one is zero at padding."""
+    d_a: Array = outer(d_low, rows)
+    d_b: Array = outer(low, d_y).swapaxes(1, 2)
+    return _LowRank(d_a.astype(adapter.a.dtype), d_b.astype(adapter.b.dtype))
+
+
+_mixture.defvjp(_mixture_forward, _mixture_backward)
 
 
 def sorted_experts(
@@ -220,32 +346,29 @@ def sorted_experts(
 ) -> Float[Array, "M D"]:
     """The mixture's output sum_k w_k down_k(silu(gate_k x) * up_k x), by sort-based dispatch.
 
-    Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products are grouped matmuls like the base's,
-    and each of the two is rounded to x's dtype before they are added.
+    Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products join the base's before it is rounded.
     """
     num_experts = routing.logits.shape[-1]
-    tile = tile_rows(routing.experts.size, num_experts)
+    on_mosaic = implementation(x.dtype, *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]).name == "mosaic"
+    tile = _MOSAIC_TILE if on_mosaic else tile_rows(routing.experts.size, num_experts)
     with jax.named_scope("permute"):
         schedule = make_schedule(routing.experts, num_experts, tile)
-        rows: Array = permute(x, schedule)
+        schedule = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), schedule)
+    adapters = tuple(_low_rank(adapter, x.dtype, on_mosaic) for adapter in (gate_up_adapter, down_adapter))
+    stacks = weights.gate_up_proj, weights.down_proj
+    offset = jnp.asarray(weights.offset, jnp.int32)
+    static = _Static(weights.trainable, on_mosaic)
+    return _mixture(x, routing.weights, stacks, offset, adapters, schedule, static)
 
-    def project(rows: Array, weight: Array | NF4Stack, adapter: Adapter | None) -> Array:
-        tiles = schedule.tile_expert, schedule.tiles_used
-        y: Array = grouped_matmul(rows, weight, *tiles, weights.offset, weights.trainable)
-        if adapter is not None:
-            low: Array = grouped_matmul(rows, adapter.lora_A.astype(rows.dtype), *tiles, 0, True)
-            delta: Array = grouped_matmul(low, adapter.lora_B.astype(rows.dtype), *tiles, 0, True)
-            y = (y.astype(jnp.float32) + adapter.scale * delta.astype(jnp.float32)).astype(y.dtype)
-        return y
 
-    with jax.named_scope("gate_up"):
-        gate, up = jnp.split(project(rows, weights.gate_up_proj, gate_up_adapter), 2, axis=-1)
-    with jax.named_scope("swiglu"):
-        hidden = swiglu(gate, up)
-    with jax.named_scope("down"):
-        rows = project(hidden, weights.down_proj, down_adapter)
-    with jax.named_scope("combine"):
-        return combine(rows, routing.weights, schedule)
+def _low_rank(adapter: Adapter | None, dtype: Any, on_mosaic: bool) -> _LowRank | None:
+    """Scale joins B in float32, so that it costs no rounding; the kernel wants ranks that are multiples of 64."""
+    if adapter is None:
+        return None
+    extra = -adapter.lora_A.shape[-2] % _MOSAIC_TILE if on_mosaic else 0
+    a = jnp.pad(adapter.lora_A.astype(dtype), ((0, 0), (0, extra), (0, 0)))
+    b = jnp.pad((adapter.scale * adapter.lora_B).astype(dtype), ((0, 0), (0, 0), (0, extra)))
+    return _LowRank(a, b)
 
 
 def dense_experts(
@@ -271,13 +394,3 @@ def dense_experts(
     out = project(jax.nn.silu(gate) * up, "mei,eoi->meo", weights.down_proj, down_adapter)
     mixture = jnp.zeros((M, E)).at[jnp.arange(M)[:, None], routing.experts].set(routing.weights)
     return jnp.einsum("meo,me->mo", out, mixture, precision=PRECISION).astype(x.dtype)
-
-
-def explain() -> list[tuple[str, str, str]]:
-    """(operation, implementation, reason) for the default device, as `python -m jaxmoe.doctor` prints it."""
-    backend = jax.default_backend()
-    how = "one tile a step" if backend == "cpu" else "as many tiles a step as the rows' memory allows"
-    return [
-        ("expert dispatch", "sort", "stable sort by expert, gathers both ways, no token dropped"),
-        ("grouped matmul", "tiled loop", f"pure JAX over expert-aligned row tiles on {backend}, {how}"),
-    ]

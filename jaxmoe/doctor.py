@@ -80,9 +80,13 @@ def devices() -> list[dict[str, Any]]:
 
 def operations() -> list[tuple[str, str, str]]:
     """(operation, implementation, reason) on the default device."""
-    from jaxmoe import attention, dispatch
+    from jaxmoe import implementations
 
-    return [*attention.explain(), *dispatch.explain()]
+    return [
+        *implementations.explain(),
+        ("expert dispatch", "sort", "stable sort by expert, gathers both ways, no token dropped"),
+        ("attention, decoding", "xla", "jax.nn.dot_product_attention against the KV cache, mask [B, T, S]"),
+    ]
 
 
 def load_config(model: str) -> Qwen3MoeConfig:

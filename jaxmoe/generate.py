@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe import xla
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
@@ -27,10 +28,12 @@ from jaxmoe.model import (
     Params,
     Qwen3MoeForCausalLM,
     empty_cache,
-    forward_cached,
+    forward_cached_routed,
     head_weight,
     logits_of,
 )
+from jaxmoe.router import CapturedRouting, RoutingControl
+from jaxmoe.routing import interventions
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Sampling:
             raise UserError(f"top-k: expected at least 0, found {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p: expected more than 0 and at most 1, found {self.top_p}")
+
+
+GREEDY = Sampling()
 
 
 def sample(
@@ -89,27 +95,46 @@ def _next_token(params, hidden, options, draws, *, config: Qwen3MoeConfig, greed
     return sample(logits, keys, temperature, top_k, top_p)
 
 
-_STATIC = ("config", "lora", "greedy")
+_STATIC = ("config", "lora", "greedy", "capture")
+
+
+def _at(control: RoutingControl | None, positions: Array) -> RoutingControl | None:
+    """The control of the tokens at `positions` [B, T], of one whose experts [Ls, B, S, k] stand for whole rows."""
+    if control is None or control.experts is None:
+        return control
+    return control._replace(experts=jnp.take_along_axis(control.experts, positions[None, :, :, None], axis=2))
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
-def _prefill(params, adapters, input_ids, lengths, cache, options, *, config, lora, greedy):
-    start = jnp.zeros_like(lengths)
-    hidden, cache = forward_cached(params, adapters, input_ids, start, lengths, cache, config=config, lora=lora)
+def _prefill(params, adapters, input_ids, lengths, cache, options, control, *, config, lora, greedy, capture):
+    here = _at(control, jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape))
+    routed = {"config": config, "lora": lora, "capture_routing": capture, "routing_control": here}
+    hidden, cache, routing = forward_cached_routed(params, adapters, input_ids, None, lengths, cache, **routed)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _next_token(params, last, options, jnp.uint32(0), config=config, greedy=greedy), cache
+    return _next_token(params, last, options, jnp.uint32(0), config=config, greedy=greedy), cache, routing
 
 
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
-def _decode(params, adapters, token, position, cache, options, draws, *, config, lora, greedy):
+def _decode(params, adapters, token, position, cache, options, draws, control, *, config, lora, greedy, capture):
     one = jnp.ones_like(position)
-    hidden, cache = forward_cached(params, adapters, token[:, None], position, one, cache, config=config, lora=lora)
-    return _next_token(params, hidden[:, 0], options, draws, config=config, greedy=greedy), cache
+    routed = {"config": config, "lora": lora, "capture_routing": capture}
+    routed["routing_control"] = _at(control, position[:, None])
+    hidden, cache, routing = forward_cached_routed(params, adapters, token[:, None], position, one, cache, **routed)
+    return _next_token(params, hidden[:, 0], options, draws, config=config, greedy=greedy), cache, routing
 
 
 def _bucket(length: int, smallest: int = 32) -> int:
     """The next power of two: at most twice the work, and one compiled program for each doubling."""
     return max(smallest, 1 << (length - 1).bit_length())
+
+
+def _whole_rows(control: RoutingControl | None, slots: int) -> RoutingControl | None:
+    """The control with experts for exactly `slots` positions: what is missing is the model's own choice."""
+    if control is None or control.experts is None:
+        return control
+    experts = jnp.asarray(control.experts, jnp.int32)[:, :, :slots]
+    missing = slots - experts.shape[2]
+    return control._replace(experts=jnp.pad(experts, ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=-1))
 
 
 class Generator:
@@ -125,9 +150,12 @@ class Generator:
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         stop_tokens: Sequence[int] = (),
         on_token: Callable[[int, int], None] | None = None,
+        control: RoutingControl | None = None,
+        on_routing: Callable[[CapturedRouting], None] | None = None,
+        capture: int = 0,
     ) -> list[list[int]]:
         """Continues each prompt by up to `max_new_tokens` token ids; a stop token ends its row and is included.
 
@@ -137,6 +165,11 @@ class Generator:
             sampling: how tokens are chosen; greedy by default.
             stop_tokens: ids that end a row.
             on_token: called with (row, token id) as soon as the token is known.
+            control: what is imposed on the routing; experts [Ls, B, S, k] replay rows by position, -1 and what lies
+                behind S being the model's own choice.
+            on_routing: called with the routing of the prompts [Ls, B, T, ...], then of every token that is fed back
+                [Ls, B, 1, ...], on the device.
+            capture: how many router logits a token that routing holds.
 
         Raises:
             UserError: no prompt, an empty one, a token id outside the vocabulary, or `max_new_tokens` below 1.
@@ -149,6 +182,8 @@ class Generator:
             ids[row, : len(prompt)] = prompt
 
         static = {"config": self.config, "lora": self.lora, "greedy": sampling.temperature == 0}
+        static["capture"] = capture if on_routing is not None else 0
+        control = _whole_rows(control, slots)
         options = (
             jnp.uint32(sampling.seed % 2**32),
             jnp.float32(sampling.temperature),
@@ -157,7 +192,9 @@ class Generator:
         )
         dtype = self.params["embed_tokens"].dtype
         cache: KVCache = empty_cache(self.config, len(prompts), slots, dtype)
-        token, cache = _prefill(self.params, self.adapters, ids, lengths, cache, options, **static)
+        token, cache, routing = _prefill(self.params, self.adapters, ids, lengths, cache, options, control, **static)
+        if on_routing is not None and routing is not None:
+            on_routing(routing)
         outputs: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         stop = frozenset(stop_tokens)
@@ -166,9 +203,11 @@ class Generator:
             if step < max_new_tokens:
                 # The next step is queued before this one's token is read, so that the device never waits for the host.
                 position = jnp.asarray(lengths + (step - 1))
-                token, cache = _decode(
-                    self.params, self.adapters, token, position, cache, options, jnp.uint32(step), **static
+                token, cache, routing = _decode(
+                    self.params, self.adapters, token, position, cache, options, jnp.uint32(step), control, **static
                 )
+                if on_routing is not None and routing is not None:
+                    on_routing(routing)
             for row, value in enumerate(np.asarray(ready).tolist()):
                 if row not in running:
                     continue
@@ -245,12 +284,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     parser.add_argument("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
+    parser.add_argument("--capture", type=pathlib.Path, metavar="DIR", help="also write the routing to this folder")
+    parser.add_argument("--replay", type=pathlib.Path, metavar="DIR", help="use the experts of this capture's tokens")
+    interventions.add_arguments(parser)
     return parser
 
 
 def main() -> None:
     """`python -m jaxmoe.generate`: prints each prompt's continuation, a single one as it comes."""
     args = _parser().parse_args()
+    xla.configure()
     from jaxmoe.data import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
@@ -261,6 +304,11 @@ def main() -> None:
 
     prompts = [_encode(tokenizer, text, args.chat) for text in args.prompt]
     generator = Generator(Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, args.quantize, args.adapter))
+    if args.capture or args.replay or args.ablate or args.force or args.bias:
+        outputs = _generate_routed(generator, prompts, sampling, stop, args, tokenizer)
+        for text, tokens in zip(args.prompt, outputs, strict=True):
+            print(f"--- {text}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")
+        return
     if len(prompts) == 1:
         stream = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
         generator.generate(prompts, args.max_new_tokens, sampling, stop, lambda _, token: stream.put(token))
@@ -269,6 +317,34 @@ def main() -> None:
         return
     for text, tokens in zip(args.prompt, generator.generate(prompts, args.max_new_tokens, sampling, stop), strict=True):
         print(f"--- {text}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")
+
+
+def _generate_routed(
+    generator: Generator,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop: Sequence[int],
+    args: argparse.Namespace,
+    tokenizer: Any,
+) -> list[list[int]]:
+    """The continuations with the routing captured, replayed or changed, as the flags say."""
+    from captures import Capture, tokenizer_digest
+    from jaxmoe.routing.generation import capture_generation
+
+    changes = interventions.intervention(args, generator.config)
+    return capture_generation(
+        generator,
+        prompts,
+        args.max_new_tokens,
+        args.capture,
+        tokenizer=tokenizer_digest(tokenizer),
+        sampling=sampling,
+        stop_tokens=stop,
+        control=changes.control(generator.config),
+        replay=Capture.open(args.replay) if args.replay else None,
+        description=changes.describe(),
+        source={"model": str(args.model), "adapter": str(args.adapter) if args.adapter else None},
+    )
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:

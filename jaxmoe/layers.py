@@ -9,12 +9,12 @@ close to the exact result; in float32 both compute the same thing up to the orde
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import RopeParameters
@@ -53,9 +53,30 @@ def finish_linear(y: Array, x: Array, bias: Array | None, adapter: Adapter | Non
     return y.astype(x.dtype)
 
 
-def contract(x: Array, weight: Array) -> Array:
-    """Forms x W^T in float32."""
+@jax.custom_vjp
+def contract(x: Float[Array, "*batch inner"], weight: Float[Array, "out inner"]) -> Float[Array, "*batch out"]:
+    """Forms x W^T in float32.
+
+    The backward pass rounds the cotangent to x's dtype before it multiplies: where the result was rounded to that dtype
+    that changes nothing, and a product of float32 with bfloat16 would run outside the tensor cores.
+    """
     return jnp.einsum("...i,oi->...o", x, weight, precision=PRECISION, preferred_element_type=jnp.float32)
+
+
+def _contract_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return contract(x, weight), (x, weight)
+
+
+def _contract_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
+    x, weight = residuals
+    product = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+    d_y = d_y.astype(x.dtype)
+    d_x = product("...o,oi->...i", d_y, weight)
+    d_weight = product("mo,mi->oi", d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, x.shape[-1]))
+    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
 
 
 def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
@@ -168,11 +189,11 @@ def attention(
 
 
 def layer_slice(stack: Array, slot: Array | int) -> Array:
-    """Layer `slot` of a stacked parameter, marked so that no recomputation policy keeps the copy for the backward pass.
-
-    The stack itself stays where it is; saving the slices of all layers would hold the model twice.
-    """
-    return checkpoint_name(jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False), WEIGHT_SLICE)
+    """Layer `slot` of a stacked parameter; the stack itself stays where it is."""
+    return jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False)
 
 
-WEIGHT_SLICE = "weight_slice"
+# Results that a recomputation policy may keep; `jaxmoe.dispatch` and `jaxmoe.cudnn` name others.
+PROJECTED = "query_key_value"  # before norm and rotation
+STREAM = "residual_stream"  # after attention
+ROUTING = "routing"

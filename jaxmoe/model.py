@@ -19,15 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe import cudnn, projections
 from jaxmoe.attention import causal_attention
-from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
+from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
-from jaxmoe.dispatch import ExpertWeights, sorted_experts
+from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
 from jaxmoe.layers import (
-    WEIGHT_SLICE,
+    PROJECTED,
+    ROUTING,
+    STREAM,
     Adapter,
     apply_rotary,
     attention,
@@ -39,14 +43,23 @@ from jaxmoe.layers import (
     rotary_tables,
     swiglu,
 )
-from jaxmoe.parameters import ParameterSpec, Quantization, layer_paths, lora_specs, parameter_specs, stored_specs
+from jaxmoe.loading import load_stacks
+from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, parameter_specs, stored_specs
 from jaxmoe.recode import quantized
-from jaxmoe.router import RoutingControl, expert_counts, load_balancing_loss, route
+from jaxmoe.router import (
+    CapturedRouting,
+    Routing,
+    RoutingControl,
+    captured_routing,
+    expert_counts,
+    load_balancing_loss,
+    route,
+)
 
 Params = dict[str, Array]
 Stacks = dict[str, Array | NF4Stack]
 Trainable = Literal["none", "adapters", "all"]
-Remat = Literal["none", "full"]
+Remat = Literal["fast", "balanced", "low-memory"]
 TokenArray = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 # (query, key, value, layer index) -> (heads' output, cache); the cached form takes the cache first
 Attend = Callable[[Array, Array, Array, Array], tuple[Array, Any]]
@@ -70,6 +83,7 @@ class ForwardOutput(NamedTuple):
     stats: RouterStats
     router_logits: Float[Array, "Ls B T E"] | None
     layer_inputs: Float[Array, "L B T D"] | None
+    routing: CapturedRouting | None = None
 
 
 class KVCache(NamedTuple):
@@ -138,6 +152,8 @@ class _Layer:
         if isinstance(stack, NF4Stack):
             y: Array = frozen_product(x, stack, self._slot(path))
             return finish_linear(y, x, self.bias(path), self.adapter(path))
+        if stack is not None and projections.takes(x, stack):
+            return projections.frozen_linear(x, stack, self._slot(path), self.bias(path), self.adapter(path))
         return linear(x, self.weight(path), self.bias(path), self.adapter(path))
 
     def experts(self) -> ExpertWeights:
@@ -153,6 +169,17 @@ class _RoutingRecord(NamedTuple):
     counts: Int[Array, " E"]
     prob_sums: Float[Array, " E"]
     logits: Float[Array, "M E"] | None
+    captured: CapturedRouting | None
+
+
+class _Wanted(NamedTuple):
+    """What a forward pass keeps of each layer: all router logits, the routing with the `top` largest ones (0: none)."""
+
+    logits: bool = False
+    top: int = 0
+
+
+_NOTHING = _Wanted()
 
 
 def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
@@ -162,16 +189,16 @@ def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], atten
     with jax.named_scope("attention"):
         x = rms_norm(h, layer.weight("attention.input_layernorm"), config.rms_norm_eps)
         query, key, value = (
-            layer.project(x, f"attention.{name}").reshape(B, T, -1, config.head_dim)
+            checkpoint_name(layer.project(x, f"attention.{name}"), PROJECTED).reshape(B, T, -1, config.head_dim)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         query = apply_rotary(rms_norm(query, layer.weight("attention.q_norm"), config.rms_norm_eps), *tables)
         key = apply_rotary(rms_norm(key, layer.weight("attention.k_norm"), config.rms_norm_eps), *tables)
         heads, cache = attend(query, key, value, layer.layer)
-        return h + layer.project(heads.reshape(B, T, -1), "attention.o_proj"), cache
+        return checkpoint_name(h + layer.project(heads.reshape(B, T, -1), "attention.o_proj"), STREAM), cache
 
 
-def _sparse_mlp(x: Array, layer: _Layer, valid: Array, capture: bool) -> tuple[Array, _RoutingRecord]:
+def _sparse_mlp(x: Array, layer: _Layer, valid: Array, wanted: _Wanted) -> tuple[Array, _RoutingRecord]:
     config = layer.config
     with jax.named_scope("router"):
         routing = route(
@@ -182,34 +209,48 @@ def _sparse_mlp(x: Array, layer: _Layer, valid: Array, capture: bool) -> tuple[A
             adapter=layer.adapter("sparse.gate"),
             control=layer.control and layer.control.layer(layer.mlp_slot),
         )
+        routing = jax.tree.map(partial(checkpoint_name, name=ROUTING), routing)
         record = _RoutingRecord(
             expert_counts(routing.experts, valid, config.num_experts),
             jnp.sum(jnp.where(valid[:, None], routing.probabilities, 0), axis=0),
-            routing.logits if capture else None,
+            routing.logits if wanted.logits else None,
+            captured_routing(routing, wanted.top) if wanted.top else None,
         )
     with jax.named_scope("experts"):
         gate_up, down = (layer.adapter(path) for path in EXPERT_STACKS)
         return sorted_experts(x, routing, layer.experts(), gate_up, down), record
 
 
-def _dense_mlp(x: Array, layer: _Layer, capture: bool) -> tuple[Array, _RoutingRecord]:
-    E = layer.config.num_experts
+def _dense_mlp(x: Array, layer: _Layer, wanted: _Wanted) -> tuple[Array, _RoutingRecord]:
+    M, E, k = x.shape[0], layer.config.num_experts, layer.config.num_experts_per_tok
     with jax.named_scope("dense_mlp"):
         hidden = swiglu(layer.project(x, "dense.gate_proj"), layer.project(x, "dense.up_proj"))
         y = layer.project(hidden, "dense.down_proj")
-    logits = jnp.zeros((x.shape[0], E), jnp.float32) if capture else None
-    return y, _RoutingRecord(jnp.zeros(E, jnp.int32), jnp.zeros(E, jnp.float32), logits)
+    logits = jnp.zeros((M, E), jnp.float32)
+    nobody = Routing(logits, logits, jnp.zeros((M, k), jnp.int32), logits[:, :k])
+    return y, _RoutingRecord(
+        jnp.zeros(E, jnp.int32),
+        jnp.zeros(E, jnp.float32),
+        logits if wanted.logits else None,
+        captured_routing(nobody, wanted.top) if wanted.top else None,
+    )
 
 
 def _decoder_layer(
-    h: Array, layer: _Layer, is_sparse: Array, tables: tuple[Array, Array], attend: Attend, valid: Array, capture: bool
+    h: Array,
+    layer: _Layer,
+    is_sparse: Array,
+    tables: tuple[Array, Array],
+    attend: Attend,
+    valid: Array,
+    wanted: _Wanted,
 ) -> tuple[Array, Any, _RoutingRecord]:
     """One decoder layer: attention, then the MLP of the layer's kind, each with its residual."""
     config = layer.config
     h, cache = _attention_block(h, layer, tables, attend)
     x = rms_norm(h, layer.weight("attention.post_attention_layernorm"), config.rms_norm_eps).reshape(-1, h.shape[-1])
-    sparse = partial(_sparse_mlp, layer=layer, valid=valid, capture=capture)
-    dense = partial(_dense_mlp, layer=layer, capture=capture)
+    sparse = partial(_sparse_mlp, layer=layer, valid=valid, wanted=wanted)
+    dense = partial(_dense_mlp, layer=layer, wanted=wanted)
     if not config.dense_layers:
         y, record = sparse(x)
     elif not config.sparse_layers:
@@ -263,20 +304,29 @@ class _Run:
     tables: tuple[Array, Array]
     valid: Bool[Array, " M"]
     trainable: Trainable = "none"
-    remat: Remat = "full"
-    capture_router_logits: bool = False
+    remat: Remat = "low-memory"
+    wanted: _Wanted = _NOTHING
     capture_hidden: bool = False
     control: RoutingControl | None = None
 
 
-def _keep_results(primitive: Any, *_: Any, **parameters: Any) -> bool:
-    """The policy of remat "none": keep every result, but no layer's slice of a frozen weight.
+# What each recomputation policy keeps of a layer beside its input, by the names that `checkpoint_name` gave. The
+# backward pass computes the rest again. Never kept is a layer's slice of a frozen weight, which would hold the model
+# twice; elementwise results (norms, rotary, SwiGLU) are never worth their memory.
+_KEPT: dict[Remat, frozenset[str]] = {
+    "fast": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE, GATE_UP}),
+    "balanced": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE}),
+    "low-memory": frozenset(),
+}
 
-    A slice is made in three steps (`layer_slice`), and keeping any of them would hold the model twice. Elsewhere the
-    first two are views, which cost nothing to take again.
-    """
-    view = primitive.name in ("dynamic_slice", "squeeze")
-    return not (view or (primitive.name == "name" and parameters["name"] == WEIGHT_SLICE))
+
+def _policy(remat: Remat) -> Callable[..., bool]:
+    kept = _KEPT[remat]
+
+    def keep(primitive: Any, *_: Any, **parameters: Any) -> bool:
+        return primitive.name == "name" and parameters["name"] in kept
+
+    return keep
 
 
 def _run_layers(
@@ -307,14 +357,13 @@ def _run_layers(
             mlp_slot,
         )
         out, new_cache, record = _decoder_layer(
-            h, layer, is_sparse, run.tables, partial(attend, cache), run.valid, run.capture_router_logits
+            h, layer, is_sparse, run.tables, partial(attend, cache), run.valid, run.wanted
         )
         return (out, new_cache), (record, h if run.capture_hidden else None)
 
     if run.trainable != "none":
-        keep = {"full": jax.checkpoint_policies.nothing_saveable, "none": _keep_results}
         # The scan already keeps the two passes apart, so common subexpressions need no barrier against merging.
-        body = jax.checkpoint(body, policy=keep[run.remat], prevent_cse=False)
+        body = jax.checkpoint(body, policy=_policy(run.remat), prevent_cse=False)
     xs = (_layer_indices(config), weights.sliced, lora_weights.sliced)
     (h, cache), (records, inputs) = jax.lax.scan(body, (h, cache), xs)
     return h, cache, records, inputs
@@ -330,17 +379,20 @@ def forward(
     config: Qwen3MoeConfig,
     lora: LoraConfig | None = None,
     trainable: Trainable = "none",
-    remat: Remat = "full",
+    remat: Remat = "low-memory",
     capture_router_logits: bool = False,
     capture_hidden: bool = False,
+    capture_routing: int = 0,
     routing_control: RoutingControl | None = None,
 ) -> ForwardOutput:
     """The decoder over whole sequences, a pure function: jit it with the keyword arguments static.
 
     `segment_ids` are 0 for padding and 1, 2, ... for the documents packed into a row; a token attends to earlier tokens
     of its own segment. Computation runs in the dtype of `embed_tokens`. `trainable` says which parameters will be
-    differentiated; `remat` what the backward pass recomputes: "full" keeps one [B, T, D] per layer, "none" keeps all
-    intermediate results (never a copy of a frozen weight). `routing_control` replays or biases the routing.
+    differentiated; `remat` what the backward pass recomputes: "low-memory" keeps one [B, T, D] per layer, "fast" all
+    that is dear to compute, "balanced" the same but the experts' products (never a copy of a frozen weight).
+    `routing_control` replays or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many
+    of its largest router logits.
     """
     with jax.default_matmul_precision("highest"):
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)
@@ -350,9 +402,8 @@ def forward(
             return causal_attention(query, key, value, segment_ids, config.sliding_window), cache
 
         valid = segment_ids.reshape(-1) > 0
-        run = _Run(
-            config, lora, tables, valid, trainable, remat, capture_router_logits, capture_hidden, routing_control
-        )
+        wanted = _Wanted(capture_router_logits, capture_routing)
+        run = _Run(config, lora, tables, valid, trainable, remat, wanted, capture_hidden, routing_control)
         h, _, records, inputs = _run_layers(run, h, params, adapters, attend, None)
         hidden = rms_norm(h, params["norm"], config.rms_norm_eps)
     sparse = np.asarray(config.sparse_layers, np.int32)
@@ -360,14 +411,25 @@ def forward(
     logits = None
     if records.logits is not None:
         logits = records.logits[sparse].reshape(len(sparse), *input_ids.shape, config.num_experts)
-    return ForwardOutput(hidden, stats, logits, inputs)
+    return ForwardOutput(hidden, stats, logits, inputs, _captured(records, config, input_ids.shape))
+
+
+def _captured(records: _RoutingRecord, config: Qwen3MoeConfig, shape: tuple[int, ...]) -> CapturedRouting | None:
+    """The captured routing of the MoE layers as [Ls, B, T, ...]."""
+    if records.captured is None:
+        return None
+    sparse = np.asarray(config.sparse_layers, np.int32)
+    every = len(sparse) == config.num_hidden_layers  # the usual case: no copy
+    return CapturedRouting(
+        *((a if every else a[sparse]).reshape(len(sparse), *shape, *a.shape[2:]) for a in records.captured)
+    )
 
 
 def forward_cached(
     params: Params,
     adapters: Params,
     input_ids: Int[Array, "B T"],
-    start: Int[Array, " B"],
+    start: Int[Array, " B"] | None,
     length: Int[Array, " B"],
     cache: KVCache,
     *,
@@ -376,13 +438,31 @@ def forward_cached(
 ) -> tuple[Float[Array, "B T D"], KVCache]:
     """The decoder over T new tokens a row, at positions start .. start + T - 1, against and into the cache.
 
-    The first `length` of a row's T tokens are real; what the others write lies past the row's end, where no query looks
-    before a later call has overwritten it. Positions must stay below the cache's S.
+    Without `start` the rows begin here, at position 0: the tokens then attend to each other by `causal_attention`, and
+    the cache is only written. The first `length` of a row's T tokens are real; what the others write lies past the
+    row's end, where no query looks before a later call has overwritten it. Positions must stay below the cache's S.
     """
+    return forward_cached_routed(params, adapters, input_ids, start, length, cache, config=config, lora=lora)[:2]
+
+
+def forward_cached_routed(
+    params: Params,
+    adapters: Params,
+    input_ids: Int[Array, "B T"],
+    start: Int[Array, " B"] | None,
+    length: Int[Array, " B"],
+    cache: KVCache,
+    *,
+    config: Qwen3MoeConfig,
+    lora: LoraConfig | None = None,
+    capture_routing: int = 0,
+    routing_control: RoutingControl | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache, CapturedRouting | None]:
+    """`forward_cached` with its routing captured, replayed or biased, as in `forward`."""
     B, T = input_ids.shape
     S = cache.key.shape[2]
     with jax.default_matmul_precision("highest"):
-        positions = start[:, None] + jnp.arange(T)
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if start is None else start[:, None] + jnp.arange(T)
         tables = rotary_tables(positions, config.rope_parameters, config.head_dim)
         slots = jnp.broadcast_to(jnp.arange(S), (B, S))
         # One segment: a slot beyond the row's own position is excluded by causality alone.
@@ -390,7 +470,14 @@ def forward_cached(
         mask = attention_mask(positions, slots, ones((B, T)), ones((B, S)), config.sliding_window)
         rows = jnp.arange(B)[:, None]
 
+        def whole_rows(stack, new, layer):
+            return jax.lax.dynamic_update_slice(stack, new[None, :, :S].astype(stack.dtype), (layer, 0, 0, 0, 0))
+
         def attend(cache, query, key, value, layer):
+            if start is None:
+                # What lies behind a row's end comes after every real token: causality alone excludes it.
+                out = causal_attention(query, key, value, None, config.sliding_window)
+                return out, KVCache(*(whole_rows(*pair, layer) for pair in ((cache.key, key), (cache.value, value))))
             # Out-of-range writes (a bucket's padding past S) are dropped, never clamped onto the last slot.
             keys = cache.key.at[layer, rows, positions].set(key.astype(cache.key.dtype), mode="drop")
             values = cache.value.at[layer, rows, positions].set(value.astype(cache.value.dtype), mode="drop")
@@ -399,8 +486,10 @@ def forward_cached(
 
         valid = (jnp.arange(T) < length[:, None]).reshape(-1)
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)
-        h, cache, _, _ = _run_layers(_Run(config, lora, tables, valid), h, params, adapters, attend, cache)
-        return rms_norm(h, params["norm"], config.rms_norm_eps), cache
+        run = _Run(config, lora, tables, valid, wanted=_Wanted(top=capture_routing), control=routing_control)
+        h, cache, records, _ = _run_layers(run, h, params, adapters, attend, cache)
+        hidden = rms_norm(h, params["norm"], config.rms_norm_eps)
+        return hidden, cache, _captured(records, config, input_ids.shape)
 
 
 def empty_cache(config: Qwen3MoeConfig, batch: int, slots: int, dtype: Any) -> KVCache:
@@ -541,7 +630,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         if quantize is not None:
             source = quantized(source, quantize)
         config = source.config if dtype is None else source.config.replace(dtype=dtype)
-        params = _load_stacks(config, source)
+        params = load_stacks(config, source)
         if adapter is None:
             return cls(config, params)
         if is_adapter(adapter):
@@ -570,12 +659,17 @@ class Qwen3MoeForCausalLM(nnx.Module):
             output_router_logits: also give router logits and the load-balancing loss over unpadded tokens.
             output_hidden_states: also give each layer's input and, last, the normed output, as transformers does.
             routing_control: replays recorded experts ([Ls, B, T, k]) or biases the router logits ([Ls, E]).
+
+        Raises:
+            ValueError: both `attention_mask` and `segment_ids`, or a document in several pieces.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         if segment_ids is not None and attention_mask is not None:
             raise ValueError("segment_ids and attention_mask: expected at most one, found both")
         if segment_ids is None:
             segment_ids = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not isinstance(segment_ids, jax.core.Tracer):
+            _check_contiguous(np.asarray(segment_ids))
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         logits, out = _logits(
@@ -599,28 +693,16 @@ class Qwen3MoeForCausalLM(nnx.Module):
         return CausalLMOutput(logits, router, aux, hidden)
 
 
+def _check_contiguous(segments: np.ndarray) -> None:
+    """Raises ValueError when a segment is not one run of a row: attention takes runs for segments (`jaxmoe.cudnn`)."""
+    for row, ids in enumerate(segments):
+        starts = ids[np.flatnonzero(np.diff(ids, prepend=0))]
+        starts = starts[starts > 0]
+        if len(np.unique(starts)) < len(starts):
+            raise ValueError(f"row {row}: expected each document, or all unpadded tokens, in one piece, found several")
+
+
 @partial(jax.jit, static_argnames=("config", "lora", "capture_router_logits", "capture_hidden"))
 def _logits(params, adapters, input_ids, position_ids, segment_ids, *, config, **options):
     out = forward(params, adapters, input_ids, position_ids, segment_ids, config=config, **options)
     return logits_of(out.hidden, head_weight(params, config)), out
-
-
-@partial(jax.jit, donate_argnums=0)
-def _fill(stack: Array, value: Array, slot: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, value, slot, 0)
-
-
-def _load_stacks(config: Qwen3MoeConfig, source: Checkpoint) -> Params:
-    """Fills preallocated stacks on the device from a stream of layers; the host holds one layer at a time."""
-    params = {
-        path: jnp.zeros(spec.shape, spec.dtype or source.dtypes[path])
-        for path, spec in stored_specs(config, source.quantization).items()
-        if "." in path
-    }
-    for block in source.blocks():
-        if block.layer is None:
-            params |= {path: jnp.asarray(value) for path, value in block.arrays.items()}
-            continue
-        for path, slot in layer_paths(config, block.layer, source.quantization):
-            params[path] = _fill(params[path], block.arrays[path], slot)
-    return params

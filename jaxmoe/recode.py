@@ -26,6 +26,10 @@ class Recoded:
         self.path, self.config, self.dtypes = self.source.path, self.source.config, self.source.dtypes
         self.stored_tied_head = self.source.stored_tied_head
 
+    def block(self, layer: int | None) -> Block:
+        """The source's block, changed; the top level has to come first, for it holds the table that `change` uses."""
+        return self.change(self.source.block(layer))
+
     def blocks(self) -> Iterator[Block]:
         """The source's blocks, each changed."""
         for block in self.source.blocks():

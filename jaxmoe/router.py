@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
-from jaxmoe.layers import PRECISION, Adapter
+from jaxmoe.layers import PRECISION, Adapter, contract
 
 
 class Routing(NamedTuple):
@@ -24,20 +24,36 @@ class RoutingControl(NamedTuple):
     """What a caller imposes on the routing; every field may be None.
 
     `experts` replays a recorded choice, -1 in a token's first slot leaves that token free; `logit_bias` is added to the
-    router logits before the softmax (-inf removes an expert). The weights are always the model's own probabilities of
-    the experts that are used. For all MoE layers fields are [Ls, B, T, k] and [Ls, E]; for one, [M, k] and [E].
+    router logits before the softmax; `selection` is 1 for an expert that is among the k of every token, -1 for one that
+    nobody gets, and leaves the probabilities as they are. The weights are always the model's own probabilities of the
+    experts that are used. For all MoE layers fields are [Ls, B, T, k] and [Ls, E]; for one, [M, k] and [E].
     """
 
     experts: Int[Array, "Ls B T k"] | Int[Array, "M k"] | None = None
     logit_bias: Float[Array, "Ls E"] | Float[Array, " E"] | None = None
+    selection: Int[Array, "Ls E"] | Int[Array, " E"] | None = None
 
     def layer(self, slot: Array | int) -> RoutingControl:
         """The control of MoE layer `slot`, its experts as [M, k]."""
         pick = lambda a: None if a is None else jax.lax.dynamic_index_in_dim(a, slot, keepdims=False)
         experts = pick(self.experts)
         return RoutingControl(
-            None if experts is None else experts.reshape(-1, experts.shape[-1]), pick(self.logit_bias)
+            None if experts is None else experts.reshape(-1, experts.shape[-1]),
+            pick(self.logit_bias),
+            pick(self.selection),
         )
+
+
+class CapturedRouting(NamedTuple):
+    """What a capture keeps of a layer's routing (`captures.format` says how it is stored): the experts that were used,
+    the t most probable ones with their logits, the log-sum-exp of all E logits, and the entropy (nats) of the router's
+    distribution. Expert indices are uint8 where they fit: they leave the device in every step."""
+
+    experts: Integer[Array, "*tokens k"]
+    top_experts: Integer[Array, "*tokens t"]
+    top_logits: Float[Array, "*tokens t"]
+    log_sum_exp: Float[Array, "*tokens"]
+    entropy: Float[Array, "*tokens"]
 
 
 def route(
@@ -58,13 +74,16 @@ def route(
     if adapter is not None:
         delta = jnp.einsum("er,rd->ed", adapter.lora_B, adapter.lora_A, precision=PRECISION)
         weight = weight.astype(jnp.float32) + adapter.scale * delta
-    logits = jnp.einsum(
-        "md,ed->me", x.astype(weight.dtype), weight, precision=PRECISION, preferred_element_type=jnp.float32
-    )
+    logits = contract(x.astype(weight.dtype), weight)
     if control is not None and control.logit_bias is not None:
         logits = logits + control.logit_bias
     probabilities = jax.nn.softmax(logits, axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, num_experts_per_tok)
+    if control is not None and control.selection is not None:
+        # Probabilities are within 0 and 1: what is forced comes first, what is removed last.
+        experts = jax.lax.top_k(probabilities + 2.0 * control.selection, num_experts_per_tok)[1]
+        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+    else:
+        weights, experts = jax.lax.top_k(probabilities, num_experts_per_tok)
     if control is not None and control.experts is not None:
         experts = jnp.where(control.experts[:, :1] < 0, experts, control.experts)
         weights = jnp.take_along_axis(probabilities, experts, axis=-1)
@@ -73,10 +92,31 @@ def route(
     return Routing(logits, probabilities, experts, weights)
 
 
+def captured_routing(routing: Routing, top: int) -> CapturedRouting:
+    """Reduces M tokens' routing to what a capture keeps, with the `top` largest logits.
+
+    The order is that of the probabilities, as the choice itself: where two logits give one probability, the lower
+    expert comes first.
+    """
+    small = jnp.uint8 if routing.logits.shape[-1] <= 256 else jnp.uint16
+    order = jax.lax.top_k(routing.probabilities, top)[1]
+    log_sum_exp = jax.nn.logsumexp(routing.logits, axis=-1)
+    # A removed expert has the logit -inf and no part in the sum.
+    finite = jnp.where(routing.probabilities > 0, routing.logits, 0)
+    return CapturedRouting(
+        routing.experts.astype(small),
+        order.astype(small),
+        jnp.take_along_axis(routing.logits, order, axis=-1),
+        log_sum_exp,
+        log_sum_exp - jnp.sum(routing.probabilities * finite, axis=-1),
+    )
+
+
 def expert_counts(experts: Int[Array, "M k"], valid: Bool[Array, " M"], num_experts: int) -> Int[Array, " E"]:
     """How many routed rows of valid tokens each expert receives."""
-    ids = jnp.where(valid[:, None], experts, num_experts).reshape(-1)
-    return jnp.bincount(ids, length=num_experts + 1)[:num_experts]
+    # Compare and sum, which fuse into one pass; a histogram's atomic adds would queue up for E addresses on a GPU.
+    hits = (experts[:, :, None] == jnp.arange(num_experts)) & valid[:, None, None]
+    return jnp.sum(hits, axis=(0, 1), dtype=jnp.int32)
 
 
 def load_balancing_loss(

@@ -19,7 +19,7 @@ from jaxmoe.data import Batch
 from jaxmoe.loss import cross_entropy
 from jaxmoe.model import Params, Remat, RouterStats, forward, head_weight
 from jaxmoe.parameters import parameter_specs
-from jaxmoe.router import load_balancing_loss
+from jaxmoe.router import RoutingControl, load_balancing_loss
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -51,7 +51,7 @@ class Model(NamedTuple):
     config: Qwen3MoeConfig
     lora: LoraConfig | None
     dtype: str = "float32"
-    remat: Remat = "full"
+    remat: Remat = "low-memory"
 
     def run(self, frozen: Params, trainable: Params, batch: Batch, *, train: bool) -> tuple[Array, RouterStats]:
         """(sum of the weighted token losses in nats, router statistics) of B rows of T tokens."""
@@ -59,6 +59,9 @@ class Model(NamedTuple):
             params, adapters = frozen, trainable
         else:
             params, adapters = {path: array.astype(self.dtype) for path, array in trainable.items()}, {}
+        control = None
+        if batch.experts is not None:
+            control = RoutingControl(experts=jnp.moveaxis(batch.experts, -2, 0).astype(jnp.int32))
         out = forward(
             params,
             adapters,
@@ -69,10 +72,12 @@ class Model(NamedTuple):
             lora=self.lora,
             trainable="none" if not train else "all" if self.lora is None else "adapters",
             remat=self.remat,
+            routing_control=control,
         )
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         head = head_weight(params, self.config)
-        return cross_entropy(hidden, head, batch.labels.reshape(-1), batch.weights.reshape(-1)), out.stats
+        labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
+        return cross_entropy(hidden, head, labels, weights, frozen_head=self.lora is not None), out.stats
 
 
 def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -166,7 +171,9 @@ def make_train_step(
 
     def train_step(frozen: Params, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, stats, gradients = loss_and_gradients(model, frozen, state.trainable, batch, aux_coefficient)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+        with jax.named_scope("optimizer"):
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
+            trainable = jax.tree.map(jnp.add, state.trainable, updates)
         metrics = StepMetrics(
             loss=loss,
             aux_loss=load_balancing_loss(*stats) if model.config.sparse_layers else jnp.zeros(()),
@@ -175,7 +182,6 @@ def make_train_step(
             tokens=stats.tokens,
             expert_counts=stats.counts,
         )
-        trainable = jax.tree.map(jnp.add, state.trainable, updates)
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
     return train_step

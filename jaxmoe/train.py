@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from captures import Capture
+from jaxmoe import xla
 from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
@@ -34,6 +36,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.export import export_adapter, export_merged, export_model
 from jaxmoe.metrics import MetricsLog, Progress, expert_load
 from jaxmoe.model import Params, Qwen3MoeForCausalLM, Remat, init_adapters, init_parameters
+from jaxmoe.routing.replay import Replay
 from jaxmoe.step import (
     Model,
     Schedule,
@@ -113,7 +116,15 @@ class TrainConfig:
         default=None, metadata={"help": "hold the frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
     )
     remat: Remat = field(
-        default="full", metadata={"help": "full: recompute each layer in the backward pass; none: keep its results"}
+        default="low-memory",
+        metadata={
+            "help": "what to keep for the backward pass; fast: all that is dear, balanced: not the experts' products"
+        },
+    )
+
+    replay: pathlib.Path | None = field(
+        default=None,
+        metadata={"help": "capture of the training data whose experts are used instead of the router's choice"},
     )
 
     eval_data: pathlib.Path | None = field(default=None, metadata={"help": "JSONL records to evaluate on"})
@@ -189,6 +200,7 @@ class _Run:
     warmup_steps: int
     aux_coefficient: float
     notices: list[str]
+    replay: Replay | None
     identity: dict[str, Any]  # flag -> value, of everything that the course of the run depends on
 
 
@@ -255,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__, formatter_class=_help_formatter())
     add_dataclass_arguments(parser, TrainConfig)
     settings = dataclass_from_arguments(TrainConfig, parser.parse_args(argv))
+    xla.configure()
     summary = train(settings)
     if summary["stopped_by"] is not None:
         name = signal.Signals(summary["stopped_by"]).name
@@ -301,6 +314,8 @@ class _Loop:
         pending: tuple[int, StepMetrics] | None = None
         for step in range(first + 1, total + 1):
             batch = self._plan.rows.batch(step - 1, (settings.accumulation, settings.batch_size))
+            if self._plan.replay is not None:
+                batch = self._plan.replay.on(batch)
             state, metrics = self._train_step(self._plan.frozen, state, batch)
             if pending is not None:
                 self._report(*pending)
@@ -425,6 +440,10 @@ def _prepare(settings: TrainConfig) -> _Run:
     epochs = None if settings.max_steps is not None else settings.epochs or 1
     segments, lost = cut(records, settings.seq_length)
     notices = lost.notices(settings.seq_length)
+    replay = None
+    if settings.replay is not None:
+        replay = Replay(Capture.open(settings.replay), config, tokenizer)
+        replay.check(segments)
     rows = Rows(segments, settings.seq_length, seed=settings.seed, pack=settings.pack, epochs=epochs)
     eval_rows = None
     if held_out:
@@ -453,9 +472,10 @@ def _prepare(settings: TrainConfig) -> _Run:
         "router_aux_loss_coef": coefficient,
         "warmup_steps": warmup,
         "max_steps": total,
+        "replay": replay.digest if replay else None,
         **{name: getattr(settings, name) for name in same.split()},
     }
-    return _Run(model, frozen, trainable, rows, eval_rows, total, warmup, coefficient, notices, identity)
+    return _Run(model, frozen, trainable, rows, eval_rows, total, warmup, coefficient, notices, replay, identity)
 
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:

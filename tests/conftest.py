@@ -13,12 +13,12 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-CHECKED_PACKAGES = ("jaxmoe", "torch_ref", "convert")
+CHECKED_PACKAGES = ("jaxmoe", "torch_ref", "convert", "captures")
 
 # No test may reach the network: a hub id that slips in fails at once instead of downloading.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -63,6 +63,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU, JAX runs on {backend()}"))
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """Compiles what captures, interventions and generation run with less optimisation, as `tests.parity` does: nearly
+    all of their tests' time is LLVM's. Both sides of every comparison are compiled alike."""
+    import jax
+
+    from jaxmoe import generate
+    from jaxmoe.routing import capture, interventions
+    from tests.parity import COMPILER_OPTIONS
+
+    programs = [
+        (capture, "capture_step", ("config", "lora", "top", "predictions")),
+        (interventions, "_run", ("config", "lora")),
+        (interventions, "_outcome", ()),
+        (generate, "_prefill", generate._STATIC),
+        (generate, "_decode", generate._STATIC),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, static in programs:
+            plain = getattr(module, name).__wrapped__
+            patch.setattr(module, name, jax.jit(plain, static_argnames=static, compiler_options=COMPILER_OPTIONS))
+        yield
 
 
 @pytest.fixture(scope="session")

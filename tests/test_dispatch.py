@@ -96,12 +96,23 @@ def without_the_last_row(rows, weights, schedule):
     return original_combine(rows, weights, dropped)
 
 
-def off_by_one_expert(x, weight, tile_expert, tiles_used, offset, trainable):
-    return original_matmul(x, weight, jnp.roll(tile_expert, 1), tiles_used, offset, trainable)
+def off_by_one_expert(x, weight, schedule, offset, **options):
+    rolled = schedule._replace(tile_expert=jnp.roll(schedule.tile_expert, 1))
+    return original_matmul(x, weight, rolled, offset, **options)
+
+
+def forgotten_gradient(outer, rows, low, d_y, d_low, adapter):
+    return original_gradient(outer, rows, low, d_y, jnp.ones_like(d_low), adapter)
 
 
 original_combine, original_matmul = dispatch.combine, dispatch.grouped_matmul
-FAULTS = {"swiglu": swapped_gate_and_up, "combine": without_the_last_row, "grouped_matmul": off_by_one_expert}
+original_gradient = dispatch._adapter_gradient  # pyright: ignore[reportPrivateUsage]
+FAULTS = {
+    "swiglu": swapped_gate_and_up,
+    "combine": without_the_last_row,
+    "grouped_matmul": off_by_one_expert,
+    "_adapter_gradient": forgotten_gradient,
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)

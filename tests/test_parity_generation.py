@@ -102,7 +102,8 @@ def shift_positions(patch: pytest.MonkeyPatch) -> None:
     forward = jaxmoe.generate.forward_cached
 
     def late(params, adapters, ids, start, length, cache, **options):
-        return forward(params, adapters, ids, start + (ids.shape[1] == 1), length, cache, **options)
+        late_start = start + 1 if ids.shape[1] == 1 else start
+        return forward(params, adapters, ids, late_start, length, cache, **options)
 
     patch.setattr(jaxmoe.generate, "forward_cached", late)
 

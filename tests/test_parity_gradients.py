@@ -86,7 +86,7 @@ def run_product(name: str, lora: LoraConfig, remat: Remat) -> tuple[float, dict[
 
 
 @functools.cache
-def product_gradients(name: str, remat: Remat = "full") -> tuple[float, dict[str, np.ndarray]]:
+def product_gradients(name: str, remat: Remat = "low-memory") -> tuple[float, dict[str, np.ndarray]]:
     """`run_product` with adapters on everything, once for all tests that leave the product as it is."""
     return run_product(name, lora_of(name), remat)
 
@@ -112,7 +112,7 @@ def test_gradients_equal_those_of_peft(name: str) -> None:
 
 
 def test_gradients_do_not_depend_on_what_is_recomputed() -> None:
-    check("sparse_step_2", product_gradients("sparse_step_2", "none"))
+    check("sparse_step_2", product_gradients("sparse_step_2", "fast"))
 
 
 def sizes(gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -139,7 +139,7 @@ def test_an_expert_without_tokens_has_no_gradient(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(jaxmoe.model, "route", starved)
     lora = LoraConfig(r=3, alpha=5.0, targets=expand_targets(["experts"]))
-    for path, size in sizes(run_product("plain", lora, "full")[1]).items():
+    for path, size in sizes(run_product("plain", lora, "low-memory")[1]).items():
         assert (size[:, :6] > 0).all() and (size[:, 6:] == 0).all(), path
 
 
@@ -173,19 +173,7 @@ def detach_expert_adapters(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_the_weight_in_the_backward_pass(patch: pytest.MonkeyPatch) -> None:
-    combine = jaxmoe.dispatch.combine
-
-    @jax.custom_vjp
-    def wrong(rows, weights, schedule):
-        return combine(rows, weights, schedule)
-
-    def backward(residuals, d_out):
-        rows, weights, schedule = residuals
-        _, gradient = jax.vjp(lambda r, w: combine(r, w, schedule), rows, jnp.ones_like(weights))
-        return *gradient(d_out), None
-
-    wrong.defvjp(lambda *arguments: (combine(*arguments), arguments), backward)
-    patch.setattr(jaxmoe.dispatch, "combine", wrong)
+    patch.setattr(jaxmoe.dispatch, "row_weights", lambda weights, schedule: jnp.sign(schedule.source + 1.0)[:, None])
 
 
 def forget_the_balancing_loss(patch: pytest.MonkeyPatch) -> None:
@@ -216,4 +204,4 @@ def test_a_planted_fault_is_found(fault: Callable[[pytest.MonkeyPatch], None], m
     check("plain", product_gradients("plain"))
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        check("plain", run_product("plain", lora_of("plain"), "full"))
+        check("plain", run_product("plain", lora_of("plain"), "low-memory"))

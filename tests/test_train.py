@@ -315,7 +315,7 @@ def adapted(config: Qwen3MoeConfig, lora: LoraConfig) -> tuple[Model, dict[str, 
         path: 0.1 * jax.random.normal(key, a.shape) if path.endswith("lora_B") else a
         for key, (path, a) in zip(keys, adapters.items(), strict=True)
     }
-    return Model(config, lora, remat="none"), frozen, noisy
+    return Model(config, lora, remat="fast"), frozen, noisy
 
 
 @functools.cache

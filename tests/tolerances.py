@@ -44,7 +44,11 @@ TOLERANCES: dict[str, Tolerance] = {
         5e-6, 5.4e-7, "H200 against CPU in float32: logits and loss of the demo checkpoint, relative"
     ),
     "gpu_gradients_fp32": Tolerance(1e-4, 2.0e-6, "the same for the gradient of each adapter, relative L2"),
+    "kernel_bf16": Tolerance(5e-3, 1.7e-3, "grouped matmul kernel, bfloat16, against float64 products, relative L2"),
+    "kernel_fp32_sums": Tolerance(2e-6, 2.7e-7, "grouped outer products of bfloat16 rows, summed in float32, the same"),
+    "mixture_bf16": Tolerance(1e-2, 0.0, "mixture in bfloat16 by the kernels, value and gradients, against float32"),
     "gpu_experts_bf16": Tolerance(5e-3, 4.8e-3, "bfloat16 experts at full width against float32, value and gradient"),
+    "gpu_attention_bf16": Tolerance(5e-3, 0.0, "cuDNN's attention against the masked one in float32, value, gradients"),
     "torch_ref_fp32": Tolerance(2e-6, 4.9e-7, "torch_ref's outputs against stock transformers, float32, relative L2"),
     "torch_ref_gradients": Tolerance(1e-5, 1.7e-6, "torch_ref's gradients against transformers and PEFT, relative L2"),
     "torch_ref_bf16": Tolerance(1.0, 0.96, "torch_ref's bfloat16 error against float64, over transformers' own"),

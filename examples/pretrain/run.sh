@@ -16,5 +16,5 @@ python=${PYTHON:-python3}
 "$python" -m jaxmoe.train --from-scratch "examples/pretrain/$recipe.json" --tokenizer "$output/tokenizer" \
     --data "$output/corpus/text.jsonl" --eval-data "$output/corpus/text.heldout.jsonl" --output "$output/run" \
     --seq-length 512 --batch-size 32 --max-steps "${steps[$recipe]}" --learning-rate 2e-3 --warmup-ratio 0.02 \
-    --weight-decay 0.1 --adam-beta2 0.95 --dtype bfloat16 --remat none --eval-every 500 --save-every 500 "${@:3}"
+    --weight-decay 0.1 --adam-beta2 0.95 --dtype bfloat16 --remat fast --eval-every 500 --save-every 500 "${@:3}"
 echo "The model, in HF form: $output/run/model"

@@ -1,0 +1,124 @@
+"""What capturing the routing costs over the plain forward pass: `python -m benchmarks.capture_overhead`.
+
+Random weights in a published model's full shape, random tokens, and the whole way to the disk: both sides run the same
+batches in the same process, in turn, several times. The plain side gives each token's hidden state, or its loss as
+well; the capture writes every token's experts, largest router logits, log-sum-exp and entropy beside that.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import statistics
+import tempfile
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from captures import LabelledText, Text
+from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.model import Qwen3MoeForCausalLM, forward, head_weight, init_parameters
+from jaxmoe.presets import PRESETS
+from jaxmoe.routing.capture import capture, pack_in_order, token_predictions
+
+
+def random_text(tokens: int, length: int, vocab_size: int) -> LabelledText:
+    """`tokens` random tokens in contexts of `length`: full rows."""
+    rng = np.random.default_rng(0)
+    token = rng.integers(0, vocab_size, tokens, dtype=np.int32)
+    document, position = np.divmod(np.arange(tokens, dtype=np.int32), np.int32(length))
+    zero = np.zeros(tokens, np.int32)
+    text = Text(token, document, position, zero, zero, np.append(token[1:], -1).astype(np.int32))
+    return LabelledText(text, ("random",), ("text",), length, tokenizer="none")
+
+
+@partial(jax.jit, static_argnames=("config", "predictions"))
+def plain_step(params, input_ids, position_ids, segment_ids, following, *, config, predictions):
+    """The forward pass without a capture: what leaves the device is one number a batch, or each token's loss."""
+    out = forward(params, {}, input_ids, position_ids, segment_ids, config=config)
+    if not predictions:
+        return out.hidden.astype(jnp.float32).sum(), out.stats.counts
+    hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
+    return token_predictions(hidden, head_weight(params, config), following.reshape(-1)), out.stats.counts
+
+
+def main() -> None:
+    """Measures and prints; the verdict is the ratio of the medians."""
+    parser = ArgumentParser(description="Cost of capturing the routing over the plain forward pass.")
+    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
+    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the preset's")
+    parser.add_argument("--tokens", type=int, default=212_992, metavar="N", help="tokens to capture (default: 212992)")
+    parser.add_argument("--batch-size", type=int, default=2, metavar="N")
+    parser.add_argument("--seq-length", type=int, default=4096, metavar="N")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="times each side runs, in turn")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, metavar="DIR", help="where to write (default: the temporary one)"
+    )
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args()
+
+    config = PRESETS[args.preset]
+    if args.layers:
+        config = config.replace(num_hidden_layers=args.layers)
+    labels = random_text(args.tokens, args.seq_length, config.vocab_size)
+    params = jax.jit(init_parameters, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
+    model = Qwen3MoeForCausalLM(config, params)
+    params = model.params
+    print(
+        f"{jax.devices()[0].device_kind}: {args.preset}, {config.num_hidden_layers} layers, {args.tokens:,} tokens, "
+        f"{args.batch_size} x {args.seq_length} a step",
+        flush=True,
+    )
+
+    def plain(text: LabelledText, predictions: bool) -> float:
+        start = time.perf_counter()
+        results = []
+        for rows in pack_in_order(text, args.batch_size):
+            results.append(plain_step(params, *rows[:4], config=config, predictions=predictions))
+            results = results[-2:]  # what an evaluation keeps; the queue on the device stays full
+        jax.block_until_ready(results)
+        return time.perf_counter() - start
+
+    written = 0
+
+    def captured(text: LabelledText, predictions: bool) -> float:
+        nonlocal written
+        outer = pathlib.Path(tempfile.mkdtemp(dir=args.folder))
+        try:
+            start = time.perf_counter()
+            capture(model, text, outer / "capture", batch_size=args.batch_size, predictions=predictions)
+            seconds = time.perf_counter() - start
+            written = sum(file.stat().st_size for file in (outer / "capture").iterdir())
+            return seconds
+        finally:
+            shutil.rmtree(outer)
+
+    record: dict[str, Any] = {"device": jax.devices()[0].device_kind, "tokens": args.tokens}
+    warm = random_text(2 * args.batch_size * args.seq_length, args.seq_length, config.vocab_size)
+    for predictions in (False, True):
+        name = "hidden states and token losses" if predictions else "hidden states"
+        first = plain(warm, predictions), captured(warm, predictions)
+        print(f"{name}: first calls {first[0]:.1f} and {first[1]:.1f} s", flush=True)
+        times = [(plain(labels, predictions), captured(labels, predictions)) for _ in range(args.repeat)]
+        for number, (a, b) in enumerate(times, start=1):
+            print(
+                f"  round {number}: plain {a:.3f} s ({args.tokens / a:,.0f} tokens/s), capture {b:.3f} s, {b / a:.3f}"
+            )
+        a, b = (statistics.median(side) for side in zip(*times, strict=True))
+        print(
+            f"  median: plain {a:.3f} s, capture {b:.3f} s: overhead {100 * (b / a - 1):.1f} %, "
+            f"{written / 1e6:,.0f} MB written, {written / args.tokens:,.0f} bytes a token",
+            flush=True,
+        )
+        record[name] = {"plain_s": a, "capture_s": b, "rounds": times, "bytes": written}
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,93 @@
+"""Random weights of a published shape, made on the device, for benchmarks of both frameworks.
+
+The routers are the same NumPy arrays on every side. Their rows differ in length, so that some experts are chosen more
+often than others whatever the hidden states: the other weights are each framework's own draw, and the load per expert
+agrees to sampling noise. With the slopes below the busiest of 128 experts gets 2 to 4 times the mean.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.config import Qwen3MoeConfig
+
+STD = 0.02
+ROUTER_SCALES = (0.25, 1.75)  # of the shortest and the longest row
+
+
+def routers(config: Qwen3MoeConfig, seed: int = 0) -> np.ndarray:
+    """Router weights [Ls, E, D], float32."""
+    rng = np.random.default_rng(seed)
+    shape = len(config.sparse_layers), config.num_experts, config.hidden_size
+    weights = rng.standard_normal(shape, dtype=np.float32) * STD
+    scales = np.linspace(*ROUTER_SCALES, config.num_experts, dtype=np.float32)
+    return weights * np.stack([rng.permutation(scales) for _ in range(shape[0])])[..., None]
+
+
+def token_ids(config: Qwen3MoeConfig, batch: int, length: int, step: int) -> np.ndarray:
+    """Random token ids [B, T + 1] of one step, the same on every side."""
+    return np.random.default_rng([1, step]).integers(0, config.vocab_size, (batch, length + 1), dtype=np.int32)
+
+
+def load_ratio(counts: np.ndarray) -> float:
+    """Rows of the busiest expert over the mean, averaged over the layers; counts [Ls, E]."""
+    return float((counts.max(-1) / counts.mean(-1)).mean())
+
+
+def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
+    """Parameters in bfloat16 on JAX's default device."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmoe.model import init_parameters
+
+    params = jax.jit(init_parameters, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
+    return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
+
+
+def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
+    """Transformers' model in bfloat16 on the GPU (the CPU where there is none), never held twice."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.reference import hf_config
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hf = hf_config(config.to_hf())
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(
+            hf, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts
+        )
+    model.to_empty(device=device)
+    # Buffers (the rotary frequencies) have values that to_empty would lose.
+    model = model.to_empty(device=device)
+    with torch.device(device), torch.no_grad():
+        model.model.rotary_emb = type(model.model.rotary_emb)(hf)
+        for parameter in model.parameters():
+            parameter.fill_(1) if parameter.ndim == 1 else parameter.normal_(0, STD)
+        for slot, router in enumerate(routers(config)):
+            layer = model.model.layers[config.sparse_layers[slot]]
+            layer.mlp.gate.weight.copy_(torch.from_numpy(router))
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    return model
+
+
+def torch_load(model: Any, config: Qwen3MoeConfig, ids: Any) -> float:
+    """`load_ratio` of one forward pass of transformers' model."""
+    import torch
+
+    counts = []
+
+    def count(module: Any, inputs: Any, outputs: Any) -> None:
+        counts.append(torch.bincount(outputs[2].reshape(-1), minlength=config.num_experts).cpu().numpy())
+
+    gates = [m for m in model.modules() if type(m).__name__ == "Qwen3MoeTopKRouter"]
+    hooks = [gate.register_forward_hook(count) for gate in gates]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    for hook in hooks:
+        hook.remove()
+    return load_ratio(np.stack(counts))

@@ -1,0 +1,138 @@
+"""Where the time of a compiled step goes, by named stage: device time from a profiler's trace.
+
+Each kernel in the trace names the HLO instruction that it runs; the compiled program says from which `jax.named_scope`
+that instruction comes. A fusion counts under the scope of its root.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+# Named scopes of the model and the step, innermost wins; `attention` without `dot_product_attention` is projections,
+# norms and rotary embedding; `experts` without a part is what XLA fused across them.
+STAGES = (
+    "dot_product_attention",
+    "attention",
+    "router",
+    "permute",
+    "gate_up",
+    "swiglu",
+    "down",
+    "combine",
+    "weight_gradients",
+    "nf4_decode",
+    "experts",
+    "dense_mlp",
+    "head",
+    "optimizer",
+)
+PASSES = ("forward", "recomputed", "backward")
+OTHER = "other"
+
+Breakdown = dict[tuple[str, str], float]
+
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{[^}]*?op_name=\"([^\"]*)\"", re.MULTILINE)
+_WORD = re.compile(r"[A-Za-z_]+")
+
+
+def scopes(hlo: str) -> dict[str, str]:
+    """HLO instruction -> the path of scopes and primitives that it comes from, out of a compiled program's text."""
+    return dict(_INSTRUCTION.findall(hlo))
+
+
+def stage_of(path: str) -> tuple[str, str]:
+    """(stage, pass) of an instruction's path, such as `jit(f)/transpose(jvp(while))/body/attention/dot_general`."""
+    stage = OTHER
+    for part in path.split("/"):
+        for word in _WORD.findall(part):
+            if word in STAGES:
+                stage = word
+    if "rematted_computation" in path:
+        return stage, "recomputed"
+    return stage, "backward" if "transpose(" in path else "forward"
+
+
+def kernels(trace: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(HLO instruction, start, duration) of everything that ran on a device, in microseconds."""
+    devices = {
+        event["pid"]
+        for event in trace["traceEvents"]
+        if event.get("name") == "process_name" and "/device:" in event["args"]["name"]
+    }
+    found = []
+    for event in trace["traceEvents"]:
+        # Only the streams' events have a correlation with a launch; the lines derived from them would count twice.
+        if event.get("ph") == "X" and event["pid"] in devices and "correlation_id" in event.get("args", {}):
+            found.append((event["args"].get("hlo_op", event["name"]), float(event["ts"]), float(event["dur"])))
+    return found
+
+
+def breakdown(events: Iterable[tuple[str, float, float]], paths: Mapping[str, str], steps: int) -> Breakdown:
+    """(stage, pass) -> milliseconds of device time a step."""
+    total: Breakdown = defaultdict(float)
+    for instruction, _, duration in events:
+        total[stage_of(paths.get(instruction, ""))] += duration / 1e3 / steps
+    return dict(total)
+
+
+def busy(events: Iterable[tuple[str, float, float]]) -> float:
+    """Milliseconds in which the device ran anything; streams that overlap count once."""
+    total, end = 0.0, 0.0
+    for _, start, duration in sorted(events, key=lambda event: event[1]):
+        total += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    return total / 1e3
+
+
+def slowest(
+    events: Iterable[tuple[str, float, float]], paths: Mapping[str, str], steps: int, count: int
+) -> list[tuple[str, float, int, str]]:
+    """(HLO instruction, milliseconds a step, launches a step, path) of those that took the most time."""
+    total: dict[str, list[float]] = defaultdict(list)
+    for instruction, _, duration in events:
+        total[instruction].append(duration / 1e3)
+    ranked = sorted(total.items(), key=lambda item: -sum(item[1]))[:count]
+    return [(name, sum(times) / steps, len(times) // steps, paths.get(name, "")) for name, times in ranked]
+
+
+def profile(run: Callable[[], Any], compiled: Any, steps: int = 3, keep: pathlib.Path | None = None) -> dict[str, Any]:
+    """Runs `run`, a call of `compiled` that has been warmed up, `steps` times under the profiler.
+
+    Returns "stages" [[stage, pass, milliseconds a step]], "busy" (milliseconds a step) and "slowest"; `keep` also
+    stores the trace there, for Perfetto.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                result = run()
+            jax.block_until_ready(result)
+        (file,) = pathlib.Path(folder).rglob("*.trace.json.gz")
+        content = file.read_bytes()
+    if keep is not None:
+        keep.write_bytes(content)
+    events, paths = kernels(json.loads(gzip.decompress(content))), scopes(compiled.as_text())
+    stages = [[*key, value] for key, value in breakdown(events, paths, steps).items()]
+    return {"stages": stages, "busy": busy(events) / steps, "slowest": slowest(events, paths, steps, 15)}
+
+
+def table(found: Mapping[str, Any], step: float) -> list[str]:
+    """Lines of a table, one row a stage; `step` is the milliseconds of a step by the clock, without the profiler."""
+    cells = {(stage, which): value for stage, which, value in found["stages"]}
+    lines = [f"{'stage':<24}" + "".join(f"{which:>12}" for which in PASSES) + f"{'ms':>10}{'share':>8}"]
+    for stage in (*STAGES, OTHER):
+        row = [cells.get((stage, which), 0.0) for which in PASSES]
+        if sum(row) > 0:
+            share = sum(row) / step
+            lines.append(f"{stage:<24}" + "".join(f"{v:12.2f}" for v in row) + f"{sum(row):10.2f}{share:8.1%}")
+    idle = step - found["busy"]
+    lines.append(f"{'no kernel running':<60}{idle:10.2f}{idle / step:8.1%}")
+    return lines

@@ -1,0 +1,456 @@
+"""The capture folder: `manifest.json` and shards `routing-00000.safetensors`, ...; written and read as a stream.
+
+A capture is a stream of n tokens. A shard holds consecutive ones, so that neither side ever holds more than a shard:
+
+    token, document, position, domain, role, next [n]   the text (class `Text`)
+    experts [Ls, n, k]            the experts that were used, in the order of their probability
+    top_experts [Ls, n, t]        the t most probable experts, most probable first
+    top_logits [Ls, n, t]         their router logits, float32
+    log_sum_exp [Ls, n]           over all E logits: probability of e = exp(logit e - log_sum_exp)
+    entropy [Ls, n]               of the router's distribution over all E experts, nats
+    probability_sums [Ls, E]      router probabilities summed over the shard's tokens
+    predicted, loss [n]           optional: the most probable next token; -log p(next), nats, NaN where there is none
+
+Everything else (weights, margins) follows from these exactly: `Chunk` derives it. t is 16 by default, E on request;
+a run whose routing was imposed keeps all E, since its experts need not be among the most probable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, Integer
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxmoe.errors import UserError
+from jaxmoe.files import output_folder
+
+FORMAT, VERSION = "jaxmoe-capture", 1
+MANIFEST = "manifest.json"
+DEFAULT_TOP = 16
+
+_TEXT = {name: np.dtype(np.int32) for name in ("token", "document", "position", "domain", "role", "next")}
+_PREDICTIONS = {"predicted": np.dtype(np.int32), "loss": np.dtype(np.float32)}
+
+
+def expert_dtype(num_experts: int) -> np.dtype[Any]:
+    """The smallest unsigned integer that holds an expert's index."""
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of the model's configuration a reader of its routing needs; `layers` are the indices of the MoE layers."""
+
+    layers: tuple[int, ...]
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise UserError("layers: expected a model with mixture-of-experts layers, found none")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise UserError(f"num_experts_per_tok: expected 1 to {self.num_experts}, found {self.num_experts_per_tok}")
+
+
+class Text(NamedTuple):
+    """n tokens with their labels: id, record, position within its context (0 starts a new one), index of its domain
+    and of its role in the manifest's lists, and the token that follows (-1: none)."""
+
+    token: Int32[np.ndarray, " n"]
+    document: Int32[np.ndarray, " n"]
+    position: Int32[np.ndarray, " n"]
+    domain: Int32[np.ndarray, " n"]
+    role: Int32[np.ndarray, " n"]
+    next: Int32[np.ndarray, " n"]
+
+    def contexts(self) -> list[slice]:
+        """Where each context (a run of positions 0, 1, 2, ...) lies in the stream."""
+        starts = np.flatnonzero(self.position == 0).tolist()
+        return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(self.position)], strict=True)]
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """A whole text as a model reads it: the stream of tokens (contexts of at most `seq_length`), the names of its
+    domains and roles, and the digest of the tokenizer that made it."""
+
+    text: Text
+    domains: tuple[str, ...]
+    roles: tuple[str, ...]
+    seq_length: int
+    tokenizer: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens of a capture, and what follows from their arrays (module docstring) for Ls layers."""
+
+    model: Model
+    text: Text
+    experts: Integer[np.ndarray, "Ls n k"]
+    top_experts: Integer[np.ndarray, "Ls n t"]
+    top_logits: Float32[np.ndarray, "Ls n t"]
+    log_sum_exp: Float32[np.ndarray, "Ls n"]
+    entropy: Float32[np.ndarray, "Ls n"]
+    predicted: Int32[np.ndarray, " n"] | None
+    loss: Float32[np.ndarray, " n"] | None
+
+    def __len__(self) -> int:
+        return len(self.text.token)
+
+    @cached_property
+    def probabilities(self) -> Float32[np.ndarray, "Ls n t"]:
+        """Router probabilities of the t most probable experts."""
+        return np.exp(self.top_logits - self.log_sum_exp[..., None])
+
+    @cached_property
+    def weights(self) -> Float32[np.ndarray, "Ls n k"]:
+        """The weights with which the used experts' outputs were summed."""
+        k = self.model.num_experts_per_tok
+        chosen = self.probabilities[..., :k]
+        if not np.array_equal(self.experts, self.top_experts[..., :k]):  # imposed, or ties in another order
+            match = self.experts[..., :, None] == self.top_experts[..., None, :]
+            if not match.any(axis=-1).all():
+                raise ValueError("weights: expected the used experts among those whose logits were kept")
+            chosen = np.take_along_axis(self.probabilities, match.argmax(axis=-1), axis=-1)
+        return chosen / chosen.sum(axis=-1, keepdims=True) if self.model.norm_topk_prob else chosen
+
+    @cached_property
+    def margin(self) -> Float32[np.ndarray, "Ls n"]:
+        """Probability between the k-th and the next expert: how far the choice is from another one; 1 if k = E."""
+        k = self.model.num_experts_per_tok
+        if k == self.model.num_experts:
+            return np.ones(self.log_sum_exp.shape, np.float32)
+        return self.probabilities[..., k - 1] - self.probabilities[..., k]
+
+    @cached_property
+    def logit_margin(self) -> Float32[np.ndarray, "Ls n"]:
+        """Router logit between the k-th and the next expert; infinite if k = E."""
+        k = self.model.num_experts_per_tok
+        if k == self.model.num_experts:
+            return np.full(self.log_sum_exp.shape, np.inf, np.float32)
+        return self.top_logits[..., k - 1] - self.top_logits[..., k]
+
+    def dense_probabilities(self) -> Float32[np.ndarray, "Ls n E"]:
+        """Probabilities of all E experts in the order of their index.
+
+        Raises:
+            ValueError: the capture kept the largest logits only.
+        """
+        E = self.model.num_experts
+        if self.top_experts.shape[-1] < E:
+            raise ValueError(f"logits: expected all {E} of each token, found the top {self.top_experts.shape[-1]}")
+        dense = np.empty_like(self.probabilities)
+        np.put_along_axis(dense, self.top_experts.astype(np.intp), self.probabilities, axis=-1)
+        return dense
+
+
+class CaptureWriter:
+    """Writes a capture shard by shard in a thread of its own; the folder appears whole or not at all.
+
+        with CaptureWriter(folder, model, ...) as writer:
+            writer.put(text, arrays)   # anything that np.asarray takes: a device's arrays are fetched by the thread
+
+    `put` waits while two shards are still unwritten, so that memory stays bounded.
+    """
+
+    def __init__(
+        self,
+        folder: str | pathlib.Path,
+        model: Model,
+        *,
+        labels: LabelledText,
+        source: Mapping[str, Any],
+        control: Mapping[str, Any] | None = None,
+        top: int = DEFAULT_TOP,
+    ) -> None:
+        """Of `labels` all but the stream itself is written into the manifest: `put` brings the tokens.
+
+        Args:
+            folder: the folder to make; new or empty.
+            model: whose routing it is.
+            labels: names of domains and roles, tokenizer, longest context.
+            source: what was run: framework, model, dtype, versions.
+            control: what was imposed on the routing, if anything.
+            top: how many of the largest router logits are kept.
+        """
+        self.model, self.top = model, model.num_experts if control else min(max(top, 1), model.num_experts)
+        if self.top < min(model.num_experts_per_tok + 1, model.num_experts):
+            least = min(model.num_experts_per_tok + 1, model.num_experts)
+            raise UserError(f"top: expected at least {least} logits a token, or the margin is lost; found {top}")
+        self._manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": asdict(model),
+            "top": self.top,
+            "source": dict(source),
+            "control": control and dict(control),
+            "text": {
+                "tokenizer": labels.tokenizer,
+                "seq_length": labels.seq_length,
+                "domains": [*labels.domains],
+                "roles": [*labels.roles],
+            },
+        }
+        self._shards: list[dict[str, Any]] = []
+        self._digest = hashlib.sha256()
+        self._queue: queue.Queue[tuple[Text, Mapping[str, Any], Any] | None] = queue.Queue(maxsize=2)
+        self._failure: BaseException | None = None
+        self._output = output_folder(folder)
+
+    def __enter__(self) -> CaptureWriter:
+        self._folder = self._output.__enter__()
+        self._thread = threading.Thread(target=self._work, name="capture-writer", daemon=True)
+        self._thread.start()
+        return self
+
+    def put(self, text: Text, arrays: Mapping[str, Any], valid: np.ndarray | None = None) -> None:
+        """Queues one shard; `valid` [rows] (bool) picks the text's tokens out of the arrays' rows, which may be padded.
+
+        Raises:
+            Exception: what failed in the thread while it wrote an earlier shard.
+        """
+        self._check()
+        self._queue.put((text, arrays, valid))
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        self._queue.put(None)
+        self._thread.join()
+        failure = self._failure if kind is None else None
+        if failure is not None:
+            self._output.__exit__(type(failure), failure, failure.__traceback__)
+            raise failure
+        if kind is None:
+            self._manifest["text"] |= {
+                "tokens": sum(s["tokens"] for s in self._shards),
+                "digest": self._digest.hexdigest(),
+            }
+            content = json.dumps(self._manifest | {"shards": self._shards}, indent=1) + "\n"
+            (self._folder / MANIFEST).write_text(content, encoding="utf-8")
+        return self._output.__exit__(kind, error, trace)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._failure is None:  # after a failure the queue is only emptied, so that `put` never hangs
+                try:
+                    self._write(*item)
+                except BaseException as failure:
+                    self._failure = failure
+
+    def _write(self, text: Text, arrays: Mapping[str, Any], valid: np.ndarray | None) -> None:
+        shard = {name: np.ascontiguousarray(array, np.int32) for name, array in text._asdict().items()}
+        # Token by token, so that the digest does not depend on where shards end.
+        self._digest.update(np.stack([text.token, text.document, text.position, text.next], axis=1).tobytes())
+        for name, array in arrays.items():
+            array = np.asarray(array)
+            if valid is not None and name != "probability_sums":
+                array = array[:, valid] if array.ndim > 1 else array[valid]
+            shard[name] = np.ascontiguousarray(array)
+        n = len(text.token)
+        for name, (dtype, shape) in _layout(self.model, self.top, n, "loss" in shard).items():
+            if shard[name].dtype != dtype or shard[name].shape != shape:
+                found = f"{shard[name].dtype} {list(shard[name].shape)}"
+                raise ValueError(f"capture {name}: expected {dtype} {list(shape)}, found {found}")
+        file = f"routing-{len(self._shards):05d}.safetensors"
+        save_file(shard, self._folder / file)
+        self._shards.append({"file": file, "tokens": n})
+
+
+def _layout(model: Model, top: int, n: int, predictions: bool) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Type and shape of every array of a shard of n tokens."""
+    layers, expert, real = len(model.layers), expert_dtype(model.num_experts), np.dtype(np.float32)
+    return {
+        **{name: (dtype, (n,)) for name, dtype in (_TEXT | (_PREDICTIONS if predictions else {})).items()},
+        "experts": (expert, (layers, n, model.num_experts_per_tok)),
+        "top_experts": (expert, (layers, n, top)),
+        "top_logits": (real, (layers, n, top)),
+        "log_sum_exp": (real, (layers, n)),
+        "entropy": (real, (layers, n)),
+        "probability_sums": (real, (layers, model.num_experts)),
+    }
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A capture on disk. Only what is asked for is read; `chunks` streams through all of it."""
+
+    folder: pathlib.Path
+    model: Model
+    top: int
+    source: Mapping[str, Any]
+    control: Mapping[str, Any] | None
+    text: Mapping[str, Any] = field(repr=False)
+    shards: tuple[tuple[str, int], ...] = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: str | pathlib.Path) -> Capture:
+        """Reads and checks the manifest.
+
+        Raises:
+            UserError: no capture, one of another version, or a manifest that does not say what is needed.
+        """
+        folder = pathlib.Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise UserError(f"{folder}: expected a capture (a folder with {MANIFEST}), found none")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if (raw["format"], raw["version"]) != (FORMAT, VERSION):
+                raise UserError(f"{path}: expected {FORMAT} {VERSION}, found {raw['format']} {raw['version']}")
+            model = Model(**raw["model"] | {"layers": tuple(raw["model"]["layers"])})
+            shards = tuple((str(shard["file"]), int(shard["tokens"])) for shard in raw["shards"])
+            text, top = raw["text"], int(raw["top"])
+            text["tokenizer"], text["digest"], text["domains"], text["roles"], text["seq_length"]
+            known = raw["source"], raw["control"]
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path}: expected a capture's manifest, found one that does not read ({reason})") from None
+        if any(pathlib.PurePath(file).name != file for file, _ in shards):
+            raise UserError(f"{path}: expected names of files beside it, found a path among the shards")
+        if text["tokens"] != sum(tokens for _, tokens in shards) or not shards:
+            raise UserError(f"{path}: expected shards of {text['tokens']} tokens in all, found another number")
+        return cls(folder, model, top, *known, text, shards)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it holds."""
+        return self.text["tokens"]
+
+    @property
+    def name(self) -> str:
+        """What a figure calls it: the folder's name."""
+        return self.folder.resolve().name
+
+    @property
+    def predictions(self) -> bool:
+        """Whether the predicted tokens and the losses are there."""
+        with self._file(self.shards[0][0]) as shard:
+            return "loss" in shard.keys()  # noqa: SIM118 - a safetensors file, no dictionary
+
+    def chunks(self, size: int | None = None, layers: slice = slice(None)) -> Iterator[Chunk]:
+        """The whole stream in pieces of `size` tokens (None: as the shards lie), of the MoE layers in `layers`.
+
+        Pieces of one size are the same for two captures of one text, however each was sharded.
+        """
+        step = size or max(tokens for _, tokens in self.shards)
+        if size is None:
+            start = 0
+            for _, tokens in self.shards:
+                yield self.read(start, start + tokens, layers)
+                start += tokens
+            return
+        for start in range(0, self.tokens, step):
+            yield self.read(start, min(start + step, self.tokens), layers)
+
+    def read(self, start: int, stop: int, layers: slice = slice(None)) -> Chunk:
+        """The tokens `start` to `stop` of the stream, of the MoE layers in `layers`.
+
+        Raises:
+            UserError: a shard that is missing, broken, or not what the manifest says.
+        """
+        pieces, at = [], 0
+        for file, tokens in self.shards:
+            a, b = max(start - at, 0), min(stop - at, tokens)
+            if a < b:
+                pieces.append(self._arrays(file, tokens, slice(a, b), layers))
+            at += tokens
+        if not pieces:
+            raise ValueError(f"tokens: expected a range within 0 to {self.tokens}, found {start} to {stop}")
+        joined = {
+            name: pieces[0][name] if len(pieces) == 1 else np.concatenate([p[name] for p in pieces], axis=_axis(name))
+            for name in pieces[0]
+        }
+        text = Text(**{name: joined.pop(name) for name in Text._fields})
+        predictions = {name: joined.pop(name, None) for name in _PREDICTIONS}
+        return Chunk(self.model, text, **joined, **predictions)
+
+    def read_experts(self) -> Integer[np.ndarray, "Ls n k"]:
+        """The used experts of all tokens: Ls k bytes a token."""
+        parts = []
+        for file, tokens in self.shards:
+            with self._file(file) as shard:
+                self._same_layout(file, shard, tokens)
+                parts.append(shard.get_tensor("experts"))
+        return np.concatenate(parts, axis=1)
+
+    def labelled_text(self) -> LabelledText:
+        """The text that was read, whole (24 bytes a token): what another capture needs to run on the same."""
+        t = self.text
+        return LabelledText(self.read_text(), tuple(t["domains"]), tuple(t["roles"]), t["seq_length"], t["tokenizer"])
+
+    def read_text(self) -> Text:
+        """The tokens and their labels."""
+        parts = []
+        for file, tokens in self.shards:
+            with self._file(file) as shard:
+                self._same_layout(file, shard, tokens)
+                parts.append(Text(*(shard.get_tensor(name) for name in Text._fields)))
+        return Text(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def probability_sums(self) -> Float32[np.ndarray, "Ls E"]:
+        """Router probabilities summed over all tokens."""
+        total = np.zeros((len(self.model.layers), self.model.num_experts), np.float64)
+        for file, tokens in self.shards:
+            with self._file(file) as shard:
+                self._same_layout(file, shard, tokens)
+                total += shard.get_tensor("probability_sums")
+        return total.astype(np.float32)
+
+    def _arrays(self, file: str, tokens: int, part: slice, layers: slice) -> dict[str, np.ndarray]:
+        with self._file(file) as shard:
+            names = self._same_layout(file, shard, tokens)
+            return {
+                name: shard.get_slice(name)[(layers, part)] if _axis(name) else shard.get_slice(name)[part]
+                for name in names
+                if name != "probability_sums"
+            }
+
+    def _same_layout(self, file: str, shard: Any, tokens: int) -> list[str]:
+        found = set(shard.keys())
+        expected = _layout(self.model, self.top, tokens, "loss" in found)
+        if found != set(expected):
+            odd = sorted(found ^ set(expected))[0]
+            raise UserError(f"{self.folder / file}: {odd}: {'unexpected' if odd in found else 'missing'}")
+        for name, (_, shape) in expected.items():
+            if tuple(shard.get_slice(name).get_shape()) != shape:
+                actual = shard.get_slice(name).get_shape()
+                raise UserError(f"{self.folder / file}: {name}: expected shape {list(shape)}, found {actual}")
+        return list(expected)
+
+    def _file(self, file: str) -> Any:
+        try:
+            return safe_open(self.folder / file, framework="numpy")
+        except FileNotFoundError:
+            raise UserError(f"{self.folder / file}: expected a shard of the capture, found none") from None
+        except SafetensorError as error:
+            raise UserError(f"{self.folder / file}: expected a safetensors file, found {error}") from None
+
+
+def _axis(name: str) -> Literal[0, 1]:
+    """Where an array has its tokens."""
+    return 0 if name in _TEXT or name in _PREDICTIONS else 1
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256 over the vocabulary (token, id) of a `transformers` tokenizer: equal where ids mean the same tokens."""
+    content = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,174 @@
+"""Which implementation an operation takes on the default device, why, and how another one is forced.
+
+An operation with several implementations asks `choose` while it is traced: the first one in `OPERATIONS` that the
+device and the operands allow. `JAXMOE_<OPERATION>=name` in the environment, or `forced(operation="name")` around the
+call, takes a named one instead or fails; nothing falls back silently from a forced choice.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxmoe.errors import UserError
+
+
+class Device(NamedTuple):
+    """What a choice depends on: JAX's platform, the device's name, CUDA's compute capability (None: not NVIDIA)."""
+
+    platform: str
+    kind: str
+    compute_capability: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        if self.compute_capability is None:
+            return self.platform
+        return f"{self.kind}, compute capability {self.compute_capability[0]}.{self.compute_capability[1]}"
+
+
+class Implementation(NamedTuple):
+    """One way to run an operation: what it is, and why a device cannot run it (None: it can)."""
+
+    what: str
+    refuses: Callable[[Device], str | None]
+
+
+class Choice(NamedTuple):
+    """The implementation taken, and the reason: what it is, and what stood in the way of those before it."""
+
+    name: str
+    reason: str
+
+
+def default_device() -> Device:
+    """The device that JAX places computations on by default."""
+    device: Any = jax.config.values["jax_default_device"] or jax.local_devices()[0]
+    if isinstance(device, str):  # the configuration also takes a platform's name
+        device = jax.local_devices(backend=device)[0]
+    capability = getattr(device, "compute_capability", None)  # "9.0"; other platforms lack it or give something else
+    try:
+        major, minor = (int(part) for part in str(capability).split("."))
+    except ValueError:
+        return Device(device.platform, device.device_kind, None)
+    return Device(device.platform, device.device_kind, (major, minor))
+
+
+def _anywhere(device: Device) -> None:
+    return None
+
+
+def _needs_capability(
+    at_least: tuple[int, int], below: tuple[int, int] | None = None
+) -> Callable[[Device], str | None]:
+    def refuses(device: Device) -> str | None:
+        found = device.compute_capability
+        if found is not None and found >= at_least and (below is None or found < below):
+            return None
+        wanted = f"{at_least[0]}.x" if below else f"{at_least[0]}.{at_least[1]} or newer"
+        return f"needs an NVIDIA GPU of compute capability {wanted}, found {device}"
+
+    return refuses
+
+
+# Fastest first; the last one of each operation runs anywhere.
+OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
+    "attention": {
+        "cudnn": Implementation("cuDNN's flash attention, packed rows by segment offsets", _needs_capability((9, 0))),
+        "blocks": Implementation("pure JAX by query blocks, causal half only, exact for packed rows", _anywhere),
+    },
+    "grouped_matmul": {
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel over expert-aligned tiles", _needs_capability((9, 0), (10, 0))
+        ),
+        "tiled": Implementation("pure JAX loop over expert-aligned row tiles", _anywhere),
+    },
+}
+
+_forced: ContextVar[Mapping[str, str]] = ContextVar("forced", default=MappingProxyType({}))
+
+
+def _check(operation: str, name: str, source: str) -> None:
+    if name not in OPERATIONS[operation]:
+        raise UserError(f"{source}: expected one of {', '.join(OPERATIONS[operation])}; found {name!r}")
+
+
+@contextmanager
+def forced(**names: str) -> Iterator[None]:
+    """Takes the named implementations inside the context, whatever the environment says.
+
+    JAX does not know that a trace depends on the choice, so its caches of compiled functions are dropped on both ends.
+
+    Raises:
+        UserError: no such operation, or no such implementation of it.
+    """
+    for operation, name in names.items():
+        if operation not in OPERATIONS:
+            raise UserError(f"forced: expected operations among {', '.join(OPERATIONS)}; found {operation!r}")
+        _check(operation, name, f"forced {operation}")
+    token = _forced.set({**_forced.get(), **names})
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+        jax.clear_caches()
+
+
+def _demanded(operation: str) -> tuple[str, str] | None:
+    """(name, who demands it), or None; the context goes before the environment."""
+    if (name := _forced.get().get(operation)) is not None:
+        return name, f"forced {operation}"
+    variable = f"JAXMOE_{operation.upper()}"
+    if name := os.environ.get(variable):
+        _check(operation, name, variable)
+        return name, variable
+    return None
+
+
+def choose(operation: str, cannot: Mapping[str, str | None] | None = None) -> Choice:
+    """The implementation of `operation` for the default device, decided while tracing.
+
+    Args:
+        operation: a key of `OPERATIONS`.
+        cannot: implementation -> why these operands rule it out (None: they do not).
+
+    Raises:
+        UserError: the environment or `forced` names an implementation that does not exist or cannot run here.
+    """
+    device = default_device()
+    choices = OPERATIONS[operation]
+
+    def obstacle(name: str) -> str | None:
+        return choices[name].refuses(device) or (cannot or {}).get(name)
+
+    if (demand := _demanded(operation)) is not None:
+        name, source = demand
+        if (why := obstacle(name)) is not None:
+            raise UserError(f"{source}: {name} cannot run here: {why}")
+        return Choice(name, f"{choices[name].what}; by {source}")
+    passed = []
+    for name, implementation in choices.items():
+        why = obstacle(name)
+        if why is None:
+            return Choice(name, "; ".join([implementation.what, *passed]))
+        passed.append(f"{name} {why}")
+    raise AssertionError(f"{operation}: its last implementation has to run anywhere")
+
+
+def explain() -> list[tuple[str, str, str]]:
+    """(operation, implementation, reason) of each operation on the default device, for operands in bfloat16.
+
+    Raises:
+        UserError: as `choose`.
+    """
+    return [
+        (operation.replace("_", " "), taken.name, taken.reason)
+        for operation in OPERATIONS
+        for taken in [choose(operation)]
+    ]

@@ -1,0 +1,252 @@
+"""The commands `python -m jaxmoe.routing capture | compare | effects | report`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from captures import Capture, tokenizer_digest
+from captures.format import DEFAULT_TOP
+from jaxmoe.cli import ArgumentParser, program_name, run
+from jaxmoe.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command and runs it."""
+    parser = ArgumentParser(description="What the router does: capture it, compare it, change it, report it.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, add, text in (
+        ("capture", _capture_arguments, "run a model over a text and write every token's routing"),
+        ("compare", _compare_arguments, "two captures of one text, or the domains of one"),
+        ("effects", _effects_arguments, "what removing or forcing each expert does to the loss and the output"),
+        ("report", _report_arguments, "figures of captures as one HTML page, with PNG and CSV of each"),
+    ):
+        add(
+            commands.add_parser(
+                name, help=text, description=text[0].upper() + text[1:] + ".", prog=f"{program_name()} {name}"
+            )
+        )
+    arguments = parser.parse_args(argv)
+    {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report}[arguments.command](arguments)
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder"
+    )
+    parser.add_argument("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT adapter folder or converted adapter")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    parser.add_argument("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument(
+        "--data", type=pathlib.Path, action="append", metavar="FILE", help="text or JSONL records; may be given again"
+    )
+    text.add_argument("--text", type=pathlib.Path, metavar="DIR", help="the text of this capture, token by token")
+    parser.add_argument(
+        "--seq-length", type=int, default=1024, metavar="N", help="tokens a context holds (default: 1024)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="stop behind the record that reaches so many tokens"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a step (default: 8)")
+
+
+def _capture_arguments(parser: argparse.ArgumentParser) -> None:
+    from jaxmoe.routing.interventions import add_arguments
+
+    _model_arguments(parser)
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument(
+        "--top", type=int, default=DEFAULT_TOP, metavar="N", help=f"router logits kept a token (default: {DEFAULT_TOP})"
+    )
+    parser.add_argument("--full-logits", action="store_true", help="keep the router logits of all experts")
+    parser.add_argument(
+        "--no-predictions", action="store_true", help="leave out each token's loss and most probable successor"
+    )
+    parser.add_argument("--replay", type=pathlib.Path, metavar="DIR", help="impose the experts of this capture")
+    add_arguments(parser)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("captures", type=pathlib.Path, nargs="+", metavar="CAPTURE", help="one (its domains) or two")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the table as CSV")
+
+
+def _effects_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_arguments(parser)
+    parser.add_argument("--action", choices=("ablate", "force"), default="ablate", help="(default: ablate)")
+    parser.add_argument("--layers", metavar="N,...", help="layers by index (default: all with experts)")
+    parser.add_argument("--experts", metavar="N,...", help="experts by index (default: all)")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="CSV to write")
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("captures", type=pathlib.Path, nargs="+", metavar="CAPTURE", help="the first is the reference")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    parser.add_argument("--tokenizer", type=pathlib.Path, metavar="DIR", help="folder with the tokenizer, to show text")
+    parser.add_argument("--effects", type=pathlib.Path, metavar="FILE", help="CSV of the effects command, to show too")
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, labelled text)."""
+    from jaxmoe.data import load_tokenizer
+    from jaxmoe.model import Qwen3MoeForCausalLM
+    from jaxmoe.routing.text import read_text
+
+    for name in ("seq_length", "batch_size", "max_tokens"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"{name.replace('_', '-')}: expected at least 1, found {value}")
+    tokenizer = load_tokenizer(arguments.model)
+    if arguments.text is not None:
+        labels = Capture.open(arguments.text).labelled_text()
+        if labels.tokenizer != tokenizer_digest(tokenizer):
+            raise UserError(f"{arguments.text}: expected a text made with the model's tokenizer, found another")
+    else:
+        from jaxmoe.config import Qwen3MoeConfig
+
+        vocabulary = Qwen3MoeConfig.from_pretrained(arguments.model).vocab_size
+        labels = read_text(arguments.data, tokenizer, vocabulary, arguments.seq_length, arguments.max_tokens)
+    model = Qwen3MoeForCausalLM.from_pretrained(
+        arguments.model, dtype=arguments.dtype, quantize=arguments.quantize, adapter=arguments.adapter
+    )
+    if not model.config.sparse_layers:
+        raise UserError(f"{arguments.model}: expected a model with mixture-of-experts layers, found none")
+    return model, labels
+
+
+def _capture(arguments: argparse.Namespace) -> None:
+    from jaxmoe.routing.capture import capture
+    from jaxmoe.routing.interventions import intervention
+
+    model, labels = _loaded(arguments)
+    changes = intervention(arguments, model.config)
+    started = time.perf_counter()
+    found = capture(
+        model,
+        labels,
+        arguments.out,
+        batch_size=arguments.batch_size,
+        top=model.config.num_experts if arguments.full_logits else arguments.top,
+        predictions=not arguments.no_predictions,
+        control=changes.control(model.config),
+        replay=Capture.open(arguments.replay) if arguments.replay else None,
+        description=changes.describe(),
+        source={"model": str(arguments.model), "adapter": str(arguments.adapter) if arguments.adapter else None},
+    )
+    seconds = time.perf_counter() - started
+    size = sum(file.stat().st_size for file in found.folder.iterdir())
+    print(
+        f"{arguments.out}: {found.tokens:,} tokens of {len(found.text['domains'])} domains, {len(found.model.layers)} "
+        f"MoE layers, {size / 1e6:,.1f} MB in {seconds:.1f} s"
+    )
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from jaxmoe.routing.compare import compare, compare_domains
+
+    captures = [Capture.open(folder) for folder in arguments.captures]
+    if len(captures) > 2:
+        raise UserError(f"compare: expected one capture or two, found {len(captures)}")
+    if len(captures) == 1:
+        rows = compare_domains(captures[0])
+        header = "layer first second divergence low high floor correlation expert share_first share_second".split()
+        body: list[list[Any]] = [[*row[:3], *row.divergence, *row[4:]] for row in rows]
+        print(f"{captures[0].folder}: {captures[0].tokens:,} tokens; divergence of expert loads between domains, nats")
+    else:
+        found = compare(*captures)
+        header, body = found.rows()
+        any_layer = found.flipped_tokens
+        print(f"{found.a.folder} against {found.b.folder}: {found.tokens:,} tokens")
+        print(
+            f"routed otherwise in a layer {any_layer.value:.3%} of tokens [{any_layer.low:.3%}, {any_layer.high:.3%}]; "
+            f"mean of layers: flips {found.pooled('flip_rate'):.4%}, overlap {found.pooled('overlap'):.4%}, "
+            f"divergence {found.pooled('divergence'):.3g} nats"
+        )
+        if found.loss_change is not None:
+            change = found.loss_change
+            print(f"loss {found.loss_a:.4f} nats, change {change.value:+.5f} [{change.low:+.5f}, {change.high:+.5f}]")
+        if len(found.first_margins):
+            print(
+                f"margin (probability) of a token's first flip: median {_median(found.first_margins):.2g}, "
+                f"largest {found.first_margins.max():.2g}"
+            )
+    _print_table(header, body)
+    if arguments.out is not None:
+        _write_csv(arguments.out, header, body)
+
+
+def _effects(arguments: argparse.Namespace) -> None:
+    from jaxmoe.routing.interventions import effects, write_effects
+
+    model, labels = _loaded(arguments)
+    layers = _numbers("layers", arguments.layers, model.config.sparse_layers)
+    experts = _numbers("experts", arguments.experts, range(model.config.num_experts))
+    found = effects(
+        model,
+        labels,
+        action=arguments.action,
+        experts=[(layer, expert) for layer in layers for expert in experts],
+        batch_size=arguments.batch_size,
+    )
+    worst = sorted(found, key=lambda effect: -effect.change)
+    _print_table(list(worst[0]._fields), [list(effect) for effect in worst[:20]])
+    if arguments.out is not None:
+        write_effects(found, arguments.out)
+        print(f"{arguments.out}: {len(found)} experts")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from jaxmoe.routing.report import write_report
+
+    tokenizer = None
+    if arguments.tokenizer is not None:
+        from jaxmoe.data import load_tokenizer
+
+        tokenizer = load_tokenizer(arguments.tokenizer)
+    captures = [Capture.open(folder) for folder in arguments.captures]
+    figures = write_report(captures, arguments.out, tokenizer=tokenizer, effects=arguments.effects)
+    print(f"{arguments.out}/index.html: {figures} figures, each also as PNG and CSV")
+
+
+def _numbers(name: str, text: str | None, known: Sequence[int]) -> list[int]:
+    if text is None:
+        return list(known)
+    try:
+        found = [int(item) for item in text.split(",")]
+    except ValueError:
+        raise UserError(f"{name}: expected numbers with commas between them, found {text!r}") from None
+    if wrong := [number for number in found if number not in known]:
+        raise UserError(f"{name}: expected some of {known[0]} to {known[-1]}, found {wrong[0]}")
+    return found
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+    console = Console()
+    # A table that does not fit a terminal is not cut: a pipe has no width at all.
+    Console(width=max(console.width, 20 * len(header))).print(table)
+
+
+def _write_csv(path: pathlib.Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def _median(values: Any) -> float:
+    import numpy as np
+
+    return float(np.median(values))
+
+
+if __name__ == "__main__":
+    run(main)

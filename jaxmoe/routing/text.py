@@ -1,0 +1,149 @@
+"""Text and record files -> the labelled stream of tokens that a capture runs on.
+
+A `.jsonl` file holds the records that training takes (`jaxmoe.data`), each optionally with a "domain"; any other file
+is one text. The domain of what names none is its file's name without the ending. Tokens are exactly those that
+training sees, so that a captured routing can be replayed there.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from captures import LabelledText, Text, tokenizer_digest
+from jaxmoe.data import Record, assistant_spans, read_lines, tokenize_record
+from jaxmoe.errors import UserError
+
+# text; parts of a prompt/completion record; who speaks in a chat, and what the chat template adds; a model's own output
+ROLES = ("text", "prompt", "completion", "template", "system", "user", "assistant", "tool", "generated")
+
+
+class Document(NamedTuple):
+    """One record: its tokens, the index of each one's role in `ROLES`, and its domain."""
+
+    tokens: Int32[np.ndarray, " n"]
+    roles: Int32[np.ndarray, " n"]
+    domain: str
+
+
+def read_documents(paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_size: int) -> Iterator[Document]:
+    """Every record of every file, tokenised and labelled.
+
+    Raises:
+        UserError: a missing file, a bad record (FILE:LINE first), a token that the model does not know.
+    """
+    for path in map(pathlib.Path, paths):
+        for where, raw, domain in _raw_records(path):
+            try:
+                document = label(raw, tokenizer, domain)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            if (largest := int(document.tokens.max())) >= vocab_size:
+                raise UserError(
+                    f"{where}: expected token ids below the model's vocab_size {vocab_size}, found {largest}"
+                )
+            yield document
+
+
+def label(raw: Any, tokenizer: Any, domain: str) -> Document:
+    """One record's tokens, as `jaxmoe.data.tokenize_record` makes them, and each one's role."""
+    record = tokenize_record(raw, tokenizer)
+    if "messages" in raw:
+        names = _chat_roles(raw["messages"], raw.get("tools"), tokenizer, record)
+    elif "prompt" in raw:
+        names = ["completion" if weight else "prompt" for weight in record.weights]
+    else:
+        names = ["text"] * len(record.tokens)
+    return Document(record.tokens, np.asarray([ROLES.index(name) for name in names], np.int32), domain)
+
+
+def labelled_text(documents: Iterable[Document], seq_length: int, tokenizer: str) -> LabelledText:
+    """Joins documents to one stream; a longer one becomes consecutive contexts of `seq_length` tokens, as training
+    splits text. `tokenizer` is a digest (`captures.tokenizer_digest`).
+
+    Raises:
+        UserError: no document.
+    """
+    domains: dict[str, int] = {}
+    parts = []
+    for number, (tokens, roles, domain) in enumerate(documents):
+        n = len(tokens)
+        same = np.full(n, domains.setdefault(domain, len(domains)), np.int32)
+        following = np.append(tokens[1:], -1).astype(np.int32)
+        position = np.arange(n, dtype=np.int32) % seq_length
+        parts.append(Text(tokens, np.full(n, number, np.int32), position, same, roles, following))
+    if not parts:
+        raise UserError("data: expected at least one record, found none")
+    text = Text(*map(np.concatenate, zip(*parts, strict=True)))
+    return LabelledText(text, tuple(domains), ROLES, seq_length, tokenizer)
+
+
+def read_text(
+    paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_size: int, seq_length: int, limit: int | None = None
+) -> LabelledText:
+    """The files as one labelled stream; `limit` ends it behind the record with which it has so many tokens."""
+
+    def limited() -> Iterator[Document]:
+        total = 0
+        for document in read_documents(paths, tokenizer, vocab_size):
+            yield document
+            total += len(document.tokens)
+            if limit is not None and total >= limit:
+                return
+
+    return labelled_text(limited(), seq_length, tokenizer_digest(tokenizer))
+
+
+def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
+    """(where, record without its domain, domain)."""
+    if path.suffix != ".jsonl":
+        if not path.is_file():
+            raise UserError(f"{path}: expected a text or JSONL file, found {'a folder' if path.is_dir() else 'none'}")
+        try:
+            yield str(path), {"text": path.read_text(encoding="utf-8")}, path.stem
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: expected UTF-8 text, found another encoding at byte {error.start + 1}") from None
+        return
+    for where, raw in read_lines(path):
+        domain = path.stem
+        if isinstance(raw, dict) and "domain" in raw:
+            domain = raw.pop("domain")
+            if not isinstance(domain, str) or not domain:
+                raise UserError(f"{where}: domain: expected a name, found {domain!r}")
+        yield where, raw, domain
+
+
+def _chat_roles(messages: Any, tools: Any, tokenizer: Any, record: Record) -> list[str]:
+    """Who wrote each token of a conversation: the assistant what is learned, the others their content as it stands in
+    the rendering, the template the rest."""
+    roles = ["assistant" if weight else "template" for weight in record.weights]
+    whole, spans = assistant_spans(messages, tools, tokenizer)
+    pieces, at = [], 0
+    for start, end in [*spans, (len(whole), len(whole))]:
+        pieces += [(at, start), (start, end)]
+        at = end
+    offsets: list[tuple[int, int]] = []
+    tokens: list[int] = []
+    for start, end in pieces:
+        if start < end:
+            encoded = tokenizer(whole[start:end], add_special_tokens=False, return_offsets_mapping=True)
+            tokens += encoded["input_ids"]
+            offsets += [(start + a, start + b) for a, b in encoded["offset_mapping"]]
+    if not np.array_equal(tokens, record.tokens):
+        return roles  # a template that tokenises itself: only what is learned is known
+    at = 0
+    for message in messages:
+        content = (message.get("content") or "").strip()
+        begin = whole.find(content, at) if content else -1
+        if begin < 0:
+            continue
+        at = begin + len(content)
+        if message["role"] != "assistant":
+            for i, (a, b) in enumerate(offsets):
+                if begin <= a and b <= at and a < b:
+                    roles[i] = message["role"]
+    return roles

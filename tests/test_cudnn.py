@@ -1,0 +1,182 @@
+"""How packed rows are handed to cuDNN: its two calls are replaced by a slow reading of the same packed layout.
+
+The stand-in finds the sequences from lengths and offsets alone, keeps the log-sum-exp by sequence as cuDNN does, and
+leaves NaN wherever cuDNN would write nothing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe import cudnn
+from jaxmoe.layers import attention, attention_mask
+from tests.tolerances import bound
+
+B, N, K, H = 2, 4, 2, 16
+
+
+def _sequences(lengths, offsets, total):
+    """[(row, its tokens)] of the sequences, in the order in which JAX hands them to cuDNN."""
+    lengths, offsets = np.asarray(lengths), np.asarray(offsets)
+    assert offsets.shape == (lengths.shape[0], lengths.shape[1] + 1)
+    assert (offsets[:, -1] == -1).all()
+    assert ((lengths > 0) == (offsets[:, :-1] >= 0)).all()
+    assert (offsets[:, :-1] + lengths <= total).all()
+    return [
+        (b, slice(offset, offset + count))
+        for b in range(len(lengths))
+        for offset, count in zip(offsets[b], lengths[b], strict=False)
+        if count > 0
+    ]
+
+
+def _dense(query, key, value, window):
+    """Output, log-sum-exp [N, t] and probabilities [N, t, s] of one sequence, in float64."""
+    query, key, value = (np.asarray(a, np.float64) for a in (query, key, value))
+    key, value = (np.repeat(a, query.shape[1] // a.shape[1], axis=1) for a in (key, value))
+    logits = np.einsum("tnh,snh->nts", query, key) * H**-0.5
+    distance = np.arange(len(query))[:, None] - np.arange(len(query))
+    seen = (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    log_sum = np.log(np.sum(np.exp(logits) * seen, axis=-1))
+    weights = np.exp(logits - log_sum[..., None]) * seen
+    return np.einsum("nts,snh->tnh", weights, value), log_sum, weights
+
+
+def _dense_backward(query, key, value, out, weights, d_out):
+    query, key, value, out, d_out = (np.asarray(a, np.float64) for a in (query, key, value, out, d_out))
+    heads = key.shape[1]
+    wide = [np.repeat(a, query.shape[1] // heads, axis=1) for a in (key, value)]
+    shared = np.sum(d_out * out, axis=-1).T[..., None]
+    d_logits = weights * (np.einsum("tnh,snh->nts", d_out, wide[1]) - shared) * H**-0.5
+    d_key, d_value = np.einsum("nts,tnh->snh", d_logits, query), np.einsum("nts,tnh->snh", weights, d_out)
+    by_group = [a.reshape(len(a), heads, -1, H).sum(2) for a in (d_key, d_value)]
+    return np.einsum("nts,snh->tnh", d_logits, wide[0]), *by_group
+
+
+def _whole_rows(length):
+    return np.full((B, 1), length, np.int32), np.asarray([[0, -1]] * B, np.int32)
+
+
+def forward(query, key, value, group, window):
+    T = query.shape[1]
+    lengths, offsets = _whole_rows(T) if group is None else (group.lengths, group.offsets)
+
+    def packed(query, key, value, lengths, offsets):
+        out = np.full(query.shape, np.nan, np.float32)
+        log_sums = np.full((lengths.size, N, T), np.nan, np.float32)
+        for s, (b, here) in enumerate(_sequences(lengths, offsets, T)):
+            out[b, here], log_sums[s, :, : here.stop - here.start], _ = _dense(
+                query[b, here], key[b, here], value[b, here], window
+            )
+        return out, log_sums
+
+    shapes = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (query.shape, (lengths.size, N, T)))
+    return jax.pure_callback(packed, shapes, query, key, value, lengths, offsets)
+
+
+def backward(query, key, value, group, window, log_sum, out, d_out):
+    T = query.shape[1]
+    lengths, offsets = _whole_rows(T) if group is None else (group.lengths, group.offsets)
+
+    def packed(query, key, value, lengths, offsets, log_sum, out, d_out):
+        gradients = [np.full(a.shape, np.nan, np.float32) for a in (query, key, value)]
+        for s, (b, here) in enumerate(_sequences(lengths, offsets, T)):
+            operands = query[b, here], key[b, here], value[b, here]
+            found, sums, weights = _dense(*operands, window)
+            # What was saved is what belongs to this sequence.
+            np.testing.assert_allclose(out[b, here], found, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(log_sum[s, :, : here.stop - here.start], sums, rtol=1e-4, atol=1e-5)
+            parts = _dense_backward(*operands, out[b, here], weights, d_out[b, here])
+            for total, part in zip(gradients, parts, strict=True):
+                total[b, here] = part
+        return tuple(gradients)
+
+    shapes = tuple(jax.ShapeDtypeStruct(a.shape, jnp.float32) for a in (query, key, value))
+    return jax.pure_callback(packed, shapes, query, key, value, lengths, offsets, log_sum, out, d_out)
+
+
+CASES = {
+    "one document": [[1] * 60] * 2,
+    "documents": [[1] * 20 + [2] * 33 + [3] * 7, [1] * 59 + [2]],
+    "padding": [[0] * 11 + [1] * 20 + [0] * 29, [1] * 40 + [2] * 15 + [0] * 5],
+    "a row of padding": [[0] * 60, list(range(1, 13)) + [13] * 48],
+    "many documents": [list(range(1, 61)), [1] * 30 + [2] * 30],
+    "as many as one call takes": [[i // 15 + 1 for i in range(60)], [1] * 60],
+}
+
+
+def errors(segments, window, repeated, monkeypatch):
+    monkeypatch.setattr(cudnn, "_forward", forward)
+    monkeypatch.setattr(cudnn, "_backward", backward)
+    monkeypatch.setattr(cudnn, "_GROUPED_PACKING", not repeated)
+    monkeypatch.setattr(cudnn, "MAX_RUNS", 4)
+    segments = jnp.asarray(segments, jnp.int32)
+    T = segments.shape[1]
+    rng = np.random.default_rng(0)
+    query, key, value, cotangent = (
+        jnp.asarray(rng.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K, N)
+    )
+    valid = (segments > 0)[..., None, None]
+
+    def masked(query, key, value):
+        index = jnp.broadcast_to(jnp.arange(T), (B, T))
+        with jax.default_matmul_precision("highest"):
+            return attention(query, key, value, attention_mask(index, index, segments, segments, window))
+
+    def run(function):
+        out, pull = jax.vjp(lambda *args: jnp.where(valid, function(*args), 0), query, key, value)
+        return out, *pull(cotangent)
+
+    found = run(lambda q, k, v: cudnn.causal_attention(q, k, v, segments, window))
+    return [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, run(masked), strict=True)]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("window", [None, 9])
+def test_packed_rows_equal_masked_attention(name, window, monkeypatch):
+    assert max(errors(CASES[name], window, False, monkeypatch)) <= bound("attention_fp32")
+
+
+def test_keys_repeated_for_each_query_head(monkeypatch):
+    assert max(errors(CASES["documents"], None, True, monkeypatch)) <= bound("attention_fp32")
+
+
+def test_the_comparison_sees_a_planted_fault(monkeypatch):
+    original = cudnn._run_index
+    monkeypatch.setattr(cudnn, "_run_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
+    assert max(errors(CASES["documents"], None, False, monkeypatch)) > 1e-2
+
+
+def test_each_group_covers_its_own_runs():
+    segments = jnp.asarray(CASES["many documents"], jnp.int32)
+    run = cudnn._run_index(segments)
+    covered = [np.asarray(cudnn._group(run, number, 4).covered) for number in range(15)]
+    assert (np.sum(covered, axis=0) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "what"),
+    [(jnp.float32, 64, "takes 16-bit"), (jnp.bfloat16, 160, "heads of up to"), (jnp.bfloat16, 20, "steps of 8")],
+)
+def test_what_cudnn_does_not_take(dtype, heads, what):
+    query = jnp.zeros((1, 4, 2, heads), dtype)
+    assert what in str(cudnn.obstacle(query, query))
+
+
+@pytest.mark.parametrize("segments", [None, "packed"])
+def test_jax_s_private_functions_are_called_as_they_are_declared(segments, monkeypatch):
+    """Traced, not run: a version of JAX that declares them otherwise is found without a GPU."""
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn.fused, "check_compute_capability", lambda capability: True)
+    query, key = (jax.ShapeDtypeStruct((2, 96, heads, 64), jnp.bfloat16) for heads in (8, 2))
+    ids = jax.ShapeDtypeStruct((2, 96), jnp.int32)
+
+    def loss(query, key, value, ids):
+        out = cudnn.causal_attention(query, key, value, None if segments is None else ids, 33)
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), query, key, key, ids)
+    assert [(g.shape, g.dtype) for g in gradients] == [(a.shape, a.dtype) for a in (query, key, key)]

@@ -1,0 +1,114 @@
+"""Which implementation is taken: by device, by operands, by force; the devices are made up."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmoe import implementations
+from jaxmoe.errors import UserError
+from jaxmoe.implementations import OPERATIONS, Device, choose, default_device, explain, forced
+
+CPU = Device("cpu", "cpu", None)
+HOPPER = Device("gpu", "NVIDIA H200", (9, 0))
+BLACKWELL = Device("gpu", "NVIDIA B200", (10, 0))
+AMPERE = Device("gpu", "NVIDIA A100", (8, 0))
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch):
+    for operation in OPERATIONS:
+        monkeypatch.delenv(f"JAXMOE_{operation.upper()}", raising=False)
+
+
+def on(monkeypatch, device):
+    monkeypatch.setattr(implementations, "default_device", lambda: device)
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "grouped_matmul"),
+    [
+        (CPU, "blocks", "tiled"),
+        (HOPPER, "cudnn", "mosaic"),
+        (BLACKWELL, "cudnn", "tiled"),
+        (AMPERE, "blocks", "tiled"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Device) else value,
+)
+def test_the_device_decides(monkeypatch, device, attention, grouped_matmul):
+    on(monkeypatch, device)
+    assert {(what, name) for what, name, _ in explain()} == {
+        ("attention", attention),
+        ("grouped matmul", grouped_matmul),
+    }
+
+
+def test_the_reason_names_what_stood_in_the_way(monkeypatch):
+    on(monkeypatch, AMPERE)
+    reason = choose("attention").reason
+    assert (
+        "cudnn needs an NVIDIA GPU of compute capability 9.0 or newer, found NVIDIA A100, compute capability 8.0"
+        in (reason)
+    )
+
+
+def test_operands_rule_out(monkeypatch):
+    on(monkeypatch, HOPPER)
+    taken = choose("attention", {"cudnn": "takes 16-bit floats, found float32"})
+    assert taken.name == "blocks"
+    assert "cudnn takes 16-bit floats, found float32" in taken.reason
+    assert choose("attention", {"cudnn": None}).name == "cudnn"
+
+
+def test_forced_by_the_environment_and_by_the_context(monkeypatch):
+    on(monkeypatch, HOPPER)
+    monkeypatch.setenv("JAXMOE_GROUPED_MATMUL", "tiled")
+    assert choose("grouped_matmul").name == "tiled"
+    assert "JAXMOE_GROUPED_MATMUL" in choose("grouped_matmul").reason
+    with forced(grouped_matmul="mosaic"):  # the nearer one wins
+        assert choose("grouped_matmul").name == "mosaic"
+        with forced(attention="blocks"):
+            assert (choose("grouped_matmul").name, choose("attention").name) == ("mosaic", "blocks")
+        assert choose("attention").name == "cudnn"
+    assert choose("grouped_matmul").name == "tiled"
+
+
+def test_forcing_what_cannot_run_is_an_error(monkeypatch):
+    on(monkeypatch, CPU)
+    with forced(grouped_matmul="mosaic"), pytest.raises(UserError, match=r"^forced grouped_matmul: mosaic cannot run"):
+        choose("grouped_matmul")
+    on(monkeypatch, HOPPER)
+    monkeypatch.setenv("JAXMOE_ATTENTION", "cudnn")
+    with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: cudnn cannot run here: takes 16-bit floats"):
+        choose("attention", {"cudnn": "takes 16-bit floats, found float32"})
+
+
+def test_unknown_names_are_errors(monkeypatch):
+    monkeypatch.setenv("JAXMOE_ATTENTION", "flash")
+    with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: expected one of cudnn, blocks; found 'flash'$"):
+        choose("attention")
+    with pytest.raises(UserError, match="found 'flash'"), forced(attention="flash"):
+        pass
+    with pytest.raises(UserError, match="expected operations among attention, grouped_matmul; found 'atention'"):
+        forced(atention="blocks").__enter__()
+
+
+def test_a_compiled_function_follows_the_force(monkeypatch):
+    """JAX would otherwise run what it traced before."""
+    on(monkeypatch, HOPPER)
+
+    @jax.jit
+    def is_cudnn():
+        return jnp.asarray(choose("attention").name == "cudnn")
+
+    assert is_cudnn()
+    with forced(attention="blocks"):
+        assert not is_cudnn()
+    assert is_cudnn()
+
+
+def test_the_default_device_is_jax_s():
+    assert default_device().platform == jax.local_devices()[0].platform
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        assert default_device() == CPU

@@ -1,0 +1,222 @@
+"""The Mosaic GPU kernels against float32 products row by row: on a GPU as they are, elsewhere in JAX's interpreter.
+
+The interpreter runs the kernel's own program (copies, barriers, wgmma, the loops of each warpgroup) on a CPU and looks
+for races between its threads; it comes with jax 0.11.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from jaxmoe.dispatch import ExpertWeights, expert_blocks, make_schedule, sorted_experts
+from jaxmoe.implementations import forced
+from jaxmoe.kernels import tiled
+from jaxmoe.layers import Adapter
+from jaxmoe.router import route
+from tests.tolerances import bound
+
+on_gpu = jax.default_backend() == "gpu"
+needs_kernels = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.11 or newer has the kernels' language and their interpreter"
+)
+scheduled = jax.jit(make_schedule, static_argnums=(1, 2))
+
+
+def interpreter() -> Any:
+    """None on a GPU; elsewhere the interpreter, race detection on."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return None if on_gpu else plgpu.InterpretGPUParams(detect_races=True)
+
+
+def skewed(M: int, E: int, k: int, seed: int, empty: int = 0) -> np.ndarray:
+    """Expert ids [M, k]; the last `empty` experts get none, the others get very unequal shares."""
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((M, E)) + 2 * rng.standard_normal(E)
+    logits[:, E - empty :] = -np.inf
+    return np.argsort(-logits, axis=1)[:, :k].astype(np.int32)
+
+
+def by_rows(x, weight, schedule, transposed, offset=0):
+    """Float64 products of the rows that have a place, and which rows those are."""
+    placed = np.flatnonzero(np.asarray(schedule.source) >= 0)
+    tile = len(schedule.source) // len(schedule.tile_expert)
+    experts = np.asarray(schedule.tile_expert)[placed // tile] + offset
+    rows, matrices = np.asarray(x, np.float64)[placed], np.asarray(weight, np.float64)
+    out = [row @ (matrices[e].T if transposed else matrices[e]) for row, e in zip(rows, experts, strict=True)]
+    return np.stack(out), placed
+
+
+def relative_error(found, expected):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+def normal(rng, *shape):
+    return jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[-1]), jnp.bfloat16)
+
+
+# (tokens, experts, k, empty experts, inner, out): real widths, odd ones, one token, everything on one expert
+CASES = {
+    "wide": (60, 4, 2, 1, 128, 256),
+    "odd widths": (40, 5, 3, 0, 80, 144),
+    "one token": (1, 4, 2, 0, 64, 64),
+    "one expert": (150, 1, 1, 0, 64, 128),
+}
+if on_gpu:
+    CASES |= {
+        "Qwen3-30B-A3B up": (1024, 128, 8, 5, 2048, 1536),
+        "Qwen3-30B-A3B down": (1024, 128, 8, 0, 768, 2048),
+        "two blocks and a half": (300, 3, 2, 0, 208, 336),
+    }
+
+
+def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0) -> float:
+    """Relative error of the kernel over all placed rows; `shift` plants the fault of a wrong group."""
+    from jaxmoe.kernels import grouped_matmul as kernel
+
+    M, E, k, empty, inner, out = CASES[name]
+    rng = np.random.default_rng(hash((name, transposed)) % 2**32)
+    schedule = scheduled(jnp.asarray(skewed(M, E, k, 1, empty)), E, kernel.TILE_ROWS)
+    P = schedule.source.shape[0]
+    x, weight = normal(rng, P, inner), normal(rng, 2 * E, *((out, inner) if transposed else (inner, out)))
+    expected, placed = by_rows(x, weight, schedule, transposed, offset=E)
+    options = {}
+    if low_rank:
+        low, low_weight = normal(rng, P, 64), normal(rng, E, *((out, 64) if transposed else (64, out)))
+        expected = expected + by_rows(low, low_weight, schedule, transposed)[0]
+        options = {"low": low, "low_weight": low_weight}
+    blocks = expert_blocks(schedule)
+    run = partial(kernel.grouped_matmul, transposed=transposed, interpret=interpreter(), **options)
+    found = run(x, weight, blocks._replace(group=(blocks.group + shift) % E), jnp.int32(E))
+    return relative_error(np.asarray(found, np.float64)[placed], expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("low_rank", [False, True], ids=["plain", "low rank"])
+@pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", CASES)
+def test_grouped_matmul_equals_the_rows_products(name: str, transposed: bool, low_rank: bool) -> None:
+    assert matmul_error(name, transposed, low_rank) <= bound("kernel_bf16")
+
+
+@needs_kernels
+def test_a_wrong_group_is_seen() -> None:
+    assert matmul_error("wide", True, False) <= bound("kernel_bf16")
+    assert matmul_error("wide", True, False, shift=1) > 100 * bound("kernel_bf16")
+
+
+@needs_kernels
+@pytest.mark.parametrize(("A", "C"), [(64, 64), (64, 160), (64, 256), (128, 64), (192, 160)] + [(1536, 2048)] * on_gpu)
+def test_grouped_outer_equals_the_groups_products(A: int, C: int) -> None:
+    from jaxmoe.kernels import grouped_matmul as kernel
+
+    M, E, k, rng = 90, 5, 2, np.random.default_rng(A + C)
+    schedule = scheduled(jnp.asarray(skewed(M, E, k, 2, empty=2)), E, kernel.TILE_ROWS)
+    source = np.asarray(schedule.source)
+    left = jnp.where(source[:, None] >= 0, normal(rng, len(source), A), 0)
+    right = normal(rng, len(source), C)
+    found = kernel.grouped_outer(left, right, schedule.first_tile, schedule.tile_count, interpret=interpreter())
+    twin = tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
+    expected = np.zeros((E, A, C))
+    for e in range(E):
+        rows = slice(*(kernel.TILE_ROWS * np.asarray([0, schedule.tile_count[e]]) + 64 * int(schedule.first_tile[e])))
+        expected[e] = np.asarray(left, np.float64)[rows].T @ np.asarray(right, np.float64)[rows]
+    assert relative_error(found, expected) <= bound("kernel_fp32_sums")
+    assert relative_error(twin, expected) <= bound("kernel_fp32_sums")
+    assert not np.asarray(found)[np.asarray(schedule.tile_count) == 0].any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 400), st.sampled_from([(1, 1), (4, 2), (7, 7), (128, 8)]), st.integers(0, 2**31), st.booleans())
+def test_blocks_cover_every_routed_row_once(M: int, shape: tuple[int, int], seed: int, one_sided: bool) -> None:
+    """The kernel's work list, as plain arrays: which rows, which expert, how many blocks."""
+    E, k = shape
+    experts = np.tile(np.arange(k, dtype=np.int32), (M, 1)) if one_sided else skewed(M, E, k, seed)
+    schedule = jax.device_get(scheduled(jnp.asarray(experts), E, 64))
+    place, group, used = jax.device_get(jax.jit(expert_blocks)(schedule))
+    assert used <= len(place)
+    assert used == sum(-(-size // 128) for size in np.bincount(experts.reshape(-1), minlength=E))
+    owner = np.full(len(schedule.source), -1)
+    for code, expert in zip(place[:used], group[:used], strict=True):
+        rows = slice(64 * (code // 2), 64 * (code // 2) + (128 if code % 2 else 64))
+        assert (owner[rows] == -1).all()  # no row twice
+        owner[rows] = expert
+    placed = schedule.source >= 0
+    assert placed.sum() == M * k
+    assert (owner[placed] == experts.reshape(-1)[schedule.source[placed]]).all()
+
+
+# What follows goes through `jaxmoe.dispatch` as training does.
+
+
+def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: bool, fault: bool = False) -> Any:
+    """Output and all gradients of a layer's experts with adapters."""
+    M, D, F, E, k = shape
+    rng = np.random.default_rng(5)
+
+    def draw(*size: int, std: float) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(size) * std, jnp.bfloat16).astype(dtype)
+
+    x, gate, cotangent = draw(M, D, std=1), draw(E, D, std=D**-0.5), draw(M, D, std=1)
+    stacks = draw(2 * E, 2 * F, D, std=D**-0.5), draw(2 * E, D, F, std=F**-0.5)
+    pairs = [draw(E, 8, D, std=D**-0.5), draw(E, 2 * F, 8, std=0.3), draw(E, 8, F, std=F**-0.5), draw(E, D, 8, std=0.3)]
+    adapters = [a.astype(jnp.float32) for a in pairs]
+    if trainable:
+        stacks = tuple(stack[E:] for stack in stacks)
+    routing = route(x.astype(jnp.float32), gate.astype(jnp.float32), num_experts_per_tok=k, norm_topk_prob=True)
+
+    def run(x, weights, adapters, stacks):
+        experts = ExpertWeights(*stacks, 0 if trainable else E - int(fault), trainable)
+        first, second = Adapter(adapters[0], adapters[1], 0.5), Adapter(adapters[2], adapters[3], 2.0)
+        return sorted_experts(x, routing._replace(weights=weights), experts, first, second)
+
+    with forced(grouped_matmul=implementation):
+
+        @jax.jit
+        def value_and_gradients(*arguments):
+            value, pull = jax.vjp(run, *arguments)
+            return value, pull(cotangent.astype(value.dtype))
+
+        value, gradients = jax.device_get(value_and_gradients(x, routing.weights, adapters, stacks))
+    return jax.tree.leaves((value, gradients if trainable else gradients[:3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trainable", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("shape", [(100, 256, 128, 16, 4), (37, 208, 48, 5, 3), (512, 1024, 384, 32, 8)])
+def test_the_mixture_and_its_gradients(shape: tuple[int, ...], trainable: bool) -> None:
+    exact = mixture("tiled", jnp.float32, shape, trainable)
+    found = mixture("mosaic", jnp.bfloat16, shape, trainable)
+    errors = [relative_error(a, b) for a, b in zip(found, exact, strict=True)]
+    assert max(errors) <= bound("mixture_bf16")
+    if not trainable:
+        wrong = mixture("mosaic", jnp.bfloat16, shape, trainable, fault=True)
+        assert relative_error(wrong[0], exact[0]) > 10 * bound("mixture_bf16")
+
+
+@pytest.mark.gpu
+def test_same_input_same_output_fifty_times() -> None:
+    shape = (512, 1024, 384, 32, 8)
+    first = mixture("mosaic", jnp.bfloat16, shape, False)
+    from jaxmoe.kernels import grouped_matmul as kernel
+
+    schedule = scheduled(jnp.asarray(skewed(2048, 32, 8, 3)), 32, kernel.TILE_ROWS)
+    rng = np.random.default_rng(0)
+    x, weight = normal(rng, schedule.source.shape[0], 512), normal(rng, 32, 768, 512)
+    multiply = jax.jit(lambda x, w: kernel.grouped_matmul(x, w, expert_blocks(schedule), transposed=True))
+    placed = np.asarray(schedule.source) >= 0
+    expected = np.asarray(multiply(x, weight))[placed]
+    for _ in range(50):
+        assert np.array_equal(np.asarray(multiply(x, weight))[placed], expected)
+    for _ in range(3):
+        for a, b in zip(mixture("mosaic", jnp.bfloat16, shape, False), first, strict=True):
+            assert np.array_equal(a, b)

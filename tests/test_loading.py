@@ -1,0 +1,105 @@
+"""Layers read by several threads and stacked on the device: the same values, bounded memory, the same errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convert.hf2jax import hf2jax, read_hf
+from jaxmoe.checkpoint import Block, Checkpoint, Layout, read_converted
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.errors import UserError
+from jaxmoe.loading import load_stacks
+from jaxmoe.parameters import Quantization, layer_paths, parameter_specs, top_level_paths
+from jaxmoe.recode import quantized
+from tests.configs import config_of
+from tests.make_checkpoint import make_checkpoint
+
+
+@pytest.mark.parametrize("form", ["per_expert", "fused", "converted", "float32", "nf4"])
+def test_stacks_hold_the_blocks(form, tmp_path):
+    config = config_of("mlp_only_layers")
+    make_checkpoint(tmp_path / "hf", config, layout="fused" if form == "fused" else "per_expert", dtype="bfloat16")
+    source: Checkpoint = read_hf(tmp_path / "hf", "float32" if form == "float32" else None)
+    if form == "converted":
+        hf2jax(tmp_path / "hf", tmp_path / "jax")
+        source = read_converted(tmp_path / "jax")
+    if form == "nf4":
+        source = quantized(source)
+    params = load_stacks(config, source)
+    expected = list(source.blocks())
+    assert len(expected) == config.num_hidden_layers + 1
+    for block in expected:
+        places = layer_paths(config, block.layer, source.quantization) if block.layer is not None else ()
+        found = {path: params[path][slot] for path, slot in places} or {path: params[path] for path in block.arrays}
+        assert found.keys() == block.arrays.keys()
+        for path, array in block.arrays.items():
+            assert found[path].dtype == array.dtype
+            assert (np.asarray(found[path]).view(np.uint8) == np.ascontiguousarray(array).view(np.uint8)).all(), path
+
+
+class Watched:
+    """A checkpoint of ones that counts its readers and the layers that are alive."""
+
+    quantization: Quantization | None = None
+    layout: Layout = "fused"
+    stored_tied_head = False
+
+    def __init__(self, config: Qwen3MoeConfig, path, broken: int | None = None):
+        self.path, self.config, self.broken = path, config, broken
+        self.dtypes = {name: np.dtype(np.float32) for name in parameter_specs(config)}
+        self.lock = threading.Lock()
+        self.reading = self.alive = self.most_reading = self.most_alive = 0
+        self.begun: list[int | None] = []
+
+    def block(self, layer):
+        with self.lock:
+            self.begun.append(layer)
+            self.reading += 1
+            self.alive += 1
+            self.most_reading, self.most_alive = max(self.most_reading, self.reading), max(self.most_alive, self.alive)
+        time.sleep(0.02)
+        if layer is not None and layer == self.broken:
+            raise UserError(f"layer {layer}: expected more bytes, found fewer")
+        specs = parameter_specs(self.config)
+        if layer is None:
+            arrays = {path: np.ones(specs[path].shape, np.float32) for path in top_level_paths(self.config)}
+        else:
+            paths = layer_paths(self.config, layer)
+            arrays = {path: np.full(specs[path].shape[1:], layer, np.float32) for path, _ in paths}
+        block = Block(layer, arrays)
+        weakref.finalize(block, self._dropped)
+        with self.lock:
+            self.reading -= 1
+        return block
+
+    def _dropped(self):
+        with self.lock:
+            self.alive -= 1
+
+    def blocks(self):
+        raise AssertionError
+
+
+def small(layers):
+    return config_of("plain").replace(num_hidden_layers=layers)
+
+
+def test_reads_ahead_and_holds_no_more_than_it_says(tmp_path):
+    source = Watched(small(12), tmp_path)
+    params = load_stacks(source.config, source, readers=3)
+    assert source.most_reading > 1
+    assert source.most_alive <= 4
+    assert (params["attention.input_layernorm"] == jnp.arange(12.0)[:, None]).all()
+
+
+def test_an_error_in_a_reader_is_the_caller_s(tmp_path):
+    source = Watched(small(12), tmp_path, broken=2)
+    with pytest.raises(UserError, match=r"^layer 2: expected more bytes, found fewer$"):
+        load_stacks(source.config, source, readers=3)
+    assert len(source.begun) < 12
