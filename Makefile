@@ -61,16 +61,17 @@ parity: $(INSTALLED)
 	@rm -rf parity-output/demo
 	@$(RUN) -m tests.parity.suite demo --device cpu --out parity-output/demo $(verdict)
 
-# 70 GB on DISK, which should be memory-backed; the folder is removed at the end. The report needs matplotlib.
-DISK ?= /dev/shm/jaxmoe-parity
+# 70 GB in a folder on DISK, which should be memory-backed; removed at the end. The report needs matplotlib.
+DISK ?= /dev/shm
+SCRATCH = $(DISK)/jaxmoe-parity
 parity-gpu:
-	@rm -rf $(DISK) parity-output/trained parity-output/large && mkdir -p $(DISK) parity-output/trained parity-output/large
-	@PYTHON=$(PYTHON) bash examples/pretrain/run.sh deep $(DISK)/deep
-	@$(PYTHON) -m tests.parity.large $(DISK)/large
-	@{ $(PYTHON) -m tests.parity.suite trained --checkpoint $(DISK)/deep/run/model --device gpu --parallel 3 --out $(DISK)/out-trained; \
-	  $(PYTHON) -m tests.parity.suite large --checkpoint $(DISK)/large --device gpu --out $(DISK)/out-large; \
+	@rm -rf $(SCRATCH) parity-output/trained parity-output/large && mkdir -p $(SCRATCH) parity-output/trained parity-output/large
+	@PYTHON=$(PYTHON) bash examples/pretrain/run.sh deep $(SCRATCH)/deep
+	@$(PYTHON) -m tests.parity.large $(SCRATCH)/large
+	@{ $(PYTHON) -m tests.parity.suite trained --checkpoint $(SCRATCH)/deep/run/model --device gpu --parallel 3 --out $(SCRATCH)/out-trained; \
+	  $(PYTHON) -m tests.parity.suite large --checkpoint $(SCRATCH)/large --device gpu --out $(SCRATCH)/out-large; \
 	  for suite in trained large; do for what in results.json flips.csv.gz report minimal; do \
-	    cp -r $(DISK)/out-$$suite/$$what parity-output/$$suite/ 2>/dev/null; done; done; rm -rf $(DISK); \
+	    cp -r $(SCRATCH)/out-$$suite/$$what parity-output/$$suite/ 2>/dev/null; done; done; rm -rf $(SCRATCH); \
 	  $(PYTHON) -m tests.parity.results parity-output/trained/results.json parity-output/large/results.json; } $(verdict)
 
 bench: $(INSTALLED)
