@@ -26,7 +26,7 @@ LAYERS = {
     "commands": {"cli"},
     "layers": {"config", "errors"},
     "implementations": {"errors"},
-    "cudnn": set(),
+    "cudnn": {"layers"},
     "attention": {"cudnn", "implementations", "layers"},
     "router": {"layers"},
     "quantize": {"parameters"},
