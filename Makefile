@@ -4,6 +4,7 @@
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
 # make bench      the CPU benchmarks of the README
+# make bench-gpu  those of a GPU, with the packages that $(PYTHON) has: training step, prefill, first step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make clean      removes what the others made
@@ -76,6 +77,12 @@ parity-gpu:
 bench: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.train_cpu
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.compile_time
+
+bench-gpu:
+	@$(PYTHON) -m benchmarks.train_step --stages
+	@$(PYTHON) -m benchmarks.prefill --stages
+	@$(PYTHON) -m benchmarks.first_step
+	@$(PYTHON) -m benchmarks.load --converted
 
 clean:
 	rm -rf $(VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis
