@@ -68,7 +68,7 @@ parity-gpu:
 	@rm -rf $(DISK) parity-output/trained parity-output/large && mkdir -p $(DISK) parity-output/trained parity-output/large
 	@PYTHON=$(PYTHON) bash examples/pretrain/run.sh deep $(DISK)/deep
 	@$(PYTHON) -m tests.parity.large $(DISK)/large
-	@{ $(PYTHON) -m tests.parity.suite trained --checkpoint $(DISK)/deep/run/model --device gpu --out $(DISK)/out-trained; \
+	@{ $(PYTHON) -m tests.parity.suite trained --checkpoint $(DISK)/deep/run/model --device gpu --parallel 3 --out $(DISK)/out-trained; \
 	  $(PYTHON) -m tests.parity.suite large --checkpoint $(DISK)/large --device gpu --out $(DISK)/out-large; \
 	  for suite in trained large; do for what in results.json flips.csv.gz report minimal; do \
 	    cp -r $(DISK)/out-$$suite/$$what parity-output/$$suite/ 2>/dev/null; done; done; rm -rf $(DISK); \

@@ -24,11 +24,11 @@ class SideFailed(Exception):
     """A side's process ended with an error; its output is on stderr."""
 
 
-def run(plan: Plan, parallel: bool = False) -> None:
+def run(plan: Plan, parallel: int = 1) -> None:
     """Writes the plan and runs every side of it, the oracle first: the others are pinned to its experts.
 
-    `parallel` runs the others at the same time, which small models allow. A case that fails on a side is missing from
-    the arrays, and so fails the verdict; the other cases go on.
+    `parallel` is how many of the others run at the same time, if the device has the memory. A case that fails on a side
+    is missing from the arrays, and so fails the verdict; the other cases go on.
 
     Raises:
         SideFailed: the oracle failed.
@@ -36,7 +36,7 @@ def run(plan: Plan, parallel: bool = False) -> None:
     plan.write()
     first, *others = plan.sides
     run_module(*_COMMANDS[first], plan.folder, device=plan.device)
-    with ThreadPoolExecutor(len(others) if parallel else 1) as pool:
+    with ThreadPoolExecutor(parallel) as pool:
         jobs = [pool.submit(run_module, *_COMMANDS[side], plan.folder, device=plan.device) for side in others]
     for job in jobs:
         try:

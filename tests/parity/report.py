@@ -92,14 +92,27 @@ def _verdict(results: list[Result]) -> Iterator[Block]:
     text += f"{len(failed)} failed; {planted} planted faults, {planted - len(uncaught)} caught; "
     yield Paragraph(text + f"{len(missed)} of the goals that are reported and not enforced were missed.")
     for result in results:
-        lines = [c for c in result["checks"] if not c["passed"]]
-        for c in lines:
-            found = f"{c['what']}: {_e(c['found'])}, at most {_e(c['limit'])}"
-            word = "Missed goal" if c["goal"] else "Failed"
-            yield Paragraph(f"{word}: `{result['figures']['case']}`, {c['side']}, {c['run']}: {found}.")
+        for c in result["checks"]:
+            if not c["passed"] and not c["goal"]:
+                found = f"{c['what']}: {_e(c['found'])}, at most {_e(c['limit'])}"
+                yield Paragraph(f"Failed: `{result['figures']['case']}`, {c['side']}, {c['run']}: {found}.")
         if cause := result.get("bisection"):
-            at = f"layer {cause['layer']}, operation `{cause['operation']}` (error {_e(cause['error'])})"
-            yield Paragraph(f"First difference in `{result['figures']['case']}`, {cause['side']}: {at}.")
+            at = f"layer {cause['layer']}, " + (
+                f"operation `{cause['operation']}`"
+                if cause["operation"]
+                else "in which no single operation is off by more than rounding"
+            )
+            yield Paragraph(
+                f"First difference in `{result['figures']['case']}`, {cause['side']}: {at} (error {_e(cause['error'])})."
+            )
+    rows = [
+        [result["figures"]["case"], c["side"], c["run"], c["what"], _e(c["found"]), _e(c["limit"])]
+        for result in results
+        for c in result["checks"]
+        if not c["passed"] and c["goal"]
+    ]
+    if rows:
+        yield Table(("goal missed by", "side", "run", "what", "found", "goal"), rows)
 
 
 def _headline(results: list[Result]) -> Iterator[Block]:
@@ -295,6 +308,8 @@ def _plots(results: list[Result]) -> Iterator[Block]:
         )
         margin.set_title("flips by margin, pinned")
         kl.set(xscale="log", xlabel="KL against float64, nats", ylabel="tokens", title="KL by token")
+        margin.set_xlim(1e-5, 1)
+        kl.set_xlim(1e-8, 1) if figures["dtype"] != "float32" else kl.set_xlim(1e-16, 1e-8)
         for axes in (depth, margin, kl):
             axes.legend(fontsize="x-small")
         figure.suptitle(figures["case"])

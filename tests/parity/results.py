@@ -22,7 +22,7 @@ RESULTS, FLIPS = "results.json", "flips.csv.gz"
 
 
 def evaluate(plan: Plan, case: Case) -> dict[str, Any]:
-    """Figures, checks and missed faults of one case whose arrays are there."""
+    """Figures, checks, missed faults and flips of one case whose arrays are there."""
     figures = compare_case(plan, case)
     limit, source = flip_bound(figures, case) if figures["experts"] else (0.0, "")
     return {
@@ -32,6 +32,7 @@ def evaluate(plan: Plan, case: Case) -> dict[str, Any]:
         "uncaught": uncaught(figures, case),
         "flip_bound": limit,
         "flip_bound_source": source,
+        "flips": list(list_flips(plan, case)),
     }
 
 
@@ -58,7 +59,7 @@ def finish(plan: Plan, title: str, bisect: bool = True) -> int:
             result["bisection"] = explain(plan, case, result)
         failed |= bool(lines)
         results.append(result)
-    write_results(plan, results)
+        write_results(plan, results)  # after each, for one that is stopped
     if importlib.util.find_spec("matplotlib") is None:
         # a machine with a GPU may lack it; the results are all that the report needs, here or elsewhere
         log(
@@ -77,20 +78,22 @@ def write_results(plan: Plan, results: list[dict[str, Any]]) -> None:
     for side in plan.sides:
         path = plan.folder / f"{side}.json"
         environments[side] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    content = {"command": plan.command, "device": plan.device, "environments": environments, "cases": results}
+    cases = [{name: value for name, value in result.items() if name != "flips"} for result in results]
+    content = {"command": plan.command, "device": plan.device, "environments": environments, "cases": cases}
     (plan.folder / RESULTS).write_text(json.dumps(content) + "\n", encoding="utf-8")
-    write_flips(plan, plan.folder / FLIPS)
+    write_flips(results, plan.folder / FLIPS)
 
 
-def write_flips(plan: Plan, path: pathlib.Path) -> None:
+def write_flips(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Every flip of every run, as rows of one table; the same flips give the same bytes."""
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(("case", "side", "run", "layer", "row", "token", "experts_lost", "experts_gained", "margin"))
-    for case in plan.cases:
-        for side, run, layer, flip in list_flips(plan, case):
+    for result in results:
+        for side, run, layer, flip in result["flips"]:
             lost, gained = (" ".join(map(str, experts)) for experts in (flip.lost, flip.gained))
-            table.writerow((case.name, side, run, layer, flip.row, flip.token, lost, gained, f"{flip.margin:.4e}"))
+            place = (layer, flip.row, flip.token, lost, gained, f"{flip.margin:.4e}")
+            table.writerow((result["figures"]["case"], side, run, *place))
     path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 

@@ -104,6 +104,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=pathlib.Path, help="the deep trained model, or the large one")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
+    parser.add_argument("--parallel", type=int, default=1, help="sides that run at the same time")
     parser.add_argument("--layers", type=int, default=12, help="of the large model in NF4 and with an adapter")
     parser.add_argument("--bisect", action=argparse.BooleanOptionalAction, default=True, help="explain what fails")
     parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens of the large model's prompt")
@@ -119,7 +120,7 @@ def main() -> int:
     quantize(selected, args.device)
     command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
-    engine.run(plan, parallel=args.device == "gpu" and args.suite != "large")
+    engine.run(plan, args.parallel)
     return finish(plan, f"Parity: {args.suite}", args.bisect)
 
 

@@ -121,9 +121,9 @@ def _sixteen_bit(figures: dict[str, Any], case: Case, side: str, run: str) -> It
                 yield check(
                     f"relative error of {what}, mean of layers (limit: from transformers' own)", value, ratio * limit
                 )
-        yield Check(
-            side, run, "KL in nats per token, against float64", found["kl"], bound("parity_pinned_kl"), goal=True
-        )
+        if not figures["adapter"]:  # a random adapter, a third of each weight, makes another model of it
+            goal = bound("parity_pinned_kl")
+            yield Check(side, run, "KL in nats per token, against float64", found["kl"], goal, goal=True)
         if "router_logits" in found:
             yield check("widest margin of a flip", found["largest_flip"], flip_bound(figures, case)[0])
 
