@@ -88,7 +88,9 @@ def report(rows: list[dict[str, Any]]) -> None:
         return
     peers = [row["ms"] for row in rows if row["side"] == "transformers" and "ms" in row]
     print(f"{rows[0]['device']}, torch {rows[0]['torch']}, transformers {rows[0]['transformers']}, {rows[0]['shape']}")
-    print(f"{'':46}{'tokens':>9}{'ms/step':>9}{'tokens/s':>10}{'vs PEFT':>9}{'GiB':>7}{'loaded':>8}{'loss':>9}{'load':>6}")
+    print(
+        f"{'':46}{'tokens':>9}{'ms/step':>9}{'tokens/s':>10}{'vs PEFT':>9}{'GiB':>7}{'loaded':>8}{'loss':>9}{'load':>6}"
+    )
     for row in rows:
         if "ms" not in row:
             print(f"{row['label']:46}{row['tokens']:>9}  {row['error']}")

@@ -45,6 +45,15 @@ class Stack(Protocol):
         """Each row times its expert's W^T; `ends` [E] are the groups' ends, `experts` [R] the expert of each row."""
         ...
 
+    def grouped_transposed(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W."""
+        ...
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no gradient of the weights is wanted."""
+        ...
+
 
 @dataclass(frozen=True)
 class DenseStack:
@@ -64,6 +73,15 @@ class DenseStack:
     def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
         """Each row times its expert's W^T."""
         return grouped_matmul(rows, self.weight.transpose(-2, -1), ends)
+
+    def grouped_transposed(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W."""
+        return grouped_matmul(rows, self.weight, ends)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no gradient of the weights is wanted."""
+        return not self.weight.requires_grad
 
 
 @dataclass(frozen=True)
@@ -142,8 +160,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, order, inverse)
-        per_token = rows.index_select(0, inverse).unflatten(0, weights.shape)
-        return torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
+        return _combine(rows, weights, inverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -156,6 +173,60 @@ class _Combine(torch.autograd.Function):
             per_token = rows.index_select(0, inverse).unflatten(0, weights.shape)
             d_weights = torch.bmm(per_token, d_out.unsqueeze(2)).squeeze(2)
         return d_rows, d_weights, None, None
+
+
+class _FrozenExperts(torch.autograd.Function):
+    """All of `grouped_experts` for stacks that are not trained.
+
+    Kept for the backward pass are x and the gate and up products alone. The routed rows are a gather away, and the rows
+    behind the down projection are not needed: the gradient of a routing weight is <d_out, W_down h> = <d_out W_down, h>.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        inverse: Tensor,
+        ends: Tensor,
+        experts: Tensor,
+        gate_up: Stack,
+        down: Stack,
+        activation: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        rows = x.index_select(0, order // weights.shape[1])
+        product = gate_up.grouped_linear(rows, ends, experts)
+        del rows
+        gate, up = product.chunk(2, dim=-1)
+        rows = down.grouped_linear(activation(gate) * up, ends, experts)
+        ctx.save_for_backward(product, weights, order, inverse, ends, experts)
+        ctx.stacks, ctx.activation = (gate_up, down), activation
+        return _combine(rows, weights, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        product, weights, order, inverse, ends, experts = ctx.saved_tensors
+        gate_up, down = ctx.stacks
+        k = weights.shape[1]
+        d_hidden = down.grouped_transposed(grads[0].index_select(0, order // k), ends, experts)
+        gate, up = (half.detach() for half in product.chunk(2, dim=-1))
+        with torch.enable_grad():
+            activated = ctx.activation(gate.requires_grad_())
+        d_weights = torch.linalg.vecdot(d_hidden, activated.detach() * up)[inverse].view(weights.shape)
+        d_hidden = d_hidden * weights.flatten()[order, None]
+        d_product = torch.empty_like(product)
+        d_gate, d_up = d_product.chunk(2, dim=-1)
+        torch.mul(d_hidden, activated.detach(), out=d_up)
+        d_gate.copy_(torch.autograd.grad(activated, gate, d_hidden * up)[0])
+        d_rows = gate_up.grouped_transposed(d_product, ends, experts)
+        return d_rows.index_select(0, inverse).unflatten(0, (-1, k)).sum(1), d_weights, *[None] * 7
+
+
+def _combine(rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
+    """Each token's k rows, weighted and summed in float32."""
+    per_token = rows.index_select(0, inverse).unflatten(0, weights.shape)
+    return torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
 
 
 def loop_experts(
@@ -207,6 +278,10 @@ def grouped_experts(
     ends = counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     experts = flat[order]
 
+    frozen = gate_up.stack.frozen and down.stack.frozen and not (gate_up.adapters or down.adapters)
+    if frozen and temp_up is None and not torch.is_autocast_enabled(x.device.type):
+        stacks = gate_up.stack, down.stack
+        return _FrozenExperts.apply(x, weights.to(x.dtype), order, inverse, ends, experts, *stacks, activation)
     rows = _Gather.apply(x, order, inverse, selected.shape[1])
     product = gate_up.grouped_linear(rows, ends, experts)
     if temp_up is not None:

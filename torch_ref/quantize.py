@@ -258,6 +258,18 @@ class PackedStack:
             return _FrozenGroupedLinear.apply(rows, ends, self.select(experts).dequantized)
         return _FrozenGroupedLinear.apply(rows, ends, self.dequantized)
 
+    def grouped_transposed(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W."""
+        if len(rows) < self.shape[0]:
+            ends = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=rows.device)
+            return grouped_matmul(rows, self.select(experts).dequantized(rows.dtype), ends)
+        return grouped_matmul(rows, self.dequantized(rows.dtype), ends)
+
+    @property
+    def frozen(self) -> bool:
+        """True: codes have no gradient."""
+        return True
+
     def states(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, State]]:
         """Codes and statistics of each part of one expert, as bitsandbytes would have made them by themselves."""
         _, out, inner = self.shape
