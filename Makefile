@@ -3,6 +3,7 @@
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
 # make bench      the CPU benchmarks of the README
+# make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
 # make clean      removes what the others made
 #
 # demo, test, lint and bench make their own environment in .venv the first time: CPU builds, every version pinned. They
@@ -21,7 +22,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test lint test-gpu bench clean
+.PHONY: help demo test lint test-gpu bench bench-torch-gpu clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -54,6 +55,10 @@ test-gpu:
 bench: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.train_cpu
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.compile_time
+
+# Like test-gpu with the packages that $(PYTHON) has, bitsandbytes among them.
+bench-torch-gpu:
+	@$(PYTHON) -m benchmarks.torch_ref_step
 
 clean:
 	rm -rf $(VENV) build dist demo-output pretrain-output *.egg-info .pytest_cache .ruff_cache .hypothesis

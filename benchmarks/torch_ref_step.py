@@ -208,7 +208,7 @@ def profile(step: Callable[[], Any], longest: int) -> tuple[dict[str, float], li
 
     with record(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
-    kinds: dict[str, float] = collections.Counter()
+    kinds: dict[str, float] = collections.defaultdict(float)
     kernels = []
     for event in profiler.key_averages():
         ms = event.self_device_time_total / 1e3
@@ -240,7 +240,7 @@ def expert_load(model: Any, forward: Callable[[], Any]) -> float:
 
 
 def hf_config(args: Any) -> Any:
-    """transformers' configuration of the shape that the arguments name."""
+    """The configuration of the shape that the arguments name."""
     from transformers import Qwen3MoeConfig
 
     if args.config:
@@ -281,7 +281,7 @@ def random_model(config: Any, device: Any, **options: Any) -> Any:
 
 
 def transformers_side(config: Any, device: Any) -> tuple[Any, dict[str, Any]]:
-    """transformers with its grouped experts, sdpa and checkpointing, PEFT's adapters; its own loss, and ours."""
+    """The peer: grouped experts, sdpa, checkpointing, PEFT's adapters; with its own loss, and with the chunked one."""
     import torch
     from peft import LoraConfig, get_peft_model
 

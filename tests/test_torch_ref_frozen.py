@@ -92,8 +92,9 @@ def test_a_wrong_backward_pass_is_found(fault: Callable[..., Any], monkeypatch: 
 def test_gate_and_up_are_all_that_frozen_experts_keep() -> None:
     saved: list[torch.Tensor] = []
     x, selected, weights = draw()
+    gate_up, down = map(Projection, stacks_of("16 bit"))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        grouped_experts(x, selected, weights, *map(Projection, stacks_of("16 bit")), F.silu)
+        grouped_experts(x, selected, weights, gate_up, down, F.silu)
     floats = sum(tensor.numel() for tensor in saved if tensor.is_floating_point())
     assert floats == TOKENS * K * 2 * WIDTH + TOKENS * K
 

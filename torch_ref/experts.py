@@ -178,8 +178,8 @@ class _Combine(torch.autograd.Function):
 class _FrozenExperts(torch.autograd.Function):
     """All of `grouped_experts` for stacks that are not trained.
 
-    Kept for the backward pass are x and the gate and up products alone. The routed rows are a gather away, and the rows
-    behind the down projection are not needed: the gradient of a routing weight is <d_out, W_down h> = <d_out W_down, h>.
+    Kept for the backward pass are the gate and up products alone. The rows behind the down projection are not needed:
+    the gradient of a routing weight is <d_out, W_down h> = <W_down^T d_out, h>.
     """
 
     @staticmethod
