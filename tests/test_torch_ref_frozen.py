@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import torch_ref.experts
 import torch_ref.loss
@@ -76,16 +77,19 @@ def swap_halves(saved: list[torch.Tensor]) -> list[torch.Tensor]:
 def test_a_wrong_backward_pass_is_found(fault: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stacks, inputs = stacks_of("16 bit"), draw()
     expected = results(loop_experts, stacks, *inputs)
-    backward = torch_ref.experts._FrozenExperts.backward
+    backward = torch_ref.experts._FrozenDown.backward
 
-    class Context:
+    class FirstHalf:
         def __init__(self, ctx: Any) -> None:
-            self.saved_tensors = fault(list(ctx.saved_tensors))
-            self.stacks, self.activation = ctx.stacks, ctx.activation
+            self.saved_tensors = fault(list(ctx.first_half.saved_tensors))
 
-    monkeypatch.setattr(
-        torch_ref.experts._FrozenExperts, "backward", staticmethod(lambda ctx, *g: backward(Context(ctx), *g))
-    )
+    def wrong(ctx: Any, *grads: torch.Tensor) -> Any:
+        real, ctx.first_half = ctx.first_half, FirstHalf(ctx)
+        found = backward(ctx, *grads)
+        real.routing = ctx.first_half.routing
+        return found
+
+    monkeypatch.setattr(torch_ref.experts._FrozenDown, "backward", staticmethod(wrong))
     assert worst(results(grouped_experts, stacks, *inputs), expected) > bound("torch_ref_fp32")
 
 
@@ -97,6 +101,26 @@ def test_gate_and_up_are_all_that_frozen_experts_keep() -> None:
         grouped_experts(x, selected, weights, gate_up, down, F.silu)
     floats = sum(tensor.numel() for tensor in saved if tensor.is_floating_point())
     assert floats == TOKENS * K * 2 * WIDTH + TOKENS * K
+
+
+def test_a_recomputed_layer_forms_the_down_projection_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = DenseStack.grouped_linear
+
+    def counted(self: DenseStack, rows: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        calls.append("down" if self.shape[2] == rows.shape[1] == WIDTH else "gate_up")
+        return real(self, rows, *rest)
+
+    monkeypatch.setattr(DenseStack, "grouped_linear", counted)
+    stacks, (x, selected, weights) = stacks_of("16 bit"), draw()
+
+    def recomputed(*arguments: Any) -> torch.Tensor:
+        return checkpoint(grouped_experts, *arguments, use_reentrant=False)
+
+    found = results(recomputed, stacks, x, selected, weights)
+    assert sorted(calls) == ["down", "gate_up", "gate_up"]
+    expected = results(grouped_experts, stacks, x, selected, weights)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -175,11 +175,12 @@ class _Combine(torch.autograd.Function):
         return d_rows, d_weights, None, None
 
 
-class _FrozenExperts(torch.autograd.Function):
-    """All of `grouped_experts` for stacks that are not trained.
+class _FrozenGateUp(torch.autograd.Function):
+    """The first half of `grouped_experts` for stacks that are not trained: the routed rows times gate and up.
 
-    Kept for the backward pass are the gate and up products alone. The rows behind the down projection are not needed:
-    the gradient of a routing weight is <d_out, W_down h> = <W_down^T d_out, h>.
+    This half keeps, for both backward passes, its own product and the routing, and nothing else: the routed rows are a
+    gather away. The second half keeps nothing, so that recomputing a checkpointed layer ends here, before the down
+    projection: torch stops at the last tensor that was kept.
     """
 
     @staticmethod
@@ -192,24 +193,47 @@ class _FrozenExperts(torch.autograd.Function):
         ends: Tensor,
         experts: Tensor,
         gate_up: Stack,
-        down: Stack,
-        activation: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        rows = x.index_select(0, order // weights.shape[1])
-        product = gate_up.grouped_linear(rows, ends, experts)
-        del rows
-        gate, up = product.chunk(2, dim=-1)
-        rows = down.grouped_linear(activation(gate) * up, ends, experts)
+        product = gate_up.grouped_linear(x.index_select(0, order // weights.shape[1]), ends, experts)
         ctx.save_for_backward(product, weights, order, inverse, ends, experts)
-        ctx.stacks, ctx.activation = (gate_up, down), activation
-        return _combine(rows, weights, inverse)
+        ctx.gate_up, ctx.k = gate_up, weights.shape[1]
+        return product
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        product, weights, order, inverse, ends, experts = ctx.saved_tensors
-        gate_up, down = ctx.stacks
-        k = weights.shape[1]
-        d_hidden = down.grouped_transposed(grads[0].index_select(0, order // k), ends, experts)
+        inverse, ends, experts = ctx.routing  # a checkpoint lets its tensors be read once, and the second half did
+        d_rows = ctx.gate_up.grouped_transposed(grads[0], ends, experts)
+        return d_rows.index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(1), *[None] * 6
+
+
+class _FrozenDown(torch.autograd.Function):
+    """The second half: the activation, the down projection, and the weighted sum over each token's experts.
+
+    The rows behind the down projection are not needed again: the gradient of a routing weight is <d_out, W_down h>
+    = <W_down^T d_out, h>.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: Tensor,
+        weights: Tensor,
+        inverse: Tensor,
+        ends: Tensor,
+        experts: Tensor,
+        down: Stack,
+        activation: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        ctx.first_half, ctx.down, ctx.activation = product.grad_fn, down, activation
+        gate, up = product.chunk(2, dim=-1)
+        return _combine(down.grouped_linear(activation(gate) * up, ends, experts), weights, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        product, weights, order, *routing = ctx.first_half.saved_tensors
+        inverse, ends, experts = ctx.first_half.routing = routing
+        d_rows = grads[0].index_select(0, order // weights.shape[1])
+        d_hidden = ctx.down.grouped_transposed(d_rows, ends, experts)  # of the unweighted rows
         gate, up = (half.detach() for half in product.chunk(2, dim=-1))
         with torch.enable_grad():
             activated = ctx.activation(gate.requires_grad_())
@@ -219,8 +243,7 @@ class _FrozenExperts(torch.autograd.Function):
         d_gate, d_up = d_product.chunk(2, dim=-1)
         torch.mul(d_hidden, activated.detach(), out=d_up)
         d_gate.copy_(torch.autograd.grad(activated, gate, d_hidden * up)[0])
-        d_rows = gate_up.grouped_transposed(d_product, ends, experts)
-        return d_rows.index_select(0, inverse).unflatten(0, (-1, k)).sum(1), d_weights, *[None] * 7
+        return d_product, d_weights, *[None] * 5
 
 
 def _combine(rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
@@ -280,8 +303,10 @@ def grouped_experts(
 
     frozen = gate_up.stack.frozen and down.stack.frozen and not (gate_up.adapters or down.adapters)
     if frozen and temp_up is None and not torch.is_autocast_enabled(x.device.type):
-        stacks = gate_up.stack, down.stack
-        return _FrozenExperts.apply(x, weights.to(x.dtype), order, inverse, ends, experts, *stacks, activation)
+        weights = weights.to(x.dtype)
+        product = _FrozenGateUp.apply(x, weights, order, inverse, ends, experts, gate_up.stack)
+        return _FrozenDown.apply(product, weights, inverse, ends, experts, down.stack, activation)
+
     rows = _Gather.apply(x, order, inverse, selected.shape[1])
     product = gate_up.grouped_linear(rows, ends, experts)
     if temp_up is not None:
