@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import torch_ref.experts
 import torch_ref.loss
@@ -20,6 +21,7 @@ from tests.tolerances import bound
 from torch_ref.experts import DenseStack, Projection, Stack, grouped_experts, loop_experts
 from torch_ref.loss import cross_entropy
 from torch_ref.quantize import PackedStack, quantize
+from torch_ref.rotary import apply_rotary
 
 E, D, WIDTH, K, TOKENS = 6, 64, 32, 3, 40
 
@@ -161,6 +163,31 @@ def test_a_trained_head_gets_its_gradient(monkeypatch: pytest.MonkeyPatch) -> No
     found = torch.autograd.grad(cross_entropy(hidden, head, labels), (hidden, head.weight))
     expected = torch.autograd.grad(F.cross_entropy(head(hidden), labels), (hidden, head.weight))
     assert worst(list(found), list(expected)) <= bound("torch_ref_fp32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_rotary_equals_transformers(dtype: torch.dtype) -> None:
+    """Value and gradient; in bfloat16 no further from the exact numbers than transformers."""
+    x = torch.randn(2, 7, 3, 16, dtype=torch.float64)
+    angles = torch.randn(2, 7, 8, dtype=torch.float64).repeat(1, 1, 2)
+    weight = torch.randn(2, 7, 3, 16, dtype=torch.float64)
+
+    def ours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return apply_rotary(x, cos, sin)
+
+    def theirs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return modeling_qwen3_moe.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
+
+    def both(function: Any, dtype: torch.dtype) -> list[Any]:
+        leaf = x.to(dtype).requires_grad_()
+        out = function(leaf, angles.cos().to(dtype), angles.sin().to(dtype))
+        return [out.detach(), *torch.autograd.grad(out, leaf, weight.to(dtype))]
+
+    exact = both(theirs, torch.float64)
+    if dtype == torch.float64:
+        assert worst(both(ours, dtype), exact) <= 1e-15
+    for found, peer, expected in zip(both(ours, dtype), both(theirs, dtype), exact, strict=True):
+        assert distance(found, expected) <= bound("torch_ref_bf16") * distance(peer, expected) + 1e-15
 
 
 def test_recomputed_layers_give_the_same_gradients_bit_for_bit() -> None:

@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from torch_ref.adapters import linear, split_experts
 from torch_ref.experts import DenseStack, Projection, Stack, implementation
 from torch_ref.loss import cross_entropy, shifted_labels
+from torch_ref.rotary import apply_rotary
 
 # Who checkpoints a layer: its __call__ in earlier versions of transformers, later a wrapper around the class's own
 # forward, which the patch replaces.
@@ -48,11 +49,10 @@ def Qwen3Attention_fast_forward(
     """
     B, T, _ = hidden_states.shape
     heads = (B, T, -1, self.head_dim)
-    query = rms_norm(self.q_norm, linear(self.q_proj, hidden_states).view(heads)).transpose(1, 2)
-    key = rms_norm(self.k_norm, linear(self.k_proj, hidden_states).view(heads)).transpose(1, 2)
+    query = rms_norm(self.q_norm, linear(self.q_proj, hidden_states).view(heads))
+    key = rms_norm(self.k_norm, linear(self.k_proj, hidden_states).view(heads))
     value = linear(self.v_proj, hidden_states).view(heads).transpose(1, 2)
-    cos, sin = position_embeddings
-    query, key = modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
+    query, key = (apply_rotary(x, *position_embeddings).transpose(1, 2) for x in (query, key))
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
