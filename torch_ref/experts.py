@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from torch_ref import kernels
 
 _ALIGNMENT = 16  # bytes: the stride that torch's grouped matmul asks of every operand
 
@@ -151,7 +154,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+        return _combine(grads[0], inverse, ctx.k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -160,7 +163,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, order, inverse)
-        return _combine(rows, weights, inverse)
+        return _combine(rows, inverse, weights.shape[1], weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -203,7 +206,7 @@ class _FrozenGateUp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inverse, ends, experts = ctx.routing  # a checkpoint lets its tensors be read once, and the second half did
         d_rows = ctx.gate_up.grouped_transposed(grads[0], ends, experts)
-        return d_rows.index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(1), *[None] * 6
+        return _combine(d_rows, inverse, ctx.k), *[None] * 6
 
 
 class _FrozenDown(torch.autograd.Function):
@@ -225,8 +228,8 @@ class _FrozenDown(torch.autograd.Function):
         activation: Callable[[Tensor], Tensor],
     ) -> Tensor:
         ctx.first_half, ctx.down, ctx.activation = product.grad_fn, down, activation
-        gate, up = product.chunk(2, dim=-1)
-        return _combine(down.grouped_linear(activation(gate) * up, ends, experts), weights, inverse)
+        rows = down.grouped_linear(_gated(product, activation), ends, experts)
+        return _combine(rows, inverse, weights.shape[1], weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -234,22 +237,46 @@ class _FrozenDown(torch.autograd.Function):
         inverse, ends, experts = ctx.first_half.routing = routing
         d_rows = grads[0].index_select(0, order // weights.shape[1])
         d_hidden = ctx.down.grouped_transposed(d_rows, ends, experts)  # of the unweighted rows
-        gate, up = (half.detach() for half in product.chunk(2, dim=-1))
-        with torch.enable_grad():
-            activated = ctx.activation(gate.requires_grad_())
-        d_weights = torch.linalg.vecdot(d_hidden, activated.detach() * up)[inverse].view(weights.shape)
-        d_hidden = d_hidden * weights.flatten()[order, None]
-        d_product = torch.empty_like(product)
-        d_gate, d_up = d_product.chunk(2, dim=-1)
-        torch.mul(d_hidden, activated.detach(), out=d_up)
-        d_gate.copy_(torch.autograd.grad(activated, gate, d_hidden * up)[0])
-        return d_product, d_weights, *[None] * 5
+        d_product, d_weights = _gated_backward(d_hidden, product, weights.flatten()[order], ctx.activation)
+        return d_product, d_weights[inverse].view(weights.shape), *[None] * 5
 
 
-def _combine(rows: Tensor, weights: Tensor, inverse: Tensor) -> Tensor:
-    """Each token's k rows, weighted and summed in float32."""
-    per_token = rows.index_select(0, inverse).unflatten(0, weights.shape)
-    return torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
+def _gated(product: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) * up."""
+    if _is_silu(activation) and kernels.usable(product):
+        return kernels.swiglu(product)
+    gate, up = product.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+def _gated_backward(
+    d_hidden: Tensor, product: Tensor, weights: Tensor, activation: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weights[r] * activation(gate) * up for the gradient `d_hidden`: of gate and up, of the weights."""
+    if _is_silu(activation) and kernels.usable(product):
+        return kernels.swiglu_backward(d_hidden, product, weights)
+    gate, up = (half.detach() for half in product.chunk(2, dim=-1))
+    with torch.enable_grad():
+        activated = activation(gate.requires_grad_())
+    d_weights = torch.linalg.vecdot(d_hidden, activated.detach() * up)
+    d_hidden = d_hidden * weights[:, None]
+    d_product = torch.empty_like(product)
+    d_gate, d_up = d_product.chunk(2, dim=-1)
+    torch.mul(d_hidden, activated.detach(), out=d_up)
+    d_gate.copy_(torch.autograd.grad(activated, gate, d_hidden * up)[0])
+    return d_product, d_weights
+
+
+def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    return activation is F.silu or isinstance(activation, nn.SiLU | type(ACT2FN["silu"]))
+
+
+def _combine(rows: Tensor, inverse: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
+    """Each token's k rows, times their weights where there are any, summed in float32."""
+    if kernels.usable(rows):
+        return kernels.combine(rows, inverse, k, weights)
+    per_token = rows.index_select(0, inverse).unflatten(0, (-1, k))
+    return per_token.sum(1) if weights is None else torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
 
 
 def loop_experts(

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from torch_ref.adapters import linear, split_experts
 from torch_ref.experts import DenseStack, Projection, Stack, implementation
 from torch_ref.loss import cross_entropy, shifted_labels
-from torch_ref.rotary import apply_rotary
+from torch_ref.rotary import apply_rotary, can_fuse_norm, norm_and_rotate
 
 # Who checkpoints a layer: its __call__ in earlier versions of transformers, later a wrapper around the class's own
 # forward, which the patch replaces.
@@ -49,10 +49,10 @@ def Qwen3Attention_fast_forward(
     """
     B, T, _ = hidden_states.shape
     heads = (B, T, -1, self.head_dim)
-    query = rms_norm(self.q_norm, linear(self.q_proj, hidden_states).view(heads))
-    key = rms_norm(self.k_norm, linear(self.k_proj, hidden_states).view(heads))
+    query = normed_rotary(self.q_norm, linear(self.q_proj, hidden_states).view(heads), *position_embeddings)
+    key = normed_rotary(self.k_norm, linear(self.k_proj, hidden_states).view(heads), *position_embeddings)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
     value = linear(self.v_proj, hidden_states).view(heads).transpose(1, 2)
-    query, key = (apply_rotary(x, *position_embeddings).transpose(1, 2) for x in (query, key))
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -72,13 +72,25 @@ def Qwen3Attention_fast_forward(
     return linear(self.o_proj, out.reshape(B, T, -1).contiguous()), weights
 
 
-def rms_norm(module: nn.Module, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+def normed_rotary(norm: Any, x: Float[Tensor, "B T heads H"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T heads H"]:
+    """The rotary embedding of `norm` over each head, in one kernel where that can be."""
+    if _is_plain(norm, x) and can_fuse_norm(x, norm.weight, cos):
+        return norm_and_rotate(x, norm.weight, cos, sin, norm.variance_epsilon)
+    return apply_rotary(rms_norm(norm, x), cos, sin)
+
+
+def _is_plain(module: Any, x: Tensor) -> bool:
+    """Whether `module` is an RMSNorm as it comes, in x's dtype."""
+    known = modeling_qwen3_moe.Qwen3MoeRMSNorm | modeling_qwen3.Qwen3RMSNorm
+    return isinstance(module, known) and module.weight.dtype == x.dtype
+
+
+def rms_norm(module: Any, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
     """`module(x)` in one kernel where `module` is a plain RMSNorm in x's dtype: float32 inside, rounded once.
 
     transformers' rounds before the weight as well; in float32 both are the same.
     """
-    plain = isinstance(module, modeling_qwen3_moe.Qwen3MoeRMSNorm | modeling_qwen3.Qwen3RMSNorm)
-    if not plain or module.weight.dtype != x.dtype:
+    if not _is_plain(module, x):
         return module(x)
     # autocast makes the result float32
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon).to(x.dtype)

@@ -1,4 +1,7 @@
-"""Rotary position embedding in three passes over the activations, where transformers' formula makes eight or more."""
+"""Rotary position embedding in three passes over the activations, where transformers' formula makes eight or more.
+
+On CUDA the norm of queries and keys goes into the same single pass.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from torch_ref import kernels
 
 
 class _Rotate(torch.autograd.Function):
@@ -40,3 +45,34 @@ def apply_rotary(
     In 16 bit the sum of the two products is rounded twice; transformers rounds both products first, then their sum.
     """
     return _Rotate.apply(x, cos.unsqueeze(2).to(x.dtype), sin.unsqueeze(2).to(x.dtype))
+
+
+class _NormRotate(torch.autograd.Function):
+    """RMSNorm over each head, then the rotation; keeps x and the tables."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, weight, cos, sin)
+        ctx.epsilon = epsilon
+        return kernels.norm_rotary(x, weight, cos, sin, epsilon)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return kernels.norm_rotary_backward(grads[0], *ctx.saved_tensors, ctx.epsilon), *[None] * 4
+
+
+def can_fuse_norm(x: Tensor, weight: Tensor, cos: Tensor) -> bool:
+    """Whether `norm_and_rotate` can run: on CUDA, under a frozen norm, with heads whose width is a power of two."""
+    width = x.shape[-1]
+    return kernels.usable(x) and not weight.requires_grad and width & (width - 1) == 0 and cos.shape[-1] == width > 1
+
+
+def norm_and_rotate(
+    x: Float[Tensor, "B T heads H"],
+    weight: Float[Tensor, " H"],
+    cos: Float[Tensor, "rows T H"],
+    sin: Float[Tensor, "rows T H"],
+    epsilon: float,
+) -> Float[Tensor, "B T heads H"]:
+    """`apply_rotary` of F.rms_norm(x), rounded once."""
+    return _NormRotate.apply(x, weight, cos, sin, epsilon)
