@@ -169,10 +169,11 @@ def _tile(width: int) -> tuple[int, int]:
 
 
 if triton is not None:
-    constexpr = tl.constexpr
 
     @triton.jit
-    def _swiglu_kernel(product: Any, out: Any, rows: Any, width: constexpr, TILE: constexpr, BLOCK: constexpr) -> None:
+    def _swiglu_kernel(
+        product: Any, out: Any, rows: Any, width: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
+    ) -> None:
         row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
         for start in tl.static_range(0, width, BLOCK):
             column = start + tl.arange(0, BLOCK)[None, :]
@@ -189,9 +190,9 @@ if triton is not None:
         d_product: Any,
         d_weights: Any,
         rows: Any,
-        width: constexpr,
-        TILE: constexpr,
-        BLOCK: constexpr,
+        width: tl.constexpr,
+        TILE: tl.constexpr,
+        BLOCK: tl.constexpr,
     ) -> None:
         lines = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
         row = lines[:, None]
@@ -219,9 +220,9 @@ if triton is not None:
         weights: Any,
         out: Any,
         width: Any,
-        K: constexpr,
-        WEIGHTED: constexpr,
-        BLOCK: constexpr,
+        K: tl.constexpr,
+        WEIGHTED: tl.constexpr,
+        BLOCK: tl.constexpr,
     ) -> None:
         token = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -246,9 +247,9 @@ if triton is not None:
         heads: Any,
         positions: Any,
         epsilon: Any,
-        BACKWARD: constexpr,
-        TILE: constexpr,
-        HALF: constexpr,
+        BACKWARD: tl.constexpr,
+        TILE: tl.constexpr,
+        HALF: tl.constexpr,
     ) -> None:
         """`rows` are heads of tokens; the tables' lines repeat after `positions` tokens."""
         row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
@@ -297,9 +298,9 @@ if triton is not None:
         size: Any,
         blocks: Any,
         nested_blocks: Any,
-        NESTED: constexpr,
-        TILE: constexpr,
-        BYTES: constexpr,
+        NESTED: tl.constexpr,
+        TILE: tl.constexpr,
+        BYTES: tl.constexpr,
     ) -> None:
         part = tl.program_id(0).to(tl.int64)
         block = tl.program_id(1) * TILE + tl.arange(0, TILE)

@@ -24,7 +24,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grads[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, sin, -1), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
@@ -58,7 +59,8 @@ class _NormRotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return kernels.norm_rotary_backward(grads[0], *ctx.saved_tensors, ctx.epsilon), *[None] * 4
+        x, weight, cos, sin = ctx.saved_tensors
+        return kernels.norm_rotary_backward(grads[0], x, weight, cos, sin, ctx.epsilon), *[None] * 4
 
 
 def can_fuse_norm(x: Tensor, weight: Tensor, cos: Tensor) -> bool:
