@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import torch_ref.experts
 import torch_ref.quantize
@@ -16,15 +17,15 @@ from tests.tolerances import bound
 from torch_ref import kernels
 from torch_ref.experts import DenseStack, Projection, grouped_experts
 from torch_ref.quantize import PackedStack
-from torch_ref.rotary import apply_rotary
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """The same numbers in every run."""
+def switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels on, and the same numbers in every run."""
+    monkeypatch.setattr(kernels, "SWITCHED_ON", True)
     torch.manual_seed(0)
 
 
@@ -83,7 +84,7 @@ def test_norm_and_rotary(batch: int, tables: int, H: int, dtype: torch.dtype) ->
     def twin(dtype: torch.dtype) -> list[torch.Tensor]:
         leaf = x.to(dtype).requires_grad_()
         normed = F.rms_norm(leaf, (H,), weight.to(dtype), 1e-6)
-        out = apply_rotary(normed, cos.to(dtype), sin.to(dtype))
+        out, _ = modeling_qwen3_moe.apply_rotary_pos_emb(normed, normed, cos.to(dtype), sin.to(dtype), unsqueeze_dim=2)
         return [out.detach(), *torch.autograd.grad(out, leaf, d_out.to(dtype))]
 
     found = [

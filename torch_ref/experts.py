@@ -178,12 +178,11 @@ class _Combine(torch.autograd.Function):
         return d_rows, d_weights, None, None
 
 
-class _FrozenGateUp(torch.autograd.Function):
-    """The first half of `grouped_experts` for stacks that are not trained: the routed rows times gate and up.
+class _FrozenExperts(torch.autograd.Function):
+    """All of `grouped_experts` for stacks that are not trained.
 
-    This half keeps, for both backward passes, its own product and the routing, and nothing else: the routed rows are a
-    gather away. The second half keeps nothing, so that recomputing a checkpointed layer ends here, before the down
-    projection: torch stops at the last tensor that was kept.
+    Kept for the backward pass are the gate and up products alone. The rows behind the down projection are not needed:
+    the gradient of a routing weight is <d_out, W_down h> = <W_down^T d_out, h>.
     """
 
     @staticmethod
@@ -196,49 +195,24 @@ class _FrozenGateUp(torch.autograd.Function):
         ends: Tensor,
         experts: Tensor,
         gate_up: Stack,
-    ) -> Tensor:
-        product = gate_up.grouped_linear(x.index_select(0, order // weights.shape[1]), ends, experts)
-        ctx.save_for_backward(product, weights, order, inverse, ends, experts)
-        ctx.gate_up, ctx.k = gate_up, weights.shape[1]
-        return product
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inverse, ends, experts = ctx.routing  # a checkpoint lets its tensors be read once, and the second half did
-        d_rows = ctx.gate_up.grouped_transposed(grads[0], ends, experts)
-        return _combine(d_rows, inverse, ctx.k), *[None] * 6
-
-
-class _FrozenDown(torch.autograd.Function):
-    """The second half: the activation, the down projection, and the weighted sum over each token's experts.
-
-    The rows behind the down projection are not needed again: the gradient of a routing weight is <d_out, W_down h>
-    = <W_down^T d_out, h>.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        product: Tensor,
-        weights: Tensor,
-        inverse: Tensor,
-        ends: Tensor,
-        experts: Tensor,
         down: Stack,
         activation: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        ctx.first_half, ctx.down, ctx.activation = product.grad_fn, down, activation
+        product = gate_up.grouped_linear(x.index_select(0, order // weights.shape[1]), ends, experts)
         rows = down.grouped_linear(_gated(product, activation), ends, experts)
+        ctx.save_for_backward(product, weights, order, inverse, ends, experts)
+        ctx.stacks, ctx.activation = (gate_up, down), activation
         return _combine(rows, inverse, weights.shape[1], weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        product, weights, order, *routing = ctx.first_half.saved_tensors
-        inverse, ends, experts = ctx.first_half.routing = routing
-        d_rows = grads[0].index_select(0, order // weights.shape[1])
-        d_hidden = ctx.down.grouped_transposed(d_rows, ends, experts)  # of the unweighted rows
+        product, weights, order, inverse, ends, experts = ctx.saved_tensors
+        gate_up, down = ctx.stacks
+        k = weights.shape[1]
+        d_hidden = down.grouped_transposed(grads[0].index_select(0, order // k), ends, experts)  # of unweighted rows
         d_product, d_weights = _gated_backward(d_hidden, product, weights.flatten()[order], ctx.activation)
-        return d_product, d_weights[inverse].view(weights.shape), *[None] * 5
+        d_rows = gate_up.grouped_transposed(d_product, ends, experts)
+        return _combine(d_rows, inverse, k), d_weights[inverse].view(weights.shape), *[None] * 7
 
 
 def _gated(product: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -330,9 +304,8 @@ def grouped_experts(
 
     frozen = gate_up.stack.frozen and down.stack.frozen and not (gate_up.adapters or down.adapters)
     if frozen and temp_up is None and not torch.is_autocast_enabled(x.device.type):
-        weights = weights.to(x.dtype)
-        product = _FrozenGateUp.apply(x, weights, order, inverse, ends, experts, gate_up.stack)
-        return _FrozenDown.apply(product, weights, inverse, ends, experts, down.stack, activation)
+        stacks = gate_up.stack, down.stack
+        return _FrozenExperts.apply(x, weights.to(x.dtype), order, inverse, ends, experts, *stacks, activation)
 
     rows = _Gather.apply(x, order, inverse, selected.shape[1])
     product = gate_up.grouped_linear(rows, ends, experts)

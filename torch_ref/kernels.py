@@ -1,31 +1,38 @@
-"""Triton kernels for what lies around the matrix products on CUDA: one pass over memory where eager torch makes many.
+"""Kernels for what lies around the matrix products on CUDA: one pass over memory where eager torch makes many.
 
-Each has a twin in plain torch beside its caller, which computes the same from the same arguments and is what runs on a
-CPU; the tests compare the two. Inside, everything is float32, rounded once on the way out.
+Off unless TORCH_REF_KERNELS=1: so far they have run in Triton's interpreter alone, not on a GPU. Each has a twin in plain
+torch beside its caller, which computes the same from the same arguments; the tests compare the two. Inside, everything
+is float32, rounded once on the way out.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+programs: Any
 try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
-    triton = None
+    from torch_ref import triton_programs as programs
+except ImportError:  # CPU builds of torch come without Triton
+    programs = None
 
+SWITCHED_ON = os.environ.get("TORCH_REF_KERNELS") == "1"
 _TILE = 2048  # elements a program holds of each operand
 
 
+def enabled(x: Tensor) -> bool:
+    """Whether kernels are switched on, and can run where `x` is."""
+    return SWITCHED_ON and programs is not None and x.is_cuda
+
+
 def usable(x: Tensor) -> bool:
-    """Whether the kernels can run on `x`: on CUDA, in 16 or 32 bit, outside autocast, with Triton installed."""
-    if triton is None or not x.is_cuda or torch.is_autocast_enabled("cuda"):
-        return False
-    return x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    """Whether activations like `x` can go through the kernels: enabled, in 16 or 32 bit, outside autocast."""
+    known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return enabled(x) and known and not torch.is_autocast_enabled("cuda")
 
 
 def swiglu(product: Float[Tensor, "R F2"]) -> Float[Tensor, "R F"]:
@@ -34,7 +41,7 @@ def swiglu(product: Float[Tensor, "R F2"]) -> Float[Tensor, "R F"]:
     out = product.new_empty(rows, width)
     block, tile = _tile(width)
     if rows:
-        _swiglu_kernel[(triton.cdiv(rows, tile),)](product, out, rows, width, tile, block)
+        programs.swiglu[(_cdiv(rows, tile),)](product, out, rows, width, tile, block)
     return out
 
 
@@ -46,7 +53,7 @@ def swiglu_backward(
     d_product, d_weights = torch.empty_like(product), torch.empty_like(weights)
     block, tile = _tile(width)
     if rows:
-        _swiglu_backward_kernel[(triton.cdiv(rows, tile),)](
+        programs.swiglu_backward[(_cdiv(rows, tile),)](
             d_hidden, product, weights, d_product, d_weights, rows, width, tile, block
         )
     return d_product, d_weights
@@ -58,9 +65,9 @@ def combine(
     """Sums each token's k rows, which stand at inverse[token * k + j], times their weights where there are any."""
     tokens, width = len(inverse) // k, rows.shape[1]
     out = rows.new_empty(tokens, width)
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, _next_power_of_2(width))
     if tokens:
-        _combine_kernel[(tokens, triton.cdiv(width, block))](
+        programs.combine[(tokens, _cdiv(width, block))](
             rows, inverse, rows if weights is None else weights.contiguous(), out, width, k, weights is not None, block
         )
     return out
@@ -96,7 +103,7 @@ def _launch_norm_rotary(
     tile = max(1, _TILE // H)
     rows = B * T * heads
     if rows:
-        _norm_rotary_kernel[(triton.cdiv(rows, tile),)](
+        programs.norm_rotary[(_cdiv(rows, tile),)](
             x,
             x if d_out is None else d_out,
             weight,
@@ -143,7 +150,7 @@ def decode_4bit(
     tile = max(1, _TILE // blocksize)
     nested = nested_absmax is not None
     absent = quant_map
-    _decode_kernel[(parts, triton.cdiv(blocks, tile))](
+    programs.decode[(parts, _cdiv(blocks, tile))](
         codes,
         absmax,
         nested_absmax if nested else absent,
@@ -164,156 +171,13 @@ def decode_4bit(
 
 def _tile(width: int) -> tuple[int, int]:
     """Columns that a program holds at a time, and its rows."""
-    block = min(256, triton.next_power_of_2(width))
+    block = min(256, _next_power_of_2(width))
     return block, max(1, _TILE // block)
 
 
-if triton is not None:
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
-    @triton.jit
-    def _swiglu_kernel(
-        product: Any, out: Any, rows: Any, width: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
-    ) -> None:
-        row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-        for start in tl.static_range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)[None, :]
-            inside = (row < rows) & (column < width)
-            gate = tl.load(product + row * (2 * width) + column, inside, 0.0).to(tl.float32)
-            up = tl.load(product + row * (2 * width) + width + column, inside, 0.0).to(tl.float32)
-            tl.store(out + row * width + column, gate * tl.sigmoid(gate) * up, inside)
 
-    @triton.jit
-    def _swiglu_backward_kernel(
-        d_hidden: Any,
-        product: Any,
-        weights: Any,
-        d_product: Any,
-        d_weights: Any,
-        rows: Any,
-        width: tl.constexpr,
-        TILE: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ) -> None:
-        lines = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-        row = lines[:, None]
-        weight = tl.load(weights + lines, lines < rows, 0.0).to(tl.float32)[:, None]
-        total = tl.zeros([TILE], tl.float32)
-        for start in tl.static_range(0, width, BLOCK):
-            column = start + tl.arange(0, BLOCK)[None, :]
-            inside = (row < rows) & (column < width)
-            gate = tl.load(product + row * (2 * width) + column, inside, 0.0).to(tl.float32)
-            up = tl.load(product + row * (2 * width) + width + column, inside, 0.0).to(tl.float32)
-            d = tl.load(d_hidden + row * width + column, inside, 0.0).to(tl.float32)
-            sigmoid = tl.sigmoid(gate)
-            activated = gate * sigmoid
-            total += tl.sum(d * activated * up, 1)
-            d *= weight
-            d_gate = d * up * (sigmoid + activated * (1 - sigmoid))
-            tl.store(d_product + row * (2 * width) + column, d_gate, inside)
-            tl.store(d_product + row * (2 * width) + width + column, d * activated, inside)
-        tl.store(d_weights + lines, total, lines < rows)
-
-    @triton.jit
-    def _combine_kernel(
-        rows: Any,
-        inverse: Any,
-        weights: Any,
-        out: Any,
-        width: Any,
-        K: tl.constexpr,
-        WEIGHTED: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ) -> None:
-        token = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
-        for j in tl.static_range(K):
-            row = tl.load(inverse + token * K + j).to(tl.int64)
-            value = tl.load(rows + row * width + column, column < width, 0.0).to(tl.float32)
-            if WEIGHTED:
-                value *= tl.load(weights + token * K + j).to(tl.float32)
-            total += value
-        tl.store(out + token * width + column, total, column < width)
-
-    @triton.jit
-    def _norm_rotary_kernel(
-        x: Any,
-        d_out: Any,
-        weight: Any,
-        cos: Any,
-        sin: Any,
-        out: Any,
-        rows: Any,
-        heads: Any,
-        positions: Any,
-        epsilon: Any,
-        BACKWARD: tl.constexpr,
-        TILE: tl.constexpr,
-        HALF: tl.constexpr,
-    ) -> None:
-        """`rows` are heads of tokens; the tables' lines repeat after `positions` tokens."""
-        row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-        column = tl.arange(0, HALF)[None, :]
-        inside = (row < rows) & (column < HALF)
-        low = row * (2 * HALF) + column
-        table = (row // heads % positions) * (2 * HALF) + column
-        x_low = tl.load(x + low, inside, 0.0).to(tl.float32)
-        x_high = tl.load(x + low + HALF, inside, 0.0).to(tl.float32)
-        weight_low = tl.load(weight + column).to(tl.float32)
-        weight_high = tl.load(weight + HALF + column).to(tl.float32)
-        cos_low = tl.load(cos + table, inside, 0.0).to(tl.float32)
-        cos_high = tl.load(cos + table + HALF, inside, 0.0).to(tl.float32)
-        sin_low = tl.load(sin + table, inside, 0.0).to(tl.float32)
-        sin_high = tl.load(sin + table + HALF, inside, 0.0).to(tl.float32)
-        mean = (tl.sum(x_low * x_low, 1) + tl.sum(x_high * x_high, 1)) / (2 * HALF)
-        scale = (1 / tl.sqrt(mean + epsilon))[:, None]
-        x_low *= scale
-        x_high *= scale
-        if BACKWARD:
-            d_low = tl.load(d_out + low, inside, 0.0).to(tl.float32)
-            d_high = tl.load(d_out + low + HALF, inside, 0.0).to(tl.float32)
-            # through the rotation, then the weight, then the normalisation of x, whose unit vector x is by now
-            n_low = (d_low * cos_low + d_high * sin_high) * weight_low
-            n_high = (d_high * cos_high - d_low * sin_low) * weight_high
-            along = ((tl.sum(n_low * x_low, 1) + tl.sum(n_high * x_high, 1)) / (2 * HALF))[:, None]
-            y_low = (n_low - x_low * along) * scale
-            y_high = (n_high - x_high * along) * scale
-        else:
-            x_low *= weight_low
-            x_high *= weight_high
-            y_low = x_low * cos_low - x_high * sin_low
-            y_high = x_high * cos_high + x_low * sin_high
-        tl.store(out + low, y_low, inside)
-        tl.store(out + low + HALF, y_high, inside)
-
-    @triton.jit
-    def _decode_kernel(
-        codes: Any,
-        absmax: Any,
-        nested_absmax: Any,
-        offset: Any,
-        nested_quant_map: Any,
-        quant_map: Any,
-        out: Any,
-        size: Any,
-        blocks: Any,
-        nested_blocks: Any,
-        NESTED: tl.constexpr,
-        TILE: tl.constexpr,
-        BYTES: tl.constexpr,
-    ) -> None:
-        part = tl.program_id(0).to(tl.int64)
-        block = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        known = block < blocks
-        if NESTED:
-            scale = tl.load(nested_quant_map + tl.load(absmax + part * blocks + block, known, 0).to(tl.int32))
-            scale *= tl.load(nested_absmax + part * nested_blocks + block // 256, known, 0.0)
-            scale += tl.load(offset + part)
-        else:
-            scale = tl.load(absmax + part * blocks + block, known, 0.0)
-        byte = block[:, None] * BYTES + tl.arange(0, BYTES)[None, :]
-        code = tl.load(codes + part * size + byte, byte < size, 0).to(tl.int32)
-        first = tl.load(quant_map + (code >> 4)) * scale[:, None]
-        second = tl.load(quant_map + (code & 15)) * scale[:, None]
-        value = block[:, None] * (2 * BYTES) + tl.arange(0, 2 * BYTES)[None, :]
-        tl.store(out + part * (2 * size) + value, tl.interleave(first, second), value < 2 * size)
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from torch_ref.adapters import linear, split_experts
 from torch_ref.experts import DenseStack, Projection, Stack, implementation
 from torch_ref.loss import cross_entropy, shifted_labels
-from torch_ref.rotary import apply_rotary, can_fuse_norm, norm_and_rotate
+from torch_ref.rotary import can_fuse, norm_and_rotate
 
 # Who checkpoints a layer: its __call__ in earlier versions of transformers, later a wrapper around the class's own
 # forward, which the patch replaces.
@@ -49,9 +49,8 @@ def Qwen3Attention_fast_forward(
     """
     B, T, _ = hidden_states.shape
     heads = (B, T, -1, self.head_dim)
-    query = normed_rotary(self.q_norm, linear(self.q_proj, hidden_states).view(heads), *position_embeddings)
-    key = normed_rotary(self.k_norm, linear(self.k_proj, hidden_states).view(heads), *position_embeddings)
-    query, key = query.transpose(1, 2), key.transpose(1, 2)
+    query, key = (linear(projection, hidden_states).view(heads) for projection in (self.q_proj, self.k_proj))
+    query, key = normed_rotary(self, query, key, *position_embeddings)
     value = linear(self.v_proj, hidden_states).view(heads).transpose(1, 2)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)
@@ -72,11 +71,17 @@ def Qwen3Attention_fast_forward(
     return linear(self.o_proj, out.reshape(B, T, -1).contiguous()), weights
 
 
-def normed_rotary(norm: Any, x: Float[Tensor, "B T heads H"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B T heads H"]:
-    """The rotary embedding of `norm` over each head, in one kernel where that can be."""
-    if _is_plain(norm, x) and can_fuse_norm(x, norm.weight, cos):
-        return norm_and_rotate(x, norm.weight, cos, sin, norm.variance_epsilon)
-    return apply_rotary(rms_norm(norm, x), cos, sin)
+def normed_rotary(
+    attention: Any, query: Float[Tensor, "B T N H"], key: Float[Tensor, "B T K H"], cos: Tensor, sin: Tensor
+) -> tuple[Float[Tensor, "B N T H"], Float[Tensor, "B K T H"]]:
+    """The rotary embedding of the normed heads; in one kernel where that is switched on and can be."""
+    pairs = (attention.q_norm, query), (attention.k_norm, key)
+    if all(_is_plain(norm, x) and can_fuse(x, norm.weight, cos) for norm, x in pairs):
+        fused = (norm_and_rotate(x, norm.weight, cos, sin, norm.variance_epsilon) for norm, x in pairs)
+        query, key = (x.transpose(1, 2) for x in fused)
+        return query, key
+    query, key = (rms_norm(norm, x).transpose(1, 2) for norm, x in pairs)
+    return modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
 
 
 def _is_plain(module: Any, x: Tensor) -> bool:

@@ -120,11 +120,16 @@ def decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
     As one row of values: on CPUs bitsandbytes 0.50 decodes a matrix wrongly whose rows are not whole blocks.
     """
     if _kernel_decodes(packed, state.quant_type) and not (state.nested and state.state2.blocksize != _NESTED_BLOCK):
-        nested = (
-            (state.state2.absmax[None], state.offset.reshape(1), state.state2.code) if state.nested else (None,) * 3
-        )
+        second = state.state2 if state.nested else None
         values = kernels.decode_4bit(
-            packed.view(1, -1), state.absmax.view(1, -1), *nested, _nf4_values(packed.device), state.blocksize, dtype
+            packed.view(1, -1),
+            state.absmax.view(1, -1),
+            None if second is None else second.absmax.view(1, -1),
+            state.offset.view(1) if state.nested else None,
+            None if second is None else second.code,
+            _nf4_values(packed.device),
+            state.blocksize,
+            dtype,
         )
         return values[0, : state.shape.numel()].view(state.shape)
     absmax = state.absmax
@@ -135,7 +140,7 @@ def decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
 
 def _kernel_decodes(codes: Tensor, quant_type: str) -> bool:
     """Whether one kernel of `torch_ref.kernels` can do what bitsandbytes does in several, to the same bits."""
-    return codes.is_cuda and kernels.triton is not None and quant_type == "nf4"
+    return kernels.enabled(codes) and quant_type == "nf4"
 
 
 @functools.cache
