@@ -51,7 +51,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "torch_ref_autocast": Tolerance(
         1e-1, 5.3e-2, "an expert gradient under autocast, two bfloat16 results, relative L2"
     ),
-    "torch_ref_gpu_bf16": Tolerance(3e-2, 0.0, "the two expert implementations in bfloat16 on a GPU, relative L2"),
+    "torch_ref_gpu_bf16": Tolerance(
+        3e-2, 0.0, "two expert implementations in bfloat16 on an H200: passed, not recorded"
+    ),
 }
 
 

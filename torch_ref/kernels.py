@@ -1,8 +1,8 @@
 """Kernels for what lies around the matrix products on CUDA: one pass over memory where eager torch makes many.
 
-Off unless TORCH_REF_KERNELS=1: so far they have run in Triton's interpreter alone, not on a GPU. Each has a twin in plain
-torch beside its caller, which computes the same from the same arguments; the tests compare the two. Inside, everything
-is float32, rounded once on the way out.
+Off unless TORCH_REF_KERNELS=1: so far they have run in Triton's interpreter alone, not on a GPU. Each has a twin in
+plain torch beside its caller, which computes the same from the same arguments; the tests compare the two. Inside,
+everything is float32, rounded once on the way out.
 """
 
 from __future__ import annotations
