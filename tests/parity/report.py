@@ -102,9 +102,8 @@ def _verdict(results: list[Result]) -> Iterator[Block]:
                 if cause["operation"]
                 else "in which no single operation is off by more than rounding"
             )
-            yield Paragraph(
-                f"First difference in `{result['figures']['case']}`, {cause['side']}: {at} (error {_e(cause['error'])})."
-            )
+            where = f"`{result['figures']['case']}`, {cause['side']}"
+            yield Paragraph(f"First difference in {where}: {at} (error {_e(cause['error'])}).")
     rows = [
         [result["figures"]["case"], c["side"], c["run"], c["what"], _e(c["found"]), _e(c["limit"])]
         for result in results
