@@ -4,8 +4,10 @@
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
 # make bench      the CPU benchmarks of the README
+# make bench-gpu  those of a GPU, with the packages that $(PYTHON) has: training step, prefill, first step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
+# make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
 # make clean      removes what the others made
 #
 # demo, test, lint, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
@@ -24,7 +26,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test lint notebooks test-gpu parity parity-gpu bench clean
+.PHONY: help demo test lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -77,6 +79,15 @@ parity-gpu:
 bench: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.train_cpu
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.compile_time
+
+bench-gpu:
+	@$(PYTHON) -m benchmarks.train_step --stages
+	@$(PYTHON) -m benchmarks.prefill --stages
+	@$(PYTHON) -m benchmarks.first_step
+	@$(PYTHON) -m benchmarks.load --converted
+# Like test-gpu with the packages that $(PYTHON) has, bitsandbytes among them.
+bench-torch-gpu:
+	@$(PYTHON) -m benchmarks.torch_ref_step
 
 clean:
 	rm -rf $(VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis

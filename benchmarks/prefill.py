@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import limits, random_model, stages
-from benchmarks.train_step import installed, measure_apart
+from benchmarks.train_step import installed, measure_apart, profiled_apart
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.memory import human
 from jaxmoe.presets import PRESETS
@@ -147,7 +147,6 @@ def main() -> None:
 
     known = ("preset", "layers", "warmup", "steps")
     argv = [f"--{key}={value}" for key in known if (value := getattr(args, key)) is not None]
-    argv += ["--stages"] if args.stages else []
     record: dict[str, Any] = {}
     for name in names:
         batch, length, _ = CASES[name]
@@ -171,8 +170,8 @@ def main() -> None:
                 f"{format(found['load'], '6.2f') if 'load' in found else '':>6}  {found['device']}",
                 flush=True,
             )
-            if "profile" in found:
-                print("\n".join(["", *stages.table(found["profile"], found["seconds"] * 1e3)]))
+        if args.stages:
+            print("\n".join(profiled_apart(name, argv, "benchmarks.prefill")), flush=True)
     if args.json:
         args.json.write_text(json.dumps(record, indent=2) + "\n")
 

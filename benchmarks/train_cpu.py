@@ -31,7 +31,7 @@ SIDES = {
     "PEFT, grouped_mm": "tokens sorted by expert",
     "PEFT, batched_mm": "each token's expert weights gathered",
     "jaxmoe": "--remat fast",
-    "jaxmoe, recomputing": "--remat full: each layer again in the backward pass",
+    "jaxmoe, recomputing": "--remat low-memory: each layer again in the backward pass",
 }
 
 
@@ -61,7 +61,7 @@ def jaxmoe_step(args: argparse.Namespace, lora: LoraConfig, recompute: bool) -> 
     module = Qwen3MoeForCausalLM.from_pretrained(args.model, dtype="float32")
     config, frozen = module.config, module.params
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
-    model = Model(config, lora, remat="full" if recompute else "none")
+    model = Model(config, lora, remat="low-memory" if recompute else "fast")
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     state = initial_state({path: jnp.asarray(a) for path, a in adapters_of(config, lora).items()}, optimizer)
     train_step = jax.jit(make_train_step(model, optimizer, rate, aux_coefficient=0.0), donate_argnums=1)

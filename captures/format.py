@@ -316,8 +316,9 @@ class Capture:
                 raise UserError(f"{path}: expected {FORMAT} {VERSION}, found {raw['format']} {raw['version']}")
             model = Model(**raw["model"] | {"layers": tuple(raw["model"]["layers"])})
             shards = tuple((str(shard["file"]), int(shard["tokens"])) for shard in raw["shards"])
-            text, top = raw["text"], int(raw["top"])
-            text["tokenizer"], text["digest"], text["domains"], text["roles"], text["seq_length"]
+            top = int(raw["top"])
+            needed = ("tokenizer", "digest", "domains", "roles", "seq_length", "tokens")
+            text = {name: raw["text"][name] for name in needed}
             known = raw["source"], raw["control"]
         except UserError:
             raise

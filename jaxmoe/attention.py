@@ -68,7 +68,7 @@ def causal_attention(
     B, T, N, H = query.shape
     if sliding_window is not None and sliding_window >= T:
         sliding_window = None
-    taken = choose("attention", {"cudnn": cudnn.obstacle(query, key)})
+    taken = choose("attention", {"cudnn": cudnn.obstacle(query, key, segments)})
     with jax.named_scope("dot_product_attention"):
         if taken.name == "cudnn":
             return cudnn.causal_attention(query, key, value, segments, sliding_window)

@@ -1,4 +1,4 @@
-"""Entry points of the console scripts `jaxmoe-train`, `jaxmoe-generate`, `jaxmoe-convert`, `jaxmoe-doctor`, `jaxmoe-routing`.
+"""Entry points of the console scripts: `jaxmoe-train`, `-generate`, `-convert`, `-doctor` and `-routing`.
 
 They do what `python -m jaxmoe.train`, `python -m convert` and so on do, also in a folder that hides a module's name.
 """

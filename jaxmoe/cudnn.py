@@ -10,12 +10,15 @@ and the log-sum-exp is gathered into [B, N, T]. Rows that are one run, the usual
 plain causal attention.
 
 `jax.nn.dot_product_attention` does not expose the offsets; the functions used here are private to JAX
-(jax/_src/cudnn/fused_attention_stablehlo.py), and `tests/test_gpu_attention.py` holds them to the oracle.
+(jax/_src/cudnn/fused_attention_stablehlo.py), and neither JAX nor cuDNN promises much about the packed layout. So
+packed rows are taken only where a small case, run once in a process, gives the oracle's values and gradients
+(`packed_error`).
 """
 
 from __future__ import annotations
 
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +26,8 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+
+from jaxmoe.layers import attention, attention_mask
 
 fused: Any = fused_attention_stablehlo  # untyped
 
@@ -35,8 +40,8 @@ _SEED, _DROPOUT, _BIAS = 42, 0.0, (False, False)  # constants of the private fun
 _GROUPED_PACKING = jax.__version_info__ >= (0, 11, 2)
 
 
-def obstacle(query: Array, key: Array) -> str | None:
-    """Why cuDNN cannot take these operands, or None."""
+def obstacle(query: Array, key: Array, segments: Array | None = None) -> str | None:
+    """Why cuDNN cannot take these operands, or None; on a GPU, runs a small case the first time with `segments`."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
         return f"takes 16-bit floats, found {query.dtype}"
     if query.shape[-1] > 128 or query.shape[-1] % 8:
@@ -45,7 +50,58 @@ def obstacle(query: Array, key: Array) -> str | None:
         fused.check_cudnn_version()
     except RuntimeError:
         return "needs cuDNN, found none"
-    return None
+    if segments is None or jax.default_backend() == "cpu":
+        return None
+    return _packed_obstacle(query.shape[2] // key.shape[2], query.shape[3], query.dtype.name)
+
+
+_CHECK_BOUND = 2e-2  # relative L2; rounding to bfloat16 gives 4e-3, a sequence in the wrong place more than 1
+
+
+@cache
+def _packed_obstacle(groups: int, head_dim: int, dtype: str) -> str | None:
+    # In a thread of its own, for this is called while something else is being traced here.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            error = pool.submit(packed_error, groups, head_dim, dtype).result()
+        except Exception as failure:  # whatever JAX, XLA or cuDNN raises, packed rows are not for it
+            return f"cannot run packed rows here: {(str(failure).splitlines() or [type(failure).__name__])[0][:200]}"
+    if error <= _CHECK_BOUND:
+        return None
+    return f"gives packed rows here that are {error:.1e} from the oracle, expected at most {_CHECK_BOUND:.0e}"
+
+
+def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
+    """The largest relative L2 error of output and gradients on packed rows, against masked attention in float32.
+
+    One row has more runs than one call takes, the other two documents between padding.
+    """
+    T, K = 4 * MAX_RUNS, 2
+    index = jnp.broadcast_to(jnp.arange(T), (2, T))
+    segments = jnp.stack([index[0] // 3 + 1, jnp.where((index[0] < 5) | (index[0] > T - 9), 0, index[0] // 40 + 1)])
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, cotangent = (
+        jax.random.normal(k, (2, T, heads, head_dim), dtype)
+        for k, heads in zip(keys, (K * groups, K, K, K * groups), strict=True)
+    )
+    valid = (segments > 0)[..., None, None]
+
+    def masked(query: Array, key: Array, value: Array) -> Array:
+        return attention(query, key, value, attention_mask(index, index, segments, segments, None))
+
+    def packed(query: Array, key: Array, value: Array) -> Array:
+        return causal_attention(query, key, value, segments, None)
+
+    def run(function: Any, *operands: Array) -> tuple[Array, ...]:
+        out, pull = jax.vjp(lambda *args: jnp.where(valid, function(*args), 0), *operands[:3])
+        return out, *pull(operands[3])
+
+    found = jax.jit(partial(run, packed))(query, key, value, cotangent)
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(partial(run, masked))(*(a.astype(jnp.float32) for a in (query, key, value, cotangent)))
+    errors = [jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()) for a, b in zip(found, exact, strict=True)]
+    worst = jnp.max(jnp.stack(errors))
+    return float(jnp.where(jnp.isnan(worst), jnp.inf, worst))
 
 
 class _Group(NamedTuple):

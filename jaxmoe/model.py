@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe import cudnn, projections
@@ -668,7 +669,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
             raise ValueError("segment_ids and attention_mask: expected at most one, found both")
         if segment_ids is None:
             segment_ids = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        if not isinstance(segment_ids, jax.core.Tracer):
+        if not isinstance(segment_ids, Tracer):
             _check_contiguous(np.asarray(segment_ids))
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)

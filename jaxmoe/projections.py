@@ -36,11 +36,7 @@ def frozen_linear(
     adapter: Adapter | None = None,
 ) -> Float[Array, "*batch out"]:
     """Forms x W^T + b + scale (x A^T) B^T with W = stack[layer], in float32, rounded once; W gets no gradient."""
-    pair = None
-    if adapter is not None:
-        extra = -adapter.lora_A.shape[-2] % _RANK_MULTIPLE
-        a = jnp.pad(adapter.lora_A.astype(x.dtype), ((0, extra), (0, 0)))
-        pair = a, jnp.pad((adapter.scale * adapter.lora_B).astype(x.dtype), ((0, 0), (0, extra)))
+    pair = None if adapter is None else (adapter.lora_A, adapter.scale * adapter.lora_B)
     y: Array = _product(x.reshape(-1, x.shape[-1]), stack, jnp.asarray(layer, jnp.int32), pair)
     if bias is not None:
         y = (y.astype(jnp.float32) + bias).astype(y.dtype)
@@ -60,9 +56,16 @@ def _blocks(rows: int) -> Any:
     return Blocks(place, jnp.zeros(count, jnp.int32), jnp.asarray(count, jnp.int32))
 
 
+def _padded(adapter: tuple[Array, Array], dtype: Any) -> tuple[Array, Array]:
+    """The adapter in the activations' dtype, its rank a multiple of 64."""
+    a, b = adapter
+    extra = -a.shape[0] % _RANK_MULTIPLE
+    return jnp.pad(a.astype(dtype), ((0, extra), (0, 0))), jnp.pad(b.astype(dtype), ((0, 0), (0, extra)))
+
+
 def _dot(equation: str, a: Array, b: Array) -> Array:
-    """Rounded once to the operands' dtype, from float32 sums."""
-    return jnp.einsum(equation, a, b, preferred_element_type=a.dtype)
+    """In float32: with a 16-bit result XLA may split a long sum and add the parts in 16 bits."""
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _product_forward(x: Array, stack: Array, layer: Any, adapter: tuple[Array, Array] | None):
@@ -70,7 +73,8 @@ def _product_forward(x: Array, stack: Array, layer: Any, adapter: tuple[Array, A
 
     low = {}
     if adapter is not None:
-        low = {"low": _dot("mi,ri->mr", x, adapter[0]), "low_weight": adapter[1][None]}
+        a, b = _padded(adapter, x.dtype)
+        low = {"low": _dot("mi,ri->mr", x, a).astype(x.dtype), "low_weight": b[None]}
     return grouped_matmul(x, stack, _blocks(x.shape[0]), layer, transposed=True, **low), (x, stack, layer, adapter)
 
 
@@ -81,11 +85,13 @@ def _product_backward(residuals: tuple[Any, ...], d_y: Array):
     multiply = partial(grouped_matmul, d_y, stack, _blocks(x.shape[0]), layer, transposed=False)
     if adapter is None:
         return multiply(), None, None, None
-    a, b = adapter
-    d_low = _dot("mo,or->mr", d_y, b)
+    r = adapter[0].shape[0]
+    a, b = _padded(adapter, x.dtype)
+    d_low = _dot("mo,or->mr", d_y, b).astype(x.dtype)
+    low = _dot("mi,ri->mr", x, a).astype(x.dtype)
+    d_a, d_b = _dot("mr,mi->ri", d_low, x)[:r], _dot("mo,mr->or", d_y, low)[:, :r]
     d_x = multiply(low=d_low, low_weight=a[None])
-    low = _dot("mi,ri->mr", x, a)
-    return d_x, None, None, (_dot("mr,mi->ri", d_low, x), _dot("mo,mr->or", d_y, low))
+    return d_x, None, None, (d_a.astype(adapter[0].dtype), d_b.astype(adapter[1].dtype))
 
 
 _product.defvjp(_product_forward, _product_backward)

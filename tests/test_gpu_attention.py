@@ -109,6 +109,11 @@ def test_is_taken_for_bfloat16_only():
     assert choose("attention", {"cudnn": cudnn.obstacle(full, full)}).name == "blocks"
 
 
+@pytest.mark.parametrize(("groups", "head_dim"), [(8, 128), (2, 32)])
+def test_the_small_case_passes(groups, head_dim):
+    assert cudnn.packed_error(groups, head_dim) <= bound("gpu_attention_bf16")
+
+
 def test_without_segments():
     query = jax.random.normal(jax.random.key(0), (2, 256, 8, 64), jnp.bfloat16)
     key = query[:, :, :2]

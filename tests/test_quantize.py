@@ -89,10 +89,12 @@ def same_bits(found: Any, expected: np.ndarray) -> None:
 # --- the codec
 
 
-def check_decoding(bnb: Any, shape: tuple[int, int], dtype: str, nested: bool, seed: int) -> None:
+def check_decoding(bnb: Any, shape: tuple[int, int], dtype: str, nested: bool, seed: int, device: str = "cpu") -> None:
+    """Both of jaxmoe's decoders against bitsandbytes' on `device`; the bytes come from its encoder on the CPU."""
     packed, state = bnb.quantize_4bit(to_torch(draw(seed, shape), dtype), quant_type="nf4", compress_statistics=nested)
-    expected = to_numpy(bnb.dequantize_4bit(packed, state)).reshape(shape)
     codes, absmax = packed.numpy()[:, 0], state.absmax.numpy()
+    there = bnb.QuantState.from_dict(state.as_dict(packed=True), device)
+    expected = to_numpy(bnb.dequantize_4bit(packed.to(device), there).cpu()).reshape(shape)
     ours, table = NF4(codes, absmax), None
     if nested:
         ours = NF4(codes, absmax, state.state2.absmax.numpy(), state.offset.numpy())
@@ -109,6 +111,14 @@ def check_decoding(bnb: Any, shape: tuple[int, int], dtype: str, nested: bool, s
 def test_decoding_equals_bitsandbytes(bnb: Any, dtype: str, nested: bool) -> None:
     for seed, shape in enumerate(SHAPES):
         check_decoding(bnb, shape, dtype, nested, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_equals_bitsandbytes_on_cuda(bnb: Any, dtype: str, nested: bool) -> None:
+    for seed, shape in enumerate(SHAPES):
+        check_decoding(bnb, shape, dtype, nested, seed, "cuda")
 
 
 def swap_nibbles(patch: pytest.MonkeyPatch) -> None:
@@ -432,7 +442,7 @@ def test_transformers_reads_what_is_written(tmp_path: pathlib.Path) -> None:
     main(["hf2jax", str(src), str(tmp_path / "jax"), "--quantize", "nf4"])
     main(["jax2hf", str(tmp_path / "jax"), str(tmp_path / "bnb")])
     ids = np.random.default_rng(0).integers(0, 320, (1, 24))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bnb", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bnb", dtype=torch.float32, device_map="cpu")
     # Without gradients bitsandbytes multiplies in bfloat16 on a CPU.
     expected = theirs.train()(torch.tensor(ids)).logits.detach().numpy()
     assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"

@@ -186,13 +186,13 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.references: list[str] = []
+        self.links: list[str] = []
         self.numbers, self._inside = "", False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs) -> None:
         named = dict(attrs)
-        self.references += [named[key] for key in ("src", "href") if named.get(key)]
+        self.links += [link for key in ("src", "href") if (link := named.get(key))]
         self._inside = tag == "script" and named.get("id") == "figures"
 
     def handle_endtag(self, tag) -> None:
@@ -225,7 +225,7 @@ def test_the_report_needs_no_network_and_its_files_hold_the_numbers(pair, tmp_pa
     count = write_report(list(pair), tmp_path / "report", effects=effects)
     content = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     page = Page(content)
-    assert page.references == []  # links within the page are made by its script
+    assert page.links == []  # links within the page are made by its script
     assert not re.search(r"https?://(?!www\.w3\.org/)", content)
     figures = {figure["key"]: figure for figure in json.loads(page.numbers)}
     assert len(figures) == count

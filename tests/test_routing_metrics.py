@@ -45,7 +45,7 @@ def test_even_and_collapsed_loads():
 def test_an_unused_layer_has_no_balance():
     load = np.stack([np.zeros(4), np.ones(4)])
     for metric in (metrics.load_cv, metrics.maximal_violation, metrics.load_entropy, metrics.effective_experts):
-        values = metric(load)
+        values = np.asarray(metric(load))
         assert np.isnan(values[0]) and np.isfinite(values[1])
 
 
@@ -201,7 +201,7 @@ def test_rank_correlation_by_hand_and_against_scipy():
     from scipy.stats import spearmanr
 
     a, b = RNG.integers(0, 6, 40), RNG.integers(0, 6, 40)  # with ties
-    assert metrics.rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert metrics.rank_correlation(a, b) == pytest.approx(spearmanr(a, b)[0])
 
 
 def test_locality_by_hand_and_by_loop():

@@ -43,6 +43,7 @@ def test_where_the_cache_lies(monkeypatch):
 CODE = """
 import os
 from jaxmoe import xla
+xla.GPU_FLAGS.clear()
 xla.GPU_FLAGS["xla_gpu_autotune_level"] = "0", "a flag that every XLA knows"
 xla.configure()
 import jax

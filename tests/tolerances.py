@@ -74,7 +74,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "flip_margin_demo_bfloat16": Tolerance(8.5e-2, 5.4e-2, "demo checkpoint, bfloat16"),
     "flip_margin_demo-adapter_float32": Tolerance(3.3e-5, 0.0, "demo checkpoint with a random adapter, float32"),
     "flip_margin_demo-adapter_bfloat16": Tolerance(1.8e-1, 8.0e-2, "demo checkpoint with a random adapter, bfloat16"),
-    "torch_ref_gpu_bf16": Tolerance(3e-2, 0.0, "the two expert implementations in bfloat16 on a GPU, relative L2"),
+    "torch_ref_gpu_bf16": Tolerance(
+        3e-2, 0.0, "two expert implementations in bfloat16 on an H200: passed, not recorded"
+    ),
 }
 
 

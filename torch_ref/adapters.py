@@ -6,6 +6,7 @@ adapter is cast to the activations' dtype and x A^T B^T is added to the product;
 
 from __future__ import annotations
 
+import torch
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -25,8 +26,13 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     for name in module.active_adapters:
         if name in module.lora_A:
             low = F.linear(module.lora_dropout[name](x), _weight(module.lora_A[name]).to(x.dtype))
-            y = y + module.scaling[name] * F.linear(low, _weight(module.lora_B[name]).to(x.dtype))
+            y = add_product(y, low, _weight(module.lora_B[name]).to(x.dtype), module.scaling[name])
     return y
+
+
+def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Y + scale low B^T in one product, rounded once."""
+    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.t(), alpha=scale).view(y.shape)
 
 
 def _factored(module: LoraLayer) -> bool:

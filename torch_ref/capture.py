@@ -47,13 +47,13 @@ def capture(
     known["versions"] = {name: version(name) for name in ("torch", "transformers", "numpy")}
     known["versions"]["device"] = torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
     with CaptureWriter(folder, about, labels=labels, source=known, top=top) as writer, torch.no_grad():
+        head = model.get_output_embeddings()
         for part, ids, mask in _batches(labels.text, model.device):
             text = Text(*(a[part] for a in labels.text))
             with _Routers(model, about, writer.top, mask) as routers:
                 hidden = _backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             arrays = routers.arrays()
             if predictions:
-                head = model.get_output_embeddings()
                 arrays["predicted"], arrays["loss"] = _predict(hidden[mask.bool()], head, text.next)
             writer.put(text, arrays)
     return Capture.open(folder)

@@ -124,24 +124,45 @@ def load_4bit(
             snapshot_download(str(model_name), token=token, allow_patterns=["*.safetensors", "*.json"])
         )
     reader = Reader(folder)
+    model = build_4bit(
+        model_class, config, reader, dtype, device_map, attn_implementation, quantize_weights=stored is None
+    )
+    reader.check_all_read()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.config.name_or_path = str(model_name)
+    model.name_or_path = str(model_name)
+    # transformers' own would write the packed stacks as if they were weights
+    model.save_pretrained = functools.partial(save_pretrained_4bit, model)
+    return model
+
+
+def build_4bit(
+    model_class: Any,
+    config: Any,
+    reader: Reader,
+    dtype: torch.dtype,
+    device_map: Any,
+    attn_implementation: str | None = None,
+    *,
+    quantize_weights: bool,
+) -> Any:
+    """The model of `config` with the tensors of `reader`, in evaluation mode.
+
+    Raises:
+        ValueError: tensors that are missing or misshapen, or a device map that cannot be honoured.
+    """
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
         model = model_class._from_config(config, dtype=dtype, **attention)
     devices = place(model, device_map)
-    _fill(model, reader, dtype, lambda name: device_of(devices, name), quantize_weights=stored is None)
-    reader.check_all_read()
+    _fill(model, reader, dtype, lambda name: device_of(devices, name), quantize_weights=quantize_weights)
     model.tie_weights()
     if len(set(devices.values())) > 1:
         from accelerate import dispatch_model
 
         dispatch_model(model, devices)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = str(model_name)
-    model.name_or_path = str(model_name)
     model.is_loaded_in_4bit = True  # where PEFT looks for it
-    # transformers' own would write the packed stacks as if they were weights
-    model.save_pretrained = functools.partial(save_pretrained_4bit, model)
     return model.eval()
 
 

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+from torch_ref import kernels
 
 _ALIGNMENT = 16  # bytes: the stride that torch's grouped matmul asks of every operand
 
@@ -45,6 +48,15 @@ class Stack(Protocol):
         """Each row times its expert's W^T; `ends` [E] are the groups' ends, `experts` [R] the expert of each row."""
         ...
 
+    def grouped_transposed(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W."""
+        ...
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no gradient of the weights is wanted."""
+        ...
+
 
 @dataclass(frozen=True)
 class DenseStack:
@@ -64,6 +76,15 @@ class DenseStack:
     def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
         """Each row times its expert's W^T."""
         return grouped_matmul(rows, self.weight.transpose(-2, -1), ends)
+
+    def grouped_transposed(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W."""
+        return grouped_matmul(rows, self.weight, ends)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no gradient of the weights is wanted."""
+        return not self.weight.requires_grad
 
 
 @dataclass(frozen=True)
@@ -133,7 +154,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grads[0].index_select(0, inverse).unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+        return _combine(grads[0], inverse, ctx.k), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -142,8 +163,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, order, inverse)
-        per_token = rows.index_select(0, inverse).unflatten(0, weights.shape)
-        return torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
+        return _combine(rows, inverse, weights.shape[1], weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -156,6 +176,81 @@ class _Combine(torch.autograd.Function):
             per_token = rows.index_select(0, inverse).unflatten(0, weights.shape)
             d_weights = torch.bmm(per_token, d_out.unsqueeze(2)).squeeze(2)
         return d_rows, d_weights, None, None
+
+
+class _FrozenExperts(torch.autograd.Function):
+    """All of `grouped_experts` for stacks that are not trained.
+
+    Kept for the backward pass are the gate and up products alone. The rows behind the down projection are not needed:
+    the gradient of a routing weight is <d_out, W_down h> = <W_down^T d_out, h>.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        inverse: Tensor,
+        ends: Tensor,
+        experts: Tensor,
+        gate_up: Stack,
+        down: Stack,
+        activation: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        product = gate_up.grouped_linear(x.index_select(0, order // weights.shape[1]), ends, experts)
+        rows = down.grouped_linear(_gated(product, activation), ends, experts)
+        ctx.save_for_backward(product, weights, order, inverse, ends, experts)
+        ctx.stacks, ctx.activation = (gate_up, down), activation
+        return _combine(rows, inverse, weights.shape[1], weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        product, weights, order, inverse, ends, experts = ctx.saved_tensors
+        gate_up, down = ctx.stacks
+        k = weights.shape[1]
+        d_hidden = down.grouped_transposed(grads[0].index_select(0, order // k), ends, experts)  # of unweighted rows
+        d_product, d_weights = _gated_backward(d_hidden, product, weights.flatten()[order], ctx.activation)
+        d_rows = gate_up.grouped_transposed(d_product, ends, experts)
+        return _combine(d_rows, inverse, k), d_weights[inverse].view(weights.shape), *[None] * 7
+
+
+def _gated(product: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) * up."""
+    if _is_silu(activation) and kernels.usable(product):
+        return kernels.swiglu(product)
+    gate, up = product.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+def _gated_backward(
+    d_hidden: Tensor, product: Tensor, weights: Tensor, activation: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weights[r] * activation(gate) * up for the gradient `d_hidden`: of gate and up, of the weights."""
+    if _is_silu(activation) and kernels.usable(product):
+        return kernels.swiglu_backward(d_hidden, product, weights)
+    gate, up = (half.detach() for half in product.chunk(2, dim=-1))
+    with torch.enable_grad():
+        activated = activation(gate.requires_grad_())
+    d_weights = torch.linalg.vecdot(d_hidden, activated.detach() * up)
+    d_hidden = d_hidden * weights[:, None]
+    d_product = torch.empty_like(product)
+    d_gate, d_up = d_product.chunk(2, dim=-1)
+    torch.mul(d_hidden, activated.detach(), out=d_up)
+    d_gate.copy_(torch.autograd.grad(activated, gate, d_hidden * up)[0])
+    return d_product, d_weights
+
+
+def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
+    return activation is F.silu or isinstance(activation, nn.SiLU | type(ACT2FN["silu"]))
+
+
+def _combine(rows: Tensor, inverse: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
+    """Each token's k rows, times their weights where there are any, summed in float32."""
+    if kernels.usable(rows):
+        return kernels.combine(rows, inverse, k, weights)
+    per_token = rows.index_select(0, inverse).unflatten(0, (-1, k))
+    return per_token.sum(1) if weights is None else torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
 
 
 def loop_experts(
@@ -206,6 +301,11 @@ def grouped_experts(
     counts = torch.zeros(gate_up.stack.shape[0], dtype=torch.int32, device=x.device)
     ends = counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     experts = flat[order]
+
+    frozen = gate_up.stack.frozen and down.stack.frozen and not (gate_up.adapters or down.adapters)
+    if frozen and temp_up is None and not torch.is_autocast_enabled(x.device.type):
+        stacks = gate_up.stack, down.stack
+        return _FrozenExperts.apply(x, weights.to(x.dtype), order, inverse, ends, experts, *stacks, activation)
 
     rows = _Gather.apply(x, order, inverse, selected.shape[1])
     product = gate_up.grouped_linear(rows, ends, experts)

@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The summed loss under a head that is not trained: its gradient is formed chunk by chunk in the forward pass.
+
+    So the head's product is computed once, where a checkpoint would compute it twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden)
+        for rows, targets, out in zip(hidden.split(CHUNK), labels.split(CHUNK), gradient.split(CHUNK), strict=True):
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                loss = loss_of(leaf, targets)
+                out.copy_(torch.autograd.grad(loss, leaf)[0])
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grads[0]).to(gradient.dtype), None, None
 
 
 def cross_entropy(
@@ -22,16 +48,21 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean over labelled tokens (or sum / `num_items`) of -log softmax(head(hidden))[label], in nats, float32.
 
-    The logits of `CHUNK` tokens exist at a time, in the forward pass and again in the backward pass. The result is that
-    of transformers' `ForCausalLMLoss`: not a number where no token is labelled. `labels` are shifted already.
+    The logits of `CHUNK` tokens exist at a time, in the forward pass and, where the head is trained, again in the
+    backward pass. The result is that of transformers' `ForCausalLMLoss`: not a number where no token is labelled.
+    `labels` are shifted already.
     """
 
     def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(head(rows).float(), targets, ignore_index=ignore_index, reduction="sum")
 
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for rows, targets in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-        total = total + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
+    frozen = isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
+    if frozen and hidden.requires_grad and torch.is_grad_enabled():
+        total = _FrozenHeadLoss.apply(hidden, labels, chunk_loss)
+    else:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for rows, targets in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
+            total = total + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
     if num_items is None:
         return total / (labels != ignore_index).sum()
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from torch_ref.adapters import linear, split_experts
 from torch_ref.experts import DenseStack, Projection, Stack, implementation
 from torch_ref.loss import cross_entropy, shifted_labels
+from torch_ref.rotary import can_fuse, norm_and_rotate
 
 # Who checkpoints a layer: its __call__ in earlier versions of transformers, later a wrapper around the class's own
 # forward, which the patch replaces.
@@ -48,11 +49,9 @@ def Qwen3Attention_fast_forward(
     """
     B, T, _ = hidden_states.shape
     heads = (B, T, -1, self.head_dim)
-    query = rms_norm(self.q_norm, linear(self.q_proj, hidden_states).view(heads)).transpose(1, 2)
-    key = rms_norm(self.k_norm, linear(self.k_proj, hidden_states).view(heads)).transpose(1, 2)
+    query, key = (linear(projection, hidden_states).view(heads) for projection in (self.q_proj, self.k_proj))
+    query, key = normed_rotary(self, query, key, *position_embeddings)
     value = linear(self.v_proj, hidden_states).view(heads).transpose(1, 2)
-    cos, sin = position_embeddings
-    query, key = modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -72,13 +71,31 @@ def Qwen3Attention_fast_forward(
     return linear(self.o_proj, out.reshape(B, T, -1).contiguous()), weights
 
 
-def rms_norm(module: nn.Module, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+def normed_rotary(
+    attention: Any, query: Float[Tensor, "B T N H"], key: Float[Tensor, "B T K H"], cos: Tensor, sin: Tensor
+) -> tuple[Float[Tensor, "B N T H"], Float[Tensor, "B K T H"]]:
+    """The rotary embedding of the normed heads; in one kernel where that is switched on and can be."""
+    pairs = (attention.q_norm, query), (attention.k_norm, key)
+    if all(_is_plain(norm, x) and can_fuse(x, norm.weight, cos) for norm, x in pairs):
+        fused = (norm_and_rotate(x, norm.weight, cos, sin, norm.variance_epsilon) for norm, x in pairs)
+        query, key = (x.transpose(1, 2) for x in fused)
+        return query, key
+    query, key = (rms_norm(norm, x).transpose(1, 2) for norm, x in pairs)
+    return modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
+
+
+def _is_plain(module: Any, x: Tensor) -> bool:
+    """Whether `module` is an RMSNorm as it comes, in x's dtype."""
+    known = modeling_qwen3_moe.Qwen3MoeRMSNorm | modeling_qwen3.Qwen3RMSNorm
+    return isinstance(module, known) and module.weight.dtype == x.dtype
+
+
+def rms_norm(module: Any, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
     """`module(x)` in one kernel where `module` is a plain RMSNorm in x's dtype: float32 inside, rounded once.
 
     transformers' rounds before the weight as well; in float32 both are the same.
     """
-    plain = isinstance(module, modeling_qwen3_moe.Qwen3MoeRMSNorm | modeling_qwen3.Qwen3RMSNorm)
-    if not plain or module.weight.dtype != x.dtype:
+    if not _is_plain(module, x):
         return module(x)
     # autocast makes the result float32
     return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon).to(x.dtype)

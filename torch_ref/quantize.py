@@ -6,6 +6,7 @@ What is saved for the backward pass is the packed weight; the 16-bit one exists 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torch_ref import kernels
 from torch_ref.experts import Projection, grouped_matmul, implementation
 
 # bitsandbytes' annotations call nearly every field of its classes None
@@ -117,10 +119,34 @@ def decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
 
     As one row of values: on CPUs bitsandbytes 0.50 decodes a matrix wrongly whose rows are not whole blocks.
     """
+    if _kernel_decodes(packed, state.quant_type) and not (state.nested and state.state2.blocksize != _NESTED_BLOCK):
+        second = state.state2 if state.nested else None
+        values = kernels.decode_4bit(
+            packed.view(1, -1),
+            state.absmax.view(1, -1),
+            None if second is None else second.absmax.view(1, -1),
+            state.offset.view(1) if state.nested else None,
+            None if second is None else second.code,
+            _nf4_values(packed.device),
+            state.blocksize,
+            dtype,
+        )
+        return values[0, : state.shape.numel()].view(state.shape)
     absmax = state.absmax
     if state.nested:
         absmax = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     return _decode(packed, absmax, state.shape, state.blocksize, state.quant_type, dtype)
+
+
+def _kernel_decodes(codes: Tensor, quant_type: str) -> bool:
+    """Whether one kernel of `torch_ref.kernels` can do what bitsandbytes does in several, to the same bits."""
+    return kernels.enabled(codes) and quant_type == "nf4"
+
+
+@functools.cache
+def _nf4_values(device: torch.device) -> Tensor:
+    """The values of the 16 codes."""
+    return bitsandbytes.functional.get_4bit_type("nf4", device=device)
 
 
 def _decode(
@@ -243,8 +269,23 @@ class PackedStack:
         """The weights [E, out, in], decoded in float32 and rounded to `dtype` once."""
         experts, out, inner = self.shape
         filled = torch.Size((experts, self.parts, self.codes.shape[-1] * 2))
-        values = _decode(self.codes, self.maxima(), filled, self.blocksize, self.quant_type, dtype)
+        if _kernel_decodes(self.codes, self.quant_type):
+            values = self._decoded_by_kernel(dtype).view(filled)
+        else:
+            values = _decode(self.codes, self.maxima(), filled, self.blocksize, self.quant_type, dtype)
         return values[..., : out // self.parts * inner].reshape(self.shape)
+
+    def _decoded_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        return kernels.decode_4bit(
+            self.codes.flatten(0, 1),
+            self.absmax.flatten(0, 1),
+            None if self.nested_absmax is None else self.nested_absmax.flatten(0, 1),
+            None if self.offset is None else self.offset.flatten(),
+            self.nested_quant_map,
+            _nf4_values(self.codes.device),
+            self.blocksize,
+            dtype,
+        )
 
     def linear(self, x: Tensor, expert: int) -> Tensor:
         """X W[expert]^T."""
@@ -257,6 +298,18 @@ class PackedStack:
             ends = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=rows.device)
             return _FrozenGroupedLinear.apply(rows, ends, self.select(experts).dequantized)
         return _FrozenGroupedLinear.apply(rows, ends, self.dequantized)
+
+    def grouped_transposed(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W."""
+        if len(rows) < self.shape[0]:
+            ends = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=rows.device)
+            return grouped_matmul(rows, self.select(experts).dequantized(rows.dtype), ends)
+        return grouped_matmul(rows, self.dequantized(rows.dtype), ends)
+
+    @property
+    def frozen(self) -> bool:
+        """True: codes have no gradient."""
+        return True
 
     def states(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, State]]:
         """Codes and statistics of each part of one expert, as bitsandbytes would have made them by themselves."""

@@ -76,7 +76,9 @@ class Comparison:
 
     def rows(self) -> tuple[list[str], list[list[Any]]]:
         """(header, one row a layer) of the table of drift."""
-        header = "layer flip_rate flip_low flip_high overlap overlap_low overlap_high weight_distance logit_rms".split()
+        header: list[str] = (
+            "layer flip_rate flip_low flip_high overlap overlap_low overlap_high weight_distance logit_rms".split()
+        )
         header += "divergence divergence_low divergence_high load_divergence load_correlation first_flips".split()
         body = [
             [d.layer, *d.flip_rate, *d.overlap, d.weight_distance, d.logit_rms, *d.divergence]
@@ -174,14 +176,15 @@ def compare(a: Capture, b: Capture, *, widest: int = 20) -> Comparison:
         for layer in range(layers)
     )
     measured = loss[:, 2].sum() > 0
-    tables = [FlipsByMargin(metrics.MARGIN_EDGES, tokens, flips) for tokens, flips in binned]
+    every, firsts = (FlipsByMargin(metrics.MARGIN_EDGES, tokens, flips) for tokens, flips in binned)
     return Comparison(
         a,
         b,
         drift,
         start,
         metrics.bootstrap(any_flip, ratio),
-        *tables,
+        every,
+        firsts,
         clean,
         load[0],
         load[1],

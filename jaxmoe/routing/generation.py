@@ -75,7 +75,7 @@ def capture_generation(
     about |= {**(source or {}), "versions": versions()}
     longest = max(len(prompt) + len(output) for prompt, output in zip(prompts, outputs, strict=True))
     labels = LabelledText(_text([], [], 0), ("generation",), ROLES, longest, tokenizer)
-    prefill, *decoded = (CapturedRouting(*map(np.asarray, step)) for step in jax.device_get(steps))
+    prefill, *decoded = jax.device_get(steps)
     with CaptureWriter(folder, model, labels=labels, source=about, control=imposed, top=model.num_experts) as writer:
         for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
             read, written = len(prompt), len(output)

@@ -289,7 +289,7 @@ def coarse_jensen_shannon(
     left = np.where(shared, p, 0)
     right = np.einsum("nts,ns->nt", match.astype(np.float64), q)
     rest = lambda known: np.clip(1 - known.sum(axis=1, keepdims=True), 0, 1)
-    return jensen_shannon(np.append(left, rest(left), axis=1), np.append(right, rest(right), axis=1))
+    return np.asarray(jensen_shannon(np.append(left, rest(left), axis=1), np.append(right, rest(right), axis=1)))
 
 
 def rank_correlation(a: Num[np.ndarray, " E"], b: Num[np.ndarray, " E"]) -> float:

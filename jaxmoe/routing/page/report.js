@@ -145,13 +145,14 @@ function lines(parent, figure) {
   };
   const legend = el("div", { class: "legend" });
   const painted = series.map(s => ({ ...s, color: paint(s) }));
+  const shown = painted.filter(s => !s.dashed);
   for (const s of painted) {
     if (s.low && s.high) el("path", { d: path(s.low) + path(s.high, true).replace("M", "L") + "Z", fill: s.color, opacity: .16 }, f.svg);
     el("path", { d: path(s.y), fill: "none", stroke: s.color, "stroke-width": 1.8, "stroke-dasharray": s.dashed ? "5 4" : "none" }, f.svg);
-    if (series.length <= 14 || s === painted[0] || s === painted[painted.length - 1]) {
+    if (series.length <= 14 || s.dashed || s === shown[0] || s === shown[shown.length - 1]) {
       const item = el("span", {}, legend);
       el("i", { style: `border-color:${s.color};border-top-style:${s.dashed ? "dashed" : "solid"}` }, item);
-      item.append(s.name + (series.length > 14 && s === painted[0] ? " ..." : ""));
+      item.append(s.name + (series.length > 14 && s === shown[0] ? " to" : ""));
     }
   }
   if (series.length > 1) parent.append(legend);

@@ -1,0 +1,183 @@
+"""Kernels for what lies around the matrix products on CUDA: one pass over memory where eager torch makes many.
+
+Off unless TORCH_REF_KERNELS=1: so far they have run in Triton's interpreter alone, not on a GPU. Each has a twin in
+plain torch beside its caller, which computes the same from the same arguments; the tests compare the two. Inside,
+everything is float32, rounded once on the way out.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+programs: Any
+try:
+    from torch_ref import triton_programs as programs
+except ImportError:  # CPU builds of torch come without Triton
+    programs = None
+
+SWITCHED_ON = os.environ.get("TORCH_REF_KERNELS") == "1"
+_TILE = 2048  # elements a program holds of each operand
+
+
+def enabled(x: Tensor) -> bool:
+    """Whether kernels are switched on, and can run where `x` is."""
+    return SWITCHED_ON and programs is not None and x.is_cuda
+
+
+def usable(x: Tensor) -> bool:
+    """Whether activations like `x` can go through the kernels: enabled, in 16 or 32 bit, outside autocast."""
+    known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return enabled(x) and known and not torch.is_autocast_enabled("cuda")
+
+
+def swiglu(product: Float[Tensor, "R F2"]) -> Float[Tensor, "R F"]:
+    """silu(gate) * up, of products that hold gate and up side by side."""
+    rows, width = product.shape[0], product.shape[1] // 2
+    out = product.new_empty(rows, width)
+    block, tile = _tile(width)
+    if rows:
+        programs.swiglu[(_cdiv(rows, tile),)](product, out, rows, width, tile, block)
+    return out
+
+
+def swiglu_backward(
+    d_hidden: Float[Tensor, "R F"], product: Float[Tensor, "R F2"], weights: Float[Tensor, " R"]
+) -> tuple[Float[Tensor, "R F2"], Float[Tensor, " R"]]:
+    """Gradients of weights[r] * swiglu(product)[r] for the gradient `d_hidden`: of the product, and of the weights."""
+    rows, width = d_hidden.shape
+    d_product, d_weights = torch.empty_like(product), torch.empty_like(weights)
+    block, tile = _tile(width)
+    if rows:
+        programs.swiglu_backward[(_cdiv(rows, tile),)](
+            d_hidden, product, weights, d_product, d_weights, rows, width, tile, block
+        )
+    return d_product, d_weights
+
+
+def combine(
+    rows: Float[Tensor, "R D"], inverse: Int[Tensor, " R"], k: int, weights: Float[Tensor, "M k"] | None = None
+) -> Float[Tensor, "M D"]:
+    """Sums each token's k rows, which stand at inverse[token * k + j], times their weights where there are any."""
+    tokens, width = len(inverse) // k, rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    block = min(1024, _next_power_of_2(width))
+    if tokens:
+        programs.combine[(tokens, _cdiv(width, block))](
+            rows, inverse, rows if weights is None else weights.contiguous(), out, width, k, weights is not None, block
+        )
+    return out
+
+
+def norm_rotary(
+    x: Float[Tensor, "B T heads H"], weight: Float[Tensor, " H"], cos: Tensor, sin: Tensor, epsilon: float
+) -> Float[Tensor, "B T heads H"]:
+    """RMSNorm over each head, then the rotary embedding; `cos` and `sin` are [B or 1, T, H]; H is a power of two."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch_norm_rotary(x.contiguous(), None, weight, cos, sin, epsilon, out)
+    return out
+
+
+def norm_rotary_backward(
+    d_out: Float[Tensor, "B T heads H"],
+    x: Float[Tensor, "B T heads H"],
+    weight: Float[Tensor, " H"],
+    cos: Tensor,
+    sin: Tensor,
+    epsilon: float,
+) -> Float[Tensor, "B T heads H"]:
+    """The gradient of `norm_rotary` in x."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch_norm_rotary(x.contiguous(), d_out.contiguous(), weight, cos, sin, epsilon, out)
+    return out
+
+
+def _launch_norm_rotary(
+    x: Tensor, d_out: Tensor | None, weight: Tensor, cos: Tensor, sin: Tensor, epsilon: float, out: Tensor
+) -> None:
+    B, T, heads, H = x.shape
+    tile = max(1, _TILE // H)
+    rows = B * T * heads
+    if rows:
+        programs.norm_rotary[(_cdiv(rows, tile),)](
+            x,
+            x if d_out is None else d_out,
+            weight,
+            cos.contiguous(),
+            sin.contiguous(),
+            out,
+            rows,
+            heads,
+            len(cos) * T,
+            epsilon,
+            d_out is not None,
+            tile,
+            H // 2,
+        )
+
+
+def decode_4bit(
+    codes: UInt8[Tensor, "parts bytes"],
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    nested_quant_map: Tensor | None,
+    quant_map: Float[Tensor, "16"],
+    blocksize: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "parts values"]:
+    """The values of 4-bit codes, two to a byte: quant_map[code] * absmax[block], rounded to `dtype` once.
+
+    Args:
+        codes: the parts' bytes; each part begins a block of `blocksize` values.
+        absmax: the blocks' maxima [parts, blocks], float32, or 8-bit codes of maxima where the rest is given:
+            nested_quant_map[absmax] * nested_absmax[block // 256] + offset, both operations rounded, as bitsandbytes
+            computes it.
+        nested_absmax: float32 [parts, ceil(blocks / 256)].
+        offset: float32 [parts].
+        nested_quant_map: float32 [256].
+        quant_map: the values of the codes.
+        blocksize: values that share a maximum, a power of two.
+        dtype: of the result.
+    """
+    parts, size = codes.shape
+    blocks = absmax.shape[1]
+    out = torch.empty(parts, 2 * size, dtype=dtype, device=codes.device)
+    tile = max(1, _TILE // blocksize)
+    nested = nested_absmax is not None
+    absent = quant_map
+    programs.decode[(parts, _cdiv(blocks, tile))](
+        codes,
+        absmax,
+        nested_absmax if nested else absent,
+        offset if offset is not None else absent,
+        nested_quant_map if nested_quant_map is not None else absent,
+        quant_map,
+        out,
+        size,
+        blocks,
+        nested_absmax.shape[1] if nested_absmax is not None else 0,
+        nested,
+        tile,
+        blocksize // 2,
+        enable_fp_fusion=False,  # a fused multiply-add would change the last bit of a maximum
+    )
+    return out
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Columns that a program holds at a time, and its rows."""
+    block = min(256, _next_power_of_2(width))
+    return block, max(1, _TILE // block)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
