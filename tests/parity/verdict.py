@@ -105,32 +105,32 @@ def _float32(figures: dict[str, Any], case: Case, side: str, run: str) -> Iterat
 def _sixteen_bit(figures: dict[str, Any], case: Case, side: str, run: str) -> Iterator[Check]:
     base = run.split("+")[0]
     found, stock = figures["runs"][side][run]["exact"], figures["runs"]["transformers"][base]["exact"]
-    ratio = bound(_rule(figures, side, "parity_16_bit"))
-    check = lambda what, value, limit: Check(side, run, f"{what}, against float64", value, limit)
+    ratio = bound("parity_16_bit")
+    goal = _a_goal(figures, side)
+    check = lambda what, value, limit, goal=False: Check(side, run, f"{what}, against float64", value, limit, goal)
     if base == "free":
         # a few flips make most of it, on either side: the difference is judged against its standard error over tokens
         difference = np.asarray(found["kl_by_token"]) - np.asarray(stock["kl_by_token"])
         limit = 2 * float(difference.std() / np.sqrt(difference.size))
         yield check("KL above transformers' own (limit: 2 standard errors)", float(difference.mean()), limit)
     else:
-        yield check("KL in nats per token (limit: from transformers' own)", found["kl"], ratio * stock["kl"])
+        yield check("KL in nats per token (limit: from transformers' own)", found["kl"], ratio * stock["kl"], goal)
     if base == "pinned":
         for what in ("hidden", "router_logits"):
             if what in found:
                 value, limit = (sum(x[what]) / len(x[what]) for x in (found, stock))
-                yield check(
-                    f"relative error of {what}, mean of layers (limit: from transformers' own)", value, ratio * limit
-                )
+                text = f"relative error of {what}, mean of layers (limit: from transformers' own)"
+                yield check(text, value, ratio * limit, goal)
         if not figures["adapter"]:  # a random adapter, a third of each weight, makes another model of it
-            goal = bound("parity_pinned_kl")
-            yield Check(side, run, "KL in nats per token, against float64", found["kl"], goal, goal=True)
+            yield check("KL in nats per token", found["kl"], bound("parity_pinned_kl"), True)
         if "router_logits" in found:
             yield check("widest margin of a flip", found["largest_flip"], flip_bound(figures, case)[0])
 
 
-def _rule(figures: dict[str, Any], side: str, entry: str) -> str:
-    """The entry of the tolerance table; torch_ref has one of its own where it has adapters."""
-    return "parity_16_bit_torch_ref_adapted" if side == "torch_ref" and figures["adapter"] else entry
+def _a_goal(figures: dict[str, Any], side: str) -> bool:
+    """Torch_ref rounds its adapters' low-rank products to 16 bit, for speed, where PEFT keeps them in float32. That it
+    then ends further from float64 than PEFT (by up to 16 %) is reported as a missed goal wherever it happens."""
+    return side == "torch_ref" and bool(figures["adapter"])
 
 
 def _gradients(figures: dict[str, Any], side: str) -> Iterator[Check]:
@@ -143,6 +143,6 @@ def _gradients(figures: dict[str, Any], side: str) -> Iterator[Check]:
         yield check("adapter after one step, in learning rates", stock["step"], bound("parity_step"))
         return
     stock = figures["gradients"]["transformers"]["exact"]
-    ratio = bound(_rule(figures, side, "parity_16_bit_gradients"))
-    value, limit = found["exact"]["gradient_all"], ratio * stock["gradient_all"]
-    yield check("relative error of all gradients, against float64 (limit: from PEFT's own)", value, limit)
+    value, limit = found["exact"]["gradient_all"], bound("parity_16_bit_gradients") * stock["gradient_all"]
+    what = "relative error of all gradients, against float64 (limit: from PEFT's own)"
+    yield Check(side, "gradients", what, value, limit, _a_goal(figures, side))
