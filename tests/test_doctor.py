@@ -121,7 +121,8 @@ def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(seq_length
         "adapters": {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in lora_specs(config, lora).items()},
     }
     shape = (1, batch_size, seq_length)
-    batch = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32 if n == "weights" else jnp.int32) for n in Batch._fields))
+    ids, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
+    batch = Batch(input_ids=ids, labels=ids, weights=floats, segment_ids=ids, position_ids=ids)
     model = Model(config, lora)
     step = jax.jit(lambda frozen, adapters, batch: loss_and_gradients(model, frozen, adapters, batch, 0.001))
     used = step.lower(structs["frozen"], structs["adapters"], batch).compile().memory_analysis()

@@ -327,7 +327,7 @@ def in_one_batch() -> Any:
 
 
 def in_micro_batches(count: int, rows: Batch, model: Model, frozen: Any, adapters: Any) -> Any:
-    batch = Batch(*(array.reshape(count, -1, array.shape[-1]) for array in rows))
+    batch = jax.tree.map(lambda array: array.reshape(count, -1, array.shape[-1]), rows)
     return jax.jit(lambda f, a, b: loss_and_gradients(model, f, a, b, 0.1))(frozen, adapters, batch)
 
 
@@ -388,7 +388,7 @@ def test_only_adapters_are_trained() -> None:
     paths = [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.ndim]
     assert len(paths) == 3 * len(adapters), "a master, a first and a second moment of each adapter"
     assert all("lora_" in path for path in paths)
-    batch = Batch(*(array[None] for array in random_batch(MIXED, 4, 24)))
+    batch = jax.tree.map(lambda array: array[None], random_batch(MIXED, 4, 24))
     state, numbers = jax.jit(make_train_step(model, optimizer, rate, 0.01), donate_argnums=1)(frozen, state, batch)
     for path, array in before.items():
         np.testing.assert_array_equal(array, frozen[path], err_msg=path)

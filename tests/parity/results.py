@@ -24,7 +24,8 @@ RESULTS, FLIPS = "results.json", "flips.csv.gz"
 def evaluate(plan: Plan, case: Case) -> dict[str, Any]:
     """Figures, checks, missed faults and flips of one case whose arrays are there."""
     figures = compare_case(plan, case)
-    limit, source = flip_bound(figures, case) if figures["experts"] else (0.0, "")
+    compared = figures["experts"] and "transformers" in figures["runs"]
+    limit, source = flip_bound(figures, case) if compared else (0.0, "")
     return {
         "figures": figures,
         "checks": [vars(check) | {"passed": check.passed} for check in judge(figures, case)],

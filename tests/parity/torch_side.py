@@ -58,7 +58,10 @@ class Transformers(Side):
         """By `from_pretrained`; 4-bit weights decoded beforehand, since transformers holds no experts in 4 bit."""
         dtype = getattr(torch, case.dtype)
         if case.quantized is None:
-            return AutoModelForCausalLM.from_pretrained(case.checkpoint, dtype=dtype, device_map=device)
+            options = {"dtype": dtype, "device_map": device}
+            if not _aligned(case.checkpoint, dtype):
+                options["experts_implementation"] = "eager"
+            return AutoModelForCausalLM.from_pretrained(case.checkpoint, **options)
         config = AutoConfig.from_pretrained(case.checkpoint)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -74,6 +77,12 @@ class Transformers(Side):
         out = model(**inputs, output_router_logits=True)
         loss = F.cross_entropy(out.logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         return loss if out.aux_loss is None else loss + aux_coefficient * out.aux_loss
+
+
+def _aligned(checkpoint: str, dtype: torch.dtype) -> bool:
+    """Whether rows of the experts' weights start at multiples of 16 bytes: torch's grouped matmul takes no others."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    return all(width * dtype.itemsize % 16 == 0 for width in (config.hidden_size, config.moe_intermediate_size))
 
 
 class TorchRef(Side):
