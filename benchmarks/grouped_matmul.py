@@ -128,7 +128,7 @@ def _torch(rows: jax.Array, schedule: Schedule, weight: jax.Array, sizes: np.nda
     offsets = torch.tensor(np.cumsum(sizes), dtype=torch.int32, device="cuda")
     w = w.transpose(-2, -1) if transposed else w
     return seconds_per_call(
-        lambda: torch._grouped_mm(x, w, offs=offsets),  # pyright: ignore[reportPrivateUsage]
+        lambda: torch._grouped_mm(x, w, offs=offsets),  # pyright: ignore[reportPrivateImportUsage]
         lambda _: torch.cuda.synchronize(),
     )
 

@@ -149,11 +149,11 @@ def grouped_matmul(
     if not mosaic:
         tiles = schedule.tile_expert, schedule.tiles_used
         return tiled.grouped_matmul(x, weight, *tiles, offset, transposed=transposed, low=low, low_weight=low_weight)
-    from jaxmoe.kernels import grouped_matmul as mosaic
+    from jaxmoe.kernels import grouped_matmul as kernel
 
     if isinstance(weight, NF4Stack):  # one layer's experts are decoded at a time, for this product alone
         weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
-    return mosaic.grouped_matmul(
+    return kernel.grouped_matmul(
         x, weight, expert_blocks(schedule), offset, transposed=transposed, low=low, low_weight=low_weight
     )
 
@@ -165,11 +165,11 @@ def grouped_outer(
     E = schedule.first_tile.shape[0]
     if not mosaic:
         return tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
-    from jaxmoe.kernels import grouped_matmul as mosaic
+    from jaxmoe.kernels import grouped_matmul as kernel
 
     width = left.shape[1]
     left = jnp.pad(left, ((0, 0), (0, -width % _MOSAIC_TILE)))
-    return mosaic.grouped_outer(left, right, schedule.first_tile, schedule.tile_count)[:, :width]
+    return kernel.grouped_outer(left, right, schedule.first_tile, schedule.tile_count)[:, :width]
 
 
 def implementation(dtype: Any, *sizes: int) -> implementations.Choice:
@@ -281,7 +281,7 @@ def _mixture_forward(x, weights, stacks, offset, adapters, schedule, static: _St
         rows, low_down = _project(hidden, stacks[1], offset, adapters[1], schedule, static.mosaic)
     with jax.named_scope("combine"):
         out = combine(rows, weights, schedule)
-    low = tuple(None if a is None else checkpoint_name(a, GATE_UP) for a in (low_up, low_down))
+    low: Any = tuple(None if a is None else checkpoint_name(a, GATE_UP) for a in (low_up, low_down))
     return out, _Residuals(x, weights, gate_up, low, stacks, offset, adapters, schedule)
 
 
@@ -311,7 +311,7 @@ def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
     d_adapters: list[_LowRank | None] = [None, None]
     d_stacks: list[Array | None] = [None, None]
     with jax.named_scope("weight_gradients"):
-        rows = permute(x, schedule) if static.trainable or adapters[0] is not None else None
+        rows: Any = permute(x, schedule) if static.trainable or adapters[0] is not None else None
         if adapters[0] is not None:
             d_adapters[0] = _adapter_gradient(outer, rows, low_up, d_gate_up, d_low_up, adapters[0])
         if adapters[1] is not None:

@@ -48,7 +48,7 @@ def _chunk_loss(rows: Array, labels: Array, weights: Array, head: Array) -> Arra
 
 @jax.custom_vjp
 def _frozen_head_loss(hidden: Array, labels: Array, weights: Array, head: Array) -> Array:
-    return jnp.sum(jax.lax.map(lambda piece: _chunk_loss(*piece, head), (hidden, labels, weights)))
+    return jnp.sum(jax.lax.map(lambda a: _chunk_loss(a[0], a[1], a[2], head), (hidden, labels, weights)))
 
 
 def _frozen_head_forward(hidden: Array, labels: Array, weights: Array, head: Array) -> tuple[Array, Array]:

@@ -71,7 +71,7 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
 def _product_forward(x: Array, stack: Array, layer: Any, adapter: tuple[Array, Array] | None):
     from jaxmoe.kernels.grouped_matmul import grouped_matmul
 
-    low = {}
+    low: dict[str, Any] = {}
     if adapter is not None:
         a, b = _padded(adapter, x.dtype)
         low = {"low": _dot("mi,ri->mr", x, a).astype(x.dtype), "low_weight": b[None]}

@@ -34,7 +34,8 @@ def interpreter() -> Any:
     """None on a GPU; elsewhere the interpreter, race detection on."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return None if on_gpu else plgpu.InterpretGPUParams(detect_races=True)
+    language: Any = plgpu  # jax 0.10 lacks the interpreter
+    return None if on_gpu else language.InterpretGPUParams(detect_races=True)
 
 
 def skewed(M: int, E: int, k: int, seed: int, empty: int = 0) -> np.ndarray:
@@ -97,7 +98,7 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0) ->
     blocks = expert_blocks(schedule)
     run = partial(kernel.grouped_matmul, transposed=transposed, interpret=interpreter(), **options)
     found = run(x, weight, blocks._replace(group=(blocks.group + shift) % E), jnp.int32(E))
-    return relative_error(np.asarray(found, np.float64)[placed], expected)
+    return float(relative_error(np.asarray(found, np.float64)[placed], expected))
 
 
 @needs_kernels
@@ -175,7 +176,7 @@ def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: 
     routing = route(x.astype(jnp.float32), gate.astype(jnp.float32), num_experts_per_tok=k, norm_topk_prob=True)
 
     def run(x, weights, adapters, stacks):
-        experts = ExpertWeights(*stacks, 0 if trainable else E - int(fault), trainable)
+        experts = ExpertWeights(stacks[0], stacks[1], 0 if trainable else E - int(fault), trainable)
         first, second = Adapter(adapters[0], adapters[1], 0.5), Adapter(adapters[2], adapters[3], 2.0)
         return sorted_experts(x, routing._replace(weights=weights), experts, first, second)
 

@@ -152,7 +152,7 @@ def _predict(hidden: Tensor, head: Any, following: np.ndarray) -> tuple[np.ndarr
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m torch_ref.capture`: 0 when done; 2 with one line for a mistake of the user's."""
-    parser = argparse.ArgumentParser(prog="python -m torch_ref.capture", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m torch_ref.capture", description=str(__doc__).split("\n")[0])
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder in HF form, or a hub id")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder")
     parser.add_argument("--text", required=True, type=pathlib.Path, metavar="DIR", help="capture whose text is read")

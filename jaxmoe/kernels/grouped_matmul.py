@@ -206,7 +206,7 @@ def grouped_matmul(
                 first, own_group = info.local_index * all_steps, group + offset_ref[0]
                 pl.loop(0, steps)(lambda k: load(first + k, k, x_ref, w_ref, own_group))
                 if low_steps:
-                    pl.loop(0, low_steps)(lambda k: load(first + steps + k, k, *low_refs, group))
+                    pl.loop(0, low_steps)(lambda k: load(first + steps + k, k, low_refs[0], low_refs[1], group))
 
             # Every stage that was filled has been read before the block ends: no barrier is left half-way.
             total = lax.div(work - sm + grid - 1, jnp.int32(grid)) * all_steps
@@ -254,7 +254,7 @@ def grouped_matmul(
 
                         return acc[...]
 
-                    acc = pl.run_scoped(accumulate, plgpu.ACC((64, TN), jnp.float32))
+                    acc = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((64, TN), jnp.float32))
                     plgpu.barrier_arrive(empty.at[_ring(first + all_steps - 1, stages)])
                     row = lax.div(carry, jnp.int32(2)) * TILE_ROWS + warpgroup * 64
                     column = lax.rem(index, jnp.int32(columns)) * TN
@@ -318,8 +318,7 @@ def grouped_outer(
         def _copy() -> None:
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
-            @plgpu.nd_loop(grid, collective_axes="sm", init_carry=jnp.int32(0))
-            def _total(info: Any, carry: Array) -> Array:
+            def tile(info: Any, carry: Array) -> Array:
                 group, rest = info.index
                 i, j = corner(rest)
                 start, steps = first_ref[group] * TILE_ROWS, count_ref[group]
@@ -338,7 +337,9 @@ def grouped_outer(
 
                 return carry + steps
 
-            @pl.loop(jnp.maximum(_total - stages, 0), _total)
+            total: Any = plgpu.nd_loop(grid, collective_axes="sm", init_carry=jnp.int32(0))(tile)
+
+            @pl.loop(jnp.maximum(total - stages, 0), total)
             def _wait(step: Array) -> None:
                 plgpu.barrier_wait(empty.at[_ring(step, stages)])
 
@@ -368,7 +369,7 @@ def grouped_outer(
 
                     return acc[...]
 
-                acc = pl.run_scoped(accumulate, plgpu.ACC((wg_rows, wg_columns), jnp.float32))
+                acc = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((wg_rows, wg_columns), jnp.float32))
 
                 @pl.when(steps > 0)
                 def _release_last() -> None:

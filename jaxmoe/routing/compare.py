@@ -76,10 +76,10 @@ class Comparison:
 
     def rows(self) -> tuple[list[str], list[list[Any]]]:
         """(header, one row a layer) of the table of drift."""
-        header: list[str] = (
-            "layer flip_rate flip_low flip_high overlap overlap_low overlap_high weight_distance logit_rms".split()
-        )
-        header += "divergence divergence_low divergence_high load_divergence load_correlation first_flips".split()
+        header: list[str] = [
+            *"layer flip_rate flip_low flip_high overlap overlap_low overlap_high weight_distance logit_rms".split(),
+            *"divergence divergence_low divergence_high load_divergence load_correlation first_flips".split(),
+        ]
         body = [
             [d.layer, *d.flip_rate, *d.overlap, d.weight_distance, d.logit_rms, *d.divergence]
             + [d.load_divergence, d.load_correlation, int(first)]
