@@ -62,8 +62,7 @@ def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
         model: Any = AutoModelForCausalLM.from_config(
             hf, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts
         )
-    model.to_empty(device=device)
-    # Buffers (the rotary frequencies) have values that to_empty would lose.
+    # Buffers (the rotary frequencies) have values that to_empty loses: made again below.
     model = model.to_empty(device=device)
     with torch.device(device), torch.no_grad():
         model.model.rotary_emb = type(model.model.rotary_emb)(hf)

@@ -6,14 +6,13 @@ With `--model`, a forecast of the memory that training and generation need; `qwe
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import platform
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from jaxmoe import __version__, memory
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
@@ -73,7 +72,7 @@ def devices() -> list[dict[str, Any]]:
     import jax
 
     return [
-        {"name": device.device_kind, "platform": device.platform, "memory": _device_memory(device)}
+        {"name": device.device_kind, "platform": device.platform, "memory": memory.device_bytes(device)}
         for device in jax.devices()
     ]
 
@@ -113,13 +112,18 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
     trained = lora if options.train == "lora" else None
     parameters = memory.parameter_count(config)
+    training = {
+        remat: memory.training_forecast(config, trained, **shape, accumulation=options.accumulation, remat=remat)
+        for remat in get_args(memory.Remat)
+    }
     return {
         "model": options.model,
         "parameters": parameters,
         "active_parameters": memory.active_parameter_count(config),
         "trained_parameters": memory.adapter_count(config, trained) if trained else parameters,
         **shape,
-        "training": memory.training_forecast(config, trained, **shape, accumulation=options.accumulation),
+        "training": training["low-memory"],
+        "training_by_remat": {remat: plan.total for remat, plan in training.items()},
         "generation": memory.generation_forecast(config, trained, **shape),
     }
 
@@ -187,6 +191,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
             for part in plan[name].parts
         ]
         lines += [f"    {_verdict(total, device)}" for device in _distinct(found["devices"])]
+        if name == "training":
+            totals = ", ".join(f"{remat} {memory.human(size)}" for remat, size in plan["training_by_remat"].items())
+            lines += [f"    by --remat: {totals}; auto takes the first that leaves a tenth of the device"]
     return lines
 
 
@@ -200,16 +207,6 @@ def _verdict(total: int, device: dict[str, Any]) -> str:
 
 def _distinct(all_devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [device for i, device in enumerate(all_devices) if device not in all_devices[:i]]
-
-
-def _device_memory(device: Any) -> int | None:
-    if device.platform == "cpu":
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError):  # Windows has no sysconf
-            return None
-    # What JAX's allocator may take: three quarters of the card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 if __name__ == "__main__":

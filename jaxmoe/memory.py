@@ -1,13 +1,16 @@
-"""How many bytes training and generation need: exact for what is stored, an estimate for activations.
+"""How many bytes training and generation need, and which recomputation policy they leave room for.
 
-Standard library only: a forecast needs neither a device nor weights.
+Exact for what is stored, an estimate for activations. Standard library only: a forecast needs neither a device nor
+weights.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.parameters import (
@@ -23,6 +26,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = DTYPE_BYTES | {"uint8": 1}
 FLOAT32 = 4
 ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
+# What the backward pass finds instead of computing it again, most first; `jaxmoe.model` names the results.
+Remat = Literal["fast", "balanced", "low-memory"]
+ROOM = 0.9  # of a device's memory: an estimate that is 10 % short still fits
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time: the default of jaxmoe.loss.cross_entropy
 
 
@@ -75,8 +81,9 @@ def training_forecast(
     dtype: str,
     accumulation: int = 1,
     quantize: str | None = None,
+    remat: Remat = "low-memory",
 ) -> Forecast:
-    """One step of AdamW on `batch_size` rows of `seq_length` tokens, every layer recomputed in the backward pass.
+    """One step of AdamW on `batch_size` rows of `seq_length` tokens, each layer recomputed as `remat` says.
 
     With `lora` only the adapters have gradients and moments; with None all parameters do, and are computed in `dtype`
     from float32 masters. What is trained is float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
@@ -99,12 +106,35 @@ def training_forecast(
             Part("gradients", trained * min(accumulation, 2), True),
             Part("optimizer state", ADAM_MOMENTS * trained, True),
             Part("layer inputs", config.num_hidden_layers * tokens * config.hidden_size * size, False),
+            Part("kept results", kept_bytes(config, lora, batch_size, seq_length, size, remat), False),
             # The recomputed results of a layer, and the gradient of each.
             Part("one layer at work", 2 * layer_bytes(config, batch_size, seq_length, size), False),
             # The logits of a chunk, and their gradient.
             Part("one chunk of logits", 2 * min(LOSS_CHUNK, tokens) * config.vocab_size * FLOAT32, False),
         )
     )
+
+
+def choose_remat(forecasts: Mapping[Remat, Forecast], available: int | None) -> Remat:
+    """The fastest policy whose forecast leaves a tenth of the `available` bytes; the most frugal one where none does.
+
+    Where nobody knows what is available (None), the most frugal one.
+    """
+    *faster, frugal = get_args(Remat)
+    return next((p for p in faster if available is not None and forecasts[p].total <= ROOM * available), frugal)
+
+
+def device_bytes(device: Any) -> int | None:
+    """Bytes that a JAX device offers: a GPU's limit for JAX's allocator, a CPU's physical memory; None: unknown.
+
+    The allocator takes three quarters of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+    """
+    if device.platform == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (AttributeError, ValueError):  # Windows has no sysconf
+            return None
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def generation_forecast(
@@ -151,6 +181,29 @@ def padded_rows(routed_rows: int, num_experts: int) -> int:
     """
     tile = min(128, max(8, routed_rows // (2 * num_experts)))
     return routed_rows + min(num_experts, routed_rows) * tile
+
+
+def kept_bytes(
+    config: Qwen3MoeConfig, lora: LoraConfig | None, batch_size: int, seq_length: int, size: int, remat: Remat
+) -> int:
+    """Bytes of what `remat` keeps of all layers beside their inputs, `size` bytes an element."""
+    if remat == "low-memory":
+        return 0
+    tokens, sparse = batch_size * seq_length, len(config.sparse_layers)
+    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    # The stream behind attention, queries, keys and values, the heads' output and its normaliser.
+    attention = tokens * ((config.hidden_size + 2 * heads + 2 * kv) * size + config.num_attention_heads * FLOAT32)
+    kept = config.num_hidden_layers * attention
+    if sparse:
+        k = config.num_experts_per_tok
+        rows = padded_rows(tokens * k, config.num_experts)
+        # Router logits and probabilities; experts, weights and both directions of the permutation.
+        kept += sparse * FLOAT32 * (tokens * (2 * config.num_experts + 3 * k) + rows)
+        if remat == "fast":
+            adapted = [t for t in lora.targets if t.startswith("experts.")] if lora else []
+            width = 2 * config.moe_intermediate_size + (len(adapted) * lora.r if lora else 0)
+            kept += sparse * rows * width * size
+    return kept
 
 
 def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int) -> int:

@@ -45,6 +45,7 @@ from jaxmoe.layers import (
     swiglu,
 )
 from jaxmoe.loading import load_stacks
+from jaxmoe.memory import Remat
 from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, parameter_specs, stored_specs
 from jaxmoe.recode import quantized
 from jaxmoe.router import (
@@ -60,7 +61,6 @@ from jaxmoe.router import (
 Params = dict[str, Array]
 Stacks = dict[str, Array | NF4Stack]
 Trainable = Literal["none", "adapters", "all"]
-Remat = Literal["fast", "balanced", "low-memory"]
 TokenArray = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 # (query, key, value, layer index) -> (heads' output, cache); the cached form takes the cache first
 Attend = Callable[[Array, Array, Array, Array], tuple[Array, Any]]

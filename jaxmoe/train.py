@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +34,10 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
 from jaxmoe.data import Rows, cut, digest, hold_out, load_tokenizer, read_records
 from jaxmoe.errors import UserError
 from jaxmoe.export import export_adapter, export_merged, export_model
+from jaxmoe.memory import Remat, choose_remat, device_bytes, human, training_forecast
 from jaxmoe.metrics import MetricsLog, Progress, expert_load
-from jaxmoe.model import Params, Qwen3MoeForCausalLM, Remat, init_adapters, init_parameters
+from jaxmoe.model import Params, Qwen3MoeForCausalLM, init_adapters, init_parameters
+from jaxmoe.parameters import Quantization
 from jaxmoe.routing.replay import Replay
 from jaxmoe.step import (
     Model,
@@ -115,10 +117,11 @@ class TrainConfig:
     quantize: Literal["nf4"] | None = field(
         default=None, metadata={"help": "hold the frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
     )
-    remat: Remat = field(
-        default="low-memory",
+    remat: Literal["auto", "fast", "balanced", "low-memory"] = field(
+        default="auto",
         metadata={
-            "help": "what to keep for the backward pass; fast: all that is dear, balanced: not the experts' products"
+            "help": "what to keep for the backward pass; fast: all that is dear, balanced: not the experts' products, "
+            "low-memory: each layer's input; auto: the first of these that the device's memory holds by forecast"
         },
     )
 
@@ -216,7 +219,7 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
     """
     started = time.perf_counter()
     previous = _previous_run(settings)
-    plan = _prepare(settings)
+    plan = _prepare(settings, previous)
     if previous is not None:
         _same_run(settings.output, previous, plan.identity)
     rate = learning_rate(settings.schedule, settings.learning_rate, plan.warmup_steps, plan.total_steps)
@@ -407,7 +410,7 @@ class _Signals:
             signal.signal(each, signal.SIG_DFL)
 
 
-def _prepare(settings: TrainConfig) -> _Run:
+def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     """Reads and checks everything, cheap things first."""
     source = settings.tokenizer if settings.from_scratch is not None else settings.model
     assert source is not None
@@ -458,17 +461,20 @@ def _prepare(settings: TrainConfig) -> _Run:
         warmup = round(settings.warmup_ratio * total)
 
     model, frozen, trainable = _load(settings, config, lora)
+    model, notice = _with_remat(settings, model, frozen, previous)
+    notices += notice
     coefficient = settings.router_aux_loss_coef
     if coefficient is None:
         coefficient = config.router_aux_loss_coef
     same = "seq_length batch_size accumulation pack learning_rate schedule max_grad_norm weight_decay adam_beta1 "
-    same += "adam_beta2 adam_epsilon seed remat quantize"
+    same += "adam_beta2 adam_epsilon seed quantize"
     identity = {
         "model": [config.to_hf(), _sample(frozen or trainable)],
         "data": digest(records),
         "eval_data": digest(held_out),
         "lora": dataclasses.asdict(model.lora) | {"base_model_name_or_path": None} if model.lora else None,
         "dtype": model.dtype,
+        "remat": model.remat,
         "router_aux_loss_coef": coefficient,
         "warmup_steps": warmup,
         "max_steps": total,
@@ -491,7 +497,7 @@ def _load(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     """(what to run, frozen parameters, trainable ones)."""
     key = jax.random.key(settings.seed)
     if settings.trains_all:
-        model = Model(config, None, settings.dtype or "float32", settings.remat)
+        model = Model(config, None, settings.dtype or "float32")
         if settings.from_scratch is not None:
             draw = jax.jit(init_parameters, static_argnums=(0, 2))
             return model, {}, draw(config, key, jnp.dtype("float32"))
@@ -512,7 +518,35 @@ def _load(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         lora, adapters = loaded.lora_config, loaded.adapters
     else:
         adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, key)
-    return Model(config, lora, str(frozen["embed_tokens"].dtype), settings.remat), frozen, adapters
+    return Model(config, lora, str(frozen["embed_tokens"].dtype)), frozen, adapters
+
+
+def _with_remat(
+    settings: TrainConfig, model: Model, frozen: Params, previous: Mapping[str, Any] | None
+) -> tuple[Model, list[str]]:
+    """The model with its recomputation policy; a notice where `auto` chose it. A resumed run keeps what it had."""
+    if settings.remat != "auto":
+        return model._replace(remat=settings.remat), []
+    if previous is not None and previous.get("remat") in get_args(Remat):
+        return model._replace(remat=previous["remat"]), []
+    forecasts = {
+        remat: training_forecast(
+            model.config,
+            model.lora,
+            batch_size=settings.batch_size,
+            seq_length=settings.seq_length,
+            dtype=model.dtype,
+            accumulation=settings.accumulation,
+            quantize="nf4" if Quantization.of(frozen) else None,
+            remat=remat,
+        )
+        for remat in get_args(Remat)
+    }
+    available = device_bytes(jax.local_devices()[0])
+    remat = choose_remat(forecasts, available)
+    room = "unknown memory" if available is None else f"{human(available)} of memory"
+    notice = f"--remat auto takes {remat}: {human(forecasts[remat].total)} by forecast, {room}"
+    return model._replace(remat=remat), [notice]
 
 
 def _previous_run(settings: TrainConfig) -> dict[str, Any] | None:

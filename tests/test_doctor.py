@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 from collections.abc import Callable
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +113,8 @@ def test_padded_rows_bound_what_dispatch_lays_out(tokens: int, num_experts: int)
     assert schedule.source.size <= memory.padded_rows(tokens * k, num_experts) <= 2 * max(schedule.source.size, 8)
 
 
-@pytest.mark.parametrize("seq_length", [256, 512])
-def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(seq_length: int) -> None:
+@pytest.mark.parametrize(("seq_length", "remat"), [(256, "low-memory"), (512, "low-memory"), (512, "fast")])
+def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(seq_length: int, remat: memory.Remat) -> None:
     lora, batch_size = LORA, 4
     config = SMALL.replace(hidden_size=128, num_hidden_layers=8, mlp_only_layers=(), num_experts_per_tok=4)
     structs = {
@@ -123,13 +124,36 @@ def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(seq_length
     shape = (1, batch_size, seq_length)
     ids, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(input_ids=ids, labels=ids, weights=floats, segment_ids=ids, position_ids=ids)
-    model = Model(config, lora)
+    model = Model(config, lora, remat=remat)
     step = jax.jit(lambda frozen, adapters, batch: loss_and_gradients(model, frozen, adapters, batch, 0.001))
     used = step.lower(structs["frozen"], structs["adapters"], batch).compile().memory_analysis()
     assert used is not None
-    plan = memory.training_forecast(config, lora, batch_size=batch_size, seq_length=seq_length, dtype="float32")
+    plan = memory.training_forecast(
+        config, lora, batch_size=batch_size, seq_length=seq_length, dtype="float32", remat=remat
+    )
     estimate = sum(part.bytes for part in plan.parts if not part.exact)
     assert 0.5 < estimate / used.temp_size_in_bytes < 2
+
+
+def test_policies_in_order_of_what_they_keep() -> None:
+    forecasts = {
+        remat: memory.training_forecast(SMALL, LORA, batch_size=2, seq_length=64, dtype="bfloat16", remat=remat)
+        for remat in get_args(memory.Remat)
+    }
+    fast, balanced, frugal = (plan.total for plan in forecasts.values())
+    assert fast > balanced > frugal
+    for available, expected in (
+        (None, "low-memory"),
+        (0, "low-memory"),
+        (balanced, "low-memory"),
+        (int(balanced / memory.ROOM) + 1, "balanced"),
+        (int(fast / memory.ROOM) + 1, "fast"),
+    ):
+        assert memory.choose_remat(forecasts, available) == expected
+    # Three sparse layers: the product of gate and up, and the low-rank rows of both expert adapters.
+    assert fast - balanced == 3 * memory.padded_rows(2 * 64 * SMALL.num_experts_per_tok, SMALL.num_experts) * 2 * (
+        2 * SMALL.moe_intermediate_size + 2 * LORA.r
+    )
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ LAYERS = {
         "dispatch",
         "layers",
         "loading",
+        "memory",
         "parameters",
         "projections",
         "recode",

@@ -1,0 +1,157 @@
+"""One MoE block, router to output, forward and backward, beside transformers': `python -m benchmarks.moe_block`.
+
+Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, frozen weights: the backward pass gives the gradient
+of the input. Both sides take the same weights, input and cotangent in one process and are timed alike, over queued
+calls; their outputs and gradients are compared. With several values of --tokens, --experts and --skew it is the table
+of what the block costs as each of them grows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs its share of the memory
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.grouped_matmul import seconds_per_call
+from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.dispatch import ExpertWeights, implementation, sorted_experts
+from jaxmoe.presets import PRESETS
+from jaxmoe.router import route
+
+PEERS = {"transformers": "grouped_mm", "transformers, loop": "eager"}
+
+
+def router_rows(config: Qwen3MoeConfig, skew: float) -> np.ndarray:
+    """Router weights [E, D] whose rows differ in length by up to 1 + skew: longer ones are chosen more often."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((config.num_experts, config.hidden_size), dtype=np.float32) * config.hidden_size**-0.5
+    return rows * rng.permutation(np.geomspace(1, 1 + skew, config.num_experts, dtype=np.float32))[:, None]
+
+
+def flops(config: Qwen3MoeConfig, tokens: int) -> float:
+    """Of the experts' products, forward and with respect to the rows; padding is not counted."""
+    return 2 * 2 * tokens * config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size
+
+
+def measure(config: Qwen3MoeConfig, tokens: int, skew: float, peers: list[str]) -> dict[str, Any]:
+    """Milliseconds of both passes and of the forward pass alone, and how far the sides' results are apart."""
+    D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5, static_argnums=1)
+    gate_up, down = draw(keys[0], (E, 2 * F, D)), draw(keys[1], (E, D, F))
+    x, cotangent = (draw(key, (tokens, D)) * D**0.5 for key in keys[2:])
+    gate = jnp.asarray(router_rows(config, skew), jnp.bfloat16)
+
+    def block(x: Any, gate: Any, gate_up: Any, down: Any) -> Any:
+        routing = route(x, gate, num_experts_per_tok=config.num_experts_per_tok, norm_topk_prob=config.norm_topk_prob)
+        return sorted_experts(x, routing, ExpertWeights(gate_up, down, 0, False)), routing.experts
+
+    @jax.jit
+    def both(x: Any, gate: Any, gate_up: Any, down: Any, cotangent: Any) -> Any:
+        out, pull, experts = jax.vjp(lambda x: block(x, gate, gate_up, down), x, has_aux=True)
+        return out, pull(cotangent)[0], experts
+
+    forward = jax.jit(lambda *arrays: block(*arrays)[0])
+    weights = gate, gate_up, down
+    out, d_x, experts = jax.device_get(both(x, *weights, cotangent))
+    counts = np.bincount(experts.reshape(-1), minlength=E)
+    seconds = seconds_per_call(lambda: both(x, *weights, cotangent), jax.block_until_ready)
+    record: dict[str, Any] = {
+        "tokens": tokens,
+        "experts": E,
+        "load": float(counts.max() / counts.mean()),
+        "ms": seconds * 1e3,
+        "forward_ms": seconds_per_call(lambda: forward(x, *weights), jax.block_until_ready) * 1e3,
+        "tflops": flops(config, tokens) / seconds / 1e12,
+    }
+    for peer in peers:
+        found = _torch(config, PEERS[peer], x, cotangent, weights)
+        record |= {f"{peer}: {name}": found[name] for name in ("ms", "forward_ms")}
+        for name, ours in (("out", out), ("d_x", d_x)):
+            difference = ours.astype(np.float32) - found[name]
+            record[f"{peer}: {name}"] = float(np.linalg.norm(difference) / np.linalg.norm(found[name]))
+    return record
+
+
+def _torch(config: Qwen3MoeConfig, experts: str, x: Any, cotangent: Any, weights: Any) -> dict[str, Any]:
+    """Transformers' block on the same arrays."""
+    import torch
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    from tests.reference import hf_config
+
+    hf = hf_config(config.to_hf())
+    hf._experts_implementation = experts
+    with torch.device("meta"):
+        block: Any = Qwen3MoeSparseMoeBlock(hf)
+    arrays = dict(zip(("gate.weight", "experts.gate_up_proj", "experts.down_proj"), weights, strict=True))
+    block.load_state_dict({name: torch.from_dlpack(array) for name, array in arrays.items()}, assign=True)
+    block.requires_grad_(False)
+    inputs = torch.from_dlpack(x)[None].requires_grad_()
+    d_out = torch.from_dlpack(cotangent)[None]
+    result: dict[str, Any] = {}
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return block(inputs)
+
+    def both() -> Any:
+        out = block(inputs)
+        (result["d_x"],) = torch.autograd.grad(out, inputs, d_out)
+        result["out"] = out.detach()
+
+    wait = lambda _: torch.cuda.synchronize() if inputs.is_cuda else None
+    seconds = seconds_per_call(both, wait)
+    forward_seconds = seconds_per_call(forward, wait)
+    arrays = {name: value[0].float().cpu().numpy() for name, value in result.items()}
+    return {"ms": seconds * 1e3, "forward_ms": forward_seconds * 1e3, **arrays}
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = ArgumentParser(description="One MoE block, forward and backward, beside transformers'.")
+    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
+    parser.add_argument("--tokens", default="8192,32768", metavar="N,...")
+    parser.add_argument("--experts", default="128", metavar="N,...")
+    parser.add_argument("--skew", default="0.4", metavar="X,...", help="0: all experts alike")
+    parser.add_argument("--width", type=int, metavar="N", help="of a tiny block, to try the benchmark itself")
+    parser.add_argument("--peers", default="transformers", metavar="NAME,...", help=f"of {', '.join(PEERS)}, or none")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args()
+    peers = [] if args.peers == "none" else args.peers.split(",")
+    base = PRESETS[args.preset]
+    if args.width:
+        base = base.replace(hidden_size=args.width, moe_intermediate_size=64)
+    taken = implementation(jnp.bfloat16, 2 * base.moe_intermediate_size, base.hidden_size, base.moe_intermediate_size)
+    print(f"{jax.devices()[0].device_kind}, grouped matmul by {taken.name}: ms of both passes (forward alone)")
+    print(f"{'tokens':>7}{'experts':>8}{'max/mean':>9}{'jaxmoe':>16}{'TFLOP/s':>8}  peer, ratio, difference of out and dX")
+    records = []
+    numbers = ([kind(part) for part in text.split(",")] for kind, text in _axes(args))
+    for tokens, experts, skew in itertools.product(*numbers):
+        r = measure(base.replace(num_experts=experts), tokens, skew, peers)
+        records.append(r)
+        ours = f"{r['ms']:.2f} ({r['forward_ms']:.2f})"
+        line = f"{tokens:>7}{experts:>8}{r['load']:>9.2f}{ours:>16}{r['tflops']:>8.0f}"
+        for peer in peers:
+            ms, forward, out, d_x = (r[f"{peer}: {name}"] for name in ("ms", "forward_ms", "out", "d_x"))
+            line += f"  {peer} {ms:.2f} ({forward:.2f}), {ms / r['ms']:.2f}x, {out:.1e} {d_x:.1e}"
+        print(line, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "records": records}, indent=2) + "\n")
+
+
+def _axes(args: Any) -> list[tuple[Any, str]]:
+    return [(int, args.tokens), (int, args.experts), (float, args.skew)]
+
+
+if __name__ == "__main__":
+    run(main)
