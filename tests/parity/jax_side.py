@@ -116,14 +116,12 @@ def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarr
     labels = batch.labels
     arrays = (batch.input_ids, np.maximum(labels, 0), (labels >= 0).astype(np.float32))
     fields = dict(zip(("input_ids", "labels", "weights"), arrays, strict=True))
-    micro = TrainingBatch(**fields, position_ids=batch.position_ids, segment_ids=batch.segment_ids)
+    experts = None if pinned is None else np.moveaxis(pinned, 0, -2)
+    micro = TrainingBatch(**fields, position_ids=batch.position_ids, segment_ids=batch.segment_ids, experts=experts)
     stepped = jaxmoe.step.make_train_step(spec, optimizer, rate, case.aux_coefficient)
-    # the step has no argument for the routing, so its forward pass is given it here
-    pinned_forward = functools.partial(jaxmoe.step.forward, routing_control=control_of(pinned))
-    with mock.patch.object(jaxmoe.step, "forward", pinned_forward):
-        run = jax.jit(stepped, compiler_options=compiler_options(model))
-        state = jaxmoe.step.initial_state(model.adapters, optimizer)
-        state, metrics = run(model.params, state, jax.tree.map(lambda a: jnp.asarray(a)[None], micro))
+    run = jax.jit(stepped, compiler_options=compiler_options(model))
+    state = jaxmoe.step.initial_state(model.adapters, optimizer)
+    state, metrics = run(model.params, state, jax.tree.map(lambda a: jnp.asarray(a)[None], micro))
     loss = metrics.loss + case.aux_coefficient * metrics.aux_loss
     out = {"loss": np.asarray(loss, np.float32)}
     out |= {f"gradient.{path}": np.asarray(a) for path, a in state.optimizer[0].items()}
