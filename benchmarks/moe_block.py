@@ -1,9 +1,9 @@
 """One MoE block, router to output, forward and backward, beside transformers': `python -m benchmarks.moe_block`.
 
-Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, frozen weights: the backward pass gives the gradient
-of the input. Both sides take the same weights, input and cotangent in one process and are timed alike, over queued
-calls; their outputs and gradients are compared. With several values of --tokens, --experts and --skew it is the table
-of what the block costs as each of them grows.
+Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, frozen weights: the backward pass gives the
+gradient of the input. Both sides take the same weights, input and cotangent in one process and are timed alike, over
+queued calls; their outputs and gradients are compared. With several values of --tokens, --experts and --skew it is the
+table of what the block costs as each of them grows.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
         base = base.replace(hidden_size=args.width, moe_intermediate_size=64)
     taken = implementation(jnp.bfloat16, 2 * base.moe_intermediate_size, base.hidden_size, base.moe_intermediate_size)
     print(f"{jax.devices()[0].device_kind}, grouped matmul by {taken.name}: ms of both passes (forward alone)")
-    print(f"{'tokens':>7}{'experts':>8}{'max/mean':>9}{'jaxmoe':>16}{'TFLOP/s':>8}  peer, ratio, difference of out and dX")
+    print(f"{'tokens':>7}{'experts':>8}{'max/mean':>9}{'jaxmoe':>16}{'TFLOP/s':>8}  peer, ratio, error of out, dX")
     records = []
     numbers = ([kind(part) for part in text.split(",")] for kind, text in _axes(args))
     for tokens, experts, skew in itertools.product(*numbers):

@@ -2,8 +2,9 @@
 
 The routers are the same NumPy arrays on every side. Their rows differ in length, so that some experts are chosen more
 often than others whatever the hidden states: the other weights are each framework's own draw, and the load per expert
-agrees to sampling noise. Embeddings have unit variance: with 0.02 the layers' common part outgrows them, all tokens
-of a row come to look alike, and the busiest of 128 experts gets 12 times the mean (measured, 48 layers).
+agrees to sampling noise. Embeddings have unit variance, and what writes into the residual stream is smaller by the
+number of layers: random attention averages its tokens, each layer would amplify what they have in common, and after 48
+of them all tokens of a row would ask for the same experts (measured: the busiest of 128 gets 12 times the mean).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxmoe.config import Qwen3MoeConfig
 
 STD = 0.02
 ROUTER_SCALES = (0.25, 1.75)  # of the shortest and the longest row
+RESIDUAL = ("attention.o_proj", "dense.down_proj", "sparse.down_proj")  # what writes into the residual stream
 
 
 def routers(config: Qwen3MoeConfig, seed: int = 0) -> np.ndarray:
@@ -45,8 +47,11 @@ def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
     from jaxmoe.model import init_parameters
 
     params = jax.jit(init_parameters, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
-    embedding = jax.jit(lambda weight: (weight / STD).astype(weight.dtype))(params["embed_tokens"])
-    return params | {"embed_tokens": embedding, "sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
+    scales = {"embed_tokens": 1 / STD} | dict.fromkeys(RESIDUAL, 1 / config.num_hidden_layers)
+    scaled = jax.jit(lambda weight, scale: weight * scale.astype(weight.dtype), donate_argnums=0)
+    for path in scales.keys() & params.keys():
+        params[path] = scaled(params[path], jnp.float32(scales[path]))
+    return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
 
 
 def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
@@ -66,8 +71,10 @@ def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
     model = model.to_empty(device=device)
     with torch.device(device), torch.no_grad():
         model.model.rotary_emb = type(model.model.rotary_emb)(hf)
-        for parameter in model.parameters():
-            parameter.fill_(1) if parameter.ndim == 1 else parameter.normal_(0, STD)
+        for name, parameter in model.named_parameters():
+            residual = name.removesuffix(".weight").endswith(("o_proj", "down_proj"))
+            std = STD / config.num_hidden_layers if residual else STD
+            parameter.fill_(1) if parameter.ndim == 1 else parameter.normal_(0, std)
         model.model.embed_tokens.weight.normal_(0, 1)
         for slot, router in enumerate(routers(config)):
             layer = model.model.layers[config.sparse_layers[slot]]

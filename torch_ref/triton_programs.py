@@ -1,15 +1,17 @@
-"""The Triton programs behind `torch_ref.kernels`, which says what each computes. Needs Triton: CUDA builds of torch."""
+"""The Triton programs behind `torch_ref.kernels`, which says what each computes. Needs Triton: CUDA builds of torch.
+
+Triton reads annotations as its own types, so pointers and sizes have none.
+"""
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
-def swiglu(product: Any, out: Any, rows: Any, width: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def swiglu(product, out, rows, width: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     for start in tl.static_range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
@@ -21,12 +23,12 @@ def swiglu(product: Any, out: Any, rows: Any, width: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def swiglu_backward(
-    d_hidden: Any,
-    product: Any,
-    weights: Any,
-    d_product: Any,
-    d_weights: Any,
-    rows: Any,
+    d_hidden,
+    product,
+    weights,
+    d_product,
+    d_weights,
+    rows,
     width: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -53,11 +55,11 @@ def swiglu_backward(
 
 @triton.jit
 def combine(
-    rows: Any,
-    inverse: Any,
-    weights: Any,
-    out: Any,
-    width: Any,
+    rows,
+    inverse,
+    weights,
+    out,
+    width,
     K: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -76,16 +78,16 @@ def combine(
 
 @triton.jit
 def norm_rotary(
-    x: Any,
-    d_out: Any,
-    weight: Any,
-    cos: Any,
-    sin: Any,
-    out: Any,
-    rows: Any,
-    heads: Any,
-    positions: Any,
-    epsilon: Any,
+    x,
+    d_out,
+    weight,
+    cos,
+    sin,
+    out,
+    rows,
+    heads,
+    positions,
+    epsilon,
     BACKWARD: tl.constexpr,
     TILE: tl.constexpr,
     HALF: tl.constexpr,
@@ -128,16 +130,16 @@ def norm_rotary(
 
 @triton.jit
 def decode(
-    codes: Any,
-    absmax: Any,
-    nested_absmax: Any,
-    offset: Any,
-    nested_quant_map: Any,
-    quant_map: Any,
-    out: Any,
-    size: Any,
-    blocks: Any,
-    nested_blocks: Any,
+    codes,
+    absmax,
+    nested_absmax,
+    offset,
+    nested_quant_map,
+    quant_map,
+    out,
+    size,
+    blocks,
+    nested_blocks,
     NESTED: tl.constexpr,
     TILE: tl.constexpr,
     BYTES: tl.constexpr,
