@@ -52,8 +52,8 @@ def recorded_routing() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
 
 
 def compiler_options(model: Qwen3MoeForCausalLM) -> dict[str, Any]:
-    """Less optimisation on a CPU where compiling takes longer than running: models below a million weights."""
-    small = sum(array.size for array in model.params.values()) < 1_000_000
+    """Less optimisation on a CPU where compiling takes longer than running: models below ten million weights."""
+    small = sum(array.size for array in model.params.values()) < 10_000_000
     return COMPILER_OPTIONS if small else {}
 
 
