@@ -31,7 +31,9 @@ from jaxmoe.layers import attention, attention_mask
 
 fused: Any = fused_attention_stablehlo  # untyped
 
-MAX_RUNS = 16
+# The backward pass has a workspace in float32 for each sequence of a call, as long as the row: 4.0 GiB at 2 x 4096
+# with 16 of them, held by every step, for the compiler cannot know that its rows will be single runs.
+MAX_RUNS = 4
 OUT, LOG_SUM = "attention_out", "attention_log_sum"  # for recomputation policies: what the backward pass needs saved
 
 _LAYOUT = fused.AttentionLayout.BTNH.value
