@@ -106,6 +106,12 @@ def keep_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
 
 
+def _check_pinned(counts: np.ndarray, pinned: np.ndarray, valid: np.ndarray) -> None:
+    """Raises AssertionError where a step's rows per expert [Ls, E] are not those of the experts imposed on it."""
+    expected = np.stack([np.bincount(layer[valid].ravel(), minlength=counts.shape[-1]) for layer in pinned])
+    assert np.array_equal(counts, expected), "the training step did not route as it was told"
+
+
 def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarray | None) -> dict[str, np.ndarray]:
     """Loss, gradients, and the adapter after one step: the product's own training step with AdamW."""
     assert model.lora_config is not None
@@ -122,6 +128,8 @@ def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarr
     run = jax.jit(stepped, compiler_options=compiler_options(model))
     state = jaxmoe.step.initial_state(model.adapters, optimizer)
     state, metrics = run(model.params, state, jax.tree.map(lambda a: jnp.asarray(a)[None], micro))
+    if pinned is not None:
+        _check_pinned(np.asarray(metrics.expert_counts), pinned, batch.segment_ids > 0)
     loss = metrics.loss + case.aux_coefficient * metrics.aux_loss
     out = {"loss": np.asarray(loss, np.float32)}
     out |= {f"gradient.{path}": np.asarray(a) for path, a in state.optimizer[0].items()}
