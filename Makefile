@@ -66,15 +66,17 @@ parity: $(INSTALLED)
 # 70 GB in a folder on DISK, which should be memory-backed; removed at the end. The report needs matplotlib.
 DISK ?= /dev/shm
 SCRATCH = $(DISK)/jaxmoe-parity
+SUITES = demo deep large
 parity-gpu:
-	@rm -rf $(SCRATCH) parity-output/trained parity-output/large && mkdir -p $(SCRATCH) parity-output/trained parity-output/large
-	@PYTHON=$(PYTHON) bash examples/pretrain/run.sh deep $(SCRATCH)/deep
-	@$(PYTHON) -m tests.parity.large $(SCRATCH)/large
-	@{ $(PYTHON) -m tests.parity.suite trained --checkpoint $(SCRATCH)/deep/run/model --device gpu --parallel 3 --out $(SCRATCH)/out-trained; \
-	  $(PYTHON) -m tests.parity.suite large --checkpoint $(SCRATCH)/large --device gpu --out $(SCRATCH)/out-large; \
-	  for suite in trained large; do for what in results.json flips.csv.gz report minimal; do \
-	    cp -r $(SCRATCH)/out-$$suite/$$what parity-output/$$suite/ 2>/dev/null; done; done; rm -rf $(SCRATCH); \
-	  $(PYTHON) -m tests.parity.results parity-output/trained/results.json parity-output/large/results.json; } $(verdict)
+	@rm -rf $(SCRATCH) $(SUITES:%=parity-output/%-gpu) && mkdir -p $(SCRATCH) $(SUITES:%=parity-output/%-gpu)
+	@PYTHON=$(PYTHON) bash examples/pretrain/run.sh deep $(SCRATCH)/trained
+	@$(PYTHON) -m tests.parity.large $(SCRATCH)/checkpoint-large
+	@{ $(PYTHON) -m tests.parity.suite demo --device gpu --parallel 3 --out $(SCRATCH)/demo; \
+	  $(PYTHON) -m tests.parity.suite deep --checkpoint $(SCRATCH)/trained/run/model --device gpu --parallel 3 --out $(SCRATCH)/deep; \
+	  $(PYTHON) -m tests.parity.suite large --checkpoint $(SCRATCH)/checkpoint-large --device gpu --out $(SCRATCH)/large; \
+	  for suite in $(SUITES); do for what in results.json flips.csv.gz report minimal; do \
+	    cp -r $(SCRATCH)/$$suite/$$what parity-output/$$suite-gpu/ 2>/dev/null; done; done; rm -rf $(SCRATCH); \
+	  $(PYTHON) -m tests.parity.results $(SUITES:%=parity-output/%-gpu/results.json); } $(verdict)
 
 bench: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.train_cpu

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe import implementations
 from jaxmoe.dequantize import NF4Stack
 from jaxmoe.kernels import tiled
-from jaxmoe.layers import PRECISION, Adapter, swiglu
+from jaxmoe.layers import PRECISION, Adapter, fold, swiglu, two_terms, unfold
 from jaxmoe.router import Routing
 
 GATE_UP = "gate_up_product"  # what a recomputation policy may keep: [P, 2F], the largest result of a layer
@@ -205,10 +205,20 @@ def expert_blocks(schedule: Schedule) -> Any:
 
 
 class _LowRank(NamedTuple):
-    """An adapter as the products take it: A [E, r, in] and scale * B [E, out, r] in the activations' dtype."""
+    """An adapter of all experts: A [E, r, in] and scale * B [E, out, r]; scaled in float32, which costs no rounding."""
 
     a: Array
     b: Array
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def terms(self, dtype: Any, mosaic: bool) -> tuple[Array, Array]:
+        """A and B as the products take them, in `dtype`; the kernel wants ranks that are multiples of 64."""
+        a, b = two_terms(self.a, dtype, 1), two_terms(self.b, dtype, 2)
+        extra = -a.shape[1] % _MOSAIC_TILE if mosaic else 0
+        return jnp.pad(a, ((0, 0), (0, extra), (0, 0))), jnp.pad(b, ((0, 0), (0, 0), (0, extra)))
 
 
 class _Residuals(NamedTuple):
@@ -249,8 +259,9 @@ def _project(
     multiply = partial(grouped_matmul, rows, transposed=True, mosaic=mosaic)
     if adapter is None:
         return multiply(stack, schedule, offset), None
-    low: Array = multiply(adapter.a, schedule, 0)
-    return multiply(stack, schedule, offset, low=low, low_weight=adapter.b), low
+    a, b = adapter.terms(rows.dtype, mosaic)
+    low: Array = fold(multiply(a, schedule, 0), adapter.rank)
+    return multiply(stack, schedule, offset, low=unfold(low, a.shape[1]), low_weight=b), low
 
 
 def _project_back(
@@ -260,8 +271,9 @@ def _project_back(
     multiply = partial(grouped_matmul, d_rows, transposed=False, mosaic=mosaic)
     if adapter is None:
         return multiply(stack, schedule, offset), None
-    low: Array = multiply(adapter.b, schedule, 0)
-    return multiply(stack, schedule, offset, low=low, low_weight=adapter.a), low
+    a, b = adapter.terms(d_rows.dtype, mosaic)
+    low: Array = fold(multiply(b, schedule, 0), adapter.rank)
+    return multiply(stack, schedule, offset, low=unfold(low, a.shape[1]), low_weight=a), low
 
 
 def _activation(gate_up: Array) -> Array:
@@ -354,21 +366,14 @@ def sorted_experts(
     with jax.named_scope("permute"):
         schedule = make_schedule(routing.experts, num_experts, tile)
         schedule = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), schedule)
-    adapters = tuple(_low_rank(adapter, x.dtype, on_mosaic) for adapter in (gate_up_adapter, down_adapter))
+    adapters = tuple(
+        adapter and _LowRank(adapter.lora_A, adapter.scale * adapter.lora_B)
+        for adapter in (gate_up_adapter, down_adapter)
+    )
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
     static = _Static(weights.trainable, on_mosaic)
     return _mixture(x, routing.weights, stacks, offset, adapters, schedule, static)
-
-
-def _low_rank(adapter: Adapter | None, dtype: Any, on_mosaic: bool) -> _LowRank | None:
-    """Scale joins B in float32, so that it costs no rounding; the kernel wants ranks that are multiples of 64."""
-    if adapter is None:
-        return None
-    extra = -adapter.lora_A.shape[-2] % _MOSAIC_TILE if on_mosaic else 0
-    a = jnp.pad(adapter.lora_A.astype(dtype), ((0, 0), (0, extra), (0, 0)))
-    b = jnp.pad((adapter.scale * adapter.lora_B).astype(dtype), ((0, 0), (0, 0), (0, extra)))
-    return _LowRank(a, b)
 
 
 def dense_experts(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.dispatch import implementation
-from jaxmoe.layers import Adapter
+from jaxmoe.layers import Adapter, fold, two_terms, unfold
 
 _RANK_MULTIPLE = 64  # what the kernel's low-rank term is padded to
 MIN_ROWS = 512  # below, a product reads the weight only once anyway and XLA's is as good
@@ -57,10 +57,10 @@ def _blocks(rows: int) -> Any:
 
 
 def _padded(adapter: tuple[Array, Array], dtype: Any) -> tuple[Array, Array]:
-    """The adapter in the activations' dtype, its rank a multiple of 64."""
-    a, b = adapter
+    """The adapter's two terms in the activations' dtype, their rank a multiple of 64: free up to a rank of 32."""
+    a, b = two_terms(adapter[0], dtype, 0), two_terms(adapter[1], dtype, 1)
     extra = -a.shape[0] % _RANK_MULTIPLE
-    return jnp.pad(a.astype(dtype), ((0, extra), (0, 0))), jnp.pad(b.astype(dtype), ((0, 0), (0, extra)))
+    return jnp.pad(a, ((0, extra), (0, 0))), jnp.pad(b, ((0, 0), (0, extra)))
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -74,7 +74,8 @@ def _product_forward(x: Array, stack: Array, layer: Any, adapter: tuple[Array, A
     low: dict[str, Any] = {}
     if adapter is not None:
         a, b = _padded(adapter, x.dtype)
-        low = {"low": _dot("mi,ri->mr", x, a).astype(x.dtype), "low_weight": b[None]}
+        rows = fold(_dot("mi,ri->mr", x, a), adapter[0].shape[0]).astype(x.dtype)
+        low = {"low": unfold(rows, a.shape[0]), "low_weight": b[None]}
     return grouped_matmul(x, stack, _blocks(x.shape[0]), layer, transposed=True, **low), (x, stack, layer, adapter)
 
 
@@ -87,10 +88,10 @@ def _product_backward(residuals: tuple[Any, ...], d_y: Array):
         return multiply(), None, None, None
     r = adapter[0].shape[0]
     a, b = _padded(adapter, x.dtype)
-    d_low = _dot("mo,or->mr", d_y, b).astype(x.dtype)
-    low = _dot("mi,ri->mr", x, a).astype(x.dtype)
-    d_a, d_b = _dot("mr,mi->ri", d_low, x)[:r], _dot("mo,mr->or", d_y, low)[:, :r]
-    d_x = multiply(low=d_low, low_weight=a[None])
+    d_low = fold(_dot("mo,or->mr", d_y, b), r).astype(x.dtype)
+    low = fold(_dot("mi,ri->mr", x, a), r).astype(x.dtype)
+    d_a, d_b = _dot("mr,mi->ri", d_low, x), _dot("mo,mr->or", d_y, low)
+    d_x = multiply(low=unfold(d_low, a.shape[0]), low_weight=a[None])
     return d_x, None, None, (d_a.astype(adapter[0].dtype), d_b.astype(adapter[1].dtype))
 
 

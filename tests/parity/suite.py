@@ -1,8 +1,8 @@
 """The fixed suites behind `make parity` and `make parity-gpu`: which cases, on what, and the report over them.
 
-python -m tests.parity.suite demo    --device cpu|gpu --out DIR
-python -m tests.parity.suite trained --checkpoint DIR --device gpu --out DIR     demo and a deep trained model
-python -m tests.parity.suite large   --checkpoint DIR --device gpu --out DIR     a checkpoint of `tests.parity.large`
+python -m tests.parity.suite demo  --device cpu|gpu --out DIR    the checkpoint in this repository
+python -m tests.parity.suite deep  --checkpoint DIR --device cpu|gpu --out DIR    `examples/pretrain/run.sh deep`
+python -m tests.parity.suite large --checkpoint DIR --device gpu --out DIR    a checkpoint of `tests.parity.large`
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def quantize(selected: list[Case], device: Device) -> None:
 def main() -> int:
     """Parses the command line, runs a suite and writes its report; 1 where a check failed."""
     parser = argparse.ArgumentParser(description="Runs one of the fixed parity suites.")
-    parser.add_argument("suite", choices=("demo", "trained", "large"))
-    parser.add_argument("--checkpoint", type=pathlib.Path, help="the deep trained model, or the large one")
+    parser.add_argument("suite", choices=("demo", "deep", "large"))
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="the deep model or the large one")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
     parser.add_argument("--parallel", type=int, default=1, help="sides that run at the same time")
@@ -109,14 +109,15 @@ def main() -> int:
     parser.add_argument("--bisect", action=argparse.BooleanOptionalAction, default=True, help="explain what fails")
     parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens of the large model's prompt")
     args = parser.parse_args()
+    checkpoint: pathlib.Path | None = args.checkpoint or (CHECKPOINT if args.suite == "demo" else None)
+    if checkpoint is None:
+        parser.error(f"{args.suite} needs --checkpoint")
     args.out.mkdir(parents=True)
+    on_cpu = args.device == "cpu"
     if args.suite == "large":
-        selected = large_cases(args.checkpoint, args.out, args.layers, args.length)
+        selected = large_cases(checkpoint, args.out, args.layers, args.length)
     else:
-        on_cpu = args.device == "cpu"
-        selected = trained_cases("demo", CHECKPOINT, args.out, rows=2 if on_cpu else 4, faults=on_cpu)
-        if args.suite == "trained":
-            selected += trained_cases("deep", args.checkpoint, args.out)
+        selected = trained_cases(args.suite, checkpoint, args.out, rows=2 if on_cpu else 4, faults=on_cpu)
     quantize(selected, args.device)
     command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)

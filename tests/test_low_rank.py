@@ -1,0 +1,147 @@
+"""Adapters in 16-bit models: A and B count in full, on every path that multiplies them, forwards and backwards.
+
+Rounding the low-rank rows is noise that differs from token to token; rounding A or B would be another adapter. So what
+is compared is the matrix that a path applies, by least squares over many rows, which averages the noise away.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxmoe.kernels
+from jaxmoe import dispatch, layers, projections
+from jaxmoe.dispatch import make_schedule
+from jaxmoe.layers import Adapter
+from tests.parity import relative_error as distance
+from tests.tolerances import bound
+
+ROWS, INNER, OUT = 4096, 64, 128
+RANKS = (4, 32, 40)  # of the kernel's 64 columns, two terms of 40 need 128
+
+
+class Blocks(NamedTuple):
+    place: Any
+    group: Any
+    used: Any
+
+
+def by_blocks(
+    x: Any, weight: Any, blocks: Blocks, offset: Any = 0, *, transposed: bool, low: Any = None, low_weight: Any = None
+) -> Any:
+    """What the kernel computes, from its own list of work: 128 rows or 64 a block, in float32, rounded once."""
+    out = np.zeros((x.shape[0], weight.shape[1 if transposed else 2]), np.float32)
+    product = "mi,oi->mo" if transposed else "mi,io->mo"
+    for code, group in zip(np.asarray(blocks.place)[: int(blocks.used)], np.asarray(blocks.group), strict=False):
+        rows = slice(64 * (code // 2), 64 * (code // 2) + (128 if code % 2 else 64))
+        layer = int(offset) + group
+        out[rows] = jnp.einsum(product, x[rows].astype(jnp.float32), weight[layer].astype(jnp.float32))
+        if low is not None:
+            assert low.shape[1] % 64 == 0  # what the kernel takes
+            out[rows] += jnp.einsum(product, low[rows].astype(jnp.float32), low_weight[group].astype(jnp.float32))
+    return jnp.asarray(out).astype(x.dtype)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's module replaced by plain products: what is tested is what goes in and what is made of it."""
+    module = SimpleNamespace(grouped_matmul=by_blocks, Blocks=Blocks)
+    monkeypatch.setitem(sys.modules, "jaxmoe.kernels.grouped_matmul", module)
+    monkeypatch.setattr(jaxmoe.kernels, "grouped_matmul", module, raising=False)
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    return distance(np.asarray(found), np.asarray(expected))
+
+
+def draw(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
+
+
+def by_low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return layers.low_rank(x, a, b).astype(x.dtype)
+
+
+def by_projection(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    return projections.frozen_linear(x, jnp.zeros((2, OUT, INNER), x.dtype), 1, None, Adapter(a, b, 1.0))
+
+
+def by_experts(mosaic: bool) -> Callable[..., jax.Array]:
+    def run(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        """One of two experts has all rows, in an order of its own."""
+        schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 64)
+        adapter = dispatch._LowRank(jnp.stack([b[: a.shape[0], :1] @ a[:1], a]), jnp.stack([b + 1, b]))
+        stack = jnp.zeros((2, OUT, INNER), x.dtype)
+        rows, _ = dispatch._project(dispatch.permute(x, schedule), stack, 0, adapter, schedule, mosaic)
+        return rows[schedule.destination[:, 0]]
+
+    return run
+
+
+PATHS: dict[str, Callable[..., jax.Array]] = {
+    "linear map": by_low_rank,
+    "frozen projection": by_projection,
+    "experts in pure JAX": by_experts(False),
+    "experts by the kernel": by_experts(True),
+}
+
+
+def matrix_error(run: Callable[..., jax.Array], rank: int) -> float:
+    x, a, b = draw(ROWS, INNER).astype(jnp.bfloat16), draw(rank, INNER), draw(OUT, rank)
+    exact = np.asarray(b, np.float64) @ np.asarray(a, np.float64)
+    found = np.asarray(run(x, a, b), np.float64)
+    applied = np.linalg.lstsq(np.asarray(x, np.float64), found, rcond=None)[0].T
+    return relative_error(applied, exact)
+
+
+def rounded(weight: jax.Array, dtype: Any, axis: int) -> jax.Array:
+    """The fault: the second term is lost."""
+    return jnp.concatenate([weight.astype(dtype), jnp.zeros_like(weight, dtype)], axis)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("path", PATHS)
+def test_adapters_are_not_rounded(path: str, rank: int, kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert matrix_error(PATHS[path], rank) <= bound("applied_adapter")
+    for module in (layers, projections, dispatch):
+        monkeypatch.setattr(module, "two_terms", rounded)
+    assert matrix_error(PATHS[path], rank) > 3 * bound("applied_adapter")
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize(
+    ("path", "dtype"), [("linear map", "float32"), ("linear map", "bfloat16"), ("frozen projection", "bfloat16")]
+)
+def test_gradients(path: str, dtype: str, rank: int, kernel: None) -> None:
+    """Against those of plain products in float32."""
+    x, a, b = draw(512, INNER).astype(dtype), draw(rank, INNER), draw(OUT, rank)
+    cotangent = draw(512, OUT).astype(dtype)
+
+    def plain(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return (x.astype(jnp.float32) @ a.T) @ b.T
+
+    _, pull = jax.vjp(plain, x, a, b)
+    _, pull_found = jax.vjp(PATHS[path], x, a, b)
+    for found, expected in zip(pull_found(cotangent), pull(cotangent.astype(jnp.float32)), strict=True):
+        assert found.dtype == expected.dtype
+        assert relative_error(found, expected) <= bound(f"low_rank_gradients_{dtype}")
+
+
+def test_nothing_is_split_in_float32() -> None:
+    a = draw(4, INNER)
+    assert layers.two_terms(a, jnp.float32, 0) is a
+
+
+def test_the_terms_survive_compilation() -> None:
+    """XLA may drop a conversion to 16 bits and back; then the second term would be zero."""
+    a = draw(4, INNER)
+    high, low = jnp.split(jax.jit(lambda a: layers.two_terms(a, jnp.bfloat16, 0))(a).astype(jnp.float32), 2)
+    assert relative_error(high, a) > 1e-4
+    assert relative_error(high + low, a) < 1e-5
