@@ -4,7 +4,7 @@
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
 # make bench      the CPU benchmarks of the README
-# make bench-gpu  those of a GPU, with the packages that $(PYTHON) has: training step, prefill, first step, loading
+# make bench-gpu  those of a GPU, with the packages that $(PYTHON) has: training step, prefill, MoE block, first step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
@@ -85,6 +85,8 @@ bench: $(INSTALLED)
 bench-gpu:
 	@$(PYTHON) -m benchmarks.train_step --stages
 	@$(PYTHON) -m benchmarks.prefill --stages
+	@$(PYTHON) -m benchmarks.moe_block
+	@$(PYTHON) -m benchmarks.grouped_matmul
 	@$(PYTHON) -m benchmarks.first_step
 	@$(PYTHON) -m benchmarks.load --converted
 # Like test-gpu with the packages that $(PYTHON) has, bitsandbytes among them.

@@ -52,7 +52,7 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, 
     def into_cache(params: Any, ids: Any) -> Any:
         cache = empty_cache(config, batch, length, jnp.bfloat16)
         lengths = jnp.full(batch, length, jnp.int32)
-        hidden, cache = forward_cached(params, {}, ids, None, lengths, cache, config=config)
+        hidden, cache, _ = forward_cached(params, {}, ids, None, lengths, cache, config=config)
         return logits_of(hidden[:, -1], head_weight(params, config)), cache
 
     def ids_of(step: int) -> Any:

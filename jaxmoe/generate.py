@@ -28,7 +28,7 @@ from jaxmoe.model import (
     Params,
     Qwen3MoeForCausalLM,
     empty_cache,
-    forward_cached_routed,
+    forward_cached,
     head_weight,
     logits_of,
 )
@@ -109,7 +109,7 @@ def _at(control: RoutingControl | None, positions: Array) -> RoutingControl | No
 def _prefill(params, adapters, input_ids, lengths, cache, options, control, *, config, lora, greedy, capture):
     here = _at(control, jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape))
     routed = {"config": config, "lora": lora, "capture_routing": capture, "routing_control": here}
-    hidden, cache, routing = forward_cached_routed(params, adapters, input_ids, None, lengths, cache, **routed)
+    hidden, cache, routing = forward_cached(params, adapters, input_ids, None, lengths, cache, **routed)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _next_token(params, last, options, jnp.uint32(0), config=config, greedy=greedy), cache, routing
 
@@ -119,7 +119,7 @@ def _decode(params, adapters, token, position, cache, options, draws, control, *
     one = jnp.ones_like(position)
     routed = {"config": config, "lora": lora, "capture_routing": capture}
     routed["routing_control"] = _at(control, position[:, None])
-    hidden, cache, routing = forward_cached_routed(params, adapters, token[:, None], position, one, cache, **routed)
+    hidden, cache, routing = forward_cached(params, adapters, token[:, None], position, one, cache, **routed)
     return _next_token(params, hidden[:, 0], options, draws, config=config, greedy=greedy), cache, routing
 
 

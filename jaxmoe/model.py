@@ -436,30 +436,16 @@ def forward_cached(
     *,
     config: Qwen3MoeConfig,
     lora: LoraConfig | None = None,
-) -> tuple[Float[Array, "B T D"], KVCache]:
+    capture_routing: int = 0,
+    routing_control: RoutingControl | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache, CapturedRouting | None]:
     """The decoder over T new tokens a row, at positions start .. start + T - 1, against and into the cache.
 
     Without `start` the rows begin here, at position 0: the tokens then attend to each other by `causal_attention`, and
     the cache is only written. The first `length` of a row's T tokens are real; what the others write lies past the
     row's end, where no query looks before a later call has overwritten it. Positions must stay below the cache's S.
+    Routing is captured, replayed or biased as in `forward`.
     """
-    return forward_cached_routed(params, adapters, input_ids, start, length, cache, config=config, lora=lora)[:2]
-
-
-def forward_cached_routed(
-    params: Params,
-    adapters: Params,
-    input_ids: Int[Array, "B T"],
-    start: Int[Array, " B"] | None,
-    length: Int[Array, " B"],
-    cache: KVCache,
-    *,
-    config: Qwen3MoeConfig,
-    lora: LoraConfig | None = None,
-    capture_routing: int = 0,
-    routing_control: RoutingControl | None = None,
-) -> tuple[Float[Array, "B T D"], KVCache, CapturedRouting | None]:
-    """`forward_cached` with its routing captured, replayed or biased, as in `forward`."""
     B, T = input_ids.shape
     S = cache.key.shape[2]
     with jax.default_matmul_precision("highest"):

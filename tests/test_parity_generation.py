@@ -99,23 +99,23 @@ def test_a_stop_token_ends_its_row_alone() -> None:
 
 def shift_positions(patch: pytest.MonkeyPatch) -> None:
     """Keys of the prompt as they are, keys of generated tokens one position late."""
-    forward = jaxmoe.generate.forward_cached_routed
+    forward = jaxmoe.generate.forward_cached
 
     def late(params, adapters, ids, start, length, cache, **options):
         late_start = start + 1 if ids.shape[1] == 1 else start
         return forward(params, adapters, ids, late_start, length, cache, **options)
 
-    patch.setattr(jaxmoe.generate, "forward_cached_routed", late)
+    patch.setattr(jaxmoe.generate, "forward_cached", late)
 
 
 def read_a_stale_cache(patch: pytest.MonkeyPatch) -> None:
-    forward = jaxmoe.generate.forward_cached_routed
+    forward = jaxmoe.generate.forward_cached
 
     def stale(params, adapters, ids, start, length, cache, **options):
         hidden, new, routing = forward(params, adapters, ids, start, length, cache, **options)
         return hidden, cache if ids.shape[1] == 1 else new, routing
 
-    patch.setattr(jaxmoe.generate, "forward_cached_routed", stale)
+    patch.setattr(jaxmoe.generate, "forward_cached", stale)
 
 
 def forget_the_window(patch: pytest.MonkeyPatch) -> None:

@@ -41,13 +41,18 @@ def explain(plan: Plan, case: Case, result: dict[str, Any]) -> dict[str, Any] | 
 
 
 def explain_gradients(figures: dict[str, Any], side: str) -> dict[str, Any]:
-    """The deepest layer whose gradients are off: backward, errors travel towards the first layer."""
+    """The deepest layer whose gradients are off: backward, errors travel towards the first layer.
+
+    Where none is by itself, the farthest, and no operation.
+    """
     against = "transformers" if figures["dtype"] == "float32" else "exact"
     errors = figures["gradients"][side][against]["gradients"]
     limit = bound("parity_gradients") if against == "transformers" else bound("bisection_16_bit")
-    wrong = [(slot, path, e) for path, layers in errors.items() for slot, e in enumerate(layers) if e > limit]
-    slot, path, error = max(wrong, default=(-1, "", 0.0))
-    return {"side": side, "run": "gradients", "layer": slot, "operation": f"gradient of {path}", "error": error}
+    each = [(slot, path, error) for path, layers in errors.items() for slot, error in enumerate(layers)]
+    wrong = [found for found in each if found[2] > limit]
+    slot, path, error = max(wrong) if wrong else max(each, key=lambda found: found[2])
+    operation = f"gradient of {path}" if wrong else None
+    return {"side": side, "run": "gradients", "layer": slot, "operation": operation, "error": error}
 
 
 def explain_run(plan: Plan, case: Case, side: str, run: str) -> dict[str, Any]:

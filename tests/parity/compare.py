@@ -131,8 +131,8 @@ def compare_gradients(found: Arrays, expected: Arrays, exact: Arrays, learning_r
     """Loss, each adapter's gradient in each layer, and the adapter after one step, in learning rates.
 
     AdamW's first step is the gradient's sign, so only entries are compared whose gradient stands above its own
-    rounding: above 0.001 of its matrix' root mean square, and above 1,000 times the distance (root mean square over
-    the matrix) of the expected gradient from the exact one. Rounding then moves no entry by more than 0.001.
+    rounding: above 0.001 of its matrix' root mean square, and above 1,000 times the largest error that rounding made
+    in the expected gradient of the matrix. Rounding then moves no entry by more than about 0.001.
     """
     paths = [name.removeprefix("gradient.") for name in expected if name.startswith("gradient.")]
     gradients = {
@@ -153,12 +153,13 @@ def compare_gradients(found: Arrays, expected: Arrays, exact: Arrays, learning_r
         for path in paths:
             gradient = expected[f"gradient.{path}"].astype(np.float64)
             rms = np.sqrt((gradient**2).mean(axis=(-2, -1), keepdims=True))
-            rounding = np.sqrt(((gradient - exact[f"gradient.{path}"]) ** 2).mean(axis=(-2, -1), keepdims=True))
+            rounding = np.abs(gradient - exact[f"gradient.{path}"]).max(axis=(-2, -1), keepdims=True)
             clear = np.abs(gradient) > np.maximum(1e-3 * rms, 1e3 * rounding)
             difference = np.abs(found[f"after.{path}"].astype(np.float64) - expected[f"after.{path}"])[clear]
             worst = max(worst, float(difference.max(initial=0.0)) / learning_rate)
             compared, total = compared + int(clear.sum()), total + clear.size
-        out |= {"step": worst, "step_compared": compared / total}
+        if compared:  # in 16 bit no entry stands that far above its rounding
+            out |= {"step": worst, "step_compared": compared / total}
     return out
 
 

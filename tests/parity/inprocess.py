@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,10 +56,11 @@ def product(
     return ProductOutput(logits, hidden, out.router_logits, selected, out.stats.counts, float(aux))
 
 
-@functools.cache
-def _compiled(config: Qwen3MoeConfig, lora: LoraConfig | None):
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-    def run(params, adapters, input_ids, position_ids, segment_ids):
+def compiled_forward(config: Qwen3MoeConfig, lora: LoraConfig | None, compiler_options: dict[str, Any]) -> Any:
+    """A fresh jitted function (params, adapters, *batch, routing control) -> (logits, `ForwardOutput`, aux loss)."""
+
+    @functools.partial(jax.jit, compiler_options=compiler_options)
+    def run(params, adapters, input_ids, position_ids, segment_ids, control=None):
         out = model.forward(
             params,
             adapters,
@@ -70,8 +71,14 @@ def _compiled(config: Qwen3MoeConfig, lora: LoraConfig | None):
             lora=lora,
             capture_router_logits=True,
             capture_hidden=True,
+            routing_control=control,
         )
         aux = model.load_balancing_loss(*out.stats) if config.sparse_layers else jnp.zeros(())
         return model.logits_of(out.hidden, model.head_weight(params, config)), out, aux
 
     return run
+
+
+@functools.cache
+def _compiled(config: Qwen3MoeConfig, lora: LoraConfig | None) -> Any:
+    return compiled_forward(config, lora, COMPILER_OPTIONS)

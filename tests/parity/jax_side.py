@@ -6,7 +6,6 @@ python -m tests.parity.jax_side PLAN
 from __future__ import annotations
 
 import contextlib
-import functools
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from tests import oracle
 from tests.parity.batches import Batch
 from tests.parity.environment import write_environment
 from tests.parity.faults import FAULTS
-from tests.parity.inprocess import COMPILER_OPTIONS
+from tests.parity.inprocess import COMPILER_OPTIONS, compiled_forward
 from tests.parity.plan import Case, Plan, log, read_batch, run_cases
 from tests.parity.trace import jax_trace
 
@@ -64,25 +63,8 @@ def control_of(pinned: np.ndarray | None) -> RoutingControl | None:
 
 def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The arrays that every side dumps."""
-    config, lora = model.config, model.lora_config
-
-    @functools.partial(jax.jit, compiler_options=compiler_options(model))
-    def run(params, adapters, input_ids, position_ids, segment_ids, control):
-        out = jaxmoe.model.forward(
-            params,
-            adapters,
-            input_ids,
-            position_ids,
-            segment_ids,
-            config=config,
-            lora=lora,
-            capture_router_logits=True,
-            capture_hidden=True,
-            routing_control=control,
-        )
-        aux = jaxmoe.model.load_balancing_loss(*out.stats) if config.sparse_layers else jnp.zeros(())
-        return jaxmoe.model.logits_of(out.hidden, jaxmoe.model.head_weight(params, config)), out, aux
-
+    config = model.config
+    run = compiled_forward(config, model.lora_config, compiler_options(model))
     with recorded_routing() as records:
         result = run(model.params, model.adapters, *map(jnp.asarray, batch), control_of(pinned))
         logits, out, aux = jax.device_get(jax.block_until_ready(result))

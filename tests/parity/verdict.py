@@ -129,7 +129,7 @@ def _sixteen_bit(figures: dict[str, Any], case: Case, side: str, run: str) -> It
 
 def _a_goal(figures: dict[str, Any], side: str) -> bool:
     """Torch_ref rounds its adapters' low-rank products to 16 bit, for speed, where PEFT keeps them in float32. That it
-    then ends further from float64 than PEFT (by up to 16 %) is reported as a missed goal wherever it happens."""
+    then ends further from float64 than PEFT (gradients by up to 75 %) is reported as a missed goal where it happens."""
     return side == "torch_ref" and bool(figures["adapter"])
 
 
@@ -140,7 +140,7 @@ def _gradients(figures: dict[str, Any], side: str) -> Iterator[Check]:
         stock = found["transformers"]
         yield check("relative error of the loss, against PEFT", stock["loss"], bound("parity_loss"))
         yield check("relative error of a gradient, worst adapter", stock["gradient_max"], bound("parity_gradients"))
-        yield check("adapter after one step, in learning rates", stock["step"], bound("parity_step"))
+        yield check("adapter after one step, in learning rates", stock.get("step", float("inf")), bound("parity_step"))
         return
     stock = figures["gradients"]["transformers"]["exact"]
     value, limit = found["exact"]["gradient_all"], bound("parity_16_bit_gradients") * stock["gradient_all"]
