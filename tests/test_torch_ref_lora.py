@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 import torch_ref.adapters
@@ -308,3 +309,46 @@ def test_gradient_checkpointing(mode: bool | str) -> None:
     Fast.for_inference(model)
     assert not any(layer.gradient_checkpointing for layer in base.model.layers) and not model.training
     assert Fast.for_training(model).training and base.model.layers[0].gradient_checkpointing
+
+
+# --- adapters in 16 bits
+
+
+def applied_matrix(path: str, a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
+    """What a bfloat16 path multiplies rows by, by least squares over so many that their own rounding averages out."""
+    x = torch.randn(4096, a.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
+    if path == "linear map":
+        layers = torch.nn.Sequential(torch.nn.Linear(a.shape[1], b.shape[0], bias=False, dtype=torch.bfloat16))
+        peft = PeftLoraConfig(r=a.shape[0], lora_alpha=a.shape[0], target_modules=["0"])
+        module: Any = inject_adapter_in_model(peft, layers)[0]  # pyright: ignore[reportIndexIssue]
+        with torch.no_grad():
+            module.base_layer.weight.zero_()
+            module.lora_A["default"].weight = torch.nn.Parameter(a)
+            module.lora_B["default"].weight = torch.nn.Parameter(b)
+        y = torch_ref.adapters.linear(module, x)
+    else:
+        adapter = torch_ref.experts.ExpertAdapter(
+            torch.stack([a + 1, a]), torch.stack([b + 1, b]), 1.0, torch.nn.Identity()
+        )
+        zeros = torch_ref.experts.DenseStack(torch.zeros(2, b.shape[0], a.shape[1], dtype=torch.bfloat16))
+        projection = torch_ref.experts.Projection(zeros, [adapter])
+        ends = torch.tensor([0, len(x)], dtype=torch.int32)
+        every = torch.ones(len(x), dtype=torch.int64)
+        y = projection.linear(x, 1) if path == "loop" else projection.grouped_linear(x, ends, every)
+    return np.linalg.lstsq(x.double().numpy(), y.detach().double().numpy(), rcond=None)[0].T
+
+
+@pytest.mark.parametrize("rank", [3, 16])
+@pytest.mark.parametrize("path", ["linear map", "loop", "grouped"])
+def test_adapters_are_not_rounded_to_16_bits(path: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    a, b = torch.randn(rank, 64, generator=generator), torch.randn(128, rank, generator=generator)
+    exact = (b.double() @ a.double()).numpy()
+
+    def error() -> float:
+        return float(np.linalg.norm(applied_matrix(path, a, b) - exact) / np.linalg.norm(exact))
+
+    assert error() <= bound("applied_adapter")
+    for module in (torch_ref.adapters, torch_ref.experts):
+        monkeypatch.setattr(module, "two_terms", lambda weight, dtype, rank_dim: weight.to(dtype))
+    assert error() > 3 * bound("applied_adapter")

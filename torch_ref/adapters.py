@@ -1,7 +1,8 @@
 """How the patched forwards apply PEFT's adapters: from PEFT's own modules, but factored and in the activations' dtype.
 
-PEFT raises activations to the adapter's float32, and adds an expert's delta to a copy of the whole stack. Here the
-adapter is cast to the activations' dtype and x A^T B^T is added to the product; master weights and files stay PEFT's.
+PEFT raises activations to the adapter's float32, and adds an expert's delta to a copy of the whole stack. Here
+x A^T B^T is formed in the activations' dtype, A and B in two terms of it, and added to the product; master weights and
+files stay PEFT's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_ref.experts import ExpertAdapter
+from torch_ref.low_rank import fold, two_terms, unfold
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -25,8 +27,10 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     y = module.base_layer(x)
     for name in module.active_adapters:
         if name in module.lora_A:
-            low = F.linear(module.lora_dropout[name](x), _weight(module.lora_A[name]).to(x.dtype))
-            y = add_product(y, low, _weight(module.lora_B[name]).to(x.dtype), module.scaling[name])
+            a, b = _weight(module.lora_A[name]), _weight(module.lora_B[name])
+            low = fold(F.linear(module.lora_dropout[name](x), two_terms(a, x.dtype, 0)), a.shape[0])
+            b = two_terms(b, x.dtype, 1)
+            y = add_product(y, unfold(low, b.shape[1]), b, module.scaling[name])
     return y
 
 

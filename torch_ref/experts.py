@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from torch_ref import kernels
+from torch_ref.low_rank import fold, two_terms, unfold
 
 _ALIGNMENT = 16  # bytes: the stride that torch's grouped matmul asks of every operand
 
@@ -29,6 +30,11 @@ class ExpertAdapter:
     lora_B: Tensor
     scale: float
     dropout: nn.Module
+
+    @property
+    def rank(self) -> int:
+        """The width r of the low-rank rows."""
+        return self.lora_A.shape[1]
 
 
 @runtime_checkable
@@ -98,8 +104,9 @@ class Projection:
         """X W[expert]^T plus every adapter's scale (x A^T) B^T, in x's dtype."""
         y = self.stack.linear(x, expert)
         for adapter in self.adapters:
-            low = F.linear(adapter.dropout(x), adapter.lora_A[expert].to(x.dtype))
-            y = y + adapter.scale * F.linear(low, adapter.lora_B[expert].to(x.dtype))
+            a, b = (two_terms(half[expert], x.dtype, d) for d, half in enumerate((adapter.lora_A, adapter.lora_B)))
+            low = fold(F.linear(adapter.dropout(x), a), adapter.rank)
+            y = y + adapter.scale * F.linear(unfold(low, b.shape[1]), b)
         return y
 
     def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
@@ -107,15 +114,15 @@ class Projection:
         y = self.stack.grouped_linear(rows, ends, experts)
         for adapter in self.adapters:
             a, b = _aligned(adapter.lora_A, adapter.lora_B, rows.dtype)
-            low = grouped_matmul(adapter.dropout(rows), a.transpose(-2, -1), ends)
-            y = y + adapter.scale * grouped_matmul(low, b.transpose(-2, -1), ends)
+            low = fold(grouped_matmul(adapter.dropout(rows), a.transpose(-2, -1), ends), adapter.rank)
+            y = y + adapter.scale * grouped_matmul(unfold(low, b.shape[2]), b.transpose(-2, -1), ends)
         return y
 
 
 def _aligned(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and B in `dtype`, their rank filled with zeros to what the grouped matmul accepts."""
-    pad = -lora_a.shape[1] % (_ALIGNMENT // dtype.itemsize)
-    a, b = lora_a.to(dtype), lora_b.to(dtype)
+    """The terms of A and B in `dtype`, their rank filled with zeros to what the grouped matmul accepts."""
+    a, b = two_terms(lora_a, dtype, 1), two_terms(lora_b, dtype, 2)
+    pad = -a.shape[1] % (_ALIGNMENT // dtype.itemsize)
     return (F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad))) if pad else (a, b.contiguous())
 
 
