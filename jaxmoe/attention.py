@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmoe import cudnn
-from jaxmoe.implementations import choose
+from jaxmoe.implementations import Choice, choose
 from jaxmoe.layers import PRECISION, attention_mask
 
 _MASKED = -1e30  # finite, so that a query that sees nothing gets a mean and not a NaN
@@ -50,6 +51,12 @@ def _logits(query: Array, key: Array, segments: Array, rows: slice, keys: slice,
     mask = jnp.tile(mask, (1, query.shape[2], 1))[:, None]
     logits = _contract("bkrh,bksh->bkrs", _rows(query, rows), key[:, :, keys]) * query.shape[-1] ** -0.5
     return jnp.where(mask, logits, _MASKED)
+
+
+def implementation(dtype: Any, heads: int, kv_heads: int, head_dim: int) -> Choice:
+    """How attention of these operands runs on the default device, and why; packed rows may still be refused."""
+    query, key = (jax.ShapeDtypeStruct((1, _MIN_ROWS, n, head_dim), dtype) for n in (heads, kv_heads))
+    return choose("attention", {"cudnn": cudnn.obstacle(query, key)})
 
 
 def causal_attention(

@@ -42,7 +42,7 @@ _SEED, _DROPOUT, _BIAS = 42, 0.0, (False, False)  # constants of the private fun
 _GROUPED_PACKING = jax.__version_info__ >= (0, 11, 2)
 
 
-def obstacle(query: Array, key: Array, segments: Array | None = None) -> str | None:
+def obstacle(query: Any, key: Any, segments: Array | None = None) -> str | None:
     """Why cuDNN cannot take these operands, or None; on a GPU, runs a small case the first time with `segments`."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
         return f"takes 16-bit floats, found {query.dtype}"

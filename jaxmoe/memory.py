@@ -29,6 +29,8 @@ ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each traine
 # What the backward pass finds instead of computing it again, most first; `jaxmoe.model` names the results.
 Remat = Literal["fast", "balanced", "low-memory"]
 ROOM = 0.9  # of a device's memory: an estimate that is 10 % short still fits
+Attention = Literal["cudnn", "blocks"]  # of `jaxmoe.implementations.OPERATIONS`
+CUDNN_SEQUENCES = 4  # that one call takes of packed rows: jaxmoe.cudnn.MAX_RUNS
 LOSS_CHUNK = 1024  # tokens whose logits exist at a time: the default of jaxmoe.loss.cross_entropy
 
 
@@ -82,8 +84,11 @@ def training_forecast(
     accumulation: int = 1,
     quantize: str | None = None,
     remat: Remat = "low-memory",
+    attention: Attention = "blocks",
 ) -> Forecast:
     """One step of AdamW on `batch_size` rows of `seq_length` tokens, each layer recomputed as `remat` says.
+
+    `attention` is the implementation that the device takes (`jaxmoe.attention.implementation`).
 
     With `lora` only the adapters have gradients and moments; with None all parameters do, and are computed in `dtype`
     from float32 masters. What is trained is float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
@@ -109,6 +114,7 @@ def training_forecast(
             Part("kept results", kept_bytes(config, lora, batch_size, seq_length, size, remat), False),
             # The recomputed results of a layer, and the gradient of each.
             Part("one layer at work", 2 * layer_bytes(config, batch_size, seq_length, size), False),
+            Part(f"attention, {attention}", attention_bytes(config, batch_size, seq_length, attention, True), False),
             # The logits of a chunk, and their gradient.
             Part("one chunk of logits", 2 * min(LOSS_CHUNK, tokens) * config.vocab_size * FLOAT32, False),
         )
@@ -145,6 +151,7 @@ def generation_forecast(
     seq_length: int,
     dtype: str,
     quantize: str | None = None,
+    attention: Attention = "blocks",
 ) -> Forecast:
     """Prefill and decoding of `batch_size` rows, `seq_length` tokens each, prompt and answer together."""
     size = DTYPE_BYTES[dtype]
@@ -156,6 +163,7 @@ def generation_forecast(
             *adapters,
             Part("KV cache", 2 * config.num_hidden_layers * batch_size * seq_length * kv_width * size, True),
             Part("one layer at work", layer_bytes(config, batch_size, seq_length, size), False),
+            Part(f"attention, {attention}", attention_bytes(config, batch_size, seq_length, attention, False), False),
             Part("logits", batch_size * config.vocab_size * FLOAT32, False),
         )
     )
@@ -206,16 +214,26 @@ def kept_bytes(
     return kept
 
 
-def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int) -> int:
-    """Bytes of all results inside the larger kind of decoder layer, `size` bytes an element.
+def attention_bytes(
+    config: Qwen3MoeConfig, batch_size: int, seq_length: int, attention: Attention, training: bool
+) -> int:
+    """Bytes that attention works in, beside its operands and its result.
 
-    Of a block of queries, `jaxmoe.attention` holds logits, probabilities and the gradient of each, float32.
+    `jaxmoe.attention` holds the logits and probabilities of a block of queries and what becomes of them, and the
+    gradient of each; cuDNN's backward pass the gradients in float32 of whole rows, for each of the sequences of a call.
     """
+    heads = batch_size * config.num_attention_heads * seq_length
+    if attention == "blocks":
+        block = max(64, -(-seq_length // 8))
+        return (8 if training else 4) * heads * block * FLOAT32
+    return 2 * CUDNN_SEQUENCES * heads * config.head_dim * FLOAT32 if training else 0
+
+
+def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int) -> int:
+    """Bytes of all results inside the larger kind of decoder layer, `size` bytes an element."""
     tokens = batch_size * seq_length
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = tokens * (2 * config.hidden_size + 2 * heads + 2 * kv) * size
-    block = max(64, -(-seq_length // 8))
-    attention += 4 * batch_size * config.num_attention_heads * block * seq_length * FLOAT32
     mlps = [0]
     if config.sparse_layers:
         rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts)

@@ -28,6 +28,7 @@ import numpy as np
 
 from captures import Capture
 from jaxmoe import xla
+from jaxmoe.attention import implementation as attention_implementation
 from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
@@ -529,6 +530,9 @@ def _with_remat(
         return model._replace(remat=settings.remat), []
     if previous is not None and previous.get("remat") in get_args(Remat):
         return model._replace(remat=previous["remat"]), []
+    config = model.config
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    attention: Any = attention_implementation(model.dtype, *heads).name
     forecasts = {
         remat: training_forecast(
             model.config,
@@ -539,6 +543,7 @@ def _with_remat(
             accumulation=settings.accumulation,
             quantize="nf4" if Quantization.of(frozen) else None,
             remat=remat,
+            attention=attention,
         )
         for remat in get_args(Remat)
     }

@@ -6,15 +6,15 @@ import json
 import pathlib
 import subprocess
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe import doctor, memory
-from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig
+from jaxmoe import cudnn, doctor, memory
+from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data import Batch
 from jaxmoe.dispatch import make_schedule, tile_rows
 from jaxmoe.errors import UserError
@@ -133,6 +133,35 @@ def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(seq_length
     )
     estimate = sum(part.bytes for part in plan.parts if not part.exact)
     assert 0.5 < estimate / used.temp_size_in_bytes < 2
+
+
+# (adapters on, rows, tokens a row, policy) -> peak in GiB of `python -m benchmarks.train_step` on an H200, 2026-11-25
+MEASURED = {
+    ("attention", 2, 4096, "fast"): 78.4,
+    ("attention,experts", 2, 4096, "fast"): 89.6,
+    ("attention", 2, 4096, "low-memory"): 60.1,
+    ("attention", 1, 16384, "fast"): 98.7,
+    ("attention", 1, 65536, "low-memory"): 81.1,
+}
+
+
+@pytest.mark.parametrize(("case", "peak"), MEASURED.items(), ids=str)
+def test_the_forecast_is_a_little_above_what_was_measured(case: tuple[Any, ...], peak: float) -> None:
+    targets, rows, length, remat = case
+    lora = LoraConfig(r=16, targets=expand_targets(targets.split(",")))
+    shape = {"batch_size": rows, "seq_length": length, "dtype": "bfloat16", "remat": remat}
+    plan = memory.training_forecast(PRESETS["qwen3-30b-a3b"], lora, attention="cudnn", **shape)
+    assert 1 <= plan.total / 2**30 / peak < 1.2
+
+
+def test_cudnn_takes_as_many_sequences_as_the_forecast_says() -> None:
+    assert memory.CUDNN_SEQUENCES == cudnn.MAX_RUNS
+
+
+def test_the_forecast_names_the_attention_of_this_device() -> None:
+    options = doctor.DoctorConfig(model="qwen3-30b-a3b", dtype="float32")
+    parts = {part.name for part in doctor.forecast(options)["training"].parts}
+    assert "attention, blocks" in parts  # cuDNN takes no float32
 
 
 def test_policies_in_order_of_what_they_keep() -> None:
