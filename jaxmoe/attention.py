@@ -23,15 +23,20 @@ from jaxmoe.implementations import Choice, choose
 from jaxmoe.layers import PRECISION, attention_mask
 
 _MASKED = -1e30  # finite, so that a query that sees nothing gets a mean and not a NaN
-_MAX_BLOCKS = 8  # each is compiled on its own, for a block's keys have a static length
-_MIN_ROWS = 64
+_BLOCKS = 8  # each is compiled on its own, for a block's keys have a static length
+_MIN_ROWS, _MAX_ROWS = 64, 1024  # of a block: more blocks only where eight would hold too many logits
 
 _contract = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
+def block_rows(length: int) -> int:
+    """Queries of a block in rows of `length` tokens."""
+    return min(max(_MIN_ROWS, -(-length // _BLOCKS)), _MAX_ROWS)
+
+
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
     """(queries, keys that some of them see) of each block."""
-    rows = max(_MIN_ROWS, -(-length // _MAX_BLOCKS))
+    rows = block_rows(length)
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         first = 0 if window is None else max(0, start - window + 1)

@@ -224,9 +224,13 @@ def attention_bytes(
     """
     heads = batch_size * config.num_attention_heads * seq_length
     if attention == "blocks":
-        block = max(64, -(-seq_length // 8))
-        return (8 if training else 4) * heads * block * FLOAT32
+        return (8 if training else 4) * heads * query_block(seq_length) * FLOAT32
     return 2 * CUDNN_SEQUENCES * heads * config.head_dim * FLOAT32 if training else 0
+
+
+def query_block(seq_length: int) -> int:
+    """Queries of a block of attention: jaxmoe.attention.block_rows."""
+    return min(max(64, -(-seq_length // 8)), 1024)
 
 
 def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int) -> int:

@@ -63,6 +63,13 @@ def test_equals_masked_attention(name, padded):
     assert max(errors(length, batch, window, padded)) <= bound("attention_fp32")
 
 
+@pytest.mark.parametrize("window", [None, 100])
+def test_long_rows_take_more_blocks(window, monkeypatch):
+    monkeypatch.setattr(blocked, "_MAX_ROWS", 64)
+    assert len(list(blocked._blocks(600, window))) == 10
+    assert max(errors(600, 1, window, True)) <= bound("attention_fp32")
+
+
 def test_the_comparison_sees_a_planted_fault(monkeypatch):
     original = blocked.attention_mask
 

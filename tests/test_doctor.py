@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxmoe import cudnn, doctor, memory
+from jaxmoe.attention import block_rows
 from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data import Batch
 from jaxmoe.dispatch import make_schedule, tile_rows
@@ -154,8 +155,10 @@ def test_the_forecast_is_a_little_above_what_was_measured(case: tuple[Any, ...],
     assert 1 <= plan.total / 2**30 / peak < 1.2
 
 
-def test_cudnn_takes_as_many_sequences_as_the_forecast_says() -> None:
+def test_the_forecast_knows_how_attention_is_cut() -> None:
     assert memory.CUDNN_SEQUENCES == cudnn.MAX_RUNS
+    for length in (1, 64, 600, 4096, 8192, 8193, 65536):
+        assert memory.query_block(length) == block_rows(length)
 
 
 def test_the_forecast_names_the_attention_of_this_device() -> None:
