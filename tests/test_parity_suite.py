@@ -64,6 +64,7 @@ def demo_cases(folder: pathlib.Path) -> list[Case]:
         engine.quantize([(CHECKPOINT, folder / "demo-nf4")], "bfloat16", "cpu")
         out.append(replace(by_name["nf4-fp32"], batch=one_row))
         out.append(replace(by_name["nf4-bf16"], batch=one_row, runs=("pinned",)))
+        out.append(replace(by_name["nf4-adapter-fp32"], batch=one_row))
     return out
 
 

@@ -63,6 +63,8 @@ def trained_cases(
             faults=("adapter scaled by 1 over r",),
         ),
         case("adapter-bf16", "bfloat16", adapter=adapter, runs=("pinned", "gradients")),
+        case("nf4-adapter-fp32", "float32", quantized=quantized, adapter=adapter, runs=("free", "gradients")),
+        case("nf4-adapter-bf16", "bfloat16", quantized=quantized, adapter=adapter, runs=("pinned", "gradients")),
     ]
 
 
