@@ -50,7 +50,7 @@ lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)
 
 # Float32 in full precision and deterministic kernels, the same conditions as on the CPU; no autotuning, for hundreds of
-# small programs would be tuned to run once. With pytest-xdist, PYTEST_ARGS="-n 12" takes 7 minutes on an H100 and 16 cores.
+# small programs would be tuned to run once. PYTEST_ARGS="-n 12" runs it in several processes, with pytest-xdist.
 test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "make test-gpu: JAX finds no GPU")'
 	@JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0" \

@@ -20,13 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe import cudnn
 from jaxmoe.implementations import Choice, choose
-from jaxmoe.layers import PRECISION, attention_mask
+from jaxmoe.layers import attention_mask, product
 
 _MASKED = -1e30  # finite, so that a query that sees nothing gets a mean and not a NaN
 _BLOCKS = 8  # each is compiled on its own, for a block's keys have a static length
 _MIN_ROWS, _MAX_ROWS = 64, 1024  # of a block: more blocks only where eight would hold too many logits
-
-_contract = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
 def block_rows(length: int) -> int:
@@ -54,7 +52,7 @@ def _logits(query: Array, key: Array, segments: Array, rows: slice, keys: slice,
     index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     mask = attention_mask(index[:, rows], index[:, keys], segments[:, rows], segments[:, keys], window)
     mask = jnp.tile(mask, (1, query.shape[2], 1))[:, None]
-    logits = _contract("bkrh,bksh->bkrs", _rows(query, rows), key[:, :, keys]) * query.shape[-1] ** -0.5
+    logits = product("bkrh,bksh->bkrs", _rows(query, rows), key[:, :, keys]) * query.shape[-1] ** -0.5
     return jnp.where(mask, logits, _MASKED)
 
 
@@ -107,7 +105,7 @@ def _attend_forward(query: Array, key: Array, value: Array, segments: Array, win
         largest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = _contract("bkrs,bksh->bkrh", weights.astype(value.dtype), value[:, :, keys]) / total
+        out = product("bkrs,bksh->bkrh", weights.astype(value.dtype), value[:, :, keys]) / total
         outs.append(out.astype(query.dtype).reshape(*lead, -1, query.shape[-1]))
         log_sums.append((largest + jnp.log(total)).reshape(*lead, -1, 1))
     out = checkpoint_name(jnp.concatenate(outs, axis=3), cudnn.OUT)
@@ -126,13 +124,13 @@ def _attend_backward(window: int | None, residuals: tuple[Array, ...], d_out: Ar
         logits = _logits(query, key, segments, rows, keys, window)
         probabilities = jnp.exp(logits - _rows(log_sum, rows))
         d_rows = _rows(d_out, rows)
-        d_probabilities = _contract("bkrh,bksh->bkrs", d_rows, value[:, :, keys])
+        d_probabilities = product("bkrh,bksh->bkrs", d_rows, value[:, :, keys])
         d_logits = probabilities * (d_probabilities - _rows(shared, rows)) * H**-0.5
         d_logits, probabilities = d_logits.astype(query.dtype), probabilities.astype(query.dtype)
-        d_block = _contract("bkrs,bksh->bkrh", d_logits, key[:, :, keys])
+        d_block = product("bkrs,bksh->bkrh", d_logits, key[:, :, keys])
         d_query.append(d_block.astype(query.dtype).reshape(*lead, -1, H))
-        d_key = d_key.at[:, :, keys].add(_contract("bkrs,bkrh->bksh", d_logits, _rows(query, rows)))
-        d_value = d_value.at[:, :, keys].add(_contract("bkrs,bkrh->bksh", probabilities, d_rows))
+        d_key = d_key.at[:, :, keys].add(product("bkrs,bkrh->bksh", d_logits, _rows(query, rows)))
+        d_value = d_value.at[:, :, keys].add(product("bkrs,bkrh->bksh", probabilities, d_rows))
     return jnp.concatenate(d_query, axis=3), d_key.astype(key.dtype), d_value.astype(value.dtype), None
 
 

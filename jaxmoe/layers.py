@@ -20,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.config import RopeParameters
 
 PRECISION = jax.lax.Precision.HIGHEST
+# An einsum whose sums and result are float32.
+product = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
 class Adapter(NamedTuple):
@@ -59,7 +61,8 @@ def contract(x: Float[Array, "*batch inner"], weight: Float[Array, "out inner"])
     The backward pass rounds the cotangent to x's dtype before it multiplies: where the result was rounded to that dtype
     that changes nothing, and a product of float32 with bfloat16 would run outside the tensor cores.
     """
-    return jnp.einsum("...i,oi->...o", x, weight, precision=PRECISION, preferred_element_type=jnp.float32)
+    y: Array = product("...i,oi->...o", x, weight)
+    return y
 
 
 def _contract_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -68,7 +71,6 @@ def _contract_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Arra
 
 def _contract_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     x, weight = residuals
-    product = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
     d_y = d_y.astype(x.dtype)
     d_x = product("...o,oi->...i", d_y, weight)
     d_weight = product("mo,mi->oi", d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, x.shape[-1]))
@@ -93,13 +95,13 @@ def two_terms(weight: Float[Array, "..."], dtype: Any, axis: int) -> Float[Array
     return jnp.concatenate([rounded, weight - rounded], axis).astype(dtype)
 
 
-def fold(product: Float[Array, "*rows terms"], rank: int) -> Float[Array, "*rows r"]:
-    """A product with the `two_terms` of a weight (and padding behind): the sum over the terms."""
-    if product.shape[-1] == rank:
-        return product
+def fold(rows: Float[Array, "*rows terms"], rank: int) -> Float[Array, "*rows r"]:
+    """Rows of a product with the `two_terms` of a weight (and padding behind): the sum over the terms."""
+    if rows.shape[-1] == rank:
+        return rows
     # In float32: a product of 16-bit rows comes rounded from the experts' kernel.
-    first, second = (product[..., start : start + rank].astype(jnp.float32) for start in (0, rank))
-    return (first + second).astype(product.dtype)
+    first, second = (rows[..., start : start + rank].astype(jnp.float32) for start in (0, rank))
+    return (first + second).astype(rows.dtype)
 
 
 def unfold(low: Float[Array, "*rows r"], width: int) -> Float[Array, "*rows width"]:
@@ -119,23 +121,20 @@ def low_rank(
     return _low_rank_forward(x, a, b)[0]
 
 
-_product = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
-
-
 def _low_rank_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
     a_terms, b_terms = two_terms(a, x.dtype, 0), two_terms(b, x.dtype, 1)
-    low = fold(_product("...i,ri->...r", x, a_terms), a.shape[0]).astype(x.dtype)
-    return _product("...r,or->...o", unfold(low, b_terms.shape[1]), b_terms), (x, a, b, low)
+    low = fold(product("...i,ri->...r", x, a_terms), a.shape[0]).astype(x.dtype)
+    return product("...r,or->...o", unfold(low, b_terms.shape[1]), b_terms), (x, a, b, low)
 
 
 def _low_rank_backward(residuals: tuple[Array, ...], d_y: Array) -> tuple[Array, Array, Array]:
     x, a, b, low = residuals
     a_terms, b_terms = two_terms(a, x.dtype, 0), two_terms(b, x.dtype, 1)
     d_y = d_y.astype(x.dtype)
-    d_low = fold(_product("...o,or->...r", d_y, b_terms), a.shape[0]).astype(x.dtype)
-    d_x = _product("...r,ri->...i", unfold(d_low, a_terms.shape[0]), a_terms)
+    d_low = fold(product("...o,or->...r", d_y, b_terms), a.shape[0]).astype(x.dtype)
+    d_x = product("...r,ri->...i", unfold(d_low, a_terms.shape[0]), a_terms)
     rows, low, d_low, d_y = (array.reshape(-1, array.shape[-1]) for array in (x, low, d_low, d_y))
-    d_a, d_b = _product("mr,mi->ri", d_low, rows), _product("mo,mr->or", d_y, low)
+    d_a, d_b = product("mr,mi->ri", d_low, rows), product("mo,mr->or", d_y, low)
     return d_x.astype(x.dtype), d_a.astype(a.dtype), d_b.astype(b.dtype)
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.layers import PRECISION
-
-_product = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.float32)
+from jaxmoe.layers import product
 
 
 def cross_entropy(
@@ -41,7 +37,7 @@ def cross_entropy(
 
 
 def _chunk_loss(rows: Array, labels: Array, weights: Array, head: Array) -> Array:
-    logits = _product("md,vd->mv", rows, head)
+    logits = product("md,vd->mv", rows, head)
     target = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=1) - target))
 
@@ -56,13 +52,13 @@ def _frozen_head_forward(hidden: Array, labels: Array, weights: Array, head: Arr
 
     def of_chunk(piece: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         rows, labels, weights = piece
-        logits = _product("md,vd->mv", rows, head)
+        logits = product("md,vd->mv", rows, head)
         log_sum = jax.nn.logsumexp(logits, axis=1)
         target = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
         here = jnp.arange(logits.shape[1]) == labels[:, None]
         d_logits = (jnp.exp(logits - log_sum[:, None]) - here) * weights[:, None]
         # Rounded to the head's dtype: a float32 product would run outside the tensor cores.
-        d_rows = _product("mv,vd->md", d_logits.astype(head.dtype), head)
+        d_rows = product("mv,vd->md", d_logits.astype(head.dtype), head)
         return jnp.sum(weights * (log_sum - target)), d_rows.astype(rows.dtype)
 
     with jax.named_scope("head"):

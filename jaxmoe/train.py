@@ -535,7 +535,7 @@ def _with_remat(
     attention: Any = attention_implementation(model.dtype, *heads).name
     forecasts = {
         remat: training_forecast(
-            model.config,
+            config,
             model.lora,
             batch_size=settings.batch_size,
             seq_length=settings.seq_length,
