@@ -18,6 +18,10 @@ GPU_FLAGS: dict[str, tuple[str, str]] = {
         "false",
         "a kernel whose result is both used and kept for the backward pass would run twice, once into the kept stack",
     ),
+    "xla_gpu_enable_dus_accumulator_zero_init_elimination": (
+        "true",
+        "a scan would fill the stacks of kept results with zeros before it writes all of them",
+    ),
 }
 
 CACHE_BYTES = 4 * 2**30  # a training step takes some ten megabytes; the least recently used go first

@@ -24,6 +24,9 @@ CHECKED_PACKAGES = ("jaxmoe", "torch_ref", "convert", "captures")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Both frameworks in one process on a few cores: tokenizers' own threads only add noise and a fork warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers side by side share the cores: PyTorch would start as many threads as there are cores in each of them.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 # Two frameworks share the GPU; preallocating most of it would leave PyTorch none.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 

@@ -68,7 +68,7 @@ def normal(rng, *shape):
 # (tokens, experts, k, empty experts, inner, out): real widths, odd ones, one token, everything on one expert
 CASES = {
     "wide": (60, 4, 2, 1, 128, 256),
-    "odd widths": (40, 5, 3, 0, 80, 144),
+    "odd widths": (40, 5, 3, 0, 80, 160),
     "one token": (1, 4, 2, 0, 64, 64),
     "one expert": (150, 1, 1, 0, 64, 128),
 }
@@ -80,7 +80,7 @@ if on_gpu:
     }
 
 
-def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0) -> float:
+def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **options: Any) -> float:
     """Relative error of the kernel over all placed rows; `shift` plants the fault of a wrong group."""
     from jaxmoe.kernels import grouped_matmul as kernel
 
@@ -90,11 +90,13 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0) ->
     P = schedule.source.shape[0]
     x, weight = normal(rng, P, inner), normal(rng, 2 * E, *((out, inner) if transposed else (inner, out)))
     expected, placed = by_rows(x, weight, schedule, transposed, offset=E)
-    options = {}
     if low_rank:
         low, low_weight = normal(rng, P, 64), normal(rng, E, *((out, 64) if transposed else (64, out)))
         expected = expected + by_rows(low, low_weight, schedule, transposed)[0]
-        options = {"low": low, "low_weight": low_weight}
+        options |= {"low": low, "low_weight": low_weight}
+    if options.get("swiglu"):
+        gate, up = np.split(np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64), 2, axis=-1)
+        expected = gate / (1 + np.exp(-gate)) * up
     blocks = expert_blocks(schedule)
     run = partial(kernel.grouped_matmul, transposed=transposed, interpret=interpreter(), **options)
     found = run(x, weight, blocks._replace(group=(blocks.group + shift) % E), jnp.int32(E))
@@ -107,6 +109,29 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0) ->
 @pytest.mark.parametrize("name", CASES)
 def test_grouped_matmul_equals_the_rows_products(name: str, transposed: bool, low_rank: bool) -> None:
     assert matmul_error(name, transposed, low_rank) <= bound("kernel_bf16")
+
+
+@needs_kernels
+@pytest.mark.parametrize("low_rank", [False, True], ids=["plain", "low rank"])
+@pytest.mark.parametrize("name", CASES)
+def test_swiglu_of_the_product(name: str, low_rank: bool) -> None:
+    assert matmul_error(name, True, low_rank, swiglu=True) <= bound("kernel_swiglu_bf16")
+
+
+@needs_kernels
+def test_a_wrong_group_is_seen_through_swiglu() -> None:
+    assert matmul_error("wide", True, False, swiglu=True, shift=1) > 100 * bound("kernel_swiglu_bf16")
+
+
+@needs_kernels
+@pytest.mark.parametrize("tiles", [(64, 3, 1, 0), (64, 3, 1, 2), (128, 4, 2, 1)], ids=str)
+def test_any_tiles_give_the_same(tiles: tuple[int, int, int, int]) -> None:
+    """Columns, stages, pieces and lag only say how the work is cut; a lag that the ring cannot hold is refused."""
+    from jaxmoe.kernels.grouped_matmul import Tiles
+
+    assert matmul_error("one expert", True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
+    with pytest.raises(ValueError, match="lag"):
+        matmul_error("one expert", True, True, tiles=Tiles(*tiles)._replace(lag=tiles[1]))
 
 
 @needs_kernels
@@ -160,7 +185,7 @@ def test_blocks_cover_every_routed_row_once(M: int, shape: tuple[int, int], seed
 
 
 def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: bool, fault: bool = False) -> Any:
-    """Output and all gradients of a layer's experts with adapters."""
+    """Output of a layer's experts with adapters, where it is differentiated and where not, and all gradients."""
     M, D, F, E, k = shape
     rng = np.random.default_rng(5)
 
@@ -187,8 +212,10 @@ def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: 
             value, pull = jax.vjp(run, *arguments)
             return value, pull(cotangent.astype(value.dtype))
 
-        value, gradients = jax.device_get(value_and_gradients(x, routing.weights, adapters, stacks))
-    return jax.tree.leaves((value, gradients if trainable else gradients[:3]))
+        arguments = x, routing.weights, adapters, stacks
+        value, gradients = jax.device_get(value_and_gradients(*arguments))
+        alone = jax.device_get(jax.jit(run)(*arguments))
+    return jax.tree.leaves((value, alone, gradients if trainable else gradients[:3]))
 
 
 @pytest.mark.gpu

@@ -34,9 +34,18 @@ class Blocks(NamedTuple):
 
 
 def by_blocks(
-    x: Any, weight: Any, blocks: Blocks, offset: Any = 0, *, transposed: bool, low: Any = None, low_weight: Any = None
+    x: Any,
+    weight: Any,
+    blocks: Blocks,
+    offset: Any = 0,
+    *,
+    transposed: bool,
+    swiglu: bool = False,
+    low: Any = None,
+    low_weight: Any = None,
 ) -> Any:
     """What the kernel computes, from its own list of work: 128 rows or 64 a block, in float32, rounded once."""
+    assert not swiglu
     out = np.zeros((x.shape[0], weight.shape[1 if transposed else 2]), np.float32)
     product = "mi,oi->mo" if transposed else "mi,io->mo"
     for code, group in zip(np.asarray(blocks.place)[: int(blocks.used)], np.asarray(blocks.group), strict=False):

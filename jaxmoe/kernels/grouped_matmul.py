@@ -44,21 +44,27 @@ class Blocks(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Output columns of a block, stages of the ring, and output pieces of 64 rows by 128 bytes that each multiplying
-    warpgroup can have on their way to memory."""
+    """Output columns of a block, stages of the ring, output pieces of 64 rows by 128 bytes that each multiplying
+    warpgroup stages at a time, and steps that the second of them stays behind the first.
+
+    Two warpgroups in step would also store their output at the same time, while no product runs. One that follows by
+    some steps multiplies while the other stores.
+    """
 
     columns: int
     stages: int
     pieces: int
+    lag: int = 0
+    pair: bool = False
 
 
 def default_tiles(columns: int, itemsize: int = 2) -> Tiles:
-    """The fastest tiles measured for an output of `columns` (docs/log.md): the whole output is staged, so that no
-    warpgroup waits for a piece to leave; the rest of the shared memory is the ring."""
+    """The fastest tiles measured for an output of `columns` (docs/log.md): four stages of the ring matter more than an
+    output that is staged whole."""
     width = next(w for w in (256, 128, 64) if columns % w == 0 or w == 64)
-    pieces = min(4, width * itemsize // 128)
+    pieces = min(itemsize, width * itemsize // 128)
     stages = (_SHARED_BYTES - 2 * pieces * 64 * 128) // ((128 + width) * _DEPTH * 2)
-    return Tiles(width, min(stages, 6), pieces)
+    return Tiles(width, min(stages, 6), pieces, lag=0)
 
 
 def _swizzle(*sizes: int) -> int:
@@ -77,24 +83,34 @@ def _multiprocessors() -> int:
 
 
 def _store(acc: Array, out: Any, staging: Any, row: Array, column: Array) -> None:
-    """Writes one warpgroup's accumulators to out[row:, column:], piece by piece through its staging buffers."""
+    """Writes one warpgroup's result to out[row:, column:], as many pieces at a time as there are staging buffers."""
     pieces, height, width = staging.shape
     result = acc.astype(out.dtype)
     corners = [(i, j) for i in range(0, acc.shape[0], height) for j in range(0, acc.shape[1], width)]
-    for n, (i, j) in enumerate(corners):
-        slot = n % pieces
-        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
-        staging[slot] = result[i : i + height, j : j + width]
+    for start in range(0, len(corners), pieces):
+        together = list(enumerate(corners[start : start + pieces]))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for slot, (i, j) in together:
+            staging[slot] = result[i : i + height, j : j + width]
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(row + i, height), pl.ds(column + j, width)])
+        for slot, (i, j) in together:
+            plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(row + i, height), pl.ds(column + j, width)])
 
 
 def _ring(step: Array, stages: int) -> Array:
     return lax.rem(step, jnp.asarray(stages, step.dtype))
 
 
-def _launch(body: Any, out: jax.ShapeDtypeStruct, scratch: list[Any], tiles: Tiles, interpret: Any) -> Any:
-    """The kernel of `body`, one block of three warpgroups per multiprocessor; adds the ring's barriers and staging."""
+def _launch(
+    body: Any, out: jax.ShapeDtypeStruct, scratch: list[Any], tiles: Tiles, interpret: Any, copies: int = 2
+) -> Any:
+    """The kernel of `body`, one block of three warpgroups per multiprocessor; adds staging and the ring's barriers, for
+    stages that take this many copies."""
+    empty: Any = partial(plgpu.Barrier)
+    cluster: dict[str, Any] = {}
+    if tiles.pair:
+        empty = partial(plgpu.ClusterBarrier, collective_axes=("pair",))
+        cluster = {"cluster": (2,), "cluster_names": ("pair",)}
     width = 128 // jnp.dtype(out.dtype).itemsize
     while out.shape[-1] % width:
         width //= 2
@@ -104,11 +120,12 @@ def _launch(body: Any, out: jax.ShapeDtypeStruct, scratch: list[Any], tiles: Til
         scratch_types=[
             *scratch,
             _shared((2, tiles.pieces, 64, width), out.dtype, width * jnp.dtype(out.dtype).itemsize),
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),  # both copies of a stage have landed
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),  # both multiplying warpgroups have read it
+            plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),  # the copies of a stage have landed
+            empty(num_arrivals=2, num_barriers=tiles.stages),  # both multiplying warpgroups have read it
         ],
-        grid=(_multiprocessors(),),
+        grid=(_multiprocessors() // (2 if tiles.pair else 1),),
         grid_names=("sm",),
+        **cluster,
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -130,6 +147,7 @@ def grouped_matmul(
     offset: Any = 0,
     *,
     transposed: bool,
+    swiglu: bool = False,
     low: Float[Array, "P rank"] | None = None,
     low_weight: Float[Array, "low_groups c d"] | None = None,
     tiles: Tiles | None = None,
@@ -141,6 +159,8 @@ def grouped_matmul(
         x: rows by group, bfloat16 or float16.
         weight: [groups, out, inner], contracted over `inner` if `transposed` (x W^T); else [groups, inner, out] (x W).
         transposed: which of the two.
+        swiglu: the first half of the outputs is the gate of the second, [groups, 2F, inner]: gives silu(gate) * up,
+            [P, F], of the rounded products. Only if `transposed`.
         blocks: which rows belong to which group.
         offset: added to the group for `weight`.
         low: the left factor of a low-rank term that is added in the same accumulators; its rank a multiple of 64.
@@ -155,9 +175,16 @@ def grouped_matmul(
     P, count = x.shape[0], blocks.place.shape[0]
     if x.shape[1] != inner:
         raise ValueError(f"x: expected {inner} columns, found {x.shape[1]}")
-    _check("grouped_matmul", x, weight, (inner, out))
-    tiles = tiles or default_tiles(out)
+    if swiglu and not transposed:
+        raise ValueError("swiglu: expected a transposed weight")
+    # A block has TN columns of the product and, with SwiGLU, half as many of the result.
+    result = out // 2 if swiglu else out
+    _check("grouped_matmul", x, weight, (inner, result))
+    tiles = tiles or default_tiles(out if not swiglu or result % 128 == 0 else 128)
     TN, stages = tiles.columns, tiles.stages
+    if tiles.lag >= stages:
+        raise ValueError(f"tiles: expected a lag below the {stages} stages, found {tiles.lag}")
+    TO = TN // 2 if swiglu else TN
     steps, low_steps = pl.cdiv(inner, _DEPTH), 0
     as_array = partial(jnp.asarray, dtype=jnp.int32)
     operands = [blocks.place, blocks.group, as_array(blocks.used).reshape(1), as_array(offset).reshape(1), x, weight]
@@ -167,16 +194,24 @@ def grouped_matmul(
             raise ValueError(f"low: expected a multiple of {_DEPTH} columns, found {low.shape[1]}")
         low_steps = low.shape[1] // _DEPTH
         operands += [low, low_weight]
-    columns = pl.cdiv(out, TN)
+    abreast = 2 if tiles.pair else 1  # blocks that share their rows, copied to both at once
+    columns = pl.cdiv(result, TO)
+    if columns % abreast:
+        raise ValueError(f"tiles: {columns} blocks of columns do not come in pairs")
+    columns //= abreast
     all_steps = steps + low_steps
 
     def body(*refs: Any) -> None:
         place_ref, group_ref, used_ref, offset_ref, x_ref, w_ref, *low_refs = refs[: len(operands)]
-        out_ref, a_smem, b_smem, staging, full, empty = refs[len(operands) :]
+        out_ref, a_smem, b_smem, lead, staging, full, empty = refs[len(operands) :]
         warpgroup = lax.axis_index("wg")
         grid, sm = lax.axis_size("sm"), lax.axis_index("sm")
         # The columns of a block follow each other, so that its rows are in the L2 for all but the first.
         work = used_ref[0] * columns
+
+        def column_of(index: Array) -> Array:
+            column = lax.rem(index, jnp.int32(columns))
+            return TO * (column if not tiles.pair else 2 * column + lax.axis_index("pair"))
 
         def place_of(index: Array) -> Array:
             return place_ref[jnp.minimum(lax.div(index, jnp.int32(columns)), count - 1)]
@@ -188,7 +223,7 @@ def grouped_matmul(
             @plgpu.nd_loop((work,), collective_axes="sm")
             def _tile(info: Any) -> None:
                 (index,) = info.index
-                i, j = lax.div(index, jnp.int32(columns)), lax.rem(index, jnp.int32(columns))
+                i, j = lax.div(index, jnp.int32(columns)), column_of(index)
                 row, group = lax.div(place_ref[i], jnp.int32(2)) * TILE_ROWS, group_ref[i]
 
                 def load(step: Array, k: Array, rows: Any, matrix: Any, group: Array) -> None:
@@ -199,9 +234,16 @@ def grouped_matmul(
                         plgpu.barrier_wait(empty.at[slot])
 
                     here = pl.ds(k * _DEPTH, _DEPTH)
-                    plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, 128), here], a_smem.at[slot], full.at[slot])
-                    block = (pl.ds(j * TN, TN), here) if transposed else (here, pl.ds(j * TN, TN))
-                    plgpu.copy_gmem_to_smem(matrix.at[(group, *block)], b_smem.at[slot], full.at[slot])
+                    together: Any = {"collective_axes": "pair"} if tiles.pair else {}
+                    rows = rows.at[pl.ds(row, 128), here]
+                    plgpu.copy_gmem_to_smem(rows, a_smem.at[slot], full.at[slot], **together)
+                    if swiglu:
+                        for half in (0, 1):
+                            block = matrix.at[group, pl.ds(half * result + j, TO), here]
+                            plgpu.copy_gmem_to_smem(block, b_smem.at[slot, pl.ds(half * TO, TO)], full.at[slot])
+                    else:
+                        block = (pl.ds(j, TN), here) if transposed else (here, pl.ds(j, TN))
+                        plgpu.copy_gmem_to_smem(matrix.at[(group, *block)], b_smem.at[slot], full.at[slot])
 
                 first, own_group = info.local_index * all_steps, group + offset_ref[0]
                 pl.loop(0, steps)(lambda k: load(first + k, k, x_ref, w_ref, own_group))
@@ -227,6 +269,8 @@ def grouped_matmul(
                 following = place_of(index + grid)
                 first = info.local_index * all_steps
                 rests = (warpgroup == 1) & (lax.rem(carry, jnp.int32(2)) == 0)
+                if tiles.lag:
+                    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(lead))
 
                 @pl.when(rests)
                 def _rest() -> None:
@@ -245,6 +289,9 @@ def grouped_matmul(
                             plgpu.barrier_wait(full.at[slot])
                             b = b_smem.at[slot]
                             plgpu.wgmma(acc, a_smem.at[slot, own_rows], b.transpose((1, 0)) if transposed else b)
+                            if tiles.lag:
+                                leads = (warpgroup == 0) & (k == min(tiles.lag, all_steps - 1))
+                                pl.when(leads)(lambda: plgpu.barrier_arrive(lead))
                             # One product stays in flight; the stage that the last but one read is free.
                             plgpu.wgmma_wait(1)
 
@@ -256,9 +303,11 @@ def grouped_matmul(
 
                     acc = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((64, TN), jnp.float32))
                     plgpu.barrier_arrive(empty.at[_ring(first + all_steps - 1, stages)])
+                    if swiglu:
+                        gate, up = (acc[:, i : i + TO].astype(x.dtype).astype(jnp.float32) for i in (0, TO))
+                        acc = gate / (1 + jnp.exp(-gate)) * up
                     row = lax.div(carry, jnp.int32(2)) * TILE_ROWS + warpgroup * 64
-                    column = lax.rem(index, jnp.int32(columns)) * TN
-                    _store(acc, out_ref, staging.at[warpgroup], row, column)
+                    _store(acc, out_ref, staging.at[warpgroup], row, column_of(index))
 
                 return following
 
@@ -267,7 +316,9 @@ def grouped_matmul(
     swizzle = _swizzle(inner) if transposed else _swizzle(inner, out)  # wgmma wants both operands alike
     b_shape = (stages, TN, _DEPTH) if transposed else (stages, _DEPTH, TN)
     ring = [_shared((stages, 128, _DEPTH), x.dtype, swizzle), _shared(b_shape, x.dtype, swizzle)]
-    return _launch(body, jax.ShapeDtypeStruct((P, out), x.dtype), ring, tiles, interpret)(*operands)
+    lead = plgpu.Barrier(num_arrivals=1)  # the first warpgroup is `lag` steps into a block
+    out_type = jax.ShapeDtypeStruct((P, result), x.dtype)
+    return _launch(body, out_type, [*ring, lead], tiles, interpret, copies=3 if swiglu else 2)(*operands)
 
 
 def grouped_outer(
