@@ -130,7 +130,7 @@ def permute(x: Float[Array, "M D"], schedule: Schedule) -> Float[Array, "P D"]:
 
 def combine(rows: Float[Array, "P D"], weights: Float[Array, "M k"], schedule: Schedule) -> Float[Array, "M D"]:
     """sum_k weights[m, k] * rows[destination[m, k]], in float32, rounded to rows' dtype once."""
-    gathered = _rows_at(rows, schedule.destination).astype(jnp.float32)
+    gathered = jnp.take(rows, schedule.destination, axis=0).astype(jnp.float32)
     return jnp.einsum("mkd,mk->md", gathered, weights, precision=PRECISION).astype(rows.dtype)
 
 
@@ -338,9 +338,9 @@ def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
     with jax.named_scope("gate_up"):
         d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule, static.mosaic)
     with jax.named_scope("permute"):
-        gathered = _rows_at(d_x_rows, schedule.destination).astype(jnp.float32)
+        gathered = jnp.take(d_x_rows, schedule.destination, axis=0).astype(jnp.float32)
         d_x = gathered.sum(axis=1).astype(x.dtype)
-        d_weights = d_weight_of_row[schedule.destination].astype(weights.dtype)
+        d_weights = jnp.take(d_weight_of_row, schedule.destination, axis=0).astype(weights.dtype)
 
     def weighed(rows: Array) -> Array:
         return (rows.astype(jnp.float32) * weight_of_row).astype(rows.dtype)

@@ -51,9 +51,12 @@ def by_rows(x, weight, schedule, transposed, offset=0):
     placed = np.flatnonzero(np.asarray(schedule.source) >= 0)
     tile = len(schedule.source) // len(schedule.tile_expert)
     experts = np.asarray(schedule.tile_expert)[placed // tile] + offset
-    rows, matrices = np.asarray(x, np.float64)[placed], np.asarray(weight, np.float64)
-    out = [row @ (matrices[e].T if transposed else matrices[e]) for row, e in zip(rows, experts, strict=True)]
-    return np.stack(out), placed
+    rows = np.asarray(x, np.float64)[placed]
+    out = np.empty((len(placed), weight.shape[1 if transposed else 2]))
+    for expert in np.unique(experts):
+        matrix = np.asarray(weight[expert], np.float64)
+        out[experts == expert] = rows[experts == expert] @ (matrix.T if transposed else matrix)
+    return out, placed
 
 
 def relative_error(found, expected):
@@ -70,14 +73,20 @@ CASES = {
     "wide": (60, 4, 2, 1, 128, 256),
     "odd widths": (40, 5, 3, 0, 80, 160),
     "one token": (1, 4, 2, 0, 64, 64),
+    "narrow": (90, 4, 2, 0, 64, 32),
     "one expert": (150, 1, 1, 0, 64, 128),
 }
 if on_gpu:
     CASES |= {
         "Qwen3-30B-A3B up": (1024, 128, 8, 5, 2048, 1536),
         "Qwen3-30B-A3B down": (1024, 128, 8, 0, 768, 2048),
-        "two blocks and a half": (300, 3, 2, 0, 208, 336),
+        "two blocks and a half": (300, 3, 2, 0, 208, 352),
     }
+
+
+OUTER_SIZES = [(64, 64), (64, 32), (64, 160), (64, 256), (128, 64), (192, 160)]
+if on_gpu:
+    OUTER_SIZES.append((1536, 2048))
 
 
 def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **options: Any) -> float:
@@ -124,14 +133,12 @@ def test_a_wrong_group_is_seen_through_swiglu() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("tiles", [(64, 3, 1, 0), (64, 3, 1, 2), (128, 4, 2, 1)], ids=str)
-def test_any_tiles_give_the_same(tiles: tuple[int, int, int, int]) -> None:
-    """Columns, stages, pieces and lag only say how the work is cut; a lag that the ring cannot hold is refused."""
+@pytest.mark.parametrize("tiles", [(64, 2, 1), (128, 3, 1), (128, 4, 2)], ids=str)
+def test_any_tiles_give_the_same(tiles: tuple[int, int, int]) -> None:
+    """Columns, stages and pieces only say how the work is cut."""
     from jaxmoe.kernels.grouped_matmul import Tiles
 
     assert matmul_error("one expert", True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
-    with pytest.raises(ValueError, match="lag"):
-        matmul_error("one expert", True, True, tiles=Tiles(*tiles)._replace(lag=tiles[1]))
 
 
 @needs_kernels
@@ -141,7 +148,7 @@ def test_a_wrong_group_is_seen() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("A", "C"), [(64, 64), (64, 160), (64, 256), (128, 64), (192, 160)] + [(1536, 2048)] * on_gpu)
+@pytest.mark.parametrize(("A", "C"), OUTER_SIZES)
 def test_grouped_outer_equals_the_groups_products(A: int, C: int) -> None:
     from jaxmoe.kernels import grouped_matmul as kernel
 

@@ -260,7 +260,7 @@ def test_dropout_acts_in_training_only() -> None:
         expected = plain.model.eval()(**inputs).logits
         assert distance(model.eval()(**inputs).logits, expected) <= bound("torch_ref_fp32")
     for implementation in torch_ref.experts.IMPLEMENTATIONS:  # all of the input dropped: what is left is the base
-        dropped, adapters = adapted("plain", lora_dropout=0.999999, target_modules=["experts"])
+        dropped, adapters = adapted("plain", lora_dropout=1 - 1e-9, target_modules=["experts"])
         with patched(dropped.model, implementation), torch.no_grad():
             found = adapters.train()(**inputs).logits
             assert distance(found, stock("plain")(**inputs).logits) <= bound("torch_ref_fp32")

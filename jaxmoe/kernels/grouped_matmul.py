@@ -44,18 +44,12 @@ class Blocks(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Output columns of a block, stages of the ring, output pieces of 64 rows by 128 bytes that each multiplying
-    warpgroup stages at a time, and steps that the second of them stays behind the first.
-
-    Two warpgroups in step would also store their output at the same time, while no product runs. One that follows by
-    some steps multiplies while the other stores.
-    """
+    """Output columns of a block, stages of the ring, and output pieces of 64 rows by 128 bytes that each multiplying
+    warpgroup stages at a time."""
 
     columns: int
     stages: int
     pieces: int
-    lag: int = 0
-    pair: bool = False
 
 
 def default_tiles(columns: int, itemsize: int = 2) -> Tiles:
@@ -64,7 +58,7 @@ def default_tiles(columns: int, itemsize: int = 2) -> Tiles:
     width = next(w for w in (256, 128, 64) if columns % w == 0 or w == 64)
     pieces = min(itemsize, width * itemsize // 128)
     stages = (_SHARED_BYTES - 2 * pieces * 64 * 128) // ((128 + width) * _DEPTH * 2)
-    return Tiles(width, min(stages, 6), pieces, lag=0)
+    return Tiles(width, min(stages, 6), pieces)
 
 
 def _swizzle(*sizes: int) -> int:
@@ -86,7 +80,10 @@ def _store(acc: Array, out: Any, staging: Any, row: Array, column: Array) -> Non
     """Writes one warpgroup's result to out[row:, column:], as many pieces at a time as there are staging buffers."""
     pieces, height, width = staging.shape
     result = acc.astype(out.dtype)
-    corners = [(i, j) for i in range(0, acc.shape[0], height) for j in range(0, acc.shape[1], width)]
+    # A piece past the end of `out` is not written, but where `out` is one piece wide its place would be lost on the way
+    # (Mosaic drops dimensions of size one) and it would overwrite the first.
+    across = range(0, min(acc.shape[1], out.shape[-1]), width)
+    corners = [(i, j) for i in range(0, acc.shape[0], height) for j in across]
     for start in range(0, len(corners), pieces):
         together = list(enumerate(corners[start : start + pieces]))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -106,11 +103,6 @@ def _launch(
 ) -> Any:
     """The kernel of `body`, one block of three warpgroups per multiprocessor; adds staging and the ring's barriers, for
     stages that take this many copies."""
-    empty: Any = partial(plgpu.Barrier)
-    cluster: dict[str, Any] = {}
-    if tiles.pair:
-        empty = partial(plgpu.ClusterBarrier, collective_axes=("pair",))
-        cluster = {"cluster": (2,), "cluster_names": ("pair",)}
     width = 128 // jnp.dtype(out.dtype).itemsize
     while out.shape[-1] % width:
         width //= 2
@@ -121,11 +113,10 @@ def _launch(
             *scratch,
             _shared((2, tiles.pieces, 64, width), out.dtype, width * jnp.dtype(out.dtype).itemsize),
             plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),  # the copies of a stage have landed
-            empty(num_arrivals=2, num_barriers=tiles.stages),  # both multiplying warpgroups have read it
+            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),  # both multiplying warpgroups have read it
         ],
-        grid=(_multiprocessors() // (2 if tiles.pair else 1),),
+        grid=(_multiprocessors(),),
         grid_names=("sm",),
-        **cluster,
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -182,8 +173,6 @@ def grouped_matmul(
     _check("grouped_matmul", x, weight, (inner, result))
     tiles = tiles or default_tiles(out if not swiglu or result % 128 == 0 else 128)
     TN, stages = tiles.columns, tiles.stages
-    if tiles.lag >= stages:
-        raise ValueError(f"tiles: expected a lag below the {stages} stages, found {tiles.lag}")
     TO = TN // 2 if swiglu else TN
     steps, low_steps = pl.cdiv(inner, _DEPTH), 0
     as_array = partial(jnp.asarray, dtype=jnp.int32)
@@ -194,24 +183,19 @@ def grouped_matmul(
             raise ValueError(f"low: expected a multiple of {_DEPTH} columns, found {low.shape[1]}")
         low_steps = low.shape[1] // _DEPTH
         operands += [low, low_weight]
-    abreast = 2 if tiles.pair else 1  # blocks that share their rows, copied to both at once
     columns = pl.cdiv(result, TO)
-    if columns % abreast:
-        raise ValueError(f"tiles: {columns} blocks of columns do not come in pairs")
-    columns //= abreast
     all_steps = steps + low_steps
 
     def body(*refs: Any) -> None:
         place_ref, group_ref, used_ref, offset_ref, x_ref, w_ref, *low_refs = refs[: len(operands)]
-        out_ref, a_smem, b_smem, lead, staging, full, empty = refs[len(operands) :]
+        out_ref, a_smem, b_smem, staging, full, empty = refs[len(operands) :]
         warpgroup = lax.axis_index("wg")
         grid, sm = lax.axis_size("sm"), lax.axis_index("sm")
         # The columns of a block follow each other, so that its rows are in the L2 for all but the first.
         work = used_ref[0] * columns
 
         def column_of(index: Array) -> Array:
-            column = lax.rem(index, jnp.int32(columns))
-            return TO * (column if not tiles.pair else 2 * column + lax.axis_index("pair"))
+            return lax.rem(index, jnp.int32(columns)) * TO
 
         def place_of(index: Array) -> Array:
             return place_ref[jnp.minimum(lax.div(index, jnp.int32(columns)), count - 1)]
@@ -234,9 +218,7 @@ def grouped_matmul(
                         plgpu.barrier_wait(empty.at[slot])
 
                     here = pl.ds(k * _DEPTH, _DEPTH)
-                    together: Any = {"collective_axes": "pair"} if tiles.pair else {}
-                    rows = rows.at[pl.ds(row, 128), here]
-                    plgpu.copy_gmem_to_smem(rows, a_smem.at[slot], full.at[slot], **together)
+                    plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, 128), here], a_smem.at[slot], full.at[slot])
                     if swiglu:
                         for half in (0, 1):
                             block = matrix.at[group, pl.ds(half * result + j, TO), here]
@@ -269,8 +251,6 @@ def grouped_matmul(
                 following = place_of(index + grid)
                 first = info.local_index * all_steps
                 rests = (warpgroup == 1) & (lax.rem(carry, jnp.int32(2)) == 0)
-                if tiles.lag:
-                    pl.when(warpgroup == 1)(lambda: plgpu.barrier_wait(lead))
 
                 @pl.when(rests)
                 def _rest() -> None:
@@ -289,9 +269,6 @@ def grouped_matmul(
                             plgpu.barrier_wait(full.at[slot])
                             b = b_smem.at[slot]
                             plgpu.wgmma(acc, a_smem.at[slot, own_rows], b.transpose((1, 0)) if transposed else b)
-                            if tiles.lag:
-                                leads = (warpgroup == 0) & (k == min(tiles.lag, all_steps - 1))
-                                pl.when(leads)(lambda: plgpu.barrier_arrive(lead))
                             # One product stays in flight; the stage that the last but one read is free.
                             plgpu.wgmma_wait(1)
 
@@ -316,9 +293,8 @@ def grouped_matmul(
     swizzle = _swizzle(inner) if transposed else _swizzle(inner, out)  # wgmma wants both operands alike
     b_shape = (stages, TN, _DEPTH) if transposed else (stages, _DEPTH, TN)
     ring = [_shared((stages, 128, _DEPTH), x.dtype, swizzle), _shared(b_shape, x.dtype, swizzle)]
-    lead = plgpu.Barrier(num_arrivals=1)  # the first warpgroup is `lag` steps into a block
     out_type = jax.ShapeDtypeStruct((P, result), x.dtype)
-    return _launch(body, out_type, [*ring, lead], tiles, interpret, copies=3 if swiglu else 2)(*operands)
+    return _launch(body, out_type, ring, tiles, interpret, copies=3 if swiglu else 2)(*operands)
 
 
 def grouped_outer(
