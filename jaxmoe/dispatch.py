@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmoe import implementations
 from jaxmoe.dequantize import NF4Stack
-from jaxmoe.kernels import tiled
+from jaxmoe.kernels import rowwise, tiled
 from jaxmoe.layers import PRECISION, Adapter, fold, swiglu, two_terms, unfold
 from jaxmoe.router import Routing
 
@@ -307,6 +307,16 @@ def _activation(gate_up: Array) -> Array:
     return swiglu(gate, up)
 
 
+def _activation_gradient(gate_up: Array, d_hidden: Array, weight_of_row: Array) -> tuple[Array, Array, Array]:
+    """The activation again, the gradient of gate and up, and that of each row's weight."""
+    if implementations.choose("rowwise", {"triton": rowwise.swiglu_obstacle(gate_up)}).name == "triton":
+        return _activation(gate_up), *rowwise.swiglu_gradient(gate_up, d_hidden, weight_of_row)
+    hidden, pull = jax.vjp(_activation, gate_up)
+    d_weight_of_row = jnp.sum(hidden.astype(jnp.float32) * d_hidden.astype(jnp.float32), axis=-1)
+    (d_gate_up,) = pull((d_hidden.astype(jnp.float32) * weight_of_row).astype(hidden.dtype))
+    return hidden, d_gate_up, d_weight_of_row
+
+
 def _mixture_forward(x, weights, stacks, offset, adapters, schedule, static: _Static):
     with jax.named_scope("permute"):
         rows = permute(x, schedule)
@@ -331,10 +341,8 @@ def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
     with jax.named_scope("down"):
         d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule, static.mosaic)
     with jax.named_scope("swiglu"):
-        hidden, pull = jax.vjp(_activation, gate_up)
-        d_weight_of_row = jnp.sum(hidden.astype(jnp.float32) * d_hidden.astype(jnp.float32), axis=-1)
         # At padding the weight is zero, and with it all that follows: no sum over rows needs a mask.
-        (d_gate_up,) = pull((d_hidden.astype(jnp.float32) * weight_of_row).astype(hidden.dtype))
+        hidden, d_gate_up, d_weight_of_row = _activation_gradient(gate_up, d_hidden, weight_of_row)
     with jax.named_scope("gate_up"):
         d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule, static.mosaic)
     with jax.named_scope("permute"):

@@ -255,7 +255,6 @@ def layer_slice(stack: Array, slot: Array | int) -> Array:
     return jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False)
 
 
-# Results that a recomputation policy may keep; `jaxmoe.dispatch` and `jaxmoe.cudnn` name others.
+# Results that a recomputation policy may keep; `jaxmoe.router`, `dispatch` and `cudnn` name others.
 PROJECTED = "query_key_value"  # before norm and rotation
 STREAM = "residual_stream"  # after attention
-ROUTING = "routing"

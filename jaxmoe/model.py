@@ -29,9 +29,10 @@ from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_conve
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
+from jaxmoe.implementations import choose
+from jaxmoe.kernels import rowwise
 from jaxmoe.layers import (
     PROJECTED,
-    ROUTING,
     STREAM,
     Adapter,
     apply_rotary,
@@ -49,6 +50,7 @@ from jaxmoe.memory import Remat
 from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, parameter_specs, stored_specs
 from jaxmoe.recode import quantized
 from jaxmoe.router import (
+    ROUTING,
     CapturedRouting,
     Routing,
     RoutingControl,
@@ -183,6 +185,14 @@ class _Wanted(NamedTuple):
 _NOTHING = _Wanted()
 
 
+def _norm_rotary(x: Array, layer: _Layer, path: str, tables: tuple[Array, Array]) -> Array:
+    """Queries or keys, normalised by head and rotated; the kernel that takes one pass is for frozen norms."""
+    weight, eps = layer.weight(path), layer.config.rms_norm_eps
+    if path in layer.weights.whole and choose("rowwise", {"triton": rowwise.rotary_obstacle(x)}).name == "triton":
+        return rowwise.norm_rotary(x, weight, *tables, eps)
+    return apply_rotary(rms_norm(x, weight, eps), *tables)
+
+
 def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], attend: Attend) -> tuple[Array, Any]:
     """Pre-norm attention with q/k norm, and its residual; `attend(q, k, v)` gives the heads' output and the cache."""
     config = layer.config
@@ -193,8 +203,8 @@ def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], atten
             checkpoint_name(layer.project(x, f"attention.{name}"), PROJECTED).reshape(B, T, -1, config.head_dim)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        query = apply_rotary(rms_norm(query, layer.weight("attention.q_norm"), config.rms_norm_eps), *tables)
-        key = apply_rotary(rms_norm(key, layer.weight("attention.k_norm"), config.rms_norm_eps), *tables)
+        query = _norm_rotary(query, layer, "attention.q_norm", tables)
+        key = _norm_rotary(key, layer, "attention.k_norm", tables)
         heads, cache = attend(query, key, value, layer.layer)
         return checkpoint_name(h + layer.project(heads.reshape(B, T, -1), "attention.o_proj"), STREAM), cache
 
@@ -210,7 +220,6 @@ def _sparse_mlp(x: Array, layer: _Layer, valid: Array, wanted: _Wanted) -> tuple
             adapter=layer.adapter("sparse.gate"),
             control=layer.control and layer.control.layer(layer.mlp_slot),
         )
-        routing = jax.tree.map(partial(checkpoint_name, name=ROUTING), routing)
         record = _RoutingRecord(
             expert_counts(routing.experts, valid, config.num_experts),
             jnp.sum(jnp.where(valid[:, None], routing.probabilities, 0), axis=0),

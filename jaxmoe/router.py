@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmoe.layers import PRECISION, Adapter, contract
+
+ROUTING = "routing"  # what a recomputation policy may keep: logits, experts and weights; the rest follows from them
 
 
 class Routing(NamedTuple):
@@ -74,22 +77,24 @@ def route(
     if adapter is not None:
         delta = jnp.einsum("er,rd->ed", adapter.lora_B, adapter.lora_A, precision=PRECISION)
         weight = weight.astype(jnp.float32) + adapter.scale * delta
-    logits = contract(x.astype(weight.dtype), weight)
+    logits: Array = contract(x.astype(weight.dtype), weight)
     if control is not None and control.logit_bias is not None:
         logits = logits + control.logit_bias
+    logits = checkpoint_name(logits, ROUTING)
     probabilities = jax.nn.softmax(logits, axis=-1)
+    scores = jax.lax.stop_gradient(probabilities)
     if control is not None and control.selection is not None:
         # Probabilities are within 0 and 1: what is forced comes first, what is removed last.
-        experts = jax.lax.top_k(probabilities + 2.0 * control.selection, num_experts_per_tok)[1]
-        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
-    else:
-        weights, experts = jax.lax.top_k(probabilities, num_experts_per_tok)
+        scores = scores + 2.0 * control.selection
+    experts: Array = jax.lax.top_k(scores, num_experts_per_tok)[1]
     if control is not None and control.experts is not None:
         experts = jnp.where(control.experts[:, :1] < 0, experts, control.experts)
-        weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+    # The weights are read at the experts that are kept, so that the backward pass does not sort again.
+    experts = checkpoint_name(experts, ROUTING)
+    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     if norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return Routing(logits, probabilities, experts, weights)
+    return Routing(logits, probabilities, experts, checkpoint_name(weights, ROUTING))
 
 
 def captured_routing(routing: Routing, top: int) -> CapturedRouting:

@@ -41,6 +41,7 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul):
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
         ("grouped matmul", grouped_matmul),
+        ("rowwise", "xla"),
     }
 
 
@@ -90,7 +91,9 @@ def test_unknown_names_are_errors(monkeypatch):
         choose("attention")
     with pytest.raises(UserError, match="found 'flash'"), forced(attention="flash"):
         pass
-    with pytest.raises(UserError, match="expected operations among attention, grouped_matmul; found 'atention'"):
+    with pytest.raises(
+        UserError, match="expected operations among attention, grouped_matmul, rowwise; found 'atention'"
+    ):
         forced(atention="blocks").__enter__()
 
 

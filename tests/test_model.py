@@ -122,8 +122,8 @@ def test_the_loss_comparison_sees_a_planted_fault(monkeypatch):
     assert max(losses_and_gradients(10)) > 1e-2
 
 
-def compiled_step_memory(config, remat):
-    """Bytes of temporaries of the compiled loss and gradients over few tokens."""
+def compiled_step(config, remat) -> Any:
+    """The compiled loss and gradients over few tokens."""
     specs = parameter_specs(config)
     params = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in specs.items()}
     adapters = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in lora_specs(config, LORA).items()}
@@ -133,8 +133,11 @@ def compiled_step_memory(config, remat):
         out = forward(params, adapters, ids, ids, ids, config=config, lora=LORA, trainable="adapters", remat=remat)
         return jnp.sum(out.hidden)
 
-    analysis: Any = jax.jit(jax.grad(value)).lower(adapters, params, ids).compile().memory_analysis()
-    return analysis.temp_size_in_bytes
+    return jax.jit(jax.grad(value)).lower(adapters, params, ids).compile()
+
+
+def temporaries(config, remat) -> int:
+    return compiled_step(config, remat).memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", ["low-memory", "fast"])
@@ -143,7 +146,7 @@ def test_no_temporary_holds_a_layers_experts(remat, monkeypatch):
     # Compiled, never run: wide enough that a GPU's matmul workspace (32 MiB) is small beside a layer.
     config = TINY.replace(hidden_size=1024, moe_intermediate_size=512, num_experts=64, mlp_only_layers=())
     down_proj = 4 * config.num_experts * config.moe_intermediate_size * config.hidden_size  # the smaller stack
-    assert compiled_step_memory(config, remat) < down_proj
+    assert temporaries(config, remat) < down_proj
 
     original = model._Layer.experts
 
@@ -153,7 +156,7 @@ def test_no_temporary_holds_a_layers_experts(remat, monkeypatch):
         return weights._replace(gate_up_proj=here(weights.gate_up_proj), down_proj=here(weights.down_proj), offset=0)
 
     monkeypatch.setattr(model._Layer, "experts", sliced)
-    assert compiled_step_memory(config, remat) > down_proj
+    assert temporaries(config, remat) > down_proj
 
 
 def test_no_recomputation_still_keeps_no_copy_of_the_weights():
@@ -161,4 +164,12 @@ def test_no_recomputation_still_keeps_no_copy_of_the_weights():
     config = TINY.replace(hidden_size=1024, head_dim=256, num_hidden_layers=12, num_experts=2, moe_intermediate_size=8)
     config = config.replace(num_experts_per_tok=1, mlp_only_layers=())
     attention = sum(math.prod(s.shape) for path, s in parameter_specs(config).items() if path.endswith("_proj")) * 4
-    assert compiled_step_memory(config, "fast") < attention / 2
+    assert temporaries(config, "fast") < attention / 2
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts the instruction by which XLA's CPU chooses experts")
+@pytest.mark.parametrize(("remat", "choices"), [("low-memory", 2), ("balanced", 1), ("fast", 1)])
+def test_kept_routing_is_not_chosen_again(remat, choices):
+    assert (
+        compiled_step(TINY.replace(mlp_only_layers=()), remat).as_text().count('custom_call_target="TopK"') == choices
+    )

@@ -1,0 +1,122 @@
+"""The kernels of `jaxmoe.kernels.rowwise` against the layers they replace, and the model with them against the model
+without; in Pallas' interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe import implementations
+from jaxmoe.config import LoraConfig
+from jaxmoe.dispatch import _activation_gradient
+from jaxmoe.implementations import Device, forced
+from jaxmoe.kernels import rowwise
+from jaxmoe.layers import apply_rotary, rms_norm
+from jaxmoe.model import forward, init_adapters, init_parameters
+from tests.configs import config_of
+from tests.tolerances import bound
+
+INTERPRETED = jax.default_backend() != "gpu"
+EPS = 1e-6
+# (batch, tokens, heads, columns of a head)
+HEADS = [(2, 8, 4, 128), (1, 16, 6, 64), (3, 32, 1, 32)]
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def draw(key: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(key), shape)
+
+
+def rotary_errors(shape: tuple[int, ...], dtype: Any, turn: float = 1.0) -> list[float]:
+    """Of the output and of the gradient; `turn` plants the fault of another angle."""
+    x, d_out = (draw(key, *shape).astype(dtype) for key in (0, 1))
+    weight = (1 + 0.1 * draw(2, shape[-1])).astype(dtype)
+    angles = 3 * draw(3, *shape[:2], shape[-1] // 2)
+
+    def plain(x: jax.Array) -> jax.Array:
+        normed = rms_norm(x, weight.astype(jnp.float32), EPS)
+        return apply_rotary(normed, jnp.cos(angles), jnp.sin(angles))
+
+    def kernel(x: jax.Array) -> jax.Array:
+        return rowwise.norm_rotary(x, weight, jnp.cos(turn * angles), jnp.sin(turn * angles), EPS, INTERPRETED)
+
+    expected, pull = jax.vjp(plain, x.astype(jnp.float32))
+    found, kernel_pull = jax.vjp(kernel, x)
+    (d_x,), (expected_d_x,) = kernel_pull(d_out), pull(d_out.astype(jnp.float32))
+    return [relative_error(found, expected), relative_error(d_x, expected_d_x)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_norm_and_rotation_in_one_pass(shape: tuple[int, ...], dtype: Any) -> None:
+    allowed = bound("rowwise_fp32" if dtype == jnp.float32 else "rowwise_bf16")
+    assert max(rotary_errors(shape, dtype)) <= allowed
+    assert min(rotary_errors(shape, dtype, turn=1.1)) > 10 * allowed
+
+
+def test_heads_that_it_does_not_take() -> None:
+    assert rowwise.rotary_obstacle(jnp.zeros((1, 32, 1, 128))) is None
+    assert "found 96" in str(rowwise.rotary_obstacle(jnp.zeros((1, 32, 1, 96))))
+    assert "found 31" in str(rowwise.rotary_obstacle(jnp.zeros((1, 31, 1, 128))))
+    assert "found 384" in str(rowwise.swiglu_obstacle(jnp.zeros((64, 768))))
+    assert rowwise.swiglu_obstacle(jnp.zeros((64, 1536))) is None
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize(("rows", "hidden"), [(64, 256), (72, 768)])
+def test_the_gradient_of_swiglu(rows: int, hidden: int, dtype: Any) -> None:
+    gate_up, d_hidden = draw(0, rows, 2 * hidden).astype(dtype), draw(1, rows, hidden).astype(dtype)
+    weight = jnp.abs(draw(2, rows, 1)).at[::7].set(0)  # padding
+    found = rowwise.swiglu_gradient(gate_up, d_hidden, weight, interpret=INTERPRETED)
+    expected = _activation_gradient(gate_up.astype(jnp.float32), d_hidden.astype(jnp.float32), weight)[1:]
+    allowed = bound("rowwise_fp32" if dtype == jnp.float32 else "rowwise_bf16")
+    assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) <= allowed
+    assert not np.asarray(found[0])[::7].any()
+    exchanged = jnp.roll(gate_up, hidden, axis=1)  # the fault: up where the gate should be
+    wrong = rowwise.swiglu_gradient(exchanged, d_hidden, weight, interpret=INTERPRETED)
+    assert relative_error(wrong[0], expected[0]) > 10 * allowed
+
+
+@pytest.fixture
+def kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU the device is made up, and the kernels run in the interpreter."""
+    if INTERPRETED:
+        call = rowwise._call
+        monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (8, 0)))
+        monkeypatch.setattr(rowwise, "_call", lambda *arguments, interpret: call(*arguments, interpret=True))
+
+
+def test_the_model_with_the_kernels(kernels_run: None) -> None:
+    """Loss and gradients of adapters by the kernels, against those by XLA in the same dtype."""
+    sizes = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    config = config_of("plain").replace(**sizes)
+    lora = LoraConfig(r=8, targets=("q_proj", "k_proj", "experts.gate_up_proj", "experts.down_proj"))
+    params = init_parameters(config, jax.random.key(0), jnp.bfloat16)
+    adapters = init_adapters(config, lora, jax.random.key(1))
+    adapters = {path: array + 0.02 * draw(len(path), *array.shape) for path, array in adapters.items()}
+    ids = jax.random.randint(jax.random.key(2), (2, 64), 0, config.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(64), ids.shape)
+
+    def run(implementation: str) -> Any:
+        def loss(adapters: Any) -> Any:
+            options: dict[str, Any] = {"config": config, "lora": lora, "trainable": "adapters", "remat": "fast"}
+            out = forward(params, adapters, ids, positions, jnp.ones_like(ids), **options)
+            return jnp.sum(out.hidden.astype(jnp.float32) ** 2 * draw(5, *out.hidden.shape))
+
+        with forced(rowwise=implementation, attention="blocks", grouped_matmul="tiled"):
+            text = jax.jit(jax.value_and_grad(loss)).trace(adapters).jaxpr
+            return str(text).count("pallas_call"), jax.device_get(jax.jit(jax.value_and_grad(loss))(adapters))
+
+    (none, expected), (calls, found) = run("xla"), run("triton")
+    # Queries and keys: forwards, again and backwards; SwiGLU backwards.
+    assert (none, calls) == (0, 7)
+    errors = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
+    assert max(errors) <= bound("rowwise_model_bf16")
