@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU, JAX runs on {backend()}"))
+    # Begun last, a long test would keep one worker busy while the others have nothing left.
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="module")

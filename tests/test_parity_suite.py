@@ -80,6 +80,7 @@ def odd_cases(folder: pathlib.Path) -> list[Case]:
     return out
 
 
+@pytest.mark.long
 def test_three_sides_agree_and_every_fault_is_caught(tmp_path: pathlib.Path) -> None:
     """In one plan, since the sides' processes take a while to start."""
     plan = Plan(tmp_path, "cpu", (*demo_cases(tmp_path), *odd_cases(tmp_path)))
