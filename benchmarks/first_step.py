@@ -51,7 +51,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     params = jax.block_until_ready(jax_parameters(config))
     mark()
     lora = LoraConfig(r=16, targets=expand_targets(args.lora_targets.split(",")))
-    model = Model(config, lora, "bfloat16", args.remat)
+    model = Model(config, lora, "bfloat16", args.remat, packed=False)
     rate = learning_rate("constant", 1e-4, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))

@@ -46,7 +46,7 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, 
 
     def plain(params: Any, ids: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
-        out = forward(params, {}, ids, positions, jnp.ones_like(ids), config=config)
+        out = forward(params, {}, ids, positions, jnp.ones_like(ids), config=config, packed=False)
         return logits_of(out.hidden[:, -1], head_weight(params, config)), out.stats.counts
 
     def into_cache(params: Any, ids: Any) -> Any:

@@ -75,7 +75,8 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
 
     params = random_model.jax_parameters(config)
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
-    model: Any = Model(config, lora, "bfloat16", args.remat or case.remat)  # type: ignore[arg-type]
+    # A row is one document, as where `jaxmoe.train` finds no two that fit into one.
+    model: Any = Model(config, lora, "bfloat16", args.remat or case.remat, packed=False)  # type: ignore[arg-type]
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     state = initial_state(adapters, optimizer)

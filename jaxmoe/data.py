@@ -307,6 +307,11 @@ class Rows:
         self._ends: list[int] = []  # rows up to and including each epoch planned so far
         self._plans: dict[int, list[list[int]]] = {}
 
+    @property
+    def packed(self) -> bool:
+        """Whether a row may hold several segments: where the two shortest do not fit into one, none does."""
+        return self._pack and sum(sorted(self._lengths)[:2]) <= self.seq_length and len(self._lengths) > 1
+
     def epoch(self, epoch: int) -> list[list[int]]:
         """The rows of one epoch, each a list of segment indices."""
         if epoch not in self._plans:

@@ -394,22 +394,24 @@ def forward(
     capture_hidden: bool = False,
     capture_routing: int = 0,
     routing_control: RoutingControl | None = None,
+    packed: bool = True,
 ) -> ForwardOutput:
     """The decoder over whole sequences, a pure function: jit it with the keyword arguments static.
 
     `segment_ids` are 0 for padding and 1, 2, ... for the documents packed into a row; a token attends to earlier tokens
-    of its own segment. Computation runs in the dtype of `embed_tokens`. `trainable` says which parameters will be
-    differentiated; `remat` what the backward pass recomputes: "low-memory" keeps one [B, T, D] per layer, "fast" all
-    that is dear to compute, "balanced" the same but the experts' products (never a copy of a frozen weight).
-    `routing_control` replays or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many
-    of its largest router logits.
+    of its own segment. `packed` False promises that each row is one document, with padding behind it or none: causality
+    alone then keeps them apart, and the GPU need not ask at every layer. Computation runs in the dtype of
+    `embed_tokens`. `trainable` says which parameters will be differentiated; `remat` what the backward pass recomputes:
+    "low-memory" keeps one [B, T, D] per layer, "fast" all that is dear to compute, "balanced" the same but the experts'
+    products (never a copy of a frozen weight). `routing_control` replays or biases the routing; `capture_routing` > 0
+    keeps the routing of each token with so many of its largest router logits.
     """
     with jax.default_matmul_precision("highest"):
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)
         tables = rotary_tables(position_ids, config.rope_parameters, config.head_dim)
 
         def attend(cache, query, key, value, layer):
-            return causal_attention(query, key, value, segment_ids, config.sliding_window), cache
+            return causal_attention(query, key, value, segment_ids if packed else None, config.sliding_window), cache
 
         valid = segment_ids.reshape(-1) > 0
         wanted = _Wanted(capture_router_logits, capture_routing)
@@ -664,8 +666,9 @@ class Qwen3MoeForCausalLM(nnx.Module):
             raise ValueError("segment_ids and attention_mask: expected at most one, found both")
         if segment_ids is None:
             segment_ids = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
+        packed = True
         if not isinstance(segment_ids, Tracer):
-            _check_contiguous(np.asarray(segment_ids))
+            packed = _packed(np.asarray(segment_ids))
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
         logits, out = _logits(
@@ -679,6 +682,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
             capture_router_logits=output_router_logits,
             capture_hidden=output_hidden_states,
             routing_control=routing_control,
+            packed=packed,
         )
         router = hidden = aux = None
         if output_router_logits:
@@ -689,16 +693,23 @@ class Qwen3MoeForCausalLM(nnx.Module):
         return CausalLMOutput(logits, router, aux, hidden)
 
 
-def _check_contiguous(segments: np.ndarray) -> None:
-    """Raises ValueError when a segment is not one run of a row: attention takes runs for segments (`jaxmoe.cudnn`)."""
+def _packed(segments: np.ndarray) -> bool:
+    """Whether some row is more than one document with padding behind it.
+
+    Raises:
+        ValueError: a segment that is not one run of its row: attention takes runs for segments (`jaxmoe.cudnn`).
+    """
+    packed = False
     for row, ids in enumerate(segments):
-        starts = ids[np.flatnonzero(np.diff(ids, prepend=0))]
-        starts = starts[starts > 0]
-        if len(np.unique(starts)) < len(starts):
+        starts = ids[np.flatnonzero(np.diff(ids, prepend=-1))]
+        documents = starts[starts > 0]
+        if len(np.unique(documents)) < len(documents):
             raise ValueError(f"row {row}: expected each document, or all unpadded tokens, in one piece, found several")
+        packed |= len(documents) > 1 or (len(documents) == 1 and bool(starts[0] == 0))
+    return packed
 
 
-@partial(jax.jit, static_argnames=("config", "lora", "capture_router_logits", "capture_hidden"))
+@partial(jax.jit, static_argnames=("config", "lora", "capture_router_logits", "capture_hidden", "packed"))
 def _logits(params, adapters, input_ids, position_ids, segment_ids, *, config, **options):
     out = forward(params, adapters, input_ids, position_ids, segment_ids, config=config, **options)
     return logits_of(out.hidden, head_weight(params, config)), out

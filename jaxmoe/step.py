@@ -46,12 +46,14 @@ class StepMetrics(NamedTuple):
 
 class Model(NamedTuple):
     """What the forward pass needs beside arrays; `lora` None means that every parameter is trained, computed in `dtype`
-    from float32 masters (adapters are always float32 and `dtype` is then that of the frozen parameters)."""
+    from float32 masters (adapters are always float32 and `dtype` is then that of the frozen parameters). `packed` says
+    whether a row may hold several documents."""
 
     config: Qwen3MoeConfig
     lora: LoraConfig | None
     dtype: str = "float32"
     remat: Remat = "low-memory"
+    packed: bool = True
 
     def run(self, frozen: Params, trainable: Params, batch: Batch, *, train: bool) -> tuple[Array, RouterStats]:
         """(sum of the weighted token losses in nats, router statistics) of B rows of T tokens."""
@@ -73,6 +75,7 @@ class Model(NamedTuple):
             trainable="none" if not train else "all" if self.lora is None else "adapters",
             remat=self.remat,
             routing_control=control,
+            packed=self.packed,
         )
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         head = head_weight(params, self.config)

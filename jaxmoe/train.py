@@ -462,6 +462,7 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
         warmup = round(settings.warmup_ratio * total)
 
     model, frozen, trainable = _load(settings, config, lora)
+    model = model._replace(packed=any(each.packed for each in (rows, eval_rows) if each is not None))
     model, notice = _with_remat(settings, model, frozen, previous)
     notices += notice
     coefficient = settings.router_aux_loss_coef

@@ -319,6 +319,7 @@ def check_packing(lengths: list[int], seq_length: int, seed: int, pack: bool) ->
     segments, lost = cut(numbered(lengths), seq_length)
     assert lost.truncated == 0
     rows = Rows(segments, seq_length, seed=seed, pack=pack, epochs=1)
+    assert rows.packed or max(map(len, rows.epoch(0))) == 1  # what is not packed has one segment a row
     predicted: list[int] = []
     for step in range(rows.steps(1, 6)):
         batch = rows.batch(step, (2, 3))

@@ -94,6 +94,54 @@ def test_segment_ids_exclude_an_attention_mask(folder):
         loaded(ids, attention_mask=ids, segment_ids=ids)
 
 
+def one_document_rows(folder, packed: bool, documents: int = 1):
+    """Hidden states of the tokens, and gradients of a loss over them, of rows with padding behind the tokens."""
+    loaded = Qwen3MoeForCausalLM.from_pretrained(folder)
+    lengths = np.asarray([30, 17, 1])[:, None]
+    index = np.broadcast_to(np.arange(30), (3, 30))
+    segments = np.where(index < lengths, 1 + index * documents // 30, 0)
+    ids = np.random.default_rng(0).integers(0, loaded.config.vocab_size, segments.shape)
+    adapters = init_adapters(loaded.config, LORA, jax.random.key(0))
+    adapters = {path: array + 0.1 for path, array in adapters.items()}
+
+    @partial(jax.value_and_grad, has_aux=True)
+    def run(adapters):
+        options: Any = {"config": loaded.config, "lora": LORA, "trainable": "adapters", "packed": packed}
+        out = forward(loaded.params, adapters, *map(jnp.asarray, (ids, index, segments)), **options)
+        tokens = out.hidden[segments > 0]
+        return jnp.sum(tokens * jnp.cos(jnp.arange(tokens.size)).reshape(tokens.shape)), (tokens, out.stats)
+
+    return run(adapters)
+
+
+def test_rows_of_one_document_need_no_segments(folder):
+    """Causality keeps what lies behind a row's end from its tokens, and statistics leave padding out."""
+    (_, apart), gradients = one_document_rows(folder, packed=True)
+    (_, joined), other_gradients = one_document_rows(folder, packed=False)
+    equal(apart, joined)
+    for a, b in zip(*map(jax.tree.leaves, (gradients, other_gradients)), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(a)
+    (_, (apart, _)), _ = one_document_rows(folder, packed=True, documents=2)
+    (_, (joined, _)), _ = one_document_rows(folder, packed=False, documents=2)
+    assert np.abs(apart - joined).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("segments", "packed"),
+    [
+        ([[1, 1, 1], [1, 1, 1]], False),
+        ([[1, 1, 0], [4, 0, 0]], False),
+        ([[0, 0, 0], [1, 1, 1]], False),
+        ([[1, 1, 1], [1, 2, 2]], True),
+        ([[0, 1, 1], [1, 1, 1]], True),
+        ([[1, 0, 2], [1, 1, 1]], True),
+    ],
+    ids=str,
+)
+def test_which_rows_are_packed(segments, packed):
+    assert model._packed(np.asarray(segments)) == packed
+
+
 def losses_and_gradients(chunk):
     rng = np.random.default_rng(0)
     hidden, head = (jnp.asarray(rng.normal(size=(n, 8)), jnp.float32) for n in (37, 50))
