@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, get_args
 
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.config import LoraConfig, expand_targets
+from jaxmoe.memory import Remat
 from jaxmoe.presets import PRESETS
 
 STAGES = ("start and imports", "device", "weights (excluded)", "state", "trace", "lower", "compile", "run")
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2, metavar="N")
     parser.add_argument("--seq-length", type=int, default=4096, metavar="N")
     parser.add_argument("--lora-targets", default="attention", metavar="TEXT,...")
-    parser.add_argument("--remat", default="fast", choices=("fast", "balanced", "low-memory"))
+    parser.add_argument("--remat", default="fast", choices=get_args(Remat))
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()

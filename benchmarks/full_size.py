@@ -10,7 +10,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import numpy as np
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data import Batch
-from jaxmoe.memory import human, training_forecast
+from jaxmoe.memory import Remat, human, training_forecast
 from jaxmoe.model import init_adapters, init_parameters
 from jaxmoe.presets import PRESETS
 from jaxmoe.step import Model, adamw, initial_state, learning_rate, make_eval_step, make_train_step
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--lora-targets", default="attention,experts", metavar="TEXT,...")
     parser.add_argument("--lora-r", type=int, default=16, metavar="N")
     parser.add_argument("--repeat", type=int, default=3, metavar="N")
-    parser.add_argument("--remat", default="fast", choices=("fast", "balanced", "low-memory"))
+    parser.add_argument("--remat", default="fast", choices=get_args(Remat))
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
 

@@ -18,12 +18,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from benchmarks import limits, random_model, stages
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
-from jaxmoe.memory import human
+from jaxmoe.memory import Remat, human
 from jaxmoe.presets import PRESETS
 
 LEARNING_RATE = 1e-4
@@ -43,6 +43,7 @@ CASES = {
     "attention + experts": Case("attention,experts", 2, 4096, "fast"),
     "attention, 1 x 16384": Case("attention", 1, 16384, "fast"),
     "attention, low memory": Case("attention", 2, 4096, "low-memory"),
+    "attention, offload": Case("attention", 2, 4096, "offload"),
     "longest": Case("attention", 1, 65536, "low-memory"),
 }
 PEERS = {
@@ -257,7 +258,7 @@ def main() -> None:
     parser.add_argument("--lora-r", type=int, default=16, metavar="N")
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=5, metavar="N")
-    parser.add_argument("--remat", choices=("fast", "balanced", "low-memory"), help="instead of the case's policy")
+    parser.add_argument("--remat", choices=get_args(Remat), help="instead of the case's policy")
     parser.add_argument("--stages", action="store_true", help="also a breakdown of jaxmoe's step by stage")
     parser.add_argument("--trace", type=pathlib.Path, metavar="FILE", help="with --stages: keep the profiler's trace")
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR")

@@ -206,7 +206,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += [f"    {_verdict(total, device)}" for device in _distinct(found["devices"])]
         if name == "training":
             totals = ", ".join(f"{remat} {memory.human(size)}" for remat, size in plan["training_by_remat"].items())
-            lines += [f"    by --remat: {totals}; auto takes the first that leaves a tenth of the device"]
+            lines += [f"    by --remat: {totals}; auto takes the first but offload that leaves a tenth of the device"]
     return lines
 
 

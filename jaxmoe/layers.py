@@ -256,5 +256,6 @@ def layer_slice(stack: Array, slot: Array | int) -> Array:
 
 
 # Results that a recomputation policy may keep; `jaxmoe.router`, `dispatch` and `cudnn` name others.
+LAYER_INPUT = "layer_input"
 PROJECTED = "query_key_value"  # before norm and rotation
 STREAM = "residual_stream"  # after attention

@@ -27,7 +27,7 @@ STORED_BYTES = DTYPE_BYTES | {"uint8": 1}
 FLOAT32 = 4
 ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
 # What the backward pass finds instead of computing it again, most first; `jaxmoe.model` names the results.
-Remat = Literal["fast", "balanced", "low-memory"]
+Remat = Literal["fast", "balanced", "low-memory", "offload"]
 ROOM = 0.9  # of a device's memory: an estimate that is 10 % short still fits
 Attention = Literal["cudnn", "blocks"]  # of `jaxmoe.implementations.OPERATIONS`
 CUDNN_SEQUENCES = 4  # that one call takes of packed rows: jaxmoe.cudnn.MAX_RUNS
@@ -110,7 +110,7 @@ def training_forecast(
             *stored,
             Part("gradients", trained * min(accumulation, 2), True),
             Part("optimizer state", ADAM_MOMENTS * trained, True),
-            Part("layer inputs", config.num_hidden_layers * tokens * config.hidden_size * size, False),
+            Part("layer inputs", 0 if remat == "offload" else layer_input_bytes(config, tokens, size), False),
             Part("kept results", kept_bytes(config, lora, batch_size, seq_length, size, remat), False),
             # The recomputed results of a layer, and the gradient of each.
             Part("one layer at work", 2 * layer_bytes(config, batch_size, seq_length, size), False),
@@ -122,11 +122,12 @@ def training_forecast(
 
 
 def choose_remat(forecasts: Mapping[Remat, Forecast], available: int | None) -> Remat:
-    """The fastest policy whose forecast leaves a tenth of the `available` bytes; the most frugal one where none does.
+    """The fastest policy whose forecast leaves a tenth of the `available` bytes; "low-memory" where none does.
 
-    Where nobody knows what is available (None), the most frugal one.
+    Where nobody knows what is available (None), "low-memory". Never "offload", which takes the host's memory: that is
+    for the user to say.
     """
-    *faster, frugal = get_args(Remat)
+    *faster, frugal, _ = get_args(Remat)
     return next((p for p in faster if available is not None and forecasts[p].total <= ROOM * available), frugal)
 
 
@@ -191,11 +192,16 @@ def padded_rows(routed_rows: int, num_experts: int) -> int:
     return routed_rows + min(num_experts, routed_rows) * tile
 
 
+def layer_input_bytes(config: Qwen3MoeConfig, tokens: int, size: int) -> int:
+    """Bytes of the layers' inputs, `size` bytes an element; with the policy "offload" in the host's memory."""
+    return config.num_hidden_layers * tokens * config.hidden_size * size
+
+
 def kept_bytes(
     config: Qwen3MoeConfig, lora: LoraConfig | None, batch_size: int, seq_length: int, size: int, remat: Remat
 ) -> int:
     """Bytes of what `remat` keeps of all layers beside their inputs, `size` bytes an element."""
-    if remat == "low-memory":
+    if remat in ("low-memory", "offload"):
         return 0
     tokens, sparse = batch_size * seq_length, len(config.sparse_layers)
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim

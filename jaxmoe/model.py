@@ -32,6 +32,7 @@ from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
 from jaxmoe.implementations import choose
 from jaxmoe.kernels import rowwise
 from jaxmoe.layers import (
+    LAYER_INPUT,
     PROJECTED,
     STREAM,
     Adapter,
@@ -320,9 +321,10 @@ class _Run:
     control: RoutingControl | None = None
 
 
-# What each recomputation policy keeps of a layer beside its input, by the names that `checkpoint_name` gave. The
-# backward pass computes the rest again. Never kept is a layer's slice of a frozen weight, which would hold the model
-# twice; elementwise results (norms, rotary, SwiGLU) are never worth their memory.
+# What each recomputation policy keeps of a layer beside its input, by the names that `checkpoint_name` gave; "offload"
+# keeps the input itself in the host's memory. The backward pass computes the rest again. Never kept is a layer's slice
+# of a frozen weight, which would hold the model twice; elementwise results (norms, rotary, SwiGLU) are never worth
+# their memory.
 _KEPT: dict[Remat, frozenset[str]] = {
     "fast": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE, GATE_UP}),
     "balanced": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE}),
@@ -330,7 +332,14 @@ _KEPT: dict[Remat, frozenset[str]] = {
 }
 
 
-def _policy(remat: Remat) -> Callable[..., bool]:
+def _policy(remat: Remat) -> Callable[..., Any]:
+    if remat == "offload":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     kept = _KEPT[remat]
 
     def keep(primitive: Any, *_: Any, **parameters: Any) -> bool:
@@ -355,6 +364,7 @@ def _run_layers(
 
     def body(carry, xs):
         h, cache = carry
+        h = checkpoint_name(h, LAYER_INPUT)
         (index, mlp_slot, is_sparse), sliced, sliced_lora = xs
         layer = _Layer(
             config,
@@ -402,9 +412,10 @@ def forward(
     of its own segment. `packed` False promises that each row is one document, with padding behind it or none: causality
     alone then keeps them apart, and the GPU need not ask at every layer. Computation runs in the dtype of
     `embed_tokens`. `trainable` says which parameters will be differentiated; `remat` what the backward pass recomputes:
-    "low-memory" keeps one [B, T, D] per layer, "fast" all that is dear to compute, "balanced" the same but the experts'
-    products (never a copy of a frozen weight). `routing_control` replays or biases the routing; `capture_routing` > 0
-    keeps the routing of each token with so many of its largest router logits.
+    "low-memory" keeps one [B, T, D] per layer, "offload" keeps that in the host's memory, "fast" all that is dear to
+    compute, "balanced" the same but the experts' products (never a copy of a frozen weight). `routing_control` replays
+    or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many of its largest router
+    logits.
     """
     with jax.default_matmul_precision("highest"):
         h = jnp.take(params["embed_tokens"], input_ids, axis=0)

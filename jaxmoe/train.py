@@ -118,11 +118,12 @@ class TrainConfig:
     quantize: Literal["nf4"] | None = field(
         default=None, metadata={"help": "hold the frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
     )
-    remat: Literal["auto", "fast", "balanced", "low-memory"] = field(
+    remat: Literal["auto", "fast", "balanced", "low-memory", "offload"] = field(
         default="auto",
         metadata={
             "help": "what to keep for the backward pass; fast: all that is dear, balanced: not the experts' products, "
-            "low-memory: each layer's input; auto: the first of these that the device's memory holds by forecast"
+            "low-memory: each layer's input; auto: the first of these that the device's memory holds by forecast; "
+            "offload: each layer's input, in the host's memory"
         },
     )
 

@@ -172,8 +172,9 @@ def test_policies_in_order_of_what_they_keep() -> None:
         remat: memory.training_forecast(SMALL, LORA, batch_size=2, seq_length=64, dtype="bfloat16", remat=remat)
         for remat in get_args(memory.Remat)
     }
-    fast, balanced, frugal = (plan.total for plan in forecasts.values())
+    fast, balanced, frugal, offload = (plan.total for plan in forecasts.values())
     assert fast > balanced > frugal
+    assert frugal - offload == memory.layer_input_bytes(SMALL, 2 * 64, 2)
     for available, expected in (
         (None, "low-memory"),
         (0, "low-memory"),

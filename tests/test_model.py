@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxmoe import LoraConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM, loss, model
 from jaxmoe.checkpoint import write_adapter
 from jaxmoe.errors import UserError
 from jaxmoe.loss import cross_entropy
+from jaxmoe.memory import Remat
 from jaxmoe.model import forward, init_adapters, init_parameters
 from jaxmoe.parameters import lora_specs, parameter_specs
 from tests.make_checkpoint import TINY, make_checkpoint
@@ -94,6 +95,39 @@ def test_segment_ids_exclude_an_attention_mask(folder):
         loaded(ids, attention_mask=ids, segment_ids=ids)
 
 
+def noisy_adapters(config):
+    """B is zero at first, and adding a constant to a router's logits changes nothing: so all are random."""
+    adapters = init_adapters(config, LORA, jax.random.key(0))
+    return {p: a + 0.1 * jax.random.normal(jax.random.key(n), a.shape) for n, (p, a) in enumerate(adapters.items())}
+
+
+def gradients_of(loaded, remat):
+    """Gradients of all adapters of two rows."""
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, loaded.config.vocab_size, (2, 24)))
+    positions = jnp.broadcast_to(jnp.arange(24), ids.shape)
+    adapters = noisy_adapters(loaded.config)
+    options: Any = {"config": loaded.config, "lora": LORA, "trainable": "adapters", "remat": remat}
+
+    def value(adapters):
+        out = forward(loaded.params, adapters, ids, positions, jnp.ones_like(ids), **options)
+        return jnp.sum(out.hidden * jnp.cos(jnp.arange(out.hidden.size)).reshape(out.hidden.shape))
+
+    return jax.jit(jax.grad(value)).trace(adapters), adapters
+
+
+@pytest.mark.parametrize("remat", get_args(Remat))
+def test_what_is_kept_changes_no_gradient(remat, folder):
+    """Every policy gives the gradients of "low-memory"; only "offload" keeps anything in the host's memory."""
+    loaded = Qwen3MoeForCausalLM.from_pretrained(folder)
+    traced, adapters = gradients_of(loaded, remat)
+    expected, _ = gradients_of(loaded, "low-memory")
+    found, plain = (t.lower().compile()(adapters) for t in (traced, expected))
+    for path, gradient in plain.items():
+        assert np.linalg.norm(found[path] - gradient) <= 1e-5 * np.linalg.norm(gradient), path
+    L, D = loaded.config.num_hidden_layers, loaded.config.hidden_size
+    assert (f"f32<host>[{L},2,24,{D}]" in str(traced.jaxpr)) == (remat == "offload")
+
+
 def one_document_rows(folder, packed: bool, documents: int = 1):
     """Hidden states of the tokens, and gradients of a loss over them, of rows with padding behind the tokens."""
     loaded = Qwen3MoeForCausalLM.from_pretrained(folder)
@@ -101,8 +135,7 @@ def one_document_rows(folder, packed: bool, documents: int = 1):
     index = np.broadcast_to(np.arange(30), (3, 30))
     segments = np.where(index < lengths, 1 + index * documents // 30, 0)
     ids = np.random.default_rng(0).integers(0, loaded.config.vocab_size, segments.shape)
-    adapters = init_adapters(loaded.config, LORA, jax.random.key(0))
-    adapters = {path: array + 0.1 for path, array in adapters.items()}
+    adapters = noisy_adapters(loaded.config)
 
     @partial(jax.value_and_grad, has_aux=True)
     def run(adapters):
