@@ -160,6 +160,15 @@ class _Layer:
             return projections.frozen_linear(x, stack, self._slot(path), self.bias(path), self.adapter(path))
         return linear(x, self.weight(path), self.bias(path), self.adapter(path))
 
+    def project_each(self, x: Array, *paths: str) -> list[Array]:
+        """`project` to several, in one backward pass where the kernel takes them."""
+        stacks = [self.weights.whole.get(path) for path in paths]
+        arrays = [s for s in stacks if s is not None and not isinstance(s, NF4Stack) and projections.takes(x, s)]
+        if len(arrays) < len(paths):
+            return [self.project(x, path) for path in paths]
+        biases, adapters = [self.bias(path) for path in paths], [self.adapter(path) for path in paths]
+        return projections.frozen_linears(x, arrays, self._slot(paths[0]), biases, adapters)
+
     def experts(self) -> ExpertWeights:
         pair = EXPERT_STACKS
         if self.experts_of_all:
@@ -201,8 +210,8 @@ def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], atten
     with jax.named_scope("attention"):
         x = rms_norm(h, layer.weight("attention.input_layernorm"), config.rms_norm_eps)
         query, key, value = (
-            checkpoint_name(layer.project(x, f"attention.{name}"), PROJECTED).reshape(B, T, -1, config.head_dim)
-            for name in ("q_proj", "k_proj", "v_proj")
+            checkpoint_name(y, PROJECTED).reshape(B, T, -1, config.head_dim)
+            for y in layer.project_each(x, "attention.q_proj", "attention.k_proj", "attention.v_proj")
         )
         query = _norm_rotary(query, layer, "attention.q_norm", tables)
         key = _norm_rotary(key, layer, "attention.k_norm", tables)

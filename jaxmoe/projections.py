@@ -7,7 +7,9 @@ result to memory for the adapter to be added to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -36,16 +38,30 @@ def frozen_linear(
     adapter: Adapter | None = None,
 ) -> Float[Array, "*batch out"]:
     """Forms x W^T + b + scale (x A^T) B^T with W = stack[layer], in float32, rounded once; W gets no gradient."""
-    pair = None if adapter is None else (adapter.lora_A, adapter.scale * adapter.lora_B)
-    y: Array = _product(x.reshape(-1, x.shape[-1]), stack, jnp.asarray(layer, jnp.int32), pair)
-    if bias is not None:
-        y = (y.astype(jnp.float32) + bias).astype(y.dtype)
-    return y.reshape(*x.shape[:-1], -1)
+    return frozen_linears(x, [stack], layer, [bias], [adapter])[0]
+
+
+def frozen_linears(
+    x: Float[Array, "*batch inner"],
+    stacks: Sequence[Float[Array, "L _ inner"]],
+    layer: Int[Array, ""] | int,
+    biases: Sequence[Float[Array, " _"] | None],
+    adapters: Sequence[Adapter | None],
+) -> list[Float[Array, "*batch _"]]:
+    """Several such maps of the same x: its gradient is summed in the same accumulators, its low-rank rows are formed
+    in one product."""
+    pairs = tuple(adapter and (adapter.lora_A, adapter.scale * adapter.lora_B) for adapter in adapters)
+    ys = _products(x.reshape(-1, x.shape[-1]), tuple(stacks), jnp.asarray(layer, jnp.int32), pairs)
+    ys = [y if b is None else (y.astype(jnp.float32) + b).astype(y.dtype) for y, b in zip(ys, biases, strict=True)]
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+_Pair = tuple[Array, Array]  # A and scale * B, float32
 
 
 @jax.custom_vjp
-def _product(x: Array, stack: Array, layer: Any, adapter: tuple[Array, Array] | None) -> Array:
-    return _product_forward(x, stack, layer, adapter)[0]
+def _products(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[_Pair | None, ...]) -> tuple[Array, ...]:
+    return _products_forward(x, stacks, layer, adapters)[0]
 
 
 def _blocks(rows: int) -> Any:
@@ -56,11 +72,10 @@ def _blocks(rows: int) -> Any:
     return Blocks(place, jnp.zeros(count, jnp.int32), jnp.asarray(count, jnp.int32))
 
 
-def _padded(adapter: tuple[Array, Array], dtype: Any) -> tuple[Array, Array]:
-    """The adapter's two terms in the activations' dtype, their rank a multiple of 64: free up to a rank of 32."""
-    a, b = two_terms(adapter[0], dtype, 0), two_terms(adapter[1], dtype, 1)
-    extra = -a.shape[0] % _RANK_MULTIPLE
-    return jnp.pad(a, ((0, extra), (0, 0))), jnp.pad(b, ((0, 0), (0, extra)))
+def _padded(array: Array, axis: int) -> Array:
+    """Lengthened to a multiple of what the kernel takes as a rank: two terms are free up to a rank of 32."""
+    extra = -array.shape[axis] % _RANK_MULTIPLE
+    return jnp.pad(array, [(0, extra if i == axis else 0) for i in range(array.ndim)])
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -68,31 +83,57 @@ def _dot(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _product_forward(x: Array, stack: Array, layer: Any, adapter: tuple[Array, Array] | None):
+def _split(array: Array, sizes: Sequence[int], axis: int) -> list[Array]:
+    return jnp.split(array, list(accumulate(sizes))[:-1], axis)
+
+
+def _low_rows(x: Array, pairs: Sequence[_Pair]) -> tuple[Array, list[Array]]:
+    """The two terms of every A, one behind the other [sum of 2r, inner], and the rows x A^T of each."""
+    ranks = [a.shape[0] for a, _ in pairs]
+    terms = jnp.concatenate([two_terms(a, x.dtype, 0) for a, _ in pairs])
+    rows = _split(_dot("mi,ri->mr", x, terms), [2 * r for r in ranks], 1)
+    return terms, [fold(part, r).astype(x.dtype) for part, r in zip(rows, ranks, strict=True)]
+
+
+def _products_forward(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[_Pair | None, ...]):
     from jaxmoe.kernels.grouped_matmul import grouped_matmul
 
-    low: dict[str, Any] = {}
-    if adapter is not None:
-        a, b = _padded(adapter, x.dtype)
-        rows = fold(_dot("mi,ri->mr", x, a), adapter[0].shape[0]).astype(x.dtype)
-        low = {"low": unfold(rows, a.shape[0]), "low_weight": b[None]}
-    return grouped_matmul(x, stack, _blocks(x.shape[0]), layer, transposed=True, **low), (x, stack, layer, adapter)
+    pairs = [pair for pair in adapters if pair is not None]
+    low = iter(_low_rows(x, pairs)[1] if pairs else [])
+    ys = []
+    for stack, pair in zip(stacks, adapters, strict=True):
+        options: dict[str, Any] = {}
+        if pair is not None:
+            b = _padded(two_terms(pair[1], x.dtype, 1), 1)
+            options = {"low": unfold(next(low), b.shape[1]), "low_weight": b[None]}
+        ys.append(grouped_matmul(x, stack, _blocks(x.shape[0]), layer, transposed=True, **options))
+    return tuple(ys), (x, stacks, layer, adapters)
 
 
-def _product_backward(residuals: tuple[Any, ...], d_y: Array):
+def _products_backward(residuals: tuple[Any, ...], d_ys: tuple[Array, ...]):
     from jaxmoe.kernels.grouped_matmul import grouped_matmul
 
-    x, stack, layer, adapter = residuals
-    multiply = partial(grouped_matmul, d_y, stack, _blocks(x.shape[0]), layer, transposed=False)
-    if adapter is None:
+    x, stacks, layer, adapters = residuals
+    others = list(zip(d_ys, stacks, strict=True))[1:]
+    multiply = partial(grouped_matmul, d_ys[0], stacks[0], _blocks(x.shape[0]), layer, transposed=False, others=others)
+    adapted = [(d_y, pair) for d_y, pair in zip(d_ys, adapters, strict=True) if pair is not None]
+    if not adapted:
         return multiply(), None, None, None
-    r = adapter[0].shape[0]
-    a, b = _padded(adapter, x.dtype)
-    d_low = fold(_dot("mo,or->mr", d_y, b), r).astype(x.dtype)
-    low = fold(_dot("mi,ri->mr", x, a), r).astype(x.dtype)
-    d_a, d_b = _dot("mr,mi->ri", d_low, x), _dot("mo,mr->or", d_y, low)
-    d_x = multiply(low=unfold(d_low, a.shape[0]), low_weight=a[None])
-    return d_x, None, None, (d_a.astype(adapter[0].dtype), d_b.astype(adapter[1].dtype))
+    pairs = [pair for _, pair in adapted]
+    ranks = [a.shape[0] for a, _ in pairs]
+    terms, low = _low_rows(x, pairs)
+    d_low = [
+        fold(_dot("mo,or->mr", d_y, two_terms(b, x.dtype, 1)), r).astype(x.dtype)
+        for (d_y, (_, b)), r in zip(adapted, ranks, strict=True)
+    ]
+    twice = jnp.concatenate([unfold(rows, 2 * r) for rows, r in zip(d_low, ranks, strict=True)], 1)
+    d_x = multiply(low=_padded(twice, 1), low_weight=_padded(terms, 0)[None])
+    d_a = _split(_dot("mr,mi->ri", jnp.concatenate(d_low, 1), x), ranks, 0)
+    gradients = iter(
+        (a_part.astype(a.dtype), _dot("mo,mr->or", d_y, rows).astype(b.dtype))
+        for a_part, (d_y, (a, b)), rows in zip(d_a, adapted, low, strict=True)
+    )
+    return d_x, None, None, tuple(None if pair is None else next(gradients) for pair in adapters)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_products.defvjp(_products_forward, _products_backward)

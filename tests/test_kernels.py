@@ -142,6 +142,30 @@ def test_any_tiles_give_the_same(tiles: tuple[int, int, int]) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("low_rank", [False, True], ids=["plain", "low rank"])
+def test_the_sum_of_several_products(low_rank: bool) -> None:
+    """Pairs of different inner widths add up in the same accumulators, each indexed with the offset."""
+    from jaxmoe.kernels import grouped_matmul as kernel
+
+    M, E, out, rng = 90, 3, 128, np.random.default_rng(3)
+    schedule = scheduled(jnp.asarray(skewed(M, E, 2, 1)), E, kernel.TILE_ROWS)
+    pairs = [(normal(rng, len(schedule.source), n), normal(rng, 2 * E, n, out)) for n in (128, 80, 64)]
+    expected = sum(by_rows(x, weight, schedule, False, offset=E)[0] for x, weight in pairs)
+    options: dict[str, Any] = {}
+    if low_rank:
+        low, low_weight = normal(rng, len(schedule.source), 64), normal(rng, E, 64, out)
+        expected = expected + by_rows(low, low_weight, schedule, False)[0]
+        options = {"low": low, "low_weight": low_weight}
+    (x, weight), *others = pairs
+    run = partial(kernel.grouped_matmul, transposed=False, interpret=interpreter(), **options)
+    found = run(x, weight, expert_blocks(schedule), jnp.int32(E), others=others)
+    placed = np.asarray(schedule.source) >= 0
+    assert relative_error(np.asarray(found, np.float64)[placed], expected) <= bound("kernel_bf16")
+    alone = run(x, weight, expert_blocks(schedule), jnp.int32(E))  # the fault: the others are forgotten
+    assert relative_error(np.asarray(alone, np.float64)[placed], expected) > 100 * bound("kernel_bf16")
+
+
+@needs_kernels
 def test_a_wrong_group_is_seen() -> None:
     assert matmul_error("wide", True, False) <= bound("kernel_bf16")
     assert matmul_error("wide", True, False, shift=1) > 100 * bound("kernel_bf16")

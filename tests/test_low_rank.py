@@ -41,6 +41,7 @@ def by_blocks(
     *,
     transposed: bool,
     swiglu: bool = False,
+    others: Any = (),
     low: Any = None,
     low_weight: Any = None,
 ) -> Any:
@@ -51,7 +52,8 @@ def by_blocks(
     for code, group in zip(np.asarray(blocks.place)[: int(blocks.used)], np.asarray(blocks.group), strict=False):
         rows = slice(64 * (code // 2), 64 * (code // 2) + (128 if code % 2 else 64))
         layer = int(offset) + group
-        out[rows] = jnp.einsum(product, x[rows].astype(jnp.float32), weight[layer].astype(jnp.float32))
+        for factor, stack in ((x, weight), *others):
+            out[rows] += jnp.einsum(product, factor[rows].astype(jnp.float32), stack[layer].astype(jnp.float32))
         if low is not None:
             assert low.shape[1] % 64 == 0  # what the kernel takes
             out[rows] += jnp.einsum(product, low[rows].astype(jnp.float32), low_weight[group].astype(jnp.float32))
@@ -141,6 +143,44 @@ def test_gradients(path: str, dtype: str, rank: int, kernel: None) -> None:
     for found, expected in zip(pull_found(cotangent), pull(cotangent.astype(jnp.float32)), strict=True):
         assert found.dtype == expected.dtype
         assert relative_error(found, expected) <= bound(f"low_rank_gradients_{dtype}")
+
+
+SEVERAL = ((128, 4), (64, None), (192, 32), (64, 40))  # outputs and rank (None: no adapter) of maps of one x
+
+
+def several_errors(forget: bool = False) -> list[float]:
+    """Outputs and gradients of `frozen_linears` against plain products in float32; `forget` one map's cotangent."""
+    x = draw(512, INNER).astype("bfloat16")
+    stacks = [draw(2, out, INNER).astype("bfloat16") for out, _ in SEVERAL]
+    pairs = [None if r is None else (draw(r, INNER), draw(out, r)) for out, r in SEVERAL]
+    biases = [draw(out).astype("bfloat16") if out == 192 else None for out, _ in SEVERAL]
+    cotangents = [draw(512, out).astype("bfloat16") for out, _ in SEVERAL]
+
+    def plain(x: Any, pairs: Any) -> list[jax.Array]:
+        ys = []
+        for stack, pair, bias in zip(stacks, pairs, biases, strict=True):
+            y = x.astype(jnp.float32) @ stack[1].astype(jnp.float32).T
+            if pair is not None:
+                y += 0.5 * (x.astype(jnp.float32) @ pair[0].T) @ pair[1].T
+            ys.append(y if bias is None else y + bias)
+        return ys
+
+    def found(x: Any, pairs: Any) -> list[jax.Array]:
+        adapters = [None if pair is None else Adapter(pair[0], pair[1], 0.5) for pair in pairs]
+        return projections.frozen_linears(x, stacks, 1, biases, adapters)
+
+    ys, pull = jax.vjp(plain, x, pairs)
+    found_ys, found_pull = jax.vjp(found, x, pairs)
+    expected = ys, pull([c.astype(jnp.float32) for c in cotangents])
+    if forget:
+        cotangents[1] = 0 * cotangents[1]
+    leaves = map(jax.tree.leaves, ((found_ys, found_pull(cotangents)), expected))
+    return [relative_error(a, b) for a, b in zip(*leaves, strict=True)]
+
+
+def test_several_maps_of_one_input(kernel: None) -> None:
+    assert max(several_errors()) <= bound("low_rank_gradients_bfloat16")
+    assert max(several_errors(forget=True)) > 10 * bound("low_rank_gradients_bfloat16")
 
 
 def test_nothing_is_split_in_float32() -> None:

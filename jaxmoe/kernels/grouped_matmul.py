@@ -18,6 +18,7 @@ Everything here needs jax 0.11 or newer and compute capability 9.0; `jaxmoe.impl
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,6 +140,7 @@ def grouped_matmul(
     *,
     transposed: bool,
     swiglu: bool = False,
+    others: Sequence[tuple[Array, Array]] = (),
     low: Float[Array, "P rank"] | None = None,
     low_weight: Float[Array, "low_groups c d"] | None = None,
     tiles: Tiles | None = None,
@@ -154,7 +156,8 @@ def grouped_matmul(
             [P, F], of the rounded products. Only if `transposed`.
         blocks: which rows belong to which group.
         offset: added to the group for `weight`.
-        low: the left factor of a low-rank term that is added in the same accumulators; its rank a multiple of 64.
+        others: more pairs such as (x, weight), of any inner width; their products are added in the same accumulators.
+        low: the left factor of a low-rank term that is added there as well; its rank a multiple of 64.
         low_weight: its right factor by group, laid out as `weight` is, with `rank` for `inner`; not by `offset`.
         tiles: by default `default_tiles`.
         interpret: run in JAX's interpreter (a test without a GPU).
@@ -170,24 +173,28 @@ def grouped_matmul(
         raise ValueError("swiglu: expected a transposed weight")
     # A block has TN columns of the product and, with SwiGLU, half as many of the result.
     result = out // 2 if swiglu else out
-    _check("grouped_matmul", x, weight, (inner, result))
+    pairs = [(x, weight), *others]
+    widths = [matrix.shape[2 if transposed else 1] for _, matrix in pairs]
+    for rows, matrix in pairs:
+        _check("grouped_matmul", rows, matrix, (*widths, result))
     tiles = tiles or default_tiles(out if not swiglu or result % 128 == 0 else 128)
     TN, stages = tiles.columns, tiles.stages
     TO = TN // 2 if swiglu else TN
-    steps, low_steps = pl.cdiv(inner, _DEPTH), 0
     as_array = partial(jnp.asarray, dtype=jnp.int32)
-    operands = [blocks.place, blocks.group, as_array(blocks.used).reshape(1), as_array(offset).reshape(1), x, weight]
+    work_list = [blocks.place, blocks.group, as_array(blocks.used).reshape(1), as_array(offset).reshape(1)]
+    steps = [pl.cdiv(width, _DEPTH) for width in widths]
     if low is not None:
         assert low_weight is not None
         if low.shape[1] % _DEPTH:
             raise ValueError(f"low: expected a multiple of {_DEPTH} columns, found {low.shape[1]}")
-        low_steps = low.shape[1] // _DEPTH
-        operands += [low, low_weight]
+        steps.append(low.shape[1] // _DEPTH)
+        pairs.append((low, low_weight))
+    operands = [*work_list, *(array for pair in pairs for array in pair)]
     columns = pl.cdiv(result, TO)
-    all_steps = steps + low_steps
+    all_steps = sum(steps)
 
     def body(*refs: Any) -> None:
-        place_ref, group_ref, used_ref, offset_ref, x_ref, w_ref, *low_refs = refs[: len(operands)]
+        place_ref, group_ref, used_ref, offset_ref, *pair_refs = refs[: len(operands)]
         out_ref, a_smem, b_smem, staging, full, empty = refs[len(operands) :]
         warpgroup = lax.axis_index("wg")
         grid, sm = lax.axis_size("sm"), lax.axis_index("sm")
@@ -210,10 +217,10 @@ def grouped_matmul(
                 i, j = lax.div(index, jnp.int32(columns)), column_of(index)
                 row, group = lax.div(place_ref[i], jnp.int32(2)) * TILE_ROWS, group_ref[i]
 
-                def load(step: Array, k: Array, rows: Any, matrix: Any, group: Array) -> None:
-                    slot = _ring(step, stages)
+                def load(start: Array, k: Array, rows: Any, matrix: Any, group: Array) -> None:
+                    slot = _ring(start + k, stages)
 
-                    @pl.when(step >= stages)
+                    @pl.when(start + k >= stages)
                     def _free() -> None:
                         plgpu.barrier_wait(empty.at[slot])
 
@@ -227,10 +234,12 @@ def grouped_matmul(
                         block = (pl.ds(j, TN), here) if transposed else (here, pl.ds(j, TN))
                         plgpu.copy_gmem_to_smem(matrix.at[(group, *block)], b_smem.at[slot], full.at[slot])
 
-                first, own_group = info.local_index * all_steps, group + offset_ref[0]
-                pl.loop(0, steps)(lambda k: load(first + k, k, x_ref, w_ref, own_group))
-                if low_steps:
-                    pl.loop(0, low_steps)(lambda k: load(first + steps + k, k, low_refs[0], low_refs[1], group))
+                start = info.local_index * all_steps
+                for n, length in enumerate(steps):
+                    rows, matrix = pair_refs[2 * n : 2 * n + 2]
+                    own = group + offset_ref[0] if n <= len(others) else group  # the low-rank term has no offset
+                    pl.loop(0, length)(partial(load, start, rows=rows, matrix=matrix, group=own))
+                    start += length
 
             # Every stage that was filled has been read before the block ends: no barrier is left half-way.
             total = lax.div(work - sm + grid - 1, jnp.int32(grid)) * all_steps
@@ -290,7 +299,7 @@ def grouped_matmul(
 
             plgpu.wait_smem_to_gmem(0)
 
-    swizzle = _swizzle(inner) if transposed else _swizzle(inner, out)  # wgmma wants both operands alike
+    swizzle = _swizzle(*widths) if transposed else _swizzle(*widths, out)  # wgmma wants both operands alike
     b_shape = (stages, TN, _DEPTH) if transposed else (stages, _DEPTH, TN)
     ring = [_shared((stages, 128, _DEPTH), x.dtype, swizzle), _shared(b_shape, x.dtype, swizzle)]
     out_type = jax.ShapeDtypeStruct((P, result), x.dtype)
