@@ -152,22 +152,22 @@ class _Layer:
         return Adapter(a, b, self.scales[path])
 
     def project(self, x: Array, path: str) -> Array:
-        stack = self.weights.whole.get(path)
-        if isinstance(stack, NF4Stack):
-            y: Array = frozen_product(x, stack, self._slot(path))
-            return finish_linear(y, x, self.bias(path), self.adapter(path))
-        if stack is not None and projections.takes(x, stack):
-            return projections.frozen_linear(x, stack, self._slot(path), self.bias(path), self.adapter(path))
-        return linear(x, self.weight(path), self.bias(path), self.adapter(path))
+        return self.project_each(x, path)[0]
 
     def project_each(self, x: Array, *paths: str) -> list[Array]:
-        """`project` to several, in one backward pass where the kernel takes them."""
+        """Projections of one input; they share a backward pass where the kernel takes them all."""
         stacks = [self.weights.whole.get(path) for path in paths]
         arrays = [s for s in stacks if s is not None and not isinstance(s, NF4Stack) and projections.takes(x, s)]
-        if len(arrays) < len(paths):
+        if len(arrays) == len(paths):
+            biases, adapters = [self.bias(path) for path in paths], [self.adapter(path) for path in paths]
+            return projections.frozen_linears(x, arrays, self._slot(paths[0]), biases, adapters)
+        if len(paths) != 1:
             return [self.project(x, path) for path in paths]
-        biases, adapters = [self.bias(path) for path in paths], [self.adapter(path) for path in paths]
-        return projections.frozen_linears(x, arrays, self._slot(paths[0]), biases, adapters)
+        path, stack = paths[0], stacks[0]
+        if isinstance(stack, NF4Stack):
+            y: Array = frozen_product(x, stack, self._slot(path))
+            return [finish_linear(y, x, self.bias(path), self.adapter(path))]
+        return [linear(x, self.weight(path), self.bias(path), self.adapter(path))]
 
     def experts(self) -> ExpertWeights:
         pair = EXPERT_STACKS

@@ -24,21 +24,10 @@ MIN_ROWS = 512  # below, a product reads the weight only once anyway and XLA's i
 
 
 def takes(x: Float[Array, "*batch inner"], stack: Float[Array, "L out inner"]) -> bool:
-    """Whether `frozen_linear` runs on this device for these sizes."""
+    """Whether `frozen_linears` runs on this device for these sizes."""
     rows = x.size // x.shape[-1]
     fits = rows >= MIN_ROWS and rows % 8 == 0 and all(size % 64 == 0 for size in stack.shape[1:])
     return fits and x.dtype == stack.dtype and implementation(x.dtype).name == "mosaic"
-
-
-def frozen_linear(
-    x: Float[Array, "*batch inner"],
-    stack: Float[Array, "L out inner"],
-    layer: Int[Array, ""] | int,
-    bias: Float[Array, " out"] | None = None,
-    adapter: Adapter | None = None,
-) -> Float[Array, "*batch out"]:
-    """Forms x W^T + b + scale (x A^T) B^T with W = stack[layer], in float32, rounded once; W gets no gradient."""
-    return frozen_linears(x, [stack], layer, [bias], [adapter])[0]
 
 
 def frozen_linears(
@@ -48,8 +37,10 @@ def frozen_linears(
     biases: Sequence[Float[Array, " _"] | None],
     adapters: Sequence[Adapter | None],
 ) -> list[Float[Array, "*batch _"]]:
-    """Several such maps of the same x: its gradient is summed in the same accumulators, its low-rank rows are formed
-    in one product."""
+    """Forms x W^T + b + scale (x A^T) B^T for each W = stack[layer], in float32, rounded once; W gets no gradient.
+
+    The gradient of x is summed over the maps in the same accumulators; their low-rank rows are formed in one product.
+    """
     pairs = tuple(adapter and (adapter.lora_A, adapter.scale * adapter.lora_B) for adapter in adapters)
     ys = _products(x.reshape(-1, x.shape[-1]), tuple(stacks), jnp.asarray(layer, jnp.int32), pairs)
     ys = [y if b is None else (y.astype(jnp.float32) + b).astype(y.dtype) for y, b in zip(ys, biases, strict=True)]

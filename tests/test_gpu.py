@@ -18,6 +18,7 @@ from jaxmoe.model import init_adapters
 from jaxmoe.router import route
 from jaxmoe.step import Model, loss_and_gradients
 from tests.conftest import ROOT
+from tests.parity import relative_error
 from tests.tolerances import bound
 
 pytestmark = pytest.mark.gpu
@@ -28,11 +29,6 @@ def on(platform, function):
     """What `function` returns on the first device of `platform`, as NumPy arrays."""
     with jax.default_device(jax.devices(platform)[0]):
         return jax.device_get(function())
-
-
-def relative_error(found, expected):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 def tokens(length):

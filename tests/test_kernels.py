@@ -21,6 +21,7 @@ from jaxmoe.implementations import forced
 from jaxmoe.kernels import tiled
 from jaxmoe.layers import Adapter
 from jaxmoe.router import route
+from tests.parity import relative_error
 from tests.tolerances import bound
 
 on_gpu = jax.default_backend() == "gpu"
@@ -57,11 +58,6 @@ def by_rows(x, weight, schedule, transposed, offset=0):
         matrix = np.asarray(weight[expert], np.float64)
         out[experts == expert] = rows[experts == expert] @ (matrix.T if transposed else matrix)
     return out, placed
-
-
-def relative_error(found, expected):
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 def normal(rng, *shape):

@@ -20,7 +20,7 @@ import jaxmoe.kernels
 from jaxmoe import dispatch, layers, projections
 from jaxmoe.dispatch import make_schedule
 from jaxmoe.layers import Adapter
-from tests.parity import relative_error as distance
+from tests.parity import relative_error
 from tests.tolerances import bound
 
 ROWS, INNER, OUT = 4096, 64, 128
@@ -68,10 +68,6 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxmoe.kernels, "grouped_matmul", module, raising=False)
 
 
-def relative_error(found: Any, expected: Any) -> float:
-    return distance(np.asarray(found), np.asarray(expected))
-
-
 def draw(*shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
 
@@ -81,7 +77,7 @@ def by_low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def by_projection(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return projections.frozen_linear(x, jnp.zeros((2, OUT, INNER), x.dtype), 1, None, Adapter(a, b, 1.0))
+    return projections.frozen_linears(x, [jnp.zeros((2, OUT, INNER), x.dtype)], 1, [None], [Adapter(a, b, 1.0)])[0]
 
 
 def by_experts(mosaic: bool) -> Callable[..., jax.Array]:

@@ -203,8 +203,8 @@ def test_the_loss_comparison_sees_a_planted_fault(monkeypatch):
     assert max(losses_and_gradients(10)) > 1e-2
 
 
-def compiled_step(config, remat) -> Any:
-    """The compiled loss and gradients over few tokens."""
+def traced_step(config, remat) -> Any:
+    """The traced loss and gradients over few tokens."""
     specs = parameter_specs(config)
     params = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in specs.items()}
     adapters = {path: jax.ShapeDtypeStruct(s.shape, jnp.float32) for path, s in lora_specs(config, LORA).items()}
@@ -214,11 +214,11 @@ def compiled_step(config, remat) -> Any:
         out = forward(params, adapters, ids, ids, ids, config=config, lora=LORA, trainable="adapters", remat=remat)
         return jnp.sum(out.hidden)
 
-    return jax.jit(jax.grad(value)).lower(adapters, params, ids).compile()
+    return jax.jit(jax.grad(value)).trace(adapters, params, ids)
 
 
 def temporaries(config, remat) -> int:
-    return compiled_step(config, remat).memory_analysis().temp_size_in_bytes
+    return traced_step(config, remat).lower().compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("remat", ["low-memory", "fast"])
@@ -248,9 +248,6 @@ def test_no_recomputation_still_keeps_no_copy_of_the_weights():
     assert temporaries(config, "fast") < attention / 2
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts the instruction by which XLA's CPU chooses experts")
 @pytest.mark.parametrize(("remat", "choices"), [("low-memory", 2), ("balanced", 1), ("fast", 1)])
 def test_kept_routing_is_not_chosen_again(remat, choices):
-    assert (
-        compiled_step(TINY.replace(mlp_only_layers=()), remat).as_text().count('custom_call_target="TopK"') == choices
-    )
+    assert str(traced_step(TINY.replace(mlp_only_layers=()), remat).jaxpr).count("top_k[") == choices

@@ -18,17 +18,13 @@ from jaxmoe.kernels import rowwise
 from jaxmoe.layers import apply_rotary, rms_norm
 from jaxmoe.model import forward, init_adapters, init_parameters
 from tests.configs import config_of
+from tests.parity import relative_error
 from tests.tolerances import bound
 
 INTERPRETED = jax.default_backend() != "gpu"
 EPS = 1e-6
 # (batch, tokens, heads, columns of a head)
 HEADS = [(2, 8, 4, 128), (1, 16, 6, 64), (3, 32, 1, 32)]
-
-
-def relative_error(found: Any, expected: Any) -> float:
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 def draw(key: int, *shape: int) -> jax.Array:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,7 @@ class Flip(NamedTuple):
     margin: float
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+def relative_error(found: Any, expected: Any) -> float:
     """|found - expected| / |expected| in L2, in double; 0 for two empty arrays."""
     expected = np.asarray(expected, np.float64)
     # not numpy.linalg.norm: its dot product waits for BLAS's threads
