@@ -127,8 +127,8 @@ def measure(args: Any) -> Iterator[dict[str, Any]]:
     print(f"{args.side}: model made in {time.perf_counter() - start:.1f} s, peak {peak:.2f} GiB", file=sys.stderr)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     shape = f"{args.config or args.preset}, {config.num_hidden_layers} layers, LoRA r {RANK} on attention"
-    if os.environ.get("TORCH_REF_KERNELS") == "1":
-        shape += ", torch_ref's kernels on"
+    if os.environ.get("TORCH_REF_KERNELS") == "0":
+        shape += ", torch_ref's kernels off"
     about = {"side": args.side, "device": name, "torch": torch.__version__, "transformers": transformers.__version__}
     about |= {"shape": shape, "load_peak_gib": peak, "loaded_gib": now}
     sizes = [(args.batch_size, args.seq_length)]

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmoe import implementations
 from jaxmoe.dequantize import NF4Stack
-from jaxmoe.kernels import rowwise, tiled
+from jaxmoe.kernels import tiled
 from jaxmoe.layers import PRECISION, Adapter, fold, swiglu, two_terms, unfold
 from jaxmoe.router import Routing
 
@@ -312,8 +312,6 @@ def _activation(gate_up: Array) -> Array:
 
 def _activation_gradient(gate_up: Array, d_hidden: Array, weight_of_row: Array) -> tuple[Array, Array, Array]:
     """The activation again, the gradient of gate and up, and that of each row's weight."""
-    if implementations.choose("rowwise", {"triton": rowwise.swiglu_obstacle(gate_up)}).name == "triton":
-        return _activation(gate_up), *rowwise.swiglu_gradient(gate_up, d_hidden, weight_of_row)
     hidden, pull = jax.vjp(_activation, gate_up)
     d_weight_of_row = jnp.sum(hidden.astype(jnp.float32) * d_hidden.astype(jnp.float32), axis=-1)
     (d_gate_up,) = pull((d_hidden.astype(jnp.float32) * weight_of_row).astype(hidden.dtype))

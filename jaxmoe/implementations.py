@@ -88,10 +88,9 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
         "tiled": Implementation("pure JAX loop over expert-aligned row tiles", _anywhere),
     },
-    # The kernels have not been timed yet, so they run only where they are forced.
-    "rowwise": {
-        "xla": Implementation("norm, rotation and SwiGLU's gradient as XLA fuses them", _anywhere),
-        "triton": Implementation("Pallas Triton kernels that take each in one pass", _needs_capability((8, 0))),
+    "norm_rotary": {
+        "triton": Implementation("Pallas Triton kernel, one pass each way", _needs_capability((8, 0))),
+        "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere),
     },
 }
 

@@ -30,7 +30,7 @@ from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
 from jaxmoe.implementations import choose
-from jaxmoe.kernels import rowwise
+from jaxmoe.kernels.norm_rotary import norm_rotary, norm_rotary_obstacle
 from jaxmoe.layers import (
     LAYER_INPUT,
     PROJECTED,
@@ -198,8 +198,8 @@ _NOTHING = _Wanted()
 def _norm_rotary(x: Array, layer: _Layer, path: str, tables: tuple[Array, Array]) -> Array:
     """Queries or keys, normalised by head and rotated; the kernel that takes one pass is for frozen norms."""
     weight, eps = layer.weight(path), layer.config.rms_norm_eps
-    if path in layer.weights.whole and choose("rowwise", {"triton": rowwise.rotary_obstacle(x)}).name == "triton":
-        return rowwise.norm_rotary(x, weight, *tables, eps)
+    if path in layer.weights.whole and choose("norm_rotary", {"triton": norm_rotary_obstacle(x)}).name == "triton":
+        return norm_rotary(x, weight, *tables, eps)
     return apply_rotary(rms_norm(x, weight, eps), *tables)
 
 

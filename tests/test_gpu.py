@@ -17,6 +17,7 @@ from jaxmoe.generate import Generator
 from jaxmoe.model import init_adapters
 from jaxmoe.router import route
 from jaxmoe.step import Model, loss_and_gradients
+from tests import oracle
 from tests.conftest import ROOT
 from tests.parity import relative_error
 from tests.tolerances import bound
@@ -32,8 +33,10 @@ def on(platform, function):
 
 
 def tokens(length):
-    """[2, length] token ids of Python source, the text that the checkpoint was trained on."""
-    ids = load_tokenizer(CHECKPOINT)((ROOT / "jaxmoe" / "dispatch.py").read_text(encoding="utf-8"))["input_ids"]
+    """[2, length] token ids of Python source, the kind of text that the checkpoint was trained on."""
+    text = (CHECKPOINT.parent / "source.txt").read_text(encoding="utf-8")
+    ids = load_tokenizer(CHECKPOINT)(text)["input_ids"]
+    assert len(ids) >= 2 * length
     return np.asarray(ids[: 2 * length], np.int32).reshape(2, length)
 
 
@@ -44,12 +47,24 @@ def test_logits_and_routing_equal_the_cpu():
         return out.logits, out.router_logits
 
     (gpu, gpu_router), (cpu, cpu_router) = on("gpu", run), on("cpu", run)
-    assert relative_error(gpu, cpu) <= bound("gpu_fp32")
+    same = np.ones(cpu.shape[:2], bool)  # of this token's experts in every layer
     for found, expected in zip(gpu_router, cpu_router, strict=True):
-        probabilities = np.sort(jax.nn.softmax(expected), axis=-1)
-        clear = probabilities[..., -8] - probabilities[..., -9] > bound("routing_margin")
-        chosen = [np.sort(np.argsort(-logits, axis=-1)[..., :8], axis=-1) for logits in (found, expected)]
-        assert (chosen[0] == chosen[1])[clear].all()
+        (chosen, _), (expected_chosen, top) = (_most_probable(logits, 9) for logits in (found, expected))
+        clear = top[..., -2] - top[..., -1] > bound("routing_margin")
+        equal = (np.sort(chosen[..., :-1]) == np.sort(expected_chosen[..., :-1])).all(-1)
+        assert equal[clear].all()
+        same &= equal
+    # A token reads those before it. This text has one exact tie, at token 524 of the first row.
+    comparable = np.logical_and.accumulate(same, axis=1)
+    assert comparable.mean() > 0.9
+    assert relative_error(gpu[comparable], cpu[comparable]) <= bound("gpu_fp32")
+
+
+def _most_probable(logits, k):
+    """The k most probable experts [..., k] and their probabilities, the lowest index first where they tie."""
+    probabilities = np.asarray(jax.nn.softmax(logits))
+    experts = oracle.top_k(probabilities, k)
+    return experts, np.take_along_axis(probabilities, experts, axis=-1)
 
 
 def test_adapter_gradients_equal_the_cpu():

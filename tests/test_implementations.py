@@ -27,21 +27,21 @@ def on(monkeypatch, device):
 
 
 @pytest.mark.parametrize(
-    ("device", "attention", "grouped_matmul"),
+    ("device", "attention", "grouped_matmul", "norm_rotary"),
     [
-        (CPU, "blocks", "tiled"),
-        (HOPPER, "cudnn", "mosaic"),
-        (BLACKWELL, "cudnn", "tiled"),
-        (AMPERE, "blocks", "tiled"),
+        (CPU, "blocks", "tiled", "xla"),
+        (HOPPER, "cudnn", "mosaic", "triton"),
+        (BLACKWELL, "cudnn", "tiled", "triton"),
+        (AMPERE, "blocks", "tiled", "triton"),
     ],
     ids=lambda value: value.kind if isinstance(value, Device) else value,
 )
-def test_the_device_decides(monkeypatch, device, attention, grouped_matmul):
+def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, norm_rotary):
     on(monkeypatch, device)
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
         ("grouped matmul", grouped_matmul),
-        ("rowwise", "xla"),
+        ("norm rotary", norm_rotary),
     }
 
 
@@ -92,7 +92,7 @@ def test_unknown_names_are_errors(monkeypatch):
     with pytest.raises(UserError, match="found 'flash'"), forced(attention="flash"):
         pass
     with pytest.raises(
-        UserError, match="expected operations among attention, grouped_matmul, rowwise; found 'atention'"
+        UserError, match="expected operations among attention, grouped_matmul, norm_rotary; found 'atention'"
     ):
         forced(atention="blocks").__enter__()
 

@@ -35,7 +35,7 @@ LAYERS = {
     "dispatch": {"dequantize", "implementations", "kernels", "layers", "router"},
     "kernels.tiled": {"dequantize", "layers"},
     "kernels.grouped_matmul": set(),
-    "kernels.rowwise": set(),
+    "kernels.norm_rotary": set(),
     "projections": {"dispatch", "layers"},
     "loss": {"layers"},
     "data": {"errors"},

@@ -81,18 +81,25 @@ def _store(acc: Array, out: Any, staging: Any, row: Array, column: Array) -> Non
     """Writes one warpgroup's result to out[row:, column:], as many pieces at a time as there are staging buffers."""
     pieces, height, width = staging.shape
     result = acc.astype(out.dtype)
-    # A piece past the end of `out` is not written, but where `out` is one piece wide its place would be lost on the way
-    # (Mosaic drops dimensions of size one) and it would overwrite the first.
+    # A piece past the end of `out` is not written. TMA would clip it, but where `out` is one piece wide its place is
+    # lost on the way (Mosaic drops dimensions of size one) and it would overwrite the first.
     across = range(0, min(acc.shape[1], out.shape[-1]), width)
     corners = [(i, j) for i in range(0, acc.shape[0], height) for j in across]
-    for start in range(0, len(corners), pieces):
-        together = list(enumerate(corners[start : start + pieces]))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for slot, (i, j) in together:
-            staging[slot] = result[i : i + height, j : j + width]
-        plgpu.commit_smem()
-        for slot, (i, j) in together:
-            plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(row + i, height), pl.ds(column + j, width)])
+
+    def write() -> None:
+        for start in range(0, len(corners), pieces):
+            together = list(enumerate(corners[start : start + pieces]))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for slot, (i, j) in together:
+                staging[slot] = result[i : i + height, j : j + width]
+            plgpu.commit_smem()
+            for slot, (i, j) in together:
+                plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(row + i, height), pl.ds(column + j, width)])
+
+    if out.shape[-1] == width:
+        pl.when(column == 0)(write)  # not the second of two warpgroups that share the columns
+    else:
+        write()
 
 
 def _ring(step: Array, stages: int) -> Array:

@@ -1,7 +1,8 @@
 """Records every operation of a one-layer model, under the same names in all three implementations.
 
 Arrays are [tokens, features]; `selected` and `weights` are [tokens, k]. Stock modules are hooked; torch_ref and jaxmoe
-bypass modules, so the functions that they call are wrapped instead.
+bypass modules, so the functions that they call are wrapped instead. Where one kernel norms and rotates queries and
+keys, there is no `q_norm` and no `k_norm`.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def torch_trace(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
         if patch := sys.modules.get("torch_ref.patch"):
             for function in ("rms_norm", "linear"):
                 stack.enter_context(_recorded_by_module(patch, function, names, record))
+            stack.enter_context(_recorded_in_turn(patch, "norm_and_rotate", ("q_rotary", "k_rotary"), record))
         with torch.no_grad():
             record("logits", model(**inputs).logits)
     for hook in hooks:
@@ -108,10 +110,27 @@ def _recorded_by_module(
         yield
 
 
+@contextlib.contextmanager
+def _recorded_in_turn(
+    owner: Any, function: str, results: tuple[str, ...], record: Callable[[str, Any], None]
+) -> Iterator[None]:
+    """A function whose successive results are `results`, each recorded."""
+    original, names = getattr(owner, function), iter(results)
+
+    def recording(*args: Any) -> Any:
+        y = original(*args)
+        record(next(names), y)
+        return y
+
+    with mock.patch.object(owner, function, recording):
+        yield
+
+
 # what jaxmoe's layer calls, and the names of the successive results
 _CALLS = {
     "rms_norm": ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm", "norm"),
     "apply_rotary": ("q_rotary", "k_rotary"),
+    "norm_rotary": ("q_rotary", "k_rotary"),  # instead of both where its kernel runs
     "causal_attention": ("attention",),
     "linear": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "finish_linear": ("q_proj", "k_proj", "v_proj", "o_proj"),  # instead of `linear` where a weight is 4-bit
@@ -139,6 +158,8 @@ def jax_trace(model: Any, batch: Any) -> dict[str, np.ndarray]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             number = counts[function] = counts.get(function, -1) + 1
+            if function == "norm_rotary":
+                counts["rms_norm"] += 1  # its norm is not called
             if number < len(_CALLS[function]):  # beyond them are the projections of a dense MLP
                 record(_CALLS[function][number], result)
             return result
