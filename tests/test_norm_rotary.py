@@ -3,10 +3,12 @@ without; in Pallas' interpreter where there is no GPU."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxmoe import implementations, model
@@ -17,6 +19,9 @@ from jaxmoe.layers import apply_rotary, rms_norm
 from jaxmoe.model import forward, init_adapters, init_parameters
 from tests.configs import config_of
 from tests.parity import relative_error
+from tests.parity.batches import Batch
+from tests.parity.faults import FAULTS
+from tests.parity.trace import jax_trace
 from tests.tolerances import bound
 
 INTERPRETED = jax.default_backend() != "gpu"
@@ -96,3 +101,24 @@ def test_the_model_with_the_kernel(kernel_runs: None) -> None:
     assert (none, calls) == (0, 6)
     errors = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
     assert max(errors) <= bound("norm_rotary_model_fp32")
+
+
+def test_the_parity_suite_sees_through_the_kernel(kernel_runs: None) -> None:
+    """Its trace has the kernel's results under the names of the operations; a norm left out is left out there too."""
+    config = config_of("plain").replace(head_dim=64, num_hidden_layers=1)
+    params = init_parameters(config, jax.random.key(0))
+    model = SimpleNamespace(params=params, adapters={}, config=config, lora_config=None)
+    ids, ones = np.arange(64, dtype=np.int32)[None], np.ones((1, 64), np.int32)
+    batch = Batch(ids, ids, ones)
+
+    def traced(implementation: str) -> dict[str, np.ndarray]:
+        with forced(norm_rotary=implementation, attention="blocks", grouped_matmul="tiled"):
+            return jax_trace(model, batch)
+
+    expected, found = traced("xla"), traced("triton")
+    assert set(expected) - set(found) == {"q_norm", "k_norm"} and not set(found) - set(expected)
+    errors = {name: relative_error(found[name], expected[name]) for name in found}
+    assert max(errors.values()) <= bound("norm_rotary_model_fp32"), errors
+    with FAULTS["q and k norm missing"](), forced(attention="blocks", grouped_matmul="tiled"):
+        wrong = jax_trace(model, batch)
+    assert relative_error(wrong["q_rotary"], expected["q_rotary"]) > 1e3 * bound("norm_rotary_model_fp32")

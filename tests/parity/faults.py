@@ -57,9 +57,14 @@ def _rotary_base_off(frequencies: Any) -> Any:
     return off
 
 
-def _without_query_and_key_norm(rms_norm: Any) -> Any:
-    # only queries and keys are four-dimensional when they are normed
-    return lambda x, weight, eps: x if x.ndim == 4 else rms_norm(x, weight, eps)
+@contextlib.contextmanager
+def _without_query_and_key_norm() -> Iterator[None]:
+    norm = jaxmoe.model.rms_norm
+    # Only queries and keys are four-dimensional when they are normed. The kernel that rotates as well must not run.
+    without = lambda x, weight, eps: x if x.ndim == 4 else norm(x, weight, eps)
+    refused = lambda x: "has no norm to leave out"
+    with mock.patch.multiple(jaxmoe.model, rms_norm=without, norm_rotary_obstacle=refused):
+        yield
 
 
 def _two_experts_exchanged(experts: Any) -> Any:
@@ -80,7 +85,7 @@ FAULTS: dict[str, Fault] = {
     "gate and up swapped": _replaced(jaxmoe.dispatch, "swiglu", lambda swiglu: lambda gate, up: swiglu(up, gate)),
     "no renormalisation": _replaced(jaxmoe.model, "route", _without_renormalisation),
     "rotary base 10 % off": _replaced(jaxmoe.layers, "rotary_frequencies", _rotary_base_off),
-    "q and k norm missing": _replaced(jaxmoe.model, "rms_norm", _without_query_and_key_norm),
+    "q and k norm missing": _without_query_and_key_norm,
     "experts permuted": _replaced(jaxmoe.model, "sorted_experts", _two_experts_exchanged),
     "softmax after top-k": _replaced(jaxmoe.model, "route", _softmax_after_top_k),
     "adapter scaled by 1 over r": _replaced(

@@ -8,6 +8,7 @@ keys, there is no `q_norm` and no `k_norm`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -115,7 +116,7 @@ def _recorded_in_turn(
     owner: Any, function: str, results: tuple[str, ...], record: Callable[[str, Any], None]
 ) -> Iterator[None]:
     """A function whose successive results are `results`, each recorded."""
-    original, names = getattr(owner, function), iter(results)
+    original, names = getattr(owner, function), itertools.cycle(results)
 
     def recording(*args: Any) -> Any:
         y = original(*args)
