@@ -107,18 +107,18 @@ def test_the_parity_suite_sees_through_the_kernel(kernel_runs: None) -> None:
     """Its trace has the kernel's results under the names of the operations; a norm left out is left out there too."""
     config = config_of("plain").replace(head_dim=64, num_hidden_layers=1)
     params = init_parameters(config, jax.random.key(0))
-    model = SimpleNamespace(params=params, adapters={}, config=config, lora_config=None)
+    one_layer = SimpleNamespace(params=params, adapters={}, config=config, lora_config=None)
     ids, ones = np.arange(64, dtype=np.int32)[None], np.ones((1, 64), np.int32)
     batch = Batch(ids, ids, ones)
 
     def traced(implementation: str) -> dict[str, np.ndarray]:
         with forced(norm_rotary=implementation, attention="blocks", grouped_matmul="tiled"):
-            return jax_trace(model, batch)
+            return jax_trace(one_layer, batch)
 
     expected, found = traced("xla"), traced("triton")
     assert set(expected) - set(found) == {"q_norm", "k_norm"} and not set(found) - set(expected)
     errors = {name: relative_error(found[name], expected[name]) for name in found}
     assert max(errors.values()) <= bound("norm_rotary_model_fp32"), errors
     with FAULTS["q and k norm missing"](), forced(attention="blocks", grouped_matmul="tiled"):
-        wrong = jax_trace(model, batch)
+        wrong = jax_trace(one_layer, batch)
     assert relative_error(wrong["q_rotary"], expected["q_rotary"]) > 1e3 * bound("norm_rotary_model_fp32")
