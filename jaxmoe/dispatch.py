@@ -132,9 +132,9 @@ def permute(x: Float[Array, "M D"], schedule: Schedule) -> Float[Array, "P D"]:
 
 
 def combine(rows: Float[Array, "P D"], weights: Float[Array, "M k"], schedule: Schedule) -> Float[Array, "M D"]:
-    """sum_k weights[m, k] * rows[destination[m, k]], in float32, rounded to rows' dtype once."""
+    """sum_k weights[m, k] * rows[destination[m, k]], in float32 as the residual stream that it joins."""
     gathered = jnp.take(rows, schedule.destination, axis=0).astype(jnp.float32)
-    return jnp.einsum("mkd,mk->md", gathered, weights, precision=PRECISION).astype(rows.dtype)
+    return jnp.einsum("mkd,mk->md", gathered, weights, precision=PRECISION)
 
 
 def row_weights(weights: Float[Array, "M k"], schedule: Schedule) -> Float[Array, "P 1"]:
@@ -337,7 +337,7 @@ def _mixture_forward(x, weights, stacks, offset, adapters, schedule, static: _St
 def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
     x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, schedule = residuals
     with jax.named_scope("combine"):
-        d_rows = permute(d_out, schedule)  # not yet weighed
+        d_rows = permute(d_out.astype(x.dtype), schedule)  # not yet weighed
         weight_of_row = row_weights(weights, schedule)
     with jax.named_scope("down"):
         d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule, static.mosaic)
@@ -391,7 +391,7 @@ def sorted_experts(
     gate_up_adapter: Adapter | None = None,
     down_adapter: Adapter | None = None,
 ) -> Float[Array, "M D"]:
-    """The mixture's output sum_k w_k down_k(silu(gate_k x) * up_k x), by sort-based dispatch.
+    """The mixture's output sum_k w_k down_k(silu(gate_k x) * up_k x), float32, by sort-based dispatch.
 
     Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products join the base's before it is rounded.
     """
@@ -433,4 +433,4 @@ def dense_experts(
     gate, up = jnp.split(project(x.astype(jnp.float32), "mi,eoi->meo", weights.gate_up_proj, gate_up_adapter), 2, -1)
     out = project(jax.nn.silu(gate) * up, "mei,eoi->meo", weights.down_proj, down_adapter)
     mixture = jnp.zeros((M, E)).at[jnp.arange(M)[:, None], routing.experts].set(routing.weights)
-    return jnp.einsum("meo,me->mo", out, mixture, precision=PRECISION).astype(x.dtype)
+    return jnp.einsum("meo,me->mo", out, mixture, precision=PRECISION)

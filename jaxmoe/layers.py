@@ -258,4 +258,4 @@ def layer_slice(stack: Array, slot: Array | int) -> Array:
 # Results that a recomputation policy may keep; `jaxmoe.router`, `dispatch` and `cudnn` name others.
 LAYER_INPUT = "layer_input"
 PROJECTED = "query_key_value"  # before norm and rotation
-STREAM = "residual_stream"  # after attention
+ATTENDED = "attention_update"  # what attention adds to the residual stream

@@ -110,7 +110,7 @@ def training_forecast(
             *stored,
             Part("gradients", trained * min(accumulation, 2), True),
             Part("optimizer state", ADAM_MOMENTS * trained, True),
-            Part("layer inputs", 0 if remat == "offload" else layer_input_bytes(config, tokens, size), False),
+            Part("layer inputs", 0 if remat == "offload" else layer_input_bytes(config, tokens), False),
             Part("kept results", kept_bytes(config, lora, batch_size, seq_length, size, remat), False),
             # The recomputed results of a layer, and the gradient of each.
             Part("one layer at work", 2 * layer_bytes(config, batch_size, seq_length, size), False),
@@ -192,9 +192,9 @@ def padded_rows(routed_rows: int, num_experts: int) -> int:
     return routed_rows + min(num_experts, routed_rows) * tile
 
 
-def layer_input_bytes(config: Qwen3MoeConfig, tokens: int, size: int) -> int:
-    """Bytes of the layers' inputs, `size` bytes an element; with the policy "offload" in the host's memory."""
-    return config.num_hidden_layers * tokens * config.hidden_size * size
+def layer_input_bytes(config: Qwen3MoeConfig, tokens: int) -> int:
+    """Bytes of the layers' inputs, float32; with the policy "offload" in the host's memory."""
+    return config.num_hidden_layers * tokens * config.hidden_size * FLOAT32
 
 
 def kept_bytes(
@@ -205,7 +205,7 @@ def kept_bytes(
         return 0
     tokens, sparse = batch_size * seq_length, len(config.sparse_layers)
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # The stream behind attention, queries, keys and values, the heads' output and its normaliser.
+    # What attention adds to the residual stream, queries, keys and values, the heads' output and its normaliser.
     attention = tokens * ((config.hidden_size + 2 * heads + 2 * kv) * size + config.num_attention_heads * FLOAT32)
     kept = config.num_hidden_layers * attention
     if sparse:
@@ -243,7 +243,7 @@ def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: 
     """Bytes of all results inside the larger kind of decoder layer, `size` bytes an element."""
     tokens = batch_size * seq_length
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = tokens * (2 * config.hidden_size + 2 * heads + 2 * kv) * size
+    attention = tokens * (config.hidden_size * (size + FLOAT32) + (2 * heads + 2 * kv) * size)
     mlps = [0]
     if config.sparse_layers:
         rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts)

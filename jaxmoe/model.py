@@ -32,9 +32,9 @@ from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
 from jaxmoe.implementations import choose
 from jaxmoe.kernels.norm_rotary import norm_rotary, norm_rotary_obstacle
 from jaxmoe.layers import (
+    ATTENDED,
     LAYER_INPUT,
     PROJECTED,
-    STREAM,
     Adapter,
     apply_rotary,
     attention,
@@ -81,7 +81,8 @@ class RouterStats(NamedTuple):
 
 
 class ForwardOutput(NamedTuple):
-    """Hidden states after the final norm, router statistics, and what was asked to be captured."""
+    """Hidden states after the final norm, router statistics, and what was asked to be captured; the layers' inputs are
+    float32."""
 
     hidden: Float[Array, "B T D"]
     stats: RouterStats
@@ -133,6 +134,7 @@ class _Layer:
     scales: Mapping[str, float]
     experts_of_all: Stacks  # frozen expert stacks as [layers * E, out, in]; empty when the experts are trained
     control: RoutingControl | None
+    dtype: Any  # of the operands of products; the residual stream between them is float32
     layer: Array
     mlp_slot: Array
 
@@ -141,6 +143,10 @@ class _Layer:
 
     def weight(self, path: str) -> Array:
         return self.weights.pick(path, self._slot(path))
+
+    def norm(self, h: Array, path: str) -> Array:
+        """The residual stream, normalised, as an operand of products."""
+        return rms_norm(h, self.weight(path), self.config.rms_norm_eps).astype(self.dtype)
 
     def bias(self, path: str) -> Array | None:
         return self.weight(f"{path}_bias") if f"{path}_bias" in self.weights else None
@@ -196,7 +202,7 @@ _NOTHING = _Wanted()
 
 
 def _norm_rotary(x: Array, layer: _Layer, path: str, tables: tuple[Array, Array]) -> Array:
-    """Queries or keys, normalised by head and rotated, rounded once; the kernel that takes one pass is for frozen norms.
+    """Queries or keys, normalised by head and rotated, rounded once; the one-pass kernel is for frozen norms.
 
     Rounded between the two as well, gradients of a bfloat16 model were 7 % further from float64 (docs/log.md).
     """
@@ -211,7 +217,7 @@ def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], atten
     config = layer.config
     B, T, _ = h.shape
     with jax.named_scope("attention"):
-        x = rms_norm(h, layer.weight("attention.input_layernorm"), config.rms_norm_eps)
+        x = layer.norm(h, "attention.input_layernorm")
         query, key, value = (
             checkpoint_name(y, PROJECTED).reshape(B, T, -1, config.head_dim)
             for y in layer.project_each(x, "attention.q_proj", "attention.k_proj", "attention.v_proj")
@@ -219,7 +225,7 @@ def _attention_block(h: Array, layer: _Layer, tables: tuple[Array, Array], atten
         query = _norm_rotary(query, layer, "attention.q_norm", tables)
         key = _norm_rotary(key, layer, "attention.k_norm", tables)
         heads, cache = attend(query, key, value, layer.layer)
-        return checkpoint_name(h + layer.project(heads.reshape(B, T, -1), "attention.o_proj"), STREAM), cache
+        return h + checkpoint_name(layer.project(heads.reshape(B, T, -1), "attention.o_proj"), ATTENDED), cache
 
 
 def _sparse_mlp(x: Array, layer: _Layer, valid: Array, wanted: _Wanted) -> tuple[Array, _RoutingRecord]:
@@ -248,7 +254,7 @@ def _dense_mlp(x: Array, layer: _Layer, wanted: _Wanted) -> tuple[Array, _Routin
     M, E, k = x.shape[0], layer.config.num_experts, layer.config.num_experts_per_tok
     with jax.named_scope("dense_mlp"):
         hidden = swiglu(layer.project(x, "dense.gate_proj"), layer.project(x, "dense.up_proj"))
-        y = layer.project(hidden, "dense.down_proj")
+        y = layer.project(hidden, "dense.down_proj").astype(jnp.float32)  # as the experts give it
     logits = jnp.zeros((M, E), jnp.float32)
     nobody = Routing(logits, logits, jnp.zeros((M, k), jnp.int32), logits[:, :k])
     return y, _RoutingRecord(
@@ -271,7 +277,7 @@ def _decoder_layer(
     """One decoder layer: attention, then the MLP of the layer's kind, each with its residual."""
     config = layer.config
     h, cache = _attention_block(h, layer, tables, attend)
-    x = rms_norm(h, layer.weight("attention.post_attention_layernorm"), config.rms_norm_eps).reshape(-1, h.shape[-1])
+    x = layer.norm(h, "attention.post_attention_layernorm").reshape(-1, h.shape[-1])
     sparse = partial(_sparse_mlp, layer=layer, valid=valid, wanted=wanted)
     dense = partial(_dense_mlp, layer=layer, wanted=wanted)
     if not config.dense_layers:
@@ -338,8 +344,8 @@ class _Run:
 # of a frozen weight, which would hold the model twice; elementwise results (norms, rotary, SwiGLU) are never worth
 # their memory.
 _KEPT: dict[Remat, frozenset[str]] = {
-    "fast": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE, GATE_UP}),
-    "balanced": frozenset({STREAM, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE}),
+    "fast": frozenset({ATTENDED, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE, GATE_UP}),
+    "balanced": frozenset({ATTENDED, PROJECTED, cudnn.OUT, cudnn.LOG_SUM, ROUTING, SCHEDULE}),
     "low-memory": frozenset(),
 }
 
@@ -385,6 +391,7 @@ def _run_layers(
             scales,
             experts_of_all,
             run.control,
+            params["embed_tokens"].dtype,
             index,
             mlp_slot,
         )
@@ -399,6 +406,16 @@ def _run_layers(
     xs = (_layer_indices(config), weights.sliced, lora_weights.sliced)
     (h, cache), (records, inputs) = jax.lax.scan(body, (h, cache), xs)
     return h, cache, records, inputs
+
+
+def _embed(params: Params, input_ids: Array) -> Array:
+    """The residual stream's beginning. It stays float32: each of the 2 L sums would round it again, which in bfloat16
+    is half of what a model's logits are off by (docs/log.md)."""
+    return jnp.take(params["embed_tokens"], input_ids, axis=0).astype(jnp.float32)
+
+
+def _final_norm(h: Array, params: Params, config: Qwen3MoeConfig) -> Array:
+    return rms_norm(h, params["norm"], config.rms_norm_eps).astype(params["embed_tokens"].dtype)
 
 
 def forward(
@@ -422,15 +439,15 @@ def forward(
 
     `segment_ids` are 0 for padding and 1, 2, ... for the documents packed into a row; a token attends to earlier tokens
     of its own segment. `packed` False promises that each row is one document, with padding behind it or none: causality
-    alone then keeps them apart, and the GPU need not ask at every layer. Computation runs in the dtype of
-    `embed_tokens`. `trainable` says which parameters will be differentiated; `remat` what the backward pass recomputes:
-    "low-memory" keeps one [B, T, D] per layer, "offload" keeps that in the host's memory, "fast" all that is dear to
-    compute, "balanced" the same but the experts' products (never a copy of a frozen weight). `routing_control` replays
-    or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many of its largest router
-    logits.
+    alone then keeps them apart, and the GPU need not ask at every layer. Products run in the dtype of `embed_tokens`,
+    the residual stream is float32. `trainable` says which parameters will be differentiated; `remat` what the backward
+    pass recomputes: "low-memory" keeps one [B, T, D] per layer, "offload" keeps that in the host's memory, "fast" all
+    that is dear to compute, "balanced" the same but the experts' products (never a copy of a frozen weight).
+    `routing_control` replays or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many
+    of its largest router logits.
     """
     with jax.default_matmul_precision("highest"):
-        h = jnp.take(params["embed_tokens"], input_ids, axis=0)
+        h = _embed(params, input_ids)
         tables = rotary_tables(position_ids, config.rope_parameters, config.head_dim)
 
         def attend(cache, query, key, value, layer):
@@ -440,7 +457,7 @@ def forward(
         wanted = _Wanted(capture_router_logits, capture_routing)
         run = _Run(config, lora, tables, valid, trainable, remat, wanted, capture_hidden, routing_control)
         h, _, records, inputs = _run_layers(run, h, params, adapters, attend, None)
-        hidden = rms_norm(h, params["norm"], config.rms_norm_eps)
+        hidden = _final_norm(h, params, config)
     sparse = np.asarray(config.sparse_layers, np.int32)
     stats = RouterStats(records.counts[sparse], records.prob_sums[sparse], jnp.sum(valid))
     logits = None
@@ -506,10 +523,10 @@ def forward_cached(
             return attention(query, here(keys), here(values), mask), KVCache(keys, values)
 
         valid = (jnp.arange(T) < length[:, None]).reshape(-1)
-        h = jnp.take(params["embed_tokens"], input_ids, axis=0)
+        h = _embed(params, input_ids)
         run = _Run(config, lora, tables, valid, wanted=_Wanted(top=capture_routing), control=routing_control)
         h, cache, records, _ = _run_layers(run, h, params, adapters, attend, cache)
-        hidden = rms_norm(h, params["norm"], config.rms_norm_eps)
+        hidden = _final_norm(h, params, config)
         return hidden, cache, _captured(records, config, input_ids.shape)
 
 

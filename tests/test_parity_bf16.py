@@ -100,6 +100,7 @@ def test_at_least_as_exact_on_the_trained_checkpoint() -> None:
 
 def norm_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     def rms_norm(x, weight, eps):
+        x = x.astype(weight.dtype)
         return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
     patch.setattr(jaxmoe.model, "rms_norm", rms_norm)

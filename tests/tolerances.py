@@ -26,7 +26,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "dispatch_fp32": Tolerance(
         2e-6, 1.2e-6, "sort-based dispatch against the dense oracle, value and gradients, relative L2"
     ),
-    "bf16_against_transformers": Tolerance(1.0, 0.84, "bfloat16 error against float64, over transformers' own"),
+    "bf16_against_transformers": Tolerance(0.75, 0.68, "bfloat16 error against float64, over transformers' own"),
     "attention_fp32": Tolerance(
         2e-6, 4.0e-7, "attention in blocks against the masked one, value and gradients, relative L2"
     ),
@@ -50,7 +50,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "mixture_bf16": Tolerance(1e-2, 0.0, "mixture in bfloat16 by the kernels, value and gradients, against float32"),
     "norm_rotary_fp32": Tolerance(1e-6, 1.1e-7, "norm and rotation in one pass against the layers, float32"),
     "norm_rotary_model_fp32": Tolerance(1e-5, 1.1e-6, "a float32 model with it and one without, loss and gradients"),
-    "norm_rotary_bf16": Tolerance(2e-3, 1.7e-3, "the same from bfloat16 against float32: one rounding, two give 2.4e-3"),
+    "norm_rotary_bf16": Tolerance(2e-3, 1.7e-3, "bfloat16 against float32: one rounding; two give 2.4e-3"),
     "gpu_experts_bf16": Tolerance(5e-3, 4.8e-3, "bfloat16 experts at full width against float32, value and gradient"),
     "gpu_attention_bf16": Tolerance(5e-3, 0.0, "cuDNN's attention against the masked one in float32, value, gradients"),
     "torch_ref_fp32": Tolerance(2e-6, 4.9e-7, "torch_ref's outputs against stock transformers, float32, relative L2"),

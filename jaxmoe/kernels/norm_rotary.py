@@ -1,8 +1,8 @@
 """Norm and rotation of queries and keys in one pass over memory, where XLA takes two each way.
 
 A Pallas kernel by Triton, for any NVIDIA GPU; each program takes some rows. It computes
-`layers.apply_rotary(layers.rms_norm(x))` and its gradient in float32, rounded once, at the end. On an H200 it takes 8 of
-359 ms from a LoRA step of Qwen3-30B-A3B.
+`layers.apply_rotary(layers.rms_norm(x))` and its gradient in float32, rounded once, at the end. On an H200 it takes 8
+of 359 ms from a LoRA step of Qwen3-30B-A3B.
 """
 
 from __future__ import annotations
