@@ -85,16 +85,19 @@ def training_forecast(
     quantize: str | None = None,
     remat: Remat = "low-memory",
     attention: Attention = "blocks",
+    packed: bool = True,
 ) -> Forecast:
     """One step of AdamW on `batch_size` rows of `seq_length` tokens, each layer recomputed as `remat` says.
 
-    `attention` is the implementation that the device takes (`jaxmoe.attention.implementation`).
+    `attention` is the implementation that the device takes (`jaxmoe.attention.implementation`), `packed` whether some
+    row may hold several documents.
 
     With `lora` only the adapters have gradients and moments; with None all parameters do, and are computed in `dtype`
     from float32 masters. What is trained is float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
     Accumulation holds the sum beside the gradients of a micro-batch.
     """
     size = DTYPE_BYTES[dtype]
+    working = attention_bytes(config, batch_size, seq_length, attention, True, packed)
     parameters = parameter_count(config)
     tokens = batch_size * seq_length
     if lora:
@@ -114,7 +117,7 @@ def training_forecast(
             Part("kept results", kept_bytes(config, lora, batch_size, seq_length, size, remat), False),
             # The recomputed results of a layer, and the gradient of each.
             Part("one layer at work", 2 * layer_bytes(config, batch_size, seq_length, size), False),
-            Part(f"attention, {attention}", attention_bytes(config, batch_size, seq_length, attention, True), False),
+            Part(f"attention, {attention}", working, False),
             # The logits of a chunk, and their gradient.
             Part("one chunk of logits", 2 * min(LOSS_CHUNK, tokens) * config.vocab_size * FLOAT32, False),
         )
@@ -156,6 +159,7 @@ def generation_forecast(
 ) -> Forecast:
     """Prefill and decoding of `batch_size` rows, `seq_length` tokens each, prompt and answer together."""
     size = DTYPE_BYTES[dtype]
+    working = attention_bytes(config, batch_size, seq_length, attention, False)
     kv_width = config.num_key_value_heads * config.head_dim
     adapters = (Part("adapters", adapter_count(config, lora) * FLOAT32, True),) if lora else ()
     return Forecast(
@@ -164,7 +168,7 @@ def generation_forecast(
             *adapters,
             Part("KV cache", 2 * config.num_hidden_layers * batch_size * seq_length * kv_width * size, True),
             Part("one layer at work", layer_bytes(config, batch_size, seq_length, size), False),
-            Part(f"attention, {attention}", attention_bytes(config, batch_size, seq_length, attention, False), False),
+            Part(f"attention, {attention}", working, False),
             Part("logits", batch_size * config.vocab_size * FLOAT32, False),
         )
     )
@@ -221,7 +225,12 @@ def kept_bytes(
 
 
 def attention_bytes(
-    config: Qwen3MoeConfig, batch_size: int, seq_length: int, attention: Attention, training: bool
+    config: Qwen3MoeConfig,
+    batch_size: int,
+    seq_length: int,
+    attention: Attention,
+    training: bool,
+    packed: bool = True,
 ) -> int:
     """Bytes that attention works in, beside its operands and its result.
 
@@ -231,7 +240,8 @@ def attention_bytes(
     heads = batch_size * config.num_attention_heads * seq_length
     if attention == "blocks":
         return (8 if training else 4) * heads * query_block(seq_length) * FLOAT32
-    return 2 * CUDNN_SEQUENCES * heads * config.head_dim * FLOAT32 if training else 0
+    sequences = CUDNN_SEQUENCES if packed else 1
+    return 2 * sequences * heads * config.head_dim * FLOAT32 if training else 0
 
 
 def query_block(seq_length: int) -> int:

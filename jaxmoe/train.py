@@ -546,6 +546,7 @@ def _with_remat(
             quantize="nf4" if Quantization.of(frozen) else None,
             remat=remat,
             attention=attention,
+            packed=model.packed,
         )
         for remat in get_args(Remat)
     }

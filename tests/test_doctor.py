@@ -140,9 +140,10 @@ def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(seq_length
 MEASURED = {
     ("attention", 2, 4096, "fast"): 79.7,
     ("attention,experts", 2, 4096, "fast"): 89.7,
-    ("attention", 2, 4096, "low-memory"): 61.2,
-    ("attention", 1, 16384, "fast"): 0.0,
-    ("attention", 1, 65536, "low-memory"): 0.0,
+    ("attention", 2, 4096, "low-memory"): 61.3,
+    ("attention", 1, 16384, "fast"): 101,
+    ("attention", 1, 65536, "low-memory"): 89.9,
+    ("attention", 1, 131072, "low-memory"): 122,
 }
 
 
@@ -151,7 +152,7 @@ def test_the_forecast_is_a_little_above_what_was_measured(case: tuple[Any, ...],
     targets, rows, length, remat = case
     lora = LoraConfig(r=16, targets=expand_targets(targets.split(",")))
     shape = {"batch_size": rows, "seq_length": length, "dtype": "bfloat16", "remat": remat}
-    plan = memory.training_forecast(PRESETS["qwen3-30b-a3b"], lora, attention="cudnn", **shape)
+    plan = memory.training_forecast(PRESETS["qwen3-30b-a3b"], lora, attention="cudnn", packed=False, **shape)
     assert 1 <= plan.total / 2**30 / peak < 1.2
 
 
