@@ -2,8 +2,9 @@
 
 Precision, here and in the experts: every contraction accumulates in float32, at full precision for float32 operands
 (never TF32); an operation's result is rounded to the activations' dtype once, at its end. transformers rounds more
-often in bfloat16 (after the normalisation, each rotary product, each factor of SwiGLU), so this package is at least as
-close to the exact result; in float32 both compute the same thing up to the order of sums.
+often in bfloat16 (after the normalisation, each rotary product, each factor of SwiGLU, each sum of the residual stream,
+which is float32 here), so this package is closer to the exact result; in float32 both compute the same thing up to the
+order of sums.
 """
 
 from __future__ import annotations
