@@ -83,8 +83,8 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     state = initial_state(adapters, optimizer)
     shape, document = (1, case.batch, case.length), case.length // args.documents
-    index = np.broadcast_to(np.arange(case.length, dtype=np.int32), shape)
-    segments, positions = index // document + 1, index % document
+    place = np.broadcast_to(np.arange(case.length, dtype=np.int32), shape)
+    segments, positions = place // document + 1, place % document
     weights = (positions < document - packed).astype(np.float32)
 
     def batch(index: int) -> Batch:
@@ -281,19 +281,7 @@ def main() -> None:
         print(json.dumps(side(args, case, config, lora)))
         return
 
-    known = (
-        "preset",
-        "layers",
-        "width",
-        "length",
-        "documents",
-        "lora_r",
-        "warmup",
-        "steps",
-        "remat",
-        "trace",
-        "scratch",
-    )
+    known = "preset layers width length documents lora_r warmup steps remat trace scratch".split()
     argv = [f"--{key.replace('_', '-')}={value}" for key in known if (value := getattr(args, key)) is not None]
     record: dict[str, Any] = {}
     for name in names:

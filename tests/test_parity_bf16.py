@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -106,6 +107,20 @@ def norm_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(jaxmoe.model, "rms_norm", rms_norm)
 
 
+def stream_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
+    """The residual stream rounded at each sum, as transformers does."""
+
+    def rounded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            h, *rest = function(*arguments)
+            return h.astype(jnp.bfloat16).astype(h.dtype), *rest
+
+        return run
+
+    for name in ("_attention_block", "_decoder_layer"):
+        patch.setattr(jaxmoe.model, name, rounded(getattr(jaxmoe.model, name)))
+
+
 def coarse_linear_maps(patch: pytest.MonkeyPatch) -> None:
     """A quarter of bfloat16's precision in what each linear map returns."""
     linear = jaxmoe.model.linear
@@ -123,6 +138,8 @@ def coarse_linear_maps(patch: pytest.MonkeyPatch) -> None:
         (norm_in_bfloat16, "every_expert", "600 tokens"),
         (norm_in_bfloat16, "every_expert", "packed"),
         (coarse_linear_maps, "top_8_of_32", "short"),
+        (stream_in_bfloat16, "every_expert", "packed"),
+        (stream_in_bfloat16, "top_8_of_32_unnormalised", "short"),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )

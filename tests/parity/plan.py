@@ -40,6 +40,7 @@ class Case:
         faults: negative controls that jaxmoe runs as well, from `tests.parity.faults`.
         flip_bound: entry of the tolerance table for the margin above which no choice may flip; None takes what
             transformers needs in the same run.
+        pinned_kl: entry of the tolerance table that jaxmoe's pinned KL is held to in 16 bit; None: only reported.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Case:
     runs: tuple[str, ...] = ("free", "pinned")
     faults: tuple[str, ...] = ()
     flip_bound: str | None = None
+    pinned_kl: str | None = None
     aux_coefficient: float = 0.1
     learning_rate: float = 1e-3
 

@@ -46,6 +46,7 @@ def trained_cases(
             dtype,
             str(batch),
             flip_bound=bound,
+            pinned_kl="parity_pinned_kl",
             faults=planted if faults else (),
             **options,
         )
