@@ -79,7 +79,7 @@ def to_numpy(x: Any) -> np.ndarray:
     return x.float().numpy().astype(name) if name == "bfloat16" else x.numpy()
 
 
-def same_bits(found: Any, expected: np.ndarray) -> None:
+def assert_same_bits(found: Any, expected: np.ndarray) -> None:
     found = np.asarray(found)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     equal = found.tobytes() == expected.tobytes()
@@ -113,11 +113,11 @@ def check_decoding(bnb: Any, shape: tuple[int, int], dtype: str, nested: bool, s
     if nested:
         ours = NF4(codes, absmax, state.state2.absmax.numpy(), state.offset.numpy())
         table = state.state2.code.numpy()
-    same_bits(decode(ours, math.prod(shape), np.dtype(dtype), table).reshape(shape), expected)
+    assert_same_bits(decode(ours, math.prod(shape), np.dtype(dtype), table).reshape(shape), expected)
     params = {name: jnp.asarray(array)[None, None] for name, array in put(ours, "x").items()}
     params |= {} if table is None else {NESTED_QUANT_MAP: jnp.asarray(table)}
     decoded = jax.jit(lambda params: NF4Stack.of(params, "x", (1, *shape), dtype)[jnp.asarray([0, 0])])(params)
-    same_bits(decoded[1], expected)
+    assert_same_bits(decoded[1], expected)
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
@@ -161,20 +161,20 @@ def test_encoding_equals_bitsandbytes(bnb: Any, dtype: str) -> None:
         x = to_torch(draw(seed, shape), dtype)
         packed, state = bnb.quantize_4bit(x, quant_type="nf4")
         ours = encode(to_numpy(x))
-        same_bits(ours.codes, packed.numpy()[:, 0])
-        same_bits(ours.absmax, state.absmax.numpy())
+        assert_same_bits(ours.codes, packed.numpy()[:, 0])
+        assert_same_bits(ours.absmax, state.absmax.numpy())
 
 
 def test_ties_go_to_the_lower_code(bnb: Any) -> None:
     middle = (quantize.NF4_TABLE[:-1] + quantize.NF4_TABLE[1:]) / np.float32(2)
     x = np.concatenate([middle, np.nextafter(middle, np.float32(2)), [1, -1]]).astype(np.float32)
-    same_bits(encode(x).codes, bnb.quantize_4bit(to_torch(x, "float32"), quant_type="nf4")[0].numpy()[:, 0])
+    assert_same_bits(encode(x).codes, bnb.quantize_4bit(to_torch(x, "float32"), quant_type="nf4")[0].numpy()[:, 0])
     assert encode(np.asarray([1, -1] * 32, np.float32)).codes[0] == 0xF0
 
 
 def test_the_second_quantisation(bnb: Any) -> None:
     """The table is bitsandbytes'; the codes are the nearest, from which its CPU encoder strays to the neighbour."""
-    same_bits(dynamic_map(), bnb.create_dynamic_map().numpy())
+    assert_same_bits(dynamic_map(), bnb.create_dynamic_map().numpy())
     x = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32)
     _, state = bnb.quantize_4bit(to_torch(x, "float32"), quant_type="nf4", compress_statistics=True)
     ours = encode(x, dynamic_map())
@@ -201,7 +201,7 @@ def test_the_gpu_decodes_the_same_bits() -> None:
             params = {name: jnp.asarray(array)[None, None] for name, array in put(packed, "x").items()}
             params |= {NESTED_QUANT_MAP: jnp.asarray(dynamic_map())}
             decoded = jax.jit(lambda p, shape=shape, dtype=dtype: NF4Stack.of(p, "x", (1, *shape), dtype)[0])(params)
-            same_bits(decoded, decode(packed, math.prod(shape), np.dtype(dtype), dynamic_map()).reshape(shape))
+            assert_same_bits(decoded, decode(packed, math.prod(shape), np.dtype(dtype), dynamic_map()).reshape(shape))
 
 
 # --- the model
@@ -398,7 +398,7 @@ def test_bytes_of_bitsandbytes_are_kept(bnb: Any, form: str, tmp_path: pathlib.P
     if "odd" not in form:  # and they mean the same there
         weight = bitsandbytes_weight(bnb, src, "model.layers.2.self_attn.k_proj.weight")
         found = next(block for block in dequantized(read_converted(tmp_path / "jax")).blocks() if block.layer == 2)
-        same_bits(found.arrays["attention.k_proj"], weight)
+        assert_same_bits(found.arrays["attention.k_proj"], weight)
     model = Qwen3MoeForCausalLM.from_pretrained(src)
     assert model.quantization is not None
     assert ("sparse.down_proj" in model.quantization.paths) == (not attention_only)
@@ -437,7 +437,7 @@ def test_converting_into_nf4_and_back(bnb: Any, folder: pathlib.Path, tmp_path: 
     assert settings["llm_int8_skip_modules"] == ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in (0, 2, 3))]
     assert "quantization_config" not in json.loads((tmp_path / "whole" / "config.json").read_text())
     key = "model.layers.3.mlp.experts.7.gate_proj.weight"
-    same_bits(open_folder(tmp_path / "whole")[key].read(), bitsandbytes_weight(bnb, tmp_path / "bnb", key))
+    assert_same_bits(open_folder(tmp_path / "whole")[key].read(), bitsandbytes_weight(bnb, tmp_path / "bnb", key))
     direct = Qwen3MoeForCausalLM.from_pretrained(folder, quantize="nf4").params
     for source in ("jax", "bnb"):
         read = Qwen3MoeForCausalLM.from_pretrained(tmp_path / source).params
