@@ -1,8 +1,9 @@
 """The expert layer's four products beside torch._grouped_mm: `python -m benchmarks.grouped_matmul`.
 
 Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, random weights, skewed routing. Useful TFLOP/s:
-padding is not counted. Both sides are timed alike, over queued calls, in one process, on the same routing. Beside them
-is what the card's library does with the same rows and one matrix for all of them: no experts, no padding.
+padding is not counted. Beside them is what the card's library does with the same rows and one matrix for all of them:
+no experts, no padding. All sides are timed alike, over queued calls, in one process, on the same routing, and in turn:
+these products take the card to its power limit, where its clock depends on what ran before.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs its share of the memory
 
@@ -32,18 +33,36 @@ def skewed_experts(tokens: int, num_experts: int, k: int, skew: float = 0.3, see
     return np.argsort(-logits, axis=1, kind="stable")[:, :k].astype(np.int32)
 
 
-def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], None], queued: int = 10, repeat: int = 5) -> float:
-    """Median over `repeat` of the mean time of `queued` calls that are launched without waiting."""
-    wait(call())
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        result = None
-        for _ in range(queued):
-            result = call()
-        wait(result)
-        times.append((time.perf_counter() - start) / queued)
-    return float(np.median(times))
+class Side(NamedTuple):
+    """What is timed, and how to wait for what it returned."""
+
+    call: Callable[[], Any]
+    wait: Callable[[Any], Any]
+
+
+def seconds_in_turn(sides: dict[str, Side], queued: int = 10, rounds: int = 8, rest: float = 0.0) -> dict[str, float]:
+    """Median over the rounds of the mean time of `queued` calls that are launched without waiting, side after side.
+
+    `rest`: seconds of pause before each side's calls. Without, the load is steady, as in training.
+    """
+    for side in sides.values():
+        side.wait(side.call())
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            time.sleep(rest)
+            start = time.perf_counter()
+            result = None
+            for _ in range(queued):
+                result = side.call()
+            side.wait(result)
+            times[name].append((time.perf_counter() - start) / queued)
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
+def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
+    """The same of one side alone."""
+    return seconds_in_turn({"": Side(call, wait)}, rounds=5)[""]
 
 
 def padded(rows: jax.Array, schedule: Schedule) -> jax.Array:
@@ -61,8 +80,8 @@ def products(D: int, F: int) -> dict[str, tuple[str, int, int, bool]]:
     }
 
 
-def measure(tokens: int, tiles: Any = None, check: bool = True, peer: bool = True) -> list[dict[str, Any]]:
-    """One record per product: TFLOP/s here and with torch, relative error against float32."""
+def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
+    """One record per product: TFLOP/s of each side, relative error against float32."""
     from jaxmoe.kernels import grouped_matmul as kernel
 
     config = PRESETS["qwen3-30b-a3b"]
@@ -80,24 +99,19 @@ def measure(tokens: int, tiles: Any = None, check: bool = True, peer: bool = Tru
 
         @jax.jit
         def multiply(x, weight, transposed=transposed):
-            return kernel.grouped_matmul(x, weight, expert_blocks(schedule), transposed=transposed, tiles=tiles)
+            return kernel.grouped_matmul(x, weight, expert_blocks(schedule), transposed=transposed)
 
         flops = 2 * tokens * k * inner * out
+        sides = {
+            "jaxmoe": Side(lambda x=x, w=weight: multiply(x, w), jax.block_until_ready),
+            "torch": _torch(rows, schedule, weight, sizes, transposed),
+            "one matrix": _one_matrix(rows, weight[0], transposed),
+        }
+        seconds = seconds_in_turn(sides, rest=rest)
         record: dict[str, Any] = {"tokens": tokens, "product": name, "skew": float(sizes.max() / sizes.mean())}
-        try:
-            seconds = seconds_per_call(lambda x=x, w=weight: multiply(x, w), jax.block_until_ready)
-        except Exception as error:
-            record["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            records.append(record)
-            continue
-        record |= {"ms": seconds * 1e3, "tflops": flops / seconds / 1e12}
-        if check:
-            record["error"] = _error(multiply(x, weight), x, weight, schedule, transposed)
-        if peer:
-            record["one_matrix_tflops"] = flops / _one_matrix(rows, weight[0], transposed) / 1e12
-            torch_ms = _torch(rows, schedule, weight, sizes, transposed)
-            record |= {"torch_ms": torch_ms * 1e3, "torch_tflops": flops / torch_ms / 1e12}
-            record["ratio"] = record["tflops"] / record["torch_tflops"]
+        record |= {f"{side} TFLOP/s": flops / taken / 1e12 for side, taken in seconds.items()}
+        record["ratio"] = seconds["torch"] / seconds["jaxmoe"]
+        record["error"] = _error(multiply(x, weight), x, weight, schedule, transposed)
         records.append(record)
     return records
 
@@ -120,14 +134,14 @@ def _error(found: jax.Array, x: jax.Array, weight: jax.Array, schedule: Schedule
     return float(jnp.sqrt(wrong / norm))
 
 
-def _one_matrix(rows: jax.Array, matrix: jax.Array, transposed: bool) -> float:
-    """Seconds of XLA's product (cuBLAS) of all rows with one matrix."""
+def _one_matrix(rows: jax.Array, matrix: jax.Array, transposed: bool) -> Side:
+    """XLA's product (cuBLAS) of all rows with one matrix."""
     multiply = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ()))))
-    return seconds_per_call(lambda: multiply(rows, matrix), jax.block_until_ready)
+    return Side(lambda: multiply(rows, matrix), jax.block_until_ready)
 
 
-def _torch(rows: jax.Array, schedule: Schedule, weight: jax.Array, sizes: np.ndarray, transposed: bool) -> float:
-    """Seconds of torch._grouped_mm on the same rows, sorted by expert, without padding."""
+def _torch(rows: jax.Array, schedule: Schedule, weight: jax.Array, sizes: np.ndarray, transposed: bool) -> Side:
+    """torch._grouped_mm on the same rows, sorted by expert, without padding."""
     import torch
 
     order = np.argsort(np.asarray(schedule.destination).reshape(-1))
@@ -135,7 +149,7 @@ def _torch(rows: jax.Array, schedule: Schedule, weight: jax.Array, sizes: np.nda
     w = torch.from_dlpack(weight)
     offsets = torch.tensor(np.cumsum(sizes), dtype=torch.int32, device="cuda")
     w = w.transpose(-2, -1) if transposed else w
-    return seconds_per_call(
+    return Side(
         lambda: torch._grouped_mm(x, w, offs=offsets),  # pyright: ignore[reportPrivateImportUsage]
         lambda _: torch.cuda.synchronize(),
     )
@@ -145,6 +159,7 @@ def main() -> None:
     """Measures and prints the table."""
     parser = ArgumentParser(description="Grouped matmul of the experts beside torch._grouped_mm.")
     parser.add_argument("--tokens", default="2048,8192,32768", metavar="N,...")
+    parser.add_argument("--rest", type=float, default=0.0, metavar="SECONDS", help="pause before each side's calls")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     records = []
@@ -153,12 +168,10 @@ def main() -> None:
         f"{'tokens':>7} {'product':<8} {'jaxmoe':>7} {'torch':>7} {'ratio':>6} {'matrix':>7} {'error':>8} {'load':>6}"
     )
     for tokens in map(int, args.tokens.split(",")):
-        for r in measure(tokens):
+        for r in measure(tokens, args.rest):
             records.append(r)
-            if "failed" in r:
-                print(f"{tokens:>7} {r['product']:<8} failed: {r['failed']}")
-                continue
-            numbers = f"{r['tflops']:>7.0f} {r['torch_tflops']:>7.0f} {r['ratio']:>6.2f} {r['one_matrix_tflops']:>7.0f}"
+            ours, torch, matrix = (r[f"{side} TFLOP/s"] for side in ("jaxmoe", "torch", "one matrix"))
+            numbers = f"{ours:>7.0f} {torch:>7.0f} {r['ratio']:>6.2f} {matrix:>7.0f}"
             print(f"{tokens:>7} {r['product']:<8} {numbers} {r['error']:>8.1e} {r['skew']:>6.2f}", flush=True)
     if args.json:
         args.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "records": records}, indent=2) + "\n")
