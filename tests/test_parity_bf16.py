@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -66,6 +67,10 @@ def check(name: str, layout: str, found: ProductOutput) -> None:
     differs = [(np.sort(run.selected) != np.sort(exact.selected)).any(-1) & valid for run in (found, *runs)]
     flips = [d.sum() for d in differs]
     assert flips[0] <= min(flips[1:])
+    # The stream between layers is not rounded: hardly any of it happens to be a bfloat16 number. (The embeddings, its
+    # first state, and what the last norm gives are.)
+    stream = found.hidden[1:-1][:, valid]
+    assert (stream.astype(ml_dtypes.bfloat16) == stream).mean() < 0.01
     same = ~np.any(differs, axis=(0, 1, 3))
     assert same.sum() >= len(same) / 8  # enough rows to judge by
     valid &= same[:, None]
@@ -113,7 +118,8 @@ def stream_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     def rounded(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             h, *rest = function(*arguments)
-            return h.astype(jnp.bfloat16).astype(h.dtype), *rest
+            # A conversion to 16 bits and back would be dropped by XLA on a GPU, and the fault with it.
+            return jax.lax.reduce_precision(h, exponent_bits=8, mantissa_bits=7), *rest
 
         return run
 
