@@ -1,4 +1,4 @@
-"""The breakdown of a step by stage: names found in a compiled step, a trace read as written."""
+"""What the benchmarks rest on: the breakdown of a step by stage, the limits, and how sides are timed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import limits, stages
+from benchmarks.grouped_matmul import Side, seconds_in_turn
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data import Batch
 from jaxmoe.model import init_adapters, init_parameters
@@ -93,3 +94,26 @@ def test_limits_of_the_published_shape(length, step, prefill):
 
 def test_a_matmul_is_timed():
     assert limits.matmul_flops_per_second(size=64, repeat=2) > 0
+
+
+def test_sides_take_turns(monkeypatch):
+    """On a clock that only the calls move: a round is every side's calls in a row, and each pays for its own alone."""
+    clock, order = [0.0], []
+    monkeypatch.setattr("benchmarks.grouped_matmul.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("benchmarks.grouped_matmul.time.sleep", lambda s: clock.__setitem__(0, clock[0] + s))
+
+    def side(name: str, seconds: float) -> Side:
+        def call() -> str:
+            order.append(name)
+            clock[0] += seconds
+            return name
+
+        def wait(result: str) -> None:
+            assert result == name
+            clock[0] += 0.5  # what the host waits for at the end of a round
+
+        return Side(call, wait)
+
+    found = seconds_in_turn({"a": side("a", 1), "b": side("b", 3)}, queued=2, rounds=3, rest=100)
+    assert found == {"a": 1.25, "b": 3.25}
+    assert "".join(order) == "ab" + 3 * "aabb"
