@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.cli import ArgumentParser, run
-from jaxmoe.dispatch import Schedule, expert_blocks, make_schedule
+from jaxmoe.dispatch import Schedule, grouped_matmul, make_schedule
 from jaxmoe.presets import PRESETS
 
 
@@ -82,13 +82,13 @@ def products(D: int, F: int) -> dict[str, tuple[str, int, int, bool]]:
 
 def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
     """One record per product: TFLOP/s of each side, relative error against float32."""
-    from jaxmoe.kernels import grouped_matmul as kernel
+    from jaxmoe.kernels.grouped_matmul import TILE_ROWS
 
     config = PRESETS["qwen3-30b-a3b"]
     D, F, E, k = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
     experts = skewed_experts(tokens, E, k)
     sizes = np.bincount(experts.reshape(-1), minlength=E)
-    schedule = jax.jit(make_schedule, static_argnums=(1, 2))(jnp.asarray(experts), E, kernel.TILE_ROWS)
+    schedule = jax.jit(make_schedule, static_argnums=(1, 2))(jnp.asarray(experts), E, TILE_ROWS)
     draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), 6)
     stacks = {"gate_up": draw(keys[0], (E, 2 * F, D)), "down": draw(keys[1], (E, D, F))}
@@ -99,7 +99,7 @@ def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
 
         @jax.jit
         def multiply(x, weight, transposed=transposed):
-            return kernel.grouped_matmul(x, weight, expert_blocks(schedule), transposed=transposed)
+            return grouped_matmul(x, weight, schedule, 0, transposed=transposed, mosaic=True)
 
         flops = 2 * tokens * k * inner * out
         sides = {

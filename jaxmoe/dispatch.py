@@ -157,7 +157,7 @@ def grouped_matmul(
 ) -> Float[Array, "P out"]:
     """Rows times weight[offset + the row's expert] (its transpose if `transposed`), plus a low-rank term, rounded once.
 
-    By the Mosaic GPU kernel, which takes a schedule with tiles of 64 rows, or by the tiled loop. With `activate` the
+    By the Mosaic GPU kernel, which takes a schedule with tiles of 16 rows, or by the tiled loop. With `activate` the
     product is that of gate and up, and SwiGLU of it is returned: the kernel then never writes the product to memory.
     """
     if not mosaic:
@@ -170,7 +170,10 @@ def grouped_matmul(
     if isinstance(weight, NF4Stack):  # one layer's experts are decoded at a time, for this product alone
         weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
     options: dict[str, Any] = {"transposed": transposed, "swiglu": activate, "low": low, "low_weight": low_weight}
-    return kernel.grouped_matmul(x, weight, expert_blocks(schedule), offset, **options)
+    many = schedule.destination.size >= _LARGE_ROWS * schedule.first_tile.shape[0]
+    large = many and weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not activate
+    rows = kernel.LARGE if large else kernel.SMALL
+    return kernel.grouped_matmul(x, weight, expert_blocks(schedule, rows), offset, rows=rows, **options)
 
 
 def grouped_outer(
@@ -183,7 +186,7 @@ def grouped_outer(
     from jaxmoe.kernels import grouped_matmul as kernel
 
     width = left.shape[1]
-    left = jnp.pad(left, ((0, 0), (0, -width % _MOSAIC_TILE)))
+    left = jnp.pad(left, ((0, 0), (0, -width % _MOSAIC_RANK)))
     return kernel.grouped_outer(left, right, schedule.first_tile, schedule.tile_count)[:, :width]
 
 
@@ -202,21 +205,28 @@ def _mosaic_obstacle(dtype: Any, sizes: tuple[int, ...]) -> str | None:
     return None
 
 
-_MOSAIC_TILE = 64
+_MOSAIC_ROWS, _MOSAIC_RANK = 16, 64  # what the kernel's rows of an expert, and an adapter's rank, are padded to
+# From so many rows an expert and elements of its matrix on, higher blocks of fewer columns are faster (docs/log.md).
+_LARGE_ROWS, _LARGE_MATRIX = 1024, 2**21
 
 
-def expert_blocks(schedule: Schedule) -> Any:
-    """The schedule's tiles of 64 rows, two by two within an expert, as the kernel takes them."""
+def expert_blocks(schedule: Schedule, rows: int) -> Any:
+    """The schedule's tiles as the kernel takes them: blocks of at most `rows`, of nearly equal height in an expert.
+
+    Equal heights, since the multiprocessors then stay in step and read the same weights at the same time.
+    """
     from jaxmoe.kernels.grouped_matmul import Blocks
 
-    count = schedule.tile_count
-    blocks_of_expert = (count + 1) // 2
+    count, most = schedule.tile_count, rows * schedule.tile_expert.shape[0] // schedule.source.shape[0]
+    blocks_of_expert = -(-count // most)
     end = jnp.cumsum(blocks_of_expert)
-    index = jnp.arange(schedule.tile_expert.shape[0] // 2 + count.shape[0])
+    index = jnp.arange(schedule.tile_expert.shape[0] // most + count.shape[0])
     expert = jnp.minimum(jnp.searchsorted(end, index, side="right", method="compare_all"), count.shape[0] - 1)
-    within = 2 * (index - (end - blocks_of_expert)[expert])
-    place = 2 * (schedule.first_tile[expert] + within) + (within + 1 < count[expert])
-    return Blocks(place.astype(jnp.int32), expert.astype(jnp.int32), end[-1].astype(jnp.int32))
+    within = index - (end - blocks_of_expert)[expert]
+    height, higher = jnp.divmod(count[expert], jnp.maximum(blocks_of_expert[expert], 1))
+    first = schedule.first_tile[expert] + within * height + jnp.minimum(within, higher)
+    int32 = partial(jnp.asarray, dtype=jnp.int32)
+    return Blocks(int32(first), int32(height + (within < higher)), int32(expert), int32(end[-1]))
 
 
 class _LowRank(NamedTuple):
@@ -232,7 +242,7 @@ class _LowRank(NamedTuple):
     def terms(self, dtype: Any, mosaic: bool) -> tuple[Array, Array]:
         """A and B as the products take them, in `dtype`; the kernel wants ranks that are multiples of 64."""
         a, b = two_terms(self.a, dtype, 1), two_terms(self.b, dtype, 2)
-        extra = -a.shape[1] % _MOSAIC_TILE if mosaic else 0
+        extra = -a.shape[1] % _MOSAIC_RANK if mosaic else 0
         return jnp.pad(a, ((0, 0), (0, extra), (0, 0))), jnp.pad(b, ((0, 0), (0, 0), (0, extra)))
 
 
@@ -397,7 +407,7 @@ def sorted_experts(
     """
     num_experts = routing.logits.shape[-1]
     on_mosaic = implementation(x.dtype, *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]).name == "mosaic"
-    tile = _MOSAIC_TILE if on_mosaic else tile_rows(routing.experts.size, num_experts)
+    tile = _MOSAIC_ROWS if on_mosaic else tile_rows(routing.experts.size, num_experts)
     with jax.named_scope("permute"):
         schedule = make_schedule(routing.experts, num_experts, tile)
         schedule = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), schedule)

@@ -55,12 +55,17 @@ def _products(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[_
     return _products_forward(x, stacks, layer, adapters)[0]
 
 
-def _blocks(rows: int) -> Any:
-    from jaxmoe.kernels.grouped_matmul import Blocks
+def _multiply(x: Array, stack: Array, layer: Any, **options: Any) -> Array:
+    """The kernel's product of all rows with one layer of the stack."""
+    from jaxmoe.kernels import grouped_matmul as kernel
 
-    count = -(-rows // 128)
-    place = 4 * jnp.arange(count, dtype=jnp.int32) + 1
-    return Blocks(place, jnp.zeros(count, jnp.int32), jnp.asarray(count, jnp.int32))
+    count = -(-x.shape[0] // kernel.SMALL)
+    units = kernel.SMALL // kernel.TILE_ROWS
+    index = jnp.arange(count, dtype=jnp.int32)
+    blocks = kernel.Blocks(units * index, jnp.full_like(index, units), jnp.zeros_like(index), jnp.int32(count))
+    # Every block has all its rows (those past the end are not written): one program to compile.
+    tiles = kernel.default_tiles(stack.shape[1 if options["transposed"] else 2])._replace(heights=(kernel.SMALL,))
+    return kernel.grouped_matmul(x, stack, blocks, layer, tiles=tiles, **options)
 
 
 def _padded(array: Array, axis: int) -> Array:
@@ -87,8 +92,6 @@ def _low_rows(x: Array, pairs: Sequence[_Pair]) -> tuple[Array, list[Array]]:
 
 
 def _products_forward(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[_Pair | None, ...]):
-    from jaxmoe.kernels.grouped_matmul import grouped_matmul
-
     pairs = [pair for pair in adapters if pair is not None]
     low = iter(_low_rows(x, pairs)[1] if pairs else [])
     ys = []
@@ -97,16 +100,14 @@ def _products_forward(x: Array, stacks: tuple[Array, ...], layer: Any, adapters:
         if pair is not None:
             b = _padded(two_terms(pair[1], x.dtype, 1), 1)
             options = {"low": unfold(next(low), b.shape[1]), "low_weight": b[None]}
-        ys.append(grouped_matmul(x, stack, _blocks(x.shape[0]), layer, transposed=True, **options))
+        ys.append(_multiply(x, stack, layer, transposed=True, **options))
     return tuple(ys), (x, stacks, layer, adapters)
 
 
 def _products_backward(residuals: tuple[Any, ...], d_ys: tuple[Array, ...]):
-    from jaxmoe.kernels.grouped_matmul import grouped_matmul
-
     x, stacks, layer, adapters = residuals
     others = list(zip(d_ys, stacks, strict=True))[1:]
-    multiply = partial(grouped_matmul, d_ys[0], stacks[0], _blocks(x.shape[0]), layer, transposed=False, others=others)
+    multiply = partial(_multiply, d_ys[0], stacks[0], layer, transposed=False, others=others)
     adapted = [(d_y, pair) for d_y, pair in zip(d_ys, adapters, strict=True) if pair is not None]
     if not adapted:
         return multiply(), None, None, None

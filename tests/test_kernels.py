@@ -71,6 +71,7 @@ CASES = {
     "one token": (1, 4, 2, 0, 64, 64),
     "narrow": (90, 4, 2, 0, 64, 32),
     "one expert": (150, 1, 1, 0, 64, 128),
+    "two blocks": (256, 1, 1, 0, 64, 128),
 }
 if on_gpu:
     CASES |= {
@@ -102,7 +103,7 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **
     if options.get("swiglu"):
         gate, up = np.split(np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64), 2, axis=-1)
         expected = gate / (1 + np.exp(-gate)) * up
-    blocks = expert_blocks(schedule)
+    blocks = expert_blocks(schedule, options.get("rows", kernel.SMALL))
     run = partial(kernel.grouped_matmul, transposed=transposed, interpret=interpreter(), **options)
     found = run(x, weight, blocks._replace(group=(blocks.group + shift) % E), jnp.int32(E))
     return float(relative_error(np.asarray(found, np.float64)[placed], expected))
@@ -129,12 +130,21 @@ def test_a_wrong_group_is_seen_through_swiglu() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("tiles", [(64, 2, 1), (128, 3, 1), (128, 4, 2)], ids=str)
-def test_any_tiles_give_the_same(tiles: tuple[int, int, int]) -> None:
-    """Columns, stages and pieces only say how the work is cut."""
+@pytest.mark.parametrize("tiles", [(128, (128,), 2), (128, (16, 48, 128), 3), (256, (128,), 4)], ids=str)
+def test_any_tiles_give_the_same(tiles: tuple[int, tuple[int, ...], int]) -> None:
+    """Columns, heights and stages only say how the work is cut."""
     from jaxmoe.kernels.grouped_matmul import Tiles
 
-    assert matmul_error("one expert", True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
+    assert matmul_error("two blocks", True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
+
+
+@needs_kernels
+@pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", ["two blocks", "odd widths"])
+def test_higher_blocks_give_the_same(name: str, transposed: bool) -> None:
+    from jaxmoe.kernels.grouped_matmul import LARGE
+
+    assert matmul_error(name, transposed, True, rows=LARGE) <= bound("kernel_bf16")
 
 
 @needs_kernels
@@ -154,10 +164,11 @@ def test_the_sum_of_several_products(low_rank: bool) -> None:
         options = {"low": low, "low_weight": low_weight}
     (x, weight), *others = pairs
     run = partial(kernel.grouped_matmul, transposed=False, interpret=interpreter(), **options)
-    found = run(x, weight, expert_blocks(schedule), jnp.int32(E), others=others)
+    blocks = expert_blocks(schedule, kernel.SMALL)
+    found = run(x, weight, blocks, jnp.int32(E), others=others)
     placed = np.asarray(schedule.source) >= 0
     assert relative_error(np.asarray(found, np.float64)[placed], expected) <= bound("kernel_bf16")
-    alone = run(x, weight, expert_blocks(schedule), jnp.int32(E))  # the fault: the others are forgotten
+    alone = run(x, weight, blocks, jnp.int32(E))  # the fault: the others are forgotten
     assert relative_error(np.asarray(alone, np.float64)[placed], expected) > 100 * bound("kernel_bf16")
 
 
@@ -181,7 +192,8 @@ def test_grouped_outer_equals_the_groups_products(A: int, C: int) -> None:
     twin = tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
     expected = np.zeros((E, A, C))
     for e in range(E):
-        rows = slice(*(kernel.TILE_ROWS * np.asarray([0, schedule.tile_count[e]]) + 64 * int(schedule.first_tile[e])))
+        first, count = int(schedule.first_tile[e]), int(schedule.tile_count[e])
+        rows = slice(kernel.TILE_ROWS * first, kernel.TILE_ROWS * (first + count))
         expected[e] = np.asarray(left, np.float64)[rows].T @ np.asarray(right, np.float64)[rows]
     assert relative_error(found, expected) <= bound("kernel_fp32_sums")
     assert relative_error(twin, expected) <= bound("kernel_fp32_sums")
@@ -189,20 +201,32 @@ def test_grouped_outer_equals_the_groups_products(A: int, C: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 400), st.sampled_from([(1, 1), (4, 2), (7, 7), (128, 8)]), st.integers(0, 2**31), st.booleans())
-def test_blocks_cover_every_routed_row_once(M: int, shape: tuple[int, int], seed: int, one_sided: bool) -> None:
+@given(
+    st.integers(1, 400),
+    st.sampled_from([(1, 1), (4, 2), (7, 7), (128, 8)]),
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.sampled_from([128, 256]),
+)
+def test_blocks_cover_every_routed_row_once(
+    M: int, shape: tuple[int, int], seed: int, one_sided: bool, rows: int
+) -> None:
     """The kernel's work list, as plain arrays: which rows, which expert, how many blocks."""
     E, k = shape
     experts = np.tile(np.arange(k, dtype=np.int32), (M, 1)) if one_sided else skewed(M, E, k, seed)
-    schedule = jax.device_get(scheduled(jnp.asarray(experts), E, 64))
-    place, group, used = jax.device_get(jax.jit(expert_blocks)(schedule))
-    assert used <= len(place)
-    assert used == sum(-(-size // 128) for size in np.bincount(experts.reshape(-1), minlength=E))
+    schedule = jax.device_get(scheduled(jnp.asarray(experts), E, 16))
+    blocks = jax.device_get(jax.jit(expert_blocks, static_argnums=1)(schedule, rows))
+    used = int(blocks.used)
+    assert used <= len(blocks.first)
+    assert used == sum(-(-size // rows) for size in np.bincount(experts.reshape(-1), minlength=E))
     owner = np.full(len(schedule.source), -1)
-    for code, expert in zip(place[:used], group[:used], strict=True):
-        rows = slice(64 * (code // 2), 64 * (code // 2) + (128 if code % 2 else 64))
-        assert (owner[rows] == -1).all()  # no row twice
-        owner[rows] = expert
+    for first, height, expert in zip(*(part[:used] for part in blocks[:3]), strict=True):
+        assert 0 < height <= rows // 16
+        own = slice(16 * first, 16 * (first + height))
+        assert (owner[own] == -1).all()  # no row twice
+        owner[own] = expert
+    heights = [blocks.height[:used][blocks.group[:used] == expert] for expert in range(E)]
+    assert all(np.ptp(own) <= 1 for own in heights if len(own))  # equal but for one unit
     placed = schedule.source >= 0
     assert placed.sum() == M * k
     assert (owner[placed] == experts.reshape(-1)[schedule.source[placed]]).all()
@@ -267,7 +291,7 @@ def test_same_input_same_output_fifty_times() -> None:
     schedule = scheduled(jnp.asarray(skewed(2048, 32, 8, 3)), 32, kernel.TILE_ROWS)
     rng = np.random.default_rng(0)
     x, weight = normal(rng, schedule.source.shape[0], 512), normal(rng, 32, 768, 512)
-    multiply = jax.jit(lambda x, w: kernel.grouped_matmul(x, w, expert_blocks(schedule), transposed=True))
+    multiply = jax.jit(lambda x, w: kernel.grouped_matmul(x, w, expert_blocks(schedule, kernel.SMALL), transposed=True))
     placed = np.asarray(schedule.source) >= 0
     expected = np.asarray(multiply(x, weight))[placed]
     for _ in range(50):

@@ -28,9 +28,14 @@ RANKS = (4, 32, 40)  # of the kernel's 64 columns, two terms of 40 need 128
 
 
 class Blocks(NamedTuple):
-    place: Any
+    first: Any
+    height: Any
     group: Any
     used: Any
+
+
+class Tiles(NamedTuple):
+    heights: tuple[int, ...]
 
 
 def by_blocks(
@@ -44,26 +49,32 @@ def by_blocks(
     others: Any = (),
     low: Any = None,
     low_weight: Any = None,
+    rows: int = 128,
+    tiles: Any = None,
 ) -> Any:
-    """What the kernel computes, from its own list of work: 128 rows or 64 a block, in float32, rounded once."""
+    """What the kernel computes, from its own list of work: blocks of rows, in float32, rounded once."""
     assert not swiglu
     out = np.zeros((x.shape[0], weight.shape[1 if transposed else 2]), np.float32)
     product = "mi,oi->mo" if transposed else "mi,io->mo"
-    for code, group in zip(np.asarray(blocks.place)[: int(blocks.used)], np.asarray(blocks.group), strict=False):
-        rows = slice(64 * (code // 2), 64 * (code // 2) + (128 if code % 2 else 64))
+    for first, height, group in zip(*(np.asarray(part)[: int(blocks.used)] for part in blocks[:3]), strict=True):
+        assert 0 < height <= rows // 16
+        own = slice(16 * first, 16 * (first + height))
         layer = int(offset) + group
         for factor, stack in ((x, weight), *others):
-            out[rows] += jnp.einsum(product, factor[rows].astype(jnp.float32), stack[layer].astype(jnp.float32))
+            out[own] += jnp.einsum(product, factor[own].astype(jnp.float32), stack[layer].astype(jnp.float32))
         if low is not None:
             assert low.shape[1] % 64 == 0  # what the kernel takes
-            out[rows] += jnp.einsum(product, low[rows].astype(jnp.float32), low_weight[group].astype(jnp.float32))
+            out[own] += jnp.einsum(product, low[own].astype(jnp.float32), low_weight[group].astype(jnp.float32))
     return jnp.asarray(out).astype(x.dtype)
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's module replaced by plain products: what is tested is what goes in and what is made of it."""
-    module = SimpleNamespace(grouped_matmul=by_blocks, Blocks=Blocks)
+    sizes = {"SMALL": 128, "LARGE": 256, "TILE_ROWS": 16}
+    module = SimpleNamespace(
+        grouped_matmul=by_blocks, Blocks=Blocks, default_tiles=lambda columns: Tiles((64, 128)), **sizes
+    )
     monkeypatch.setitem(sys.modules, "jaxmoe.kernels.grouped_matmul", module)
     monkeypatch.setattr(jaxmoe.kernels, "grouped_matmul", module, raising=False)
 
@@ -83,7 +94,7 @@ def by_projection(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 def by_experts(mosaic: bool) -> Callable[..., jax.Array]:
     def run(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """One of two experts has all rows, in an order of its own."""
-        schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 64)
+        schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 16)
         adapter = dispatch._LowRank(jnp.stack([b[: a.shape[0], :1] @ a[:1], a]), jnp.stack([b + 1, b]))
         stack = jnp.zeros((2, OUT, INNER), x.dtype)
         rows, _ = dispatch._project(dispatch.permute(x, schedule), stack, 0, adapter, schedule, mosaic)

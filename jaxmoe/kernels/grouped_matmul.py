@@ -7,10 +7,12 @@ warpgroup does nothing but start copies into a ring of shared-memory stages, two
     grouped_outer    out[e] = sum over the rows of e of left[row]^T right[row]               (weight gradients)
 
 Layout contract, made by `jaxmoe.dispatch.make_schedule`: the rows of a group are contiguous and end on a multiple of
-64, the height of one warpgroup's wgmma. A block is 128 rows of one group, one half for each multiplying warpgroup, or
-64 at an odd group's end, where the second warpgroup rests: so a group wastes 32 rows on average, not 64. Rows that
-belong to no block are neither read nor written: what the output holds there is whatever the memory held. A stack of all
-layers' experts is passed whole, [layers * E, out, in]; the group index picks the matrix, and no slice of it is copied.
+16. A block is some of them, at most 128 or 256, any multiple of 16; a group is cut into blocks of nearly equal height.
+That works because the product is formed upside down, out^T = W x^T: wgmma's first dimension must be 64, and that is
+columns of the output; the rows are its second, which may be any multiple of 8. So a group wastes 8 rows on average,
+where rows on wgmma's first dimension would waste 32. Rows that belong to no block are not written: what the output
+holds there is whatever the memory held. A stack of all layers' experts is passed whole, [layers * E, out, in]; the
+group index picks the matrix, and no slice of it is copied.
 
 Everything here needs jax 0.11 or newer and compute capability 9.0; `jaxmoe.implementations` decides.
 """
@@ -29,23 +31,33 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-TILE_ROWS = 64  # the granule of the row layout
+TILE_ROWS = 16  # the granule of the row layout
 _DEPTH = 64  # of the contraction, a stage
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232  # per thread; together the 64 K registers of a multiprocessor
 _SHARED_BYTES = 232_448 - 1024  # of a Hopper multiprocessor, less the barriers
 
 
 class Blocks(NamedTuple):
-    """Blocks of rows: `place` is 2 * (first row / 64) + (1 if it has 128 rows, 0 if 64), `group` its group; only the
-    first `used` exist."""
+    """Blocks of rows, in units of 16: the first, how many, and the group of each; only the first `used` exist."""
 
-    place: Int[Array, " blocks"]
+    first: Int[Array, " blocks"]
+    height: Int[Array, " blocks"]
     group: Int[Array, " blocks"]
     used: Int[Array, ""]
 
 
 class Tiles(NamedTuple):
-    """Output columns of a block, stages of the ring, and output pieces of 64 rows by 128 bytes that each multiplying
+    """How `grouped_matmul` cuts the work: columns of the product that are formed at a time, the heights of a block that
+    it has a program for, and stages of the ring. A block that is not as high as any of them is computed as the next
+    higher; if there is only one, every block is that high. No block may be higher than the last."""
+
+    columns: int
+    heights: tuple[int, ...]
+    stages: int
+
+
+class OuterTiles(NamedTuple):
+    """How `grouped_outer` does: columns, stages, and output pieces of 64 rows by 128 bytes that each multiplying
     warpgroup stages at a time."""
 
     columns: int
@@ -53,13 +65,25 @@ class Tiles(NamedTuple):
     pieces: int
 
 
-def default_tiles(columns: int, itemsize: int = 2) -> Tiles:
-    """The fastest tiles measured for an output of `columns` (docs/log.md): four stages of the ring matter more than an
-    output that is staged whole."""
+SMALL, LARGE = 128, 256  # rows of the highest blocks
+
+
+def default_tiles(columns: int, rows: int = SMALL, swiglu: bool = False) -> Tiles:
+    """The fastest tiles measured for a product of `columns` and blocks of at most `rows` (docs/log.md)."""
+    # Each height takes time to compile. Most blocks are a little lower than the highest.
+    heights = (80, 96, 112, 128) if rows == SMALL else (192, 224, 240, 256)
+    width = 256 if swiglu or (rows == SMALL and (columns - 1) % 256 >= 128) else 128
+    stages = (_SHARED_BYTES - 2 * 128 * 128) // ((rows + width) * _DEPTH * 2)
+    return Tiles(width, heights, min(stages, 6))
+
+
+def default_outer_tiles(columns: int, itemsize: int = 4) -> OuterTiles:
+    """The fastest tiles measured for an output of `columns`: four stages of the ring matter more than an output that is
+    staged whole."""
     width = next(w for w in (256, 128, 64) if columns % w == 0 or w == 64)
     pieces = min(itemsize, width * itemsize // 128)
     stages = (_SHARED_BYTES - 2 * pieces * 64 * 128) // ((128 + width) * _DEPTH * 2)
-    return Tiles(width, min(stages, 6), pieces)
+    return OuterTiles(width, min(stages, 6), pieces)
 
 
 def _swizzle(*sizes: int) -> int:
@@ -102,26 +126,27 @@ def _store(acc: Array, out: Any, staging: Any, row: Array, column: Array) -> Non
         write()
 
 
+def _stages_of(count: Array) -> Array:
+    """How many stages the rows of a group take, which are given in units of 16."""
+    return lax.div(count + (_DEPTH // TILE_ROWS - 1), jnp.asarray(_DEPTH // TILE_ROWS, count.dtype))
+
+
 def _ring(step: Array, stages: int) -> Array:
     return lax.rem(step, jnp.asarray(stages, step.dtype))
 
 
 def _launch(
-    body: Any, out: jax.ShapeDtypeStruct, scratch: list[Any], tiles: Tiles, interpret: Any, copies: int = 2
+    body: Any, out: jax.ShapeDtypeStruct, scratch: list[Any], stages: int, interpret: Any, copies: int = 2
 ) -> Any:
-    """The kernel of `body`, one block of three warpgroups per multiprocessor; adds staging and the ring's barriers, for
-    stages that take this many copies."""
-    width = 128 // jnp.dtype(out.dtype).itemsize
-    while out.shape[-1] % width:
-        width //= 2
+    """The kernel of `body`, one block of three warpgroups per multiprocessor; adds the ring's barriers, for stages that
+    take this many copies."""
     return plgpu.kernel(
         body,
         out_type=out,
         scratch_types=[
             *scratch,
-            _shared((2, tiles.pieces, 64, width), out.dtype, width * jnp.dtype(out.dtype).itemsize),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=tiles.stages),  # the copies of a stage have landed
-            plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),  # both multiplying warpgroups have read it
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),  # the copies of a stage have landed
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),  # both multiplying warpgroups have read it
         ],
         grid=(_multiprocessors(),),
         grid_names=("sm",),
@@ -150,6 +175,7 @@ def grouped_matmul(
     others: Sequence[tuple[Array, Array]] = (),
     low: Float[Array, "P rank"] | None = None,
     low_weight: Float[Array, "low_groups c d"] | None = None,
+    rows: int = SMALL,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "P out"]:
@@ -166,6 +192,7 @@ def grouped_matmul(
         others: more pairs such as (x, weight), of any inner width; their products are added in the same accumulators.
         low: the left factor of a low-rank term that is added there as well; its rank a multiple of 64.
         low_weight: its right factor by group, laid out as `weight` is, with `rank` for `inner`; not by `offset`.
+        rows: of the highest block, `SMALL` or `LARGE`; with `swiglu` `SMALL`.
         tiles: by default `default_tiles`.
         interpret: run in JAX's interpreter (a test without a GPU).
 
@@ -173,7 +200,7 @@ def grouped_matmul(
         ValueError: a dtype or a size that the kernel cannot do.
     """
     inner, out = (weight.shape[2], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[2])
-    P, count = x.shape[0], blocks.place.shape[0]
+    P, count = x.shape[0], blocks.first.shape[0]
     if x.shape[1] != inner:
         raise ValueError(f"x: expected {inner} columns, found {x.shape[1]}")
     if swiglu and not transposed:
@@ -182,13 +209,16 @@ def grouped_matmul(
     result = out // 2 if swiglu else out
     pairs = [(x, weight), *others]
     widths = [matrix.shape[2 if transposed else 1] for _, matrix in pairs]
-    for rows, matrix in pairs:
-        _check("grouped_matmul", rows, matrix, (*widths, result))
-    tiles = tiles or default_tiles(out if not swiglu or result % 128 == 0 else 128)
-    TN, stages = tiles.columns, tiles.stages
+    for left, matrix in pairs:
+        _check("grouped_matmul", left, matrix, (*widths, result))
+    tiles = tiles or default_tiles(out, rows, swiglu)
+    TN, heights, stages = tiles
+    products = TN // 128  # of 64 columns that a warpgroup forms: two, gate and up, for SwiGLU
+    if swiglu and products != 2:
+        raise ValueError(f"swiglu: expected tiles of 256 columns, found {TN}")
     TO = TN // 2 if swiglu else TN
     as_array = partial(jnp.asarray, dtype=jnp.int32)
-    work_list = [blocks.place, blocks.group, as_array(blocks.used).reshape(1), as_array(offset).reshape(1)]
+    work_list = [*blocks[:3], as_array(blocks.used).reshape(1), as_array(offset).reshape(1)]
     steps = [pl.cdiv(width, _DEPTH) for width in widths]
     if low is not None:
         assert low_weight is not None
@@ -199,10 +229,12 @@ def grouped_matmul(
     operands = [*work_list, *(array for pair in pairs for array in pair)]
     columns = pl.cdiv(result, TO)
     all_steps = sum(steps)
+    highest = heights[-1]
+    stored = pl.cdiv(result, 64) * 64  # whole pieces are; what is too much is cut off
 
     def body(*refs: Any) -> None:
-        place_ref, group_ref, used_ref, offset_ref, *pair_refs = refs[: len(operands)]
-        out_ref, a_smem, b_smem, staging, full, empty = refs[len(operands) :]
+        first_ref, height_ref, group_ref, used_ref, offset_ref, *pair_refs = refs[: len(operands)]
+        out_ref, w_smem, x_smem, staging, full, empty = refs[len(operands) :]
         warpgroup = lax.axis_index("wg")
         grid, sm = lax.axis_size("sm"), lax.axis_index("sm")
         # The columns of a block follow each other, so that its rows are in the L2 for all but the first.
@@ -211,8 +243,9 @@ def grouped_matmul(
         def column_of(index: Array) -> Array:
             return lax.rem(index, jnp.int32(columns)) * TO
 
-        def place_of(index: Array) -> Array:
-            return place_ref[jnp.minimum(lax.div(index, jnp.int32(columns)), count - 1)]
+        def rows_of(index: Array) -> tuple[Array, Array]:
+            block = jnp.minimum(lax.div(index, jnp.int32(columns)), count - 1)
+            return first_ref[block], height_ref[block]
 
         @pl.when(warpgroup == 2)
         def _copy() -> None:
@@ -222,9 +255,9 @@ def grouped_matmul(
             def _tile(info: Any) -> None:
                 (index,) = info.index
                 i, j = lax.div(index, jnp.int32(columns)), column_of(index)
-                row, group = lax.div(place_ref[i], jnp.int32(2)) * TILE_ROWS, group_ref[i]
+                row, group = first_ref[i] * TILE_ROWS, group_ref[i]
 
-                def load(start: Array, k: Array, rows: Any, matrix: Any, group: Array) -> None:
+                def load(start: Array, k: Array, left: Any, matrix: Any, group: Array) -> None:
                     slot = _ring(start + k, stages)
 
                     @pl.when(start + k >= stages)
@@ -232,20 +265,21 @@ def grouped_matmul(
                         plgpu.barrier_wait(empty.at[slot])
 
                     here = pl.ds(k * _DEPTH, _DEPTH)
-                    plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, 128), here], a_smem.at[slot], full.at[slot])
+                    # A lower block's copy takes rows of the next along, which nobody multiplies.
+                    plgpu.copy_gmem_to_smem(left.at[pl.ds(row, highest), here], x_smem.at[slot], full.at[slot])
                     if swiglu:
                         for half in (0, 1):
                             block = matrix.at[group, pl.ds(half * result + j, TO), here]
-                            plgpu.copy_gmem_to_smem(block, b_smem.at[slot, pl.ds(half * TO, TO)], full.at[slot])
+                            plgpu.copy_gmem_to_smem(block, w_smem.at[slot, pl.ds(half * TO, TO)], full.at[slot])
                     else:
                         block = (pl.ds(j, TN), here) if transposed else (here, pl.ds(j, TN))
-                        plgpu.copy_gmem_to_smem(matrix.at[(group, *block)], b_smem.at[slot], full.at[slot])
+                        plgpu.copy_gmem_to_smem(matrix.at[(group, *block)], w_smem.at[slot], full.at[slot])
 
                 start = info.local_index * all_steps
                 for n, length in enumerate(steps):
-                    rows, matrix = pair_refs[2 * n : 2 * n + 2]
+                    left, matrix = pair_refs[2 * n : 2 * n + 2]
                     own = group + offset_ref[0] if n <= len(others) else group  # the low-rank term has no offset
-                    pl.loop(0, length)(partial(load, start, rows=rows, matrix=matrix, group=own))
+                    pl.loop(0, length)(partial(load, start, left=left, matrix=matrix, group=own))
                     start += length
 
             # Every stage that was filled has been read before the block ends: no barrier is left half-way.
@@ -255,62 +289,92 @@ def grouped_matmul(
             def _wait(step: Array) -> None:
                 plgpu.barrier_wait(empty.at[_ring(step, stages)])
 
+        def multiply(start: Array, height: int) -> tuple[Array, ...]:
+            """Forms the columns of this warpgroup, transposed: for each 64 of them [64, height]."""
+
+            def accumulate(*sums: Any) -> tuple[Array, ...]:
+                @pl.loop(0, all_steps)
+                def _stage(k: Array) -> None:
+                    slot = _ring(start + k, stages)
+                    plgpu.barrier_wait(full.at[slot])
+                    across = x_smem.at[slot, pl.ds(0, height)].transpose((1, 0))
+                    for n, acc in enumerate(sums):
+                        # SwiGLU's gate and up lie one behind the other; a warpgroup has 64 of each.
+                        at = warpgroup * 64 + n * TO if swiglu else (warpgroup * products + n) * 64
+                        own = pl.ds(at, 64)
+                        w = w_smem.at[slot, own] if transposed else w_smem.at[slot, :, own].transpose((1, 0))
+                        plgpu.wgmma(acc, w, across)
+                    # This stage's products stay in flight; the stage before is free.
+                    plgpu.wgmma_wait(products)
+
+                    @pl.when(k > 0)
+                    def _release() -> None:
+                        plgpu.barrier_arrive(empty.at[_ring(start + k - 1, stages)])
+
+                return tuple(acc[...] for acc in sums)
+
+            accumulators = [plgpu.WGMMAAccumulatorRef((64, height), jnp.float32) for _ in range(products)]
+            found = pl.run_scoped(accumulate, *accumulators)
+            plgpu.barrier_arrive(empty.at[_ring(start + all_steps - 1, stages)])
+            if not swiglu:
+                return found
+            gate, up = (acc.astype(x.dtype).astype(jnp.float32) for acc in found)
+            return (gate / (1 + jnp.exp(-gate)) * up,)
+
+        def store(sums: Array, row: Array, column: Array, rows: Array, least: int) -> None:
+            """Writes 64 columns of a block of so many `rows`: the `least` that it has at once, any others by 16."""
+            mine = staging.at[warpgroup]
+            for start in range(0, sums.shape[1], 128):
+                size = min(128, sums.shape[1] - start)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                mine.at[pl.ds(0, size)].transpose((1, 0))[...] = sums[:, start : start + size].astype(x.dtype)
+                plgpu.commit_smem()
+
+                def copy(at: int, size: int, start: int = start) -> None:
+                    place = pl.ds(row + start + at, size), pl.ds(column, 64)
+                    plgpu.copy_smem_to_gmem(mine.at[pl.ds(at, size)], out_ref.at[place])
+
+                certain = min(max(least - start, 0), size)
+                if certain:
+                    copy(0, certain)
+                for at in range(certain, size, TILE_ROWS):
+                    pl.when(rows > start + at)(partial(copy, at, TILE_ROWS))
+
         @pl.when(warpgroup < 2)
         def _multiply() -> None:
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-            own_rows = pl.ds(warpgroup * 64, 64)
 
             # The next block's place is read while this one is computed.
-            @plgpu.nd_loop((work,), collective_axes="sm", init_carry=place_of(sm))
-            def _tile(info: Any, carry: Array) -> Array:
+            @plgpu.nd_loop((work,), collective_axes="sm", init_carry=rows_of(sm))
+            def _tile(info: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 (index,) = info.index
-                following = place_of(index + grid)
-                first = info.local_index * all_steps
-                rests = (warpgroup == 1) & (lax.rem(carry, jnp.int32(2)) == 0)
+                following = rows_of(index + grid)
+                row, rows = (units * TILE_ROWS for units in carry)
+                column = column_of(index) + warpgroup * (TO // 2)
+                for lower, height in zip((0, *heights), heights, strict=False):
+                    least = lower + TILE_ROWS if len(heights) > 1 else height
 
-                @pl.when(rests)
-                def _rest() -> None:
-                    @pl.loop(0, all_steps)
-                    def _pass(k: Array) -> None:
-                        slot = _ring(first + k, stages)
-                        plgpu.barrier_wait(full.at[slot])
-                        plgpu.barrier_arrive(empty.at[slot])
-
-                @pl.when(jnp.logical_not(rests))
-                def _work() -> None:
-                    def accumulate(acc: Any) -> Array:
-                        @pl.loop(0, all_steps)
-                        def _stage(k: Array) -> None:
-                            slot = _ring(first + k, stages)
-                            plgpu.barrier_wait(full.at[slot])
-                            b = b_smem.at[slot]
-                            plgpu.wgmma(acc, a_smem.at[slot, own_rows], b.transpose((1, 0)) if transposed else b)
-                            # One product stays in flight; the stage that the last but one read is free.
-                            plgpu.wgmma_wait(1)
-
-                            @pl.when(k > 0)
-                            def _release() -> None:
-                                plgpu.barrier_arrive(empty.at[_ring(first + k - 1, stages)])
-
-                        return acc[...]
-
-                    acc = pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef((64, TN), jnp.float32))
-                    plgpu.barrier_arrive(empty.at[_ring(first + all_steps - 1, stages)])
-                    if swiglu:
-                        gate, up = (acc[:, i : i + TO].astype(x.dtype).astype(jnp.float32) for i in (0, TO))
-                        acc = gate / (1 + jnp.exp(-gate)) * up
-                    row = lax.div(carry, jnp.int32(2)) * TILE_ROWS + warpgroup * 64
-                    _store(acc, out_ref, staging.at[warpgroup], row, column_of(index))
+                    @pl.when((rows > lower) & (rows <= height))
+                    def _work(height: int = height, least: int = least) -> None:
+                        for n, sums in enumerate(multiply(info.local_index * all_steps, height)):
+                            write = partial(store, sums, row, column + 64 * n, rows, least)
+                            # TMA clips what is past the end of `out`. But where that is one piece wide, its place is
+                            # lost on the way (Mosaic drops dimensions of size one) and it would overwrite the first.
+                            write() if stored > 64 else pl.when(column + 64 * n == 0)(write)
 
                 return following
 
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = _swizzle(*widths) if transposed else _swizzle(*widths, out)  # wgmma wants both operands alike
-    b_shape = (stages, TN, _DEPTH) if transposed else (stages, _DEPTH, TN)
-    ring = [_shared((stages, 128, _DEPTH), x.dtype, swizzle), _shared(b_shape, x.dtype, swizzle)]
-    out_type = jax.ShapeDtypeStruct((P, result), x.dtype)
-    return _launch(body, out_type, ring, tiles, interpret, copies=3 if swiglu else 2)(*operands)
+    w_shape = (stages, TN, _DEPTH) if transposed else (stages, _DEPTH, TN)
+    scratch = [
+        _shared(w_shape, x.dtype, swizzle),
+        _shared((stages, highest, _DEPTH), x.dtype, swizzle),
+        _shared((2, min(highest, 128), 64), x.dtype),
+    ]
+    out_type = jax.ShapeDtypeStruct((P, stored), x.dtype)
+    return _launch(body, out_type, scratch, stages, interpret, copies=3 if swiglu else 2)(*operands)[:, :result]
 
 
 def grouped_outer(
@@ -320,7 +384,7 @@ def grouped_outer(
     count: Int[Array, " E"],
     *,
     dtype: Any = jnp.float32,
-    tiles: Tiles | None = None,
+    tiles: OuterTiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "E A C"]:
     """For each group the sum over its rows of left[row]^T right[row], in float32: the gradient of a group's matrix.
@@ -330,8 +394,8 @@ def grouped_outer(
     Args:
         left: rows by group, bfloat16 or float16, A a multiple of 64.
         right: rows by group, of the same dtype.
-        first: each group's first row, in units of 64 rows.
-        count: its number of rows, padding included, in units of 64; a group without rows gets zeros.
+        first: each group's first row, in units of 16 rows.
+        count: its number of rows, padding included, in units of 16; a group without rows gets zeros.
         dtype: of the result.
         tiles: columns of the result that a block forms at a time, and so on.
         interpret: run in JAX's interpreter (a test without a GPU).
@@ -339,14 +403,14 @@ def grouped_outer(
     Raises:
         ValueError: a dtype or a size that the kernel cannot do.
     """
-    A, C, E = left.shape[1], right.shape[1], first.shape[0]
+    P, A, C, E = *left.shape, right.shape[1], first.shape[0]
     if A % 64:
         raise ValueError(f"grouped_outer: expected a multiple of 64 columns in left, found {A}")
     _check("grouped_outer", left, right, (A, C))
     # A narrow left (an adapter's rank) is one warpgroup high: the two then share the columns, 64 or more each.
     TA = 64 if A == 64 else 128
     if tiles is None:
-        tiles = default_tiles(128 if TA == 64 and C % 128 else C, jnp.dtype(dtype).itemsize)
+        tiles = default_outer_tiles(128 if TA == 64 and C % 128 else C, jnp.dtype(dtype).itemsize)
     TC, stages = tiles.columns, tiles.stages
     wg_rows, wg_columns = (64, TC) if TA == 128 else (64, TC // 2)
     across = pl.cdiv(C, TC)
@@ -364,7 +428,8 @@ def grouped_outer(
             def tile(info: Any, carry: Array) -> Array:
                 group, rest = info.index
                 i, j = corner(rest)
-                start, steps = first_ref[group] * TILE_ROWS, count_ref[group]
+                start, count = first_ref[group], count_ref[group]
+                steps = _stages_of(count)
 
                 @pl.loop(0, steps)
                 def _stage(k: Array) -> None:
@@ -374,9 +439,13 @@ def grouped_outer(
                     def _free() -> None:
                         plgpu.barrier_wait(empty.at[slot])
 
-                    rows = pl.ds(start + k * _DEPTH, _DEPTH)
-                    plgpu.copy_gmem_to_smem(left_ref.at[rows, pl.ds(i, TA)], a_smem.at[slot], full.at[slot])
-                    plgpu.copy_gmem_to_smem(right_ref.at[rows, pl.ds(j, TC)], b_smem.at[slot], full.at[slot])
+                    for n in range(_DEPTH // TILE_ROWS):
+                        unit = k * (_DEPTH // TILE_ROWS) + n
+                        # Behind the group's end come zeros: TMA's answer to a row that does not exist.
+                        rows = pl.ds(jnp.where(unit < count, (start + unit) * TILE_ROWS, P), TILE_ROWS)
+                        part = slot, pl.ds(n * TILE_ROWS, TILE_ROWS)
+                        plgpu.copy_gmem_to_smem(left_ref.at[rows, pl.ds(i, TA)], a_smem.at[part], full.at[slot])
+                        plgpu.copy_gmem_to_smem(right_ref.at[rows, pl.ds(j, TC)], b_smem.at[part], full.at[slot])
 
                 return carry + steps
 
@@ -395,7 +464,7 @@ def grouped_outer(
             def _tile(info: Any, carry: Array) -> Array:
                 group, rest = info.index
                 i, j = corner(rest)
-                steps = count_ref[group]
+                steps = _stages_of(count_ref[group])
 
                 def accumulate(acc: Any) -> Array:
                     @pl.loop(0, steps)
@@ -424,5 +493,9 @@ def grouped_outer(
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = _swizzle(A, C)
-    ring = [_shared((stages, _DEPTH, width), left.dtype, swizzle) for width in (TA, TC)]
-    return _launch(body, jax.ShapeDtypeStruct((E, A, C), dtype), ring, tiles, interpret)(first, count, left, right)
+    piece = math.gcd(C, 128 // jnp.dtype(dtype).itemsize)
+    scratch = [_shared((stages, _DEPTH, width), left.dtype, swizzle) for width in (TA, TC)]
+    scratch.append(_shared((2, tiles.pieces, 64, piece), dtype, piece * jnp.dtype(dtype).itemsize))
+    out_type = jax.ShapeDtypeStruct((E, A, C), dtype)
+    copies = 2 * _DEPTH // TILE_ROWS
+    return _launch(body, out_type, scratch, stages, interpret, copies)(first, count, left, right)
