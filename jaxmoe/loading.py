@@ -28,17 +28,22 @@ def _fill(stack: Array, value: Array, slot: Int[Array, ""] | int) -> Array:
     return jax.lax.dynamic_update_index_in_dim(stack, value, slot, 0)
 
 
+def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array that `load_stacks` gives."""
+    return {
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or source.dtypes[path])
+        for path, spec in stored_specs(config, source.quantization).items()
+    }
+
+
 def load_stacks(config: Qwen3MoeConfig, source: Checkpoint, readers: int = READERS) -> dict[str, Array]:
     """The checkpoint's arrays on the default device, those of the layers stacked: path -> array.
 
     Raises:
         UserError: what `source.block` raises; layers that are being read then are finished, no other is begun.
     """
-    params = {
-        path: jnp.zeros(spec.shape, spec.dtype or source.dtypes[path])
-        for path, spec in stored_specs(config, source.quantization).items()
-        if "." in path
-    }
+    shapes = stack_shapes(config, source).items()
+    params = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}
     # Before the layers: NF4's table lies here, and a checkpoint that is recoded on the way takes it from here.
     params |= {path: jnp.asarray(value) for path, value in source.block(None).arrays.items()}
     pool = ThreadPoolExecutor(readers, thread_name_prefix="read-layer")

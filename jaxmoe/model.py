@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe import cudnn, projections
 from jaxmoe.attention import causal_attention
-from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_converted
+from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
@@ -601,6 +601,31 @@ def _flatten(root: nnx.Dict, specs: Mapping[str, ParameterSpec]) -> Params:
     return {path: reduce(getitem, path.split("."), root)[...] for path in specs}
 
 
+def open_checkpoint(
+    path: str | pathlib.Path, dtype: str | None = None, quantize: str | None = None
+) -> tuple[Qwen3MoeConfig, Checkpoint]:
+    """The checkpoint in a folder, HF form or converted, its weights not yet read; arguments and errors as of
+    `Qwen3MoeForCausalLM.from_pretrained`."""
+    from convert.hf2jax import read_hf
+
+    source = read_converted(path, dtype) if is_converted(path) else read_hf(path, dtype)
+    if quantize is not None:
+        source = quantized(source, quantize)
+    return source.config if dtype is None else source.config.replace(dtype=dtype), source
+
+
+def load_adapter(path: str | pathlib.Path, config: Qwen3MoeConfig) -> tuple[LoraConfig, Params]:
+    """The adapter in a folder, PEFT's form or converted, in float32.
+
+    Raises:
+        UserError: a broken adapter, or one of another model.
+    """
+    from convert.adapters import read_peft
+
+    lora, arrays = read_adapter(path, config)[1:] if is_adapter(path) else read_peft(path, config)
+    return lora, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+
+
 class Qwen3MoeForCausalLM(nnx.Module):
     """The model as an object: named parameters with logical axes, loading, and a call like transformers'.
 
@@ -661,21 +686,9 @@ class Qwen3MoeForCausalLM(nnx.Module):
         Raises:
             UserError: a broken or unfitting folder; the message names the file, what was expected and what was found.
         """
-        from convert.adapters import read_peft
-        from convert.hf2jax import read_hf
-
-        source = read_converted(path, dtype) if is_converted(path) else read_hf(path, dtype)
-        if quantize is not None:
-            source = quantized(source, quantize)
-        config = source.config if dtype is None else source.config.replace(dtype=dtype)
+        config, source = open_checkpoint(path, dtype, quantize)
         params = load_stacks(config, source)
-        if adapter is None:
-            return cls(config, params)
-        if is_adapter(adapter):
-            _, lora, arrays = read_adapter(adapter, config)
-        else:
-            lora, arrays = read_peft(adapter, config)
-        return cls(config, params, lora, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+        return cls(config, params) if adapter is None else cls(config, params, *load_adapter(adapter, config))
 
     def __call__(
         self,

@@ -18,13 +18,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from captures import Capture
 from jaxmoe import xla
@@ -32,12 +35,13 @@ from jaxmoe.attention import implementation as attention_implementation
 from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
-from jaxmoe.data import Rows, cut, digest, hold_out, load_tokenizer, read_records
+from jaxmoe.data import Batch, Rows, cut, digest, hold_out, load_tokenizer, read_records
 from jaxmoe.errors import UserError
 from jaxmoe.export import export_adapter, export_merged, export_model
+from jaxmoe.loading import load_stacks, stack_shapes
 from jaxmoe.memory import Remat, choose_remat, device_bytes, human, training_forecast
 from jaxmoe.metrics import MetricsLog, Progress, expert_load
-from jaxmoe.model import Params, Qwen3MoeForCausalLM, init_adapters, init_parameters
+from jaxmoe.model import Params, init_adapters, init_parameters, load_adapter, open_checkpoint
 from jaxmoe.parameters import Quantization
 from jaxmoe.routing.replay import Replay
 from jaxmoe.step import (
@@ -192,13 +196,17 @@ class TrainConfig:
         return self.full or self.from_scratch is not None
 
 
+Weights = tuple[Params, Params]  # frozen ones, trainable ones
+Shapes = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]  # of these
+
+
 @dataclass(frozen=True)
 class _Run:
-    """What a run needs, read and checked before anything is written."""
+    """What a run needs, read and checked before anything is written; of the weights only what they will be."""
 
     model: Model
-    frozen: Params
-    trainable: Params
+    shapes: Shapes
+    load: Callable[[], Weights]
     rows: Rows
     eval_rows: Rows | None
     total_steps: int
@@ -206,7 +214,45 @@ class _Run:
     aux_coefficient: float
     notices: list[str]
     replay: Replay | None
-    identity: dict[str, Any]  # flag -> value, of everything that the course of the run depends on
+    identity: dict[str, Any]  # flag -> value, of everything but the weights that the course of the run depends on
+
+    def batch(self, step: int, settings: TrainConfig) -> Batch:
+        """The input of a step, from 0 on."""
+        batch = self.rows.batch(step, (settings.accumulation, settings.batch_size))
+        return batch if self.replay is None else self.replay.on(batch)
+
+
+class _Compiled:
+    """The training step and, where it is needed, the evaluation step, compiled while the weights are being read.
+
+    From shapes alone: reading takes longest, and XLA, which tries products on buffers of its own, does not have to find
+    room for them beside all the weights.
+    """
+
+    def __init__(self, plan: _Run, settings: TrainConfig, optimizer: optax.GradientTransformation, rate: Any) -> None:
+        frozen, trainable = plan.shapes
+        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
+        step = jax.jit(make_train_step(plan.model, optimizer, rate, plan.aux_coefficient), donate_argnums=1)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._train = self._pool.submit(step.lower(frozen, state, plan.batch(0, settings)).compile)
+        self._evaluate = None
+        if plan.eval_rows is not None:
+            batch = plan.eval_rows.batch(0, (settings.batch_size,))
+            evaluate = jax.jit(make_eval_step(plan.model)).lower(frozen, trainable, batch)
+            self._evaluate = self._pool.submit(evaluate.compile)
+
+    def cancel(self) -> None:
+        """Begins nothing that has not begun: a process that ends waits for what has."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def train_step(self) -> Callable[[Params, TrainState, Batch], tuple[TrainState, StepMetrics]]:
+        return self._train.result()
+
+    @property
+    def eval_step(self) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]:
+        assert self._evaluate is not None
+        return self._evaluate.result()
 
 
 def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
@@ -223,7 +269,7 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
     previous = _previous_run(settings)
     plan = _prepare(settings, previous)
     if previous is not None:
-        _same_run(settings.output, previous, plan.identity)
+        _same_run(settings.output, previous, {"model": previous.get("model")} | plan.identity)
     rate = learning_rate(settings.schedule, settings.learning_rate, plan.warmup_steps, plan.total_steps)
     optimizer = adamw(
         rate,
@@ -234,12 +280,20 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
         beta2=settings.adam_beta2,
         epsilon=settings.adam_epsilon,
     )
-    train_step = jax.jit(make_train_step(plan.model, optimizer, rate, plan.aux_coefficient), donate_argnums=1)
-    state = initial_state(plan.trainable, optimizer)
+    compiled = _Compiled(plan, settings, optimizer, rate)
+    try:
+        frozen, trainable = plan.load()
+    except BaseException:
+        compiled.cancel()
+        raise
+    identity = {"model": [plan.model.config.to_hf(), _sample(frozen or trainable)]} | plan.identity
+    if previous is not None:
+        _same_run(settings.output, previous, identity)
+    state = initial_state(trainable, optimizer)
 
     if previous is None:
         settings.output.mkdir(parents=True, exist_ok=True)
-        _write_json(settings.output / _RUN_FILE, _describe(settings, plan))
+        _write_json(settings.output / _RUN_FILE, _describe(settings, identity))
     checkpoints = TrainCheckpoints(settings.output / "checkpoints", keep=settings.keep_checkpoints)
     restored = checkpoints.restore_latest(state)
     first, before = 0, None
@@ -253,7 +307,7 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
             progress.say(notice)
         if settings.resume:
             progress.say(f"continuing at step {first}" if restored else "no checkpoint yet: starting at step 0")
-        loop = _Loop(settings, plan, train_step, checkpoints, log, progress, on_step)
+        loop = _Loop(settings, plan, frozen, compiled, checkpoints, log, progress, on_step)
         with _Signals() as signals:
             loop.summary |= {"steps": first, "eval_loss_before": before}
             state, stopped_by = loop.run(state, first, signals)
@@ -295,15 +349,15 @@ class _Loop:
         self,
         settings: TrainConfig,
         plan: _Run,
-        train_step: Callable[..., tuple[TrainState, StepMetrics]],
+        frozen: Params,
+        compiled: _Compiled,
         checkpoints: TrainCheckpoints,
         log: MetricsLog,
         progress: Progress,
         on_step: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._settings, self._plan, self._train_step = settings, plan, train_step
+        self._settings, self._plan, self._frozen, self._compiled = settings, plan, frozen, compiled
         self._checkpoints, self._log, self._progress, self._on_step = checkpoints, log, progress, on_step
-        self._eval_step = jax.jit(make_eval_step(plan.model))
         self._since: float | None = None  # tokens/s counts from here: the last logged step, or what interrupted it
         self._tokens = 0
         self.summary: dict[str, Any] = {"steps": 0, "loss": None, "eval_loss_before": None, "eval_loss": None}
@@ -318,10 +372,7 @@ class _Loop:
             self._progress.say(f"step 0/{total}  held-out loss {before:.4f}")
         pending: tuple[int, StepMetrics] | None = None
         for step in range(first + 1, total + 1):
-            batch = self._plan.rows.batch(step - 1, (settings.accumulation, settings.batch_size))
-            if self._plan.replay is not None:
-                batch = self._plan.replay.on(batch)
-            state, metrics = self._train_step(self._plan.frozen, state, batch)
+            state, metrics = self._compiled.train_step(self._frozen, state, self._plan.batch(step - 1, settings))
             if pending is not None:
                 self._report(*pending)
             pending = (step, metrics)
@@ -343,7 +394,7 @@ class _Loop:
         rows, size = self._plan.eval_rows, self._settings.batch_size
         assert rows is not None
         parts = [
-            self._eval_step(self._plan.frozen, state.trainable, rows.batch(i, (size,)))
+            self._compiled.eval_step(self._frozen, state.trainable, rows.batch(i, (size,)))
             for i in range(rows.steps(1, size))
         ]
         losses, weights = zip(*jax.device_get(parts), strict=True)
@@ -462,9 +513,9 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     if warmup is None:
         warmup = round(settings.warmup_ratio * total)
 
-    model, frozen, trainable = _load(settings, config, lora)
+    model, shapes, load = _open(settings, config, lora)
     model = model._replace(packed=any(each.packed for each in (rows, eval_rows) if each is not None))
-    model, notice = _with_remat(settings, model, frozen, previous)
+    model, notice = _with_remat(settings, model, shapes[0], previous)
     notices += notice
     coefficient = settings.router_aux_loss_coef
     if coefficient is None:
@@ -472,7 +523,6 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     same = "seq_length batch_size accumulation pack learning_rate schedule max_grad_norm weight_decay adam_beta1 "
     same += "adam_beta2 adam_epsilon seed quantize"
     identity = {
-        "model": [config.to_hf(), _sample(frozen or trainable)],
         "data": digest(records),
         "eval_data": digest(held_out),
         "lora": dataclasses.asdict(model.lora) | {"base_model_name_or_path": None} if model.lora else None,
@@ -484,7 +534,7 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
         "replay": replay.digest if replay else None,
         **{name: getattr(settings, name) for name in same.split()},
     }
-    return _Run(model, frozen, trainable, rows, eval_rows, total, warmup, coefficient, notices, replay, identity)
+    return _Run(model, shapes, load, rows, eval_rows, total, warmup, coefficient, notices, replay, identity)
 
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
@@ -496,36 +546,37 @@ def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
     return Qwen3MoeConfig.from_pretrained(settings.model)
 
 
-def _load(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> tuple[Model, Params, Params]:
-    """(what to run, frozen parameters, trainable ones)."""
+def _open(
+    settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
+) -> tuple[Model, Shapes, Callable[[], Weights]]:
+    """What to run, the shapes of its weights, and how to get these."""
     key = jax.random.key(settings.seed)
-    if settings.trains_all:
-        model = Model(config, None, settings.dtype or "float32")
-        if settings.from_scratch is not None:
-            draw = jax.jit(init_parameters, static_argnums=(0, 2))
-            return model, {}, draw(config, key, jnp.dtype("float32"))
-        assert settings.model is not None
-        loaded = Qwen3MoeForCausalLM.from_pretrained(settings.model, dtype="float32")
-        if loaded.quantization is not None:
-            raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
-        return model, {}, loaded.params
+    if settings.from_scratch is not None:
+        draw = partial(jax.jit(init_parameters, static_argnums=(0, 2)), config, key, jnp.dtype("float32"))
+        return Model(config, None, settings.dtype or "float32"), ({}, jax.eval_shape(draw)), lambda: ({}, draw())
     assert settings.model is not None
-    loaded = Qwen3MoeForCausalLM.from_pretrained(
-        settings.model, dtype=settings.dtype, quantize=settings.quantize, adapter=settings.adapter
-    )
-    if settings.merge and loaded.quantization is not None:
+    dtype = "float32" if settings.full else settings.dtype
+    checkpoint_config, source = open_checkpoint(settings.model, dtype, settings.quantize)
+    shapes = stack_shapes(checkpoint_config, source)
+    read = partial(load_stacks, checkpoint_config, source)
+    if settings.full:
+        if source.quantization is not None:
+            raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
+        return Model(config, None, settings.dtype or "float32"), ({}, shapes), lambda: ({}, read())
+    if settings.merge and source.quantization is not None:
         raise UserError("merge: expected weights to merge into, found NF4; merge with python -m convert afterwards")
-    frozen = loaded.params
-    if lora is None:
-        assert loaded.lora_config is not None
-        lora, adapters = loaded.lora_config, loaded.adapters
+    if settings.adapter is not None:
+        lora, loaded = load_adapter(settings.adapter, checkpoint_config)
+        adapters: Callable[[], Params] = lambda: loaded
     else:
-        adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, key)
-    return Model(config, lora, str(frozen["embed_tokens"].dtype)), frozen, adapters
+        assert lora is not None
+        adapters = partial(jax.jit(init_adapters, static_argnums=(0, 1)), config, lora, key)
+    model = Model(config, lora, str(shapes["embed_tokens"].dtype))
+    return model, (shapes, jax.eval_shape(adapters)), lambda: (read(), adapters())
 
 
 def _with_remat(
-    settings: TrainConfig, model: Model, frozen: Params, previous: Mapping[str, Any] | None
+    settings: TrainConfig, model: Model, frozen: Iterable[str], previous: Mapping[str, Any] | None
 ) -> tuple[Model, list[str]]:
     """The model with its recomputation policy; a notice where `auto` chose it. A resumed run keeps what it had."""
     if settings.remat != "auto":
@@ -593,7 +644,7 @@ def _sample(params: Params) -> str:
     return total.hexdigest()
 
 
-def _describe(settings: TrainConfig, plan: _Run) -> dict[str, Any]:
+def _describe(settings: TrainConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
     """Settings, identity and versions, as JSON can hold them."""
     from importlib.metadata import version
 
@@ -604,7 +655,7 @@ def _describe(settings: TrainConfig, plan: _Run) -> dict[str, Any]:
     packages = ("jaxmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     return {
         "settings": flags,
-        "identity": plan.identity,
+        "identity": identity,
         "versions": {"python": platform.python_version()} | {name: _version(version, name) for name in packages},
         "device": str(jax.devices()[0].device_kind),
     }

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxmoe.train as trainer
 from jaxmoe import cli
 from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
@@ -494,6 +495,34 @@ def test_loss_that_is_not_finite(base: pathlib.Path, tmp_path: pathlib.Path, mon
     ):
         train(options(base, tmp_path / "out", save_every=1))
     assert sorted(int(path.name) for path in (tmp_path / "out" / "checkpoints").iterdir()) == [1, 2]
+
+
+def test_steps_are_compiled_while_weights_are_read(
+    base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any weight is there, and from then on there is nothing left to compile; a failed read leaves nothing."""
+    compiled: list[trainer._Compiled] = []
+    start, read = trainer._Compiled.__init__, trainer.load_stacks
+
+    def started(self: trainer._Compiled, *arguments: Any) -> None:
+        start(self, *arguments)
+        compiled.append(self)
+
+    def read_late(*arguments: Any) -> Any:
+        compiled[-1].train_step, compiled[-1].eval_step
+        return read(*arguments)
+
+    def fail(*arguments: Any) -> Any:
+        raise UserError("weights: expected some, found none")
+
+    monkeypatch.setattr(trainer._Compiled, "__init__", started)
+    monkeypatch.setattr(trainer, "load_stacks", read_late)
+    train(options(base, tmp_path / "out", max_steps=1))
+    monkeypatch.setattr(trainer, "load_stacks", fail)
+    with pytest.raises(UserError, match=r"^weights:"):
+        train(options(base, tmp_path / "failed", max_steps=1))
+    assert len(compiled) == 2
+    assert not (tmp_path / "failed").exists()
 
 
 @pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
