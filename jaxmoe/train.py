@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -223,7 +224,7 @@ class _Run:
 
 
 class _Compiled:
-    """The training step and, where it is needed, the evaluation step, compiled while the weights are being read.
+    """The training step and, where it is needed, the evaluation step, traced and compiled while the weights are read.
 
     From shapes alone: reading takes longest, and XLA, which tries products on buffers of its own, does not have to find
     room for them beside all the weights.
@@ -232,14 +233,17 @@ class _Compiled:
     def __init__(self, plan: _Run, settings: TrainConfig, optimizer: optax.GradientTransformation, rate: Any) -> None:
         frozen, trainable = plan.shapes
         state = jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
-        step = jax.jit(make_train_step(plan.model, optimizer, rate, plan.aux_coefficient), donate_argnums=1)
+        train_step = jax.jit(make_train_step(plan.model, optimizer, rate, plan.aux_coefficient), donate_argnums=1)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        self._train = self._pool.submit(step.lower(frozen, state, plan.batch(0, settings)).compile)
+        self._train = self._begin(train_step, frozen, state, plan.batch(0, settings))
         self._evaluate = None
         if plan.eval_rows is not None:
             batch = plan.eval_rows.batch(0, (settings.batch_size,))
-            evaluate = jax.jit(make_eval_step(plan.model)).lower(frozen, trainable, batch)
-            self._evaluate = self._pool.submit(evaluate.compile)
+            self._evaluate = self._begin(jax.jit(make_eval_step(plan.model)), frozen, trainable, batch)
+
+    def _begin(self, step: Any, *shapes: Any) -> Future[Any]:
+        # What the choice of implementations depends on may be a variable of this thread's context.
+        return self._pool.submit(copy_context().run, lambda: step.lower(*shapes).compile())
 
     def cancel(self) -> None:
         """Begins nothing that has not begun: a process that ends waits for what has."""

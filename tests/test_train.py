@@ -509,7 +509,7 @@ def test_steps_are_compiled_while_weights_are_read(
         compiled.append(self)
 
     def read_late(*arguments: Any) -> Any:
-        compiled[-1].train_step, compiled[-1].eval_step
+        assert compiled[-1].train_step and compiled[-1].eval_step
         return read(*arguments)
 
     def fail(*arguments: Any) -> Any:
