@@ -197,8 +197,8 @@ class TrainConfig:
         return self.full or self.from_scratch is not None
 
 
-Weights = tuple[Params, Params]  # frozen ones, trainable ones
-Shapes = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]  # of these
+_Weights = tuple[Params, Params]  # frozen ones, trainable ones
+_Shapes = tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]  # of these
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ class _Run:
     """What a run needs, read and checked before anything is written; of the weights only what they will be."""
 
     model: Model
-    shapes: Shapes
-    load: Callable[[], Weights]
+    shapes: _Shapes
+    load: Callable[[], _Weights]
     rows: Rows
     eval_rows: Rows | None
     total_steps: int
@@ -552,7 +552,7 @@ def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
 
 def _open(
     settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
-) -> tuple[Model, Shapes, Callable[[], Weights]]:
+) -> tuple[Model, _Shapes, Callable[[], _Weights]]:
     """What to run, the shapes of its weights, and how to get these."""
     key = jax.random.key(settings.seed)
     if settings.from_scratch is not None:
