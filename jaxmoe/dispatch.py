@@ -173,7 +173,8 @@ def grouped_matmul(
     many = schedule.destination.size >= _LARGE_ROWS * schedule.first_tile.shape[0]
     large = many and weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not activate
     rows = kernel.LARGE if large else kernel.SMALL
-    return kernel.grouped_matmul(x, weight, expert_blocks(schedule, rows), offset, rows=rows, **options)
+    tiles = kernel.default_tiles(weight.shape[1 if transposed else 2], rows, activate)
+    return kernel.grouped_matmul(x, weight, expert_blocks(schedule, rows), offset, tiles=tiles, **options)
 
 
 def grouped_outer(

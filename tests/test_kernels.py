@@ -103,7 +103,8 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **
     if options.get("swiglu"):
         gate, up = np.split(np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64), 2, axis=-1)
         expected = gate / (1 + np.exp(-gate)) * up
-    blocks = expert_blocks(schedule, options.get("rows", kernel.SMALL))
+    tiles = options.setdefault("tiles", kernel.default_tiles(out, swiglu=options.get("swiglu", False)))
+    blocks = expert_blocks(schedule, tiles.heights[-1])
     run = partial(kernel.grouped_matmul, transposed=transposed, interpret=interpreter(), **options)
     found = run(x, weight, blocks._replace(group=(blocks.group + shift) % E), jnp.int32(E))
     return float(relative_error(np.asarray(found, np.float64)[placed], expected))
@@ -130,21 +131,31 @@ def test_a_wrong_group_is_seen_through_swiglu() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("tiles", [(128, (128,), 2), (128, (16, 48, 128), 3), (256, (128,), 4)], ids=str)
-def test_any_tiles_give_the_same(tiles: tuple[int, tuple[int, ...], int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "tiles"),
+    [
+        ("two blocks", (128, (128,), 2)),
+        ("two blocks", (256, (128,), 4)),
+        ("one expert", (128, (16, 48, 128), 3)),
+        ("one expert", (128, (80, 96), 3)),
+        ("wide", (256, (16, 48, 64), 4)),
+    ],
+    ids=str,
+)
+def test_any_tiles_give_the_same(name: str, tiles: tuple[int, tuple[int, ...], int]) -> None:
     """Columns, heights and stages only say how the work is cut."""
     from jaxmoe.kernels.grouped_matmul import Tiles
 
-    assert matmul_error("two blocks", True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
+    assert matmul_error(name, True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
 
 
 @needs_kernels
 @pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
-@pytest.mark.parametrize("name", ["two blocks", "odd widths"])
+@pytest.mark.parametrize("name", ["one expert", "two blocks", "odd widths"])
 def test_higher_blocks_give_the_same(name: str, transposed: bool) -> None:
-    from jaxmoe.kernels.grouped_matmul import LARGE
+    from jaxmoe.kernels.grouped_matmul import LARGE, default_tiles
 
-    assert matmul_error(name, transposed, True, rows=LARGE) <= bound("kernel_bf16")
+    assert matmul_error(name, transposed, True, tiles=default_tiles(CASES[name][-1], LARGE)) <= bound("kernel_bf16")
 
 
 @needs_kernels

@@ -49,7 +49,6 @@ def by_blocks(
     others: Any = (),
     low: Any = None,
     low_weight: Any = None,
-    rows: int = 128,
     tiles: Any = None,
 ) -> Any:
     """What the kernel computes, from its own list of work: blocks of rows, in float32, rounded once."""
@@ -57,7 +56,7 @@ def by_blocks(
     out = np.zeros((x.shape[0], weight.shape[1 if transposed else 2]), np.float32)
     product = "mi,oi->mo" if transposed else "mi,io->mo"
     for first, height, group in zip(*(np.asarray(part)[: int(blocks.used)] for part in blocks[:3]), strict=True):
-        assert 0 < height <= rows // 16
+        assert 0 < 16 * height <= tiles.heights[-1]
         own = slice(16 * first, 16 * (first + height))
         layer = int(offset) + group
         for factor, stack in ((x, weight), *others):
@@ -72,9 +71,8 @@ def by_blocks(
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's module replaced by plain products: what is tested is what goes in and what is made of it."""
     sizes = {"SMALL": 128, "LARGE": 256, "TILE_ROWS": 16}
-    module = SimpleNamespace(
-        grouped_matmul=by_blocks, Blocks=Blocks, default_tiles=lambda columns: Tiles((64, 128)), **sizes
-    )
+    tiles: Callable[..., Tiles] = lambda columns, rows=128, swiglu=False: Tiles((rows // 2, rows))
+    module = SimpleNamespace(grouped_matmul=by_blocks, Blocks=Blocks, default_tiles=tiles, **sizes)
     monkeypatch.setitem(sys.modules, "jaxmoe.kernels.grouped_matmul", module)
     monkeypatch.setattr(jaxmoe.kernels, "grouped_matmul", module, raising=False)
 

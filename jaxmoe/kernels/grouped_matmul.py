@@ -48,8 +48,8 @@ class Blocks(NamedTuple):
 
 class Tiles(NamedTuple):
     """How `grouped_matmul` cuts the work: columns of the product that are formed at a time, the heights of a block that
-    it has a program for, and stages of the ring. A block that is not as high as any of them is computed as the next
-    higher; if there is only one, every block is that high. No block may be higher than the last."""
+    it has a program for, and stages of the ring. A block between two heights is computed as the higher; none may be
+    higher than the last, and if there is only one, every block is that high."""
 
     columns: int
     heights: tuple[int, ...]
@@ -176,7 +176,6 @@ def grouped_matmul(
     others: Sequence[tuple[Array, Array]] = (),
     low: Float[Array, "P rank"] | None = None,
     low_weight: Float[Array, "low_groups c d"] | None = None,
-    rows: int = SMALL,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "P out"]:
@@ -193,8 +192,7 @@ def grouped_matmul(
         others: more pairs such as (x, weight), of any inner width; their products are added in the same accumulators.
         low: the left factor of a low-rank term that is added there as well; its rank a multiple of 64.
         low_weight: its right factor by group, laid out as `weight` is, with `rank` for `inner`; not by `offset`.
-        rows: of the highest block, `SMALL` or `LARGE`; with `swiglu` `SMALL`.
-        tiles: by default `default_tiles`.
+        tiles: by default `default_tiles` for blocks of at most 128 rows; with `swiglu` there are no higher ones.
         interpret: run in JAX's interpreter (a test without a GPU).
 
     Raises:
@@ -212,7 +210,7 @@ def grouped_matmul(
     widths = [matrix.shape[2 if transposed else 1] for _, matrix in pairs]
     for left, matrix in pairs:
         _check("grouped_matmul", left, matrix, (*widths, result))
-    tiles = tiles or default_tiles(out, rows, swiglu)
+    tiles = tiles or default_tiles(out, swiglu=swiglu)
     TN, heights, stages = tiles
     products = TN // 128  # of 64 columns that a warpgroup forms: two, gate and up, for SwiGLU
     if swiglu and products != 2:
