@@ -3,7 +3,8 @@
 Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, random weights, skewed routing. Useful TFLOP/s:
 padding is not counted. Beside them is what the card's library does with the same rows and one matrix for all of them:
 no experts, no padding. All sides are timed alike, over queued calls, in one process, on the same routing, and in turn:
-these products take the card to its power limit, where its clock depends on what ran before.
+these products take the card to its power limit, where its clock depends on what ran before, so each round has an order
+of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.cli import ArgumentParser, run
-from jaxmoe.dispatch import Schedule, grouped_matmul, make_schedule
+from jaxmoe.dispatch import Schedule, grouped_matmul, kernel_block_rows, make_schedule
 from jaxmoe.presets import PRESETS
 
 
@@ -40,16 +42,19 @@ class Side(NamedTuple):
     wait: Callable[[Any], Any]
 
 
-def seconds_in_turn(sides: dict[str, Side], queued: int = 10, rounds: int = 8, rest: float = 0.0) -> dict[str, float]:
+def seconds_in_turn(sides: dict[str, Side], queued: int = 10, rounds: int = 24, rest: float = 0.0) -> dict[str, float]:
     """Median over the rounds of the mean time of `queued` calls that are launched without waiting, side after side.
 
-    `rest`: seconds of pause before each side's calls. Without, the load is steady, as in training.
+    `rest`: seconds of pause before each side's calls. Without, the load is steady, as in training. A round's order is
+    drawn anew (always the same for the same arguments): no side always follows the one that heats the card most.
     """
     for side in sides.values():
         side.wait(side.call())
     times: dict[str, list[float]] = {name: [] for name in sides}
+    draw = random.Random(0)
     for _ in range(rounds):
-        for name, side in sides.items():
+        for name in draw.sample(list(sides), len(sides)):
+            side = sides[name]
             time.sleep(rest)
             start = time.perf_counter()
             result = None
@@ -88,7 +93,8 @@ def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
     D, F, E, k = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
     experts = skewed_experts(tokens, E, k)
     sizes = np.bincount(experts.reshape(-1), minlength=E)
-    schedule = jax.jit(make_schedule, static_argnums=(1, 2))(jnp.asarray(experts), E, TILE_ROWS)
+    block_rows = kernel_block_rows(experts.size, E)
+    schedule = jax.jit(make_schedule, static_argnums=(1, 2, 3))(jnp.asarray(experts), E, TILE_ROWS, block_rows)
     draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), 6)
     stacks = {"gate_up": draw(keys[0], (E, 2 * F, D)), "down": draw(keys[1], (E, D, F))}

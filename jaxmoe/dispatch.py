@@ -20,6 +20,7 @@ is a by-product of the gradient of a.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -41,7 +42,8 @@ SCHEDULE = "expert_schedule"  # and the row layout, small and made by a sort
 class Schedule(NamedTuple):
     """Where every routed row lies, and which expert each tile of rows belongs to (P = tiles * tile positions).
 
-    `first_tile` and `tile_count` say the same by expert.
+    `first_tile` and `tile_count` say the same by expert; `blocks` does as the Mosaic GPU kernel takes it, by the most
+    rows that a block may have. It is made here, once for all products of a layer.
     """
 
     destination: Int[Array, "M k"]
@@ -50,6 +52,7 @@ class Schedule(NamedTuple):
     tiles_used: Int[Array, ""]
     first_tile: Int[Array, " E"]
     tile_count: Int[Array, " E"]
+    blocks: dict[int, Any]  # to `jaxmoe.kernels.grouped_matmul.Blocks`
 
 
 class ExpertWeights(NamedTuple):
@@ -72,8 +75,13 @@ def tile_rows(routed_rows: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (mean.bit_length() - 1) >> 1))
 
 
-def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int) -> Schedule:
-    """Lays out the routed rows by expert; rows of one expert keep the order of their tokens (the sort is stable)."""
+def make_schedule(
+    experts: Int[Array, "M k"], num_experts: int, tile: int, block_rows: Sequence[int] = ()
+) -> Schedule:
+    """Lays out the routed rows by expert; rows of one expert keep the order of their tokens (the sort is stable).
+
+    `block_rows`: the heights to list blocks for (`kernel_block_rows`), if the Mosaic GPU kernel is to run.
+    """
     rows = experts.size
     flat = experts.reshape(-1).astype(jnp.int32)
     tiles = rows // tile + min(num_experts, rows)
@@ -102,7 +110,34 @@ def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int) -> Sc
         int32(tile_end[-1]),
         int32(first_tile),
         int32(tile_count),
+        {most: _blocks(int32(first_tile), int32(tile_count), tiles, most // tile) for most in block_rows},
     )
+
+
+def _blocks(first_tile: Int[Array, " E"], tile_count: Int[Array, " E"], tiles: int, most: int) -> Any:
+    """Blocks of at most so many tiles, of nearly equal height in an expert.
+
+    Equal heights, since the multiprocessors then stay in step and read the same weights at the same time.
+    """
+    from jaxmoe.kernels.grouped_matmul import Blocks
+
+    E = tile_count.shape[0]
+    blocks_of_expert = -(-tile_count // most)
+    # A sum over the experts before: one small kernel on a GPU, a cumulative sum is several.
+    end = jnp.sum(jnp.where(jnp.tri(E, dtype=bool), blocks_of_expert, 0), axis=1, dtype=jnp.int32)
+    index = jnp.arange(tiles // most + E, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(end, index, side="right", method="compare_all"), E - 1).astype(jnp.int32)
+    within = index - (end - blocks_of_expert)[expert]
+    height, higher = jnp.divmod(tile_count[expert], jnp.maximum(blocks_of_expert[expert], 1))
+    first = first_tile[expert] + within * height + jnp.minimum(within, higher)
+    return Blocks(first, height + (within < higher), expert, end[-1])
+
+
+def kernel_block_rows(routed_rows: int, num_experts: int) -> tuple[int, ...]:
+    """The most rows of a block, for each kind of blocks that some product of a layer wants."""
+    from jaxmoe.kernels.grouped_matmul import LARGE, SMALL
+
+    return (SMALL, LARGE) if routed_rows >= _LARGE_ROWS * num_experts else (SMALL,)
 
 
 def _stable_order(flat: Int[Array, " R"], num_experts: int) -> Int[Array, " R"]:
@@ -157,7 +192,7 @@ def grouped_matmul(
 ) -> Float[Array, "P out"]:
     """Rows times weight[offset + the row's expert] (its transpose if `transposed`), plus a low-rank term, rounded once.
 
-    By the Mosaic GPU kernel, which takes a schedule with tiles of 16 rows, or by the tiled loop. With `activate` the
+    By the Mosaic GPU kernel, which takes a schedule with tiles of 16 rows and blocks, or by the tiled loop. With `activate` the
     product is that of gate and up, and SwiGLU of it is returned: the kernel then never writes the product to memory.
     """
     if not mosaic:
@@ -170,11 +205,10 @@ def grouped_matmul(
     if isinstance(weight, NF4Stack):  # one layer's experts are decoded at a time, for this product alone
         weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
     options: dict[str, Any] = {"transposed": transposed, "swiglu": activate, "low": low, "low_weight": low_weight}
-    many = schedule.destination.size >= _LARGE_ROWS * schedule.first_tile.shape[0]
-    large = many and weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not activate
-    rows = kernel.LARGE if large else kernel.SMALL
+    large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not activate
+    rows = kernel.LARGE if large and kernel.LARGE in schedule.blocks else kernel.SMALL
     tiles = kernel.default_tiles(weight.shape[1 if transposed else 2], rows, activate)
-    return kernel.grouped_matmul(x, weight, expert_blocks(schedule, rows), offset, tiles=tiles, **options)
+    return kernel.grouped_matmul(x, weight, schedule.blocks[rows], offset, tiles=tiles, **options)
 
 
 def grouped_outer(
@@ -209,25 +243,6 @@ def _mosaic_obstacle(dtype: Any, sizes: tuple[int, ...]) -> str | None:
 _MOSAIC_ROWS, _MOSAIC_RANK = 16, 64  # what the kernel's rows of an expert, and an adapter's rank, are padded to
 # From so many rows an expert and elements of its matrix on, higher blocks of fewer columns are faster (docs/log.md).
 _LARGE_ROWS, _LARGE_MATRIX = 1024, 2**21
-
-
-def expert_blocks(schedule: Schedule, rows: int) -> Any:
-    """The schedule's tiles as the kernel takes them: blocks of at most `rows`, of nearly equal height in an expert.
-
-    Equal heights, since the multiprocessors then stay in step and read the same weights at the same time.
-    """
-    from jaxmoe.kernels.grouped_matmul import Blocks
-
-    count, most = schedule.tile_count, rows * schedule.tile_expert.shape[0] // schedule.source.shape[0]
-    blocks_of_expert = -(-count // most)
-    end = jnp.cumsum(blocks_of_expert)
-    index = jnp.arange(schedule.tile_expert.shape[0] // most + count.shape[0])
-    expert = jnp.minimum(jnp.searchsorted(end, index, side="right", method="compare_all"), count.shape[0] - 1)
-    within = index - (end - blocks_of_expert)[expert]
-    height, higher = jnp.divmod(count[expert], jnp.maximum(blocks_of_expert[expert], 1))
-    first = schedule.first_tile[expert] + within * height + jnp.minimum(within, higher)
-    int32 = partial(jnp.asarray, dtype=jnp.int32)
-    return Blocks(int32(first), int32(height + (within < higher)), int32(expert), int32(end[-1]))
 
 
 class _LowRank(NamedTuple):
@@ -408,9 +423,11 @@ def sorted_experts(
     """
     num_experts = routing.logits.shape[-1]
     on_mosaic = implementation(x.dtype, *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]).name == "mosaic"
-    tile = _MOSAIC_ROWS if on_mosaic else tile_rows(routing.experts.size, num_experts)
+    rows = routing.experts.size
+    tile = _MOSAIC_ROWS if on_mosaic else tile_rows(rows, num_experts)
     with jax.named_scope("permute"):
-        schedule = make_schedule(routing.experts, num_experts, tile)
+        block_rows = kernel_block_rows(rows, num_experts) if on_mosaic else ()
+        schedule = make_schedule(routing.experts, num_experts, tile, block_rows)
         schedule = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), schedule)
     adapters = tuple(
         adapter and _LowRank(adapter.lora_A, adapter.scale * adapter.lora_B)

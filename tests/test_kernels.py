@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxmoe.dispatch import ExpertWeights, expert_blocks, make_schedule, sorted_experts
+from jaxmoe.dispatch import ExpertWeights, make_schedule, sorted_experts
 from jaxmoe.implementations import forced
 from jaxmoe.kernels import tiled
 from jaxmoe.layers import Adapter
@@ -28,7 +28,7 @@ on_gpu = jax.default_backend() == "gpu"
 needs_kernels = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.11 or newer has the kernels' language and their interpreter"
 )
-scheduled = jax.jit(make_schedule, static_argnums=(1, 2))
+scheduled = jax.jit(make_schedule, static_argnums=(1, 2, 3))
 
 
 def interpreter() -> Any:
@@ -92,7 +92,9 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **
 
     M, E, k, empty, inner, out = CASES[name]
     rng = np.random.default_rng(hash((name, transposed)) % 2**32)
-    schedule = scheduled(jnp.asarray(skewed(M, E, k, 1, empty)), E, kernel.TILE_ROWS)
+    tiles = options.setdefault("tiles", kernel.default_tiles(out, swiglu=options.get("swiglu", False)))
+    most = tiles.heights[-1]
+    schedule = scheduled(jnp.asarray(skewed(M, E, k, 1, empty)), E, kernel.TILE_ROWS, (most,))
     P = schedule.source.shape[0]
     x, weight = normal(rng, P, inner), normal(rng, 2 * E, *((out, inner) if transposed else (inner, out)))
     expected, placed = by_rows(x, weight, schedule, transposed, offset=E)
@@ -103,8 +105,7 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **
     if options.get("swiglu"):
         gate, up = np.split(np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64), 2, axis=-1)
         expected = gate / (1 + np.exp(-gate)) * up
-    tiles = options.setdefault("tiles", kernel.default_tiles(out, swiglu=options.get("swiglu", False)))
-    blocks = expert_blocks(schedule, tiles.heights[-1])
+    blocks = schedule.blocks[most]
     run = partial(kernel.grouped_matmul, transposed=transposed, interpret=interpreter(), **options)
     found = run(x, weight, blocks._replace(group=(blocks.group + shift) % E), jnp.int32(E))
     return float(relative_error(np.asarray(found, np.float64)[placed], expected))
@@ -165,7 +166,7 @@ def test_the_sum_of_several_products(low_rank: bool) -> None:
     from jaxmoe.kernels import grouped_matmul as kernel
 
     M, E, out, rng = 90, 3, 128, np.random.default_rng(3)
-    schedule = scheduled(jnp.asarray(skewed(M, E, 2, 1)), E, kernel.TILE_ROWS)
+    schedule = scheduled(jnp.asarray(skewed(M, E, 2, 1)), E, kernel.TILE_ROWS, (kernel.SMALL,))
     pairs = [(normal(rng, len(schedule.source), n), normal(rng, 2 * E, n, out)) for n in (128, 80, 64)]
     expected = sum(by_rows(x, weight, schedule, False, offset=E)[0] for x, weight in pairs)
     options: dict[str, Any] = {}
@@ -175,7 +176,7 @@ def test_the_sum_of_several_products(low_rank: bool) -> None:
         options = {"low": low, "low_weight": low_weight}
     (x, weight), *others = pairs
     run = partial(kernel.grouped_matmul, transposed=False, interpret=interpreter(), **options)
-    blocks = expert_blocks(schedule, kernel.SMALL)
+    blocks = schedule.blocks[kernel.SMALL]
     found = run(x, weight, blocks, jnp.int32(E), others=others)
     placed = np.asarray(schedule.source) >= 0
     assert relative_error(np.asarray(found, np.float64)[placed], expected) <= bound("kernel_bf16")
@@ -225,8 +226,8 @@ def test_blocks_cover_every_routed_row_once(
     """The kernel's work list, as plain arrays: which rows, which expert, how many blocks."""
     E, k = shape
     experts = np.tile(np.arange(k, dtype=np.int32), (M, 1)) if one_sided else skewed(M, E, k, seed)
-    schedule = jax.device_get(scheduled(jnp.asarray(experts), E, 16))
-    blocks = jax.device_get(jax.jit(expert_blocks, static_argnums=1)(schedule, rows))
+    schedule = jax.device_get(scheduled(jnp.asarray(experts), E, 16, (128, 256)))
+    blocks = schedule.blocks[rows]
     used = int(blocks.used)
     assert used <= len(blocks.first)
     assert used == sum(-(-size // rows) for size in np.bincount(experts.reshape(-1), minlength=E))
@@ -299,10 +300,10 @@ def test_same_input_same_output_fifty_times() -> None:
     first = mixture("mosaic", jnp.bfloat16, shape, False)
     from jaxmoe.kernels import grouped_matmul as kernel
 
-    schedule = scheduled(jnp.asarray(skewed(2048, 32, 8, 3)), 32, kernel.TILE_ROWS)
+    schedule = scheduled(jnp.asarray(skewed(2048, 32, 8, 3)), 32, kernel.TILE_ROWS, (kernel.SMALL,))
     rng = np.random.default_rng(0)
     x, weight = normal(rng, schedule.source.shape[0], 512), normal(rng, 32, 768, 512)
-    multiply = jax.jit(lambda x, w: kernel.grouped_matmul(x, w, expert_blocks(schedule, kernel.SMALL), transposed=True))
+    multiply = jax.jit(lambda x, w: kernel.grouped_matmul(x, w, schedule.blocks[kernel.SMALL], transposed=True))
     placed = np.asarray(schedule.source) >= 0
     expected = np.asarray(multiply(x, weight))[placed]
     for _ in range(50):

@@ -92,7 +92,7 @@ def by_projection(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 def by_experts(mosaic: bool) -> Callable[..., jax.Array]:
     def run(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """One of two experts has all rows, in an order of its own."""
-        schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 16)
+        schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 16, dispatch.kernel_block_rows(ROWS, 2))
         adapter = dispatch._LowRank(jnp.stack([b[: a.shape[0], :1] @ a[:1], a]), jnp.stack([b + 1, b]))
         stack = jnp.zeros((2, OUT, INNER), x.dtype)
         rows, _ = dispatch._project(dispatch.permute(x, schedule), stack, 0, adapter, schedule, mosaic)

@@ -71,7 +71,7 @@ SMALL, LARGE = 128, 256  # rows of the highest blocks
 def default_tiles(columns: int, rows: int = SMALL, swiglu: bool = False) -> Tiles:
     """The fastest tiles measured for a product of `columns` and blocks of at most `rows` (docs/log.md)."""
     # Each height takes time to compile. Most blocks are a little lower than the highest.
-    heights = (80, 96, 112, 128) if rows == SMALL else (192, 224, 240, 256)
+    heights = (96, 112, 128) if rows == SMALL else (192, 224, 240, 256)
     # 256 columns, but where the last of them would be half empty or more.
     width = 256 if swiglu or (rows == SMALL and (columns - 1) % 256 >= 128) else 128
     stages = (_SHARED_BYTES - 2 * 128 * 128) // ((rows + width) * _DEPTH * 2)
