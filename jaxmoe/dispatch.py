@@ -75,9 +75,7 @@ def tile_rows(routed_rows: int, num_experts: int) -> int:
     return min(128, max(8, 1 << (mean.bit_length() - 1) >> 1))
 
 
-def make_schedule(
-    experts: Int[Array, "M k"], num_experts: int, tile: int, block_rows: Sequence[int] = ()
-) -> Schedule:
+def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, block_rows: Sequence[int] = ()) -> Schedule:
     """Lays out the routed rows by expert; rows of one expert keep the order of their tokens (the sort is stable).
 
     `block_rows`: the heights to list blocks for (`kernel_block_rows`), if the Mosaic GPU kernel is to run.
@@ -123,7 +121,7 @@ def _blocks(first_tile: Int[Array, " E"], tile_count: Int[Array, " E"], tiles: i
 
     E = tile_count.shape[0]
     blocks_of_expert = -(-tile_count // most)
-    # A sum over the experts before: one small kernel on a GPU, a cumulative sum is several.
+    # The cumulative sum as a masked one, which XLA fuses with what it is made of.
     end = jnp.sum(jnp.where(jnp.tri(E, dtype=bool), blocks_of_expert, 0), axis=1, dtype=jnp.int32)
     index = jnp.arange(tiles // most + E, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(end, index, side="right", method="compare_all"), E - 1).astype(jnp.int32)
@@ -192,8 +190,8 @@ def grouped_matmul(
 ) -> Float[Array, "P out"]:
     """Rows times weight[offset + the row's expert] (its transpose if `transposed`), plus a low-rank term, rounded once.
 
-    By the Mosaic GPU kernel, which takes a schedule with tiles of 16 rows and blocks, or by the tiled loop. With `activate` the
-    product is that of gate and up, and SwiGLU of it is returned: the kernel then never writes the product to memory.
+    By the Mosaic GPU kernel, which takes a schedule with tiles of 16 rows and blocks, or by the tiled loop. With
+    `activate` the product is that of gate and up, and SwiGLU of it is returned: the kernel never writes the product.
     """
     if not mosaic:
         tiles = schedule.tile_expert, schedule.tiles_used
