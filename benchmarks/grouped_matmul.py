@@ -4,7 +4,8 @@ Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, random weig
 padding is not counted. Beside them is what the card's library does with the same rows and one matrix for all of them:
 no experts, no padding. All sides are timed alike, over queued calls, in one process, on the same routing, and in turn:
 these products take the card to its power limit, where its clock depends on what ran before, so each round has an order
-of its own.
+of its own. The layout is made before, as it is once a layer in the model: jaxmoe's list of blocks, torch's offsets
+(from which its call makes a list of its own).
 """
 
 from __future__ import annotations
