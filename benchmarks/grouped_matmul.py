@@ -66,11 +66,6 @@ def seconds_in_turn(sides: dict[str, Side], queued: int = 10, rounds: int = 24, 
     return {name: float(np.median(found)) for name, found in times.items()}
 
 
-def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    """The same of one side alone."""
-    return seconds_in_turn({"": Side(call, wait)}, rounds=5)[""]
-
-
 def padded(rows: jax.Array, schedule: Schedule) -> jax.Array:
     """Routed rows [R, width], in routing order, at their places in the padded layout; zeros at padding."""
     return jnp.where(schedule.source[:, None] >= 0, rows[jnp.maximum(schedule.source, 0)], 0)

@@ -2,8 +2,8 @@
 
 Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, frozen weights: the backward pass gives the
 gradient of the input. Both sides take the same weights, input and cotangent in one process and are timed alike, over
-queued calls; their outputs and gradients are compared. With several values of --tokens, --experts and --skew it is the
-table of what the block costs as each of them grows.
+queued calls and in turn; their outputs and gradients are compared. With several values of --tokens, --experts and
+--skew it is the table of what the block costs as each of them grows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs its share of the memory
 
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.grouped_matmul import seconds_per_call
+from benchmarks.grouped_matmul import Side, seconds_in_turn
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.dispatch import ExpertWeights, implementation, sorted_experts
@@ -65,25 +65,38 @@ def measure(config: Qwen3MoeConfig, tokens: int, skew: float, peers: list[str]) 
     weights = gate, gate_up, down
     out, d_x, experts = jax.device_get(both(x, *weights, cotangent))
     counts = np.bincount(experts.reshape(-1), minlength=E)
-    seconds = seconds_per_call(lambda: both(x, *weights, cotangent), jax.block_until_ready)
+    passes = {"jaxmoe": Side(lambda: both(x, *weights, cotangent), jax.block_until_ready)}
+    forwards = {"jaxmoe": Side(lambda: forward(x, *weights), jax.block_until_ready)}
+    blocks = {peer: _torch(config, PEERS[peer], x, cotangent, weights) for peer in peers}
+    for peer, theirs in blocks.items():
+        passes[peer], forwards[peer] = theirs.both, theirs.forward
+    seconds, forward_seconds = (seconds_in_turn(sides, rounds=5) for sides in (passes, forwards))
     record: dict[str, Any] = {
         "tokens": tokens,
         "experts": E,
         "load": float(counts.max() / counts.mean()),
-        "ms": seconds * 1e3,
-        "forward_ms": seconds_per_call(lambda: forward(x, *weights), jax.block_until_ready) * 1e3,
-        "tflops": flops(config, tokens) / seconds / 1e12,
+        "ms": seconds["jaxmoe"] * 1e3,
+        "forward_ms": forward_seconds["jaxmoe"] * 1e3,
+        "tflops": flops(config, tokens) / seconds["jaxmoe"] / 1e12,
     }
-    for peer in peers:
-        found = _torch(config, PEERS[peer], x, cotangent, weights)
-        record |= {f"{peer}: {name}": found[name] for name in ("ms", "forward_ms")}
+    for peer, theirs in blocks.items():
+        record |= {f"{peer}: ms": seconds[peer] * 1e3, f"{peer}: forward_ms": forward_seconds[peer] * 1e3}
         for name, ours in (("out", out), ("d_x", d_x)):
-            difference = ours.astype(np.float32) - found[name]
-            record[f"{peer}: {name}"] = float(np.linalg.norm(difference) / np.linalg.norm(found[name]))
+            expected = theirs.results[name][0].float().cpu().numpy()
+            difference = ours.astype(np.float32) - expected
+            record[f"{peer}: {name}"] = float(np.linalg.norm(difference) / np.linalg.norm(expected))
     return record
 
 
-def _torch(config: Qwen3MoeConfig, experts: str, x: Any, cotangent: Any, weights: Any) -> dict[str, Any]:
+class _Block(NamedTuple):
+    """Transformers' block: both passes, the forward pass alone, and what the former left behind (`out`, `d_x`)."""
+
+    both: Side
+    forward: Side
+    results: dict[str, Any]
+
+
+def _torch(config: Qwen3MoeConfig, experts: str, x: Any, cotangent: Any, weights: Any) -> _Block:
     """Transformers' block on the same arrays."""
     import torch
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
@@ -99,7 +112,7 @@ def _torch(config: Qwen3MoeConfig, experts: str, x: Any, cotangent: Any, weights
     block.requires_grad_(False)
     inputs = torch.from_dlpack(x)[None].requires_grad_()
     d_out = torch.from_dlpack(cotangent)[None]
-    result: dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
     def forward() -> Any:
         with torch.no_grad():
@@ -107,14 +120,11 @@ def _torch(config: Qwen3MoeConfig, experts: str, x: Any, cotangent: Any, weights
 
     def both() -> Any:
         out = block(inputs)
-        (result["d_x"],) = torch.autograd.grad(out, inputs, d_out)
-        result["out"] = out.detach()
+        (results["d_x"],) = torch.autograd.grad(out, inputs, d_out)
+        results["out"] = out.detach()
 
     wait = lambda _: torch.cuda.synchronize() if inputs.is_cuda else None
-    seconds = seconds_per_call(both, wait)
-    forward_seconds = seconds_per_call(forward, wait)
-    arrays = {name: value[0].float().cpu().numpy() for name, value in result.items()}
-    return {"ms": seconds * 1e3, "forward_ms": forward_seconds * 1e3, **arrays}
+    return _Block(Side(both, wait), Side(forward, wait), results)
 
 
 def main() -> None:
