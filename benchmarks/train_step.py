@@ -30,12 +30,14 @@ LEARNING_RATE = 1e-4
 
 
 class Case(NamedTuple):
-    """Adapters on what, rows, tokens a row, jaxmoe's recomputation policy."""
+    """Adapters on what, rows, tokens a row, jaxmoe's recomputation policy and in how many micro-batches it takes the
+    rows."""
 
     targets: str
     batch: int
     length: int
     remat: str
+    accumulation: int = 1
 
 
 CASES = {
@@ -44,6 +46,7 @@ CASES = {
     "attention, 1 x 16384": Case("attention", 1, 16384, "fast"),
     "attention, low memory": Case("attention", 2, 4096, "low-memory"),
     "attention, offload": Case("attention", 2, 4096, "offload"),
+    "attention, offload, row by row": Case("attention", 2, 4096, "offload", accumulation=2),
     "longest": Case("attention", 1, 65536, "low-memory"),
 }
 PEERS = {
@@ -82,14 +85,14 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     state = initial_state(adapters, optimizer)
-    shape, document = (1, case.batch, case.length), case.length // args.documents
-    place = np.broadcast_to(np.arange(case.length, dtype=np.int32), shape)
+    shape, document = (case.accumulation, -1, case.length), case.length // args.documents
+    place = np.tile(np.arange(case.length, dtype=np.int32), case.batch).reshape(shape)
     segments, positions = place // document + 1, place % document
     weights = (positions < document - packed).astype(np.float32)
 
     def batch(index: int) -> Batch:
-        ids = random_model.token_ids(config, case.batch, case.length, index)[None]
-        return Batch(ids[..., :-1], ids[..., 1:], weights, segments, positions)
+        ids = random_model.token_ids(config, case.batch, case.length, index)
+        return Batch(ids[:, :-1].reshape(shape), ids[:, 1:].reshape(shape), weights, segments, positions)
 
     # As `jaxmoe.train` does: before the weights, since XLA tries products on buffers of its own.
     start = time.perf_counter()

@@ -238,6 +238,7 @@ def grouped_matmul(
         grid, sm = lax.axis_size("sm"), lax.axis_index("sm")
         # The columns of a block follow each other, so that its rows are in the L2 for all but the first.
         work = used_ref[0] * columns
+        share = lax.div(work - sm + grid - 1, jnp.int32(grid))  # of this multiprocessor: sm, sm + grid, ...
 
         def column_of(index: Array) -> Array:
             return lax.rem(index, jnp.int32(columns)) * TO
@@ -250,9 +251,9 @@ def grouped_matmul(
         def _copy() -> None:
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
 
-            @plgpu.nd_loop((work,), collective_axes="sm")
-            def _tile(info: Any) -> None:
-                (index,) = info.index
+            @pl.loop(0, share)
+            def _tile(turn: Array) -> None:
+                index = sm + turn * grid
                 i, j = lax.div(index, jnp.int32(columns)), column_of(index)
                 row, group = first_ref[i] * TILE_ROWS, group_ref[i]
 
@@ -274,7 +275,7 @@ def grouped_matmul(
                         block = (pl.ds(j, TN), here) if transposed else (here, pl.ds(j, TN))
                         plgpu.copy_gmem_to_smem(matrix.at[(group, *block)], w_smem.at[slot], full.at[slot])
 
-                start = info.local_index * all_steps
+                start = turn * all_steps
                 for n, length in enumerate(steps):
                     left, matrix = pair_refs[2 * n : 2 * n + 2]
                     own = group + offset_ref[0] if n <= len(others) else group  # the low-rank term has no offset
@@ -282,9 +283,9 @@ def grouped_matmul(
                     start += length
 
             # Every stage that was filled has been read before the block ends: no barrier is left half-way.
-            total = lax.div(work - sm + grid - 1, jnp.int32(grid)) * all_steps
+            total = share * all_steps
 
-            @pl.loop(jnp.maximum(total - stages, 0), jnp.maximum(total, 0))
+            @pl.loop(jnp.maximum(total - stages, 0), total)
             def _wait(step: Array) -> None:
                 plgpu.barrier_wait(empty.at[_ring(step, stages)])
 
@@ -344,9 +345,8 @@ def grouped_matmul(
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
 
             # The next block's place is read while this one is computed.
-            @plgpu.nd_loop((work,), collective_axes="sm", init_carry=rows_of(sm))
-            def _tile(info: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                (index,) = info.index
+            def tile(turn: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                index = sm + turn * grid
                 following = rows_of(index + grid)
                 row, rows = (units * TILE_ROWS for units in carry)
                 column = column_of(index) + warpgroup * (TO // 2)
@@ -355,7 +355,7 @@ def grouped_matmul(
 
                     @pl.when((rows > lower) & (rows <= height))
                     def _work(height: int = height, least: int = least) -> None:
-                        for n, sums in enumerate(multiply(info.local_index * all_steps, height)):
+                        for n, sums in enumerate(multiply(turn * all_steps, height)):
                             write = partial(store, sums, row, column + 64 * n, rows, least)
                             # TMA clips what is past the end of `out`. But where that is one piece wide, its place is
                             # lost on the way (Mosaic drops dimensions of size one) and it would overwrite the first.
@@ -363,6 +363,7 @@ def grouped_matmul(
 
                 return following
 
+            lax.fori_loop(0, share, tile, rows_of(sm))
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = _swizzle(*widths) if transposed else _swizzle(*widths, out)  # wgmma wants both operands alike
