@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data import Batch
 from jaxmoe.loss import cross_entropy
+from jaxmoe.memory import loss_chunk
 from jaxmoe.model import Params, Remat, RouterStats, forward, head_weight
 from jaxmoe.parameters import parameter_specs
 from jaxmoe.router import RoutingControl, load_balancing_loss
@@ -80,7 +81,8 @@ class Model(NamedTuple):
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         head = head_weight(params, self.config)
         labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
-        return cross_entropy(hidden, head, labels, weights, frozen_head=self.lora is not None), out.stats
+        chunk = loss_chunk(self.remat)
+        return cross_entropy(hidden, head, labels, weights, chunk, frozen_head=self.lora is not None), out.stats
 
 
 def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
