@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 from collections.abc import Callable
 from typing import Any, get_args
@@ -166,6 +167,20 @@ def test_the_forecast_names_the_attention_of_this_device() -> None:
     options = doctor.DoctorConfig(model="qwen3-30b-a3b", dtype="float32")
     parts = {part.name for part in doctor.forecast(options)["training"].parts}
     assert "attention, blocks" in parts  # cuDNN takes no float32
+
+
+@pytest.mark.parametrize(("remat", "tokens"), [("low-memory", 1024), ("offload", 512)])
+def test_a_step_holds_the_logits_that_are_forecast(remat: memory.Remat, tokens: int) -> None:
+    """Of so many tokens at a time, and of no more; the vocabulary's size is no other dimension's."""
+    assert memory.loss_chunk(remat) == tokens
+    params = jax.eval_shape(lambda: init_parameters(SMALL, jax.random.key(0)))
+    adapters = jax.eval_shape(lambda: init_adapters(SMALL, LORA, jax.random.key(0)))
+    ints, floats = (jax.ShapeDtypeStruct((1, 2, 1024), dtype) for dtype in (jnp.int32, jnp.float32))
+    batch: Any = Batch(ints, ints, floats, ints, ints)
+    model = Model(SMALL, LORA, "float32", remat)
+    traced = jax.jit(lambda *args: loss_and_gradients(model, *args, 0.0)).trace(params, adapters, batch)
+    logits = {int(rows) for rows in re.findall(rf"f32\[(\d+),{SMALL.vocab_size}\]", str(traced.jaxpr))}
+    assert logits == {tokens}
 
 
 def test_policies_in_order_of_what_they_keep() -> None:
