@@ -178,7 +178,7 @@ def test_a_step_holds_the_logits_that_are_forecast(remat: memory.Remat, tokens: 
     ints, floats = (jax.ShapeDtypeStruct((1, 2, 1024), dtype) for dtype in (jnp.int32, jnp.float32))
     batch: Any = Batch(ints, ints, floats, ints, ints)
     model = Model(SMALL, LORA, "float32", remat)
-    traced = jax.jit(lambda *args: loss_and_gradients(model, *args, 0.0)).trace(params, adapters, batch)
+    traced = jax.jit(lambda p, a, b: loss_and_gradients(model, p, a, b, 0.0)).trace(params, adapters, batch)
     logits = {int(rows) for rows in re.findall(rf"f32\[(\d+),{SMALL.vocab_size}\]", str(traced.jaxpr))}
     assert logits == {tokens}
 
