@@ -128,7 +128,7 @@ class TrainConfig:
         metadata={
             "help": "what to keep for the backward pass; fast: all that is dear, balanced: not the experts' products, "
             "low-memory: each layer's input; auto: the first of these that the device's memory holds by forecast; "
-            "offload: each layer's input, in the host's memory"
+            "offload: each layer's input, in the host's memory, and half as many logits at a time"
         },
     )
 
@@ -408,7 +408,7 @@ class _Loop:
         """Waits for a step's numbers, checks and logs them; evaluates first when given a state to evaluate."""
         numbers = jax.device_get(metrics)
         self._tokens += int(numbers.tokens)
-        # The first step's time is that of its compilation.
+        # The first step's time has the rest of the compilation in it.
         speed = self._tokens / (time.perf_counter() - self._since) if self._since is not None else None
         loss, norm = float(numbers.loss), float(numbers.grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
