@@ -81,7 +81,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
     # By default a row is one document, as where `jaxmoe.train` finds no two that fit into one.
     packed = args.documents > 1
-    model: Any = Model(config, lora, "bfloat16", args.remat or case.remat, packed=packed)  # type: ignore[arg-type]
+    model: Any = Model(config, lora, "bfloat16", args.remat or case.remat, packed, args.unroll)  # type: ignore[arg-type]
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     state = initial_state(adapters, optimizer)
@@ -270,6 +270,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before the clock starts")
     parser.add_argument("--steps", type=int, default=5, metavar="N")
     parser.add_argument("--remat", choices=get_args(Remat), help="instead of the case's policy")
+    parser.add_argument("--unroll", action="store_true", help="jaxmoe's layers compiled one by one")
     parser.add_argument("--stages", action="store_true", help="also a breakdown of jaxmoe's step by stage")
     parser.add_argument("--trace", type=pathlib.Path, metavar="FILE", help="with --stages: keep the profiler's trace")
     parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR")
@@ -289,7 +290,8 @@ def main() -> None:
         return
 
     known = "preset layers width length documents lora_r warmup steps remat trace scratch".split()
-    argv = [f"--{key.replace('_', '-')}={value}" for key in known if (value := getattr(args, key)) is not None]
+    argv = ["--unroll"] if args.unroll else []
+    argv += [f"--{key.replace('_', '-')}={value}" for key in known if (value := getattr(args, key)) is not None]
     record: dict[str, Any] = {}
     for name in names:
         case = CASES[name]

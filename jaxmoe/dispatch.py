@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxmoe import implementations
 from jaxmoe.dequantize import NF4Stack
 from jaxmoe.kernels import tiled
+from jaxmoe.kernels.swiglu_gradient import swiglu_gradient, swiglu_gradient_obstacle
 from jaxmoe.layers import PRECISION, Adapter, fold, swiglu, two_terms, unfold
 from jaxmoe.router import Routing
 
@@ -272,10 +273,12 @@ class _Residuals(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """What is decided while tracing: whether the stacks get gradients, and whether the kernel runs."""
+    """What is decided while tracing: whether the stacks get gradients, whether the kernel runs, and whether what is
+    kept for the backward pass lies in a scan's stack."""
 
     trainable: bool
     mosaic: bool
+    scanned: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -334,8 +337,13 @@ def _activation(gate_up: Array) -> Array:
     return swiglu(gate, up)
 
 
-def _activation_gradient(gate_up: Array, d_hidden: Array, weight_of_row: Array) -> tuple[Array, Array, Array]:
-    """The activation again, the gradient of gate and up, and that of each row's weight."""
+def _activation_gradient(
+    gate_up: Array, d_hidden: Array, weight_of_row: Array, *, scanned: bool, with_hidden: bool
+) -> tuple[Array | None, Array, Array]:
+    """The activation again (None unless asked for), the gradient of gate and up, and that of each row's weight."""
+    obstacle = "would be handed a copy of what a scan keeps" if scanned else swiglu_gradient_obstacle(gate_up)
+    if implementations.choose("swiglu_gradient", {"triton": obstacle}).name == "triton":
+        return swiglu_gradient(gate_up, d_hidden, weight_of_row, with_hidden=with_hidden)
     hidden, pull = jax.vjp(_activation, gate_up)
     d_weight_of_row = jnp.sum(hidden.astype(jnp.float32) * d_hidden.astype(jnp.float32), axis=-1)
     (d_gate_up,) = pull((d_hidden.astype(jnp.float32) * weight_of_row).astype(hidden.dtype))
@@ -367,7 +375,10 @@ def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
         d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule, static.mosaic)
     with jax.named_scope("swiglu"):
         # At padding the weight is zero, and with it all that follows: no sum over rows needs a mask.
-        hidden, d_gate_up, d_weight_of_row = _activation_gradient(gate_up, d_hidden, weight_of_row)
+        again = static.trainable or adapters[1] is not None
+        hidden, d_gate_up, d_weight_of_row = _activation_gradient(
+            gate_up, d_hidden, weight_of_row, scanned=static.scanned, with_hidden=again
+        )
     with jax.named_scope("gate_up"):
         d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule, static.mosaic)
     with jax.named_scope("permute"):
@@ -386,11 +397,12 @@ def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
         if adapters[0] is not None:
             d_adapters[0] = _adapter_gradient(outer, rows, low_up, d_gate_up, d_low_up, adapters[0])
         if adapters[1] is not None:
-            assert low_down is not None and d_low_down is not None
+            assert hidden is not None and low_down is not None and d_low_down is not None
             d_adapters[1] = _adapter_gradient(
                 outer, hidden, weighed(low_down), d_rows, weighed(d_low_down), adapters[1]
             )
         if static.trainable:
+            assert hidden is not None
             d_stacks = [
                 outer(d_gate_up, rows).astype(stacks[0].dtype),
                 outer(weighed(d_rows), hidden).astype(stacks[1].dtype),
@@ -414,10 +426,13 @@ def sorted_experts(
     weights: ExpertWeights,
     gate_up_adapter: Adapter | None = None,
     down_adapter: Adapter | None = None,
+    *,
+    scanned: bool = False,
 ) -> Float[Array, "M D"]:
     """The mixture's output sum_k w_k down_k(silu(gate_k x) * up_k x), float32, by sort-based dispatch.
 
     Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products join the base's before it is rounded.
+    `scanned` says that this is a step of a scan that will be differentiated: what it keeps is then a slice of a stack.
     """
     num_experts = routing.logits.shape[-1]
     on_mosaic = implementation(x.dtype, *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]).name == "mosaic"
@@ -433,7 +448,7 @@ def sorted_experts(
     )
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
-    static = _Static(weights.trainable, on_mosaic)
+    static = _Static(weights.trainable, on_mosaic, scanned)
     return _mixture(x, routing.weights, stacks, offset, adapters, schedule, static)
 
 

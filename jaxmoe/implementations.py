@@ -92,6 +92,10 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "triton": Implementation("Pallas Triton kernel, one pass each way", _needs_capability((8, 0))),
         "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere),
     },
+    "swiglu_gradient": {
+        "triton": Implementation("Pallas Triton kernel, one pass, for unrolled layers", _needs_capability((8, 0))),
+        "xla": Implementation("two or three passes, as XLA fuses them", _anywhere),
+    },
 }
 
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced", default=MappingProxyType({}))

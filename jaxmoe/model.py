@@ -2,7 +2,7 @@
 
 The forward pass is a pure function over a flat dictionary of stacked parameters (`jaxmoe.parameters` lists them). One
 scan runs over all layers; its body picks each layer's weights by index, so a kind of layer is compiled once whatever
-the depth.
+the depth (`unroll` trades that for speed).
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class _Layer:
     scales: Mapping[str, float]
     experts_of_all: Stacks  # frozen expert stacks as [layers * E, out, in]; empty when the experts are trained
     control: RoutingControl | None
+    scanned: bool
     dtype: Any  # of the operands of products; the residual stream between them is float32
     layer: Array
     mlp_slot: Array
@@ -247,7 +248,7 @@ def _sparse_mlp(x: Array, layer: _Layer, valid: Array, wanted: _Wanted) -> tuple
         )
     with jax.named_scope("experts"):
         gate_up, down = (layer.adapter(path) for path in EXPERT_STACKS)
-        return sorted_experts(x, routing, layer.experts(), gate_up, down), record
+        return sorted_experts(x, routing, layer.experts(), gate_up, down, scanned=layer.scanned), record
 
 
 def _dense_mlp(x: Array, layer: _Layer, wanted: _Wanted) -> tuple[Array, _RoutingRecord]:
@@ -334,6 +335,7 @@ class _Run:
     valid: Bool[Array, " M"]
     trainable: Trainable = "none"
     remat: Remat = "low-memory"
+    unroll: bool = False
     wanted: _Wanted = _NOTHING
     capture_hidden: bool = False
     control: RoutingControl | None = None
@@ -369,7 +371,7 @@ def _policy(remat: Remat) -> Callable[..., Any]:
 def _run_layers(
     run: _Run, h: Array, params: Params, adapters: Params, attend: CachedAttend, cache: Any
 ) -> tuple[Array, Any, _RoutingRecord, Array | None]:
-    """Scans the decoder layers: (hidden states, cache, stacked routing records, stacked layer inputs or None)."""
+    """All decoder layers: (hidden states, cache, stacked routing records, stacked layer inputs or None)."""
     config = run.config
     weights = _split(_layer_stacks(params, config), config, run.trainable == "all")
     lora_weights = _split(adapters, config, run.trainable != "none")
@@ -391,6 +393,7 @@ def _run_layers(
             scales,
             experts_of_all,
             run.control,
+            not run.unroll,
             params["embed_tokens"].dtype,
             index,
             mlp_slot,
@@ -401,11 +404,52 @@ def _run_layers(
         return (out, new_cache), (record, h if run.capture_hidden else None)
 
     if run.trainable != "none":
-        # The scan already keeps the two passes apart, so common subexpressions need no barrier against merging.
-        body = jax.checkpoint(body, policy=_policy(run.remat), prevent_cse=False)
+        # A scan keeps the two passes apart; in one long program what is recomputed would be merged with what was there.
+        body = jax.checkpoint(body, policy=_policy(run.remat), prevent_cse=run.unroll)
     xs = (_layer_indices(config), weights.sliced, lora_weights.sliced)
-    (h, cache), (records, inputs) = jax.lax.scan(body, (h, cache), xs)
+    (h, cache), (records, inputs) = (_unrolled if run.unroll else jax.lax.scan)(body, (h, cache), xs)
     return h, cache, records, inputs
+
+
+def _unrolled(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
+    """As `jax.lax.scan`, one layer behind the other in one program.
+
+    A scan copies what a layer keeps for its backward pass into a stack, and out of it again; here it stays where it is.
+    """
+    leaves, structure = jax.tree.flatten(xs)
+    indices = _hidden_constants(np.arange(len(leaves[0])))
+    layers = zip(
+        *(_hidden_constants(leaf) if isinstance(leaf, np.ndarray) else _unstack(leaf, indices) for leaf in leaves),
+        strict=True,
+    )
+    body = jax.jit(body)  # traced once, not for every layer
+    results = []
+    for layer in layers:
+        carry, result = body(carry, jax.tree.unflatten(structure, layer))
+        results.append(result)
+    return carry, jax.tree.map(lambda *each: jnp.stack(each), *results)
+
+
+def _hidden_constants(values: np.ndarray) -> list[Array]:
+    """Numbers that XLA does not see: with a constant for its layer every slice would be a kernel to compile."""
+    return jax.lax.optimization_barrier([jnp.asarray(value) for value in values])
+
+
+@jax.custom_vjp
+def _unstack(stack: Array, indices: list[Array]) -> list[Array]:
+    """The layers of a stack; their gradients are put together once, where each slice's would be a whole stack."""
+    return [layer_slice(stack, index) for index in indices]
+
+
+def _unstack_forward(stack: Array, indices: list[Array]) -> tuple[list[Array], None]:
+    return _unstack(stack, indices), None
+
+
+def _unstack_backward(_: None, gradients: list[Array]) -> tuple[Array, None]:
+    return jnp.stack(gradients), None
+
+
+_unstack.defvjp(_unstack_forward, _unstack_backward)
 
 
 def _embed(params: Params, input_ids: Array) -> Array:
@@ -429,6 +473,7 @@ def forward(
     lora: LoraConfig | None = None,
     trainable: Trainable = "none",
     remat: Remat = "low-memory",
+    unroll: bool = False,
     capture_router_logits: bool = False,
     capture_hidden: bool = False,
     capture_routing: int = 0,
@@ -442,7 +487,9 @@ def forward(
     alone then keeps them apart, and the GPU need not ask at every layer. Products run in the dtype of `embed_tokens`,
     the residual stream is float32. `trainable` says which parameters will be differentiated; `remat` what the backward
     pass recomputes: "low-memory" keeps one [B, T, D] per layer, "offload" keeps that in the host's memory, "fast" all
-    that is dear to compute, "balanced" the same but the experts' products (never a copy of a frozen weight).
+    that is dear to compute, "balanced" the same but the experts' products (never a copy of a frozen weight). `unroll`
+    compiles the layers one by one instead of one for all, and saves what a scan copies; for a frozen model, whose
+    weights need no slice.
     `routing_control` replays or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many
     of its largest router logits.
     """
@@ -455,7 +502,7 @@ def forward(
 
         valid = segment_ids.reshape(-1) > 0
         wanted = _Wanted(capture_router_logits, capture_routing)
-        run = _Run(config, lora, tables, valid, trainable, remat, wanted, capture_hidden, routing_control)
+        run = _Run(config, lora, tables, valid, trainable, remat, unroll, wanted, capture_hidden, routing_control)
         h, _, records, inputs = _run_layers(run, h, params, adapters, attend, None)
         hidden = _final_norm(h, params, config)
     sparse = np.asarray(config.sparse_layers, np.int32)

@@ -48,13 +48,14 @@ class StepMetrics(NamedTuple):
 class Model(NamedTuple):
     """What the forward pass needs beside arrays; `lora` None means that every parameter is trained, computed in `dtype`
     from float32 masters (adapters are always float32 and `dtype` is then that of the frozen parameters). `packed` says
-    whether a row may hold several documents."""
+    whether a row may hold several documents, `unroll` whether a training step is compiled layer by layer."""
 
     config: Qwen3MoeConfig
     lora: LoraConfig | None
     dtype: str = "float32"
     remat: Remat = "low-memory"
     packed: bool = True
+    unroll: bool = False
 
     def run(self, frozen: Params, trainable: Params, batch: Batch, *, train: bool) -> tuple[Array, RouterStats]:
         """(sum of the weighted token losses in nats, router statistics) of B rows of T tokens."""
@@ -75,6 +76,7 @@ class Model(NamedTuple):
             lora=self.lora,
             trainable="none" if not train else "all" if self.lora is None else "adapters",
             remat=self.remat,
+            unroll=self.unroll and train,
             routing_control=control,
             packed=self.packed,
         )

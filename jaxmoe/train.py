@@ -131,6 +131,13 @@ class TrainConfig:
             "offload: each layer's input, in the host's memory, and half as many logits at a time"
         },
     )
+    unroll_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "compile the layers one by one, not one for all: on a GPU a step is 5 % faster and the first one "
+            "takes a minute longer, so it pays for runs of more than half an hour; only where adapters are trained"
+        },
+    )
 
     replay: pathlib.Path | None = field(
         default=None,
@@ -182,6 +189,8 @@ class TrainConfig:
             raise UserError("adapter and merge: expected only where adapters are trained")
         if self.trains_all and self.quantize is not None:
             raise UserError("quantize: expected only where adapters are trained")
+        if self.unroll_layers and (self.trains_all or self.remat == "offload"):
+            raise UserError("unroll_layers: expected only where adapters are trained, and without remat offload")
         if self.full and self.from_scratch is not None:
             raise UserError("full: expected with model; from_scratch trains all parameters anyway")
         lora = ("lora_targets", "lora_r", "lora_alpha", "rslora")
@@ -518,14 +527,15 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
         warmup = round(settings.warmup_ratio * total)
 
     model, shapes, load = _open(settings, config, lora)
-    model = model._replace(packed=any(each.packed for each in (rows, eval_rows) if each is not None))
+    packed = any(each.packed for each in (rows, eval_rows) if each is not None)
+    model = model._replace(packed=packed, unroll=settings.unroll_layers)
     model, notice = _with_remat(settings, model, shapes[0], previous)
     notices += notice
     coefficient = settings.router_aux_loss_coef
     if coefficient is None:
         coefficient = config.router_aux_loss_coef
     same = "seq_length batch_size accumulation pack learning_rate schedule max_grad_norm weight_decay adam_beta1 "
-    same += "adam_beta2 adam_epsilon seed quantize"
+    same += "adam_beta2 adam_epsilon seed quantize unroll_layers"
     identity = {
         "data": digest(records),
         "eval_data": digest(held_out),

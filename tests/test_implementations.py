@@ -27,7 +27,7 @@ def on(monkeypatch, device):
 
 
 @pytest.mark.parametrize(
-    ("device", "attention", "grouped_matmul", "norm_rotary"),
+    ("device", "attention", "grouped_matmul", "row_kernels"),
     [
         (CPU, "blocks", "tiled", "xla"),
         (HOPPER, "cudnn", "mosaic", "triton"),
@@ -36,12 +36,13 @@ def on(monkeypatch, device):
     ],
     ids=lambda value: value.kind if isinstance(value, Device) else value,
 )
-def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, norm_rotary):
+def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_kernels):
     on(monkeypatch, device)
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
         ("grouped matmul", grouped_matmul),
-        ("norm rotary", norm_rotary),
+        ("norm rotary", row_kernels),
+        ("swiglu gradient", row_kernels),
     }
 
 
@@ -92,7 +93,8 @@ def test_unknown_names_are_errors(monkeypatch):
     with pytest.raises(UserError, match="found 'flash'"), forced(attention="flash"):
         pass
     with pytest.raises(
-        UserError, match="expected operations among attention, grouped_matmul, norm_rotary; found 'atention'"
+        UserError,
+        match="expected operations among attention, grouped_matmul, norm_rotary, swiglu_gradient; found 'atention'",
     ):
         forced(atention="blocks").__enter__()
 

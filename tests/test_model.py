@@ -101,12 +101,12 @@ def noisy_adapters(config):
     return {p: a + 0.1 * jax.random.normal(jax.random.key(n), a.shape) for n, (p, a) in enumerate(adapters.items())}
 
 
-def gradients_of(loaded, remat):
+def gradients_of(loaded, remat, unroll=False):
     """Gradients of all adapters of two rows."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, loaded.config.vocab_size, (2, 24)))
     positions = jnp.broadcast_to(jnp.arange(24), ids.shape)
     adapters = noisy_adapters(loaded.config)
-    options: Any = {"config": loaded.config, "lora": LORA, "trainable": "adapters", "remat": remat}
+    options: Any = {"config": loaded.config, "lora": LORA, "trainable": "adapters", "remat": remat, "unroll": unroll}
 
     def value(adapters):
         out = forward(loaded.params, adapters, ids, positions, jnp.ones_like(ids), **options)
@@ -126,6 +126,33 @@ def test_what_is_kept_changes_no_gradient(remat, folder):
         assert np.linalg.norm(found[path] - gradient) <= 1e-5 * np.linalg.norm(gradient), path
     L, D = loaded.config.num_hidden_layers, loaded.config.hidden_size
     assert (f"f32<host>[{L},2,24,{D}]" in str(traced.jaxpr)) == (remat == "offload")
+
+
+@pytest.mark.parametrize("remat", ["fast", "low-memory"])
+def test_unrolled_layers_change_no_gradient(remat, folder):
+    """One layer behind the other, whatever their kinds, gives what the scan gives; nothing is left of its loop."""
+    loaded = Qwen3MoeForCausalLM.from_pretrained(folder)
+    scanned, adapters = gradients_of(loaded, remat)
+    unrolled, _ = gradients_of(loaded, remat, unroll=True)
+    expected, found = (t.lower().compile()(adapters) for t in (scanned, unrolled))
+    for path, gradient in expected.items():
+        assert np.linalg.norm(found[path] - gradient) <= 1e-5 * np.linalg.norm(gradient), path
+    loops = [f"length={loaded.config.num_hidden_layers}" in str(t.jaxpr) for t in (scanned, unrolled)]
+    assert loops == [True, False]
+
+
+def test_what_else_the_unrolled_layers_give(folder):
+    """Router logits, layers' inputs and statistics as from the scan."""
+    loaded = Qwen3MoeForCausalLM.from_pretrained(folder)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, loaded.config.vocab_size, (2, 24)))
+    positions = jnp.broadcast_to(jnp.arange(24), ids.shape)
+    run = partial(forward, loaded.params, {}, ids, positions, jnp.ones_like(ids), config=loaded.config)
+    run = partial(run, capture_router_logits=True, capture_hidden=True, capture_routing=4)
+    scanned, unrolled = jax.tree.leaves(run()), jax.tree.leaves(run(unroll=True))
+    assert len(scanned) == len(unrolled)
+    for expected, found in zip(scanned, unrolled, strict=True):
+        assert found.shape == expected.shape
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def one_document_rows(folder, packed: bool, documents: int = 1):
@@ -203,7 +230,7 @@ def test_the_loss_comparison_sees_a_planted_fault(monkeypatch):
     assert max(losses_and_gradients(10)) > 1e-2
 
 
-def traced_step(config, remat) -> Any:
+def traced_step(config, remat, unroll=False) -> Any:
     """The traced loss and gradients over few tokens."""
     specs = parameter_specs(config)
     params = {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in specs.items()}
@@ -211,23 +238,23 @@ def traced_step(config, remat) -> Any:
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
     def value(adapters, params, ids):
-        out = forward(params, adapters, ids, ids, ids, config=config, lora=LORA, trainable="adapters", remat=remat)
-        return jnp.sum(out.hidden)
+        options: Any = {"config": config, "lora": LORA, "trainable": "adapters", "remat": remat, "unroll": unroll}
+        return jnp.sum(forward(params, adapters, ids, ids, ids, **options).hidden)
 
     return jax.jit(jax.grad(value)).trace(adapters, params, ids)
 
 
-def temporaries(config, remat) -> int:
-    return traced_step(config, remat).lower().compile().memory_analysis().temp_size_in_bytes
+def temporaries(config, remat, unroll=False) -> int:
+    return traced_step(config, remat, unroll).lower().compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("remat", ["low-memory", "fast"])
-def test_no_temporary_holds_a_layers_experts(remat, monkeypatch):
+@pytest.mark.parametrize(("remat", "unroll"), [("low-memory", False), ("fast", False), ("fast", True)])
+def test_no_temporary_holds_a_layers_experts(remat, unroll, monkeypatch):
     """Frozen experts are indexed where they lie: neither copied by the loops nor saved for the backward pass."""
     # Compiled, never run: wide enough that a GPU's matmul workspace (32 MiB) is small beside a layer.
     config = TINY.replace(hidden_size=1024, moe_intermediate_size=512, num_experts=64, mlp_only_layers=())
     down_proj = 4 * config.num_experts * config.moe_intermediate_size * config.hidden_size  # the smaller stack
-    assert temporaries(config, remat) < down_proj
+    assert temporaries(config, remat, unroll) < down_proj
 
     original = model._Layer.experts
 
@@ -237,7 +264,7 @@ def test_no_temporary_holds_a_layers_experts(remat, monkeypatch):
         return weights._replace(gate_up_proj=here(weights.gate_up_proj), down_proj=here(weights.down_proj), offset=0)
 
     monkeypatch.setattr(model._Layer, "experts", sliced)
-    assert temporaries(config, remat) > down_proj
+    assert temporaries(config, remat, unroll) > down_proj
 
 
 def test_no_recomputation_still_keeps_no_copy_of_the_weights():

@@ -36,6 +36,7 @@ LAYERS = {
     "kernels.tiled": {"dequantize", "layers"},
     "kernels.grouped_matmul": set(),
     "kernels.norm_rotary": set(),
+    "kernels.swiglu_gradient": set(),
     "projections": {"dispatch", "layers"},
     "loss": {"layers"},
     "data": {"errors"},

@@ -1,0 +1,83 @@
+"""The gradient of SwiGLU and of the weights of its rows in one pass over memory, where XLA takes two or three.
+
+A Pallas kernel by Triton, for any NVIDIA GPU; each program takes a few rows. It pays where the product of gate and up
+lies in an array of its own: of a scan's stack XLA would copy it out first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+ROWS = 4  # that a program takes
+_WIDEST, _NARROWEST = 256, 64  # columns of an expert's hidden layer that it takes at a time
+
+
+def swiglu_gradient_obstacle(gate_up: Array) -> str | None:
+    """Why `swiglu_gradient` does not take these rows [P, 2F] (None: it does)."""
+    rows, hidden = gate_up.shape[0], gate_up.shape[1] // 2
+    if hidden % _NARROWEST:
+        return f"needs experts whose width is a multiple of {_NARROWEST}, found {hidden}"
+    if rows % ROWS:
+        return f"needs a multiple of {ROWS} rows, found {rows}"
+    return None
+
+
+def swiglu_gradient(
+    gate_up: Float[Array, "P F2"],
+    d_hidden: Float[Array, "P F"],
+    weight: Float[Array, "P 1"],
+    *,
+    with_hidden: bool,
+    interpret: bool = False,
+) -> tuple[Float[Array, "P F"] | None, Float[Array, "P F2"], Float[Array, " P"]]:
+    """(SwiGLU again, if asked for; the gradient of gate and up; that of each row's weight, float32).
+
+    `d_hidden` is the gradient of a row's unweighted result: `weight` times it reaches SwiGLU, and its product with
+    SwiGLU's output, summed over the row, is the gradient of `weight`.
+    """
+    (P, F), dtype = d_hidden.shape, gate_up.dtype
+    chunk = next(size for size in (_WIDEST, _WIDEST // 2, _NARROWEST) if F % size == 0)
+    # Of gate, as of the hidden layer, and of up, which lies behind it.
+    columns = [(slice(start, start + chunk), slice(F + start, F + start + chunk)) for start in range(0, F, chunk)]
+
+    def body(gate_up_ref: Any, d_hidden_ref: Any, weight_ref: Any, d_gate_up_ref: Any, *refs: Any) -> None:
+        # All loads come before the first store: a store may hide what a load would read, so none moves across.
+        loaded = [(gate_up_ref[:, g], gate_up_ref[:, u], d_hidden_ref[:, g]) for g, u in columns]
+        weight = weight_ref[:, :]
+        total = jnp.zeros((ROWS,), jnp.float32)
+        for (g, u), chunks in zip(columns, loaded, strict=True):
+            gate, up, d = (values.astype(jnp.float32) for values in chunks)
+            sigmoid = 1 / (1 + jnp.exp(-gate))
+            silu = gate * sigmoid
+            hidden = (silu * up).astype(dtype)  # as the forward pass rounded it for its product
+            if with_hidden:
+                refs[1][:, g] = hidden
+            total += jnp.sum(hidden.astype(jnp.float32) * d, axis=1)
+            d *= weight
+            d_gate_up_ref[:, g] = (d * up * (sigmoid + silu * (1 - sigmoid))).astype(dtype)
+            d_gate_up_ref[:, u] = (d * silu).astype(dtype)
+        refs[0][:] = total
+
+    rows = lambda width: pl.BlockSpec((ROWS, width), lambda i: (i, 0))
+    out = [jax.ShapeDtypeStruct((P, 2 * F), dtype), jax.ShapeDtypeStruct((P,), jnp.float32)]
+    specs = [rows(2 * F), pl.BlockSpec((ROWS,), lambda i: (i,))]
+    if with_hidden:
+        out.append(jax.ShapeDtypeStruct((P, F), dtype))
+        specs.append(rows(F))
+    kernel = pl.pallas_call(
+        body,
+        grid=(P // ROWS,),
+        out_shape=out,
+        in_specs=[rows(2 * F), rows(F), rows(1)],
+        out_specs=specs,
+        compiler_params=triton.CompilerParams(num_warps=4),
+        interpret=interpret,
+    )
+    d_gate_up, d_weight, *hidden = kernel(gate_up, d_hidden, weight)
+    return (hidden[0] if with_hidden else None), d_gate_up, d_weight

@@ -1,0 +1,110 @@
+"""The kernel of `jaxmoe.kernels.swiglu_gradient` against the layers it replaces, and the unrolled model with it against
+the scan without; in Pallas' interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmoe import dispatch, implementations
+from jaxmoe.config import LoraConfig
+from jaxmoe.errors import UserError
+from jaxmoe.implementations import Device, forced
+from jaxmoe.kernels import swiglu_gradient
+from jaxmoe.layers import swiglu
+from jaxmoe.model import forward, init_adapters, init_parameters
+from tests.configs import config_of
+from tests.parity import relative_error
+from tests.tolerances import bound
+
+INTERPRETED = jax.default_backend() != "gpu"
+# (rows, width of an expert's hidden layer)
+SHAPES = [(8, 64), (12, 192), (4, 128), (32, 768)]
+
+
+def draw(key: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(key), shape)
+
+
+def errors(shape: tuple[int, int], dtype: Any, late: float = 0.0) -> list[float]:
+    """Of SwiGLU again, of the gradient of gate and up, of the weights'; `late` plants the fault of gates that are
+    shifted."""
+    P, F = shape
+    gate_up, d_hidden = (draw(key, P, width).astype(dtype) for key, width in ((0, 2 * F), (1, F)))
+    weight = jax.random.uniform(jax.random.key(2), (P, 1))
+
+    def weighed(gate_up: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = swiglu(*jnp.split(gate_up, 2, axis=-1))
+        return weight * hidden, hidden
+
+    _, pull, expected = jax.vjp(weighed, gate_up.astype(jnp.float32), weight, has_aux=True)
+    expected_d_gate_up, expected_d_weight = pull(d_hidden.astype(jnp.float32))
+    shifted = gate_up.at[:, :F].add(jnp.asarray(late, dtype))
+    hidden, d_gate_up, d_weight = swiglu_gradient.swiglu_gradient(
+        shifted, d_hidden, weight, with_hidden=True, interpret=INTERPRETED
+    )
+    pairs = (hidden, expected), (d_gate_up, expected_d_gate_up), (d_weight[:, None], expected_d_weight)
+    return [relative_error(*pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_three_in_one_pass(shape: tuple[int, int], dtype: Any) -> None:
+    allowed = bound("swiglu_gradient_fp32" if dtype == jnp.float32 else "swiglu_gradient_bf16")
+    assert max(errors(shape, dtype)) <= allowed
+    assert min(errors(shape, dtype, late=0.1)) > 10 * allowed
+
+
+def test_what_is_not_asked_for_is_not_written() -> None:
+    operands = draw(0, 8, 128), draw(1, 8, 64), draw(2, 8, 1)
+    run = partial(swiglu_gradient.swiglu_gradient, *operands, interpret=INTERPRETED)
+    hidden, *gradients = run(with_hidden=False)
+    assert hidden is None
+    for found, expected in zip(gradients, run(with_hidden=True)[1:], strict=True):
+        assert jnp.array_equal(found, expected)
+
+
+def test_rows_that_it_does_not_take() -> None:
+    assert swiglu_gradient.swiglu_gradient_obstacle(jnp.zeros((8, 128))) is None
+    assert "found 96" in str(swiglu_gradient.swiglu_gradient_obstacle(jnp.zeros((8, 192))))
+    assert "found 6" in str(swiglu_gradient.swiglu_gradient_obstacle(jnp.zeros((6, 128))))
+
+
+def test_the_model_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients of adapters, in float32, where rounding moves no token to other experts. What a scan keeps
+    would be copied for the kernel, which is not taken there."""
+    if INTERPRETED:
+        monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (8, 0)))
+        interpreted = partial(swiglu_gradient.swiglu_gradient, interpret=True)
+        monkeypatch.setattr(dispatch, "swiglu_gradient", interpreted)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    config = config_of("plain").replace(**sizes)
+    lora = LoraConfig(r=8, targets=("q_proj", "k_proj", "experts.gate_up_proj", "experts.down_proj"))
+    params = init_parameters(config, jax.random.key(0))
+    adapters = init_adapters(config, lora, jax.random.key(1))
+    adapters = {path: array + 0.02 * draw(len(path), *array.shape) for path, array in adapters.items()}
+    ids = jax.random.randint(jax.random.key(2), (2, 64), 0, config.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(64), ids.shape)
+
+    def run(unroll: bool, **choices: str) -> Any:
+        def loss(adapters: Any) -> Any:
+            options: dict[str, Any] = {"config": config, "lora": lora, "trainable": "adapters", "remat": "fast"}
+            out = forward(params, adapters, ids, positions, jnp.ones_like(ids), unroll=unroll, **options)
+            return jnp.sum(out.hidden**2 * draw(5, *out.hidden.shape))
+
+        with forced(norm_rotary="xla", attention="blocks", grouped_matmul="tiled", **choices):
+            step = jax.jit(jax.value_and_grad(loss))
+            return str(step.trace(adapters).jaxpr).count("pallas_call"), jax.device_get(step(adapters))
+
+    scanned, expected = run(unroll=False)
+    without, _ = run(unroll=True, swiglu_gradient="xla")
+    with_kernel, found = run(unroll=True)
+    assert (scanned, without) == (0, 0) and with_kernel > 0
+    apart = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
+    assert max(apart) <= bound("swiglu_gradient_model_fp32")
+    with pytest.raises(UserError, match="triton cannot run here: would be handed a copy of what a scan keeps"):
+        run(unroll=False, swiglu_gradient="triton")
