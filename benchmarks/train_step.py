@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, get_args
 from benchmarks import limits, random_model, stages
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
-from jaxmoe.memory import Remat, human
+from jaxmoe.memory import Remat, human, training_forecast
 from jaxmoe.presets import PRESETS
 
 LEARNING_RATE = 1e-4
@@ -74,14 +74,27 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     import numpy as np
 
     from jaxmoe.data import Batch
-    from jaxmoe.model import init_adapters
+    from jaxmoe.model import init_adapters, taken_implementations
     from jaxmoe.step import Model, adamw, initial_state, learning_rate, make_train_step
 
+    taken: Any = taken_implementations(config, "bfloat16")
+    remat: Any = args.remat or case.remat
+    plan = training_forecast(
+        config,
+        lora,
+        batch_size=case.batch // case.accumulation,
+        seq_length=case.length,
+        dtype="bfloat16",
+        accumulation=case.accumulation,
+        remat=remat,
+        packed=args.documents > 1,
+        **taken,
+    )
     shapes = jax.eval_shape(lambda: random_model.jax_parameters(config))
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
     # By default a row is one document, as where `jaxmoe.train` finds no two that fit into one.
     packed = args.documents > 1
-    model: Any = Model(config, lora, "bfloat16", args.remat or case.remat, packed, args.unroll)  # type: ignore[arg-type]
+    model: Any = Model(config, lora, "bfloat16", remat, packed, args.unroll)
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     state = initial_state(adapters, optimizer)
@@ -121,6 +134,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
         "peak": peak(),
         "peak_before": before,
         "temporaries": memory.temp_size_in_bytes,
+        "forecast": plan.total,
     }
     if device.platform == "gpu":
         # The peak of the step itself is measured; a matmul for the limit comes after it.
@@ -323,7 +337,7 @@ def main() -> None:
                 print(
                     f"limit: {limit:,.0f} tokens/s at {found['flops'] / 1e12:.0f} TFLOP/s; "
                     f"temporaries of the step {human(found['temporaries'])}; "
-                    f"peak before it {human(found['peak_before'])}",
+                    f"peak before it {human(found['peak_before'])}, forecast {human(found['forecast'])}",
                     flush=True,
                 )
         if args.stages:

@@ -110,12 +110,12 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     config = load_config(options.model)
     lora = LoraConfig(r=options.lora_r, targets=expand_targets(options.lora_targets))
     shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
-    attention = _attention(config, options.dtype)
+    taken = _implementations(config, options.dtype)
     trained = lora if options.train == "lora" else None
     parameters = memory.parameter_count(config)
     training = {
         remat: memory.training_forecast(
-            config, trained, **shape, accumulation=options.accumulation, remat=remat, attention=attention
+            config, trained, **shape, accumulation=options.accumulation, remat=remat, **taken
         )
         for remat in get_args(memory.Remat)
     }
@@ -127,18 +127,18 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
         **shape,
         "training": training["low-memory"],
         "training_by_remat": {remat: plan.total for remat, plan in training.items()},
-        "generation": memory.generation_forecast(config, trained, **shape, attention=attention),
+        "generation": memory.generation_forecast(config, trained, **shape, **taken),
     }
 
 
-def _attention(config: Qwen3MoeConfig, dtype: str) -> Any:
-    """The implementation of attention that this device takes; the one that runs anywhere where JAX finds no device."""
-    from jaxmoe.attention import implementation
+def _implementations(config: Qwen3MoeConfig, dtype: str) -> Any:
+    """What this device takes for attention and experts; where JAX finds none, what runs anywhere."""
+    from jaxmoe.model import taken_implementations
 
     try:
-        return implementation(dtype, config.num_attention_heads, config.num_key_value_heads, config.head_dim).name
+        return taken_implementations(config, dtype)
     except RuntimeError:
-        return "blocks"
+        return {}
 
 
 def report(options: DoctorConfig) -> dict[str, Any]:

@@ -30,7 +30,9 @@ ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each traine
 Remat = Literal["fast", "balanced", "low-memory", "offload"]
 ROOM = 0.9  # of a device's memory: an estimate that is 10 % short still fits
 Attention = Literal["cudnn", "blocks"]  # of `jaxmoe.implementations.OPERATIONS`
+Experts = Literal["mosaic", "tiled"]  # the grouped matmul's, there
 CUDNN_SEQUENCES = 4  # that one call takes of packed rows: jaxmoe.cudnn.MAX_RUNS
+MOSAIC_ROWS = 16  # that an expert's rows are padded to for its kernel, as in jaxmoe.dispatch
 
 
 @dataclass(frozen=True)
@@ -84,21 +86,28 @@ def training_forecast(
     quantize: str | None = None,
     remat: Remat = "low-memory",
     attention: Attention = "blocks",
+    experts: Experts = "tiled",
     packed: bool = True,
 ) -> Forecast:
     """One step of AdamW on `batch_size` rows of `seq_length` tokens, each layer recomputed as `remat` says.
 
-    `attention` is the implementation that the device takes (`jaxmoe.attention.implementation`), `packed` whether some
-    row may hold several documents.
+    `attention` and `experts` are the implementations that the device takes (`jaxmoe.attention.implementation`,
+    `jaxmoe.dispatch.implementation`), `packed` whether some row may hold several documents.
 
     With `lora` only the adapters have gradients and moments; with None all parameters do, and are computed in `dtype`
     from float32 masters. What is trained is float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
     Accumulation holds the sum beside the gradients of a micro-batch.
     """
     size = DTYPE_BYTES[dtype]
-    working = attention_bytes(config, batch_size, seq_length, attention, True, packed)
+    layer = attention_bytes(config, batch_size, seq_length, attention, True, packed)
+    layer += layer_bytes(config, batch_size, seq_length, size, experts)
+    if experts == "tiled":  # not measured on a GPU: the gradient of every result, as if it stayed as long
+        layer += layer_bytes(config, batch_size, seq_length, size, experts)
+    layer += adapted_bytes(config, lora, batch_size * seq_length, size, experts)
     parameters = parameter_count(config)
     tokens = batch_size * seq_length
+    # The logits of a chunk, and their gradient; no layer is at work then.
+    logits = 2 * min(loss_chunk(remat), tokens) * config.vocab_size * FLOAT32
     if lora:
         trained = adapter_count(config, lora) * FLOAT32
         stored = [*_frozen(config, dtype, quantize), Part("adapters", trained, True)]
@@ -113,12 +122,12 @@ def training_forecast(
             Part("gradients", trained * min(accumulation, 2), True),
             Part("optimizer state", ADAM_MOMENTS * trained, True),
             Part("layer inputs", 0 if remat == "offload" else layer_input_bytes(config, tokens), False),
-            Part("kept results", kept_bytes(config, lora, batch_size, seq_length, size, remat), False),
-            # The recomputed results of a layer, and the gradient of each.
-            Part("one layer at work", 2 * layer_bytes(config, batch_size, seq_length, size), False),
-            Part(f"attention, {attention}", working, False),
-            # The logits of a chunk, and their gradient.
-            Part("one chunk of logits", 2 * min(loss_chunk(remat), tokens) * config.vocab_size * FLOAT32, False),
+            Part("kept results", kept_bytes(config, lora, batch_size, seq_length, size, remat, experts), False),
+            max(
+                Part(f"one layer, {attention}", layer, False),
+                Part("one chunk of logits", logits, False),
+                key=lambda part: part.bytes,
+            ),
         )
     )
 
@@ -155,6 +164,7 @@ def generation_forecast(
     dtype: str,
     quantize: str | None = None,
     attention: Attention = "blocks",
+    experts: Experts = "tiled",
 ) -> Forecast:
     """Prefill and decoding of `batch_size` rows, `seq_length` tokens each, prompt and answer together."""
     size = DTYPE_BYTES[dtype]
@@ -166,7 +176,7 @@ def generation_forecast(
             *_frozen(config, dtype, quantize),
             *adapters,
             Part("KV cache", 2 * config.num_hidden_layers * batch_size * seq_length * kv_width * size, True),
-            Part("one layer at work", layer_bytes(config, batch_size, seq_length, size), False),
+            Part("one layer at work", layer_bytes(config, batch_size, seq_length, size, experts), False),
             Part(f"attention, {attention}", working, False),
             Part("logits", batch_size * config.vocab_size * FLOAT32, False),
         )
@@ -186,12 +196,13 @@ def _frozen(config: Qwen3MoeConfig, dtype: str, quantize: str | None) -> tuple[P
     return Part("parameters (nf4)", stored, True), Part("one decoded weight", largest * size, False)
 
 
-def padded_rows(routed_rows: int, num_experts: int) -> int:
+def padded_rows(routed_rows: int, num_experts: int, experts: Experts) -> int:
     """Upper bound on the rows that dispatch lays out: every expert's rows end on a whole tile.
 
-    A tile holds at most 128 rows and at most half an expert's mean load (but no fewer than 8), as in `jaxmoe.dispatch`.
+    A tile of the loop holds at most 128 rows and at most half an expert's mean load (but no fewer than 8), as in
+    `jaxmoe.dispatch`.
     """
-    tile = min(128, max(8, routed_rows // (2 * num_experts)))
+    tile = MOSAIC_ROWS if experts == "mosaic" else min(128, max(8, routed_rows // (2 * num_experts)))
     return routed_rows + min(num_experts, routed_rows) * tile
 
 
@@ -206,7 +217,13 @@ def layer_input_bytes(config: Qwen3MoeConfig, tokens: int) -> int:
 
 
 def kept_bytes(
-    config: Qwen3MoeConfig, lora: LoraConfig | None, batch_size: int, seq_length: int, size: int, remat: Remat
+    config: Qwen3MoeConfig,
+    lora: LoraConfig | None,
+    batch_size: int,
+    seq_length: int,
+    size: int,
+    remat: Remat,
+    experts: Experts,
 ) -> int:
     """Bytes of what `remat` keeps of all layers beside their inputs, `size` bytes an element."""
     if remat in ("low-memory", "offload"):
@@ -218,14 +235,26 @@ def kept_bytes(
     kept = config.num_hidden_layers * attention
     if sparse:
         k = config.num_experts_per_tok
-        rows = padded_rows(tokens * k, config.num_experts)
+        rows = padded_rows(tokens * k, config.num_experts, experts)
         # Router logits and probabilities; experts, weights and both directions of the permutation.
         kept += sparse * FLOAT32 * (tokens * (2 * config.num_experts + 3 * k) + rows)
         if remat == "fast":
-            adapted = [t for t in lora.targets if t.startswith("experts.")] if lora else []
-            width = 2 * config.moe_intermediate_size + (len(adapted) * lora.r if lora else 0)
+            width = 2 * config.moe_intermediate_size + (len(_on_experts(lora)) * lora.r if lora else 0)
             kept += sparse * rows * width * size
     return kept
+
+
+def _on_experts(lora: LoraConfig | None) -> list[str]:
+    return [target for target in lora.targets if target.startswith("experts.")] if lora else []
+
+
+def adapted_bytes(config: Qwen3MoeConfig, lora: LoraConfig | None, tokens: int, size: int, experts: Experts) -> int:
+    """Bytes that a layer holds longer for the gradients of its experts, or of adapters on them: the gathered rows,
+    those of the output's gradient, and the activation."""
+    if not config.sparse_layers or (lora and not _on_experts(lora)):
+        return 0
+    rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts, experts)
+    return rows * (2 * config.hidden_size + config.moe_intermediate_size) * size
 
 
 def attention_bytes(
@@ -253,14 +282,14 @@ def query_block(seq_length: int) -> int:
     return min(max(64, -(-seq_length // 8)), 1024)
 
 
-def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int) -> int:
+def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int, experts: Experts) -> int:
     """Bytes of all results inside the larger kind of decoder layer, `size` bytes an element."""
     tokens = batch_size * seq_length
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = tokens * (config.hidden_size * (size + FLOAT32) + (2 * heads + 2 * kv) * size)
     mlps = [0]
     if config.sparse_layers:
-        rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts)
+        rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts, experts)
         # Gathered rows, gate and up, their product, the experts' outputs.
         mlps.append(rows * (2 * config.hidden_size + 3 * config.moe_intermediate_size) * size)
     if config.dense_layers:

@@ -25,10 +25,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe import cudnn, projections
 from jaxmoe.attention import causal_attention
+from jaxmoe.attention import implementation as attention_implementation
 from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
+from jaxmoe.dispatch import implementation as experts_implementation
 from jaxmoe.implementations import choose
 from jaxmoe.kernels.norm_rotary import norm_rotary, norm_rotary_obstacle
 from jaxmoe.layers import (
@@ -575,6 +577,15 @@ def forward_cached(
         h, cache, records, _ = _run_layers(run, h, params, adapters, attend, cache)
         hidden = _final_norm(h, params, config)
         return hidden, cache, _captured(records, config, input_ids.shape)
+
+
+def taken_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[Literal["attention", "experts"], Any]:
+    """What attention and the experts' products of this model run on, on the default device (`jaxmoe.memory` asks)."""
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return {
+        "attention": attention_implementation(dtype, *heads).name,
+        "experts": experts_implementation(dtype, config.hidden_size, config.moe_intermediate_size).name,
+    }
 
 
 def empty_cache(config: Qwen3MoeConfig, batch: int, slots: int, dtype: Any) -> KVCache:

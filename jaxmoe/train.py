@@ -32,7 +32,6 @@ import optax
 
 from captures import Capture
 from jaxmoe import xla
-from jaxmoe.attention import implementation as attention_implementation
 from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
@@ -42,7 +41,14 @@ from jaxmoe.export import export_adapter, export_merged, export_model
 from jaxmoe.loading import load_stacks, stack_shapes
 from jaxmoe.memory import Remat, choose_remat, device_bytes, human, training_forecast
 from jaxmoe.metrics import MetricsLog, Progress, expert_load
-from jaxmoe.model import Params, init_adapters, init_parameters, load_adapter, open_checkpoint
+from jaxmoe.model import (
+    Params,
+    init_adapters,
+    init_parameters,
+    load_adapter,
+    open_checkpoint,
+    taken_implementations,
+)
 from jaxmoe.parameters import Quantization
 from jaxmoe.routing.replay import Replay
 from jaxmoe.step import (
@@ -598,8 +604,7 @@ def _with_remat(
     if previous is not None and previous.get("remat") in get_args(Remat):
         return model._replace(remat=previous["remat"]), []
     config = model.config
-    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    attention: Any = attention_implementation(model.dtype, *heads).name
+    taken: Any = taken_implementations(config, model.dtype)
     forecasts = {
         remat: training_forecast(
             config,
@@ -610,8 +615,8 @@ def _with_remat(
             accumulation=settings.accumulation,
             quantize="nf4" if Quantization.of(frozen) else None,
             remat=remat,
-            attention=attention,
             packed=model.packed,
+            **taken,
         )
         for remat in get_args(Remat)
     }
