@@ -167,9 +167,11 @@ def detach_router(patch: pytest.MonkeyPatch) -> None:
 
 def detach_expert_adapters(patch: pytest.MonkeyPatch) -> None:
     experts = jaxmoe.model.sorted_experts
-    patch.setattr(
-        jaxmoe.model, "sorted_experts", lambda x, r, w, *adapters: experts(x, r, w, *jax.lax.stop_gradient(adapters))
-    )
+
+    def detached(x, routing, weights, *adapters, **options):
+        return experts(x, routing, weights, *jax.lax.stop_gradient(adapters), **options)
+
+    patch.setattr(jaxmoe.model, "sorted_experts", detached)
 
 
 def forget_the_weight_in_the_backward_pass(patch: pytest.MonkeyPatch) -> None:
@@ -184,8 +186,8 @@ def forget_the_balancing_loss(patch: pytest.MonkeyPatch) -> None:
 def reverse_the_experts_adapters(patch: pytest.MonkeyPatch) -> None:
     experts = jaxmoe.model.sorted_experts
 
-    def reversed_experts(x, routing, weights, *adapters):
-        return experts(x, routing, weights, *(a._replace(lora_B=a.lora_B[::-1]) for a in adapters))
+    def reversed_experts(x, routing, weights, *adapters, **options):
+        return experts(x, routing, weights, *(a._replace(lora_B=a.lora_B[::-1]) for a in adapters), **options)
 
     patch.setattr(jaxmoe.model, "sorted_experts", reversed_experts)
 

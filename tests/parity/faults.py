@@ -70,9 +70,9 @@ def _without_query_and_key_norm() -> Iterator[None]:
 def _two_experts_exchanged(experts: Any) -> Any:
     """The router's choice stands; the weights of expert 0 lie where those of expert 1 belong, and the reverse."""
 
-    def exchanged(x: Any, routing: Any, *args: Any) -> Any:
+    def exchanged(x: Any, routing: Any, *args: Any, **kwargs: Any) -> Any:
         chosen = jnp.where(routing.experts < 2, 1 - routing.experts, routing.experts)
-        return experts(x, routing._replace(experts=chosen), *args)
+        return experts(x, routing._replace(experts=chosen), *args, **kwargs)
 
     return exchanged
 

@@ -120,7 +120,8 @@ def main() -> int:
     if args.suite == "large":
         selected = large_cases(checkpoint, args.out, args.layers, args.length)
     else:
-        selected = trained_cases(args.suite, checkpoint, args.out, rows=2 if on_cpu else 4, faults=on_cpu)
+        faults = on_cpu or args.suite == "demo"  # each is another program to compile
+        selected = trained_cases(args.suite, checkpoint, args.out, rows=2 if on_cpu else 4, faults=faults)
     quantize(selected, args.device)
     command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
