@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import jaxmoe.train as trainer
-from jaxmoe import cli
+from jaxmoe import cli, model
 from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data import Batch, Rows
@@ -218,6 +218,7 @@ CHANGES = {
     "batch_size": {"batch_size": 1},
     "router_aux_loss_coef": {"router_aux_loss_coef": 0.0},
     "data": {"eval_data": None, "eval_fraction": 0.2},
+    "unroll_layers": {"unroll_layers": True},
 }
 
 
@@ -534,6 +535,21 @@ def test_packing_does_not_change_the_held_out_loss(whole: Any, base: pathlib.Pat
     assert abs(packed - apart) <= bound("reloaded_loss") * apart
 
 
+@pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
+def test_unrolled_layers_learn_the_same(
+    whole: Any, base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup, output = whole
+    unrolled, traced = model._unrolled, []
+    monkeypatch.setattr(model, "_unrolled", lambda *operands: traced.append(1) or unrolled(*operands))
+    train(setup(base, tmp_path / "out", unroll_layers=True, merge=False))
+    assert traced
+    for expected, found in zip(metrics(output), metrics(tmp_path / "out"), strict=True):
+        for name in ("loss", "grad_norm", "eval_loss"):
+            if expected.get(name) is not None:
+                assert abs(found[name] - expected[name]) <= bound("unrolled_run_fp32") * expected[name]
+
+
 def test_expert_load() -> None:
     load = expert_load(np.asarray([[4, 4, 4, 4], [16, 0, 0, 0], [0, 0, 0, 0], [3, 1, 0, 0]]))
     np.testing.assert_allclose(load["expert_load_cv"], [0, 3**0.5, 0, 1.5**0.5])
@@ -621,6 +637,8 @@ BAD_FLAGS = {
     "stray tokenizer": ("--tokenizer {tmp}", "tokenizer: expected with from_scratch, and only there"),
     "full and merge": ("--full --merge", "adapter and merge: expected only where adapters are trained"),
     "full and rank": ("--full --lora-r 3", "lora_r: expected none, all parameters are trained"),
+    "full and unrolled": ("--full --unroll-layers", "unroll_layers: expected only where adapters are trained"),
+    "unrolled and offload": ("--unroll-layers --remat offload", "unroll_layers: expected .* without remat offload"),
     "nothing within a row": ("--seq-length 2", "data: expected at least one record with a token to learn, found none"),
     "output in use": ("--output {tmp}/used", "used: expected a new or empty folder, or --resume"),
     "output of something else": ("--output {tmp}/used --resume", r"train_config\.json: expected this file, found none"),

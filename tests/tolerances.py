@@ -50,6 +50,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "mixture_bf16": Tolerance(1e-2, 0.0, "mixture in bfloat16 by the kernels, value and gradients, against float32"),
     "norm_rotary_fp32": Tolerance(1e-6, 1.1e-7, "norm and rotation in one pass against the layers, float32"),
     "norm_rotary_model_fp32": Tolerance(1e-5, 1.1e-6, "a float32 model with it and one without, loss and gradients"),
+    "unrolled_run_fp32": Tolerance(1e-5, 0.0, "losses and gradient norms of a run unrolled against scanned"),
     "swiglu_gradient_fp32": Tolerance(1e-6, 1.7e-7, "SwiGLU's gradient in one pass against the layers, float32"),
     "swiglu_gradient_model_fp32": Tolerance(1e-5, 5.4e-7, "a float32 model with it, unrolled, and one without"),
     "swiglu_gradient_bf16": Tolerance(4e-3, 2.6e-3, "bfloat16 against float32: one rounding"),
