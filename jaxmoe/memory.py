@@ -99,11 +99,11 @@ def training_forecast(
     Accumulation holds the sum beside the gradients of a micro-batch.
     """
     size = DTYPE_BYTES[dtype]
-    layer = attention_bytes(config, batch_size, seq_length, attention, True, packed)
-    layer += layer_bytes(config, batch_size, seq_length, size, experts)
-    if experts == "tiled":  # not measured on a GPU: the gradient of every result, as if it stayed as long
-        layer += layer_bytes(config, batch_size, seq_length, size, experts)
+    # The loop over tiles has not been measured on a GPU: the gradient of every result, as if all were there at once.
+    times = 2 if experts == "tiled" else 1
+    layer = times * layer_bytes(config, batch_size, seq_length, size, experts)
     layer += adapted_bytes(config, lora, batch_size * seq_length, size, experts)
+    layer += attention_bytes(config, batch_size, seq_length, attention, True, packed)
     parameters = parameter_count(config)
     tokens = batch_size * seq_length
     # The logits of a chunk, and their gradient; no layer is at work then.

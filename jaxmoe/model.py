@@ -491,9 +491,8 @@ def forward(
     pass recomputes: "low-memory" keeps one [B, T, D] per layer, "offload" keeps that in the host's memory, "fast" all
     that is dear to compute, "balanced" the same but the experts' products (never a copy of a frozen weight). `unroll`
     compiles the layers one by one instead of one for all, and saves what a scan copies; for a frozen model, whose
-    weights need no slice.
-    `routing_control` replays or biases the routing; `capture_routing` > 0 keeps the routing of each token with so many
-    of its largest router logits.
+    weights need no slice. `routing_control` replays or biases the routing; `capture_routing` > 0 keeps the routing of
+    each token with so many of its largest router logits.
     """
     with jax.default_matmul_precision("highest"):
         h = _embed(params, input_ids)

@@ -541,13 +541,14 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     if coefficient is None:
         coefficient = config.router_aux_loss_coef
     same = "seq_length batch_size accumulation pack learning_rate schedule max_grad_norm weight_decay adam_beta1 "
-    same += "adam_beta2 adam_epsilon seed quantize unroll_layers"
+    same += "adam_beta2 adam_epsilon seed quantize"
     identity = {
         "data": digest(records),
         "eval_data": digest(held_out),
         "lora": dataclasses.asdict(model.lora) | {"base_model_name_or_path": None} if model.lora else None,
         "dtype": model.dtype,
         "remat": model.remat,
+        "unroll_layers": settings.unroll_layers or None,  # as in runs from before there was a choice
         "router_aux_loss_coef": coefficient,
         "warmup_steps": warmup,
         "max_steps": total,
