@@ -23,6 +23,7 @@ from jaxmoe.checkpoint import Block, read_adapter, write_adapter
 from jaxmoe.cli import ArgumentParser, run
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
+from jaxmoe.progress import progress
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -100,37 +101,18 @@ def _base_model(adapter: pathlib.Path, given: str | None) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _progress(dst: str) -> Iterator[Callable[[Block, int], None]]:
-    """Calls back per block: a bar on a terminal, a line every few seconds elsewhere, and a summary at the end."""
-    start = shown = time.monotonic()
+    """Gives a function to call per block, which says how far it is; a summary at the end."""
+    start = time.monotonic()
     nbytes = layers = 0
+    with progress(dst) as show:
 
-    def count(block: Block) -> None:
-        nonlocal nbytes, layers
-        nbytes += sum(array.nbytes for array in block.arrays.values())
-        layers += block.layer is not None
+        def on_block(block: Block, total: int) -> None:
+            nonlocal nbytes, layers
+            nbytes += sum(array.nbytes for array in block.arrays.values())
+            layers += block.layer is not None
+            show(layers, total, f"{layers} of {total} layers, {size_text(nbytes)}")
 
-    def line(block: Block, total: int) -> None:
-        nonlocal shown
-        count(block)
-        if time.monotonic() - shown >= 5:
-            shown = time.monotonic()
-            print(f"{dst}: {layers} of {total} layers, {size_text(nbytes)}", flush=True)
-
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (MofNCompleteColumn(), TextColumn("layers"), BarColumn(), TextColumn("{task.fields[size]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=None, size="")
-
-            def tick(block: Block, total: int) -> None:
-                count(block)
-                bar.update(task, completed=layers, total=total, size=size_text(nbytes))
-
-            yield tick
-    else:
-        yield line
+        yield on_block
     seconds = time.monotonic() - start
     print(f"{dst}: {layers} layers, {size_text(nbytes)} in {seconds:.1f} s")
 

@@ -14,7 +14,7 @@ import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ _MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_cal
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What a template of a thinking model appends to the generation prompt and leaves out of earlier turns.
 _OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
+_TOGETHER = 256  # records whose texts are encoded in one call
 _PACKING_WINDOW = 1024  # records; wide enough to fill rows, narrow enough that every epoch mixes other neighbours
 
 
@@ -106,25 +107,44 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     return tokenizer
 
 
-def read_records(path: str | pathlib.Path, tokenizer: Any, vocab_size: int) -> list[Record]:
-    """Every record of a JSONL file, tokenised; blank lines are skipped.
+OnRead = Callable[[int, int, int], None]  # bytes read, bytes of the file, records so far
+
+
+def read_records(
+    path: str | pathlib.Path, tokenizer: Any, vocab_size: int, on_read: OnRead = lambda *_: None
+) -> list[Record]:
+    """Every record of a JSONL file, tokenised; blank lines are skipped. `on_read` is called some times a second.
 
     Raises:
         UserError: the file is missing, holds no record, or a line is bad (the message starts with FILE:LINE).
     """
     path = pathlib.Path(path)
-    records = []
-    for where, raw in read_lines(path):
-        try:
-            record = tokenize_record(raw, tokenizer)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if int(record.tokens.max()) >= vocab_size:
-            raise UserError(
-                f"{where}: expected token ids below the model's vocab_size {vocab_size}, "
-                f"found {int(record.tokens.max())}"
-            )
-        records.append(record)
+    records: list[Record] = []
+    waiting: list[tuple[str, _Draft]] = []
+
+    def encode() -> None:
+        drafted, waiting[:] = list(waiting), []
+        encoded = _encode([draft for _, draft in drafted], tokenizer)
+        for (where, _), record in zip(drafted, encoded, strict=True):
+            largest = int(record.tokens.max())
+            if largest >= vocab_size:
+                wanted = f"token ids below the model's vocab_size {vocab_size}"
+                raise UserError(f"{where}: expected {wanted}, found {largest}")
+            records.append(record)
+
+    try:
+        for where, raw, end in read_lines(path):
+            try:
+                waiting.append((where, _draft(raw, tokenizer)))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            if len(waiting) == _TOGETHER:
+                encode()
+                on_read(end, path.stat().st_size, len(records))
+    except UserError:
+        encode()  # what is wrong with an earlier line is said first
+        raise
+    encode()
     if not records:
         raise UserError(f"{path}: expected at least one record, found none")
     return records
@@ -137,24 +157,7 @@ def tokenize_record(raw: Any, tokenizer: Any) -> Record:
     Raises:
         UserError: not a record of one of the three kinds, or nothing in it to learn.
     """
-    if not isinstance(raw, dict):
-        raise UserError(f"expected a JSON object, found {_kind(raw)}")
-    keys = set(raw)
-    if "messages" in keys and keys <= {"messages", "tools"}:
-        return _tokenize_chat(raw["messages"], raw.get("tools"), tokenizer)
-    if keys == {"prompt", "completion"}:
-        prompt, completion = _text(raw, "prompt"), _text(raw, "completion", empty=False)
-        pieces = [(prompt, 0.0), (completion, 1.0)]
-    elif keys == {"text"}:
-        pieces = [(_text(raw, "text", empty=False), 1.0)]
-    else:
-        raise UserError(
-            'expected the keys "messages" (and "tools"), "prompt" and "completion", or "text"; '
-            f"found {', '.join(json.dumps(key) for key in raw) or 'none'}"
-        )
-    tokens, weights = _encode(pieces, tokenizer)
-    tokens, weights = [*tokens, tokenizer.eos_token_id], [*weights, 1.0]
-    return Record(np.asarray(tokens, np.int32), np.asarray(weights, np.float32), splittable="text" in keys)
+    return next(_encode([_draft(raw, tokenizer)], tokenizer))
 
 
 def assistant_spans(
@@ -367,13 +370,15 @@ class Rows:
             yield self.epoch(epoch)[row - self.count(epoch)]
 
 
-def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """(`FILE:LINE`, parsed JSON) of every line that is not blank."""
+def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
+    """(`FILE:LINE`, parsed JSON, bytes up to its end) of every line that is not blank."""
     if not path.is_file():
         raise UserError(f"{path}: expected a JSONL file, found {'a folder' if path.is_dir() else 'none'}")
+    end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}:{number}"
+            end += len(line)
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -383,32 +388,62 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
             if not text.strip():
                 continue
             try:
-                yield where, json.loads(text)
+                yield where, json.loads(text), end
             except (json.JSONDecodeError, RecursionError) as error:
                 raise UserError(f"{where}: expected JSON, found {error}") from None
 
 
-def _tokenize_chat(messages: Any, tools: Any, tokenizer: Any) -> Record:
+_Piece = tuple[str | list[int], float]  # text, or tokens, and the loss weight of each token
+
+
+class _Draft(NamedTuple):
+    """A record whose text is not yet encoded. Each piece is encoded on its own: generation, too, meets a prompt that
+    was encoded before its answer existed."""
+
+    pieces: list[_Piece]
+    splittable: bool = False
+
+
+def _draft(raw: Any, tokenizer: Any) -> _Draft:
+    if not isinstance(raw, dict):
+        raise UserError(f"expected a JSON object, found {_kind(raw)}")
+    keys = set(raw)
+    if "messages" in keys and keys <= {"messages", "tools"}:
+        return _draft_chat(raw["messages"], raw.get("tools"), tokenizer)
+    end = ([tokenizer.eos_token_id], 1.0)
+    if keys == {"prompt", "completion"}:
+        prompt, completion = _text(raw, "prompt"), _text(raw, "completion", empty=False)
+        return _Draft([(prompt, 0.0), (completion, 1.0), end])
+    if keys == {"text"}:
+        return _Draft([(_text(raw, "text", empty=False), 1.0), end], splittable=True)
+    raise UserError(
+        'expected the keys "messages" (and "tools"), "prompt" and "completion", or "text"; '
+        f"found {', '.join(json.dumps(key) for key in raw) or 'none'}"
+    )
+
+
+def _draft_chat(messages: Any, tools: Any, tokenizer: Any) -> _Draft:
     _check_messages(messages, tools)
     if not tokenizer.chat_template:
         raise UserError("messages: expected a tokenizer with a chat template, found none")
+    pieces: list[_Piece] = []
     if isinstance(tokenizer.chat_template, str) and _GENERATION_TAG.search(tokenizer.chat_template):
         # The template itself says what the assistant generates; transformers turns that into a mask.
         encoded = _apply_template(
             tokenizer, messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        tokens, weights = encoded["input_ids"], encoded["assistant_masks"]
+        learned = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        pieces = [([token], weight) for token, weight in learned]
     else:
         text, spans = assistant_spans(messages, tools, tokenizer)
-        pieces, at = [], 0
+        at = 0
         for start, end in spans:
             pieces += [(text[at:start], 0.0), (text[start:end], 1.0)]
             at = end
-        # Each piece is encoded on its own: generation, too, meets a prompt that was encoded before its answer existed.
-        tokens, weights = _encode([*pieces, (text[at:], 0.0)], tokenizer)
-    if not any(weights):
+        pieces.append((text[at:], 0.0))
+    if not any(weight and piece for piece, weight in pieces):
         raise UserError("messages: expected an answer to learn, found none behind the chat template")
-    return Record(np.asarray(tokens, np.int32), np.asarray(weights, np.float32), splittable=False)
+    return _Draft(pieces)
 
 
 def _check_messages(messages: Any, tools: Any) -> None:
@@ -452,14 +487,22 @@ def _text(raw: dict[str, Any], key: str, *, empty: bool = True, where: str = "")
     return value
 
 
-def _encode(pieces: Iterable[tuple[str, float]], tokenizer: Any) -> tuple[list[int], list[float]]:
-    tokens: list[int] = []
-    weights: list[float] = []
-    for text, weight in pieces:
-        ids = tokenizer.encode(text, add_special_tokens=False) if text else []
-        tokens += ids
-        weights += [weight] * len(ids)
-    return tokens, weights
+def _encode(drafts: Sequence[_Draft], tokenizer: Any) -> Iterator[Record]:
+    """The records, their texts encoded in one call, which takes as many cores as there are."""
+    texts = [piece for draft in drafts for piece, _ in draft.pieces if piece and isinstance(piece, str)]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    encoded = iter(tokenizer(texts, **options)["input_ids"] if texts else [])
+    for draft in drafts:
+        tokens: list[int] = []
+        weights: list[float] = []
+        for piece, weight in draft.pieces:
+            if isinstance(piece, str):
+                ids = next(encoded) if piece else []
+            else:
+                ids = piece
+            tokens += ids
+            weights += [weight] * len(ids)
+        yield Record(np.asarray(tokens, np.int32), np.asarray(weights, np.float32), draft.splittable)
 
 
 def _render(messages: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any, **options: Any) -> str:

@@ -32,6 +32,7 @@ from jaxmoe.model import (
     head_weight,
     logits_of,
 )
+from jaxmoe.progress import reading_weights
 from jaxmoe.router import CapturedRouting, RoutingControl
 from jaxmoe.routing import interventions
 
@@ -303,7 +304,9 @@ def main() -> None:
     sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})
 
     prompts = [_encode(tokenizer, text, args.chat) for text in args.prompt]
-    generator = Generator(Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, args.quantize, args.adapter))
+    with reading_weights(on_stderr=True) as on_layer:
+        model = Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, args.quantize, args.adapter, on_layer)
+    generator = Generator(model)
     if args.capture or args.replay or args.ablate or args.force or args.bias:
         outputs = _generate_routed(generator, prompts, sampling, stop, args, tokenizer)
         for text, tokens in zip(args.prompt, outputs, strict=True):

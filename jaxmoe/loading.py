@@ -8,6 +8,7 @@ at most, whatever the model's size.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -21,6 +22,7 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.parameters import layer_paths, stored_specs
 
 READERS = 4
+OnLayer = Callable[[int, int], None]  # layers on the device, layers in all
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -36,8 +38,12 @@ def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.Sh
     }
 
 
-def load_stacks(config: Qwen3MoeConfig, source: Checkpoint, readers: int = READERS) -> dict[str, Array]:
+def load_stacks(
+    config: Qwen3MoeConfig, source: Checkpoint, readers: int = READERS, on_layer: OnLayer = lambda *_: None
+) -> dict[str, Array]:
     """The checkpoint's arrays on the default device, those of the layers stacked: path -> array.
+
+    `on_layer` is called behind each layer.
 
     Raises:
         UserError: what `source.block` raises; layers that are being read then are finished, no other is begun.
@@ -58,6 +64,7 @@ def load_stacks(config: Qwen3MoeConfig, source: Checkpoint, readers: int = READE
                 params[path] = _fill(params[path], block.arrays[path], slot)
             # Until then the transfers read the host's arrays; without the wait more and more of those would pile up.
             jax.block_until_ready([params[path] for path, _ in slots])
+            on_layer(block.layer + 1, config.num_hidden_layers)
             del block
             reading.extend(pool.submit(source.block, layer) for layer in islice(todo, 1))
     finally:

@@ -48,7 +48,7 @@ from jaxmoe.layers import (
     rotary_tables,
     swiglu,
 )
-from jaxmoe.loading import load_stacks
+from jaxmoe.loading import OnLayer, load_stacks
 from jaxmoe.memory import Remat
 from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, parameter_specs, stored_specs
 from jaxmoe.recode import quantized
@@ -730,6 +730,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         dtype: str | None = None,
         quantize: str | None = None,
         adapter: str | pathlib.Path | None = None,
+        on_layer: OnLayer = lambda *_: None,
     ) -> Qwen3MoeForCausalLM:
         """Loads a Hugging Face folder or one written by `python -m convert hf2jax`, layer by layer.
 
@@ -739,12 +740,13 @@ class Qwen3MoeForCausalLM(nnx.Module):
             quantize: "nf4" holds projections, dense MLPs and experts in NF4 with double quantisation; None keeps the
                 checkpoint's form. Weights that are in NF4 already keep their bytes.
             adapter: a PEFT adapter's folder or a converted one.
+            on_layer: called behind each layer, with the number of layers read and that of all.
 
         Raises:
             UserError: a broken or unfitting folder; the message names the file, what was expected and what was found.
         """
         config, source = open_checkpoint(path, dtype, quantize)
-        params = load_stacks(config, source)
+        params = load_stacks(config, source, on_layer=on_layer)
         return cls(config, params) if adapter is None else cls(config, params, *load_adapter(adapter, config))
 
     def __call__(

@@ -35,10 +35,10 @@ from jaxmoe import xla
 from jaxmoe.checkpoint import TrainCheckpoints
 from jaxmoe.cli import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
-from jaxmoe.data import Batch, Rows, cut, digest, hold_out, load_tokenizer, read_records
+from jaxmoe.data import Batch, Record, Rows, cut, digest, hold_out, load_tokenizer, read_records
 from jaxmoe.errors import UserError
 from jaxmoe.export import export_adapter, export_merged, export_model
-from jaxmoe.loading import load_stacks, stack_shapes
+from jaxmoe.loading import OnLayer, load_stacks, stack_shapes
 from jaxmoe.memory import Remat, choose_remat, device_bytes, human, training_forecast
 from jaxmoe.metrics import MetricsLog, Progress, expert_load
 from jaxmoe.model import (
@@ -50,6 +50,7 @@ from jaxmoe.model import (
     taken_implementations,
 )
 from jaxmoe.parameters import Quantization
+from jaxmoe.progress import progress, reading_weights
 from jaxmoe.routing.replay import Replay
 from jaxmoe.step import (
     Model,
@@ -222,7 +223,7 @@ class _Run:
 
     model: Model
     shapes: _Shapes
-    load: Callable[[], _Weights]
+    load: Callable[[OnLayer], _Weights]
     rows: Rows
     eval_rows: Rows | None
     total_steps: int
@@ -301,7 +302,8 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
     )
     compiled = _Compiled(plan, settings, optimizer, rate)
     try:
-        frozen, trainable = plan.load()
+        with reading_weights() as on_layer:
+            frozen, trainable = plan.load(on_layer)
     except BaseException:
         compiled.cancel()
         raise
@@ -506,10 +508,10 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
         )
 
     tokenizer = load_tokenizer(source)
-    records = read_records(settings.data, tokenizer, config.vocab_size)
+    records = _read(settings.data, tokenizer, config.vocab_size)
     held_out = []
     if settings.eval_data is not None:
-        held_out = read_records(settings.eval_data, tokenizer, config.vocab_size)
+        held_out = _read(settings.eval_data, tokenizer, config.vocab_size)
     elif settings.eval_fraction is not None:
         records, held_out = hold_out(records, settings.eval_fraction)
     epochs = None if settings.max_steps is not None else settings.epochs or 1
@@ -558,6 +560,15 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     return _Run(model, shapes, load, rows, eval_rows, total, warmup, coefficient, notices, replay, identity)
 
 
+def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int) -> list[Record]:
+    with progress(f"reading {path}") as show:
+
+        def on_read(done: int, total: int, records: int) -> None:
+            show(done, total, f"{records:,} records, {done / total:.0%}")
+
+        return read_records(path, tokenizer, vocab_size, on_read)
+
+
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
     if settings.from_scratch is not None:
         return Qwen3MoeConfig.from_hf(read_json(settings.from_scratch))
@@ -569,21 +580,21 @@ def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
 
 def _open(
     settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
-) -> tuple[Model, _Shapes, Callable[[], _Weights]]:
+) -> tuple[Model, _Shapes, Callable[[OnLayer], _Weights]]:
     """What to run, the shapes of its weights, and how to get these."""
     key = jax.random.key(settings.seed)
     if settings.from_scratch is not None:
         draw = partial(jax.jit(init_parameters, static_argnums=(0, 2)), config, key, jnp.dtype("float32"))
-        return Model(config, None, settings.dtype or "float32"), ({}, jax.eval_shape(draw)), lambda: ({}, draw())
+        return Model(config, None, settings.dtype or "float32"), ({}, jax.eval_shape(draw)), lambda _: ({}, draw())
     assert settings.model is not None
     dtype = "float32" if settings.full else settings.dtype
     checkpoint_config, source = open_checkpoint(settings.model, dtype, settings.quantize)
     shapes = stack_shapes(checkpoint_config, source)
-    read = partial(load_stacks, checkpoint_config, source)
+    read = lambda on_layer: load_stacks(checkpoint_config, source, on_layer=on_layer)
     if settings.full:
         if source.quantization is not None:
             raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
-        return Model(config, None, settings.dtype or "float32"), ({}, shapes), lambda: ({}, read())
+        return Model(config, None, settings.dtype or "float32"), ({}, shapes), lambda on_layer: ({}, read(on_layer))
     if settings.merge and source.quantization is not None:
         raise UserError("merge: expected weights to merge into, found NF4; merge with python -m convert afterwards")
     if settings.adapter is not None:
@@ -593,7 +604,7 @@ def _open(
         assert lora is not None
         adapters = partial(jax.jit(init_adapters, static_argnums=(0, 1)), config, lora, key)
     model = Model(config, lora, str(shapes["embed_tokens"].dtype))
-    return model, (shapes, jax.eval_shape(adapters)), lambda: (read(), adapters())
+    return model, (shapes, jax.eval_shape(adapters)), lambda on_layer: (read(on_layer), adapters())
 
 
 def _with_remat(

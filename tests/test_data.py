@@ -278,6 +278,34 @@ def test_bad_line_is_named(name: str, tokenizer: Any, tmp_path: pathlib.Path) ->
     assert "\n" not in str(caught.value)
 
 
+def test_an_earlier_lines_error_goes_first(tokenizer: Any, tmp_path: pathlib.Path) -> None:
+    """Although texts are encoded, and token ids seen, many lines later."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"text": 7}\n')
+    with pytest.raises(UserError, match=r"data\.jsonl:1: expected token ids below"):
+        read_records(path, tokenizer, 258)
+    with pytest.raises(UserError, match=r"data\.jsonl:2: text: expected a string"):
+        read_records(path, tokenizer, VOCAB)
+
+
+def test_records_read_together_are_those_read_apart(
+    tokenizer: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raws = [{"text": "a b"}, {"prompt": "", "completion": "c"}, chat(("user", "d"), ("assistant", "e")), {"text": "f"}]
+    lines = [json.dumps(raw) + "\n" for raw in raws]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(lines))
+    calls = []
+    monkeypatch.setattr(data, "_TOGETHER", 3)
+    records = read_records(path, tokenizer, VOCAB, lambda *numbers: calls.append(numbers))
+    for record, raw in zip(records, raws, strict=True):
+        expected = tokenize_record(raw, tokenizer)
+        assert record.tokens.tolist() == expected.tokens.tolist()
+        assert record.weights.tolist() == expected.weights.tolist()
+        assert record.splittable == expected.splittable
+    assert calls == [(sum(map(len, lines[:3])), sum(map(len, lines)), 3)]
+
+
 def test_bad_file(tokenizer: Any, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "data.jsonl"
     with pytest.raises(UserError, match=r"data\.jsonl: expected a JSONL file, found none"):

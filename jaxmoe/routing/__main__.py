@@ -95,6 +95,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, labelled text)."""
     from jaxmoe.data import load_tokenizer
     from jaxmoe.model import Qwen3MoeForCausalLM
+    from jaxmoe.progress import reading_weights
     from jaxmoe.routing.text import read_text
 
     for name in ("seq_length", "batch_size", "max_tokens"):
@@ -110,9 +111,10 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
         vocabulary = Qwen3MoeConfig.from_pretrained(arguments.model).vocab_size
         labels = read_text(arguments.data, tokenizer, vocabulary, arguments.seq_length, arguments.max_tokens)
-    model = Qwen3MoeForCausalLM.from_pretrained(
-        arguments.model, dtype=arguments.dtype, quantize=arguments.quantize, adapter=arguments.adapter
-    )
+    with reading_weights() as on_layer:
+        model = Qwen3MoeForCausalLM.from_pretrained(
+            arguments.model, arguments.dtype, arguments.quantize, arguments.adapter, on_layer
+        )
     if not model.config.sparse_layers:
         raise UserError(f"{arguments.model}: expected a model with mixture-of-experts layers, found none")
     return model, labels

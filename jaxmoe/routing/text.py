@@ -108,7 +108,7 @@ def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: expected UTF-8 text, found another encoding at byte {error.start + 1}") from None
         return
-    for where, raw in read_lines(path):
+    for where, raw, _ in read_lines(path):
         domain = path.stem
         if isinstance(raw, dict) and "domain" in raw:
             domain = raw.pop("domain")
