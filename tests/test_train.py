@@ -509,11 +509,11 @@ def test_steps_are_compiled_while_weights_are_read(
         start(self, *arguments)
         compiled.append(self)
 
-    def read_late(*arguments: Any) -> Any:
+    def read_late(*arguments: Any, **options: Any) -> Any:
         assert compiled[-1].train_step and compiled[-1].eval_step
-        return read(*arguments)
+        return read(*arguments, **options)
 
-    def fail(*arguments: Any) -> Any:
+    def fail(*arguments: Any, **options: Any) -> Any:
         raise UserError("weights: expected some, found none")
 
     monkeypatch.setattr(trainer._Compiled, "__init__", started)
