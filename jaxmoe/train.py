@@ -539,6 +539,8 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     model = model._replace(packed=packed, unroll=settings.unroll_layers)
     model, notice = _with_remat(settings, model, shapes[0], previous)
     notices += notice
+    if settings.unroll_layers:
+        notices.append("--unroll-layers: the first step waits for a program as long as the model is deep to compile")
     coefficient = settings.router_aux_loss_coef
     if coefficient is None:
         coefficient = config.router_aux_loss_coef

@@ -537,13 +537,18 @@ def test_packing_does_not_change_the_held_out_loss(whole: Any, base: pathlib.Pat
 
 @pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
 def test_unrolled_layers_learn_the_same(
-    whole: Any, base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    whole: Any,
+    base: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     setup, output = whole
     unrolled, traced = model._unrolled, []
     monkeypatch.setattr(model, "_unrolled", lambda *operands: traced.append(1) or unrolled(*operands))
     train(setup(base, tmp_path / "out", unroll_layers=True, merge=False))
     assert traced
+    assert "--unroll-layers: the first step waits" in capsys.readouterr().out
     for expected, found in zip(metrics(output), metrics(tmp_path / "out"), strict=True):
         for name in ("loss", "grad_norm", "eval_loss"):
             if expected.get(name) is not None:
