@@ -28,7 +28,7 @@ _MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_cal
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What a template of a thinking model appends to the generation prompt and leaves out of earlier turns.
 _OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
-_TOGETHER = 256  # records whose texts are encoded in one call
+_TOGETHER = 2**20  # bytes of a file whose texts are encoded in one call: enough for many cores, little memory
 _PACKING_WINDOW = 1024  # records; wide enough to fill rows, narrow enough that every epoch mixes other neighbours
 
 
@@ -121,6 +121,7 @@ def read_records(
     path = pathlib.Path(path)
     records: list[Record] = []
     waiting: list[tuple[str, _Draft]] = []
+    encoded_to = 0
 
     def encode() -> None:
         drafted, waiting[:] = list(waiting), []
@@ -138,8 +139,9 @@ def read_records(
                 waiting.append((where, _draft(raw, tokenizer)))
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
-            if len(waiting) == _TOGETHER:
+            if end - encoded_to >= _TOGETHER:
                 encode()
+                encoded_to = end
                 on_read(end, path.stat().st_size, len(records))
     except UserError:
         encode()  # what is wrong with an earlier line is said first

@@ -296,7 +296,7 @@ def test_records_read_together_are_those_read_apart(
     path = tmp_path / "data.jsonl"
     path.write_text("".join(lines))
     calls = []
-    monkeypatch.setattr(data, "_TOGETHER", 3)
+    monkeypatch.setattr(data, "_TOGETHER", sum(map(len, lines[:3])))
     records = read_records(path, tokenizer, VOCAB, lambda *numbers: calls.append(numbers))
     for record, raw in zip(records, raws, strict=True):
         expected = tokenize_record(raw, tokenizer)
