@@ -120,8 +120,7 @@ def main() -> int:
     if args.suite == "large":
         selected = large_cases(checkpoint, args.out, args.layers, args.length)
     else:
-        faults = on_cpu or args.suite == "demo"  # each is another program to compile
-        selected = trained_cases(args.suite, checkpoint, args.out, rows=2 if on_cpu else 4, faults=faults)
+        selected = trained_cases(args.suite, checkpoint, args.out, rows=2 if on_cpu else 4, faults=on_cpu)
     quantize(selected, args.device)
     command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
