@@ -77,6 +77,8 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     from jaxmoe.model import init_adapters, taken_implementations
     from jaxmoe.step import Model, adamw, initial_state, learning_rate, make_train_step
 
+    # By default a row is one document, as where `jaxmoe.train` finds no two that fit into one.
+    packed = args.documents > 1
     taken: Any = taken_implementations(config, "bfloat16")
     remat: Any = args.remat or case.remat
     plan = training_forecast(
@@ -87,13 +89,11 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
         dtype="bfloat16",
         accumulation=case.accumulation,
         remat=remat,
-        packed=args.documents > 1,
+        packed=packed,
         **taken,
     )
     shapes = jax.eval_shape(lambda: random_model.jax_parameters(config))
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
-    # By default a row is one document, as where `jaxmoe.train` finds no two that fit into one.
-    packed = args.documents > 1
     model: Any = Model(config, lora, "bfloat16", remat, packed, args.unroll)
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)

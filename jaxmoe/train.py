@@ -540,7 +540,7 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     model, notice = _with_remat(settings, model, shapes[0], previous)
     notices += notice
     if settings.unroll_layers:
-        notices.append("--unroll-layers: the first step waits for a program as long as the model is deep to compile")
+        notices.append("--unroll-layers: the first step waits for every layer to be compiled, a minute or more")
     coefficient = settings.router_aux_loss_coef
     if coefficient is None:
         coefficient = config.router_aux_loss_coef

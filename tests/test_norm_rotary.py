@@ -11,27 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe import implementations, model
-from jaxmoe.config import LoraConfig
-from jaxmoe.implementations import Device, forced
+from jaxmoe import model
+from jaxmoe.implementations import forced
 from jaxmoe.kernels import norm_rotary
 from jaxmoe.layers import apply_rotary, rms_norm
-from jaxmoe.model import forward, init_adapters, init_parameters
+from jaxmoe.model import init_parameters
 from tests.configs import config_of
 from tests.parity import relative_error
 from tests.parity.batches import Batch
 from tests.parity.faults import FAULTS
 from tests.parity.trace import jax_trace
+from tests.row_kernels import INTERPRETED, draw, made_up_gpu, step
 from tests.tolerances import bound
 
-INTERPRETED = jax.default_backend() != "gpu"
 EPS = 1e-6
 # (batch, tokens, heads, columns of a head)
 HEADS = [(2, 8, 4, 128), (1, 16, 6, 64), (3, 32, 1, 32)]
-
-
-def draw(key: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(key), shape)
 
 
 def rotary_errors(shape: tuple[int, ...], dtype: Any, turn: float = 1.0) -> list[float]:
@@ -71,32 +66,14 @@ def test_heads_that_it_does_not_take() -> None:
 def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the device is made up, and the kernel runs in the interpreter."""
     if INTERPRETED:
-        monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (8, 0)))
+        made_up_gpu(monkeypatch)
         monkeypatch.setattr(model, "norm_rotary", lambda *operands: norm_rotary.norm_rotary(*operands, True))
 
 
 def test_the_model_with_the_kernel(kernel_runs: None) -> None:
     """Loss and gradients of adapters, in float32, where rounding moves no token to other experts."""
-    sizes = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256, "num_hidden_layers": 2}
-    config = config_of("plain").replace(**sizes)
-    lora = LoraConfig(r=8, targets=("q_proj", "k_proj", "experts.gate_up_proj", "experts.down_proj"))
-    params = init_parameters(config, jax.random.key(0))
-    adapters = init_adapters(config, lora, jax.random.key(1))
-    adapters = {path: array + 0.02 * draw(len(path), *array.shape) for path, array in adapters.items()}
-    ids = jax.random.randint(jax.random.key(2), (2, 64), 0, config.vocab_size)
-    positions = jnp.broadcast_to(jnp.arange(64), ids.shape)
-
-    def run(implementation: str) -> Any:
-        def loss(adapters: Any) -> Any:
-            options: dict[str, Any] = {"config": config, "lora": lora, "trainable": "adapters", "remat": "fast"}
-            out = forward(params, adapters, ids, positions, jnp.ones_like(ids), **options)
-            return jnp.sum(out.hidden**2 * draw(5, *out.hidden.shape))
-
-        with forced(norm_rotary=implementation, attention="blocks", grouped_matmul="tiled"):
-            text = jax.jit(jax.value_and_grad(loss)).trace(adapters).jaxpr
-            return str(text).count("pallas_call"), jax.device_get(jax.jit(jax.value_and_grad(loss))(adapters))
-
-    (none, expected), (calls, found) = run("xla"), run("triton")
+    sizes = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256}
+    (none, expected), (calls, found) = (step(sizes, {"norm_rotary": name}) for name in ("xla", "triton"))
     # Queries and keys: forwards, again and backwards.
     assert (none, calls) == (0, 6)
     errors = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]

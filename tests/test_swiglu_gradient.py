@@ -10,24 +10,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe import dispatch, implementations
-from jaxmoe.config import LoraConfig
+from jaxmoe import dispatch
 from jaxmoe.errors import UserError
-from jaxmoe.implementations import Device, forced
 from jaxmoe.kernels import swiglu_gradient
 from jaxmoe.layers import swiglu
-from jaxmoe.model import forward, init_adapters, init_parameters
-from tests.configs import config_of
 from tests.parity import relative_error
+from tests.row_kernels import INTERPRETED, draw, made_up_gpu, step
 from tests.tolerances import bound
 
-INTERPRETED = jax.default_backend() != "gpu"
 # (rows, width of an expert's hidden layer)
 SHAPES = [(8, 64), (12, 192), (4, 128), (32, 768)]
-
-
-def draw(key: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(key), shape)
 
 
 def errors(shape: tuple[int, int], dtype: Any, late: float = 0.0) -> list[float]:
@@ -78,33 +70,16 @@ def test_the_model_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients of adapters, in float32, where rounding moves no token to other experts. What a scan keeps
     would be copied for the kernel, which is not taken there."""
     if INTERPRETED:
-        monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (8, 0)))
+        made_up_gpu(monkeypatch)
         interpreted = partial(swiglu_gradient.swiglu_gradient, interpret=True)
         monkeypatch.setattr(dispatch, "swiglu_gradient", interpreted)
-    sizes = {"hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2}
-    config = config_of("plain").replace(**sizes)
-    lora = LoraConfig(r=8, targets=("q_proj", "k_proj", "experts.gate_up_proj", "experts.down_proj"))
-    params = init_parameters(config, jax.random.key(0))
-    adapters = init_adapters(config, lora, jax.random.key(1))
-    adapters = {path: array + 0.02 * draw(len(path), *array.shape) for path, array in adapters.items()}
-    ids = jax.random.randint(jax.random.key(2), (2, 64), 0, config.vocab_size)
-    positions = jnp.broadcast_to(jnp.arange(64), ids.shape)
-
-    def run(unroll: bool, **choices: str) -> Any:
-        def loss(adapters: Any) -> Any:
-            options: dict[str, Any] = {"config": config, "lora": lora, "trainable": "adapters", "remat": "fast"}
-            out = forward(params, adapters, ids, positions, jnp.ones_like(ids), unroll=unroll, **options)
-            return jnp.sum(out.hidden**2 * draw(5, *out.hidden.shape))
-
-        with forced(norm_rotary="xla", attention="blocks", grouped_matmul="tiled", **choices):
-            step = jax.jit(jax.value_and_grad(loss))
-            return str(step.trace(adapters).jaxpr).count("pallas_call"), jax.device_get(step(adapters))
-
-    scanned, expected = run(unroll=False)
-    without, _ = run(unroll=True, swiglu_gradient="xla")
-    with_kernel, found = run(unroll=True)
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 64}
+    choices = {"norm_rotary": "xla"}
+    scanned, expected = step(sizes, choices)
+    without, _ = step(sizes, choices | {"swiglu_gradient": "xla"}, unroll=True)
+    with_kernel, found = step(sizes, choices, unroll=True)
     assert (scanned, without) == (0, 0) and with_kernel > 0
     apart = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
     assert max(apart) <= bound("swiglu_gradient_model_fp32")
     with pytest.raises(UserError, match="triton cannot run here: would be handed a copy of what a scan keeps"):
-        run(unroll=False, swiglu_gradient="triton")
+        step(sizes, choices | {"swiglu_gradient": "triton"})

@@ -1,0 +1,48 @@
+"""What the tests of the one-pass kernels share: random operands, a device for them, a step of a small model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmoe import implementations
+from jaxmoe.config import LoraConfig
+from jaxmoe.implementations import Device, forced
+from jaxmoe.model import forward, init_adapters, init_parameters
+from tests.configs import config_of
+
+INTERPRETED = jax.default_backend() != "gpu"
+
+
+def draw(key: int, *shape: int) -> jax.Array:
+    """Normal values."""
+    return jax.random.normal(jax.random.key(key), shape)
+
+
+def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a kernel be chosen where there is no GPU; the test makes it run in the interpreter."""
+    monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (8, 0)))
+
+
+def step(sizes: dict[str, int], choices: dict[str, str], *, unroll: bool = False) -> tuple[int, Any]:
+    """How many Pallas kernels a step has, and its loss and gradients of adapters, in float32, where rounding moves no
+    token to other experts; implementations are `choices`, attention and experts in plain JAX."""
+    config = config_of("plain").replace(**sizes, num_hidden_layers=2)
+    lora = LoraConfig(r=8, targets=("q_proj", "k_proj", "experts.gate_up_proj", "experts.down_proj"))
+    params = init_parameters(config, jax.random.key(0))
+    adapters = init_adapters(config, lora, jax.random.key(1))
+    adapters = {path: array + 0.02 * draw(len(path), *array.shape) for path, array in adapters.items()}
+    ids = jax.random.randint(jax.random.key(2), (2, 64), 0, config.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(64), ids.shape)
+    options: dict[str, Any] = {"config": config, "lora": lora, "trainable": "adapters", "remat": "fast"}
+
+    def loss(adapters: Any) -> Any:
+        out = forward(params, adapters, ids, positions, jnp.ones_like(ids), unroll=unroll, **options)
+        return jnp.sum(out.hidden**2 * draw(5, *out.hidden.shape))
+
+    with forced(attention="blocks", grouped_matmul="tiled", **choices):
+        both = jax.jit(jax.value_and_grad(loss))
+        return str(both.trace(adapters).jaxpr).count("pallas_call"), jax.device_get(both(adapters))
