@@ -77,40 +77,44 @@ def tile_rows(routed_rows: int, num_experts: int) -> int:
 
 
 def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, block_rows: Sequence[int] = ()) -> Schedule:
-    """Lays out the routed rows by expert; rows of one expert keep the order of their tokens (the sort is stable).
+    """Lays out the routed rows by expert; rows of one expert keep the order of their tokens.
 
+    A counting sort: a row's place is its expert's first one, and as many behind it as earlier rows have that expert.
     `block_rows`: the heights to list blocks for (`kernel_block_rows`), if the Mosaic GPU kernel is to run.
     """
     rows = experts.size
     flat = experts.reshape(-1).astype(jnp.int32)
     tiles = rows // tile + min(num_experts, rows)
 
-    order = _stable_order(flat, num_experts)
-    sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    tile_count = (sizes + tile - 1) // tile
-    tile_end = jnp.cumsum(tile_count)
-    first_tile = tile_end - tile_count
-    first_sorted = jnp.cumsum(sizes) - sizes
+    # In pieces of about as many rows as there are pieces: within a piece rows are compared with each other, and of the
+    # pieces before it the rows of each expert are counted.
+    length = 1 << (rows.bit_length() + 1) // 2
+    pieces = jnp.pad(flat, (0, -rows % length), constant_values=num_experts).reshape(-1, length)
+    count = partial(jnp.sum, dtype=jnp.int32)
+    hits = count(pieces[:, :, None] == jnp.arange(num_experts), axis=1)
+    before = _sum_before(hits)
+    tile_count = (before[-1] + hits[-1] + tile - 1) // tile
+    first_tile = _sum_before(tile_count)
+    tile_end = first_tile + tile_count
 
-    rank = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32), unique_indices=True)
-    destination = first_tile[flat] * tile + rank - first_sorted[flat]
+    earlier = count((pieces[:, :, None] == pieces[:, None, :]) & jnp.tri(length, k=-1, dtype=bool), axis=2)
+    start = first_tile * tile + before
+    destination = (jnp.take_along_axis(start, pieces, axis=1, mode="clip") + earlier).reshape(-1)[:rows]
+    source = jnp.full(tiles * tile, -1, jnp.int32)
+    source = source.at[destination].set(jnp.arange(rows), unique_indices=True, mode="promise_in_bounds")
 
     # Tiles past the last used one are given to the last expert; they hold only padding.
     ends = jnp.searchsorted(tile_end, jnp.arange(tiles), side="right", method="compare_all")
-    tile_expert = jnp.minimum(ends, num_experts - 1)
-    within = (jnp.arange(tiles) - first_tile[tile_expert])[:, None] * tile + jnp.arange(tile)
-    filled = within < sizes[tile_expert][:, None]
-    source = jnp.where(filled, order[jnp.where(filled, first_sorted[tile_expert][:, None] + within, 0)], -1)
-    int32 = partial(jnp.asarray, dtype=jnp.int32)
-    return Schedule(
-        int32(destination.reshape(experts.shape)),
-        int32(source.reshape(-1)),
-        int32(tile_expert),
-        int32(tile_end[-1]),
-        int32(first_tile),
-        int32(tile_count),
-        {most: _blocks(int32(first_tile), int32(tile_count), tiles, most // tile) for most in block_rows},
-    )
+    tile_expert = jnp.minimum(ends, num_experts - 1).astype(jnp.int32)
+    blocks = {most: _blocks(first_tile, tile_count, tiles, most // tile) for most in block_rows}
+    destination = destination.reshape(experts.shape)
+    return Schedule(destination, source, tile_expert, tile_end[-1], first_tile, tile_count, blocks)
+
+
+def _sum_before(counts: Int[Array, "n *rest"]) -> Int[Array, "n *rest"]:
+    """For each place of the first axis the sum of those before it, which XLA fuses with what they are made of."""
+    earlier = jnp.tri(counts.shape[0], k=-1, dtype=bool).reshape(*2 * counts.shape[:1], *(1,) * (counts.ndim - 1))
+    return jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=jnp.int32)
 
 
 def _blocks(first_tile: Int[Array, " E"], tile_count: Int[Array, " E"], tiles: int, most: int) -> Any:
@@ -122,8 +126,7 @@ def _blocks(first_tile: Int[Array, " E"], tile_count: Int[Array, " E"], tiles: i
 
     E = tile_count.shape[0]
     blocks_of_expert = -(-tile_count // most)
-    # The cumulative sum as a masked one, which XLA fuses with what it is made of.
-    end = jnp.sum(jnp.where(jnp.tri(E, dtype=bool), blocks_of_expert, 0), axis=1, dtype=jnp.int32)
+    end = _sum_before(blocks_of_expert) + blocks_of_expert
     index = jnp.arange(tiles // most + E, dtype=jnp.int32)
     expert = jnp.minimum(jnp.searchsorted(end, index, side="right", method="compare_all"), E - 1).astype(jnp.int32)
     within = index - (end - blocks_of_expert)[expert]
@@ -137,14 +140,6 @@ def kernel_block_rows(routed_rows: int, num_experts: int) -> tuple[int, ...]:
     from jaxmoe.kernels.grouped_matmul import LARGE, SMALL
 
     return (SMALL, LARGE) if routed_rows >= _LARGE_ROWS * num_experts else (SMALL,)
-
-
-def _stable_order(flat: Int[Array, " R"], num_experts: int) -> Int[Array, " R"]:
-    """Stable argsort; where it fits an int32, one sort of (expert, row) as a single key: the fastest on a GPU."""
-    rows = flat.shape[0]
-    if num_experts * rows >= 2**31:
-        return jnp.argsort(flat, stable=True)
-    return jax.lax.sort(flat * rows + jnp.arange(rows, dtype=jnp.int32), is_stable=False) % rows
 
 
 def _rows_at(x: Shaped[Array, "rows D"], index: Int[Array, "*places"]) -> Shaped[Array, "*places D"]:
@@ -219,9 +214,11 @@ def grouped_outer(
         return tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
     from jaxmoe.kernels import grouped_matmul as kernel
 
-    width = left.shape[1]
-    left = jnp.pad(left, ((0, 0), (0, -width % _MOSAIC_RANK)))
-    return kernel.grouped_outer(left, right, schedule.first_tile, schedule.tile_count)[:, :width]
+    a, c = left.shape[1], right.shape[1]
+    left = jnp.pad(left, ((0, 0), (0, -a % _MOSAIC_RANK)))
+    right = jnp.pad(right, ((0, 0), (0, max(_MOSAIC_RANK - c, 0))))
+    columns = a + -a % _MOSAIC_ROWS, c + -c % _MOSAIC_ROWS
+    return kernel.grouped_outer(left, right, schedule.first_tile, schedule.tile_count, columns=columns)[:, :a, :c]
 
 
 def implementation(dtype: Any, *sizes: int) -> implementations.Choice:
@@ -413,7 +410,7 @@ def _mixture_backward(static: _Static, residuals: _Residuals, d_out: Array):
 def _adapter_gradient(outer: Any, rows: Array, low: Any, d_y: Array, d_low: Any, adapter: _LowRank) -> _LowRank:
     """The sums dA = dLow^T rows and dB = dY^T low; of each pair of factors one is zero at padding."""
     d_a: Array = outer(d_low, rows)
-    d_b: Array = outer(low, d_y).swapaxes(1, 2)
+    d_b: Array = outer(d_y, low)
     return _LowRank(d_a.astype(adapter.a.dtype), d_b.astype(adapter.b.dtype))
 
 

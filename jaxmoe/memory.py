@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.parameters import (
     ParameterSpec,
     Quantization,
@@ -232,6 +232,7 @@ def kept_bytes(
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     # What attention adds to the residual stream, queries, keys and values, the heads' output and its normaliser.
     attention = tokens * ((config.hidden_size + 2 * heads + 2 * kv) * size + config.num_attention_heads * FLOAT32)
+    attention += tokens * _ranks(lora, LORA_GROUPS["attention"]) * size  # and low-rank rows
     kept = config.num_hidden_layers * attention
     if sparse:
         k = config.num_experts_per_tok
@@ -239,19 +240,20 @@ def kept_bytes(
         # Router logits and probabilities; experts, weights and both directions of the permutation.
         kept += sparse * FLOAT32 * (tokens * (2 * config.num_experts + 3 * k) + rows)
         if remat == "fast":
-            width = 2 * config.moe_intermediate_size + (len(_on_experts(lora)) * lora.r if lora else 0)
+            width = 2 * config.moe_intermediate_size + _ranks(lora, LORA_GROUPS["experts"])
             kept += sparse * rows * width * size
     return kept
 
 
-def _on_experts(lora: LoraConfig | None) -> list[str]:
-    return [target for target in lora.targets if target.startswith("experts.")] if lora else []
+def _ranks(lora: LoraConfig | None, group: Sequence[str]) -> int:
+    """The sum of the ranks of the adapters on these targets."""
+    return sum(lora.rank(target) for target in lora.targets if target in group) if lora else 0
 
 
 def adapted_bytes(config: Qwen3MoeConfig, lora: LoraConfig | None, tokens: int, size: int, experts: Experts) -> int:
     """Bytes that a layer holds longer for the gradients of its experts, or of adapters on them: the gathered rows,
     those of the output's gradient, and the activation."""
-    if not config.sparse_layers or (lora and not _on_experts(lora)):
+    if not config.sparse_layers or (lora and not _ranks(lora, LORA_GROUPS["experts"])):
         return 0
     rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts, experts)
     return rows * (2 * config.hidden_size + config.moe_intermediate_size) * size

@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.dispatch import implementation
-from jaxmoe.layers import Adapter, fold, two_terms, unfold
+from jaxmoe.layers import PROJECTED, Adapter, fold, two_terms, unfold
 
 _RANK_MULTIPLE = 64  # what the kernel's low-rank term is padded to
 MIN_ROWS = 512  # below, a product reads the weight only once anyway and XLA's is as good
@@ -83,17 +84,23 @@ def _split(array: Array, sizes: Sequence[int], axis: int) -> list[Array]:
     return jnp.split(array, list(accumulate(sizes))[:-1], axis)
 
 
-def _low_rows(x: Array, pairs: Sequence[_Pair]) -> tuple[Array, list[Array]]:
-    """The two terms of every A, one behind the other [sum of 2r, inner], and the rows x A^T of each."""
+def _terms(pairs: Sequence[_Pair], dtype: Any) -> Array:
+    """The two terms of every A, one behind the other [sum of 2r, inner]."""
+    return jnp.concatenate([two_terms(a, dtype, 0) for a, _ in pairs])
+
+
+def _low_rows(x: Array, pairs: Sequence[_Pair]) -> list[Array]:
+    """The rows x A^T of every adapter, which a policy keeps with the projections that they are part of."""
     ranks = [a.shape[0] for a, _ in pairs]
-    terms = jnp.concatenate([two_terms(a, x.dtype, 0) for a, _ in pairs])
-    rows = _split(_dot("mi,ri->mr", x, terms), [2 * r for r in ranks], 1)
-    return terms, [fold(part, r).astype(x.dtype) for part, r in zip(rows, ranks, strict=True)]
+    rows = _split(_dot("mi,ri->mr", x, _terms(pairs, x.dtype)), [2 * r for r in ranks], 1)
+    folded = [fold(part, r).astype(x.dtype) for part, r in zip(rows, ranks, strict=True)]
+    return [checkpoint_name(part, PROJECTED) for part in folded]
 
 
 def _products_forward(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[_Pair | None, ...]):
     pairs = [pair for pair in adapters if pair is not None]
-    low = iter(_low_rows(x, pairs)[1] if pairs else [])
+    low_rows = _low_rows(x, pairs) if pairs else []
+    low = iter(low_rows)
     ys = []
     for stack, pair in zip(stacks, adapters, strict=True):
         options: dict[str, Any] = {}
@@ -101,11 +108,11 @@ def _products_forward(x: Array, stacks: tuple[Array, ...], layer: Any, adapters:
             b = _padded(two_terms(pair[1], x.dtype, 1), 1)
             options = {"low": unfold(next(low), b.shape[1]), "low_weight": b[None]}
         ys.append(_multiply(x, stack, layer, transposed=True, **options))
-    return tuple(ys), (x, stacks, layer, adapters)
+    return tuple(ys), (x, stacks, layer, adapters, low_rows)
 
 
 def _products_backward(residuals: tuple[Any, ...], d_ys: tuple[Array, ...]):
-    x, stacks, layer, adapters = residuals
+    x, stacks, layer, adapters, low = residuals
     others = list(zip(d_ys, stacks, strict=True))[1:]
     multiply = partial(_multiply, d_ys[0], stacks[0], layer, transposed=False, others=others)
     adapted = [(d_y, pair) for d_y, pair in zip(d_ys, adapters, strict=True) if pair is not None]
@@ -113,13 +120,12 @@ def _products_backward(residuals: tuple[Any, ...], d_ys: tuple[Array, ...]):
         return multiply(), None, None, None
     pairs = [pair for _, pair in adapted]
     ranks = [a.shape[0] for a, _ in pairs]
-    terms, low = _low_rows(x, pairs)
     d_low = [
         fold(_dot("mo,or->mr", d_y, two_terms(b, x.dtype, 1)), r).astype(x.dtype)
         for (d_y, (_, b)), r in zip(adapted, ranks, strict=True)
     ]
     twice = jnp.concatenate([unfold(rows, 2 * r) for rows, r in zip(d_low, ranks, strict=True)], 1)
-    d_x = multiply(low=_padded(twice, 1), low_weight=_padded(terms, 0)[None])
+    d_x = multiply(low=_padded(twice, 1), low_weight=_padded(_terms(pairs, x.dtype), 0)[None])
     d_a = _split(_dot("mr,mi->ri", jnp.concatenate(d_low, 1), x), ranks, 0)
     gradients = iter(
         (a_part.astype(a.dtype), _dot("mo,mr->or", d_y, rows).astype(b.dtype))

@@ -81,9 +81,16 @@ if on_gpu:
     }
 
 
-OUTER_SIZES = [(64, 64), (64, 32), (64, 160), (64, 256), (128, 64), (192, 160)]
+# Columns of left and right, and of these those that the result is of: an adapter's rank on either side, or all.
+OUTER_SIZES: list[tuple[int, int, tuple[int, int] | None]] = [
+    *((A, C, None) for A, C in [(64, 64), (64, 32), (64, 160), (64, 256), (128, 64), (192, 160), (320, 64)]),
+    (64, 192, (16, 192)),
+    (128, 96, (80, 96)),
+    (320, 64, (320, 16)),
+    (192, 64, (176, 48)),
+]
 if on_gpu:
-    OUTER_SIZES.append((1536, 2048))
+    OUTER_SIZES += [(1536, 2048, None), (64, 2048, (16, 2048)), (1536, 64, (1536, 16)), (2048, 64, (2048, 32))]
 
 
 def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **options: Any) -> float:
@@ -191,18 +198,21 @@ def test_a_wrong_group_is_seen() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("A", "C"), OUTER_SIZES)
-def test_grouped_outer_equals_the_groups_products(A: int, C: int) -> None:
+@pytest.mark.parametrize(("A", "C", "columns"), OUTER_SIZES)
+def test_grouped_outer_equals_the_groups_products(A: int, C: int, columns: tuple[int, int] | None) -> None:
     from jaxmoe.kernels import grouped_matmul as kernel
 
+    a, c = columns or (A, C)
     M, E, k, rng = 90, 5, 2, np.random.default_rng(A + C)
     schedule = scheduled(jnp.asarray(skewed(M, E, k, 2, empty=2)), E, kernel.TILE_ROWS)
     source = np.asarray(schedule.source)
     left = jnp.where(source[:, None] >= 0, normal(rng, len(source), A), 0)
     right = normal(rng, len(source), C)
-    found = kernel.grouped_outer(left, right, schedule.first_tile, schedule.tile_count, interpret=interpreter())
+    where = schedule.first_tile, schedule.tile_count
+    found = kernel.grouped_outer(left, right, *where, columns=columns, interpret=interpreter())
+    left, right = left[:, :a], right[:, :c]
     twin = tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
-    expected = np.zeros((E, A, C))
+    expected = np.zeros((E, a, c))
     for e in range(E):
         first, count = int(schedule.first_tile[e]), int(schedule.tile_count[e])
         rows = slice(kernel.TILE_ROWS * first, kernel.TILE_ROWS * (first + count))

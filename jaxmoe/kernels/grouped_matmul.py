@@ -105,6 +105,7 @@ def _multiprocessors() -> int:
 def _store(acc: Array, out: Any, staging: Any, row: Array, column: Array) -> None:
     """Writes one warpgroup's result to out[row:, column:], as many pieces at a time as there are staging buffers."""
     pieces, height, width = staging.shape
+    rows = min(height, out.shape[0])  # fewer for an adapter's rank
     result = acc.astype(out.dtype)
     # A piece past the end of `out` is not written. TMA would clip it, but where `out` is one piece wide its place is
     # lost on the way (Mosaic drops dimensions of size one) and it would overwrite the first.
@@ -119,7 +120,8 @@ def _store(acc: Array, out: Any, staging: Any, row: Array, column: Array) -> Non
                 staging[slot] = result[i : i + height, j : j + width]
             plgpu.commit_smem()
             for slot, (i, j) in together:
-                plgpu.copy_smem_to_gmem(staging.at[slot], out.at[pl.ds(row + i, height), pl.ds(column + j, width)])
+                place = pl.ds(row + i, rows), pl.ds(column + j, width)
+                plgpu.copy_smem_to_gmem(staging.at[slot, pl.ds(0, rows)], out.at[place])
 
     if out.shape[-1] == width:
         pl.when(column == 0)(write)  # not the second of two warpgroups that share the columns
@@ -383,10 +385,11 @@ def grouped_outer(
     first: Int[Array, " E"],
     count: Int[Array, " E"],
     *,
+    columns: tuple[int, int] | None = None,
     dtype: Any = jnp.float32,
     tiles: OuterTiles | None = None,
     interpret: Any = None,
-) -> Float[Array, "E A C"]:
+) -> Float[Array, "E a c"]:
     """For each group the sum over its rows of left[row]^T right[row], in float32: the gradient of a group's matrix.
 
     Padding rows inside a group must be zero in `left` or `right` and finite in the other.
@@ -396,6 +399,8 @@ def grouped_outer(
         right: rows by group, of the same dtype.
         first: each group's first row, in units of 16 rows.
         count: its number of rows, padding included, in units of 16; a group without rows gets zeros.
+        columns: (a, c), how many columns of left and of right the result is of, by default all; multiples of 16. For an
+            adapter's rank, which the tensor cores take padded to 64.
         dtype: of the result.
         tiles: columns of the result that a block forms at a time, and so on.
         interpret: run in JAX's interpreter (a test without a GPU).
@@ -406,7 +411,8 @@ def grouped_outer(
     P, A, C, E = *left.shape, right.shape[1], first.shape[0]
     if A % 64:
         raise ValueError(f"grouped_outer: expected a multiple of 64 columns in left, found {A}")
-    _check("grouped_outer", left, right, (A, C))
+    out_rows, out_columns = columns or (A, C)
+    _check("grouped_outer", left, right, (A, C, out_rows, out_columns))
     # A narrow left (an adapter's rank) is one warpgroup high: the two then share the columns, 64 or more each.
     TA = 64 if A == 64 else 128
     if tiles is None:
@@ -493,9 +499,9 @@ def grouped_outer(
             plgpu.wait_smem_to_gmem(0)
 
     swizzle = _swizzle(A, C)
-    piece = math.gcd(C, 128 // jnp.dtype(dtype).itemsize)
+    piece = math.gcd(out_columns, 128 // jnp.dtype(dtype).itemsize)
     scratch = [_shared((stages, _DEPTH, width), left.dtype, swizzle) for width in (TA, TC)]
     scratch.append(_shared((2, tiles.pieces, 64, piece), dtype, piece * jnp.dtype(dtype).itemsize))
-    out_type = jax.ShapeDtypeStruct((E, A, C), dtype)
+    out_type = jax.ShapeDtypeStruct((E, out_rows, out_columns), dtype)
     copies = 2 * _DEPTH // TILE_ROWS
     return _launch(body, out_type, scratch, stages, interpret, copies)(first, count, left, right)
