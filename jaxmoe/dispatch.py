@@ -88,7 +88,7 @@ def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, block
 
     # In pieces of about as many rows as there are pieces: within a piece rows are compared with each other, and of the
     # pieces before it the rows of each expert are counted.
-    length = 1 << (rows.bit_length() + 1) // 2
+    length = 1 << rows.bit_length() // 2
     pieces = jnp.pad(flat, (0, -rows % length), constant_values=num_experts).reshape(-1, length)
     count = partial(jnp.sum, dtype=jnp.int32)
     hits = count(pieces[:, :, None] == jnp.arange(num_experts), axis=1)
@@ -211,7 +211,10 @@ def grouped_outer(
     """For each expert the sum over its rows of left[row]^T right[row], float32; one of the two is zero at padding."""
     E = schedule.first_tile.shape[0]
     if not mosaic:
-        return tiled.grouped_outer(left, right, schedule.tile_expert, schedule.tiles_used, E)
+        where = {"tile_group": schedule.tile_expert, "tiles_used": schedule.tiles_used, "groups": E}
+        sums = partial(tiled.grouped_outer, **where)
+        # With the narrow side first, an adapter's rank, the loop takes half the time on a CPU.
+        return sums(left, right) if left.shape[1] <= right.shape[1] else sums(right, left).swapaxes(1, 2)
     from jaxmoe.kernels import grouped_matmul as kernel
 
     a, c = left.shape[1], right.shape[1]
