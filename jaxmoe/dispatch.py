@@ -100,8 +100,9 @@ def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, block
     earlier = count((pieces[:, :, None] == pieces[:, None, :]) & jnp.tri(length, k=-1, dtype=bool), axis=2)
     start = first_tile * tile + before
     destination = (jnp.take_along_axis(start, pieces, axis=1, mode="clip") + earlier).reshape(-1)[:rows]
+    index = jnp.arange(rows, dtype=jnp.int32)
     source = jnp.full(tiles * tile, -1, jnp.int32)
-    source = source.at[destination].set(jnp.arange(rows), unique_indices=True, mode="promise_in_bounds")
+    source = source.at[destination].set(index, unique_indices=True, mode="promise_in_bounds")
 
     # Tiles past the last used one are given to the last expert; they hold only padding.
     ends = jnp.searchsorted(tile_end, jnp.arange(tiles), side="right", method="compare_all")
@@ -218,9 +219,9 @@ def grouped_outer(
     from jaxmoe.kernels import grouped_matmul as kernel
 
     a, c = left.shape[1], right.shape[1]
-    left = jnp.pad(left, ((0, 0), (0, -a % _MOSAIC_RANK)))
-    right = jnp.pad(right, ((0, 0), (0, max(_MOSAIC_RANK - c, 0))))
     columns = a + -a % _MOSAIC_ROWS, c + -c % _MOSAIC_ROWS
+    left = jnp.pad(left, ((0, 0), (0, -a % _MOSAIC_RANK)))
+    right = jnp.pad(right, ((0, 0), (0, max(columns[1], _MOSAIC_RANK) - c)))
     return kernel.grouped_outer(left, right, schedule.first_tile, schedule.tile_count, columns=columns)[:, :a, :c]
 
 

@@ -67,12 +67,22 @@ def by_blocks(
     return jnp.asarray(out).astype(x.dtype)
 
 
+def outer_by_groups(left: Any, right: Any, first: Any, count: Any, *, columns: tuple[int, int]) -> Any:
+    """What the kernel of the gradients computes, and the sizes that it takes."""
+    assert left.shape[1] % 64 == 0 and right.shape[1] % 16 == 0 and right.shape[1] >= 64
+    assert all(size % 16 == 0 for size in columns)
+    groups = [slice(16 * int(f), 16 * int(f + n)) for f, n in zip(first, count, strict=True)]
+    left, right = (side[:, :size].astype(jnp.float32) for side, size in zip((left, right), columns, strict=True))
+    return jnp.stack([left[own].T @ right[own] for own in groups])
+
+
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel's module replaced by plain products: what is tested is what goes in and what is made of it."""
     sizes = {"SMALL": 128, "LARGE": 256, "TILE_ROWS": 16}
     tiles: Callable[..., Tiles] = lambda columns, rows=128, swiglu=False: Tiles((rows // 2, rows))
-    module = SimpleNamespace(grouped_matmul=by_blocks, Blocks=Blocks, default_tiles=tiles, **sizes)
+    products = {"grouped_matmul": by_blocks, "grouped_outer": outer_by_groups}
+    module = SimpleNamespace(**products, Blocks=Blocks, default_tiles=tiles, **sizes)
     monkeypatch.setitem(sys.modules, "jaxmoe.kernels.grouped_matmul", module)
     monkeypatch.setattr(jaxmoe.kernels, "grouped_matmul", module, raising=False)
 
@@ -199,3 +209,18 @@ def test_the_terms_survive_compilation() -> None:
     high, low = jnp.split(jax.jit(lambda a: layers.two_terms(a, jnp.bfloat16, 0))(a).astype(jnp.float32), 2)
     assert relative_error(high, a) > 1e-4
     assert relative_error(high + low, a) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [*RANKS, 64, 72])
+@pytest.mark.parametrize("adapter_first", [True, False], ids=["A", "B"])
+def test_gradients_of_experts_adapters_fit_the_kernel(adapter_first: bool, rank: int, kernel: None) -> None:
+    """Any rank, on either side: by the kernel's sizes and by the loop the same."""
+    schedule = make_schedule(jnp.arange(60, dtype=jnp.int32).reshape(-1, 1) % 3, 4, 16)
+    rows = jnp.arange(len(schedule.source))[:, None]
+    placed = jnp.where(schedule.source[:, None] >= 0, 1, 0)
+    low, wide = (placed * jnp.sin(rows * (1 + jnp.arange(width))) for width in (rank, 96))
+    left, right = (low, wide) if adapter_first else (wide, low)
+    found, expected = (dispatch.grouped_outer(left, right, schedule, mosaic=mosaic) for mosaic in (True, False))
+    assert found.shape == (4, left.shape[1], right.shape[1])
+    assert relative_error(found, expected) <= bound("kernel_fp32_sums")
+    assert not np.asarray(expected[3]).any()  # nobody's expert
