@@ -235,7 +235,7 @@ def _mosaic_obstacle(dtype: Any, sizes: tuple[int, ...]) -> str | None:
         return f"needs jax 0.11 or newer, found {jax.__version__}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
-    if odd := [size for size in sizes if size % 16]:
+    if odd := [size for size in sizes if size % 16]:  # Pallas' narrowest swizzle is one of 16 values
         return f"needs widths that are multiples of 16, found {', '.join(map(str, odd))}"
     return None
 

@@ -48,9 +48,17 @@ class DoctorConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "dtype of the parameters and of the computation"}
     )
+    quantize: Literal["nf4"] | None = field(
+        default=None, metadata={"help": "frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
+    )
+    pack: bool = field(
+        default=True, metadata={"help": "a row may hold several records; without, attention takes less memory"}
+    )
     json: bool = field(default=False, metadata={"help": "print one JSON object"})
 
     def __post_init__(self) -> None:
+        if self.train == "full" and self.quantize is not None:
+            raise UserError("quantize: expected only where adapters are trained")
         for name in ("lora_r", "batch_size", "seq_length", "accumulation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}")
@@ -109,13 +117,19 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     assert options.model is not None
     config = load_config(options.model)
     lora = LoraConfig(r=options.lora_r, targets=expand_targets(options.lora_targets))
-    shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
+    shape = {name: getattr(options, name) for name in ("batch_size", "seq_length", "dtype", "quantize")}
     taken = _implementations(config, options.dtype)
     trained = lora if options.train == "lora" else None
     parameters = memory.parameter_count(config)
     training = {
         remat: memory.training_forecast(
-            config, trained, **shape, accumulation=options.accumulation, remat=remat, **taken
+            config,
+            trained,
+            **shape,
+            accumulation=options.accumulation,
+            remat=remat,
+            packed=options.pack,
+            **taken,
         )
         for remat in get_args(memory.Remat)
     }
@@ -190,9 +204,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if "forecast" not in found:
         return [*lines, "", "What fits: name a model, for instance --model qwen3-30b-a3b"]
     plan = found["forecast"]
+    dtype = f"{plan['dtype']} with weights in {plan['quantize']}" if plan["quantize"] else plan["dtype"]
     lines += [
         "",
-        f"Memory of {plan['model']} in {plan['dtype']}, {plan['batch_size']} x {plan['seq_length']} tokens",
+        f"Memory of {plan['model']} in {dtype}, {plan['batch_size']} x {plan['seq_length']} tokens",
         f"  {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active for a token, "
         f"{plan['trained_parameters']:,} trained",
     ]

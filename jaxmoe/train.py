@@ -141,8 +141,8 @@ class TrainConfig:
     unroll_layers: bool = field(
         default=False,
         metadata={
-            "help": "compile the layers one by one, not one for all: on a GPU a step is 3 to 5 % faster, the first "
-            "one takes a minute or more longer; for runs of thousands of steps, where adapters are trained"
+            "help": "compile the layers one by one, not one for all: on a GPU a step is 4 to 5 % faster, the first "
+            "one takes a minute or so longer; for runs of thousands of steps, where adapters are trained"
         },
     )
 

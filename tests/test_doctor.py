@@ -274,6 +274,25 @@ def test_without_a_device_it_still_reports(monkeypatch: pytest.MonkeyPatch, caps
     assert "30,532,122,624 parameters" in shown
 
 
+def test_four_bits_and_rows_of_one_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What QLoRA takes on a card that the 16-bit model does not fit on, and what attention needs for packed rows."""
+    on_hopper = {"attention": "cudnn", "experts": "mosaic"}
+    monkeypatch.setattr(doctor, "_implementations", lambda *_: on_hopper)
+
+    def total(*arguments: str) -> int:
+        doctor.main(["--model", "qwen3-30b-a3b", "--json", "--lora-targets", "attention", *arguments])
+        return json.loads(capsys.readouterr().out)["forecast"]["training"]["total"]
+
+    assert total("--quantize", "nf4") < 24 * 2**30 < 57 * 2**30 < total()
+    lora = LoraConfig(r=16, targets=expand_targets(["attention"]))
+    shape: Any = {"batch_size": 1, "seq_length": 16384, "dtype": "bfloat16", "remat": "low-memory", **on_hopper}
+    forecast = partial(memory.training_forecast, PRESETS["qwen3-30b-a3b"], lora, **shape)
+    long = ("--seq-length", "16384")
+    assert total(*long, "--no-pack") == forecast(packed=False).total < forecast(packed=True).total == total(*long)
+    doctor.main(["--model", "qwen3-30b-a3b", "--quantize", "nf4"])
+    assert "Memory of qwen3-30b-a3b in bfloat16 with weights in nf4, 1 x 2048 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("room", [-1, 0])
 def test_fits_or_not(room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     options = doctor.DoctorConfig(model="qwen3-30b-a3b")
@@ -290,6 +309,7 @@ def test_fits_or_not(room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     ("arguments", "message"),
     [
         (["--model", "qwen9"], "model: expected a folder, a config.json or one of qwen3-30b-a3b, .*; found 'qwen9'"),
+        (["--train", "full", "--quantize", "nf4"], "quantize: expected only where adapters are trained"),
         (["--lora-r", "0"], "lora_r: expected at least 1, found 0"),
         (["--model", "qwen3-30b-a3b", "--lora-targets", "mlp"], "LoRA targets: expected .*; found 'mlp'"),
         (["--model", "qwen3-30b-a3b", "--lora-targets", "dense"], "the model has no dense MLP layer"),
