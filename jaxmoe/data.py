@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,18 +94,34 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     Raises:
         UserError: the folder holds no tokenizer, or one without an end-of-text token.
     """
-    from transformers import AutoTokenizer  # slow to import, and only text needs it
-
     if not pathlib.Path(folder).is_dir():
         raise UserError(f"{folder}: expected a folder with a tokenizer, found none")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = _auto_tokenizer().from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{folder}: expected a tokenizer, found none that loads ({reason[0]})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: expected a tokenizer with an eos_token, found none")
     return tokenizer
+
+
+def _auto_tokenizer() -> Any:
+    """transformers' `AutoTokenizer`; slow to import, and only text needs it.
+
+    Without PyTorch, which nothing here needs, transformers says while it is imported that models won't be available.
+    """
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
+    return AutoTokenizer
 
 
 OnRead = Callable[[int, int, int], None]  # bytes read, bytes of the file, records so far

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -481,3 +483,16 @@ def test_hold_out() -> None:
             hold_out(records, fraction)
     with pytest.raises(UserError, match="eval_fraction: expected records on both sides, found 1 in all"):
         hold_out(records[:1], 0.5)
+
+
+def test_nothing_is_said_about_pytorch_where_there_is_none(tmp_path: pathlib.Path) -> None:
+    """A user of jaxmoe needs none, and an error is one line; transformers, imported plainly, does say something."""
+    write_tokenizer(tmp_path)
+
+    def said(load: str) -> str:
+        code = f"import sys; sys.modules['torch'] = None\n{load}"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+        return done.stdout + done.stderr
+
+    assert "PyTorch" in said("from transformers import AutoTokenizer")
+    assert said("from jaxmoe.data import load_tokenizer; load_tokenizer(sys.argv[1])") == ""
