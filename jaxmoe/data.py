@@ -107,7 +107,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
 
 
 def _auto_tokenizer() -> Any:
-    """transformers' `AutoTokenizer`; slow to import, and only text needs it.
+    """Transformers' `AutoTokenizer`; slow to import, and only text needs it.
 
     Without PyTorch, which nothing here needs, transformers says while it is imported that models won't be available.
     """
