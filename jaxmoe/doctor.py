@@ -112,12 +112,26 @@ def load_config(model: str) -> Qwen3MoeConfig:
     raise UserError(f"model: expected a folder, a config.json or one of {', '.join(PRESETS)}; found {model!r}")
 
 
+def stored_in(model: str) -> Literal["nf4"] | None:
+    """What `load_config`'s model is quantised in already, by its config.json."""
+    path = pathlib.Path(model)
+    if model in PRESETS:
+        return None
+    found = read_json(path / "config.json" if path.is_dir() else path).get("quantization_config")
+    in_nf4 = isinstance(found, dict) and found.get("load_in_4bit") and found.get("bnb_4bit_quant_type") == "nf4"
+    return "nf4" if in_nf4 else None
+
+
 def forecast(options: DoctorConfig) -> dict[str, Any]:
     """Parameter counts, and the parts of the memory that training and generation take, in bytes."""
     assert options.model is not None
     config = load_config(options.model)
     lora = LoraConfig(r=options.lora_r, targets=expand_targets(options.lora_targets))
-    shape = {name: getattr(options, name) for name in ("batch_size", "seq_length", "dtype", "quantize")}
+    quantize = options.quantize or stored_in(options.model)
+    if quantize and options.train == "full":
+        raise UserError(f"train: expected lora, for {options.model} is in {quantize}, found full")
+    shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
+    shape["quantize"] = quantize
     taken = _implementations(config, options.dtype)
     trained = lora if options.train == "lora" else None
     parameters = memory.parameter_count(config)

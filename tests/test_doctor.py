@@ -263,6 +263,16 @@ def test_the_same_as_json(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[
         assert {operation for operation, _, _ in found["operations"]} >= {"attention", "grouped matmul"}
 
 
+def test_a_model_that_lies_in_four_bits(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantized = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf() | {"quantization_config": quantized}))
+    for model in (tmp_path, tmp_path / "config.json"):
+        doctor.main(["--model", str(model)])
+        assert "parameters (nf4)" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train: expected lora, .* is in nf4, found full"):
+        doctor.main(["--model", str(tmp_path), "--train", "full"])
+
+
 def test_without_a_device_it_still_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def no_devices() -> None:
         raise RuntimeError("Unable to initialize backend 'cuda':\n no driver")
