@@ -65,6 +65,7 @@ from jaxmoe.step import (
 )
 
 _RUN_FILE = "train_config.json"
+_UNROLLING_PAYS = 3000  # steps of Qwen3-30B-A3B on an H200 that save what compiling its layers takes (README)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -539,8 +540,8 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     model = model._replace(packed=packed, unroll=settings.unroll_layers)
     model, notice = _with_remat(settings, model, shapes[0], previous)
     notices += notice
-    if settings.unroll_layers:
-        notices.append("--unroll-layers: the first step waits for every layer to be compiled, a minute or more")
+    if previous is None or settings.unroll_layers:  # a resumed run keeps what it had
+        notices += _about_unrolling(settings, total, jax.default_backend() == "gpu")
     coefficient = settings.router_aux_loss_coef
     if coefficient is None:
         coefficient = config.router_aux_loss_coef
@@ -560,6 +561,15 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
         **{name: getattr(settings, name) for name in same.split()},
     }
     return _Run(model, shapes, load, rows, eval_rows, total, warmup, coefficient, notices, replay, identity)
+
+
+def _about_unrolling(settings: TrainConfig, steps: int, on_gpu: bool) -> list[str]:
+    """What `--unroll-layers` costs, or would save in a run that is long enough for it."""
+    if settings.unroll_layers:
+        return ["--unroll-layers: the first step waits for every layer to be compiled, a minute or so"]
+    if on_gpu and steps >= _UNROLLING_PAYS and not settings.trains_all and settings.remat != "offload":
+        return [f"{steps:,} steps: with --unroll-layers each is 4 to 5 % faster, the first a minute or so longer"]
+    return []
 
 
 def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int) -> list[Record]:

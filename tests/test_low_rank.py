@@ -224,3 +224,21 @@ def test_gradients_of_experts_adapters_fit_the_kernel(adapter_first: bool, rank:
     assert found.shape == (4, left.shape[1], right.shape[1])
     assert relative_error(found, expected) <= bound("kernel_fp32_sums")
     assert not np.asarray(expected[3]).any()  # nobody's expert
+
+
+def test_low_rank_rows_are_kept_with_the_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that keeps queries, keys and values keeps x A^T too: one product less in the backward pass."""
+
+    def multiply(x: jax.Array, stack: jax.Array, layer: Any, *, transposed: bool, **_: Any) -> jax.Array:
+        return x @ (stack[0].T if transposed else stack[0])
+
+    monkeypatch.setattr(projections, "_multiply", multiply)
+    x, a, b = draw(512, INNER).astype(jnp.bfloat16), draw(8, INNER), draw(OUT, 8)
+
+    def products(*kept: str) -> int:
+        run = jax.checkpoint(by_projection, policy=jax.checkpoint_policies.save_only_these_names(*kept))
+        traced = jax.make_jaxpr(jax.grad(lambda a: jnp.sum(run(x, a, b))))(a)
+        (backward,) = (e.params["jaxpr"] for e in traced.jaxpr.eqns if "policy" in e.params)
+        return str(backward).count("dot_general")
+
+    assert products(layers.PROJECTED) == products() - 1

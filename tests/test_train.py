@@ -555,6 +555,24 @@ def test_unrolled_layers_learn_the_same(
                 assert abs(found[name] - expected[name]) <= bound("unrolled_run_fp32") * expected[name]
 
 
+@pytest.mark.parametrize(
+    ("steps", "on_gpu", "changes", "said"),
+    [
+        (3000, True, {}, "3,000 steps: with --unroll-layers"),
+        (2999, True, {}, None),
+        (3000, False, {}, None),
+        (3000, True, {"remat": "offload"}, None),
+        (3000, True, {"full": True, "merge": False}, None),
+        (10, False, {"unroll_layers": True}, "--unroll-layers: the first step waits"),
+    ],
+    ids=str,
+)
+def test_long_runs_hear_of_unrolling(steps: int, on_gpu: bool, changes: dict[str, Any], said: str | None) -> None:
+    settings = TrainConfig(model=pathlib.Path("m"), data=pathlib.Path("d"), output=pathlib.Path("o"), **changes)
+    notices = trainer._about_unrolling(settings, steps, on_gpu)
+    assert [notice[: len(said or "")] for notice in notices] == ([said] if said else [])
+
+
 def test_expert_load() -> None:
     load = expert_load(np.asarray([[4, 4, 4, 4], [16, 0, 0, 0], [0, 0, 0, 0], [3, 1, 0, 0]]))
     np.testing.assert_allclose(load["expert_load_cv"], [0, 3**0.5, 0, 1.5**0.5])
