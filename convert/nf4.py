@@ -35,7 +35,7 @@ def find_quantization(
     Raises:
         UserError: another quantisation than NF4 by bitsandbytes, or a config and tensors that contradict each other.
     """
-    if settings is not None and not _is_nf4(settings):
+    if settings is not None and not is_nf4(settings):
         shown = json.dumps(settings)[:200]
         raise UserError(f"{where}: quantization_config: expected NF4 by bitsandbytes, found {shown} (not supported)")
     for key in tensors:
@@ -59,7 +59,8 @@ def find_quantization(
     return Quantization(tuple(sorted(marked)), nested)
 
 
-def _is_nf4(settings: Any) -> bool:
+def is_nf4(settings: Any) -> bool:
+    """Whether a config.json's quantization_config is NF4 as bitsandbytes writes it."""
     wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     if not isinstance(settings, Mapping) or any(settings.get(key) != value for key, value in wanted.items()):
         return False

@@ -114,12 +114,13 @@ def load_config(model: str) -> Qwen3MoeConfig:
 
 def stored_in(model: str) -> Literal["nf4"] | None:
     """What `load_config`'s model is quantised in already, by its config.json."""
-    path = pathlib.Path(model)
+    from convert.nf4 import is_nf4
+
     if model in PRESETS:
         return None
-    found = read_json(path / "config.json" if path.is_dir() else path).get("quantization_config")
-    in_nf4 = isinstance(found, dict) and found.get("load_in_4bit") and found.get("bnb_4bit_quant_type") == "nf4"
-    return "nf4" if in_nf4 else None
+    path = pathlib.Path(model)
+    raw = read_json(path / "config.json" if path.is_dir() else path)
+    return "nf4" if is_nf4(raw.get("quantization_config")) else None
 
 
 def forecast(options: DoctorConfig) -> dict[str, Any]:
@@ -184,6 +185,10 @@ def report(options: DoctorConfig) -> dict[str, Any]:
         )
     if options.model is not None:
         found["forecast"] = forecast(options)
+        if found["devices"]:
+            from jaxmoe.model import slow_implementations
+
+            found["problems"] += slow_implementations(load_config(options.model), options.dtype)
     return found
 
 

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe import cudnn, projections
+from jaxmoe import cudnn, implementations, projections
 from jaxmoe.attention import causal_attention
 from jaxmoe.attention import implementation as attention_implementation
 from jaxmoe.checkpoint import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
@@ -31,7 +31,7 @@ from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.dequantize import NF4Stack, frozen_product
 from jaxmoe.dispatch import GATE_UP, SCHEDULE, ExpertWeights, sorted_experts
 from jaxmoe.dispatch import implementation as experts_implementation
-from jaxmoe.implementations import choose
+from jaxmoe.implementations import Choice, choose
 from jaxmoe.kernels.norm_rotary import norm_rotary, norm_rotary_obstacle
 from jaxmoe.layers import (
     ATTENDED,
@@ -580,11 +580,26 @@ def forward_cached(
 
 def taken_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[Literal["attention", "experts"], Any]:
     """What attention and the experts' products of this model run on, on the default device (`jaxmoe.memory` asks)."""
+    attention, experts = _choices(config, dtype)
+    return {"attention": attention.name, "experts": experts.name}
+
+
+def slow_implementations(config: Qwen3MoeConfig, dtype: str) -> list[str]:
+    """A line for each of the two that is not by a kernel, and why, where the default device is a GPU; else nothing."""
+    if implementations.default_device().platform != "gpu":
+        return []
+    attention, experts = _choices(config, dtype)
+    taken = [("attention", attention, "blocks")]
+    if config.sparse_layers:
+        taken.append(("experts", experts, "tiled"))
+    return [f"{what} without a kernel, slowly: {choice.reason}" for what, choice, slow in taken if choice.name == slow]
+
+
+def _choices(config: Qwen3MoeConfig, dtype: str) -> tuple[Choice, Choice]:
+    """How attention and the experts' products of this model run."""
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    return {
-        "attention": attention_implementation(dtype, *heads).name,
-        "experts": experts_implementation(dtype, config.hidden_size, config.moe_intermediate_size).name,
-    }
+    experts = experts_implementation(dtype, config.hidden_size, config.moe_intermediate_size)
+    return attention_implementation(dtype, *heads), experts
 
 
 def empty_cache(config: Qwen3MoeConfig, batch: int, slots: int, dtype: Any) -> KVCache:

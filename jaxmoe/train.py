@@ -47,6 +47,7 @@ from jaxmoe.model import (
     init_parameters,
     load_adapter,
     open_checkpoint,
+    slow_implementations,
     taken_implementations,
 )
 from jaxmoe.parameters import Quantization
@@ -539,7 +540,7 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     packed = any(each.packed for each in (rows, eval_rows) if each is not None)
     model = model._replace(packed=packed, unroll=settings.unroll_layers)
     model, notice = _with_remat(settings, model, shapes[0], previous)
-    notices += notice
+    notices += notice + slow_implementations(config, model.dtype)
     if previous is None or settings.unroll_layers:  # a resumed run keeps what it had
         notices += _about_unrolling(settings, total, jax.default_backend() == "gpu")
     coefficient = settings.router_aux_loss_coef

@@ -264,7 +264,7 @@ def test_the_same_as_json(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[
 
 
 def test_a_model_that_lies_in_four_bits(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quantized = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf() | {"quantization_config": quantized}))
     for model in (tmp_path, tmp_path / "config.json"):
         doctor.main(["--model", str(model)])

@@ -9,6 +9,8 @@ import pytest
 from jaxmoe import implementations
 from jaxmoe.errors import UserError
 from jaxmoe.implementations import OPERATIONS, Device, choose, default_device, explain, forced
+from jaxmoe.model import slow_implementations
+from jaxmoe.presets import PRESETS
 
 CPU = Device("cpu", "cpu", None)
 HOPPER = Device("gpu", "NVIDIA H200", (9, 0))
@@ -84,6 +86,26 @@ def test_forcing_what_cannot_run_is_an_error(monkeypatch):
     monkeypatch.setenv("JAXMOE_ATTENTION", "cudnn")
     with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: cudnn cannot run here: takes 16-bit floats"):
         choose("attention", {"cudnn": "takes 16-bit floats, found float32"})
+
+
+def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
+    config = PRESETS["qwen3-30b-a3b"]
+    on(monkeypatch, AMPERE)
+    attention, experts = slow_implementations(config, "bfloat16")
+    assert attention.startswith("attention without a kernel, slowly: pure JAX by query blocks")
+    assert experts.startswith("experts without a kernel, slowly: pure JAX loop")
+    assert "mosaic needs an NVIDIA GPU of compute capability 9.x, found NVIDIA A100" in experts
+    dense = config.replace(mlp_only_layers=tuple(range(config.num_hidden_layers)))
+    assert slow_implementations(dense, "bfloat16") == [attention]
+    on(monkeypatch, HOPPER)
+    attention, experts = slow_implementations(config, "float32")
+    assert "found float32" in attention
+    *_, odd = slow_implementations(config.replace(moe_intermediate_size=72), "bfloat16")
+    if experts != odd:  # else both say that jax is too old for the kernel
+        assert "found float32" in experts and "multiples of 16, found 72" in odd
+        assert "experts" not in "".join(slow_implementations(config, "bfloat16"))
+    on(monkeypatch, CPU)  # where nothing else was to be expected
+    assert not slow_implementations(config, "float32")
 
 
 def test_unknown_names_are_errors(monkeypatch):
