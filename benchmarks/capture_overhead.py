@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from captures import LabelledText, Text
-from jaxmoe.cli import ArgumentParser, run
-from jaxmoe.model import Qwen3MoeForCausalLM, forward, head_weight, init_parameters
+from jaxmoe.cli.arguments import ArgumentParser, run
+from jaxmoe.model.decoder import Qwen3MoeForCausalLM, forward, head_weight, init_parameters
 from jaxmoe.presets import PRESETS
 from jaxmoe.routing.capture import capture, pack_in_order, token_predictions
 

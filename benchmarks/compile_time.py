@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 
 DEPTHS = (4, 48)
@@ -44,9 +44,9 @@ def compile_seconds(kind: str, depth: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from jaxmoe.data import Batch
+    from jaxmoe.data.records import Batch
     from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
-    from jaxmoe.step import Model, adamw, initial_state, learning_rate, make_train_step
+    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     def shapes(specs: dict[str, ParameterSpec]) -> dict[str, jax.ShapeDtypeStruct]:
         return {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in specs.items()}

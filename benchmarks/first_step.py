@@ -16,7 +16,7 @@ import tempfile
 import time
 from typing import Any, get_args
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.memory import Remat
 from jaxmoe.presets import PRESETS
@@ -35,10 +35,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from benchmarks.random_model import jax_parameters, token_ids
-    from jaxmoe import xla
-    from jaxmoe.data import Batch
-    from jaxmoe.model import init_adapters
-    from jaxmoe.step import Model, adamw, initial_state, learning_rate, make_train_step
+    from jaxmoe.cli import xla
+    from jaxmoe.data.records import Batch
+    from jaxmoe.model.decoder import init_adapters
+    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     mark()
     xla.configure()

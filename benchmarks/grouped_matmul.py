@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.cli import ArgumentParser, run
-from jaxmoe.dispatch import Schedule, grouped_matmul, kernel_block_rows, make_schedule
+from jaxmoe.cli.arguments import ArgumentParser, run
+from jaxmoe.ops.experts import Schedule, grouped_matmul, kernel_block_rows, make_schedule
 from jaxmoe.presets import PRESETS
 
 
@@ -83,7 +83,7 @@ def products(D: int, F: int) -> dict[str, tuple[str, int, int, bool]]:
 
 def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
     """One record per product: TFLOP/s of each side, relative error against float32."""
-    from jaxmoe.kernels.grouped_matmul import TILE_ROWS
+    from jaxmoe.ops.kernels.grouped_matmul.hopper import TILE_ROWS
 
     config = PRESETS["qwen3-30b-a3b"]
     D, F, E, k = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok

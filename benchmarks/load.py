@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.conversion_memory import anonymous_bytes
 from benchmarks.random_model import STD, routers
 from benchmarks.train_step import installed
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.memory import human
 from jaxmoe.presets import PRESETS
@@ -86,8 +86,8 @@ def measure(side: str, folder: pathlib.Path) -> dict[str, Any]:
         import jax
 
         from convert.hf2jax import read_hf
-        from jaxmoe.checkpoint import read_converted
-        from jaxmoe.loading import load_stacks
+        from jaxmoe.store.converted import read_converted
+        from jaxmoe.store.loading import load_stacks
 
         jax.block_until_ready(jax.numpy.zeros(1))
         start = time.perf_counter()
@@ -139,7 +139,7 @@ def _compare(args: argparse.Namespace, scratch: pathlib.Path) -> None:
     sides = args.sides.split(";")
     if args.converted:
         from convert.hf2jax import read_hf
-        from jaxmoe.checkpoint import write_converted
+        from jaxmoe.store.converted import write_converted
 
         source = read_hf(folder)
         start = time.perf_counter()

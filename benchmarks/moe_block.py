@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.grouped_matmul import Side, seconds_in_turn
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.dispatch import ExpertWeights, implementation, sorted_experts
+from jaxmoe.ops.experts import ExpertWeights, implementation, sorted_experts
+from jaxmoe.ops.router import route
 from jaxmoe.presets import PRESETS
-from jaxmoe.router import route
 
 PEERS = {"transformers": "grouped_mm", "transformers, loop": "eager"}
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from benchmarks import limits, random_model, stages
 from benchmarks.train_step import installed, measure_apart, profiled_apart
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.memory import human
 from jaxmoe.presets import PRESETS
 
-# rows, tokens a row; "cached" writes a KV cache as `jaxmoe.generate` does
+# rows, tokens a row; "cached" writes a KV cache as `jaxmoe.generate.engine` does
 CASES = {
     "2 x 4096": (2, 4096, False),
     "2 x 4096, cached": (2, 4096, True),
@@ -32,15 +32,15 @@ SIDES = ("transformers", "jaxmoe")
 
 
 def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, cached: bool) -> dict[str, Any]:
-    """`jaxmoe.model.forward`, or `forward_cached` into an empty cache, and the last logits."""
-    from jaxmoe import xla
+    """`jaxmoe.model.decoder.forward`, or `forward_cached` into an empty cache, and the last logits."""
+    from jaxmoe.cli import xla
 
     xla.configure()
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxmoe.model import empty_cache, forward, forward_cached, head_weight, logits_of
+    from jaxmoe.model.decoder import empty_cache, forward, forward_cached, head_weight, logits_of
 
     params = random_model.jax_parameters(config)
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.errors import UserError
 
@@ -50,13 +50,13 @@ def adapters_of(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, np.ndarra
 
 
 def jaxmoe_step(args: argparse.Namespace, lora: LoraConfig, recompute: bool) -> Callable[[int], float]:
-    """One optimizer step of jaxmoe, as `jaxmoe.train` runs it; returns the loss."""
+    """One optimizer step of jaxmoe, as `jaxmoe.train.loop` runs it; returns the loss."""
     import jax
     import jax.numpy as jnp
 
-    from jaxmoe.data import Batch
-    from jaxmoe.model import Qwen3MoeForCausalLM
-    from jaxmoe.step import Model, adamw, initial_state, learning_rate, make_train_step
+    from jaxmoe.data.records import Batch
+    from jaxmoe.model.decoder import Qwen3MoeForCausalLM
+    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     module = Qwen3MoeForCausalLM.from_pretrained(args.model, dtype="float32")
     config, frozen = module.config, module.params

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
 from benchmarks import limits, random_model, stages
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.memory import Remat, human, training_forecast
 from jaxmoe.presets import PRESETS
@@ -66,18 +66,18 @@ def _config(args: argparse.Namespace) -> Qwen3MoeConfig:
 
 
 def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, Any]:
-    """Compiles `jaxmoe.train`'s step, times it, and says where the time goes."""
-    from jaxmoe import xla
+    """Compiles `jaxmoe.train.loop`'s step, times it, and says where the time goes."""
+    from jaxmoe.cli import xla
 
     xla.configure()
     import jax
     import numpy as np
 
-    from jaxmoe.data import Batch
-    from jaxmoe.model import init_adapters, taken_implementations
-    from jaxmoe.step import Model, adamw, initial_state, learning_rate, make_train_step
+    from jaxmoe.data.records import Batch
+    from jaxmoe.model.decoder import init_adapters, taken_implementations
+    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
-    # By default a row is one document, as where `jaxmoe.train` finds no two that fit into one.
+    # By default a row is one document, as where `jaxmoe.train.loop` finds no two that fit into one.
     packed = args.documents > 1
     taken: Any = taken_implementations(config, "bfloat16")
     remat: Any = args.remat or case.remat
@@ -107,7 +107,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
         ids = random_model.token_ids(config, case.batch, case.length, index)
         return Batch(ids[:, :-1].reshape(shape), ids[:, 1:].reshape(shape), weights, segments, positions)
 
-    # As `jaxmoe.train` does: before the weights, since XLA tries products on buffers of its own.
+    # As `jaxmoe.train.loop` does: before the weights, since XLA tries products on buffers of its own.
     start = time.perf_counter()
     step = jax.jit(make_train_step(model, optimizer, rate, 0.0), donate_argnums=1)
     compiled = step.lower(shapes, state, batch(0)).compile()

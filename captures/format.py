@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmoe.errors import UserError
-from jaxmoe.files import output_folder
+from jaxmoe.store.files import output_folder
 
 FORMAT, VERSION = "jaxmoe-capture", 1
 MANIFEST = "manifest.json"

@@ -19,11 +19,11 @@ from convert.hf2jax import hf2jax
 from convert.hub import local_folder
 from convert.jax2hf import jax2hf, parse_size
 from convert.report import as_text, inspect, size_text
-from jaxmoe.checkpoint import Block, read_adapter, write_adapter
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
+from jaxmoe.cli.progress import progress
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
-from jaxmoe.progress import progress
+from jaxmoe.store.converted import Block, read_adapter, write_adapter
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from convert.names import block_shapes
 from convert.safetensors_io import inside, read_header, write_file
-from jaxmoe.checkpoint import Block, cast, check_adapter, is_adapter, read_adapter
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig, expand_targets, read_json
 from jaxmoe.errors import UserError
-from jaxmoe.files import output_folder
+from jaxmoe.store.converted import Block, cast, check_adapter, is_adapter, read_adapter
+from jaxmoe.store.files import output_folder
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # how lora_B of the experts is packed: as PEFT does, or as Unsloth did before September 2026: (out, E, r)

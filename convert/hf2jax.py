@@ -13,12 +13,12 @@ import numpy as np
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
 from convert.nf4 import companions, find_quantization, read_matrix, settings_of
 from convert.safetensors_io import CODES, inside, open_folder
-from jaxmoe.checkpoint import Block, Checkpoint, Layout, cast, write_converted
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
+from jaxmoe.nf4.codec import NF4, put
+from jaxmoe.nf4.recode import Recoded, quantized
 from jaxmoe.parameters import NESTED_QUANT_MAP
-from jaxmoe.quantize import NF4, put
-from jaxmoe.recode import Recoded, quantized
+from jaxmoe.store.converted import Block, Checkpoint, Layout, cast, write_converted
 
 # what is not weights and belongs to a checkpoint; the first two groups are the two forms of a tokenizer
 _TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"))

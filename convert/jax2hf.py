@@ -16,13 +16,13 @@ from convert.hf2jax import companion_files, config_bytes
 from convert.names import Layout, block_shapes, blocks_of, rows
 from convert.nf4 import matrix_tensors
 from convert.safetensors_io import Planned, write_sharded
-from jaxmoe.checkpoint import Block, is_converted, read_converted
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.files import copy_file, output_folder
+from jaxmoe.nf4.codec import take
+from jaxmoe.nf4.recode import dequantized
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, stored_specs
-from jaxmoe.quantize import take
-from jaxmoe.recode import dequantized
+from jaxmoe.store.converted import Block, is_converted, read_converted
+from jaxmoe.store.files import copy_file, output_folder
 
 MAX_SHARD_SIZE = 5 * 10**9  # what transformers writes
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from jaxmoe.checkpoint import Layout
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.parameters import Quantization, layer_paths, stored_specs, top_level_paths
+from jaxmoe.store.converted import Layout
 
 _TOP = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
 _LAYER = {

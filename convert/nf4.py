@@ -19,8 +19,8 @@ from convert.names import Row
 from convert.safetensors_io import Tensor
 from jaxmoe.config import DTYPES, Qwen3MoeConfig
 from jaxmoe.errors import UserError
+from jaxmoe.nf4.codec import NF4, NF4_TABLE
 from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK, Quantization, nf4_candidates
-from jaxmoe.quantize import NF4, NF4_TABLE
 
 _STATE = ".quant_state.bitsandbytes__"
 _PLAIN = (".absmax", ".quant_map", f"{_STATE}nf4")

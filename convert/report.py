@@ -15,10 +15,10 @@ import numpy as np
 from convert.adapters import SETTINGS, WEIGHTS
 from convert.hf2jax import read_hf
 from convert.safetensors_io import Tensor, inside, open_folder, read_header
-from jaxmoe.checkpoint import is_adapter, is_converted, read_adapter, read_converted
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.memory import parameter_count
 from jaxmoe.parameters import Quantization
+from jaxmoe.store.converted import is_adapter, is_converted, read_adapter, read_converted
 
 Entry = tuple[str, tuple[int, ...], str, int]  # name, shape, dtype, bytes
 

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import filterfalse
 from typing import Any
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 
 # Other people's packages, and tables of data in the form of Python source.
 _SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "site-packages", "encodings", "pydoc_data"}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.errors import UserError
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 
 # Both compute in float32 and differ by the order of their sums, in logits of about 10.
 TOLERANCE = 1e-3

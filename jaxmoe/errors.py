@@ -4,5 +4,5 @@
 class UserError(ValueError):
     """Bad input or a bad option: one line that names the thing, what was expected and what was found.
 
-    `jaxmoe.cli.run` turns it into that line on stderr and exit code 2; every other exception is a bug.
+    `jaxmoe.cli.arguments.run` turns it into that line on stderr and exit code 2; every other exception is a bug.
     """

@@ -26,13 +26,13 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = DTYPE_BYTES | {"uint8": 1}
 FLOAT32 = 4
 ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
-# What the backward pass finds instead of computing it again, most first; `jaxmoe.model` names the results.
+# What the backward pass finds instead of computing it again, most first; `jaxmoe.model.decoder` names the results.
 Remat = Literal["fast", "balanced", "low-memory", "offload"]
 ROOM = 0.9  # of a device's memory: an estimate that is 10 % short still fits
-Attention = Literal["cudnn", "blocks"]  # of `jaxmoe.implementations.OPERATIONS`
+Attention = Literal["cudnn", "blocks"]  # of `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "tiled"]  # the grouped matmul's, there
-CUDNN_SEQUENCES = 4  # that one call takes of packed rows: jaxmoe.cudnn.MAX_RUNS
-MOSAIC_ROWS = 16  # that an expert's rows are padded to for its kernel, as in jaxmoe.dispatch
+CUDNN_SEQUENCES = 4  # that one call takes of packed rows: jaxmoe.ops.attention_cudnn.MAX_RUNS
+MOSAIC_ROWS = 16  # that an expert's rows are padded to for its kernel, as in jaxmoe.ops.experts
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def training_forecast(
 ) -> Forecast:
     """One step of AdamW on `batch_size` rows of `seq_length` tokens, each layer recomputed as `remat` says.
 
-    `attention` and `experts` are the implementations that the device takes (`jaxmoe.attention.implementation`,
-    `jaxmoe.dispatch.implementation`), `packed` whether some row may hold several documents.
+    `attention` and `experts` are the implementations that the device takes (`jaxmoe.ops.attention.implementation`,
+    `jaxmoe.ops.experts.implementation`), `packed` whether some row may hold several documents.
 
     With `lora` only the adapters have gradients and moments; with None all parameters do, and are computed in `dtype`
     from float32 masters. What is trained is float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
@@ -200,7 +200,7 @@ def padded_rows(routed_rows: int, num_experts: int, experts: Experts) -> int:
     """Upper bound on the rows that dispatch lays out: every expert's rows end on a whole tile.
 
     A tile of the loop holds at most 128 rows and at most half an expert's mean load (but no fewer than 8), as in
-    `jaxmoe.dispatch`.
+    `jaxmoe.ops.experts`.
     """
     tile = MOSAIC_ROWS if experts == "mosaic" else min(128, max(8, routed_rows // (2 * num_experts)))
     return routed_rows + min(num_experts, routed_rows) * tile
@@ -269,7 +269,7 @@ def attention_bytes(
 ) -> int:
     """Bytes that attention works in, beside its operands and its result.
 
-    `jaxmoe.attention` holds the logits and probabilities of a block of queries and what becomes of them, and the
+    `jaxmoe.ops.attention` holds the logits and probabilities of a block of queries and what becomes of them, and the
     gradient of each; cuDNN's backward pass the gradients in float32 of whole rows, for each of the sequences of a call.
     """
     heads = batch_size * config.num_attention_heads * seq_length
@@ -280,7 +280,7 @@ def attention_bytes(
 
 
 def query_block(seq_length: int) -> int:
-    """Queries of a block of attention: jaxmoe.attention.block_rows."""
+    """Queries of a block of attention: jaxmoe.ops.attention.block_rows."""
     return min(max(64, -(-seq_length // 8)), 1024)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import nbformat
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.errors import UserError
 
 FOLDER = pathlib.Path(__file__).resolve().parent

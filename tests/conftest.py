@@ -76,8 +76,9 @@ def quick_compilation() -> Iterator[None]:
     all of their tests' time is LLVM's. Both sides of every comparison are compiled alike."""
     import jax
 
-    from jaxmoe import generate
-    from jaxmoe.routing import capture, interventions
+    from jaxmoe.control import interventions
+    from jaxmoe.generate import engine as generate
+    from jaxmoe.routing import capture
     from tests.parity import COMPILER_OPTIONS
 
     programs = [

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe import implementations
 from jaxmoe.config import LoraConfig
-from jaxmoe.implementations import Device, forced
-from jaxmoe.model import forward, init_adapters, init_parameters
+from jaxmoe.model.decoder import forward, init_adapters, init_parameters
+from jaxmoe.ops import implementations
+from jaxmoe.ops.implementations import Device, forced
 from tests.configs import config_of
 
 INTERPRETED = jax.default_backend() != "gpu"

@@ -15,10 +15,10 @@ import convert.adapters
 from convert.adapters import load_adapter, merge, read_peft, write_peft
 from convert.hf2jax import read_hf
 from convert.safetensors_io import read_header, write_file
-from jaxmoe.checkpoint import read_adapter, write_adapter
 from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.parameters import lora_specs
+from jaxmoe.store.converted import read_adapter, write_adapter
 from tests.make_checkpoint import TINY, make_checkpoint
 from tests.tolerances import bound
 

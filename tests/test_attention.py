@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe import attention as blocked
-from jaxmoe.attention import causal_attention
-from jaxmoe.layers import attention, attention_mask
+from jaxmoe.ops import attention as blocked
+from jaxmoe.ops.attention import causal_attention
+from jaxmoe.ops.linear import attention, attention_mask
 from tests.tolerances import bound
 
 CASES = {

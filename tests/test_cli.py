@@ -12,7 +12,7 @@ from typing import Literal
 
 import pytest
 
-from jaxmoe import cli
+from jaxmoe.cli import arguments as cli
 from jaxmoe.errors import UserError
 from tests.conftest import ROOT
 
@@ -143,7 +143,7 @@ def test_a_bug_keeps_its_traceback(error: Exception) -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    program = "import sys; from jaxmoe.cli import run; run(lambda: print('x\\n' * 10**6))"
+    program = "import sys; from jaxmoe.cli.arguments import run; run(lambda: print('x\\n' * 10**6))"
     command = f'{sys.executable} -c "{program}" | head -1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (141, "x\n", "")

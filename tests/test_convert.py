@@ -24,9 +24,9 @@ from convert.hf2jax import hf2jax, read_hf
 from convert.hub import local_folder
 from convert.jax2hf import jax2hf, parse_size
 from convert.safetensors_io import Tensor, open_folder, read_header, write_file
-from jaxmoe.checkpoint import read_converted
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.errors import UserError
+from jaxmoe.store.converted import read_converted
 from tests.conftest import ROOT
 from tests.make_checkpoint import TINY, hf_shapes, make_checkpoint
 from tests.test_adapters import random_adapters

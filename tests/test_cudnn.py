@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe import cudnn
-from jaxmoe.layers import attention, attention_mask
+from jaxmoe.ops import attention_cudnn as cudnn
+from jaxmoe.ops.linear import attention, attention_mask
 from tests.tolerances import bound
 
 B, N, K, H = 2, 4, 2, 16

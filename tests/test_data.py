@@ -14,8 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe import data
-from jaxmoe.data import Batch, Record, Rows, cut, digest, hold_out, load_tokenizer, read_records, tokenize_record
+from jaxmoe.data import records as data
+from jaxmoe.data.records import (
+    Batch,
+    Record,
+    Rows,
+    cut,
+    digest,
+    hold_out,
+    load_tokenizer,
+    read_records,
+    tokenize_record,
+)
 from jaxmoe.errors import UserError
 from tests.make_checkpoint import write_tokenizer
 
@@ -495,4 +505,4 @@ def test_nothing_is_said_about_pytorch_where_there_is_none(tmp_path: pathlib.Pat
         return done.stdout + done.stderr
 
     assert "PyTorch" in said("from transformers import AutoTokenizer")
-    assert said("from jaxmoe.data import load_tokenizer; load_tokenizer(sys.argv[1])") == ""
+    assert said("from jaxmoe.data.records import load_tokenizer; load_tokenizer(sys.argv[1])") == ""

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from jax.extend.core import jaxprs_in_params
 
-from jaxmoe import dispatch
-from jaxmoe.dispatch import ExpertWeights, dense_experts, make_schedule, sorted_experts, tile_rows
-from jaxmoe.layers import Adapter
-from jaxmoe.router import Routing, expert_counts, load_balancing_loss, route
+from jaxmoe.ops import experts as dispatch
+from jaxmoe.ops.experts import ExpertWeights, dense_experts, make_schedule, sorted_experts, tile_rows
+from jaxmoe.ops.linear import Adapter
+from jaxmoe.ops.router import Routing, expert_counts, load_balancing_loss, route
 from tests.tolerances import bound
 
 # (M, D, F, E, k): one token; k = E; one expert; more experts than rows; several tiles an expert; odd sizes

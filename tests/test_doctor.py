@@ -15,16 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe import cudnn, dispatch, doctor, memory
-from jaxmoe.attention import block_rows
+from jaxmoe import memory
 from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig, expand_targets
-from jaxmoe.data import Batch
-from jaxmoe.dispatch import make_schedule, tile_rows
+from jaxmoe.data.records import Batch
+from jaxmoe.doctor import report as doctor
 from jaxmoe.errors import UserError
-from jaxmoe.model import init_adapters, init_parameters
+from jaxmoe.model.decoder import init_adapters, init_parameters
+from jaxmoe.ops import attention_cudnn as cudnn
+from jaxmoe.ops import experts as dispatch
+from jaxmoe.ops.attention import block_rows
+from jaxmoe.ops.experts import make_schedule, tile_rows
 from jaxmoe.parameters import lora_specs, parameter_specs
 from jaxmoe.presets import PRESETS
-from jaxmoe.step import Model, loss_and_gradients
+from jaxmoe.train.step import Model, loss_and_gradients
 
 SMALL = Qwen3MoeConfig(
     vocab_size=1000,

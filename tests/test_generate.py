@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.data import load_tokenizer
+from jaxmoe.data.records import load_tokenizer
 from jaxmoe.errors import UserError
-from jaxmoe.generate import Generator, Sampling, TextStream, generation_defaults, main, sample
+from jaxmoe.generate.engine import Generator, Sampling, TextStream, generation_defaults, main, sample
 from tests.conftest import ROOT
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "qwen3-moe-stdlib"

@@ -11,12 +11,12 @@ import pytest
 
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.config import LORA_GROUPS, LoraConfig, expand_targets
-from jaxmoe.data import Batch, load_tokenizer
-from jaxmoe.dispatch import ExpertWeights, sorted_experts
-from jaxmoe.generate import Generator
-from jaxmoe.model import init_adapters
-from jaxmoe.router import route
-from jaxmoe.step import Model, loss_and_gradients
+from jaxmoe.data.records import Batch, load_tokenizer
+from jaxmoe.generate.engine import Generator
+from jaxmoe.model.decoder import init_adapters
+from jaxmoe.ops.experts import ExpertWeights, sorted_experts
+from jaxmoe.ops.router import route
+from jaxmoe.train.step import Model, loss_and_gradients
 from tests import oracle
 from tests.conftest import ROOT
 from tests.parity import relative_error

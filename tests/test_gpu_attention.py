@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe import cudnn
-from jaxmoe.attention import causal_attention
-from jaxmoe.implementations import choose, forced
-from jaxmoe.layers import attention, attention_mask
+from jaxmoe.ops import attention_cudnn as cudnn
+from jaxmoe.ops.attention import causal_attention
+from jaxmoe.ops.implementations import choose, forced
+from jaxmoe.ops.linear import attention, attention_mask
 from tests.tolerances import bound
 
 pytestmark = pytest.mark.gpu

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe import implementations
 from jaxmoe.errors import UserError
-from jaxmoe.implementations import OPERATIONS, Device, choose, default_device, explain, forced
-from jaxmoe.model import slow_implementations
+from jaxmoe.model.decoder import slow_implementations
+from jaxmoe.ops import implementations
+from jaxmoe.ops.implementations import OPERATIONS, Device, choose, default_device, explain, forced
 from jaxmoe.presets import PRESETS
 
 CPU = Device("cpu", "cpu", None)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxmoe.dispatch import ExpertWeights, make_schedule, sorted_experts
-from jaxmoe.implementations import forced
-from jaxmoe.kernels import tiled
-from jaxmoe.layers import Adapter
-from jaxmoe.router import route
+from jaxmoe.ops.experts import ExpertWeights, make_schedule, sorted_experts
+from jaxmoe.ops.implementations import forced
+from jaxmoe.ops.kernels.grouped_matmul import xla as tiled
+from jaxmoe.ops.linear import Adapter
+from jaxmoe.ops.router import route
 from tests.parity import relative_error
 from tests.tolerances import bound
 
@@ -96,7 +96,7 @@ if on_gpu:
 
 def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **options: Any) -> float:
     """Relative error of the kernel over all placed rows; `shift` plants the fault of a wrong group."""
-    from jaxmoe.kernels import grouped_matmul as kernel
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
 
     M, E, k, empty, inner, out = CASES[name]
     rng = np.random.default_rng(hash((name, transposed)) % 2**32)
@@ -153,7 +153,7 @@ def test_a_wrong_group_is_seen_through_swiglu() -> None:
 )
 def test_any_tiles_give_the_same(name: str, tiles: tuple[int, tuple[int, ...], int]) -> None:
     """Columns, heights and stages only say how the work is cut."""
-    from jaxmoe.kernels.grouped_matmul import Tiles
+    from jaxmoe.ops.kernels.grouped_matmul.hopper import Tiles
 
     assert matmul_error(name, True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
 
@@ -162,7 +162,7 @@ def test_any_tiles_give_the_same(name: str, tiles: tuple[int, tuple[int, ...], i
 @pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", ["one expert", "two blocks", "odd widths"])
 def test_higher_blocks_give_the_same(name: str, transposed: bool) -> None:
-    from jaxmoe.kernels.grouped_matmul import LARGE, default_tiles
+    from jaxmoe.ops.kernels.grouped_matmul.hopper import LARGE, default_tiles
 
     assert matmul_error(name, transposed, True, tiles=default_tiles(CASES[name][-1], LARGE)) <= bound("kernel_bf16")
 
@@ -171,7 +171,7 @@ def test_higher_blocks_give_the_same(name: str, transposed: bool) -> None:
 @pytest.mark.parametrize("low_rank", [False, True], ids=["plain", "low rank"])
 def test_the_sum_of_several_products(low_rank: bool) -> None:
     """Pairs of different inner widths add up in the same accumulators, each indexed with the offset."""
-    from jaxmoe.kernels import grouped_matmul as kernel
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
 
     M, E, out, rng = 90, 3, 128, np.random.default_rng(3)
     schedule = scheduled(jnp.asarray(skewed(M, E, 2, 1)), E, kernel.TILE_ROWS, (kernel.SMALL,))
@@ -201,7 +201,7 @@ def test_a_wrong_group_is_seen() -> None:
 @needs_kernels
 @pytest.mark.parametrize(("A", "C", "columns"), OUTER_SIZES)
 def test_grouped_outer_equals_the_groups_products(A: int, C: int, columns: tuple[int, int] | None) -> None:
-    from jaxmoe.kernels import grouped_matmul as kernel
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
 
     a, c = columns or (A, C)
     M, E, k, rng = 90, 5, 2, np.random.default_rng(A + C)
@@ -255,7 +255,7 @@ def test_blocks_cover_every_routed_row_once(
     assert (owner[placed] == experts.reshape(-1)[schedule.source[placed]]).all()
 
 
-# What follows goes through `jaxmoe.dispatch` as training does.
+# What follows goes through `jaxmoe.ops.experts` as training does.
 
 
 def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: bool, fault: bool = False) -> Any:
@@ -309,7 +309,7 @@ def test_the_mixture_and_its_gradients(shape: tuple[int, ...], trainable: bool) 
 def test_same_input_same_output_fifty_times() -> None:
     shape = (512, 1024, 384, 32, 8)
     first = mixture("mosaic", jnp.bfloat16, shape, False)
-    from jaxmoe.kernels import grouped_matmul as kernel
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
 
     schedule = scheduled(jnp.asarray(skewed(2048, 32, 8, 3)), 32, kernel.TILE_ROWS, (kernel.SMALL,))
     rng = np.random.default_rng(0)

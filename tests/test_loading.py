@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from convert.hf2jax import hf2jax, read_hf
-from jaxmoe.checkpoint import Block, Checkpoint, Layout, read_converted
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.loading import load_stacks
+from jaxmoe.nf4.recode import quantized
 from jaxmoe.parameters import Quantization, layer_paths, parameter_specs, top_level_paths
-from jaxmoe.recode import quantized
+from jaxmoe.store.converted import Block, Checkpoint, Layout, read_converted
+from jaxmoe.store.loading import load_stacks
 from tests.configs import config_of
 from tests.make_checkpoint import make_checkpoint
 

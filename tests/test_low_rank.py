@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmoe.kernels
-from jaxmoe import dispatch, layers, projections
-from jaxmoe.dispatch import make_schedule
-from jaxmoe.layers import Adapter
+import jaxmoe.ops.kernels
+from jaxmoe.ops import experts as dispatch
+from jaxmoe.ops import linear as layers
+from jaxmoe.ops import projections
+from jaxmoe.ops.experts import make_schedule
+from jaxmoe.ops.linear import Adapter
 from tests.parity import relative_error
 from tests.tolerances import bound
 
@@ -83,8 +85,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles: Callable[..., Tiles] = lambda columns, rows=128, swiglu=False: Tiles((rows // 2, rows))
     products = {"grouped_matmul": by_blocks, "grouped_outer": outer_by_groups}
     module = SimpleNamespace(**products, Blocks=Blocks, default_tiles=tiles, **sizes)
-    monkeypatch.setitem(sys.modules, "jaxmoe.kernels.grouped_matmul", module)
-    monkeypatch.setattr(jaxmoe.kernels, "grouped_matmul", module, raising=False)
+    monkeypatch.setitem(sys.modules, "jaxmoe.ops.kernels.grouped_matmul.hopper", module)
+    monkeypatch.setattr(jaxmoe.ops.kernels, "grouped_matmul", module, raising=False)
 
 
 def draw(*shape: int) -> jax.Array:

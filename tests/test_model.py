@@ -14,13 +14,15 @@ from flax import nnx
 
 from convert.adapters import write_peft
 from convert.hf2jax import hf2jax
-from jaxmoe import LoraConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM, loss, model
-from jaxmoe.checkpoint import write_adapter
+from jaxmoe import LoraConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from jaxmoe.errors import UserError
-from jaxmoe.loss import cross_entropy
 from jaxmoe.memory import Remat
-from jaxmoe.model import forward, init_adapters, init_parameters
+from jaxmoe.model import decoder as model
+from jaxmoe.model.decoder import forward, init_adapters, init_parameters
 from jaxmoe.parameters import lora_specs, parameter_specs
+from jaxmoe.store.converted import write_adapter
+from jaxmoe.train import loss
+from jaxmoe.train.loss import cross_entropy
 from tests.make_checkpoint import TINY, make_checkpoint
 from tests.tolerances import bound
 

@@ -1,4 +1,4 @@
-"""The kernel of `jaxmoe.kernels.norm_rotary` against the layers it replaces, and the model with it against the model
+"""The kernel of `jaxmoe.ops.kernels.norm_rotary` against the layers it replaces, and the model with it against the model
 without; in Pallas' interpreter where there is no GPU."""
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe import model
-from jaxmoe.implementations import forced
-from jaxmoe.kernels import norm_rotary
-from jaxmoe.layers import apply_rotary, rms_norm
-from jaxmoe.model import init_parameters
+from jaxmoe.model import decoder as model
+from jaxmoe.model.decoder import init_parameters
+from jaxmoe.ops.implementations import forced
+from jaxmoe.ops.kernels import norm_rotary
+from jaxmoe.ops.linear import apply_rotary, rms_norm
 from tests.configs import config_of
 from tests.parity import relative_error
 from tests.parity.batches import Batch

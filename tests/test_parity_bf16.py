@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import jaxmoe.model
+import jaxmoe.model.decoder
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.model import Qwen3MoeForCausalLM
+from jaxmoe.model.decoder import Qwen3MoeForCausalLM
 from tests import oracle
 from tests.configs import CONFIGS, config_of, random_parameters
 from tests.parity import CHECKPOINT, Batch, ProductOutput, checkpoint_batch, make_batch, product, relative_error
@@ -109,7 +109,7 @@ def norm_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
         x = x.astype(weight.dtype)
         return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
-    patch.setattr(jaxmoe.model, "rms_norm", rms_norm)
+    patch.setattr(jaxmoe.model.decoder, "rms_norm", rms_norm)
 
 
 def stream_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
@@ -124,18 +124,18 @@ def stream_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
         return run
 
     for name in ("_attention_block", "_decoder_layer"):
-        patch.setattr(jaxmoe.model, name, rounded(getattr(jaxmoe.model, name)))
+        patch.setattr(jaxmoe.model.decoder, name, rounded(getattr(jaxmoe.model.decoder, name)))
 
 
 def coarse_linear_maps(patch: pytest.MonkeyPatch) -> None:
     """A quarter of bfloat16's precision in what each linear map returns."""
-    linear = jaxmoe.model.linear
+    linear = jaxmoe.model.decoder.linear
 
     def coarse(*arguments):
         y = linear(*arguments)
         return y.astype(jnp.float8_e4m3fn).astype(y.dtype)
 
-    patch.setattr(jaxmoe.model, "linear", coarse)
+    patch.setattr(jaxmoe.model.decoder, "linear", coarse)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmoe.generate
-import jaxmoe.model
+import jaxmoe.generate.engine
+import jaxmoe.model.decoder
 from jaxmoe.config import LoraConfig, expand_targets
-from jaxmoe.generate import Generator
-from jaxmoe.model import Qwen3MoeForCausalLM
+from jaxmoe.generate.engine import Generator
+from jaxmoe.model.decoder import Qwen3MoeForCausalLM
 from tests.configs import CONFIGS, config_of, random_adapters, random_parameters
 from tests.parity import Batch, product
 from tests.reference import Reference
@@ -99,28 +99,28 @@ def test_a_stop_token_ends_its_row_alone() -> None:
 
 def shift_positions(patch: pytest.MonkeyPatch) -> None:
     """Keys of the prompt as they are, keys of generated tokens one position late."""
-    forward = jaxmoe.generate.forward_cached
+    forward = jaxmoe.generate.engine.forward_cached
 
     def late(params, adapters, ids, start, length, cache, **options):
         late_start = start + 1 if ids.shape[1] == 1 else start
         return forward(params, adapters, ids, late_start, length, cache, **options)
 
-    patch.setattr(jaxmoe.generate, "forward_cached", late)
+    patch.setattr(jaxmoe.generate.engine, "forward_cached", late)
 
 
 def read_a_stale_cache(patch: pytest.MonkeyPatch) -> None:
-    forward = jaxmoe.generate.forward_cached
+    forward = jaxmoe.generate.engine.forward_cached
 
     def stale(params, adapters, ids, start, length, cache, **options):
         hidden, new, routing = forward(params, adapters, ids, start, length, cache, **options)
         return hidden, cache if ids.shape[1] == 1 else new, routing
 
-    patch.setattr(jaxmoe.generate, "forward_cached", stale)
+    patch.setattr(jaxmoe.generate.engine, "forward_cached", stale)
 
 
 def forget_the_window(patch: pytest.MonkeyPatch) -> None:
-    mask = jaxmoe.model.attention_mask
-    patch.setattr(jaxmoe.model, "attention_mask", lambda q, k, qs, ks, window: mask(q, k, qs, ks, None))
+    mask = jaxmoe.model.decoder.attention_mask
+    patch.setattr(jaxmoe.model.decoder, "attention_mask", lambda q, k, qs, ks, window: mask(q, k, qs, ks, None))
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def recompile() -> Iterator[Callable[[], None]]:
     """Drops the compiled prefill and decode functions when called, and again when the test has ended."""
 
     def drop() -> None:
-        for compiled in (jaxmoe.generate._prefill, jaxmoe.generate._decode):
+        for compiled in (jaxmoe.generate.engine._prefill, jaxmoe.generate.engine._decode):
             compiled.clear_cache()  # pyright: ignore[reportAttributeAccessIssue]
 
     yield drop

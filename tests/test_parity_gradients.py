@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmoe.dispatch
-import jaxmoe.model
-import jaxmoe.step
+import jaxmoe.model.decoder
+import jaxmoe.ops.experts
+import jaxmoe.train.step
 from jaxmoe.config import LoraConfig, expand_targets
-from jaxmoe.data import Batch as TrainingBatch
-from jaxmoe.model import Remat
+from jaxmoe.data.records import Batch as TrainingBatch
+from jaxmoe.model.decoder import Remat
 from jaxmoe.parameters import lora_specs, parameter_specs
 from tests.configs import CONFIGS, config_of, random_adapters, random_parameters
 from tests.parity import COMPILER_OPTIONS, Batch, make_batch, product, relative_error
@@ -71,12 +71,12 @@ def training_batch(batch: Batch) -> TrainingBatch:
 def run_product(name: str, lora: LoraConfig, remat: Remat) -> tuple[float, dict[str, np.ndarray]]:
     """(loss, gradients) of the training step's own function, compiled anew."""
     config = config_of(name)
-    model = jaxmoe.step.Model(config, lora, remat=remat)
+    model = jaxmoe.train.step.Model(config, lora, remat=remat)
 
     @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def run(frozen, trainable, batch):
-        loss, stats, gradients = jaxmoe.step.loss_and_gradients(model, frozen, trainable, batch, AUX_COEFFICIENT)
-        aux = jaxmoe.step.load_balancing_loss(*stats) if config.sparse_layers else 0.0
+        loss, stats, gradients = jaxmoe.train.step.loss_and_gradients(model, frozen, trainable, batch, AUX_COEFFICIENT)
+        aux = jaxmoe.train.step.load_balancing_loss(*stats) if config.sparse_layers else 0.0
         return loss + AUX_COEFFICIENT * aux, gradients
 
     arrays = random_parameters(config), random_adapters(config, lora)
@@ -130,14 +130,14 @@ def test_every_adapter_that_saw_tokens_has_a_gradient(name: str) -> None:
 
 
 def test_an_expert_without_tokens_has_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    route = jaxmoe.model.route
+    route = jaxmoe.model.decoder.route
 
     def starved(x, weight, **options):
         # One more input, always 1, that only the last two experts weigh, and heavily against themselves.
         bias = jnp.where(jnp.arange(weight.shape[0]) >= 6, -1e4, 0.0)[:, None]
         return route(jnp.concatenate([x, jnp.ones_like(x[:, :1])], 1), jnp.concatenate([weight, bias], 1), **options)
 
-    monkeypatch.setattr(jaxmoe.model, "route", starved)
+    monkeypatch.setattr(jaxmoe.model.decoder, "route", starved)
     lora = LoraConfig(r=3, alpha=5.0, targets=expand_targets(["experts"]))
     for path, size in sizes(run_product("plain", lora, "low-memory")[1]).items():
         assert (size[:, :6] > 0).all() and (size[:, 6:] == 0).all(), path
@@ -145,51 +145,51 @@ def test_an_expert_without_tokens_has_no_gradient(monkeypatch: pytest.MonkeyPatc
 
 def test_frozen_weights_have_neither_gradient_nor_optimizer_state() -> None:
     config, lora = config_of("plain"), lora_of("plain")
-    model = jaxmoe.step.Model(config, lora)
+    model = jaxmoe.train.step.Model(config, lora)
     specs = parameter_specs(config), lora_specs(config, lora)
     frozen, trainable = ({p: jax.ShapeDtypeStruct(s.shape, jnp.float32) for p, s in part.items()} for part in specs)
     gradients = jax.eval_shape(
-        lambda f, t, b: jaxmoe.step.loss_and_gradients(model, f, t, b, AUX_COEFFICIENT)[2],
+        lambda f, t, b: jaxmoe.train.step.loss_and_gradients(model, f, t, b, AUX_COEFFICIENT)[2],
         *(frozen, trainable, training_batch(make_batch(config, LAYOUT))),
     )
     assert {path: g.shape for path, g in gradients.items()} == {path: t.shape for path, t in trainable.items()}
-    rate = jaxmoe.step.learning_rate("constant", 1e-3, 0, 1)
+    rate = jaxmoe.train.step.learning_rate("constant", 1e-3, 0, 1)
     settings = {"max_grad_norm": 1.0, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8}
-    state = jax.eval_shape(jaxmoe.step.adamw(rate, model, **settings).init, trainable)
+    state = jax.eval_shape(jaxmoe.train.step.adamw(rate, model, **settings).init, trainable)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(trainable))
 
 
 def detach_router(patch: pytest.MonkeyPatch) -> None:
-    route = jaxmoe.model.route
-    patch.setattr(jaxmoe.model, "route", lambda *a, **k: jax.lax.stop_gradient(route(*a, **k)))
+    route = jaxmoe.model.decoder.route
+    patch.setattr(jaxmoe.model.decoder, "route", lambda *a, **k: jax.lax.stop_gradient(route(*a, **k)))
 
 
 def detach_expert_adapters(patch: pytest.MonkeyPatch) -> None:
-    experts = jaxmoe.model.sorted_experts
+    experts = jaxmoe.model.decoder.sorted_experts
 
     def detached(x, routing, weights, *adapters, **options):
         return experts(x, routing, weights, *jax.lax.stop_gradient(adapters), **options)
 
-    patch.setattr(jaxmoe.model, "sorted_experts", detached)
+    patch.setattr(jaxmoe.model.decoder, "sorted_experts", detached)
 
 
 def forget_the_weight_in_the_backward_pass(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(jaxmoe.dispatch, "row_weights", lambda weights, schedule: jnp.sign(schedule.source + 1.0)[:, None])
+    patch.setattr(jaxmoe.ops.experts, "row_weights", lambda weights, schedule: jnp.sign(schedule.source + 1.0)[:, None])
 
 
 def forget_the_balancing_loss(patch: pytest.MonkeyPatch) -> None:
-    balance = jaxmoe.step.load_balancing_loss
-    patch.setattr(jaxmoe.step, "load_balancing_loss", lambda *a: jax.lax.stop_gradient(balance(*a)))
+    balance = jaxmoe.train.step.load_balancing_loss
+    patch.setattr(jaxmoe.train.step, "load_balancing_loss", lambda *a: jax.lax.stop_gradient(balance(*a)))
 
 
 def reverse_the_experts_adapters(patch: pytest.MonkeyPatch) -> None:
-    experts = jaxmoe.model.sorted_experts
+    experts = jaxmoe.model.decoder.sorted_experts
 
     def reversed_experts(x, routing, weights, *adapters, **options):
         return experts(x, routing, weights, *(a._replace(lora_B=a.lora_B[::-1]) for a in adapters), **options)
 
-    patch.setattr(jaxmoe.model, "sorted_experts", reversed_experts)
+    patch.setattr(jaxmoe.model.decoder, "sorted_experts", reversed_experts)
 
 
 @pytest.mark.parametrize(

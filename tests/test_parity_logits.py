@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmoe.dispatch
-import jaxmoe.layers
-import jaxmoe.model
+import jaxmoe.model.decoder
+import jaxmoe.ops.experts
+import jaxmoe.ops.linear
 from jaxmoe.config import expand_targets
-from jaxmoe.model import Qwen3MoeForCausalLM
+from jaxmoe.model.decoder import Qwen3MoeForCausalLM
 from tests import oracle
 from tests.configs import CONFIGS, LoraConfig, config_of, random_adapters, random_parameters
 from tests.parity import CHECKPOINT, LAYOUTS, LONG, Batch, checkpoint_batch, make_batch, product, relative_error
@@ -152,36 +152,36 @@ def test_changing_one_document_leaves_the_others_untouched() -> None:
 
 
 def swap_gate_and_up(patch: pytest.MonkeyPatch) -> None:
-    swiglu = jaxmoe.dispatch.swiglu
-    patch.setattr(jaxmoe.dispatch, "swiglu", lambda gate, up: swiglu(up, gate))
+    swiglu = jaxmoe.ops.experts.swiglu
+    patch.setattr(jaxmoe.ops.experts, "swiglu", lambda gate, up: swiglu(up, gate))
 
 
 def swap_gate_and_up_of_dense_layers(patch: pytest.MonkeyPatch) -> None:
-    swiglu = jaxmoe.model.swiglu
-    patch.setattr(jaxmoe.model, "swiglu", lambda gate, up: swiglu(up, gate))
+    swiglu = jaxmoe.model.decoder.swiglu
+    patch.setattr(jaxmoe.model.decoder, "swiglu", lambda gate, up: swiglu(up, gate))
 
 
 def flip_renormalisation(patch: pytest.MonkeyPatch) -> None:
-    route = jaxmoe.model.route
+    route = jaxmoe.model.decoder.route
     patch.setattr(
-        jaxmoe.model, "route", lambda *a, norm_topk_prob, **k: route(*a, norm_topk_prob=not norm_topk_prob, **k)
+        jaxmoe.model.decoder, "route", lambda *a, norm_topk_prob, **k: route(*a, norm_topk_prob=not norm_topk_prob, **k)
     )
 
 
 def exchange_two_experts(patch: pytest.MonkeyPatch) -> None:
-    route = jaxmoe.model.route
+    route = jaxmoe.model.decoder.route
 
     def exchanged(*args: Any, **kwargs: Any) -> Any:
         routing = route(*args, **kwargs)
         experts = jnp.where(routing.experts < 2, 1 - routing.experts, routing.experts)
         return routing._replace(experts=experts)
 
-    patch.setattr(jaxmoe.model, "route", exchanged)
+    patch.setattr(jaxmoe.model.decoder, "route", exchanged)
 
 
 def _patch_frequencies(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
-    frequencies = jaxmoe.layers.rotary_frequencies
-    patch.setattr(jaxmoe.layers, "rotary_frequencies", lambda rope, head_dim: frequencies(change(rope), head_dim))
+    frequencies = jaxmoe.ops.linear.rotary_frequencies
+    patch.setattr(jaxmoe.ops.linear, "rotary_frequencies", lambda rope, head_dim: frequencies(change(rope), head_dim))
 
 
 def wrong_rotary_base(patch: pytest.MonkeyPatch) -> None:
@@ -197,29 +197,29 @@ def truncate_yarn(patch: pytest.MonkeyPatch) -> None:
 
 
 def rotate_neighbours(patch: pytest.MonkeyPatch) -> None:
-    apply_rotary = jaxmoe.model.apply_rotary
+    apply_rotary = jaxmoe.model.decoder.apply_rotary
 
     def interleaved(x: Any, cos: Any, sin: Any) -> Any:
         paired = jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
         return apply_rotary(paired, cos, sin)
 
-    patch.setattr(jaxmoe.model, "apply_rotary", interleaved)
+    patch.setattr(jaxmoe.model.decoder, "apply_rotary", interleaved)
 
 
 def omit_query_and_key_norm(patch: pytest.MonkeyPatch) -> None:
-    rms_norm = jaxmoe.model.rms_norm
+    rms_norm = jaxmoe.model.decoder.rms_norm
     # Only queries and keys are four-dimensional when they are normed.
-    patch.setattr(jaxmoe.model, "rms_norm", lambda x, w, eps: x if x.ndim == 4 else rms_norm(x, w, eps))
+    patch.setattr(jaxmoe.model.decoder, "rms_norm", lambda x, w, eps: x if x.ndim == 4 else rms_norm(x, w, eps))
 
 
 def omit_biases(patch: pytest.MonkeyPatch) -> None:
-    linear = jaxmoe.model.linear
-    patch.setattr(jaxmoe.model, "linear", lambda x, w, bias=None, adapter=None: linear(x, w, None, adapter))
+    linear = jaxmoe.model.decoder.linear
+    patch.setattr(jaxmoe.model.decoder, "linear", lambda x, w, bias=None, adapter=None: linear(x, w, None, adapter))
 
 
 def _patch_mask(patch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, ...]]) -> None:
-    mask = jaxmoe.attention.attention_mask
-    patch.setattr(jaxmoe.attention, "attention_mask", lambda *args: mask(*change(*args)))
+    mask = jaxmoe.ops.attention.attention_mask
+    patch.setattr(jaxmoe.ops.attention, "attention_mask", lambda *args: mask(*change(*args)))
 
 
 def widen_the_window(patch: pytest.MonkeyPatch) -> None:
@@ -235,12 +235,12 @@ def attend_to_padding(patch: pytest.MonkeyPatch) -> None:
 
 
 def untie_the_head(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(jaxmoe.model, "head_weight", lambda params, config: params["embed_tokens"][::-1])
+    patch.setattr(jaxmoe.model.decoder, "head_weight", lambda params, config: params["embed_tokens"][::-1])
 
 
 def count_padding(patch: pytest.MonkeyPatch) -> None:
-    counts = jaxmoe.model.expert_counts
-    patch.setattr(jaxmoe.model, "expert_counts", lambda e, valid, n: counts(e, jnp.ones_like(valid), n))
+    counts = jaxmoe.model.decoder.expert_counts
+    patch.setattr(jaxmoe.model.decoder, "expert_counts", lambda e, valid, n: counts(e, jnp.ones_like(valid), n))
 
 
 FAULTS = [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jaxmoe import progress
+from jaxmoe.cli import progress
 
 
 def test_a_line_every_few_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,19 +18,21 @@ from convert.__main__ import main
 from convert.adapters import write_peft
 from convert.hf2jax import hf2jax, read_hf
 from convert.safetensors_io import open_folder, write_file
-from jaxmoe import Qwen3MoeForCausalLM, dequantize, quantize
-from jaxmoe.checkpoint import Checkpoint, read_converted
+from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.config import LORA_GROUPS, LoraConfig
-from jaxmoe.dequantize import NF4Stack
 from jaxmoe.errors import UserError
-from jaxmoe.generate import Generator
+from jaxmoe.generate.engine import Generator
 from jaxmoe.memory import training_forecast
-from jaxmoe.model import forward
+from jaxmoe.model.decoder import forward
+from jaxmoe.nf4 import codec as quantize
+from jaxmoe.nf4 import stack as dequantize
+from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode, put
+from jaxmoe.nf4.recode import dequantized, quantized
+from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.parameters import NESTED_QUANT_MAP, matrix_shape, nf4_candidates, parameter_specs
-from jaxmoe.quantize import NF4, decode, dynamic_map, encode, put
-from jaxmoe.recode import dequantized, quantized
-from jaxmoe.step import Model, loss_and_gradients
-from jaxmoe.train import TrainConfig, train
+from jaxmoe.store.converted import Checkpoint, read_converted
+from jaxmoe.train.loop import TrainConfig, train
+from jaxmoe.train.step import Model, loss_and_gradients
 from tests.configs import random_adapters
 from tests.make_checkpoint import TINY, make_checkpoint
 from tests.parity import COMPILER_OPTIONS, make_batch, relative_error

@@ -12,7 +12,7 @@ import pytest
 
 from captures import Capture, CaptureWriter, Chunk, LabelledText, Model, Text
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.data import load_tokenizer, read_records
+from jaxmoe.data.records import load_tokenizer, read_records
 from jaxmoe.errors import UserError
 from jaxmoe.routing.capture import capture, pack_in_order
 from jaxmoe.routing.text import ROLES, label, labelled_text, read_text

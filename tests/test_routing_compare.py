@@ -16,9 +16,9 @@ import pytest
 
 from captures import Capture, CaptureWriter, LabelledText, Model, Text
 from jaxmoe.errors import UserError
+from jaxmoe.figures.figure import pack
 from jaxmoe.routing import metrics
 from jaxmoe.routing.compare import compare, compare_domains
-from jaxmoe.routing.figures import pack
 from jaxmoe.routing.report import write_report
 from jaxmoe.routing.summary import summarise
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.router import RoutingControl
+from jaxmoe.ops.router import RoutingControl
 from tests.configs import config_of, random_parameters, random_tokens
 
 

@@ -13,17 +13,17 @@ import pytest
 from captures import Capture, Chunk, LabelledText, Text, tokenizer_digest
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.config import LoraConfig
-from jaxmoe.data import Rows, cut, read_records
+from jaxmoe.control.interventions import Intervention, effects, write_effects
+from jaxmoe.control.replay import Replay
+from jaxmoe.data.records import Rows, cut, read_records
 from jaxmoe.errors import UserError
-from jaxmoe.generate import Generator
-from jaxmoe.model import init_adapters
-from jaxmoe.router import RoutingControl
+from jaxmoe.generate.engine import Generator
+from jaxmoe.model.decoder import init_adapters
+from jaxmoe.ops.router import RoutingControl
 from jaxmoe.routing.capture import capture
 from jaxmoe.routing.generation import capture_generation
-from jaxmoe.routing.interventions import Intervention, effects, write_effects
-from jaxmoe.routing.replay import Replay
 from jaxmoe.routing.text import read_text
-from jaxmoe.step import Model, loss_and_gradients
+from jaxmoe.train.step import Model, loss_and_gradients
 from tests.configs import config_of, random_parameters, random_tokens
 from tests.parity import COMPILER_OPTIONS
 

@@ -65,7 +65,7 @@ def test_load_balancing_loss_is_k_when_routing_is_even_and_by_hand():
 def test_load_balancing_loss_is_that_of_the_router():
     import jax.numpy as jnp
 
-    from jaxmoe.router import load_balancing_loss
+    from jaxmoe.ops.router import load_balancing_loss
 
     load, sums = RNG.integers(1, 50, (3, 8)), RNG.random((3, 8)) * 20
     model = load_balancing_loss(jnp.asarray(load), jnp.asarray(sums, jnp.float32), jnp.asarray(90))

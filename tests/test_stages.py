@@ -11,10 +11,10 @@ import pytest
 from benchmarks import limits, stages
 from benchmarks.grouped_matmul import Side, seconds_in_turn
 from jaxmoe.config import LoraConfig, expand_targets
-from jaxmoe.data import Batch
-from jaxmoe.model import init_adapters, init_parameters
+from jaxmoe.data.records import Batch
+from jaxmoe.model.decoder import init_adapters, init_parameters
 from jaxmoe.presets import PRESETS
-from jaxmoe.step import Model, adamw, initial_state, learning_rate, make_train_step
+from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 from tests.configs import config_of
 
 HLO = """

@@ -1,4 +1,4 @@
-"""The kernel of `jaxmoe.kernels.swiglu_gradient` against the layers it replaces, and the unrolled model with it against
+"""The kernel of `jaxmoe.ops.kernels.swiglu_gradient` against the layers it replaces, and the unrolled model with it against
 the scan without; in Pallas' interpreter where there is no GPU."""
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxmoe import dispatch
 from jaxmoe.errors import UserError
-from jaxmoe.kernels import swiglu_gradient
-from jaxmoe.layers import swiglu
+from jaxmoe.ops import experts as dispatch
+from jaxmoe.ops.kernels import swiglu_gradient
+from jaxmoe.ops.linear import swiglu
 from tests.parity import relative_error
 from tests.row_kernels import INTERPRETED, draw, made_up_gpu, step
 from tests.tolerances import bound

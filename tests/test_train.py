@@ -20,16 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmoe.train as trainer
-from jaxmoe import cli, model
-from jaxmoe.checkpoint import TrainCheckpoints
+import jaxmoe.train.loop as trainer
+from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
-from jaxmoe.data import Batch, Rows
+from jaxmoe.data.records import Batch, Rows
 from jaxmoe.errors import UserError
-from jaxmoe.metrics import MetricsLog, Progress, expert_load
-from jaxmoe.model import Qwen3MoeForCausalLM, init_adapters, init_parameters
-from jaxmoe.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
-from jaxmoe.train import TrainConfig, _Signals, main, train
+from jaxmoe.model import decoder as model
+from jaxmoe.model.decoder import Qwen3MoeForCausalLM, init_adapters, init_parameters
+from jaxmoe.store.converted import TrainCheckpoints
+from jaxmoe.train.loop import TrainConfig, _Signals, main, train
+from jaxmoe.train.metrics import MetricsLog, Progress, expert_load
+from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
 from tests.conftest import ROOT
 from tests.make_checkpoint import TINY, make_checkpoint
 from tests.tolerances import bound

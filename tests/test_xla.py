@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from jaxmoe import xla
+from jaxmoe.cli import xla
 from tests.conftest import ROOT
 
 VARIABLES = ("XLA_FLAGS", "JAXMOE_XLA_FLAGS", "JAXMOE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
@@ -42,7 +42,7 @@ def test_where_the_cache_lies(monkeypatch):
 
 CODE = """
 import os
-from jaxmoe import xla
+from jaxmoe.cli import xla
 xla.GPU_FLAGS.clear()
 xla.GPU_FLAGS["xla_gpu_autotune_level"] = "0", "a flag that every XLA knows"
 xla.configure()

@@ -11,7 +11,7 @@ from typing import Any
 
 from captures import Capture, tokenizer_digest
 from captures.format import DEFAULT_TOP
-from jaxmoe.cli import ArgumentParser, program_name, run
+from jaxmoe.cli.arguments import ArgumentParser, program_name, run
 from jaxmoe.errors import UserError
 
 
@@ -56,7 +56,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
-    from jaxmoe.routing.interventions import add_arguments
+    from jaxmoe.control.interventions import add_arguments
 
     _model_arguments(parser)
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
@@ -93,9 +93,9 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, labelled text)."""
-    from jaxmoe.data import load_tokenizer
-    from jaxmoe.model import Qwen3MoeForCausalLM
-    from jaxmoe.progress import reading_weights
+    from jaxmoe.cli.progress import reading_weights
+    from jaxmoe.data.records import load_tokenizer
+    from jaxmoe.model.decoder import Qwen3MoeForCausalLM
     from jaxmoe.routing.text import read_text
 
     for name in ("seq_length", "batch_size", "max_tokens"):
@@ -121,8 +121,8 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _capture(arguments: argparse.Namespace) -> None:
+    from jaxmoe.control.interventions import intervention
     from jaxmoe.routing.capture import capture
-    from jaxmoe.routing.interventions import intervention
 
     model, labels = _loaded(arguments)
     changes = intervention(arguments, model.config)
@@ -182,7 +182,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _effects(arguments: argparse.Namespace) -> None:
-    from jaxmoe.routing.interventions import effects, write_effects
+    from jaxmoe.control.interventions import effects, write_effects
 
     model, labels = _loaded(arguments)
     layers = _numbers("layers", arguments.layers, model.config.sparse_layers)
@@ -206,7 +206,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     tokenizer = None
     if arguments.tokenizer is not None:
-        from jaxmoe.data import load_tokenizer
+        from jaxmoe.data.records import load_tokenizer
 
         tokenizer = load_tokenizer(arguments.tokenizer)
     captures = [Capture.open(folder) for folder in arguments.captures]

@@ -22,9 +22,9 @@ from captures import Capture, CaptureWriter, LabelledText, Model
 from captures.format import DEFAULT_TOP
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.layers import PRECISION
-from jaxmoe.model import Qwen3MoeForCausalLM, forward, head_weight
-from jaxmoe.router import RoutingControl
+from jaxmoe.model.decoder import Qwen3MoeForCausalLM, forward, head_weight
+from jaxmoe.ops.linear import PRECISION
+from jaxmoe.ops.router import RoutingControl
 
 
 class PackedRows(NamedTuple):
@@ -88,7 +88,7 @@ def token_predictions(
 ) -> tuple[Int[Array, " M"], Float[Array, " M"]]:
     """(most probable next token, -log softmax(hidden head^T)[label] in nats, NaN where the label is negative).
 
-    Holds the logits of `chunk` tokens at a time; the float32 numbers are those of `jaxmoe.loss.cross_entropy`.
+    Holds the logits of `chunk` tokens at a time; the float32 numbers are those of `jaxmoe.train.loss.cross_entropy`.
     """
     tokens = hidden.shape[0]
     chunk = min(chunk, tokens)

@@ -12,8 +12,8 @@ from jaxtyping import Int32
 
 from captures import Capture, CaptureWriter, LabelledText, Text
 from jaxmoe.errors import UserError
-from jaxmoe.generate import GREEDY, Generator, Sampling
-from jaxmoe.router import CapturedRouting, RoutingControl
+from jaxmoe.generate.engine import GREEDY, Generator, Sampling
+from jaxmoe.ops.router import CapturedRouting, RoutingControl
 from jaxmoe.routing.capture import model_of, versions
 from jaxmoe.routing.text import ROLES
 

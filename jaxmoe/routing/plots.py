@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from captures import Capture
+from jaxmoe.figures.figure import Bars, Figure, Heatmap, Lines, Passage, Series, Table, names_of
 from jaxmoe.routing import metrics
 from jaxmoe.routing.compare import Comparison, DomainDrift
-from jaxmoe.routing.figures import Bars, Figure, Heatmap, Lines, Passage, Series, Table, names_of
 from jaxmoe.routing.summary import Summary
 
 _PASSAGE = 300  # tokens shown of each domain

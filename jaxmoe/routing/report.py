@@ -12,11 +12,11 @@ from typing import Any
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.errors import UserError
-from jaxmoe.files import output_folder
+from jaxmoe.figures.figure import Figure, save_png
 from jaxmoe.routing import plots
 from jaxmoe.routing.compare import check_comparable, compare, compare_domains
-from jaxmoe.routing.figures import Figure, save_png
 from jaxmoe.routing.summary import summarise
+from jaxmoe.store.files import output_folder
 
 
 def write_report(
@@ -75,7 +75,7 @@ def decoder(capture: Capture, tokenizer: Any) -> plots.Decode:
 
 def page(captures: Sequence[Capture], figures: Sequence[Figure]) -> str:
     """The page: style, script and numbers in one file."""
-    part = lambda name: files("jaxmoe.routing").joinpath("page", name).read_text(encoding="utf-8")
+    part = lambda name: files("jaxmoe.figures").joinpath("page", name).read_text(encoding="utf-8")
     # Inside a script element, only "</" could end it.
     numbers = json.dumps([figure.page() for figure in figures], allow_nan=False).replace("</", "<\\/")
     names = [capture.name for capture in captures]

@@ -1,6 +1,6 @@
 """Text and record files -> the labelled stream of tokens that a capture runs on.
 
-A `.jsonl` file holds the records that training takes (`jaxmoe.data`), each optionally with a "domain"; any other file
+A `.jsonl` file holds the records that training takes (`jaxmoe.data.records`), each optionally with a "domain"; any other file
 is one text. The domain of what names none is its file's name without the ending. Tokens are exactly those that
 training sees, so that a captured routing can be replayed there.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from captures import LabelledText, Text, tokenizer_digest
-from jaxmoe.data import Record, assistant_spans, read_lines, tokenize_record
+from jaxmoe.data.records import Record, assistant_spans, read_lines, tokenize_record
 from jaxmoe.errors import UserError
 
 # text; parts of a prompt/completion record; who speaks in a chat, and what the chat template adds; a model's own output
@@ -50,7 +50,7 @@ def read_documents(paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_si
 
 
 def label(raw: Any, tokenizer: Any, domain: str) -> Document:
-    """One record's tokens, as `jaxmoe.data.tokenize_record` makes them, and each one's role."""
+    """One record's tokens, as `jaxmoe.data.records.tokenize_record` makes them, and each one's role."""
     record = tokenize_record(raw, tokenizer)
     if "messages" in raw:
         names = _chat_roles(raw["messages"], raw.get("tools"), tokenizer, record)

@@ -66,8 +66,9 @@ def losses(tree: pathlib.Path = ROOT) -> dict[str, list[float]]:
 def record(tree: pathlib.Path) -> dict[str, Any]:
     """Every recorded array by name."""
     sys.path.insert(0, str(tree))
-    from jaxmoe import Qwen3MoeForCausalLM
     from safetensors.numpy import load_file
+
+    from jaxmoe import Qwen3MoeForCausalLM
 
     arrays: dict[str, Any] = {}
     ids = np.random.default_rng(0).integers(0, 2000, (2, 96))

@@ -10,7 +10,7 @@ import pathlib
 import shlex
 import sys
 
-from jaxmoe.cli import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from tests.parity import cases, engine

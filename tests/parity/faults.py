@@ -16,12 +16,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-import jaxmoe.attention
 import jaxmoe.config
-import jaxmoe.dequantize
-import jaxmoe.dispatch
-import jaxmoe.layers
-import jaxmoe.model
+import jaxmoe.model.decoder
+import jaxmoe.nf4.stack
+import jaxmoe.ops.attention
+import jaxmoe.ops.experts
+import jaxmoe.ops.linear
 
 Fault = Callable[[], AbstractContextManager[None]]
 
@@ -59,11 +59,11 @@ def _rotary_base_off(frequencies: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_query_and_key_norm() -> Iterator[None]:
-    norm = jaxmoe.model.rms_norm
+    norm = jaxmoe.model.decoder.rms_norm
     # Only queries and keys are four-dimensional when they are normed. The kernel that rotates as well must not run.
     without = lambda x, weight, eps: x if x.ndim == 4 else norm(x, weight, eps)
     refused = lambda x: "has no norm to leave out"
-    with mock.patch.multiple(jaxmoe.model, rms_norm=without, norm_rotary_obstacle=refused):
+    with mock.patch.multiple(jaxmoe.model.decoder, rms_norm=without, norm_rotary_obstacle=refused):
         yield
 
 
@@ -82,15 +82,15 @@ def _documents_joined(mask: Any) -> Any:
 
 
 FAULTS: dict[str, Fault] = {
-    "gate and up swapped": _replaced(jaxmoe.dispatch, "swiglu", lambda swiglu: lambda gate, up: swiglu(up, gate)),
-    "no renormalisation": _replaced(jaxmoe.model, "route", _without_renormalisation),
-    "rotary base 10 % off": _replaced(jaxmoe.layers, "rotary_frequencies", _rotary_base_off),
+    "gate and up swapped": _replaced(jaxmoe.ops.experts, "swiglu", lambda swiglu: lambda gate, up: swiglu(up, gate)),
+    "no renormalisation": _replaced(jaxmoe.model.decoder, "route", _without_renormalisation),
+    "rotary base 10 % off": _replaced(jaxmoe.ops.linear, "rotary_frequencies", _rotary_base_off),
     "q and k norm missing": _without_query_and_key_norm,
-    "experts permuted": _replaced(jaxmoe.model, "sorted_experts", _two_experts_exchanged),
-    "softmax after top-k": _replaced(jaxmoe.model, "route", _softmax_after_top_k),
+    "experts permuted": _replaced(jaxmoe.model.decoder, "sorted_experts", _two_experts_exchanged),
+    "softmax after top-k": _replaced(jaxmoe.model.decoder, "route", _softmax_after_top_k),
     "adapter scaled by 1 over r": _replaced(
         jaxmoe.config.LoraConfig, "scale", lambda scale: lambda self, target: scale(self, target) / self.alpha
     ),
-    "NF4 nibbles swapped": _replaced(jaxmoe.dequantize, "_PAIRS", lambda pairs: pairs[:, ::-1]),
-    "documents joined": _replaced(jaxmoe.attention, "attention_mask", _documents_joined),
+    "NF4 nibbles swapped": _replaced(jaxmoe.nf4.stack, "_PAIRS", lambda pairs: pairs[:, ::-1]),
+    "documents joined": _replaced(jaxmoe.ops.attention, "attention_mask", _documents_joined),
 }

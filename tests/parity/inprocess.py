@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe import model
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.model import decoder as model
 from tests import oracle
 from tests.parity.batches import Batch
 

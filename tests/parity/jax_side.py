@@ -18,11 +18,11 @@ import numpy as np
 import optax
 from jax.experimental import io_callback
 
-import jaxmoe.model
-import jaxmoe.step
+import jaxmoe.model.decoder
+import jaxmoe.train.step
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.data import Batch as TrainingBatch
-from jaxmoe.router import RoutingControl
+from jaxmoe.data.records import Batch as TrainingBatch
+from jaxmoe.ops.router import RoutingControl
 from tests import oracle
 from tests.parity.batches import Batch
 from tests.parity.environment import write_environment
@@ -38,7 +38,7 @@ SIDE = "jaxmoe"
 def recorded_routing() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Collects experts and weights [M, k] that each sparse layer is given, in layer order, from inside the scan."""
     records: list[tuple[np.ndarray, np.ndarray]] = []
-    route = jaxmoe.model.route
+    route = jaxmoe.model.decoder.route
 
     def recording(*args: Any, **kwargs: Any) -> Any:
         routing = route(*args, **kwargs)
@@ -46,7 +46,7 @@ def recorded_routing() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
         io_callback(record, None, routing.experts, routing.weights, ordered=True)
         return routing
 
-    with mock.patch.object(jaxmoe.model, "route", recording):
+    with mock.patch.object(jaxmoe.model.decoder, "route", recording):
         yield records
 
 
@@ -97,18 +97,20 @@ def _check_pinned(counts: np.ndarray, pinned: np.ndarray, valid: np.ndarray) -> 
 def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarray | None) -> dict[str, np.ndarray]:
     """Loss, gradients, and the adapter after one step: the product's own training step with AdamW."""
     assert model.lora_config is not None
-    spec = jaxmoe.step.Model(model.config, model.lora_config, case.dtype)
+    spec = jaxmoe.train.step.Model(model.config, model.lora_config, case.dtype)
     rate = optax.constant_schedule(case.learning_rate)
-    adamw = jaxmoe.step.adamw(rate, spec, max_grad_norm=0.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
+    adamw = jaxmoe.train.step.adamw(
+        rate, spec, max_grad_norm=0.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8
+    )
     optimizer = optax.chain(keep_gradients(), adamw)
     labels = batch.labels
     arrays = (batch.input_ids, np.maximum(labels, 0), (labels >= 0).astype(np.float32))
     fields = dict(zip(("input_ids", "labels", "weights"), arrays, strict=True))
     experts = None if pinned is None else np.moveaxis(pinned, 0, -2)
     micro = TrainingBatch(**fields, position_ids=batch.position_ids, segment_ids=batch.segment_ids, experts=experts)
-    stepped = jaxmoe.step.make_train_step(spec, optimizer, rate, case.aux_coefficient)
+    stepped = jaxmoe.train.step.make_train_step(spec, optimizer, rate, case.aux_coefficient)
     run = jax.jit(stepped, compiler_options=compiler_options(model))
-    state = jaxmoe.step.initial_state(model.adapters, optimizer)
+    state = jaxmoe.train.step.initial_state(model.adapters, optimizer)
     state, metrics = run(model.params, state, jax.tree.map(lambda a: jnp.asarray(a)[None], micro))
     if pinned is not None:
         _check_pinned(np.asarray(metrics.expert_counts), pinned, batch.segment_ids > 0)

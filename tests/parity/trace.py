@@ -144,7 +144,7 @@ def jax_trace(model: Any, batch: Any) -> dict[str, np.ndarray]:
     import jax.numpy as jnp
     from jax.experimental import io_callback
 
-    import jaxmoe.model as product
+    import jaxmoe.model.decoder as product
 
     records: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}

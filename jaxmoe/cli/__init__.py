@@ -1,0 +1,1 @@
+"""What every command shares: flags, one-line errors, progress, and what is set for XLA."""

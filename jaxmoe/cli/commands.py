@@ -1,0 +1,43 @@
+"""Entry points of the console scripts: `jaxmoe-train`, `-generate`, `-convert`, `-doctor` and `-routing`.
+
+They do what `python -m jaxmoe.train`, `python -m convert` and so on do, also in a folder that hides a module's name.
+"""
+
+from __future__ import annotations
+
+from jaxmoe.cli.arguments import run
+
+
+def train() -> None:
+    """`jaxmoe-train`: see `jaxmoe.train.loop`."""
+    from jaxmoe.train.loop import main
+
+    run(main)
+
+
+def generate() -> None:
+    """`jaxmoe-generate`: see `jaxmoe.generate.engine`."""
+    from jaxmoe.generate.engine import main
+
+    run(main)
+
+
+def convert() -> None:
+    """`jaxmoe-convert`: see `convert`."""
+    from convert.__main__ import main
+
+    run(main)
+
+
+def doctor() -> None:
+    """`jaxmoe-doctor`: see `jaxmoe.doctor.report`."""
+    from jaxmoe.doctor.report import main
+
+    run(main)
+
+
+def routing() -> None:
+    """`jaxmoe-routing`: see `jaxmoe.routing`."""
+    from jaxmoe.routing.__main__ import main
+
+    run(main)

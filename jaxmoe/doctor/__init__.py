@@ -1,0 +1,1 @@
+"""What this machine has, what runs where, what fits: `python -m jaxmoe.doctor --help`."""

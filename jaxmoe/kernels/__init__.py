@@ -1,1 +1,0 @@
-"""GPU kernels, each with a pure-JAX twin of the same signature in `jaxmoe.dispatch`."""

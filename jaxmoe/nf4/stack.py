@@ -1,0 +1,115 @@
+"""NF4 on the device: a stack of quantised weights that is decoded where it is indexed, and only there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.nf4.codec import NF4_TABLE
+from jaxmoe.ops.linear import PRECISION, contract
+from jaxmoe.parameters import NESTED_QUANT_MAP, NF4_BLOCK, NF4_NESTED_BLOCK
+
+# the two values that a byte stands for, [256, 2]; XLA compiles it five times faster than code that takes a byte apart
+_PAIRS = NF4_TABLE[np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NF4Stack:
+    """Frozen weights [groups, out, in] in NF4; `stack[group]` gives them in `dtype`, decoded anew each time.
+
+    A group is a layer, or an expert of a layer, and holds the codes of one matrix or of several that lie one below the
+    other. The fields are those of `jaxmoe.nf4.codec.NF4`, codes uint8 [groups, matrices, bytes] and so on, and the table
+    float32 [256]; `shape` and `dtype` are those of the weights.
+    """
+
+    # JAX puts placeholders here while it takes trees apart, so no annotation of arrays would hold.
+    codes: Any
+    absmax: Any
+    nested_absmax: Any
+    nested_offset: Any
+    nested_quant_map: Any
+    shape: tuple[int, ...] = field(metadata={"static": True})
+    dtype: Any = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, params: Mapping[str, Array], path: str, shape: tuple[int, ...], dtype: Any) -> NF4Stack:
+        """The weight `path` of a flat dictionary; `shape` [groups, out, in] may join its leading axes."""
+
+        def joined(name: str, trailing: int) -> Array | None:
+            array = params.get(f"{path}.{name}")
+            return None if array is None else array.reshape(shape[0], *array.shape[array.ndim - trailing :])
+
+        codes, absmax = joined("codes", 2), joined("absmax", 2)
+        assert codes is not None and absmax is not None
+        nested = joined("nested_absmax", 2), joined("nested_offset", 1), params.get(NESTED_QUANT_MAP)
+        return cls(codes, absmax, *nested, shape=shape, dtype=jnp.dtype(dtype))
+
+    def __getitem__(self, group: Any) -> Array:
+        """The weights [..., out, in] of one group (a scalar) or several (an array), which must be in bounds."""
+
+        def at(array: Array) -> Array:
+            return array.at[group].get(mode="promise_in_bounds")
+
+        with jax.named_scope("nf4_decode"):
+            absmax = at(self.absmax)
+            if self.nested_absmax is not None:
+                absmax = _decode_absmax(absmax, at(self.nested_absmax), at(self.nested_offset), self.nested_quant_map)
+            codes = at(self.codes)
+            *_, out, inner = self.shape
+            elements = out * inner // codes.shape[-2]
+            weights = _decode(codes, absmax, elements, self.dtype)
+            return weights.reshape(*weights.shape[:-2], out, inner)
+
+
+@jax.custom_vjp
+def frozen_product(
+    x: Float[Array, "*batch inner"], stack: NF4Stack, group: Int[Array, ""]
+) -> Float[Array, "*batch out"]:
+    """Forms x W^T in float32 with W = stack[group], which has no gradient.
+
+    The backward pass decodes W anew: what it keeps is the stack, whatever the recomputation policy.
+    """
+    return contract(x, stack[group])
+
+
+def _frozen_product_forward(x: Array, stack: NF4Stack, group: Array) -> tuple[Array, tuple[NF4Stack, Array]]:
+    return frozen_product(x, stack, group), (stack, group)
+
+
+def _frozen_product_backward(residuals: tuple[NF4Stack, Array], d_y: Array) -> tuple[Array, None, None]:
+    stack, group = residuals
+    d_x = jnp.einsum("...o,oi->...i", d_y, stack[group], precision=PRECISION, preferred_element_type=jnp.float32)
+    return d_x.astype(stack.dtype), None, None
+
+
+frozen_product.defvjp(_frozen_product_forward, _frozen_product_backward)
+
+
+def _decode(codes: Array, absmax: Array, elements: int, dtype: Any) -> Array:
+    """Table value times absmax in float32, rounded once: `jaxmoe.nf4.codec.decode`, by the same steps."""
+    values = _look_up(_PAIRS, codes).reshape(*codes.shape[:-1], -1)
+    blocks = absmax.shape[-1]
+    short = blocks * NF4_BLOCK - values.shape[-1]
+    if short > 0:  # the last block is short
+        values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, short)])
+    scaled = values.reshape(*absmax.shape, NF4_BLOCK) * absmax[..., None]
+    return scaled.astype(dtype).reshape(*codes.shape[:-1], -1)[..., :elements]
+
+
+def _decode_absmax(absmax: Array, nested_absmax: Array, offset: Array, table: Array) -> Array:
+    outer = jnp.repeat(nested_absmax, NF4_NESTED_BLOCK, axis=-1)[..., : absmax.shape[-1]]
+    # The bound changes no finite number. It stands between product and sum so that no compiler makes one multiply-add
+    # of them, whose last bit would differ; an optimization barrier is gone by the time that LLVM looks.
+    product = jnp.minimum(_look_up(table, absmax) * outer, jnp.finfo(jnp.float32).max)
+    return product + offset[..., None]
+
+
+def _look_up(table: Any, indices: Array) -> Array:
+    return jnp.asarray(table).at[indices].get(mode="promise_in_bounds")

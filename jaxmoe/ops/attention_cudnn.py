@@ -1,0 +1,286 @@
+"""Causal attention by cuDNN's flash attention, packed rows included: forward, backward, and what it cannot take.
+
+cuDNN knows no segment ids, but a packed layout: the offset and the length of each sequence in a row. Segments here are
+contiguous, so a row is a list of runs of equal ids. Runs of padding (segment 0) are sequences as well: all tokens are
+then covered, nothing is left unwritten, and no token of another segment sees them.
+
+The layout takes a fixed number of sequences a row (`MAX_RUNS`), and its log-sum-exp has that many rows of length T for
+each row of the batch, most of it unused. So runs are taken `MAX_RUNS` at a time, in a loop as long as the batch needs,
+and the log-sum-exp is gathered into [B, N, T]. Rows that are one run, the usual case of long contexts, take cuDNN's
+plain causal attention.
+
+`jax.nn.dot_product_attention` does not expose the offsets; the functions used here are private to JAX
+(jax/_src/cudnn/fused_attention_stablehlo.py), and neither JAX nor cuDNN promises much about the packed layout. So
+packed rows are taken only where a small case, run once in a process, gives the oracle's values and gradients
+(`packed_error`).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.ops.linear import attention, attention_mask
+
+fused: Any = fused_attention_stablehlo  # untyped
+
+# The backward pass has a workspace in float32 for each sequence of a call, as long as the row: 4.0 GiB at 2 x 4096
+# with 16 of them, held by every step, for the compiler cannot know that its rows will be single runs.
+MAX_RUNS = 4
+OUT, LOG_SUM = "attention_out", "attention_log_sum"  # for recomputation policies: what the backward pass needs saved
+
+_LAYOUT = fused.AttentionLayout.BTNH.value
+_SEED, _DROPOUT, _BIAS = 42, 0.0, (False, False)  # constants of the private functions' signatures
+# Before this version JAX scaled the offsets of the keys by the number of query heads.
+_GROUPED_PACKING = jax.__version_info__ >= (0, 11, 2)
+
+
+def obstacle(query: Any, key: Any, segments: Array | None = None) -> str | None:
+    """Why cuDNN cannot take these operands, or None; on a GPU, runs a small case the first time with `segments`."""
+    if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
+        return f"takes 16-bit floats, found {query.dtype}"
+    if query.shape[-1] > 128 or query.shape[-1] % 8:
+        return f"takes heads of up to 128 in steps of 8, found {query.shape[-1]}"
+    try:
+        fused.check_cudnn_version()
+    except RuntimeError:
+        return "needs cuDNN, found none"
+    if segments is None or jax.default_backend() == "cpu":
+        return None
+    return _packed_obstacle(query.shape[2] // key.shape[2], query.shape[3], query.dtype.name)
+
+
+_CHECK_BOUND = 2e-2  # relative L2; rounding to bfloat16 gives 4e-3, a sequence in the wrong place more than 1
+
+
+@cache
+def _packed_obstacle(groups: int, head_dim: int, dtype: str) -> str | None:
+    # In a thread of its own, for this is called while something else is being traced here.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            error = pool.submit(packed_error, groups, head_dim, dtype).result()
+        except Exception as failure:  # whatever JAX, XLA or cuDNN raises, packed rows are not for it
+            return f"cannot run packed rows here: {(str(failure).splitlines() or [type(failure).__name__])[0][:200]}"
+    if error <= _CHECK_BOUND:
+        return None
+    return f"gives packed rows here that are {error:.1e} from the oracle, expected at most {_CHECK_BOUND:.0e}"
+
+
+def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
+    """The largest relative L2 error of output and gradients on packed rows, against masked attention in float32.
+
+    One row has more runs than one call takes, the other two documents between padding.
+    """
+    T, K = 4 * MAX_RUNS, 2
+    index = jnp.broadcast_to(jnp.arange(T), (2, T))
+    segments = jnp.stack([index[0] // 3 + 1, jnp.where((index[0] < 5) | (index[0] > T - 9), 0, index[0] // 40 + 1)])
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, key, value, cotangent = (
+        jax.random.normal(k, (2, T, heads, head_dim), dtype)
+        for k, heads in zip(keys, (K * groups, K, K, K * groups), strict=True)
+    )
+    valid = (segments > 0)[..., None, None]
+
+    def masked(query: Array, key: Array, value: Array) -> Array:
+        return attention(query, key, value, attention_mask(index, index, segments, segments, None))
+
+    def packed(query: Array, key: Array, value: Array) -> Array:
+        return causal_attention(query, key, value, segments, None)
+
+    def run(function: Any, *operands: Array) -> tuple[Array, ...]:
+        out, pull = jax.vjp(lambda *args: jnp.where(valid, function(*args), 0), *operands[:3])
+        return out, *pull(operands[3])
+
+    found = jax.jit(partial(run, packed))(query, key, value, cotangent)
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(partial(run, masked))(*(a.astype(jnp.float32) for a in (query, key, value, cotangent)))
+    errors = [jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()) for a, b in zip(found, exact, strict=True)]
+    worst = jnp.max(jnp.stack(errors))
+    return float(jnp.where(jnp.isnan(worst), jnp.inf, worst))
+
+
+class _Group(NamedTuple):
+    """`MAX_RUNS` runs of each row, as cuDNN takes them, and which tokens they cover."""
+
+    lengths: Int[Array, "B runs"]  # -1 where a row has fewer runs
+    offsets: Int[Array, "B runs+1"]
+    covered: Array  # [B, T]
+    sequence: Int[Array, "B T"]  # which of cuDNN's sequences a covered token belongs to
+    place: Int[Array, "B T"]  # its place in there
+
+
+def _run_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Which run of equal ids each token belongs to, counted from 0 in each row."""
+    changes = segments[:, 1:] != segments[:, :-1]
+    return jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+
+
+def _group(run: Int[Array, "B T"], number: Array | int, size: int) -> _Group:
+    """The runs number * size, ..., of each row."""
+    rank = number * size + jnp.arange(size + 1)
+    starts = jnp.sum(run[:, :, None] < rank, axis=1, dtype=jnp.int32)
+    lengths = starts[:, 1:] - starts[:, :-1]
+    exists = lengths > 0
+    # JAX moves the sequences that exist to the front, those of all rows together.
+    count = jnp.sum(exists, axis=1)
+    first = jnp.cumsum(count) - count
+    local = run - number * size
+    covered = (local >= 0) & (local < size)
+    local = jnp.clip(local, 0, size - 1)
+    place = jnp.arange(run.shape[1]) - jnp.take_along_axis(starts, local, axis=1)
+    none = jnp.full((run.shape[0], 1), -1, jnp.int32)
+    return _Group(
+        jnp.where(exists, lengths, -1),
+        jnp.concatenate([jnp.where(exists, starts[:, :-1], -1), none], axis=1),
+        covered,
+        jnp.where(covered, first[:, None] + local, 0),
+        jnp.where(covered, place, 0),
+    )
+
+
+def _operands(query: Array, key: Array, value: Array, group: _Group | None) -> tuple[Array, ...]:
+    """The operands of a call: no bias, lengths and offsets where the rows are packed, no page table."""
+    unused = jnp.zeros(0, query.dtype)
+    if group is None:
+        return query, key, value, unused, unused, unused, unused, unused, unused, unused
+    both = group.lengths, group.lengths, group.offsets, group.offsets
+    return query, key, value, unused, *both, unused, unused
+
+
+def _static(query: Array, window: int | None) -> tuple[Any, ...]:
+    scale = query.shape[-1] ** -0.5
+    version = fused.check_cudnn_version()
+    return scale, _SEED, _DROPOUT, _BIAS, fused.MaskType.CAUSAL, _LAYOUT, window, version, True
+
+
+def _forward(query: Array, key: Array, value: Array, group: _Group | None, window: int | None) -> tuple[Array, Array]:
+    """(output, log-sum-exp) as cuDNN gives them: of a group only what it covers, the log-sum-exp by sequence."""
+    out, log_sum = fused._dot_product_attention(*_operands(query, key, value, group), *_static(query, window))
+    return out, log_sum
+
+
+def _backward(
+    query: Array,
+    key: Array,
+    value: Array,
+    group: _Group | None,
+    window: int | None,
+    log_sum: Array,
+    out: Array,
+    d_out: Array,
+) -> tuple[Array, Array, Array]:
+    residuals = (*_operands(query, key, value, group), log_sum, out)
+    d_query, d_key, d_value, *_ = fused._dot_product_attention_bwd_rule(
+        *_static(query, window), residuals, (d_out, log_sum)
+    )
+    return d_query, d_key, d_value
+
+
+def _max_runs(length: int) -> int:
+    return max(2, min(MAX_RUNS, length))  # JAX takes one run for the plain layout
+
+
+def _by_head(key: Array, query: Array) -> Array:
+    """Keys or values as the packed layout takes them: repeated for each query head where JAX knows no groups there."""
+    return key if _GROUPED_PACKING else jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+
+
+def _of_group(d_key: Array, key: Array) -> Array:
+    """The gradient of what `_by_head` was given."""
+    if d_key.shape == key.shape:
+        return d_key
+    B, T, K, H = key.shape
+    return jnp.sum(d_key.reshape(B, T, K, -1, H), axis=3, dtype=jnp.float32).astype(key.dtype)
+
+
+def _where_covered(group: _Group, new: Array, old: Array) -> Array:
+    return jnp.where(group.covered[:, :, None, None], new, old)
+
+
+def _over_groups(run: Array, step: Any, start: Any) -> Any:
+    """Folds `step(group, carry)` over as many groups as the row with the most runs needs."""
+    size = _max_runs(run.shape[1])
+    groups = jnp.max(run[:, -1]) // size + 1
+    return jax.lax.fori_loop(0, groups, lambda number, carry: step(_group(run, number, size), carry), start)
+
+
+def _packed_forward(query: Array, key: Array, value: Array, run: Array, window: int | None) -> tuple[Array, Array]:
+    key, value = _by_head(key, query), _by_head(value, query)
+
+    def step(group: _Group, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, by_sequence = _forward(query, key, value, group, window)
+        log_sum = by_sequence[group.sequence, :, group.place]  # [B, T, N]
+        log_sum = jnp.where(group.covered[:, None], log_sum.swapaxes(1, 2), carry[1])
+        return _where_covered(group, out, carry[0]), log_sum
+
+    B, T, N, _ = query.shape
+    return _over_groups(run, step, (jnp.zeros_like(query), jnp.zeros((B, N, T), jnp.float32)))
+
+
+def _packed_backward(
+    query: Array, key: Array, value: Array, run: Array, window: int | None, log_sum: Array, out: Array, d_out: Array
+) -> tuple[Array, Array, Array]:
+    B, T, N, _ = query.shape
+    size = _max_runs(T)
+    keys, values = _by_head(key, query), _by_head(value, query)
+
+    def step(group: _Group, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        # The inverse of the gather above; a token that is not covered is written nowhere.
+        sequence = jnp.where(group.covered, group.sequence, B * size)
+        by_sequence = jnp.zeros((B * size, N, T), jnp.float32)
+        by_sequence = by_sequence.at[sequence, :, group.place].set(
+            log_sum.swapaxes(1, 2), mode="drop", unique_indices=False
+        )
+        gradients = _backward(query, keys, values, group, window, by_sequence, out, d_out)
+        gradients = gradients[0], _of_group(gradients[1], key), _of_group(gradients[2], value)
+        d_query, d_key, d_value = (_where_covered(group, *pair) for pair in zip(gradients, carry, strict=True))
+        return d_query, d_key, d_value
+
+    return _over_groups(run, step, (jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)))
+
+
+def causal_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """As `jaxmoe.ops.attention.causal_attention`; a token of segment 0 attends to those of its own run of padding."""
+    run = None if segments is None else _run_index(segments)
+    return _attend(query, key, value, run, window)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(query: Array, key: Array, value: Array, run: Array | None, window: int | None) -> Array:
+    return _attend_forward(query, key, value, run, window)[0]
+
+
+def _attend_forward(query: Array, key: Array, value: Array, run: Array | None, window: int | None):
+    plain = partial(_forward, query, key, value, None, window)
+    if run is None:
+        out, log_sum = plain()
+    else:
+        packed = partial(_packed_forward, query, key, value, run, window)
+        out, log_sum = jax.lax.cond(jnp.max(run) == 0, plain, packed)
+    out, log_sum = checkpoint_name(out, OUT), checkpoint_name(log_sum, LOG_SUM)
+    return out, (query, key, value, run, out, log_sum)
+
+
+def _attend_backward(window: int | None, residuals: tuple[Any, ...], d_out: Array):
+    query, key, value, run, out, log_sum = residuals
+    plain = partial(_backward, query, key, value, None, window, log_sum, out, d_out)
+    if run is None:
+        return *plain(), None
+    packed = partial(_packed_backward, query, key, value, run, window, log_sum, out, d_out)
+    return *jax.lax.cond(jnp.max(run) == 0, plain, packed), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -1,0 +1,1 @@
+"""GPU kernels, each beside a pure-JAX twin of the same signature."""

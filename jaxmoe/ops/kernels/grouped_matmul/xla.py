@@ -1,0 +1,105 @@
+"""The grouped matmuls in pure JAX: a loop over tiles of rows, each of one expert. The twin of `kernels.grouped_matmul`.
+
+Runs anywhere and in any dtype; on a GPU it is the slow path that the kernel is compared with. `jax.lax.ragged_dot` is
+no alternative: it builds [rows, E, ...] temporaries on CPU and GPU alike.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.ops.linear import PRECISION
+
+
+def grouped_matmul(
+    x: Float[Array, "P inner"],
+    weight: Float[Array, "groups a b"] | NF4Stack,
+    tile_group: Int[Array, " tiles"],
+    tiles_used: Int[Array, ""],
+    offset: Any = 0,
+    *,
+    transposed: bool,
+    low: Float[Array, "P rank"] | None = None,
+    low_weight: Float[Array, "low_groups c d"] | None = None,
+) -> Float[Array, "P out"]:
+    """Each tile of rows times weight[offset + its group], summed in float32, rounded once; unused tiles give zeros.
+
+    `weight` is [groups, out, inner] and contracted over `inner` if `transposed`, else [groups, inner, out]. A low-rank
+    term low @ low_weight[group], laid out alike, is added before rounding. An expert in NF4 is decoded when one of its
+    tiles is multiplied.
+    """
+    tiles = tile_group.shape[0]
+    tile = x.shape[0] // tiles
+    _, a, b = weight.shape
+    width = a if transposed else b
+    product = "cti,coi->cto" if transposed else "cti,cio->cto"
+    c = _tiles_per_step(tiles, tile, weight.shape)
+    x, tile_group = _whole_steps(x, tile_group, c)
+    if low is not None:
+        low, _ = _whole_steps(low, tile_group[:tiles], c)
+
+    def step(i: Array, y: Array) -> Array:
+        rows, group = (jax.lax.dynamic_slice_in_dim(array, i * c, c) for array in (x, tile_group))
+        out = _product(product, rows, weight[offset + group])
+        if low is not None:
+            assert low_weight is not None
+            out += _product(product, jax.lax.dynamic_slice_in_dim(low, i * c, c), low_weight[group])
+        return jax.lax.dynamic_update_slice_in_dim(y, out.astype(y.dtype), i * c, 0)
+
+    y = jax.lax.fori_loop(0, -(-tiles_used // c), step, jnp.zeros((x.shape[0], tile, width), x.dtype))
+    return y[:tiles].reshape(tiles * tile, width)
+
+
+def grouped_outer(
+    left: Float[Array, "P A"],
+    right: Float[Array, "P C"],
+    tile_group: Int[Array, " tiles"],
+    tiles_used: Int[Array, ""],
+    groups: int,
+) -> Float[Array, "groups A C"]:
+    """For each group the sum over its rows of left[row]^T right[row], in float32 and in a fixed order.
+
+    Padding rows of tiles in use must be zero in `left` or `right`.
+    """
+    tiles = tile_group.shape[0]
+    shape = (groups, left.shape[1], right.shape[1])
+    c = _tiles_per_step(tiles, left.shape[0] // tiles, shape)
+    left, padded_group = _whole_steps(left, tile_group, c)
+    right, _ = _whole_steps(right, tile_group, c)
+
+    def step(i: Array, total: Array) -> Array:
+        a, b, owner = (jax.lax.dynamic_slice_in_dim(array, i * c, c) for array in (left, right, padded_group))
+        part = _product("cta,ctb->cab", a, b)
+        if c == 1:
+            return total.at[owner[0]].add(part[0])
+        # A product with the one-hot owner instead of a scatter-add, whose order on a GPU is not fixed.
+        used = (i * c + jnp.arange(c) < tiles_used)[:, None]
+        return total + _product("cg,cab->gab", jax.nn.one_hot(owner, groups) * used, part)
+
+    return jax.lax.fori_loop(0, -(-tiles_used // c), step, jnp.zeros(shape, jnp.float32))
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, precision=PRECISION, preferred_element_type=jnp.float32)
+
+
+def _tiles_per_step(tiles: int, tile: int, shape: tuple[int, ...]) -> int:
+    """Tiles multiplied at once by the loop: as many as keep their gathered weights below the size of the rows.
+
+    One on a CPU, where a tile's matmul already fills the cores and a batched one runs slower.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
+    _, a, b = shape
+    return max(1, min(tiles, tiles * tile * max(a, b) // (a * b)))
+
+
+def _whole_steps(rows: Array, tile_group: Array, c: int) -> tuple[Array, Array]:
+    """Rows as [tiles, tile, width] and the tiles' groups, both lengthened to a multiple of c tiles."""
+    tiles = tile_group.shape[0]
+    extra = -tiles % c
+    rows = jnp.pad(rows.reshape(tiles, -1, rows.shape[-1]), ((0, extra), (0, 0), (0, 0)))
+    return rows, jnp.pad(tile_group, (0, extra), mode="edge")

@@ -1,0 +1,140 @@
+"""Which experts each token goes to, and how uneven the load is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from jaxmoe.ops.linear import PRECISION, Adapter, contract
+
+ROUTING = "routing"  # what a recomputation policy may keep: logits, experts and weights; the rest follows from them
+
+
+class Routing(NamedTuple):
+    """The router's output for M tokens: logits and probabilities over E experts, the k chosen and their weights."""
+
+    logits: Float[Array, "M E"]
+    probabilities: Float[Array, "M E"]
+    experts: Int[Array, "M k"]
+    weights: Float[Array, "M k"]
+
+
+class RoutingControl(NamedTuple):
+    """What a caller imposes on the routing; every field may be None.
+
+    `experts` replays a recorded choice, -1 in a token's first slot leaves that token free; `logit_bias` is added to the
+    router logits before the softmax; `selection` is 1 for an expert that is among the k of every token, -1 for one that
+    nobody gets, and leaves the probabilities as they are. The weights are always the model's own probabilities of the
+    experts that are used. For all MoE layers fields are [Ls, B, T, k] and [Ls, E]; for one, [M, k] and [E].
+    """
+
+    experts: Int[Array, "Ls B T k"] | Int[Array, "M k"] | None = None
+    logit_bias: Float[Array, "Ls E"] | Float[Array, " E"] | None = None
+    selection: Int[Array, "Ls E"] | Int[Array, " E"] | None = None
+
+    def layer(self, slot: Array | int) -> RoutingControl:
+        """The control of MoE layer `slot`, its experts as [M, k]."""
+        pick = lambda a: None if a is None else jax.lax.dynamic_index_in_dim(a, slot, keepdims=False)
+        experts = pick(self.experts)
+        return RoutingControl(
+            None if experts is None else experts.reshape(-1, experts.shape[-1]),
+            pick(self.logit_bias),
+            pick(self.selection),
+        )
+
+
+class CapturedRouting(NamedTuple):
+    """What a capture keeps of a layer's routing (`captures.format` says how it is stored): the experts that were used,
+    the t most probable ones with their logits, the log-sum-exp of all E logits, and the entropy (nats) of the router's
+    distribution. Expert indices are uint8 where they fit: they leave the device in every step."""
+
+    experts: Integer[Array, "*tokens k"]
+    top_experts: Integer[Array, "*tokens t"]
+    top_logits: Float[Array, "*tokens t"]
+    log_sum_exp: Float[Array, "*tokens"]
+    entropy: Float[Array, "*tokens"]
+
+
+def route(
+    x: Float[Array, "M D"],
+    weight: Float[Array, "E D"],
+    *,
+    num_experts_per_tok: int,
+    norm_topk_prob: bool,
+    adapter: Adapter | None = None,
+    control: RoutingControl | None = None,
+) -> Routing:
+    """Softmax over all experts, then the k most probable, renormalised to sum 1 if `norm_topk_prob`; all float32.
+
+    Ties go to the lowest index. transformers' `Qwen3MoeTopKRouter` rounds the logits to the model's dtype first; here
+    they stay float32, so that in bfloat16 fewer tokens are routed by a rounding error. A LoRA on the router is added to
+    the weight before the product, as PEFT does for a parameter. `control` is that of one layer.
+    """
+    if adapter is not None:
+        delta = jnp.einsum("er,rd->ed", adapter.lora_B, adapter.lora_A, precision=PRECISION)
+        weight = weight.astype(jnp.float32) + adapter.scale * delta
+    logits: Array = contract(x.astype(weight.dtype), weight)
+    if control is not None and control.logit_bias is not None:
+        logits = logits + control.logit_bias
+    logits = checkpoint_name(logits, ROUTING)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    scores = jax.lax.stop_gradient(probabilities)
+    if control is not None and control.selection is not None:
+        # Probabilities are within 0 and 1: what is forced comes first, what is removed last.
+        scores = scores + 2.0 * control.selection
+    experts: Array = jax.lax.top_k(scores, num_experts_per_tok)[1]
+    if control is not None and control.experts is not None:
+        experts = jnp.where(control.experts[:, :1] < 0, experts, control.experts)
+    # The weights are read at the experts that are kept, so that the backward pass does not sort again.
+    experts = checkpoint_name(experts, ROUTING)
+    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+    if norm_topk_prob:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return Routing(logits, probabilities, experts, checkpoint_name(weights, ROUTING))
+
+
+def captured_routing(routing: Routing, top: int) -> CapturedRouting:
+    """Reduces M tokens' routing to what a capture keeps, with the `top` largest logits.
+
+    The order is that of the probabilities, as the choice itself: where two logits give one probability, the lower
+    expert comes first.
+    """
+    small = jnp.uint8 if routing.logits.shape[-1] <= 256 else jnp.uint16
+    order = jax.lax.top_k(routing.probabilities, top)[1]
+    log_sum_exp = jax.nn.logsumexp(routing.logits, axis=-1)
+    # A removed expert has the logit -inf and no part in the sum.
+    finite = jnp.where(routing.probabilities > 0, routing.logits, 0)
+    return CapturedRouting(
+        routing.experts.astype(small),
+        order.astype(small),
+        jnp.take_along_axis(routing.logits, order, axis=-1),
+        log_sum_exp,
+        log_sum_exp - jnp.sum(routing.probabilities * finite, axis=-1),
+    )
+
+
+def expert_counts(experts: Int[Array, "M k"], valid: Bool[Array, " M"], num_experts: int) -> Int[Array, " E"]:
+    """How many routed rows of valid tokens each expert receives."""
+    # Compare and sum, which fuse into one pass; a histogram's atomic adds would queue up for E addresses on a GPU.
+    hits = (experts[:, :, None] == jnp.arange(num_experts)) & valid[:, None, None]
+    return jnp.sum(hits, axis=(0, 1), dtype=jnp.int32)
+
+
+def load_balancing_loss(
+    counts: Int[Array, "Ls E"] | Float[Array, "Ls E"],
+    probability_sums: Float[Array, "Ls E"],
+    tokens: Int[Array, ""] | Float[Array, ""],
+) -> Float[Array, ""]:
+    """E * sum_e (count_e / n) (sum p_e / n), pooled over the MoE layers, n = tokens * Ls; balanced routing gives k.
+
+    `counts` are routed rows per expert, `probability_sums` the router probabilities summed over tokens. Source: Fedus
+    et al. 2021, equations 4 to 6, in the form of transformers' `load_balancing_loss_func`.
+    """
+    layers, experts = probability_sums.shape
+    n = jnp.maximum(tokens, 1).astype(jnp.float32) * layers
+    fraction = counts.sum(0).astype(jnp.float32) / n
+    return experts * jnp.sum(fraction * probability_sums.sum(0) / n)

@@ -1,0 +1,72 @@
+"""From a checkpoint's layers to stacks on the device: several layers are read at once, each is sent as it is ready.
+
+Reading a layer is copying (its experts lie in hundreds of tensors), decompressing and comparing checksums: work for
+several cores, in NumPy and C code that holds no lock. Sending is one thread's work. The host holds `READERS` + 1 layers
+at most, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.parameters import layer_paths, stored_specs
+from jaxmoe.store.converted import Block, Checkpoint
+
+READERS = 4
+OnLayer = Callable[[int, int], None]  # layers on the device, layers in all
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill(stack: Array, value: Array, slot: Int[Array, ""] | int) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, value, slot, 0)
+
+
+def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array that `load_stacks` gives."""
+    return {
+        path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or source.dtypes[path])
+        for path, spec in stored_specs(config, source.quantization).items()
+    }
+
+
+def load_stacks(
+    config: Qwen3MoeConfig, source: Checkpoint, readers: int = READERS, on_layer: OnLayer = lambda *_: None
+) -> dict[str, Array]:
+    """The checkpoint's arrays on the default device, those of the layers stacked: path -> array.
+
+    `on_layer` is called behind each layer.
+
+    Raises:
+        UserError: what `source.block` raises; layers that are being read then are finished, no other is begun.
+    """
+    shapes = stack_shapes(config, source).items()
+    params = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}
+    # Before the layers: NF4's table lies here, and a checkpoint that is recoded on the way takes it from here.
+    params |= {path: jnp.asarray(value) for path, value in source.block(None).arrays.items()}
+    pool = ThreadPoolExecutor(readers, thread_name_prefix="read-layer")
+    try:
+        todo = iter(range(config.num_hidden_layers))
+        reading: deque[Future[Block]] = deque(pool.submit(source.block, layer) for layer in islice(todo, readers))
+        while reading:
+            block = reading.popleft().result()
+            assert block.layer is not None
+            slots = layer_paths(config, block.layer, source.quantization)
+            for path, slot in slots:
+                params[path] = _fill(params[path], block.arrays[path], slot)
+            # Until then the transfers read the host's arrays; without the wait more and more of those would pile up.
+            jax.block_until_ready([params[path] for path, _ in slots])
+            on_layer(block.layer + 1, config.num_hidden_layers)
+            del block
+            reading.extend(pool.submit(source.block, layer) for layer in islice(todo, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return params

@@ -1,0 +1,79 @@
+"""What was trained, written so that transformers and PEFT load it: an adapter, a model, or a merged model."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.data.records import load_tokenizer
+from jaxmoe.parameters import layer_paths, top_level_paths
+from jaxmoe.store.converted import Block, cast, is_converted, read_converted
+
+
+def export_adapter(
+    output: pathlib.Path, config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]
+) -> None:
+    """Writes `adapter_model.safetensors` and `adapter_config.json`, PEFT's own form, into the folder `output`."""
+    from convert.adapters import write_peft
+
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as draft:
+        folder = pathlib.Path(draft) / "adapter"
+        write_peft(folder, config, lora, adapters)
+        for file in folder.iterdir():
+            file.replace(output / file.name)
+
+
+def export_model(
+    target: pathlib.Path, tokenizer: pathlib.Path, config: Qwen3MoeConfig, params: Mapping[str, np.ndarray]
+) -> None:
+    """Writes all parameters in HF form, cast once to the config's dtype (float32 without one), with the tokenizer's
+    files of the folder `tokenizer`; an earlier `target` is replaced."""
+    from convert.hf2jax import companion_files
+    from convert.jax2hf import write_hf
+
+    stored = config.replace(dtype=config.dtype or "float32")
+    dtype = np.dtype(stored.dtype)
+    raw = stored.to_hf() | {"eos_token_id": load_tokenizer(tokenizer).eos_token_id}
+    files = {**companion_files(tokenizer), "config.json": (json.dumps(raw, indent=2) + "\n").encode()}
+
+    def blocks() -> Iterator[Block]:
+        yield Block(None, {path: cast(path, params[path], dtype) for path in top_level_paths(config)})
+        for layer in range(config.num_hidden_layers):
+            slots = layer_paths(config, layer)
+            yield Block(layer, {path: cast(path, params[path][slot], dtype) for path, slot in slots})
+
+    shutil.rmtree(target, ignore_errors=True)
+    write_hf(target, config, dict.fromkeys(params, dtype), blocks(), files)
+
+
+def export_merged(
+    target: pathlib.Path,
+    model: pathlib.Path,
+    config: Qwen3MoeConfig,
+    lora: LoraConfig,
+    adapters: Mapping[str, np.ndarray],
+) -> None:
+    """Writes the model in the folder `model` with the adapter merged, in HF form and the source's dtypes, one layer at
+    a time; an earlier `target` is replaced."""
+    from convert.adapters import merge
+    from convert.hf2jax import companion_files, read_hf
+    from convert.jax2hf import write_hf
+
+    source = read_converted(model) if is_converted(model) else read_hf(model)
+    files = {**companion_files(model), "config.json": model / "config.json"}
+    shutil.rmtree(target, ignore_errors=True)
+    write_hf(
+        target,
+        config,
+        source.dtypes,
+        (merge(config, block, lora, adapters) for block in source.blocks()),
+        files,
+        layout=source.layout,
+        stored_tied_head=source.stored_tied_head,
+    )
