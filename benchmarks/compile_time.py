@@ -44,7 +44,7 @@ def compile_seconds(kind: str, depth: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from jaxmoe.data.records import Batch
+    from jaxmoe.data.packing import Batch
     from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 

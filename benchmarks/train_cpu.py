@@ -54,7 +54,7 @@ def jaxmoe_step(args: argparse.Namespace, lora: LoraConfig, recompute: bool) -> 
     import jax
     import jax.numpy as jnp
 
-    from jaxmoe.data.records import Batch
+    from jaxmoe.data.packing import Batch
     from jaxmoe.model.decoder import Qwen3MoeForCausalLM
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 

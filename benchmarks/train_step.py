@@ -73,7 +73,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     import jax
     import numpy as np
 
-    from jaxmoe.data.records import Batch
+    from jaxmoe.data.packing import Batch
     from jaxmoe.model.decoder import init_adapters, taken_implementations
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 

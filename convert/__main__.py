@@ -23,7 +23,8 @@ from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.cli.progress import progress
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
-from jaxmoe.store.converted import Block, read_adapter, write_adapter
+from jaxmoe.store.adapter import read_adapter, write_adapter
+from jaxmoe.store.checkpoint import Block
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 

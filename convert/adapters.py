@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,32 +20,20 @@ import numpy as np
 
 from convert.names import block_shapes
 from convert.safetensors_io import inside, read_header, write_file
-from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig, expand_targets, read_json
+from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
-from jaxmoe.store.converted import Block, cast, check_adapter, is_adapter, read_adapter
+from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets
+from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
+from jaxmoe.store.checkpoint import Block, cast
 from jaxmoe.store.files import output_folder
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # how lora_B of the experts is packed: as PEFT does, or as Unsloth did before September 2026: (out, E, r)
 Packing = Literal["peft", "unsloth"]
 
-# target -> module in a decoder layer, for those whose module has one adapter
-_MODULES = {
-    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    "gate": "mlp.gate",
-    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
-}
-_TARGETS = {module: target for target, module in _MODULES.items()}
-# Targets that PEFT has to be told about as parameters. The router is no nn.Linear in transformers 5; dense MLPs are,
-# but PEFT takes their module names for those of the experts in transformers 4 and would wrap the experts instead.
-_PARAMETERS = {
-    "gate": "mlp.gate.weight",
-    "gate_proj": "mlp.gate_proj.weight",
-    "up_proj": "mlp.up_proj.weight",
-    "down_proj": "mlp.down_proj.weight",
-    "experts.gate_up_proj": "mlp.experts.gate_up_proj",
-    "experts.down_proj": "mlp.experts.down_proj",
-}
+# Module in a decoder layer -> its target, for those whose module holds one weight; experts are told apart by shape.
+_EXPERTS = "mlp.experts"
+_TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if target.peft_module != _EXPERTS}
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
 _OLD_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
 
@@ -152,22 +140,22 @@ def _pairs(
             raise UserError(f"{where}: expected one of the model's {config.num_hidden_layers} layers")
         a, b = halves["A"], halves["B"]
         if old := _OLD_EXPERT.fullmatch(module):
-            alpha = _alpha(where, raw, f"model.layers.{layer}.{module}", a.shape[0])
+            alpha = _alpha(where, raw, [f"model.layers.{layer}.{module}"], a.shape[0])
             experts.setdefault(layer, {})[int(old[1]), old[2]] = _Pair(a, b, alpha)
             continue
-        if module in ("mlp.experts", "mlp.experts.base_layer"):
+        if module in (_EXPERTS, f"{_EXPERTS}.base_layer"):
             target, a, b = _unpack(where, config, layer, a, b, packing)
-            parameter = _PARAMETERS[target]
         elif module in _TARGETS:
-            target, parameter = _TARGETS[module], module
+            target = _TARGETS[module]
         else:
-            raise UserError(f"{where}: expected one of {', '.join(_TARGETS)} or mlp.experts")
+            raise UserError(f"{where}: expected one of {', '.join(_TARGETS)} or {_EXPERTS}")
         if (target, layer) in pairs:
             raise UserError(f"{where}: expected two different parameters, found {target} twice")
         # a router or a dense MLP may have been targeted as a module or as a parameter: the pattern names either
-        names = [f"model.layers.{layer}.{parameter}"]
-        names += [f"model.layers.{layer}.{_PARAMETERS[target]}"] if target in _PARAMETERS else []
-        pairs[target, layer] = _Pair(a, b, _alpha(where, raw, names[-1], a.shape[-2], names[0]))
+        names = [module] if module in _TARGETS else []
+        names += [parameter] if (parameter := LORA_TARGETS[target].peft_parameter) else []
+        names = [f"model.layers.{layer}.{name}" for name in names]
+        pairs[target, layer] = _Pair(a, b, _alpha(where, raw, names, a.shape[-2]))
     for layer, found in experts.items():
         for target, pair in _fuse(f"{path / WEIGHTS}: layers.{layer}.mlp.experts", config, raw, found):
             if pairs.setdefault((target, layer), pair) is not pair:
@@ -175,15 +163,15 @@ def _pairs(
     return pairs
 
 
-def _alpha(where: str, raw: dict[str, Any], name: str, rank: int, other_name: str | None = None) -> float:
-    """The alpha of one module, after making sure that the config gives it the rank that its tensors have."""
+def _alpha(where: str, raw: dict[str, Any], names: Sequence[str], rank: int) -> float:
+    """The alpha of one weight, which a pattern may call by any of `names`; its tensors must have the config's rank."""
 
     def pick(pattern: str, default: float) -> float:
         # PEFT's `get_pattern_key`: the first pattern that matches the end of the name
         for expression, value in (raw.get(pattern) or {}).items():
-            for candidate in (name, other_name):
+            for name in names:
                 try:
-                    matches = candidate and re.match(rf"(.*\.)?({expression})$", candidate)
+                    matches = re.match(rf"(.*\.)?({expression})$", name)
                 except re.error as error:
                     raise UserError(
                         f"{SETTINGS}: {pattern}: {expression!r} is no regular expression: {error}"
@@ -270,14 +258,14 @@ def _common(path: pathlib.Path, target: str, layers: dict[int, _Pair]) -> tuple[
 
 
 def _layers_of(config: Qwen3MoeConfig, target: str) -> tuple[int, ...]:
-    stack, _ = LORA_TARGETS[target]
+    stack = LORA_TARGETS[target].stack
     every = {"attention": tuple(range(config.num_hidden_layers)), "sparse": config.sparse_layers}
     return every.get(stack, config.dense_layers)
 
 
 def _stack(config: Qwen3MoeConfig, target: str, layers: dict[int, _Pair]) -> dict[str, np.ndarray]:
     slots = {layer: slot for slot, layer in enumerate(_layers_of(config, target))}
-    path = ".".join(LORA_TARGETS[target])
+    path = LORA_TARGETS[target].path
     out = {}
     for name, part in (("lora_A", "a"), ("lora_B", "b")):
         first = getattr(next(iter(layers.values())), part)
@@ -303,13 +291,13 @@ def write_peft(
     tensors: dict[str, np.ndarray] = {}
     both = {"experts.gate_up_proj", "experts.down_proj"} <= set(lora.targets)
     for target in lora.targets:
-        path = ".".join(LORA_TARGETS[target])
+        path = LORA_TARGETS[target].path
         for slot, layer in enumerate(_layers_of(config, target)):
             a, b = arrays[f"{path}.lora_A"][slot], arrays[f"{path}.lora_B"][slot]
-            if target in _MODULES:
-                module = _MODULES[target]
-            else:
-                module = "mlp.experts.base_layer" if both and target == "experts.gate_up_proj" else "mlp.experts"
+            module = LORA_TARGETS[target].peft_module
+            if module == _EXPERTS:
+                # PEFT wraps the module once per adapted parameter, gate_up_proj first: it is the inner layer.
+                module = f"{_EXPERTS}.base_layer" if both and target == "experts.gate_up_proj" else _EXPERTS
                 a, b = a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
             key = f"base_model.model.model.layers.{layer}.{module}"
             tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
@@ -321,7 +309,7 @@ def write_peft(
 
 def _settings(lora: LoraConfig) -> dict[str, Any]:
     def name(target: str) -> str:
-        return re.escape(_PARAMETERS.get(target, target))
+        return re.escape(LORA_TARGETS[target].peft_parameter or target)
 
     def number(value: float) -> int | float:
         return int(value) if value == int(value) else value
@@ -338,8 +326,8 @@ def _settings(lora: LoraConfig) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "target_modules": [target for target in lora.targets if target not in _PARAMETERS],
-        "target_parameters": [_PARAMETERS[target] for target in lora.targets if target in _PARAMETERS],
+        "target_modules": [target for target in lora.targets if not LORA_TARGETS[target].peft_parameter],
+        "target_parameters": [row for target in lora.targets if (row := LORA_TARGETS[target].peft_parameter)],
         "rank_pattern": {name(target): rank for target, rank in lora.rank_pattern},
         "alpha_pattern": {name(target): number(alpha) for target, alpha in lora.alpha_pattern},
     }
@@ -359,7 +347,7 @@ def merge(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapp
     W + scale * B A: product and sum in float32, one cast to the weight's dtype at the end, expert by expert.
     """
     for target in lora.targets:
-        path, layers = ".".join(LORA_TARGETS[target]), _layers_of(config, target)
+        path, layers = LORA_TARGETS[target].path, _layers_of(config, target)
         if block.layer not in layers:
             continue
         slot, scale = layers.index(block.layer), np.float32(lora.scale(target))

@@ -18,7 +18,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import NF4, put
 from jaxmoe.nf4.recode import Recoded, quantized
 from jaxmoe.parameters import NESTED_QUANT_MAP
-from jaxmoe.store.converted import Block, Checkpoint, Layout, cast, write_converted
+from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
+from jaxmoe.store.converted import write_converted
 
 # what is not weights and belongs to a checkpoint; the first two groups are the two forms of a tokenizer
 _TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"))

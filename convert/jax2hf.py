@@ -21,7 +21,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import take
 from jaxmoe.nf4.recode import dequantized
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, stored_specs
-from jaxmoe.store.converted import Block, is_converted, read_converted
+from jaxmoe.store.checkpoint import Block
+from jaxmoe.store.converted import is_converted, read_converted
 from jaxmoe.store.files import copy_file, output_folder
 
 MAX_SHARD_SIZE = 5 * 10**9  # what transformers writes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.parameters import Quantization, layer_paths, stored_specs, top_level_paths
-from jaxmoe.store.converted import Layout
+from jaxmoe.store.checkpoint import Layout
 
 _TOP = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight", "lm_head": "lm_head.weight"}
 _LAYER = {

@@ -18,7 +18,8 @@ from convert.safetensors_io import Tensor, inside, open_folder, read_header
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.memory import parameter_count
 from jaxmoe.parameters import Quantization
-from jaxmoe.store.converted import is_adapter, is_converted, read_adapter, read_converted
+from jaxmoe.store.adapter import is_adapter, read_adapter
+from jaxmoe.store.converted import is_converted, read_converted
 
 Entry = tuple[str, tuple[int, ...], str, int]  # name, shape, dtype, bytes
 

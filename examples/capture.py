@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.cli.arguments import ArgumentParser, run
-from jaxmoe.data.records import Record, load_tokenizer, read_records
+from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.records import Record, read_records
 from jaxmoe.errors import UserError
 
 # A token whose k-th and next expert are this close in probability is routed by rounding: another framework may choose

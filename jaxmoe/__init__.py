@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from jaxmoe.lazy import exports
 
 if TYPE_CHECKING:
-    from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+    from jaxmoe.config import Qwen3MoeConfig
+    from jaxmoe.lora import LoraConfig
     from jaxmoe.model.decoder import Qwen3MoeForCausalLM
 
 __version__ = "0.1.0"
@@ -16,7 +17,7 @@ __all__ = ["LoraConfig", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", "__version__"]
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "LoraConfig": "jaxmoe.config",
+        "LoraConfig": "jaxmoe.lora",
         "Qwen3MoeConfig": "jaxmoe.config",
         "Qwen3MoeForCausalLM": "jaxmoe.model.decoder",
     },

@@ -11,13 +11,24 @@ width, I dense MLP hidden width, M = B*T tokens, R = M*k routed rows, r LoRA ran
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import ConfigError, check_integer, check_number
+from jaxmoe.lora import LoraConfig, expand_targets
+
+__all__ = [
+    "DTYPES",
+    "MODEL_TYPE",
+    "ConfigError",
+    "LoraConfig",
+    "Qwen3MoeConfig",
+    "RopeParameters",
+    "expand_targets",
+    "read_json",
+]
 
 MODEL_TYPE = "qwen3_moe"
 
@@ -89,10 +100,6 @@ _IGNORED_HF_FIELDS = frozenset(
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class ConfigError(UserError):
-    """A config.json or adapter_config.json that cannot be honoured; the message names field, expected, received."""
-
-
 @dataclass(frozen=True)
 class RopeParameters:
     """Rotary position embedding (Su et al. 2021); `linear` scales positions, `yarn` is Peng et al. 2023.
@@ -162,27 +169,27 @@ class RopeParameters:
         if unknown:
             raise ConfigError(f"rope_parameters: {sorted(unknown)} do not belong to rope_type {kind!r}")
         # yarn divides by the logarithm of the base
-        _number("rope_theta", theta, above=1 if kind == "yarn" else 0)
+        check_number("rope_theta", theta, above=1 if kind == "yarn" else 0)
         if kind == "yarn":
             scaling = cls._checked_yarn(scaling, max_position_embeddings)
         if kind != "default":
-            _number("rope_parameters.factor", scaling.get("factor"), at_least=1)
+            check_number("rope_parameters.factor", scaling.get("factor"), at_least=1)
         return cls(rope_theta=float(theta), rope_type=kind, **scaling)
 
     @staticmethod
     def _checked_yarn(scaling: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
         """The values of yarn without nulls; where transformers only warns, a wrong value is an error here."""
-        _integer("max_position_embeddings", max_position_embeddings, at_least=1)
+        check_integer("max_position_embeddings", max_position_embeddings, at_least=1)
         # A null factor is the ratio of the two context lengths; an absent one is a mistake.
         ratio = "factor" in scaling and scaling["factor"] is None
         scaling = {key: value for key, value in scaling.items() if value is not None}
         context = scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
-        _integer("rope_parameters.original_max_position_embeddings", context, at_least=1)
+        check_integer("rope_parameters.original_max_position_embeddings", context, at_least=1)
         if ratio:
             scaling["factor"] = max_position_embeddings / context
         for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
             if name in scaling:
-                _number(f"rope_parameters.{name}", scaling[name], above=0)
+                check_number(f"rope_parameters.{name}", scaling[name], above=0)
         fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
         if fast < slow:
             raise ConfigError(f"rope_parameters.beta_fast: expected at least beta_slow ({slow}), found {fast}")
@@ -234,8 +241,8 @@ class Qwen3MoeConfig:
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim max_position_embeddings decoder_sparse_step moe_intermediate_size"
         ).split():
-            _integer(name, getattr(self, name), at_least=1)
-        _integer("num_experts", self.num_experts, at_least=0)
+            check_integer(name, getattr(self, name), at_least=1)
+        check_integer("num_experts", self.num_experts, at_least=0)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads ({self.num_key_value_heads}), "
@@ -246,22 +253,22 @@ class Qwen3MoeConfig:
         if self.hidden_act not in ("silu", "swish"):
             raise ConfigError(f"hidden_act: expected 'silu', found {self.hidden_act!r}")
         for layer in self.mlp_only_layers:
-            _integer("mlp_only_layers", layer, at_least=0)
+            check_integer("mlp_only_layers", layer, at_least=0)
             if layer >= self.num_hidden_layers:
                 raise ConfigError(f"mlp_only_layers: expected layers below {self.num_hidden_layers}, found {layer}")
         if self.num_experts:
-            _integer("num_experts_per_tok", self.num_experts_per_tok, at_least=1)
+            check_integer("num_experts_per_tok", self.num_experts_per_tok, at_least=1)
             if self.num_experts_per_tok > self.num_experts:
                 raise ConfigError(
                     f"num_experts_per_tok: expected at most num_experts ({self.num_experts}), "
                     f"found {self.num_experts_per_tok}"
                 )
         if self.sliding_window is not None:
-            _integer("sliding_window", self.sliding_window, at_least=1)
+            check_integer("sliding_window", self.sliding_window, at_least=1)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
         for name in ("rms_norm_eps", "initializer_range", "router_aux_loss_coef", "attention_dropout"):
-            _number(name, getattr(self, name), at_least=0)
+            check_number(name, getattr(self, name), at_least=0)
         if self.attention_dropout >= 1:
             raise ConfigError(f"attention_dropout: expected a number below 1, found {self.attention_dropout}")
 
@@ -302,7 +309,7 @@ class Qwen3MoeConfig:
                 raise ConfigError(f"num_experts ({values['num_experts']}) and num_local_experts ({local}) differ")
         for name in ("hidden_size", "num_attention_heads"):
             if name in values:
-                _integer(name, values[name], at_least=1)
+                check_integer(name, values[name], at_least=1)
         heads = values.get("num_attention_heads", cls.num_attention_heads)
         width = values.get("hidden_size", cls.hidden_size)
         head_dim = raw.pop("head_dim", None)
@@ -326,7 +333,7 @@ class Qwen3MoeConfig:
         if layer_types is not None:
             kind = "sliding_attention" if values["sliding_window"] is not None else "full_attention"
             layers = values.get("num_hidden_layers", cls.num_hidden_layers)
-            if layer_types != [kind] * _integer("num_hidden_layers", layers, at_least=1):
+            if layer_types != [kind] * check_integer("num_hidden_layers", layers, at_least=1):
                 raise ConfigError(f"layer_types: expected {layers} times {kind!r}, found {layer_types!r}")
         dtypes = [raw.pop(name, None) for name in ("dtype", "torch_dtype")]
         dtypes = [dtype for dtype in dtypes if dtype not in (None, "auto")]
@@ -371,93 +378,6 @@ class Qwen3MoeConfig:
         return replace(self, **changes)
 
 
-# LoRA targets: name -> (stack, parameter). Attention and dense names are the module names of transformers and PEFT;
-# `gate` is the router (`mlp.gate.weight`), `experts.*` are PEFT's target parameters.
-LORA_TARGETS = {
-    "q_proj": ("attention", "q_proj"),
-    "k_proj": ("attention", "k_proj"),
-    "v_proj": ("attention", "v_proj"),
-    "o_proj": ("attention", "o_proj"),
-    "gate": ("sparse", "gate"),
-    "experts.gate_up_proj": ("sparse", "gate_up_proj"),
-    "experts.down_proj": ("sparse", "down_proj"),
-    "gate_proj": ("dense", "gate_proj"),
-    "up_proj": ("dense", "up_proj"),
-    "down_proj": ("dense", "down_proj"),
-}
-LORA_GROUPS = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "router": ("gate",),
-    "experts": ("experts.gate_up_proj", "experts.down_proj"),
-    "dense": ("gate_proj", "up_proj", "down_proj"),
-}
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021): y = x W^T + scale * (x A^T) B^T, one A and B per target and expert.
-
-    `targets` are keys of `LORA_TARGETS`. `rank_pattern` and `alpha_pattern` override `r` and `alpha` per target (an
-    imported adapter may hold several ranks).
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    use_rslora: bool = False
-    targets: tuple[str, ...] = LORA_GROUPS["attention"]
-    rank_pattern: tuple[tuple[str, int], ...] = ()
-    alpha_pattern: tuple[tuple[str, float], ...] = ()
-    base_model_name_or_path: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.targets:
-            raise ConfigError("LoRA targets: expected at least one, found none")
-        unknown = [t for t in self.targets if t not in LORA_TARGETS]
-        if unknown:
-            raise ConfigError(f"LoRA targets: expected some of {', '.join(LORA_TARGETS)}; found {unknown[0]!r}")
-        if len(set(self.targets)) != len(self.targets):
-            raise ConfigError(f"LoRA targets: expected each once, found {', '.join(self.targets)}")
-        for name, rank in (("r", self.r), *self.rank_pattern):
-            _integer(f"LoRA rank {name}", rank, at_least=1)
-        for name, alpha in (("alpha", self.alpha), *self.alpha_pattern):
-            _number(f"LoRA alpha {name}", alpha)
-        for pattern in (self.rank_pattern, self.alpha_pattern):
-            for name, _ in pattern:
-                if name not in self.targets:
-                    raise ConfigError(f"LoRA pattern: {name!r} is not among the targets {', '.join(self.targets)}")
-
-    def rank(self, target: str) -> int:
-        """Rank r of one target."""
-        return dict(self.rank_pattern).get(target, self.r)
-
-    def scale(self, target: str) -> float:
-        """Factor on the low-rank product: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
-        rank = self.rank(target)
-        alpha = dict(self.alpha_pattern).get(target, self.alpha)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-    def check_against(self, config: Qwen3MoeConfig) -> None:
-        """Raises ConfigError when a target names layers that the model does not have."""
-        for target in self.targets:
-            stack, _ = LORA_TARGETS[target]
-            if stack == "sparse" and not config.sparse_layers:
-                raise ConfigError(f"LoRA target {target!r}: the model has no mixture-of-experts layer")
-            if stack == "dense" and not config.dense_layers:
-                raise ConfigError(f"LoRA target {target!r}: the model has no dense MLP layer")
-
-
-def expand_targets(names: tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    """Group names (attention, router, experts, dense) and single targets -> single targets, in a fixed order."""
-    chosen: set[str] = set()
-    for name in names:
-        if name not in LORA_GROUPS and name not in LORA_TARGETS:
-            raise ConfigError(
-                f"LoRA targets: expected groups {', '.join(LORA_GROUPS)} or {', '.join(LORA_TARGETS)}; found {name!r}"
-            )
-        chosen.update(LORA_GROUPS.get(name, (name,)))
-    return tuple(target for target in LORA_TARGETS if target in chosen)
-
-
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Parses a JSON object; a missing or broken file is a `ConfigError` that names it."""
     try:
@@ -469,20 +389,3 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
     return raw
-
-
-def _integer(name: str, value: Any, *, at_least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{name}: expected a whole number of at least {at_least}, found {value!r}")
-    return value
-
-
-def _number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> None:
-    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
-    if not bad and at_least is not None and value < at_least:
-        bad = True
-    if not bad and above is not None and value <= above:
-        bad = True
-    if bad:
-        bound = f" of at least {at_least}" if at_least is not None else f" above {above}" if above is not None else ""
-        raise ConfigError(f"{name}: expected a number{bound}, found {value!r}")

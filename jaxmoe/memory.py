@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.lora import LORA_GROUPS, LoraConfig
 from jaxmoe.parameters import (
     ParameterSpec,
     Quantization,

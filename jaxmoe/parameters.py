@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.lora import LORA_TARGETS, LoraConfig
 
 STACKS = ("attention", "sparse", "dense")
 
@@ -145,7 +146,7 @@ def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterS
     base = parameter_specs(config)
     specs: dict[str, ParameterSpec] = {}
     for target in lora.targets:
-        path, rank = ".".join(LORA_TARGETS[target]), lora.rank(target)
+        path, rank = LORA_TARGETS[target].path, lora.rank(target)
         (*lead, out, inner), (*lead_axes, out_axis, in_axis) = base[path].shape, base[path].axes
         # PEFT's start: A uniform (Kaiming, a = sqrt 5), B zero, so that the adapted model equals the base.
         specs[f"{path}.lora_A"] = ParameterSpec((*lead, rank, inner), (*lead_axes, "lora_rank", in_axis), "uniform")

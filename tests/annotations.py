@@ -13,6 +13,7 @@ _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its annotations checked at every call.
 
-    Left alone is `jaxmoe.config`: it is where users' values arrive, and judges them with errors of its own.
+    Left alone are `jaxmoe.config` and `jaxmoe.lora`: users' values arrive there, and those modules raise errors of their
+    own for wrong types.
     """
-    return function if function.__module__ == "jaxmoe.config" else _checked(function)
+    return function if function.__module__ in ("jaxmoe.config", "jaxmoe.lora") else _checked(function)

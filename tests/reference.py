@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers import Qwen3MoeConfig as HfConfig
 from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
-from jaxmoe.config import LoraConfig
+from jaxmoe.lora import LORA_TARGETS, LoraConfig
 
 # Tiny tensors: a second thread costs more than it gives, and JAX wants the other core.
 torch.set_num_threads(1)
@@ -41,14 +41,6 @@ _NAMES = {
         "down_proj": "mlp.experts.down_proj",
     },
     "dense": {f"{x}_proj": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
-}
-# Dense MLPs go as parameters too: where gate_proj, up_proj and down_proj are named as modules of this model type, PEFT
-# takes them for the experts of transformers 4 and adapts the fused experts instead.
-_TARGET_PARAMETERS = {
-    "gate": "mlp.gate.weight",
-    "experts.gate_up_proj": "mlp.experts.gate_up_proj",
-    "experts.down_proj": "mlp.experts.down_proj",
-    **{f"{x}_proj": f"mlp.{x}_proj.weight" for x in ("gate", "up", "down")},
 }
 
 
@@ -292,14 +284,14 @@ def hf_config(config: Mapping[str, Any]) -> HfConfig:
 
 def peft_config(lora: LoraConfig) -> PeftConfig:
     """The adapters of `lora` as PEFT is told to make them."""
-    parameters = [_TARGET_PARAMETERS[t] for t in lora.targets if t in _TARGET_PARAMETERS]
+    parameters = [name for target in lora.targets if (name := LORA_TARGETS[target].peft_parameter)]
     return PeftConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=0.0,
         use_rslora=lora.use_rslora,
-        target_modules=[t for t in lora.targets if t not in _TARGET_PARAMETERS],
+        target_modules=[target for target in lora.targets if not LORA_TARGETS[target].peft_parameter],
         target_parameters=parameters or None,
     )
 

@@ -15,16 +15,17 @@ import convert.adapters
 from convert.adapters import load_adapter, merge, read_peft, write_peft
 from convert.hf2jax import read_hf
 from convert.safetensors_io import read_header, write_file
-from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
+from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
+from jaxmoe.lora import LORA_TARGETS, LoraConfig
 from jaxmoe.parameters import lora_specs
-from jaxmoe.store.converted import read_adapter, write_adapter
+from jaxmoe.store.adapter import read_adapter, write_adapter
 from tests.make_checkpoint import TINY, make_checkpoint
 from tests.tolerances import bound
 
 MIXED = TINY.replace(num_hidden_layers=4, mlp_only_layers=(1,), num_experts=5, attention_bias=True)
 ALL = tuple(LORA_TARGETS)
-SPARSE = tuple(t for t in ALL if LORA_TARGETS[t][0] != "dense")
+SPARSE = tuple(t for t in ALL if LORA_TARGETS[t].stack != "dense")
 
 
 def random_adapters(

@@ -24,8 +24,10 @@ from convert.hf2jax import hf2jax
 from convert.report import inspect
 from jaxmoe.config import LoraConfig
 from jaxmoe.errors import UserError
-from jaxmoe.store.converted import TrainCheckpoints, read_adapter, read_converted, write_adapter
+from jaxmoe.store.adapter import read_adapter, write_adapter
+from jaxmoe.store.converted import read_converted
 from jaxmoe.store.files import output_folder
+from jaxmoe.store.train_state import TrainCheckpoints
 from tests.conftest import ROOT
 from tests.make_checkpoint import TINY, make_checkpoint
 from tests.test_adapters import random_adapters
@@ -270,7 +272,7 @@ def test_a_damaged_state_is_one_line(damage: str, tmp_path: pathlib.Path) -> Non
 
 SAVER = """
 import sys, numpy as np
-from jaxmoe.store.converted import TrainCheckpoints
+from jaxmoe.store.train_state import TrainCheckpoints
 checkpoints = TrainCheckpoints(sys.argv[1], keep=2)
 for step in range(1, 1000):
     checkpoints.save(step, {"x": np.full((512, 1024), step, np.float32)}, {"step": step})
@@ -301,7 +303,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing_older(delay: float, tmp_pa
 
 FULL_DISK = """
 import resource, sys, numpy as np
-from jaxmoe.store.converted import TrainCheckpoints
+from jaxmoe.store.train_state import TrainCheckpoints
 checkpoints = TrainCheckpoints(sys.argv[1], keep=2)
 state = {name: np.random.default_rng(0).random((512, 1024)) for name in "abc"}
 checkpoints.save(1, state, {})

@@ -14,18 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.data import records as data
-from jaxmoe.data.records import (
-    Batch,
-    Record,
-    Rows,
-    cut,
-    digest,
-    hold_out,
-    load_tokenizer,
-    read_records,
-    tokenize_record,
-)
+from jaxmoe.data import chat, packing
+from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.packing import Batch, Sequences, cut
+from jaxmoe.data.records import Record, digest, hold_out, read_records, tokenize_record
 from jaxmoe.errors import UserError
 from tests.make_checkpoint import write_tokenizer
 
@@ -84,7 +76,7 @@ def tokenizer(folder: pathlib.Path) -> Any:
     return load_tokenizer(folder)
 
 
-def chat(*turns: tuple[str, str]) -> dict[str, Any]:
+def conversation(*turns: tuple[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -101,7 +93,7 @@ def learned(record: Record, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-TWO_TURNS = chat(
+TWO_TURNS = conversation(
     ("system", "S"),
     ("user", "Q1"),
     ("assistant", "<think>\nT1\n</think>\n\nA1"),
@@ -119,10 +111,10 @@ WITH_TOOL = {
     ]
 }
 MASKS = {
-    "plain": (None, chat(("user", "hi"), ("assistant", "yo")), ["yo<|im_end|>"]),
+    "plain": (None, conversation(("user", "hi"), ("assistant", "yo")), ["yo<|im_end|>"]),
     "plain turns": (
         None,
-        chat(("user", "a"), ("assistant", "b"), ("user", "b"), ("assistant", "bb")),
+        conversation(("user", "a"), ("assistant", "b"), ("user", "b"), ("assistant", "bb")),
         ["b<|im_end|>", "bb<|im_end|>"],
     ),
     "thoughts of earlier turns are gone": (
@@ -132,7 +124,7 @@ MASKS = {
     ),
     "empty thought": (
         HYBRID,
-        chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
+        conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
         ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"],
     ),
     "tool calls": (
@@ -151,7 +143,7 @@ MASKS = {
     "opened thought": (THINKING, TWO_TURNS, ["A1<|im_end|>", "T2\n</think>\n\nA2<|im_end|>"]),
     "generation tag": (
         MARKED,
-        chat(("user", "a"), ("assistant", "b"), ("assistant", "c")),
+        conversation(("user", "a"), ("assistant", "b"), ("assistant", "c")),
         ["b<|im_end|>", "c<|im_end|>"],
     ),
     "completion": (None, {"prompt": "1+1=", "completion": "2"}, ["2<|im_end|>"]),
@@ -173,13 +165,13 @@ def test_mask(name: str, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "empty thought", "tool calls", "opened thought"])
 def test_mask_of_a_shifted_span_is_noticed(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = data.assistant_spans
+    right = chat.assistant_spans
 
     def shifted(*args: Any) -> tuple[str, list[tuple[int, int]]]:
         text, spans = right(*args)
         return text, [(start + 1, end) for start, end in spans]
 
-    monkeypatch.setattr(data, "assistant_spans", shifted)
+    monkeypatch.setattr(chat, "assistant_spans", shifted)
     with pytest.raises(AssertionError):
         check_mask(name, tokenizer)
 
@@ -199,7 +191,7 @@ def test_tokens_are_those_of_the_template(tokenizer: Any) -> None:
 )
 def test_mask_of_any_conversation(folder: pathlib.Path, turns: list[tuple[str, str]]) -> None:
     tokenizer = load_tokenizer(folder)
-    raw = chat(*(turn for question, answer in turns for turn in (("user", question), ("assistant", answer))))
+    raw = conversation(*(turn for question, answer in turns for turn in (("user", question), ("assistant", answer))))
     assert learned(tokenize_record(raw, tokenizer), tokenizer) == [f"{answer}<|im_end|>" for _, answer in turns]
 
 
@@ -224,13 +216,13 @@ def test_mask_of_any_conversation(folder: pathlib.Path, turns: list[tuple[str, s
 def test_unusable_template(template: str, found: str, tokenizer: Any) -> None:
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"chat template: .*{found}"):
-        tokenize_record(chat(("user", "a"), ("assistant", "b")), tokenizer)
+        tokenize_record(conversation(("user", "a"), ("assistant", "b")), tokenizer)
 
 
 def test_no_template(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="expected a tokenizer with a chat template, found none"):
-        tokenize_record(chat(("user", "a"), ("assistant", "b")), tokenizer)
+        tokenize_record(conversation(("user", "a"), ("assistant", "b")), tokenizer)
 
 
 BAD_LINES = {
@@ -303,12 +295,17 @@ def test_an_earlier_lines_error_goes_first(tokenizer: Any, tmp_path: pathlib.Pat
 def test_records_read_together_are_those_read_apart(
     tokenizer: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    raws = [{"text": "a b"}, {"prompt": "", "completion": "c"}, chat(("user", "d"), ("assistant", "e")), {"text": "f"}]
+    raws = [
+        {"text": "a b"},
+        {"prompt": "", "completion": "c"},
+        conversation(("user", "d"), ("assistant", "e")),
+        {"text": "f"},
+    ]
     lines = [json.dumps(raw) + "\n" for raw in raws]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(lines))
     calls = []
-    monkeypatch.setattr(data, "_TOGETHER", sum(map(len, lines[:3])))
+    monkeypatch.setattr("jaxmoe.data.records._TOGETHER", sum(map(len, lines[:3])))
     records = read_records(path, tokenizer, VOCAB, lambda *numbers: calls.append(numbers))
     for record, raw in zip(records, raws, strict=True):
         expected = tokenize_record(raw, tokenizer)
@@ -358,7 +355,7 @@ def check_packing(lengths: list[int], seq_length: int, seed: int, pack: bool) ->
     """One epoch: every token that has a predecessor is predicted once, and no row mixes up its documents."""
     segments, lost = cut(numbered(lengths), seq_length)
     assert lost.truncated == 0
-    rows = Rows(segments, seq_length, seed=seed, pack=pack, epochs=1)
+    rows = Sequences(segments, seq_length, seed=seed, pack=pack, epochs=1)
     assert rows.packed or max(map(len, rows.epoch(0))) == 1  # what is not packed has one segment a row
     predicted: list[int] = []
     for step in range(rows.steps(1, 6)):
@@ -402,8 +399,8 @@ def repeat_one(rows: list[list[int]]) -> list[list[int]]:
 
 @pytest.mark.parametrize("fault", [lose_one, repeat_one])
 def test_packing_that_loses_or_repeats_is_noticed(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = data.pack_rows
-    monkeypatch.setattr(data, "pack_rows", lambda *args: fault(right(*args)))
+    right = packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *args: fault(right(*args)))
     with pytest.raises(AssertionError):
         check_packing([5, 9, 30, 2, 8], 16, 0, True)
 
@@ -422,8 +419,8 @@ def labels_of_the_row(batch: Batch) -> Batch:
 
 @pytest.mark.parametrize("fault", [one_document, running_positions, labels_of_the_row])
 def test_documents_that_run_together_are_noticed(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Rows.batch
-    monkeypatch.setattr(Rows, "batch", lambda *args: fault(right(*args)))
+    right = Sequences.batch
+    monkeypatch.setattr(Sequences, "batch", lambda *args: fault(right(*args)))
     with pytest.raises(AssertionError):
         check_packing([5, 9, 30, 2, 8], 16, 0, True)
 
@@ -432,7 +429,7 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     segments, _ = cut(numbered([3, 9, 14, 2, 8, 8, 5, 11] * 6), 16)
 
     def batches(seed: int, order: list[int]) -> dict[int, bytes]:
-        rows = Rows(segments, 16, seed=seed)
+        rows = Sequences(segments, 16, seed=seed)
         return {step: b"".join(a.tobytes() for a in jax.tree.leaves(rows.batch(step, (1, 4)))) for step in order}
 
     steps = list(range(20))  # more than one epoch
@@ -444,7 +441,7 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
 
 def test_epochs_follow_each_other_without_a_gap() -> None:
     segments, _ = cut(numbered([6] * 5), 5)
-    rows = Rows(segments, 5, epochs=3)
+    rows = Sequences(segments, 5, epochs=3)
     assert rows.steps(3, 4) == 4
     batches = [rows.batch(step, (4,)) for step in range(5)]
     used = [int((batch.segment_ids > 0).any(-1).sum()) for batch in batches]
@@ -455,7 +452,7 @@ def test_epochs_follow_each_other_without_a_gap() -> None:
 def test_rows_are_nearly_full() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4.5, 0.8, 3000), 2, 1000).astype(int).tolist()
-    rows = data.pack_rows(lengths, 1024, rng)
+    rows = packing.pack(lengths, 1024, rng)
     assert sum(lengths) / (1024 * len(rows)) > 0.97
     assert max(sum(lengths[i] for i in row) for row in rows) <= 1024
 
@@ -478,7 +475,7 @@ def test_long_records() -> None:
     assert len(lost.notices(10)) == 2
 
     with pytest.raises(UserError, match="expected at least one record with a token to learn, found none"):
-        Rows(cut([answer_too_late], 10)[0], 10)
+        Sequences(cut([answer_too_late], 10)[0], 10)
 
 
 def test_hold_out() -> None:
@@ -505,4 +502,4 @@ def test_nothing_is_said_about_pytorch_where_there_is_none(tmp_path: pathlib.Pat
         return done.stdout + done.stderr
 
     assert "PyTorch" in said("from transformers import AutoTokenizer")
-    assert said("from jaxmoe.data.records import load_tokenizer; load_tokenizer(sys.argv[1])") == ""
+    assert said("from jaxmoe.data import load_tokenizer; load_tokenizer(sys.argv[1])") == ""

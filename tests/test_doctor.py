@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from jaxmoe import memory
-from jaxmoe.config import LORA_GROUPS, LoraConfig, Qwen3MoeConfig, expand_targets
-from jaxmoe.data.records import Batch
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.data.packing import Batch
 from jaxmoe.doctor import report as doctor
 from jaxmoe.errors import UserError
+from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.model.decoder import init_adapters, init_parameters
 from jaxmoe.ops import attention_cudnn as cudnn
 from jaxmoe.ops import experts as dispatch

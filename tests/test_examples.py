@@ -11,7 +11,8 @@ import pytest
 from examples import capture, demo, stdlib_corpus, train_tokenizer
 from jaxmoe import memory
 from jaxmoe.config import Qwen3MoeConfig, read_json
-from jaxmoe.data.records import load_tokenizer, read_records, tokenize_record
+from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.records import read_records, tokenize_record
 from jaxmoe.errors import UserError
 from tests.conftest import ROOT
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.data.records import load_tokenizer
+from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Generator, Sampling, TextStream, generation_defaults, main, sample
 from tests.conftest import ROOT

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.config import LORA_GROUPS, LoraConfig, expand_targets
-from jaxmoe.data.records import Batch, load_tokenizer
+from jaxmoe.config import LoraConfig, expand_targets
+from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.packing import Batch
 from jaxmoe.generate.engine import Generator
+from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.model.decoder import init_adapters
 from jaxmoe.ops.experts import ExpertWeights, sorted_experts
 from jaxmoe.ops.router import route

@@ -15,7 +15,8 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.recode import quantized
 from jaxmoe.parameters import Quantization, layer_paths, parameter_specs, top_level_paths
-from jaxmoe.store.converted import Block, Checkpoint, Layout, read_converted
+from jaxmoe.store.checkpoint import Block, Checkpoint, Layout
+from jaxmoe.store.converted import read_converted
 from jaxmoe.store.loading import load_stacks
 from tests.configs import config_of
 from tests.make_checkpoint import make_checkpoint

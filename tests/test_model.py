@@ -20,7 +20,7 @@ from jaxmoe.memory import Remat
 from jaxmoe.model import decoder as model
 from jaxmoe.model.decoder import forward, init_adapters, init_parameters
 from jaxmoe.parameters import lora_specs, parameter_specs
-from jaxmoe.store.converted import write_adapter
+from jaxmoe.store.adapter import write_adapter
 from jaxmoe.train import loss
 from jaxmoe.train.loss import cross_entropy
 from tests.make_checkpoint import TINY, make_checkpoint

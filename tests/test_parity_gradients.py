@@ -14,7 +14,7 @@ import jaxmoe.model.decoder
 import jaxmoe.ops.experts
 import jaxmoe.train.step
 from jaxmoe.config import LoraConfig, expand_targets
-from jaxmoe.data.records import Batch as TrainingBatch
+from jaxmoe.data.packing import Batch as TrainingBatch
 from jaxmoe.model.decoder import Remat
 from jaxmoe.parameters import lora_specs, parameter_specs
 from tests.configs import CONFIGS, config_of, random_adapters, random_parameters

@@ -19,9 +19,10 @@ from convert.adapters import write_peft
 from convert.hf2jax import hf2jax, read_hf
 from convert.safetensors_io import open_folder, write_file
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.config import LORA_GROUPS, LoraConfig
+from jaxmoe.config import LoraConfig
 from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Generator
+from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.memory import training_forecast
 from jaxmoe.model.decoder import forward
 from jaxmoe.nf4 import codec as quantize
@@ -30,7 +31,8 @@ from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode, put
 from jaxmoe.nf4.recode import dequantized, quantized
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.parameters import NESTED_QUANT_MAP, matrix_shape, nf4_candidates, parameter_specs
-from jaxmoe.store.converted import Checkpoint, read_converted
+from jaxmoe.store.checkpoint import Checkpoint
+from jaxmoe.store.converted import read_converted
 from jaxmoe.train.loop import TrainConfig, train
 from jaxmoe.train.step import Model, loss_and_gradients
 from tests.configs import random_adapters

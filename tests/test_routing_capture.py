@@ -12,7 +12,8 @@ import pytest
 
 from captures import Capture, CaptureWriter, Chunk, LabelledText, Model, Text
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.data.records import load_tokenizer, read_records
+from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.records import read_records
 from jaxmoe.errors import UserError
 from jaxmoe.routing.capture import capture, pack_in_order
 from jaxmoe.routing.text import ROLES, label, labelled_text, read_text

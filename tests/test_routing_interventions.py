@@ -15,7 +15,8 @@ from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.config import LoraConfig
 from jaxmoe.control.interventions import Intervention, effects, write_effects
 from jaxmoe.control.replay import Replay
-from jaxmoe.data.records import Rows, cut, read_records
+from jaxmoe.data.packing import Sequences, cut
+from jaxmoe.data.records import read_records
 from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Generator
 from jaxmoe.model.decoder import init_adapters
@@ -210,7 +211,7 @@ def test_training_replays_the_captured_experts_and_its_own_routing_changes_no_bi
     config = model.config
     replay = Replay(found, config, Letters())
     replay.check(segments)
-    batch = Rows(segments, LENGTH, seed=3, epochs=1).batch(0, (1, 4))  # packed and shuffled
+    batch = Sequences(segments, LENGTH, seed=3, epochs=1).batch(0, (1, 4))  # packed and shuffled
     replayed = replay.on(batch)
     assert replayed.experts is not None and replayed.experts.shape == (1, 4, LENGTH, len(config.sparse_layers), 8)
     used = batch.segment_ids > 0

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import limits, stages
 from benchmarks.grouped_matmul import Side, seconds_in_turn
 from jaxmoe.config import LoraConfig, expand_targets
-from jaxmoe.data.records import Batch
+from jaxmoe.data.packing import Batch
 from jaxmoe.model.decoder import init_adapters, init_parameters
 from jaxmoe.presets import PRESETS
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step

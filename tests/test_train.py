@@ -23,11 +23,11 @@ import pytest
 import jaxmoe.train.loop as trainer
 from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
-from jaxmoe.data.records import Batch, Rows
+from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.errors import UserError
 from jaxmoe.model import decoder as model
 from jaxmoe.model.decoder import Qwen3MoeForCausalLM, init_adapters, init_parameters
-from jaxmoe.store.converted import TrainCheckpoints
+from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.loop import TrainConfig, _Signals, main, train
 from jaxmoe.train.metrics import MetricsLog, Progress, expert_load
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
@@ -171,15 +171,15 @@ def forget_moments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start_data_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Rows.batch
+    right = Sequences.batch
 
-    def batch(self: Rows, step: int, shape: tuple[int, ...]) -> Batch:
+    def batch(self: Sequences, step: int, shape: tuple[int, ...]) -> Batch:
         if len(shape) == 2:  # training, not evaluation: whatever the step, what this object has not served yet
             step = vars(self).setdefault("served", 0)
             vars(self)["served"] += 1
         return right(self, step, shape)
 
-    monkeypatch.setattr(Rows, "batch", batch)
+    monkeypatch.setattr(Sequences, "batch", batch)
 
 
 def keep_late_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_second_signal_is_the_systems() -> None:
 
 
 def random_batch(config: Qwen3MoeConfig, rows: int, length: int, seed: int = 0) -> Batch:
-    """Rows of two documents and padding, with another number of learned tokens in each."""
+    """Sequences of two documents and padding, with another number of learned tokens in each."""
     rng = np.random.default_rng(seed)
     place = np.arange(length)
     segment_ids = np.stack([1 + (place >= length // 2) - 2 * (place >= length - i) for i in range(rows)])
@@ -485,13 +485,13 @@ def test_full_training_keeps_the_dtype_on_disk(base: pathlib.Path, tmp_path: pat
 
 
 def test_loss_that_is_not_finite(base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Rows.batch
+    right = Sequences.batch
 
-    def batch(self: Rows, step: int, shape: tuple[int, ...]) -> Batch:
+    def batch(self: Sequences, step: int, shape: tuple[int, ...]) -> Batch:
         found = right(self, step, shape)
         return found if step < 2 else found._replace(weights=np.full_like(found.weights, np.inf))
 
-    monkeypatch.setattr(Rows, "batch", batch)
+    monkeypatch.setattr(Sequences, "batch", batch)
     with pytest.raises(
         UserError, match=r"^loss: expected a finite number, found .* at step 3; the checkpoint of step 2"
     ):

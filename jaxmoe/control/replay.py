@@ -15,7 +15,7 @@ from jaxtyping import Int16, Int32
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.data.records import Batch, Segment
+from jaxmoe.data.packing import Batch, Document
 from jaxmoe.errors import UserError
 
 
@@ -44,7 +44,7 @@ class Replay:
         # Big-endian bytes: sorted, the contexts that begin with given tokens lie next to each other.
         self._contexts = sorted((_key(text.token[part]), part.start) for part in text.contexts())
 
-    def check(self, segments: Iterable[Segment]) -> None:
+    def check(self, segments: Iterable[Document]) -> None:
         """Raises UserError unless every segment was captured, before training starts."""
         missing = [segment for segment in segments if self._find(segment.inputs) is None]
         if missing:

@@ -294,7 +294,7 @@ def main() -> None:
     """`python -m jaxmoe.generate`: prints each prompt's continuation, a single one as it comes."""
     args = _parser().parse_args()
     xla.configure()
-    from jaxmoe.data.records import load_tokenizer
+    from jaxmoe.data.chat import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
     sampling, stop = generation_defaults(args.model)

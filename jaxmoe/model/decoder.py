@@ -23,7 +23,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.lora import LORA_TARGETS
 from jaxmoe.memory import Remat
 from jaxmoe.nf4.recode import quantized
 from jaxmoe.nf4.stack import NF4Stack, frozen_product
@@ -61,7 +62,9 @@ from jaxmoe.ops.router import (
     route,
 )
 from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, parameter_specs, stored_specs
-from jaxmoe.store.converted import Checkpoint, is_adapter, is_converted, read_adapter, read_converted
+from jaxmoe.store.adapter import is_adapter, read_adapter
+from jaxmoe.store.checkpoint import Checkpoint
+from jaxmoe.store.converted import is_converted, read_converted
 from jaxmoe.store.loading import OnLayer, load_stacks
 
 Params = dict[str, Array]
@@ -383,7 +386,7 @@ def _run_layers(
         for path in EXPERT_STACKS
         if (stack := weights.whole.get(path)) is not None
     }
-    scales = {".".join(LORA_TARGETS[target]): run.lora.scale(target) for target in run.lora.targets} if run.lora else {}
+    scales = {LORA_TARGETS[target].path: run.lora.scale(target) for target in run.lora.targets} if run.lora else {}
 
     def body(carry, xs):
         h, cache = carry

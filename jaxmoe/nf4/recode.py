@@ -10,7 +10,7 @@ import numpy as np
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode, put, take
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, matrix_shape, nf4_candidates, parameter_specs
-from jaxmoe.store.converted import Block, Checkpoint, Layout
+from jaxmoe.store.checkpoint import Block, Checkpoint, Layout
 
 
 @dataclass

@@ -94,7 +94,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, labelled text)."""
     from jaxmoe.cli.progress import reading_weights
-    from jaxmoe.data.records import load_tokenizer
+    from jaxmoe.data.chat import load_tokenizer
     from jaxmoe.model.decoder import Qwen3MoeForCausalLM
     from jaxmoe.routing.text import read_text
 
@@ -206,7 +206,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     tokenizer = None
     if arguments.tokenizer is not None:
-        from jaxmoe.data.records import load_tokenizer
+        from jaxmoe.data.chat import load_tokenizer
 
         tokenizer = load_tokenizer(arguments.tokenizer)
     captures = [Capture.open(folder) for folder in arguments.captures]

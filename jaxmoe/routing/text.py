@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from captures import LabelledText, Text, tokenizer_digest
-from jaxmoe.data.records import Record, assistant_spans, read_lines, tokenize_record
+from jaxmoe.data.chat import assistant_spans
+from jaxmoe.data.records import Record, read_lines, tokenize_record
 from jaxmoe.errors import UserError
 
 # text; parts of a prompt/completion record; who speaks in a chat, and what the chat template adds; a model's own output

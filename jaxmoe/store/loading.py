@@ -19,7 +19,7 @@ from jaxtyping import Array, Int
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.parameters import layer_paths, stored_specs
-from jaxmoe.store.converted import Block, Checkpoint
+from jaxmoe.store.checkpoint import Block, Checkpoint
 
 READERS = 4
 OnLayer = Callable[[int, int], None]  # layers on the device, layers in all

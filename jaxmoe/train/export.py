@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
-from jaxmoe.data.records import load_tokenizer
+from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.parameters import layer_paths, top_level_paths
-from jaxmoe.store.converted import Block, cast, is_converted, read_converted
+from jaxmoe.store.checkpoint import Block, cast
+from jaxmoe.store.converted import is_converted, read_converted
 
 
 def export_adapter(

@@ -36,7 +36,9 @@ from jaxmoe.cli.arguments import ArgumentParser, add_dataclass_arguments, datacl
 from jaxmoe.cli.progress import progress, reading_weights
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
 from jaxmoe.control.replay import Replay
-from jaxmoe.data.records import Batch, Record, Rows, cut, digest, hold_out, load_tokenizer, read_records
+from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.packing import Batch, Sequences, cut
+from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.errors import UserError
 from jaxmoe.memory import Remat, choose_remat, device_bytes, human, training_forecast
 from jaxmoe.model.decoder import (
@@ -49,8 +51,8 @@ from jaxmoe.model.decoder import (
     taken_implementations,
 )
 from jaxmoe.parameters import Quantization
-from jaxmoe.store.converted import TrainCheckpoints
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
+from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.export import export_adapter, export_merged, export_model
 from jaxmoe.train.metrics import MetricsLog, Progress, expert_load
 from jaxmoe.train.step import (
@@ -226,8 +228,8 @@ class _Run:
     model: Model
     shapes: _Shapes
     load: Callable[[OnLayer], _Weights]
-    rows: Rows
-    eval_rows: Rows | None
+    rows: Sequences
+    eval_rows: Sequences | None
     total_steps: int
     warmup_steps: int
     aux_coefficient: float
@@ -523,12 +525,12 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     if settings.replay is not None:
         replay = Replay(Capture.open(settings.replay), config, tokenizer)
         replay.check(segments)
-    rows = Rows(segments, settings.seq_length, seed=settings.seed, pack=settings.pack, epochs=epochs)
+    rows = Sequences(segments, settings.seq_length, seed=settings.seed, pack=settings.pack, epochs=epochs)
     eval_rows = None
     if held_out:
         segments, lost = cut(held_out, settings.seq_length)
         notices += [f"held-out: {line}" for line in lost.notices(settings.seq_length)]
-        eval_rows = Rows(segments, settings.seq_length, pack=settings.pack, shuffle=False, epochs=1)
+        eval_rows = Sequences(segments, settings.seq_length, pack=settings.pack, shuffle=False, epochs=1)
     rows_per_step = settings.batch_size * settings.accumulation
     total = settings.max_steps if epochs is None else rows.steps(epochs, rows_per_step)
     assert total is not None

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
-from jaxmoe.data.records import Batch
+from jaxmoe.data.packing import Batch
 from jaxmoe.memory import loss_chunk
 from jaxmoe.model.decoder import Params, Remat, RouterStats, forward, head_weight
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss

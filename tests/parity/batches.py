@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.data.records import load_tokenizer
+from jaxmoe.data.chat import load_tokenizer
 from tests.configs import random_tokens
 
 

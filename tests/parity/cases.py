@@ -10,7 +10,7 @@ import numpy as np
 
 from convert.adapters import write_peft
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
-from jaxmoe.data.records import load_tokenizer
+from jaxmoe.data.chat import load_tokenizer
 from tests.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
 from tests.make_checkpoint import write_tokenizer
 from tests.parity.batches import Batch, checkpoint_batch

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from convert.adapters import load_adapter
-from jaxmoe.config import LORA_TARGETS, LoraConfig, Qwen3MoeConfig
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.lora import LORA_TARGETS
 from tests.oracle import attention_factor, inverse_frequencies
 from tests.parity.batches import Batch
 from tests.parity.environment import torch_device, write_environment
@@ -143,7 +144,7 @@ class Exact:
 
     def _delta(self, x: Tensor, target: str, index: tuple[int, ...]) -> Tensor | float:
         """What the adapter of `target` adds to a product with `x`."""
-        path = ".".join(LORA_TARGETS[target])
+        path = LORA_TARGETS[target].path
         if self.lora is None or self.adapters is None or f"{path}.lora_A" not in self.adapters:
             return 0.0
         a, b = (self.adapters[f"{path}.lora_{side}"][index] for side in "AB")

@@ -21,7 +21,7 @@ from jax.experimental import io_callback
 import jaxmoe.model.decoder
 import jaxmoe.train.step
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.data.records import Batch as TrainingBatch
+from jaxmoe.data.packing import Batch as TrainingBatch
 from jaxmoe.ops.router import RoutingControl
 from tests import oracle
 from tests.parity.batches import Batch

@@ -1,0 +1,190 @@
+"""Tokenizers and chat templates: a conversation as text, and which parts of it the assistant said."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jaxmoe.errors import UserError
+
+ROLES = ("system", "user", "assistant", "tool")
+_MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What a template of a thinking model appends to the generation prompt and leaves out of earlier turns.
+_OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
+
+Piece = tuple[str | list[int], float]  # text, or tokens, and the loss weight of each token
+
+
+def load_tokenizer(folder: str | pathlib.Path) -> Any:
+    """The tokenizer in a model folder (HF form or converted), through transformers' `AutoTokenizer`.
+
+    Raises:
+        UserError: the folder holds no tokenizer, or one without an end-of-text token.
+    """
+    if not pathlib.Path(folder).is_dir():
+        raise UserError(f"{folder}: expected a folder with a tokenizer, found none")
+    try:
+        tokenizer = _auto_tokenizer().from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{folder}: expected a tokenizer, found none that loads ({reason[0]})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: expected a tokenizer with an eos_token, found none")
+    return tokenizer
+
+
+def _auto_tokenizer() -> Any:
+    """Transformers' `AutoTokenizer`; slow to import, and only text needs it.
+
+    Without PyTorch, which nothing here needs, transformers says while it is imported that models won't be available.
+    """
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
+    return AutoTokenizer
+
+
+def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece]:
+    """A conversation as the tokenizer's chat template renders it, in pieces; the assistant's turns have weight 1.
+
+    Raises:
+        UserError: messages of another form, no chat template, or nothing to learn.
+    """
+    _check_messages(messages, tools)
+    if not tokenizer.chat_template:
+        raise UserError("messages: expected a tokenizer with a chat template, found none")
+    pieces: list[Piece] = []
+    if isinstance(tokenizer.chat_template, str) and _GENERATION_TAG.search(tokenizer.chat_template):
+        # The template itself says what the assistant generates; transformers turns that into a mask.
+        encoded = _apply_template(
+            tokenizer, messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        learned = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        pieces = [([token], weight) for token, weight in learned]
+    else:
+        text, spans = assistant_spans(messages, tools, tokenizer)
+        at = 0
+        for start, end in spans:
+            pieces += [(text[at:start], 0.0), (text[start:end], 1.0)]
+            at = end
+        pieces.append((text[at:], 0.0))
+    if not any(weight and piece for piece, weight in pieces):
+        raise UserError("messages: expected an answer to learn, found none behind the chat template")
+    return pieces
+
+
+def _check_messages(messages: Any, tools: Any) -> None:
+    if not isinstance(messages, list):
+        raise UserError(f"messages: expected a list, found {kind_of(messages)}")
+    if not messages:
+        raise UserError("messages: expected at least one, found none")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise UserError(f"tools: expected a list of objects, found {kind_of(tools)}")
+    for number, message in enumerate(messages, start=1):
+        where = f"message {number}"
+        if not isinstance(message, dict):
+            raise UserError(f"{where}: expected an object, found {kind_of(message)}")
+        if unknown := sorted(set(message) - _MESSAGE_KEYS):
+            raise UserError(f"{where}: expected the keys {', '.join(sorted(_MESSAGE_KEYS))}; found {unknown[0]!r}")
+        if message.get("role") not in ROLES:
+            raise UserError(f"{where}: expected a role of {', '.join(ROLES)}; found {message.get('role')!r}")
+        calls = message.get("tool_calls")
+        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise UserError(f"{where}: expected tool_calls to be a list of objects, found {kind_of(calls)}")
+        for key in ("content", "reasoning_content"):
+            optional = key == "reasoning_content" or bool(calls)
+            if not (optional and message.get(key) is None):
+                text_field(message, key, where=f"{where}: ")
+        if message["role"] == "assistant" and not message.get("content") and not calls:
+            raise UserError(f"{where}: expected an answer, found an empty one")
+    if all(message["role"] != "assistant" for message in messages):
+        raise UserError("messages: expected at least one of the assistant, found none")
+
+
+def assistant_spans(
+    messages: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and the character range of every assistant turn in it.
+
+    A turn begins where the generation prompt ends, as the model will meet it, and ends with the special token that
+    closes it; a thought that the template keeps belongs to the turn. Growing prefixes cannot find the turns: Qwen3's
+    template writes an empty thought into the last turn and strips the thoughts of turns before the last question, so
+    a prefix's rendering is no prefix of the whole. Here the whole is rendered once more per turn, with the answer
+    replaced by a character that occurs nowhere in it: what stands before and behind that character must stand in the
+    true rendering as well.
+
+    Raises:
+        UserError: there is no chat template, it rejects the messages, or the turns cannot be told apart.
+    """
+    whole = _render(messages, tools, tokenizer)
+    prompted = _render(messages, tools, tokenizer, add_generation_prompt=True)
+    prompt = prompted[len(whole) :]
+    if not prompt or not prompted.startswith(whole):
+        raise UserError("chat template: expected a generation prompt behind the messages, found another rendering")
+    mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in prompted)
+    closers = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+    spans = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        replaced = [*messages[:turn], {"role": "assistant", "content": mark}, *messages[turn + 1 :]]
+        before, found, behind = _render(replaced, tools, tokenizer).partition(mark)
+        # A template that opens a thought in the generation prompt may leave it out of earlier turns.
+        headers = (prompt, _OPENED_THOUGHT.sub("", prompt))
+        start = max((before.rfind(header) + len(header) for header in headers if header in before), default=-1)
+        end = len(whole) - len(behind)
+        bounded = whole.startswith(before[:start]) and whole.endswith(behind) and start <= end
+        if not found or start < (spans[-1][1] if spans else 0) or not bounded:
+            raise UserError(f"chat template: cannot tell the answer of message {turn + 1} from what surrounds it")
+        closer = next((token for token in closers if behind.lstrip().startswith(token)), None)
+        if closer is None:
+            raise UserError(
+                f"chat template: expected a special token behind the answer of message {turn + 1}, "
+                f"found {behind[:20]!r}"
+            )
+        spans.append((start, end + behind.index(closer) + len(closer)))
+    return whole, spans
+
+
+def _render(messages: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any, **options: Any) -> str:
+    return _apply_template(tokenizer, messages, tools=tools, tokenize=False, **options)
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise UserError(f"chat template: expected to render these messages, found {error}") from None
+
+
+def text_field(raw: dict[str, Any], key: str, *, empty: bool = True, where: str = "") -> str:
+    """The string `raw[key]`; raises UserError for anything else, and unless `empty` for an empty string."""
+    value = raw.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{where}{key}: expected a string, found {kind_of(value)}")
+    if not value and not empty:
+        raise UserError(f"{where}{key}: expected text, found an empty string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}{key}: expected Unicode text, found a lone surrogate") from None
+    return value
+
+
+def kind_of(value: Any) -> str:
+    """What a parsed JSON value is, in words."""
+    names = {type(None): "nothing", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")

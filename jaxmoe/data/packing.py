@@ -1,0 +1,203 @@
+"""Records -> documents -> packed sequences -> batches.
+
+A document is a record, or a piece of a long one, that fits into one sequence. A sequence is one line of a batch: several
+documents behind each other, then padding. Which documents share a sequence, and in which order sequences come, is a pure
+function of (records, seed, epoch), and the batch of a step one of (records, seed, step): a run that resumes at step s
+sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int16, Int32
+
+from jaxmoe.data.records import Record
+from jaxmoe.errors import UserError
+
+_WINDOW = 1024  # documents; wide enough to fill sequences, narrow enough that every epoch mixes other neighbours
+
+
+class Document(NamedTuple):
+    """A record, or a piece of one, that fits into one sequence: `labels[i]` is the token that follows `inputs[i]`."""
+
+    inputs: Int32[np.ndarray, " n"]
+    labels: Int32[np.ndarray, " n"]
+    weights: Float32[np.ndarray, " n"]
+
+
+class Cut(NamedTuple):
+    """How many records `cut` changed: split into several documents, truncated, dropped."""
+
+    split: int
+    truncated: int
+    dropped: int
+
+    def notices(self, seq_length: int) -> list[str]:
+        """One line for each kind of loss that happened, for the user."""
+        lines = []
+        if self.split:
+            lines.append(
+                f"{self.split} text records are longer than {seq_length} tokens: split into consecutive sequences"
+            )
+        if self.truncated:
+            lines.append(f"{self.truncated} records are longer than {seq_length} tokens: truncated at the end")
+        if self.dropped:
+            lines.append(f"{self.dropped} records have no token to learn within {seq_length} tokens: dropped")
+        return lines
+
+
+class Batch(NamedTuple):
+    """Sequences of T tokens with any leading axes, here [accumulation, B]; padding has segment 0 and weight 0.
+
+    A document has one segment id (1.. within its sequence) and positions that start at 0; `labels` is the document's next
+    token and never one of another document. `experts`, where given, replays a captured routing: the k experts of each
+    token in each MoE layer, -1 where the model chooses. The arrays are NumPy's here and JAX's within a step.
+    """
+
+    input_ids: Int32[Any, "*lead T"]
+    labels: Int32[Any, "*lead T"]
+    weights: Float32[Any, "*lead T"]
+    segment_ids: Int32[Any, "*lead T"]
+    position_ids: Int32[Any, "*lead T"]
+    experts: Int16[Any, "*lead T Ls k"] | None = None
+
+
+def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut]:
+    """Records -> documents of at most `seq_length` tokens.
+
+    A text that is longer becomes consecutive documents in which each of its tokens is predicted once (a document's
+    first tokens see no earlier ones); a conversation or a prompt with its completion is truncated at its end. Tokens
+    after the last one to learn are left out. A record with nothing left to learn is dropped.
+    """
+    documents: list[Document] = []
+    split = truncated = dropped = 0
+    for record in records:
+        inputs, labels, weights = record.tokens[:-1], record.tokens[1:], record.weights[1:]
+        learned = np.flatnonzero(weights)
+        length = int(learned[-1]) + 1 if len(learned) else 0
+        if length > seq_length and not record.splittable:
+            truncated += 1
+            learned = learned[learned < seq_length]
+            length = int(learned[-1]) + 1 if len(learned) else 0
+        if not length:
+            dropped += 1
+            continue
+        split += length > seq_length
+        for start in range(0, length, seq_length):
+            piece = slice(start, min(start + seq_length, length))
+            documents.append(Document(inputs[piece], labels[piece], weights[piece]))
+    return documents, Cut(split, truncated, dropped)
+
+
+def pack(lengths: Sequence[int], seq_length: int, rng: np.random.Generator) -> list[list[int]]:
+    """Lengths of documents -> sequences of at most `seq_length` tokens, each a list of indices, in random order.
+
+    Best-fit decreasing (the fullest sequence that still has room) within windows of a shuffled order: nearly full
+    sequences, and other neighbours in every epoch.
+    """
+    order = rng.permutation(len(lengths)).tolist()
+    sequences: list[list[int]] = []
+    for first in range(0, len(order), _WINDOW):
+        room: list[tuple[int, int]] = []  # (free tokens, sequence), sorted
+        for index in sorted(order[first : first + _WINDOW], key=lambda i: -lengths[i]):
+            slot = bisect.bisect_left(room, (lengths[index], -1))
+            if slot == len(room):
+                free, number = seq_length, len(sequences)
+                sequences.append([])
+            else:
+                free, number = room.pop(slot)
+            sequences[number].append(index)
+            if free > lengths[index]:
+                bisect.insort(room, (free - lengths[index], number))
+    return [sequences[i] for i in rng.permutation(len(sequences))]
+
+
+class Sequences:
+    """An endless (or `epochs` long) stream of packed sequences, dealt out in batches.
+
+    Each epoch holds each document exactly once. Its sequences follow those of the epoch before, also within a batch, so
+    that nothing is left over. After the last epoch come empty sequences.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        seq_length: int,
+        *,
+        seed: int = 0,
+        pack: bool = True,
+        shuffle: bool = True,
+        epochs: int | None = None,
+    ) -> None:
+        if not documents:
+            raise UserError("data: expected at least one record with a token to learn, found none")
+        self.seq_length = seq_length
+        self._documents = documents
+        self._lengths = [len(document.inputs) for document in documents]
+        self._seed, self._pack, self._shuffle, self._epochs = seed, pack, shuffle, epochs
+        self._ends: list[int] = []  # sequences up to and including each epoch planned so far
+        self._plans: dict[int, list[list[int]]] = {}
+
+    @property
+    def packed(self) -> bool:
+        """Whether a sequence may hold several documents: where the two shortest do not fit into one, none does."""
+        return self._pack and sum(sorted(self._lengths)[:2]) <= self.seq_length and len(self._lengths) > 1
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The sequences of one epoch, each a list of indices of documents."""
+        if epoch not in self._plans:
+            rng = np.random.default_rng((self._seed, epoch))
+            if self._pack:
+                plan = pack(self._lengths, self.seq_length, rng)
+                plan = plan if self._shuffle else sorted(plan)
+            else:
+                order = rng.permutation(len(self._documents)) if self._shuffle else range(len(self._documents))
+                plan = [[int(i)] for i in order]
+            self._plans = {e: kept for e, kept in self._plans.items() if e == epoch - 1} | {epoch: plan}
+        return self._plans[epoch]
+
+    def count(self, epochs: int) -> int:
+        """How many sequences the first `epochs` epochs have."""
+        while len(self._ends) < epochs:
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before + len(self.epoch(len(self._ends))))
+        return self._ends[epochs - 1] if epochs else 0
+
+    def steps(self, epochs: int, per_step: int) -> int:
+        """How many batches of `per_step` sequences cover the first `epochs` epochs."""
+        return -(-self.count(epochs) // per_step)
+
+    def batch(self, step: int, shape: tuple[int, ...]) -> Batch:
+        """Batch number `step` (from 0) with leading axes `shape`, for instance (accumulation, B)."""
+        size = int(np.prod(shape))
+        arrays: dict[str, np.ndarray] = {
+            name: np.zeros((size, self.seq_length), np.float32 if name == "weights" else np.int32)
+            for name in Batch._fields
+            if name != "experts"
+        }
+        for slot, indices in enumerate(self._plan(step * size, (step + 1) * size)):
+            at = 0
+            for number, index in enumerate(indices, start=1):
+                document = self._documents[index]
+                span = slice(at, at + len(document.inputs))
+                arrays["input_ids"][slot, span] = document.inputs
+                arrays["labels"][slot, span] = document.labels
+                arrays["weights"][slot, span] = document.weights
+                arrays["segment_ids"][slot, span] = number
+                arrays["position_ids"][slot, span] = np.arange(len(document.inputs))
+                at = span.stop
+        return Batch(**{name: array.reshape(*shape, self.seq_length) for name, array in arrays.items()})
+
+    def _plan(self, start: int, stop: int) -> Iterator[list[int]]:
+        """Sequences `start` to `stop` of the stream, each a list of indices of documents."""
+        epoch = 0
+        for number in range(start, stop):
+            while self.count(epoch + 1) <= number:
+                epoch += 1
+                if epoch == self._epochs:
+                    return
+            yield self.epoch(epoch)[number - self.count(epoch)]

@@ -1,0 +1,143 @@
+"""LoRA: the settings of a model's adapters, and the one table of the weights that can have an adapter.
+
+Standard library only. Everything that translates between our names, our stacks and PEFT's names reads `LORA_TARGETS`.
+The letters of its shapes are those of the dimension key in `jaxmoe.config`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxmoe.errors import ConfigError, check_integer, check_number
+
+if TYPE_CHECKING:
+    from jaxmoe.config import Qwen3MoeConfig
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """One weight of a decoder layer that an adapter can be added to.
+
+    `stack` and `parameter` say where the weight lies here (`jaxmoe.parameters`), `shape` what one layer of it is.
+    `peft_module` is the module whose name stands in the keys of a PEFT adapter; the two expert weights share the module
+    `mlp.experts`. `peft_parameter` is what PEFT's `target_parameters` has to name; None where PEFT's `target_modules`
+    can name the module.
+    """
+
+    group: str
+    stack: str
+    parameter: str
+    shape: str
+    peft_module: str
+    peft_parameter: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The weight's path in `parameter_specs`, for instance `attention.q_proj`."""
+        return f"{self.stack}.{self.parameter}"
+
+
+def _attention(name: str, shape: str) -> LoraTarget:
+    return LoraTarget("attention", "attention", name, shape, f"self_attn.{name}")
+
+
+def _expert(name: str, shape: str) -> LoraTarget:
+    return LoraTarget("experts", "sparse", name, shape, "mlp.experts", f"mlp.experts.{name}")
+
+
+def _dense(name: str, shape: str) -> LoraTarget:
+    return LoraTarget("dense", "dense", name, shape, f"mlp.{name}", f"mlp.{name}.weight")
+
+
+# Our name -> the weight. Attention and dense MLPs bear the names of transformers' modules; `gate` is the router. The
+# router is no nn.Linear in transformers 5, so PEFT has to be told of it as a parameter. Dense MLPs are nn.Linear, but
+# PEFT takes their module names for those of the experts in transformers 4 and would wrap the experts instead.
+LORA_TARGETS: dict[str, LoraTarget] = {
+    "q_proj": _attention("q_proj", "N*H D"),
+    "k_proj": _attention("k_proj", "K*H D"),
+    "v_proj": _attention("v_proj", "K*H D"),
+    "o_proj": _attention("o_proj", "D N*H"),
+    "gate": LoraTarget("router", "sparse", "gate", "E D", "mlp.gate", "mlp.gate.weight"),
+    "experts.gate_up_proj": _expert("gate_up_proj", "E 2*F D"),
+    "experts.down_proj": _expert("down_proj", "E D F"),
+    "gate_proj": _dense("gate_proj", "I D"),
+    "up_proj": _dense("up_proj", "I D"),
+    "down_proj": _dense("down_proj", "D I"),
+}
+# A group's name -> the targets that it stands for.
+LORA_GROUPS: dict[str, tuple[str, ...]] = {
+    group: tuple(name for name, target in LORA_TARGETS.items() if target.group == group)
+    for group in ("attention", "router", "experts", "dense")
+}
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): y = x W^T + scale * (x A^T) B^T, one A and B per target and expert.
+
+    `targets` are keys of `LORA_TARGETS`. `rank_pattern` and `alpha_pattern` override `r` and `alpha` per target (an
+    imported adapter may hold several ranks).
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    use_rslora: bool = False
+    targets: tuple[str, ...] = LORA_GROUPS["attention"]
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    base_model_name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError("LoRA targets: expected at least one, found none")
+        unknown = [t for t in self.targets if t not in LORA_TARGETS]
+        if unknown:
+            raise ConfigError(f"LoRA targets: expected some of {', '.join(LORA_TARGETS)}; found {unknown[0]!r}")
+        if len(set(self.targets)) != len(self.targets):
+            raise ConfigError(f"LoRA targets: expected each once, found {', '.join(self.targets)}")
+        for name, rank in (("r", self.r), *self.rank_pattern):
+            check_integer(f"LoRA rank {name}", rank, at_least=1)
+        for name, alpha in (("alpha", self.alpha), *self.alpha_pattern):
+            check_number(f"LoRA alpha {name}", alpha)
+        for pattern in (self.rank_pattern, self.alpha_pattern):
+            for name, _ in pattern:
+                if name not in self.targets:
+                    raise ConfigError(f"LoRA pattern: {name!r} is not among the targets {', '.join(self.targets)}")
+
+    def rank(self, target: str) -> int:
+        """Rank r of one target."""
+        return dict(self.rank_pattern).get(target, self.r)
+
+    def scale(self, target: str) -> float:
+        """Factor on the low-rank product: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
+        rank = self.rank(target)
+        alpha = dict(self.alpha_pattern).get(target, self.alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def check_against(self, config: Qwen3MoeConfig) -> None:
+        """Raises ConfigError when a target names layers that the model does not have."""
+        for name in self.targets:
+            stack = LORA_TARGETS[name].stack
+            if stack == "sparse" and not config.sparse_layers:
+                raise ConfigError(f"LoRA target {name!r}: the model has no mixture-of-experts layer")
+            if stack == "dense" and not config.dense_layers:
+                raise ConfigError(f"LoRA target {name!r}: the model has no dense MLP layer")
+
+
+def expand_targets(names: Sequence[str]) -> tuple[str, ...]:
+    """Group names (attention, router, experts, dense) and single targets -> single targets, in the table's order.
+
+    Raises:
+        ConfigError: a name that is neither.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        if name not in LORA_GROUPS and name not in LORA_TARGETS:
+            raise ConfigError(
+                f"LoRA targets: expected groups {', '.join(LORA_GROUPS)} or {', '.join(LORA_TARGETS)}; found {name!r}"
+            )
+        chosen.update(LORA_GROUPS.get(name, (name,)))
+    return tuple(target for target in LORA_TARGETS if target in chosen)

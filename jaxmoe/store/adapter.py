@@ -1,0 +1,77 @@
+"""The converted adapter: one Orbax item, and `adapter.json` with both configs and a checksum for every array."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.errors import UserError
+from jaxmoe.lora import LoraConfig
+from jaxmoe.parameters import lora_specs
+from jaxmoe.store.files import output_folder
+from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
+
+ADAPTER_MANIFEST = "adapter.json"
+_KIND, _VERSION = "jaxmoe adapter", 1
+
+
+def write_adapter(
+    dst: str | os.PathLike[str], config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, Any]
+) -> None:
+    """Writes a converted adapter: one Orbax item, and `adapter.json` with both configs and every array's checksum.
+
+    `adapters` holds the arrays of `lora_specs(config, lora)`, NumPy or JAX.
+    """
+    arrays = {name: np.asarray(array) for name, array in adapters.items()}
+    check_adapter("adapter", config, lora, arrays)
+    with output_folder(dst) as folder:
+        entries = write_item(folder / "adapter", arrays)
+        model = config.to_hf()
+        content = {"lora": asdict(lora), "model": model, "arrays": entries}
+        write_manifest(folder / ADAPTER_MANIFEST, _KIND, _VERSION, content)
+
+
+def read_adapter(
+    path: str | os.PathLike[str], config: Qwen3MoeConfig | None = None, verify: bool = True
+) -> tuple[Qwen3MoeConfig, LoraConfig, dict[str, np.ndarray]]:
+    """Reads a converted adapter: the config of the model that it was made for, its own, and its arrays.
+
+    Raises:
+        UserError: a damaged folder, or an adapter whose shapes do not fit `config`.
+    """
+    path = pathlib.Path(path)
+    manifest = read_manifest(path / ADAPTER_MANIFEST, _KIND, (_VERSION,))
+    raw = manifest.get("lora")
+    known = {field.name for field in fields(LoraConfig)}
+    if not isinstance(raw, dict) or set(raw) != known or not isinstance(manifest.get("model"), dict):
+        raise UserError(f"{path / ADAPTER_MANIFEST}: lora, model: expected {', '.join(sorted(known))}, found {raw!r}")
+    lora = LoraConfig(**{name: _tuples(value) for name, value in raw.items()})
+    own = Qwen3MoeConfig.from_hf(manifest["model"])
+    shapes = {name: spec.shape for name, spec in lora_specs(config or own, lora).items()}
+    check_entries(f"{path / ADAPTER_MANIFEST}: arrays", manifest.get("arrays"), shapes)
+    return own, lora, read_item(path / "adapter", manifest["arrays"], verify)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that a frozen dataclass holds."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def is_adapter(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a converted adapter."""
+    return (pathlib.Path(path) / ADAPTER_MANIFEST).is_file()
+
+
+def check_adapter(where: str, config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError unless `adapters` holds exactly the arrays that `lora_specs(config, lora)` asks for."""
+    specs = lora_specs(config, lora)
+    same_names(where, specs, adapters)
+    for name, spec in specs.items():
+        if adapters[name].shape != spec.shape:
+            raise UserError(f"{where}: {name}: expected shape {spec.shape}, found {adapters[name].shape}")
