@@ -22,7 +22,10 @@ import numpy as np
 
 from captures import LabelledText, Text
 from jaxmoe.cli.arguments import ArgumentParser, run
-from jaxmoe.model.decoder import Qwen3MoeForCausalLM, forward, head_weight, init_parameters
+from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from jaxmoe.model.decoder import forward, head_weight
+from jaxmoe.model.init import init_parameters
+from jaxmoe.model.interface import Tokens
 from jaxmoe.presets import PRESETS
 from jaxmoe.routing.capture import capture, pack_in_order, token_predictions
 
@@ -40,7 +43,7 @@ def random_text(tokens: int, length: int, vocab_size: int) -> LabelledText:
 @partial(jax.jit, static_argnames=("config", "predictions"))
 def plain_step(params, input_ids, position_ids, segment_ids, following, *, config, predictions):
     """The forward pass without a capture: what leaves the device is one number a batch, or each token's loss."""
-    out = forward(params, {}, input_ids, position_ids, segment_ids, config=config)
+    out = forward(params, {}, Tokens(input_ids, position_ids, segment_ids), config=config)
     if not predictions:
         return out.hidden.astype(jnp.float32).sum(), out.stats.counts
     hidden = out.hidden.reshape(-1, out.hidden.shape[-1])

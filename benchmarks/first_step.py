@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.random_model import jax_parameters, token_ids
     from jaxmoe.cli import xla
     from jaxmoe.data.packing import Batch
-    from jaxmoe.model.decoder import init_adapters
+    from jaxmoe.model.init import init_adapters
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     mark()

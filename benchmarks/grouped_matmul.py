@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.cli.arguments import ArgumentParser, run
-from jaxmoe.ops.experts import Schedule, grouped_matmul, kernel_block_rows, make_schedule
+from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
+from jaxmoe.ops.schedule import Schedule, make_schedule
 from jaxmoe.presets import PRESETS
 
 
@@ -83,14 +84,12 @@ def products(D: int, F: int) -> dict[str, tuple[str, int, int, bool]]:
 
 def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
     """One record per product: TFLOP/s of each side, relative error against float32."""
-    from jaxmoe.ops.kernels.grouped_matmul.hopper import TILE_ROWS
-
     config = PRESETS["qwen3-30b-a3b"]
     D, F, E, k = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
     experts = skewed_experts(tokens, E, k)
     sizes = np.bincount(experts.reshape(-1), minlength=E)
-    block_rows = kernel_block_rows(experts.size, E)
-    schedule = jax.jit(make_schedule, static_argnums=(1, 2, 3))(jnp.asarray(experts), E, TILE_ROWS, block_rows)
+    layout = HOPPER.tile_rows(experts.size, E), HOPPER.span_rows(experts.size, E)
+    schedule = jax.jit(make_schedule, static_argnums=(1, 2, 3))(jnp.asarray(experts), E, *layout)
     draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5, static_argnums=1)
     keys = jax.random.split(jax.random.key(0), 6)
     stacks = {"gate_up": draw(keys[0], (E, 2 * F, D)), "down": draw(keys[1], (E, D, F))}
@@ -101,7 +100,7 @@ def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
 
         @jax.jit
         def multiply(x, weight, transposed=transposed):
-            return grouped_matmul(x, weight, schedule, 0, transposed=transposed, mosaic=True)
+            return HOPPER.matmul(x, weight, schedule, 0, transposed=transposed)
 
         flops = 2 * tokens * k * inner * out
         sides = {

@@ -142,7 +142,7 @@ def main() -> None:
     base = PRESETS[args.preset]
     if args.width:
         base = base.replace(hidden_size=args.width, moe_intermediate_size=64)
-    taken = implementation(jnp.bfloat16, 2 * base.moe_intermediate_size, base.hidden_size, base.moe_intermediate_size)
+    taken = implementation(jnp.bfloat16, base.hidden_size, base.moe_intermediate_size)
     print(f"{jax.devices()[0].device_kind}, grouped matmul by {taken.name}: ms of both passes (forward alone)")
     print(f"{'tokens':>7}{'experts':>8}{'max/mean':>9}{'jaxmoe':>16}{'TFLOP/s':>8}  peer, ratio, error of out, dX")
     records = []

@@ -40,19 +40,22 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, 
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxmoe.model.decoder import empty_cache, forward, forward_cached, head_weight, logits_of
+    from jaxmoe.model.cache import NewTokens, empty_cache, forward_cached
+    from jaxmoe.model.decoder import forward, head_weight, logits_of
+    from jaxmoe.model.interface import Options, Tokens
 
     params = random_model.jax_parameters(config)
 
     def plain(params: Any, ids: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
-        out = forward(params, {}, ids, positions, jnp.ones_like(ids), config=config, packed=False)
+        tokens = Tokens(ids, positions, jnp.ones_like(ids))
+        out = forward(params, {}, tokens, config=config, options=Options(packed=False))
         return logits_of(out.hidden[:, -1], head_weight(params, config)), out.stats.counts
 
     def into_cache(params: Any, ids: Any) -> Any:
         cache = empty_cache(config, batch, length, jnp.bfloat16)
         lengths = jnp.full(batch, length, jnp.int32)
-        hidden, cache, _ = forward_cached(params, {}, ids, None, lengths, cache, config=config)
+        hidden, cache, _ = forward_cached(params, {}, NewTokens(ids, None, lengths), cache, config=config)
         return logits_of(hidden[:, -1], head_weight(params, config)), cache
 
     def ids_of(step: int) -> Any:

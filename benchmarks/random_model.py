@@ -44,7 +44,7 @@ def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxmoe.model.decoder import init_parameters
+    from jaxmoe.model.init import init_parameters
 
     params = jax.jit(init_parameters, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
     scales = {"embed_tokens": 1 / STD} | dict.fromkeys(RESIDUAL, 1 / config.num_hidden_layers)

@@ -55,7 +55,7 @@ def jaxmoe_step(args: argparse.Namespace, lora: LoraConfig, recompute: bool) -> 
     import jax.numpy as jnp
 
     from jaxmoe.data.packing import Batch
-    from jaxmoe.model.decoder import Qwen3MoeForCausalLM
+    from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     module = Qwen3MoeForCausalLM.from_pretrained(args.model, dtype="float32")

@@ -74,12 +74,13 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     import numpy as np
 
     from jaxmoe.data.packing import Batch
-    from jaxmoe.model.decoder import init_adapters, taken_implementations
+    from jaxmoe.model.init import init_adapters
+    from jaxmoe.model.selection import selected_implementations
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     # By default a row is one document, as where `jaxmoe.train.loop` finds no two that fit into one.
     packed = args.documents > 1
-    taken: Any = taken_implementations(config, "bfloat16")
+    taken: Any = selected_implementations(config, "bfloat16")
     remat: Any = args.remat or case.remat
     plan = training_forecast(
         config,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from jaxmoe.lazy import exports
 
 if TYPE_CHECKING:
-    from jaxmoe.config import Qwen3MoeConfig
+    from jaxmoe.config import LoraConfig, Qwen3MoeConfig
     from jaxmoe.lora import LoraConfig
-    from jaxmoe.model.decoder import Qwen3MoeForCausalLM
+    from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 
 __version__ = "0.1.0"
 __all__ = ["LoraConfig", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", "__version__"]
@@ -19,6 +19,6 @@ __getattr__, __dir__ = exports(
     {
         "LoraConfig": "jaxmoe.lora",
         "Qwen3MoeConfig": "jaxmoe.config",
-        "Qwen3MoeForCausalLM": "jaxmoe.model.decoder",
+        "Qwen3MoeForCausalLM": "jaxmoe.model.causal_lm",
     },
 )

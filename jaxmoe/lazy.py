@@ -1,4 +1,4 @@
-"""Public names of a package that are imported on first use (PEP 562), so that the package itself loads nothing heavy."""
+"""Public names of a package that are imported on first use (PEP 562): the package itself loads nothing heavy."""
 
 from __future__ import annotations
 

@@ -275,13 +275,13 @@ def attention_bytes(
     """
     heads = batch_size * config.num_attention_heads * seq_length
     if attention == "blocks":
-        return (8 if training else 4) * heads * query_block(seq_length) * FLOAT32
+        return (8 if training else 4) * heads * query_chunk(seq_length) * FLOAT32
     sequences = CUDNN_SEQUENCES if packed else 1
     return 2 * sequences * heads * config.head_dim * FLOAT32 if training else 0
 
 
-def query_block(seq_length: int) -> int:
-    """Queries of a block of attention: jaxmoe.ops.attention.block_rows."""
+def query_chunk(seq_length: int) -> int:
+    """Queries of a chunk of attention, as `jaxmoe.ops.attention_chunked.chunk_length`."""
     return min(max(64, -(-seq_length // 8)), 1024)
 
 

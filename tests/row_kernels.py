@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.config import LoraConfig
-from jaxmoe.model.decoder import forward, init_adapters, init_parameters
+from jaxmoe.model.decoder import forward
+from jaxmoe.model.init import init_adapters, init_parameters
+from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.ops import implementations
 from jaxmoe.ops.implementations import Device, forced
 from tests.configs import config_of
@@ -37,10 +39,10 @@ def step(sizes: dict[str, int], choices: dict[str, str], *, unroll: bool = False
     adapters = {path: array + 0.02 * draw(len(path), *array.shape) for path, array in adapters.items()}
     ids = jax.random.randint(jax.random.key(2), (2, 64), 0, config.vocab_size)
     positions = jnp.broadcast_to(jnp.arange(64), ids.shape)
-    options: dict[str, Any] = {"config": config, "lora": lora, "trainable": "adapters", "remat": "fast"}
+    options = Options(lora=lora, trainable="adapters", remat="fast", unroll=unroll)
 
     def loss(adapters: Any) -> Any:
-        out = forward(params, adapters, ids, positions, jnp.ones_like(ids), unroll=unroll, **options)
+        out = forward(params, adapters, Tokens(ids, positions, jnp.ones_like(ids)), config=config, options=options)
         return jnp.sum(out.hidden**2 * draw(5, *out.hidden.shape))
 
     with forced(attention="blocks", grouped_matmul="tiled", **choices):

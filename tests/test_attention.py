@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.ops import attention as blocked
+from jaxmoe.ops import attention_chunked as chunked
 from jaxmoe.ops.attention import causal_attention
-from jaxmoe.ops.linear import attention, attention_mask
+from jaxmoe.ops.attention_masked import attention, attention_mask
 from tests.tolerances import bound
 
 CASES = {
@@ -65,19 +65,19 @@ def test_equals_masked_attention(name, padded):
 
 @pytest.mark.parametrize("window", [None, 100])
 def test_long_rows_take_more_blocks(window, monkeypatch):
-    monkeypatch.setattr(blocked, "_MAX_ROWS", 64)
-    assert len(list(blocked._blocks(600, window))) == 10
+    monkeypatch.setattr(chunked, "LONGEST", 64)
+    assert len(list(chunked._chunks(600, window))) == 10
     assert max(errors(600, 1, window, True)) <= bound("attention_fp32")
 
 
 def test_the_comparison_sees_a_planted_fault(monkeypatch):
-    original = blocked.attention_mask
+    original = chunked.attention_mask
 
     def sees_the_next_token(query_index, *rest):
         return original(query_index + 1, *rest)
 
     assert max(errors(150, 2, None, False)) <= bound("attention_fp32")
-    monkeypatch.setattr(blocked, "attention_mask", sees_the_next_token)
+    monkeypatch.setattr(chunked, "attention_mask", sees_the_next_token)
     assert max(errors(150, 2, None, False)) > 1e-2
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeRotaryEmbedding
 
-from jaxmoe.config import ConfigError, LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.errors import ConfigError
 from jaxmoe.lora import LORA_GROUPS, LORA_TARGETS
-from jaxmoe.ops.linear import rotary_frequencies
+from jaxmoe.ops.rotary import rotary_frequencies
 from tests import oracle
 from tests.configs import CONFIGS, config_of
 from tests.reference import hf_config

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.ops import attention_cudnn as cudnn
-from jaxmoe.ops.linear import attention, attention_mask
+from jaxmoe.ops.attention_masked import attention, attention_mask
 from tests.tolerances import bound
 
 B, N, K, H = 2, 4, 2, 16
@@ -168,9 +168,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cudnn, "_backward", backward)
     monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(cudnn.jax, "default_backend", lambda: "gpu")
-    cudnn._packed_obstacle.cache_clear()
+    cudnn._packed_unsupported.cache_clear()
     yield monkeypatch
-    cudnn._packed_obstacle.cache_clear()
+    cudnn._packed_unsupported.cache_clear()
 
 
 def test_packed_rows_are_tried_before_they_are_taken(gpu):
@@ -179,7 +179,7 @@ def test_packed_rows_are_tried_before_they_are_taken(gpu):
     ids = jnp.ones((B, 8), jnp.int32)
 
     def traced(query):
-        found.append(cudnn.obstacle(query, key, ids))
+        found.append(cudnn.unsupported(query, key, ids))
         return query
 
     found = []
@@ -190,17 +190,17 @@ def test_packed_rows_are_tried_before_they_are_taken(gpu):
         d_query, d_key, d_value = backward(*operands)
         return d_query, jnp.roll(d_key, 1, axis=1), d_value
 
-    cudnn._packed_obstacle.cache_clear()
+    cudnn._packed_unsupported.cache_clear()
     gpu.setattr(cudnn, "_backward", misplaced)
-    assert "from the oracle, expected at most 2e-02" in str(cudnn.obstacle(query, key, ids))
-    assert cudnn.obstacle(query, key) is None  # plain rows are another call
+    assert "from the oracle, expected at most 2e-02" in str(cudnn.unsupported(query, key, ids))
+    assert cudnn.unsupported(query, key) is None  # plain rows are another call
 
     def fails(*operands):
         raise NotImplementedError("packed layout: no such engine\nand more")
 
-    cudnn._packed_obstacle.cache_clear()
+    cudnn._packed_unsupported.cache_clear()
     gpu.setattr(cudnn, "_forward", fails)
-    assert cudnn.obstacle(query, key, ids) == "cannot run packed rows here: packed layout: no such engine"
+    assert cudnn.unsupported(query, key, ids) == "cannot run packed rows here: packed layout: no such engine"
 
 
 def test_each_group_covers_its_own_runs():
@@ -216,7 +216,7 @@ def test_each_group_covers_its_own_runs():
 )
 def test_what_cudnn_does_not_take(dtype, heads, what):
     query = jnp.zeros((1, 4, 2, heads), dtype)
-    assert what in str(cudnn.obstacle(query, query))
+    assert what in str(cudnn.unsupported(query, query))
 
 
 @pytest.mark.parametrize("segments", [None, "packed"])

@@ -13,9 +13,11 @@ from hypothesis import HealthCheck, example, given, settings
 from jax.extend.core import jaxprs_in_params
 
 from jaxmoe.ops import experts as dispatch
-from jaxmoe.ops.experts import ExpertWeights, dense_experts, make_schedule, sorted_experts, tile_rows
-from jaxmoe.ops.linear import Adapter
+from jaxmoe.ops.experts import ExpertWeights, dense_experts, sorted_experts
+from jaxmoe.ops.kernels.grouped_matmul import xla
+from jaxmoe.ops.low_rank import Adapter
 from jaxmoe.ops.router import Routing, expert_counts, load_balancing_loss, route
+from jaxmoe.ops.schedule import make_schedule
 from tests.tolerances import bound
 
 # (M, D, F, E, k): one token; k = E; one expert; more experts than rows; several tiles an expert; odd sizes
@@ -107,7 +109,8 @@ def test_equals_the_oracle(shape, skew, seed):
     assert worst_error(shape, skew, seed) <= bound("dispatch_fp32")
 
 
-def swapped_gate_and_up(gate, up):
+def swapped_gate_and_up(gate_up):
+    gate, up = jnp.split(gate_up, 2, axis=-1)
     return jax.nn.silu(up) * gate
 
 
@@ -116,22 +119,23 @@ def without_the_last_row(rows, weights, schedule):
     return original_combine(rows, weights, dropped)
 
 
-def off_by_one_expert(x, weight, schedule, offset, **options):
-    rolled = schedule._replace(tile_expert=jnp.roll(schedule.tile_expert, 1))
-    return original_matmul(x, weight, rolled, offset, **options)
+class OffByOneExpert(xla.Xla):
+    def matmul(self, x, weight, schedule, offset, **options):
+        rolled = schedule._replace(tile_expert=jnp.roll(schedule.tile_expert, 1))
+        return super().matmul(x, weight, rolled, offset, **options)
 
 
 def forgotten_gradient(outer, rows, low, d_y, d_low, adapter):
     return original_gradient(outer, rows, low, d_y, jnp.ones_like(d_low), adapter)
 
 
-original_combine, original_matmul = dispatch.combine, dispatch.grouped_matmul
+original_combine = dispatch.combine
 original_gradient = dispatch._adapter_gradient  # pyright: ignore[reportPrivateUsage]
 FAULTS = {
-    "swiglu": swapped_gate_and_up,
-    "combine": without_the_last_row,
-    "grouped_matmul": off_by_one_expert,
-    "_adapter_gradient": forgotten_gradient,
+    "swiglu_of_product": (dispatch, swapped_gate_and_up),
+    "combine": (dispatch, without_the_last_row),
+    "XLA": (xla, OffByOneExpert()),
+    "_adapter_gradient": (dispatch, forgotten_gradient),
 }
 
 
@@ -139,7 +143,8 @@ FAULTS = {
 def test_the_comparison_sees_a_planted_fault(monkeypatch, name):
     case = ((200, 16, 8, 5, 2), "random", 7)
     assert worst_error(*case) <= bound("dispatch_fp32")
-    monkeypatch.setattr(dispatch, name, FAULTS[name])
+    owner, fault = FAULTS[name]
+    monkeypatch.setattr(owner, name, fault)
     jax.clear_caches()
     assert worst_error(*case) > 100 * bound("dispatch_fp32")
     monkeypatch.undo()
@@ -155,7 +160,7 @@ def test_schedule_places_every_row_once(shape, skew, seed):
     M, _, _, E, k = shape
     _, routing, _, _ = make_case(shape, skew, seed)
     experts = np.asarray(routing.experts)
-    tile = tile_rows(M * k, E)
+    tile = xla.XLA.tile_rows(M * k, E)
     schedule = jax.device_get(scheduled(routing.experts, E, tile))
     positions = schedule.destination.reshape(-1)
     assert len(set(positions.tolist())) == M * k  # no two rows share a position, none is dropped
@@ -200,7 +205,7 @@ def largest_intermediate(function, *arguments):
 def test_no_buffer_exceeds_the_padded_rows_times_the_widest_layer():
     M, D, F, E, k = shape = (256, 32, 16, 16, 2)
     x, routing, stacks, _ = make_case(shape, "random", 0)
-    tile = tile_rows(M * k, E)
+    tile = xla.XLA.tile_rows(M * k, E)
     rows = (M * k // tile + E) * tile
 
     def gradient_of(experts):

@@ -21,11 +21,12 @@ from jaxmoe.data.packing import Batch
 from jaxmoe.doctor import report as doctor
 from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_GROUPS
-from jaxmoe.model.decoder import init_adapters, init_parameters
+from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.ops import attention_cudnn as cudnn
 from jaxmoe.ops import experts as dispatch
-from jaxmoe.ops.attention import block_rows
-from jaxmoe.ops.experts import make_schedule, tile_rows
+from jaxmoe.ops.attention_chunked import chunk_length
+from jaxmoe.ops.kernels.grouped_matmul.xla import XLA
+from jaxmoe.ops.schedule import make_schedule
 from jaxmoe.parameters import lora_specs, parameter_specs
 from jaxmoe.presets import PRESETS
 from jaxmoe.train.step import Model, loss_and_gradients
@@ -115,7 +116,7 @@ def test_bytes_are_those_of_real_arrays() -> None:
 def test_padded_rows_bound_what_dispatch_lays_out(tokens: int, num_experts: int) -> None:
     k = min(8, num_experts)
     experts = jax.ShapeDtypeStruct((tokens, k), jnp.int32)
-    tiles: Any = {"tiled": tile_rows(tokens * k, num_experts), "mosaic": memory.MOSAIC_ROWS}
+    tiles: Any = {"tiled": XLA.tile_rows(tokens * k, num_experts), "mosaic": memory.MOSAIC_ROWS}
     for implementation, tile in tiles.items():
         schedule = jax.eval_shape(partial(make_schedule, num_experts=num_experts, tile=tile), experts)
         bound = memory.padded_rows(tokens * k, num_experts, implementation)
@@ -193,7 +194,7 @@ def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
     assert memory.CUDNN_SEQUENCES == cudnn.MAX_RUNS
     assert memory.MOSAIC_ROWS == dispatch._MOSAIC_ROWS
     for length in (1, 64, 600, 4096, 8192, 8193, 65536):
-        assert memory.query_block(length) == block_rows(length)
+        assert memory.query_chunk(length) == chunk_length(length)
 
 
 def test_the_forecast_names_the_attention_of_this_device() -> None:

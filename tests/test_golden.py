@@ -1,4 +1,4 @@
-"""Ten LoRA steps on the demo checkpoint give the losses that they always gave; `tests/golden/record.py` compares bits."""
+"""Ten LoRA steps on the demo checkpoint give the recorded losses; `tests/golden/record.py` compares bits."""
 
 import json
 

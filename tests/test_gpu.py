@@ -15,7 +15,7 @@ from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch
 from jaxmoe.generate.engine import Generator
 from jaxmoe.lora import LORA_GROUPS
-from jaxmoe.model.decoder import init_adapters
+from jaxmoe.model.init import init_adapters
 from jaxmoe.ops.experts import ExpertWeights, sorted_experts
 from jaxmoe.ops.router import route
 from jaxmoe.train.step import Model, loss_and_gradients

@@ -11,8 +11,8 @@ import pytest
 
 from jaxmoe.ops import attention_cudnn as cudnn
 from jaxmoe.ops.attention import causal_attention
+from jaxmoe.ops.attention_masked import attention, attention_mask
 from jaxmoe.ops.implementations import choose, forced
-from jaxmoe.ops.linear import attention, attention_mask
 from tests.tolerances import bound
 
 pytestmark = pytest.mark.gpu
@@ -107,8 +107,8 @@ def test_the_comparison_sees_a_planted_fault(monkeypatch):
 
 def test_is_taken_for_bfloat16_only():
     half, full = (jnp.zeros((1, 64, 4, 64), dtype) for dtype in (jnp.bfloat16, jnp.float32))
-    assert choose("attention", {"cudnn": cudnn.obstacle(half, half)}).name == "cudnn"
-    assert choose("attention", {"cudnn": cudnn.obstacle(full, full)}).name == "blocks"
+    assert choose("attention", half, half).name == "cudnn"
+    assert choose("attention", full, full).name == "blocks"
 
 
 @pytest.mark.parametrize(("groups", "head_dim"), [(8, 128), (2, 32)])

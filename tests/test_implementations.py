@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.model.decoder import slow_implementations
-from jaxmoe.ops import implementations
+from jaxmoe.model.selection import fallbacks
+from jaxmoe.ops import attention_cudnn, implementations
 from jaxmoe.ops.implementations import OPERATIONS, Device, choose, default_device, explain, forced
 from jaxmoe.presets import PRESETS
 
@@ -59,10 +59,12 @@ def test_the_reason_names_what_stood_in_the_way(monkeypatch):
 
 def test_operands_rule_out(monkeypatch):
     on(monkeypatch, HOPPER)
-    taken = choose("attention", {"cudnn": "takes 16-bit floats, found float32"})
-    assert taken.name == "blocks"
-    assert "cudnn takes 16-bit floats, found float32" in taken.reason
-    assert choose("attention", {"cudnn": None}).name == "cudnn"
+    full, half = (jax.ShapeDtypeStruct((1, 64, 4, 128), dtype) for dtype in ("float32", "bfloat16"))
+    selected = choose("attention", full, full)
+    assert selected.name == "blocks"
+    assert "cudnn takes 16-bit floats, found float32" in selected.reason
+    monkeypatch.setattr(attention_cudnn.fused, "check_cudnn_version", lambda: 91200)
+    assert choose("attention", half, half).name == "cudnn"
 
 
 def test_forced_by_the_environment_and_by_the_context(monkeypatch):
@@ -85,27 +87,27 @@ def test_forcing_what_cannot_run_is_an_error(monkeypatch):
     on(monkeypatch, HOPPER)
     monkeypatch.setenv("JAXMOE_ATTENTION", "cudnn")
     with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: cudnn cannot run here: takes 16-bit floats"):
-        choose("attention", {"cudnn": "takes 16-bit floats, found float32"})
+        choose("attention", *[jax.ShapeDtypeStruct((1, 64, 4, 128), "float32")] * 2)
 
 
 def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
     config = PRESETS["qwen3-30b-a3b"]
     on(monkeypatch, AMPERE)
-    attention, experts = slow_implementations(config, "bfloat16")
-    assert attention.startswith("attention without a kernel, slowly: pure JAX by query blocks")
-    assert experts.startswith("experts without a kernel, slowly: pure JAX loop")
+    attention, experts = fallbacks(config, "bfloat16")
+    assert attention.startswith("attention: the slow fallback runs: pure JAX by chunks of queries")
+    assert experts.startswith("experts: the slow fallback runs: pure JAX loop")
     assert "mosaic needs an NVIDIA GPU of compute capability 9.x, found NVIDIA A100" in experts
     dense = config.replace(mlp_only_layers=tuple(range(config.num_hidden_layers)))
-    assert slow_implementations(dense, "bfloat16") == [attention]
+    assert fallbacks(dense, "bfloat16") == [attention]
     on(monkeypatch, HOPPER)
-    attention, experts = slow_implementations(config, "float32")
+    attention, experts = fallbacks(config, "float32")
     assert "found float32" in attention
-    *_, odd = slow_implementations(config.replace(moe_intermediate_size=72), "bfloat16")
+    *_, odd = fallbacks(config.replace(moe_intermediate_size=72), "bfloat16")
     if experts != odd:  # else both say that jax is too old for the kernel
         assert "found float32" in experts and "multiples of 16, found 72" in odd
-        assert "experts" not in "".join(slow_implementations(config, "bfloat16"))
+        assert "experts" not in "".join(fallbacks(config, "bfloat16"))
     on(monkeypatch, CPU)  # where nothing else was to be expected
-    assert not slow_implementations(config, "float32")
+    assert not fallbacks(config, "float32")
 
 
 def test_unknown_names_are_errors(monkeypatch):

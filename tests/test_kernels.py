@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxmoe.ops.experts import ExpertWeights, make_schedule, sorted_experts
+from jaxmoe.ops.experts import ExpertWeights, sorted_experts
 from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.kernels.grouped_matmul import xla as tiled
-from jaxmoe.ops.linear import Adapter
+from jaxmoe.ops.low_rank import Adapter
 from jaxmoe.ops.router import route
+from jaxmoe.ops.schedule import make_schedule
 from tests.parity import relative_error
 from tests.tolerances import bound
 
@@ -113,7 +114,7 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **
     if options.get("swiglu"):
         gate, up = np.split(np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64), 2, axis=-1)
         expected = gate / (1 + np.exp(-gate)) * up
-    blocks = schedule.blocks[most]
+    blocks = schedule.spans[most]
     run = partial(kernel.grouped_matmul, transposed=transposed, interpret=interpreter(), **options)
     found = run(x, weight, blocks._replace(group=(blocks.group + shift) % E), jnp.int32(E))
     return float(relative_error(np.asarray(found, np.float64)[placed], expected))
@@ -184,7 +185,7 @@ def test_the_sum_of_several_products(low_rank: bool) -> None:
         options = {"low": low, "low_weight": low_weight}
     (x, weight), *others = pairs
     run = partial(kernel.grouped_matmul, transposed=False, interpret=interpreter(), **options)
-    blocks = schedule.blocks[kernel.SMALL]
+    blocks = schedule.spans[kernel.SMALL]
     found = run(x, weight, blocks, jnp.int32(E), others=others)
     placed = np.asarray(schedule.source) >= 0
     assert relative_error(np.asarray(found, np.float64)[placed], expected) <= bound("kernel_bf16")
@@ -238,7 +239,7 @@ def test_blocks_cover_every_routed_row_once(
     E, k = shape
     experts = np.tile(np.arange(k, dtype=np.int32), (M, 1)) if one_sided else skewed(M, E, k, seed)
     schedule = jax.device_get(scheduled(jnp.asarray(experts), E, 16, (128, 256)))
-    blocks = schedule.blocks[rows]
+    blocks = schedule.spans[rows]
     used = int(blocks.used)
     assert used <= len(blocks.first)
     assert used == sum(-(-size // rows) for size in np.bincount(experts.reshape(-1), minlength=E))
@@ -314,7 +315,7 @@ def test_same_input_same_output_fifty_times() -> None:
     schedule = scheduled(jnp.asarray(skewed(2048, 32, 8, 3)), 32, kernel.TILE_ROWS, (kernel.SMALL,))
     rng = np.random.default_rng(0)
     x, weight = normal(rng, schedule.source.shape[0], 512), normal(rng, 32, 768, 512)
-    multiply = jax.jit(lambda x, w: kernel.grouped_matmul(x, w, schedule.blocks[kernel.SMALL], transposed=True))
+    multiply = jax.jit(lambda x, w: kernel.grouped_matmul(x, w, schedule.spans[kernel.SMALL], transposed=True))
     placed = np.asarray(schedule.source) >= 0
     expected = np.asarray(multiply(x, weight))[placed]
     for _ in range(50):

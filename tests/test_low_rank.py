@@ -6,9 +6,7 @@ is compared is the matrix that a path applies, by least squares over many rows, 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -16,24 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmoe.ops.kernels
-from jaxmoe.ops import experts as dispatch
-from jaxmoe.ops import linear as layers
-from jaxmoe.ops import projections
-from jaxmoe.ops.experts import make_schedule
-from jaxmoe.ops.linear import Adapter
+from jaxmoe.ops import experts, implementations, low_rank, projections
+from jaxmoe.ops.implementations import Device
+from jaxmoe.ops.kept import PROJECTED
+from jaxmoe.ops.kernels.grouped_matmul import hopper, xla
+from jaxmoe.ops.low_rank import Adapter, Factors
+from jaxmoe.ops.schedule import Spans, make_schedule, permute
 from tests.parity import relative_error
 from tests.tolerances import bound
 
 ROWS, INNER, OUT = 4096, 64, 128
 RANKS = (4, 32, 40)  # of the kernel's 64 columns, two terms of 40 need 128
-
-
-class Blocks(NamedTuple):
-    first: Any
-    height: Any
-    group: Any
-    used: Any
 
 
 class Tiles(NamedTuple):
@@ -43,7 +34,7 @@ class Tiles(NamedTuple):
 def by_blocks(
     x: Any,
     weight: Any,
-    blocks: Blocks,
+    blocks: Spans,
     offset: Any = 0,
     *,
     transposed: bool,
@@ -80,13 +71,12 @@ def outer_by_groups(left: Any, right: Any, first: Any, count: Any, *, columns: t
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's module replaced by plain products: what is tested is what goes in and what is made of it."""
-    sizes = {"SMALL": 128, "LARGE": 256, "TILE_ROWS": 16}
-    tiles: Callable[..., Tiles] = lambda columns, rows=128, swiglu=False: Tiles((rows // 2, rows))
-    products = {"grouped_matmul": by_blocks, "grouped_outer": outer_by_groups}
-    module = SimpleNamespace(**products, Blocks=Blocks, default_tiles=tiles, **sizes)
-    monkeypatch.setitem(sys.modules, "jaxmoe.ops.kernels.grouped_matmul.hopper", module)
-    monkeypatch.setattr(jaxmoe.ops.kernels, "grouped_matmul", module, raising=False)
+    """The kernels replaced by plain products: what is tested is what goes in and what is made of it."""
+    monkeypatch.setattr(hopper, "default_tiles", lambda columns, rows=128, swiglu=False: Tiles((rows // 2, rows)))
+    monkeypatch.setattr(hopper, "grouped_matmul", by_blocks)
+    monkeypatch.setattr(hopper, "grouped_outer", outer_by_groups)
+    monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (9, 0)))
+    monkeypatch.setattr(hopper.Hopper, "unsupported", lambda self, dtype, *widths: None)
 
 
 def draw(*shape: int) -> jax.Array:
@@ -94,20 +84,20 @@ def draw(*shape: int) -> jax.Array:
 
 
 def by_low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    return layers.low_rank(x, a, b).astype(x.dtype)
+    return low_rank.low_rank(x, a, b).astype(x.dtype)
 
 
 def by_projection(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return projections.frozen_linears(x, [jnp.zeros((2, OUT, INNER), x.dtype)], 1, [None], [Adapter(a, b, 1.0)])[0]
 
 
-def by_experts(mosaic: bool) -> Callable[..., jax.Array]:
+def by_experts(products: Any) -> Callable[..., jax.Array]:
     def run(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         """One of two experts has all rows, in an order of its own."""
-        schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 16, dispatch.kernel_block_rows(ROWS, 2))
-        adapter = dispatch._LowRank(jnp.stack([b[: a.shape[0], :1] @ a[:1], a]), jnp.stack([b + 1, b]))
+        schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 16, products.span_rows(ROWS, 2))
+        adapter = Factors(jnp.stack([b[: a.shape[0], :1] @ a[:1], a]), jnp.stack([b + 1, b]))
         stack = jnp.zeros((2, OUT, INNER), x.dtype)
-        rows, _ = dispatch._project(dispatch.permute(x, schedule), stack, 0, adapter, schedule, mosaic)
+        rows, _ = experts._project(permute(x, schedule), stack, 0, adapter, schedule, products)
         return rows[schedule.destination[:, 0]]
 
     return run
@@ -116,8 +106,8 @@ def by_experts(mosaic: bool) -> Callable[..., jax.Array]:
 PATHS: dict[str, Callable[..., jax.Array]] = {
     "linear map": by_low_rank,
     "frozen projection": by_projection,
-    "experts in pure JAX": by_experts(False),
-    "experts by the kernel": by_experts(True),
+    "experts in pure JAX": by_experts(xla.XLA),
+    "experts by the kernel": by_experts(hopper.HOPPER),
 }
 
 
@@ -138,8 +128,8 @@ def rounded(weight: jax.Array, dtype: Any, axis: int) -> jax.Array:
 @pytest.mark.parametrize("path", PATHS)
 def test_adapters_are_not_rounded(path: str, rank: int, kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert matrix_error(PATHS[path], rank) <= bound("applied_adapter")
-    for module in (layers, projections, dispatch):
-        monkeypatch.setattr(module, "two_terms", rounded)
+    for module in (low_rank, projections):
+        monkeypatch.setattr(module, "split_high_low", rounded)
     assert matrix_error(PATHS[path], rank) > 3 * bound("applied_adapter")
 
 
@@ -202,13 +192,13 @@ def test_several_maps_of_one_input(kernel: None) -> None:
 
 def test_nothing_is_split_in_float32() -> None:
     a = draw(4, INNER)
-    assert layers.two_terms(a, jnp.float32, 0) is a
+    assert low_rank.split_high_low(a, jnp.float32, 0) is a
 
 
 def test_the_terms_survive_compilation() -> None:
     """XLA may drop a conversion to 16 bits and back; then the second term would be zero."""
     a = draw(4, INNER)
-    high, low = jnp.split(jax.jit(lambda a: layers.two_terms(a, jnp.bfloat16, 0))(a).astype(jnp.float32), 2)
+    high, low = jnp.split(jax.jit(lambda a: low_rank.split_high_low(a, jnp.bfloat16, 0))(a).astype(jnp.float32), 2)
     assert relative_error(high, a) > 1e-4
     assert relative_error(high + low, a) < 1e-5
 
@@ -222,7 +212,7 @@ def test_gradients_of_experts_adapters_fit_the_kernel(adapter_first: bool, rank:
     placed = jnp.where(schedule.source[:, None] >= 0, 1, 0)
     low, wide = (placed * jnp.sin(rows * (1 + jnp.arange(width))) for width in (rank, 96))
     left, right = (low, wide) if adapter_first else (wide, low)
-    found, expected = (dispatch.grouped_outer(left, right, schedule, mosaic=mosaic) for mosaic in (True, False))
+    found, expected = (each.outer(left, right, schedule) for each in (hopper.HOPPER, xla.XLA))
     assert found.shape == (4, left.shape[1], right.shape[1])
     assert relative_error(found, expected) <= bound("kernel_fp32_sums")
     assert not np.asarray(expected[3]).any()  # nobody's expert
@@ -231,10 +221,12 @@ def test_gradients_of_experts_adapters_fit_the_kernel(adapter_first: bool, rank:
 def test_low_rank_rows_are_kept_with_the_projections(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy that keeps queries, keys and values keeps x A^T too: one product less in the backward pass."""
 
-    def multiply(x: jax.Array, stack: jax.Array, layer: Any, *, transposed: bool, **_: Any) -> jax.Array:
+    def linear(self: Any, x: jax.Array, stack: jax.Array, layer: Any, *, transposed: bool, **_: Any) -> jax.Array:
         return x @ (stack[0].T if transposed else stack[0])
 
-    monkeypatch.setattr(projections, "_multiply", multiply)
+    monkeypatch.setattr(hopper.Hopper, "linear", linear)
+    monkeypatch.setattr(hopper.Hopper, "unsupported", lambda self, dtype, *widths: None)
+    monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (9, 0)))
     x, a, b = draw(512, INNER).astype(jnp.bfloat16), draw(8, INNER), draw(OUT, 8)
 
     def products(*kept: str) -> int:
@@ -243,4 +235,4 @@ def test_low_rank_rows_are_kept_with_the_projections(monkeypatch: pytest.MonkeyP
         (backward,) = (e.params["jaxpr"] for e in traced.jaxpr.eqns if "policy" in e.params)
         return str(backward).count("dot_general")
 
-    assert products(layers.PROJECTED) == products() - 1
+    assert products(PROJECTED) == products() - 1

@@ -17,8 +17,10 @@ from convert.hf2jax import hf2jax
 from jaxmoe import LoraConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from jaxmoe.errors import UserError
 from jaxmoe.memory import Remat
-from jaxmoe.model import decoder as model
-from jaxmoe.model.decoder import forward, init_adapters, init_parameters
+from jaxmoe.model.decoder import forward
+from jaxmoe.model.init import init_adapters, init_parameters
+from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.model.layer import Layer
 from jaxmoe.parameters import lora_specs, parameter_specs
 from jaxmoe.store.adapter import write_adapter
 from jaxmoe.train import loss
@@ -108,10 +110,11 @@ def gradients_of(loaded, remat, unroll=False):
     ids = jnp.asarray(np.random.default_rng(0).integers(0, loaded.config.vocab_size, (2, 24)))
     positions = jnp.broadcast_to(jnp.arange(24), ids.shape)
     adapters = noisy_adapters(loaded.config)
-    options: Any = {"config": loaded.config, "lora": LORA, "trainable": "adapters", "remat": remat, "unroll": unroll}
+    options = Options(lora=LORA, trainable="adapters", remat=remat, unroll=unroll)
 
     def value(adapters):
-        out = forward(loaded.params, adapters, ids, positions, jnp.ones_like(ids), **options)
+        tokens = Tokens(ids, positions, jnp.ones_like(ids))
+        out = forward(loaded.params, adapters, tokens, config=loaded.config, options=options)
         return jnp.sum(out.hidden * jnp.cos(jnp.arange(out.hidden.size)).reshape(out.hidden.shape))
 
     return jax.jit(jax.grad(value)).trace(adapters), adapters
@@ -148,9 +151,11 @@ def test_what_else_the_unrolled_layers_give(folder):
     loaded = Qwen3MoeForCausalLM.from_pretrained(folder)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, loaded.config.vocab_size, (2, 24)))
     positions = jnp.broadcast_to(jnp.arange(24), ids.shape)
-    run = partial(forward, loaded.params, {}, ids, positions, jnp.ones_like(ids), config=loaded.config)
-    run = partial(run, capture_router_logits=True, capture_hidden=True, capture_routing=4)
-    scanned, unrolled = jax.tree.leaves(run()), jax.tree.leaves(run(unroll=True))
+    run = partial(forward, loaded.params, {}, Tokens(ids, positions, jnp.ones_like(ids)), config=loaded.config)
+    scanned, unrolled = (
+        jax.tree.leaves(run(options=Options(router_logits=True, layer_inputs=True, keep_logits=4, unroll=unroll)))
+        for unroll in (False, True)
+    )
     assert len(scanned) == len(unrolled)
     for expected, found in zip(scanned, unrolled, strict=True):
         assert found.shape == expected.shape
@@ -168,8 +173,9 @@ def one_document_rows(folder, packed: bool, documents: int = 1):
 
     @partial(jax.value_and_grad, has_aux=True)
     def run(adapters):
-        options: Any = {"config": loaded.config, "lora": LORA, "trainable": "adapters", "packed": packed}
-        out = forward(loaded.params, adapters, *map(jnp.asarray, (ids, index, segments)), **options)
+        options = Options(lora=LORA, trainable="adapters", packed=packed)
+        batch = Tokens(*map(jnp.asarray, (ids, index, segments)))
+        out = forward(loaded.params, adapters, batch, config=loaded.config, options=options)
         tokens = out.hidden[segments > 0]
         return jnp.sum(tokens * jnp.cos(jnp.arange(tokens.size)).reshape(tokens.shape)), (tokens, out.stats)
 
@@ -254,8 +260,8 @@ def traced_step(config, remat, unroll=False) -> Any:
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
 
     def value(adapters, params, ids):
-        options: Any = {"config": config, "lora": LORA, "trainable": "adapters", "remat": remat, "unroll": unroll}
-        return jnp.sum(forward(params, adapters, ids, ids, ids, **options).hidden)
+        options = Options(lora=LORA, trainable="adapters", remat=remat, unroll=unroll)
+        return jnp.sum(forward(params, adapters, Tokens(ids, ids, ids), config=config, options=options).hidden)
 
     return jax.jit(jax.grad(value)).trace(adapters, params, ids)
 
@@ -272,14 +278,14 @@ def test_no_temporary_holds_a_layers_experts(remat, unroll, monkeypatch):
     down_proj = 4 * config.num_experts * config.moe_intermediate_size * config.hidden_size  # the smaller stack
     assert temporaries(config, remat, unroll) < down_proj
 
-    original = model._Layer.experts
+    original = Layer.experts
 
     def sliced(layer):  # the obvious way, which copies
         weights: Any = original(layer)
         here = partial(jax.lax.dynamic_slice_in_dim, start_index=weights.offset, slice_size=config.num_experts)
         return weights._replace(gate_up_proj=here(weights.gate_up_proj), down_proj=here(weights.down_proj), offset=0)
 
-    monkeypatch.setattr(model._Layer, "experts", sliced)
+    monkeypatch.setattr(Layer, "experts", sliced)
     assert temporaries(config, remat, unroll) > down_proj
 
 

@@ -1,5 +1,7 @@
-"""The kernel of `jaxmoe.ops.kernels.norm_rotary` against the layers it replaces, and the model with it against the model
-without; in Pallas' interpreter where there is no GPU."""
+"""The kernel `norm_rotary` against the operations that it replaces, and the model with it and without.
+
+Without a GPU the kernel runs in Pallas' interpreter.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.model import decoder as model
-from jaxmoe.model.decoder import init_parameters
+from jaxmoe.model.init import init_parameters
 from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.kernels import norm_rotary
-from jaxmoe.ops.linear import apply_rotary, rms_norm
+from jaxmoe.ops.norm import rms_norm
+from jaxmoe.ops.rotary import apply_rotary
 from tests.configs import config_of
 from tests.parity import relative_error
 from tests.parity.batches import Batch
@@ -57,9 +59,9 @@ def test_norm_and_rotation_in_one_pass(shape: tuple[int, ...], dtype: Any) -> No
 
 
 def test_heads_that_it_does_not_take() -> None:
-    assert norm_rotary.norm_rotary_obstacle(jnp.zeros((1, 32, 1, 128))) is None
-    assert "found 96" in str(norm_rotary.norm_rotary_obstacle(jnp.zeros((1, 32, 1, 96))))
-    assert "found 31" in str(norm_rotary.norm_rotary_obstacle(jnp.zeros((1, 31, 1, 128))))
+    assert norm_rotary.unsupported(jnp.zeros((1, 32, 1, 128))) is None
+    assert "found 96" in str(norm_rotary.unsupported(jnp.zeros((1, 32, 1, 96))))
+    assert "found 31" in str(norm_rotary.unsupported(jnp.zeros((1, 31, 1, 128))))
 
 
 @pytest.fixture
@@ -67,7 +69,8 @@ def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU the device is made up, and the kernel runs in the interpreter."""
     if INTERPRETED:
         made_up_gpu(monkeypatch)
-        monkeypatch.setattr(model, "norm_rotary", lambda *operands: norm_rotary.norm_rotary(*operands, True))
+        kernel = norm_rotary.norm_rotary
+        monkeypatch.setattr(norm_rotary, "norm_rotary", lambda *operands: kernel(*operands, True))
 
 
 def test_the_model_with_the_kernel(kernel_runs: None) -> None:

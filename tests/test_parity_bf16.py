@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 
 import jaxmoe.model.decoder
+import jaxmoe.ops.linear
+import jaxmoe.ops.rotary
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.model.decoder import Qwen3MoeForCausalLM
+from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from tests import oracle
 from tests.configs import CONFIGS, config_of, random_parameters
 from tests.parity import CHECKPOINT, Batch, ProductOutput, checkpoint_batch, make_batch, product, relative_error
@@ -109,33 +111,38 @@ def norm_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
         x = x.astype(weight.dtype)
         return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
-    patch.setattr(jaxmoe.model.decoder, "rms_norm", rms_norm)
+    for module in (jaxmoe.model.decoder, jaxmoe.ops.rotary):
+        patch.setattr(module, "rms_norm", rms_norm)
 
 
 def stream_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """The residual stream rounded at each sum, as transformers does."""
 
-    def rounded(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            h, *rest = function(*arguments)
-            # A conversion to 16 bits and back would be dropped by XLA on a GPU, and the fault with it.
-            return jax.lax.reduce_precision(h, exponent_bits=8, mantissa_bits=7), *rest
+    layer, attention = jaxmoe.model.decoder.decoder_layer, jaxmoe.model.decoder.attention
+    # A conversion to 16 bits and back would be dropped by XLA on a GPU, and the fault with it.
+    rounded = lambda h: jax.lax.reduce_precision(h, exponent_bits=8, mantissa_bits=7)
 
-        return run
+    def rounded_layer(h: Any, *arguments: Any) -> Any:
+        def rounded_sum(*arguments: Any) -> Any:
+            update, cache = attention(*arguments)
+            return rounded(h + update) - h, cache
 
-    for name in ("_attention_block", "_decoder_layer"):
-        patch.setattr(jaxmoe.model.decoder, name, rounded(getattr(jaxmoe.model.decoder, name)))
+        patch.setattr(jaxmoe.model.decoder, "attention", rounded_sum)
+        out, *rest = layer(h, *arguments)
+        return rounded(out), *rest
+
+    patch.setattr(jaxmoe.model.decoder, "decoder_layer", rounded_layer)
 
 
 def coarse_linear_maps(patch: pytest.MonkeyPatch) -> None:
     """A quarter of bfloat16's precision in what each linear map returns."""
-    linear = jaxmoe.model.decoder.linear
+    linear = jaxmoe.ops.linear.linear
 
     def coarse(*arguments):
         y = linear(*arguments)
         return y.astype(jnp.float8_e4m3fn).astype(y.dtype)
 
-    patch.setattr(jaxmoe.model.decoder, "linear", coarse)
+    patch.setattr(jaxmoe.ops.linear, "linear", coarse)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import jaxmoe.generate.engine
-import jaxmoe.model.decoder
+import jaxmoe.model.cache
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.generate.engine import Generator
-from jaxmoe.model.decoder import Qwen3MoeForCausalLM
+from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from tests.configs import CONFIGS, config_of, random_adapters, random_parameters
 from tests.parity import Batch, product
 from tests.reference import Reference
@@ -101,9 +101,9 @@ def shift_positions(patch: pytest.MonkeyPatch) -> None:
     """Keys of the prompt as they are, keys of generated tokens one position late."""
     forward = jaxmoe.generate.engine.forward_cached
 
-    def late(params, adapters, ids, start, length, cache, **options):
-        late_start = start + 1 if ids.shape[1] == 1 else start
-        return forward(params, adapters, ids, late_start, length, cache, **options)
+    def late(params, adapters, new, cache, **options):
+        late_start = new.start + 1 if new.input_ids.shape[1] == 1 else new.start
+        return forward(params, adapters, new._replace(start=late_start), cache, **options)
 
     patch.setattr(jaxmoe.generate.engine, "forward_cached", late)
 
@@ -111,16 +111,16 @@ def shift_positions(patch: pytest.MonkeyPatch) -> None:
 def read_a_stale_cache(patch: pytest.MonkeyPatch) -> None:
     forward = jaxmoe.generate.engine.forward_cached
 
-    def stale(params, adapters, ids, start, length, cache, **options):
-        hidden, new, routing = forward(params, adapters, ids, start, length, cache, **options)
-        return hidden, cache if ids.shape[1] == 1 else new, routing
+    def stale(params, adapters, new, cache, **options):
+        hidden, written, routing = forward(params, adapters, new, cache, **options)
+        return hidden, cache if new.input_ids.shape[1] == 1 else written, routing
 
     patch.setattr(jaxmoe.generate.engine, "forward_cached", stale)
 
 
 def forget_the_window(patch: pytest.MonkeyPatch) -> None:
-    mask = jaxmoe.model.decoder.attention_mask
-    patch.setattr(jaxmoe.model.decoder, "attention_mask", lambda q, k, qs, ks, window: mask(q, k, qs, ks, None))
+    mask = jaxmoe.model.cache.attention_mask
+    patch.setattr(jaxmoe.model.cache, "attention_mask", lambda q, k, qs, ks, window: mask(q, k, qs, ks, None))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import jaxmoe.ops.experts
 import jaxmoe.train.step
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data.packing import Batch as TrainingBatch
-from jaxmoe.model.decoder import Remat
+from jaxmoe.memory import Remat
 from jaxmoe.parameters import lora_specs, parameter_specs
 from tests.configs import CONFIGS, config_of, random_adapters, random_parameters
 from tests.parity import COMPILER_OPTIONS, Batch, make_batch, product, relative_error

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 import jaxmoe.model.decoder
-import jaxmoe.ops.experts
+import jaxmoe.ops.attention_chunked
 import jaxmoe.ops.linear
+import jaxmoe.ops.rotary
+import jaxmoe.ops.swiglu
 from jaxmoe.config import expand_targets
-from jaxmoe.model.decoder import Qwen3MoeForCausalLM
+from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from tests import oracle
 from tests.configs import CONFIGS, LoraConfig, config_of, random_adapters, random_parameters
 from tests.parity import CHECKPOINT, LAYOUTS, LONG, Batch, checkpoint_batch, make_batch, product, relative_error
@@ -152,8 +154,8 @@ def test_changing_one_document_leaves_the_others_untouched() -> None:
 
 
 def swap_gate_and_up(patch: pytest.MonkeyPatch) -> None:
-    swiglu = jaxmoe.ops.experts.swiglu
-    patch.setattr(jaxmoe.ops.experts, "swiglu", lambda gate, up: swiglu(up, gate))
+    swiglu = jaxmoe.ops.swiglu.swiglu
+    patch.setattr(jaxmoe.ops.swiglu, "swiglu", lambda gate, up: swiglu(up, gate))
 
 
 def swap_gate_and_up_of_dense_layers(patch: pytest.MonkeyPatch) -> None:
@@ -180,8 +182,8 @@ def exchange_two_experts(patch: pytest.MonkeyPatch) -> None:
 
 
 def _patch_frequencies(patch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
-    frequencies = jaxmoe.ops.linear.rotary_frequencies
-    patch.setattr(jaxmoe.ops.linear, "rotary_frequencies", lambda rope, head_dim: frequencies(change(rope), head_dim))
+    frequencies = jaxmoe.ops.rotary.rotary_frequencies
+    patch.setattr(jaxmoe.ops.rotary, "rotary_frequencies", lambda rope, head_dim: frequencies(change(rope), head_dim))
 
 
 def wrong_rotary_base(patch: pytest.MonkeyPatch) -> None:
@@ -197,29 +199,27 @@ def truncate_yarn(patch: pytest.MonkeyPatch) -> None:
 
 
 def rotate_neighbours(patch: pytest.MonkeyPatch) -> None:
-    apply_rotary = jaxmoe.model.decoder.apply_rotary
+    apply_rotary = jaxmoe.ops.rotary.apply_rotary
 
     def interleaved(x: Any, cos: Any, sin: Any) -> Any:
         paired = jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
         return apply_rotary(paired, cos, sin)
 
-    patch.setattr(jaxmoe.model.decoder, "apply_rotary", interleaved)
+    patch.setattr(jaxmoe.ops.rotary, "apply_rotary", interleaved)
 
 
 def omit_query_and_key_norm(patch: pytest.MonkeyPatch) -> None:
-    rms_norm = jaxmoe.model.decoder.rms_norm
-    # Only queries and keys are four-dimensional when they are normed.
-    patch.setattr(jaxmoe.model.decoder, "rms_norm", lambda x, w, eps: x if x.ndim == 4 else rms_norm(x, w, eps))
+    patch.setattr(jaxmoe.ops.rotary, "rms_norm", lambda x, w, eps: x)
 
 
 def omit_biases(patch: pytest.MonkeyPatch) -> None:
-    linear = jaxmoe.model.decoder.linear
-    patch.setattr(jaxmoe.model.decoder, "linear", lambda x, w, bias=None, adapter=None: linear(x, w, None, adapter))
+    linear = jaxmoe.ops.linear.linear
+    patch.setattr(jaxmoe.ops.linear, "linear", lambda x, w, bias=None, adapter=None: linear(x, w, None, adapter))
 
 
 def _patch_mask(patch: pytest.MonkeyPatch, change: Callable[..., tuple[Any, ...]]) -> None:
-    mask = jaxmoe.ops.attention.attention_mask
-    patch.setattr(jaxmoe.ops.attention, "attention_mask", lambda *args: mask(*change(*args)))
+    mask = jaxmoe.ops.attention_chunked.attention_mask
+    patch.setattr(jaxmoe.ops.attention_chunked, "attention_mask", lambda *args: mask(*change(*args)))
 
 
 def widen_the_window(patch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from jaxmoe.generate.engine import Generator
 from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.memory import training_forecast
 from jaxmoe.model.decoder import forward
+from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.nf4 import codec as quantize
 from jaxmoe.nf4 import stack as dequantize
 from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode, put
@@ -240,7 +241,11 @@ def outcome(model: Qwen3MoeForCausalLM, remat: Any, fresh: bool = False) -> tupl
         dtype = str(params["embed_tokens"].dtype)
         tokens = jax.tree.map(lambda array: array[0], batch)
         hidden = forward(
-            params, adapters, tokens.input_ids, tokens.position_ids, tokens.segment_ids, config=MIXED, lora=LORA
+            params,
+            adapters,
+            Tokens(tokens.input_ids, tokens.position_ids, tokens.segment_ids),
+            config=MIXED,
+            options=Options(lora=LORA),
         ).hidden
         return hidden, loss_and_gradients(Model(MIXED, LORA, dtype, remat), params, adapters, batch, 0.01)[2]
 

@@ -19,7 +19,7 @@ from jaxmoe.data.packing import Sequences, cut
 from jaxmoe.data.records import read_records
 from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Generator
-from jaxmoe.model.decoder import init_adapters
+from jaxmoe.model.init import init_adapters
 from jaxmoe.ops.router import RoutingControl
 from jaxmoe.routing.capture import capture
 from jaxmoe.routing.generation import capture_generation

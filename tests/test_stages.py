@@ -12,7 +12,7 @@ from benchmarks import limits, stages
 from benchmarks.grouped_matmul import Side, seconds_in_turn
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data.packing import Batch
-from jaxmoe.model.decoder import init_adapters, init_parameters
+from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.presets import PRESETS
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 from tests.configs import config_of

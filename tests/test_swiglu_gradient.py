@@ -1,5 +1,7 @@
-"""The kernel of `jaxmoe.ops.kernels.swiglu_gradient` against the layers it replaces, and the unrolled model with it against
-the scan without; in Pallas' interpreter where there is no GPU."""
+"""The kernel `swiglu_gradient` against the operations that it replaces, and the model with it and without.
+
+Without a GPU the kernel runs in Pallas' interpreter.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.ops import experts as dispatch
 from jaxmoe.ops.kernels import swiglu_gradient
-from jaxmoe.ops.linear import swiglu
+from jaxmoe.ops.swiglu import swiglu
 from tests.parity import relative_error
 from tests.row_kernels import INTERPRETED, draw, made_up_gpu, step
 from tests.tolerances import bound
@@ -61,9 +62,9 @@ def test_what_is_not_asked_for_is_not_written() -> None:
 
 
 def test_rows_that_it_does_not_take() -> None:
-    assert swiglu_gradient.swiglu_gradient_obstacle(jnp.zeros((8, 128))) is None
-    assert "found 96" in str(swiglu_gradient.swiglu_gradient_obstacle(jnp.zeros((8, 192))))
-    assert "found 6" in str(swiglu_gradient.swiglu_gradient_obstacle(jnp.zeros((6, 128))))
+    assert swiglu_gradient.unsupported(jnp.zeros((8, 128))) is None
+    assert "found 96" in str(swiglu_gradient.unsupported(jnp.zeros((8, 192))))
+    assert "found 6" in str(swiglu_gradient.unsupported(jnp.zeros((6, 128))))
 
 
 def test_the_model_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +73,7 @@ def test_the_model_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         made_up_gpu(monkeypatch)
         interpreted = partial(swiglu_gradient.swiglu_gradient, interpret=True)
-        monkeypatch.setattr(dispatch, "swiglu_gradient", interpreted)
+        monkeypatch.setattr(swiglu_gradient, "swiglu_gradient", interpreted)
     sizes = {"hidden_size": 64, "moe_intermediate_size": 64}
     choices = {"norm_rotary": "xla"}
     scanned, expected = step(sizes, choices)

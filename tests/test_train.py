@@ -26,7 +26,8 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.errors import UserError
 from jaxmoe.model import decoder as model
-from jaxmoe.model.decoder import Qwen3MoeForCausalLM, init_adapters, init_parameters
+from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.loop import TrainConfig, _Signals, main, train
 from jaxmoe.train.metrics import MetricsLog, Progress, expert_load
@@ -546,7 +547,7 @@ def test_unrolled_layers_learn_the_same(
 ) -> None:
     setup, output = whole
     unrolled, traced = model._unrolled, []
-    monkeypatch.setattr(trainer, "slow_implementations", lambda *_: ["experts without a kernel"])
+    monkeypatch.setattr(trainer, "fallbacks", lambda *_: ["experts without a kernel"])
     monkeypatch.setattr(model, "_unrolled", lambda *operands: traced.append(1) or unrolled(*operands))
     train(setup(base, tmp_path / "out", unroll_layers=True, merge=False))
     assert traced

@@ -24,8 +24,10 @@ from jaxtyping import Array, Float, Int
 from captures import LabelledText
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.model.decoder import Qwen3MoeForCausalLM, forward, head_weight
-from jaxmoe.ops.linear import PRECISION
+from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from jaxmoe.model.decoder import forward, head_weight
+from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.router import RoutingControl
 from jaxmoe.routing import metrics
 from jaxmoe.routing.capture import PackedRows, pack_in_order
@@ -164,9 +166,8 @@ class Effect(NamedTuple):
 
 @partial(jax.jit, static_argnames=("config", "lora"))
 def _run(params, adapters, input_ids, position_ids, segment_ids, control, *, config, lora):
-    out = forward(
-        params, adapters, input_ids, position_ids, segment_ids, config=config, lora=lora, routing_control=control
-    )
+    tokens = Tokens(input_ids, position_ids, segment_ids)
+    out = forward(params, adapters, tokens, config=config, options=Options(lora=lora), control=control)
     return out.hidden.reshape(-1, out.hidden.shape[-1]), out.stats.counts
 
 

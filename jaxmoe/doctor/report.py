@@ -162,10 +162,10 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
 
 def _implementations(config: Qwen3MoeConfig, dtype: str) -> Any:
     """What this device takes for attention and experts; where JAX finds none, what runs anywhere."""
-    from jaxmoe.model.decoder import taken_implementations
+    from jaxmoe.model.selection import selected_implementations
 
     try:
-        return taken_implementations(config, dtype)
+        return selected_implementations(config, dtype)
     except RuntimeError:
         return {}
 
@@ -186,9 +186,9 @@ def report(options: DoctorConfig) -> dict[str, Any]:
     if options.model is not None:
         found["forecast"] = forecast(options)
         if found["devices"]:
-            from jaxmoe.model.decoder import slow_implementations
+            from jaxmoe.model.selection import fallbacks
 
-            found["problems"] += slow_implementations(load_config(options.model), options.dtype)
+            found["problems"] += fallbacks(load_config(options.model), options.dtype)
     return found
 
 

@@ -24,15 +24,10 @@ from jaxmoe.cli.progress import reading_weights
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, read_json
 from jaxmoe.control import interventions
 from jaxmoe.errors import UserError
-from jaxmoe.model.decoder import (
-    KVCache,
-    Params,
-    Qwen3MoeForCausalLM,
-    empty_cache,
-    forward_cached,
-    head_weight,
-    logits_of,
-)
+from jaxmoe.model.cache import KVCache, NewTokens, empty_cache, forward_cached
+from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from jaxmoe.model.decoder import head_weight, logits_of
+from jaxmoe.model.interface import Options, Params
 from jaxmoe.ops.router import CapturedRouting, RoutingControl
 
 
@@ -108,8 +103,9 @@ def _at(control: RoutingControl | None, positions: Array) -> RoutingControl | No
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
 def _prefill(params, adapters, input_ids, lengths, cache, options, control, *, config, lora, greedy, capture):
     here = _at(control, jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape))
-    routed = {"config": config, "lora": lora, "capture_routing": capture, "routing_control": here}
-    hidden, cache, routing = forward_cached(params, adapters, input_ids, None, lengths, cache, **routed)
+    new = NewTokens(input_ids, None, lengths)
+    options_ = Options(lora=lora, keep_logits=capture)
+    hidden, cache, routing = forward_cached(params, adapters, new, cache, config=config, options=options_, control=here)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _next_token(params, last, options, jnp.uint32(0), config=config, greedy=greedy), cache, routing
 
@@ -117,9 +113,10 @@ def _prefill(params, adapters, input_ids, lengths, cache, options, control, *, c
 @partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
 def _decode(params, adapters, token, position, cache, options, draws, control, *, config, lora, greedy, capture):
     one = jnp.ones_like(position)
-    routed = {"config": config, "lora": lora, "capture_routing": capture}
-    routed["routing_control"] = _at(control, position[:, None])
-    hidden, cache, routing = forward_cached(params, adapters, token[:, None], position, one, cache, **routed)
+    new = NewTokens(token[:, None], position, one)
+    here = _at(control, position[:, None])
+    options_ = Options(lora=lora, keep_logits=capture)
+    hidden, cache, routing = forward_cached(params, adapters, new, cache, config=config, options=options_, control=here)
     return _next_token(params, hidden[:, 0], options, draws, config=config, greedy=greedy), cache, routing
 
 

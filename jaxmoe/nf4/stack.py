@@ -1,4 +1,4 @@
-"""NF4 on the device: a stack of quantised weights that is decoded where it is indexed, and only there."""
+"""NF4 on the device: a stack of weights that is decoded where it is indexed, and only there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from jaxmoe.nf4.codec import NF4_TABLE
-from jaxmoe.ops.linear import PRECISION, contract
 from jaxmoe.parameters import NESTED_QUANT_MAP, NF4_BLOCK, NF4_NESTED_BLOCK
 
 # the two values that a byte stands for, [256, 2]; XLA compiles it five times faster than code that takes a byte apart
@@ -24,9 +23,9 @@ _PAIRS = NF4_TABLE[np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)
 class NF4Stack:
     """Frozen weights [groups, out, in] in NF4; `stack[group]` gives them in `dtype`, decoded anew each time.
 
-    A group is a layer, or an expert of a layer, and holds the codes of one matrix or of several that lie one below the
-    other. The fields are those of `jaxmoe.nf4.codec.NF4`, codes uint8 [groups, matrices, bytes] and so on, and the table
-    float32 [256]; `shape` and `dtype` are those of the weights.
+    A group is a layer, or an expert of a layer, and holds the codes of one matrix or of several that follow each other.
+    The fields are those of `jaxmoe.nf4.codec.NF4`, codes uint8 [groups, matrices, bytes] and so on, and the table
+    float32 [256]. `shape` and `dtype` are those of the weights.
     """
 
     # JAX puts placeholders here while it takes trees apart, so no annotation of arrays would hold.
@@ -66,30 +65,6 @@ class NF4Stack:
             elements = out * inner // codes.shape[-2]
             weights = _decode(codes, absmax, elements, self.dtype)
             return weights.reshape(*weights.shape[:-2], out, inner)
-
-
-@jax.custom_vjp
-def frozen_product(
-    x: Float[Array, "*batch inner"], stack: NF4Stack, group: Int[Array, ""]
-) -> Float[Array, "*batch out"]:
-    """Forms x W^T in float32 with W = stack[group], which has no gradient.
-
-    The backward pass decodes W anew: what it keeps is the stack, whatever the recomputation policy.
-    """
-    return contract(x, stack[group])
-
-
-def _frozen_product_forward(x: Array, stack: NF4Stack, group: Array) -> tuple[Array, tuple[NF4Stack, Array]]:
-    return frozen_product(x, stack, group), (stack, group)
-
-
-def _frozen_product_backward(residuals: tuple[NF4Stack, Array], d_y: Array) -> tuple[Array, None, None]:
-    stack, group = residuals
-    d_x = jnp.einsum("...o,oi->...i", d_y, stack[group], precision=PRECISION, preferred_element_type=jnp.float32)
-    return d_x.astype(stack.dtype), None, None
-
-
-frozen_product.defvjp(_frozen_product_forward, _frozen_product_backward)
 
 
 def _decode(codes: Array, absmax: Array, elements: int, dtype: Any) -> Array:

@@ -27,14 +27,14 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.ops.linear import attention, attention_mask
+from jaxmoe.ops.attention_masked import attention, attention_mask
+from jaxmoe.ops.kept import ATTENTION_LOG_SUM, ATTENTION_OUT
 
 fused: Any = fused_attention_stablehlo  # untyped
 
 # The backward pass has a workspace in float32 for each sequence of a call, as long as the row: 4.0 GiB at 2 x 4096
 # with 16 of them, held by every step, for the compiler cannot know that its rows will be single runs.
 MAX_RUNS = 4
-OUT, LOG_SUM = "attention_out", "attention_log_sum"  # for recomputation policies: what the backward pass needs saved
 
 _LAYOUT = fused.AttentionLayout.BTNH.value
 _SEED, _DROPOUT, _BIAS = 42, 0.0, (False, False)  # constants of the private functions' signatures
@@ -42,7 +42,7 @@ _SEED, _DROPOUT, _BIAS = 42, 0.0, (False, False)  # constants of the private fun
 _GROUPED_PACKING = jax.__version_info__ >= (0, 11, 2)
 
 
-def obstacle(query: Any, key: Any, segments: Array | None = None) -> str | None:
+def unsupported(query: Any, key: Any, segments: Array | None = None) -> str | None:
     """Why cuDNN cannot take these operands, or None; on a GPU, runs a small case the first time with `segments`."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
         return f"takes 16-bit floats, found {query.dtype}"
@@ -54,14 +54,14 @@ def obstacle(query: Any, key: Any, segments: Array | None = None) -> str | None:
         return "needs cuDNN, found none"
     if segments is None or jax.default_backend() == "cpu":
         return None
-    return _packed_obstacle(query.shape[2] // key.shape[2], query.shape[3], query.dtype.name)
+    return _packed_unsupported(query.shape[2] // key.shape[2], query.shape[3], query.dtype.name)
 
 
 _CHECK_BOUND = 2e-2  # relative L2; rounding to bfloat16 gives 4e-3, a sequence in the wrong place more than 1
 
 
 @cache
-def _packed_obstacle(groups: int, head_dim: int, dtype: str) -> str | None:
+def _packed_unsupported(groups: int, head_dim: int, dtype: str) -> str | None:
     # In a thread of its own, for this is called while something else is being traced here.
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -204,7 +204,7 @@ def _where_covered(group: _Group, new: Array, old: Array) -> Array:
     return jnp.where(group.covered[:, :, None, None], new, old)
 
 
-def _over_groups(run: Array, step: Any, start: Any) -> Any:
+def _fold_groups(run: Array, step: Any, start: Any) -> Any:
     """Folds `step(group, carry)` over as many groups as the row with the most runs needs."""
     size = _max_runs(run.shape[1])
     groups = jnp.max(run[:, -1]) // size + 1
@@ -221,7 +221,7 @@ def _packed_forward(query: Array, key: Array, value: Array, run: Array, window: 
         return _where_covered(group, out, carry[0]), log_sum
 
     B, T, N, _ = query.shape
-    return _over_groups(run, step, (jnp.zeros_like(query), jnp.zeros((B, N, T), jnp.float32)))
+    return _fold_groups(run, step, (jnp.zeros_like(query), jnp.zeros((B, N, T), jnp.float32)))
 
 
 def _packed_backward(
@@ -243,7 +243,7 @@ def _packed_backward(
         d_query, d_key, d_value = (_where_covered(group, *pair) for pair in zip(gradients, carry, strict=True))
         return d_query, d_key, d_value
 
-    return _over_groups(run, step, (jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)))
+    return _fold_groups(run, step, (jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)))
 
 
 def causal_attention(
@@ -270,7 +270,7 @@ def _attend_forward(query: Array, key: Array, value: Array, run: Array | None, w
     else:
         packed = partial(_packed_forward, query, key, value, run, window)
         out, log_sum = jax.lax.cond(jnp.max(run) == 0, plain, packed)
-    out, log_sum = checkpoint_name(out, OUT), checkpoint_name(log_sum, LOG_SUM)
+    out, log_sum = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(log_sum, ATTENTION_LOG_SUM)
     return out, (query, key, value, run, out, log_sum)
 
 
@@ -284,3 +284,25 @@ def _attend_backward(window: int | None, residuals: tuple[Any, ...], d_out: Arra
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+class Cudnn:
+    """The implementation "cudnn" of attention."""
+
+    def unsupported(self, query: Any, key: Any, segments: Any = None) -> str | None:
+        """As the function `unsupported`."""
+        return unsupported(query, key, segments)
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        segments: Int[Array, "B T"] | None,
+        window: int | None,
+    ) -> Float[Array, "B T N H"]:
+        """As the function `causal_attention`."""
+        return causal_attention(query, key, value, segments, window)
+
+
+CUDNN = Cudnn()

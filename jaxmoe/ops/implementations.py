@@ -1,12 +1,17 @@
-"""Which implementation an operation takes on the default device, why, and how another one is forced.
+"""The registry: which implementation of an operation runs on the default device, why, and how another one is forced.
 
-An operation with several implementations asks `choose` while it is traced: the first one in `OPERATIONS` that the
-device and the operands allow. `JAXMOE_<OPERATION>=name` in the environment, or `forced(operation="name")` around the
-call, takes a named one instead or fails; nothing falls back silently from a forced choice.
+An operation with several implementations calls `choose` while it is traced. It gets the first implementation in
+`OPERATIONS` that the device and the operands allow. `JAXMOE_<OPERATION>=name` in the environment, or
+`forced(operation="name")` around the call, selects one by name or fails; nothing falls back silently from a forced
+choice.
+
+To add an implementation, write one file that ends in a value with a method `unsupported(*operands) -> str | None`, and
+add one entry here.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,23 +38,34 @@ class Device(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """One way to run an operation: what it is, and why a device cannot run it (None: it can)."""
+    """One way to run an operation.
+
+    `what` describes it, `unsupported` says why a device cannot run it (None: it can), and `home` is "module:name" of
+    its value, which is imported only where the device can run it.
+    """
 
     what: str
-    refuses: Callable[[Device], str | None]
+    unsupported: Callable[[Device], str | None]
+    home: str
+
+    def load(self) -> Any:
+        """The value: it runs the operation, and its `unsupported(*operands)` says why it cannot (None: it can)."""
+        module, name = self.home.split(":")
+        return getattr(importlib.import_module(module), name)
 
 
 class Choice(NamedTuple):
-    """The implementation taken, and the reason: what it is, and what stood in the way of those before it."""
+    """The selected implementation's name, the reason (what it is, and why those before it cannot run), its value."""
 
     name: str
     reason: str
+    value: Any
 
 
 def default_device() -> Device:
     """The device that JAX places computations on by default."""
     device: Any = jax.config.values["jax_default_device"] or jax.local_devices()[0]
-    if isinstance(device, str):  # the configuration also takes a platform's name
+    if isinstance(device, str):  # the configuration also accepts a platform's name
         device = jax.local_devices(backend=device)[0]
     capability = getattr(device, "compute_capability", None)  # "9.0"; other platforms lack it or give something else
     try:
@@ -66,35 +82,55 @@ def _anywhere(device: Device) -> None:
 def _needs_capability(
     at_least: tuple[int, int], below: tuple[int, int] | None = None
 ) -> Callable[[Device], str | None]:
-    def refuses(device: Device) -> str | None:
+    def unsupported(device: Device) -> str | None:
         found = device.compute_capability
         if found is not None and found >= at_least and (below is None or found < below):
             return None
         wanted = f"{at_least[0]}.x" if below else f"{at_least[0]}.{at_least[1]} or newer"
         return f"needs an NVIDIA GPU of compute capability {wanted}, found {device}"
 
-    return refuses
+    return unsupported
 
 
-# The first that the device and the operands allow is taken; one of each operation runs anywhere.
+# In order of preference. The last of each operation runs anywhere.
 OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "attention": {
-        "cudnn": Implementation("cuDNN's flash attention, packed rows by segment offsets", _needs_capability((9, 0))),
-        "blocks": Implementation("pure JAX by query blocks, causal half only, exact for packed rows", _anywhere),
+        "cudnn": Implementation(
+            "cuDNN's flash attention, packed sequences by segment offsets",
+            _needs_capability((9, 0)),
+            "jaxmoe.ops.attention_cudnn:CUDNN",
+        ),
+        "blocks": Implementation(
+            "pure JAX by chunks of queries, causal half only, exact for packed sequences",
+            _anywhere,
+            "jaxmoe.ops.attention_chunked:CHUNKED",
+        ),
     },
     "grouped_matmul": {
         "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel over expert-aligned tiles", _needs_capability((9, 0), (10, 0))
+            "Pallas Mosaic GPU kernel over expert-aligned tiles",
+            _needs_capability((9, 0), (10, 0)),
+            "jaxmoe.ops.kernels.grouped_matmul.hopper:HOPPER",
         ),
-        "tiled": Implementation("pure JAX loop over expert-aligned row tiles", _anywhere),
+        "tiled": Implementation(
+            "pure JAX loop over expert-aligned row tiles", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.xla:XLA"
+        ),
     },
     "norm_rotary": {
-        "triton": Implementation("Pallas Triton kernel, one pass each way", _needs_capability((8, 0))),
-        "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere),
+        "triton": Implementation(
+            "Pallas Triton kernel, one pass each way",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.norm_rotary:ONE_PASS",
+        ),
+        "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere, "jaxmoe.ops.rotary:TWO_STEPS"),
     },
     "swiglu_gradient": {
-        "triton": Implementation("Pallas Triton kernel, one pass, for unrolled layers", _needs_capability((8, 0))),
-        "xla": Implementation("two or three passes, as XLA fuses them", _anywhere),
+        "triton": Implementation(
+            "Pallas Triton kernel, one pass, for unrolled layers",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.swiglu_gradient:ONE_PASS",
+        ),
+        "xla": Implementation("two or three passes, as XLA fuses them", _anywhere, "jaxmoe.ops.swiglu:PLAIN"),
     },
 }
 
@@ -108,7 +144,7 @@ def _check(operation: str, name: str, source: str) -> None:
 
 @contextmanager
 def forced(**names: str) -> Iterator[None]:
-    """Takes the named implementations inside the context, whatever the environment says.
+    """Selects the named implementations inside the context, whatever the environment says.
 
     JAX does not know that a trace depends on the choice, so its caches of compiled functions are dropped on both ends.
 
@@ -129,7 +165,7 @@ def forced(**names: str) -> Iterator[None]:
 
 
 def _demanded(operation: str) -> tuple[str, str] | None:
-    """(name, who demands it), or None; the context goes before the environment."""
+    """(name, who demands it), or None; the context overrides the environment."""
     if (name := _forced.get().get(operation)) is not None:
         return name, f"forced {operation}"
     variable = f"JAXMOE_{operation.upper()}"
@@ -139,12 +175,12 @@ def _demanded(operation: str) -> tuple[str, str] | None:
     return None
 
 
-def choose(operation: str, cannot: Mapping[str, str | None] | None = None) -> Choice:
-    """The implementation of `operation` for the default device, decided while tracing.
+def choose(operation: str, *operands: Any) -> Choice:
+    """The implementation of `operation` for the default device and these operands, decided while tracing.
 
     Args:
         operation: a key of `OPERATIONS`.
-        cannot: implementation -> why these operands rule it out (None: they do not).
+        operands: what its implementations' `unsupported` takes; without any, only the device decides.
 
     Raises:
         UserError: the environment or `forced` names an implementation that does not exist or cannot run here.
@@ -152,19 +188,20 @@ def choose(operation: str, cannot: Mapping[str, str | None] | None = None) -> Ch
     device = default_device()
     choices = OPERATIONS[operation]
 
-    def obstacle(name: str) -> str | None:
-        return choices[name].refuses(device) or (cannot or {}).get(name)
+    def unsupported(implementation: Implementation) -> str | None:
+        reason = implementation.unsupported(device)
+        return reason or (implementation.load().unsupported(*operands) if operands else None)
 
     if (demand := _demanded(operation)) is not None:
         name, source = demand
-        if (why := obstacle(name)) is not None:
+        if (why := unsupported(choices[name])) is not None:
             raise UserError(f"{source}: {name} cannot run here: {why}")
-        return Choice(name, f"{choices[name].what}; by {source}")
+        return Choice(name, f"{choices[name].what}; by {source}", choices[name].load())
     passed = []
     for name, implementation in choices.items():
-        why = obstacle(name)
+        why = unsupported(implementation)
         if why is None:
-            return Choice(name, "; ".join([implementation.what, *passed]))
+            return Choice(name, "; ".join([implementation.what, *passed]), implementation.load())
         passed.append(f"{name} {why}")
     raise AssertionError(f"{operation}: one of its implementations has to run anywhere")
 
@@ -176,7 +213,7 @@ def explain() -> list[tuple[str, str, str]]:
         UserError: as `choose`.
     """
     return [
-        (operation.replace("_", " "), taken.name, taken.reason)
+        (operation.replace("_", " "), selected.name, selected.reason)
         for operation in OPERATIONS
-        for taken in [choose(operation)]
+        for selected in [choose(operation)]
     ]

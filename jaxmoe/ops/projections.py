@@ -1,14 +1,13 @@
-"""Linear maps whose frozen weight lies in a stack of layers and is read there: one product, adapter included.
+"""Frozen linear maps that are read from their stack of layers in one product, adapter included.
 
-On Hopper the expert kernel does this too, with one group of rows: it indexes the stack in place, adds the low-rank term
-in the same accumulators and rounds once, where XLA would copy the layer's weight out of the stack and write a float32
-result to memory for the adapter to be added to.
+The expert kernel does this with one group of rows: it indexes the stack in place, adds the low-rank term in the same
+accumulators and rounds once. XLA would copy the layer's weight out of the stack, and write a float32 result to memory
+for the adapter to be added to.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -17,18 +16,29 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.ops.experts import implementation
-from jaxmoe.ops.linear import PROJECTED, Adapter, fold, two_terms, unfold
+from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.ops.frozen import define_vjp
+from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.implementations import choose
+from jaxmoe.ops.kept import PROJECTED
+from jaxmoe.ops.low_rank import Adapter, Factors, fold, pad_to_multiple, split_high_low, unfold
 
-_RANK_MULTIPLE = 64  # what the kernel's low-rank term is padded to
-MIN_ROWS = 512  # below, a product reads the weight only once anyway and XLA's is as good
 
-
-def takes(x: Float[Array, "*batch inner"], stack: Float[Array, "L out inner"]) -> bool:
-    """Whether `frozen_linears` runs on this device for these sizes."""
+def unsupported(x: Float[Array, "*batch inner"], stacks: Sequence[Any]) -> str | None:
+    """Why `frozen_linears` cannot run on this device for these sizes, or would not pay; None if it can."""
+    if any(isinstance(stack, NF4Stack) for stack in stacks):
+        return "needs weights that are not in NF4"
     rows = x.size // x.shape[-1]
-    fits = rows >= MIN_ROWS and rows % 8 == 0 and all(size % 64 == 0 for size in stack.shape[1:])
-    return fits and x.dtype == stack.dtype and implementation(x.dtype).name == "mosaic"
+    selected = choose("grouped_matmul", x.dtype)
+    least = selected.value.min_linear_rows
+    if least is None:
+        return f"the grouped matmul runs on {selected.name}, which has none"
+    if rows < least or rows % 8:
+        return f"needs a multiple of 8 rows, at least {least}, found {rows}"
+    for stack in stacks:
+        if stack.dtype != x.dtype or any(size % 64 for size in stack.shape[1:]):
+            return f"needs widths that are multiples of 64 in {x.dtype}, found {stack.shape[1:]} in {stack.dtype}"
+    return None
 
 
 def frozen_linears(
@@ -42,37 +52,17 @@ def frozen_linears(
 
     The gradient of x is summed over the maps in the same accumulators; their low-rank rows are formed in one product.
     """
-    pairs = tuple(adapter and (adapter.lora_A, adapter.scale * adapter.lora_B) for adapter in adapters)
+    pairs = tuple(adapter and adapter.factors() for adapter in adapters)
     ys = _products(x.reshape(-1, x.shape[-1]), tuple(stacks), jnp.asarray(layer, jnp.int32), pairs)
     ys = [y if b is None else (y.astype(jnp.float32) + b).astype(y.dtype) for y, b in zip(ys, biases, strict=True)]
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
-_Pair = tuple[Array, Array]  # A and scale * B, float32
-
-
 @jax.custom_vjp
-def _products(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[_Pair | None, ...]) -> tuple[Array, ...]:
+def _products(
+    x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[Factors | None, ...]
+) -> tuple[Array, ...]:
     return _products_forward(x, stacks, layer, adapters)[0]
-
-
-def _multiply(x: Array, stack: Array, layer: Any, **options: Any) -> Array:
-    """The kernel's product of all rows with one layer of the stack."""
-    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
-
-    count = -(-x.shape[0] // kernel.SMALL)
-    units = kernel.SMALL // kernel.TILE_ROWS
-    index = jnp.arange(count, dtype=jnp.int32)
-    blocks = kernel.Blocks(units * index, jnp.full_like(index, units), jnp.zeros_like(index), jnp.int32(count))
-    # Every block has all its rows (those past the end are not written): one program to compile.
-    tiles = kernel.default_tiles(stack.shape[1 if options["transposed"] else 2])._replace(heights=(kernel.SMALL,))
-    return kernel.grouped_matmul(x, stack, blocks, layer, tiles=tiles, **options)
-
-
-def _padded(array: Array, axis: int) -> Array:
-    """Lengthened to a multiple of what the kernel takes as a rank: two terms are free up to a rank of 32."""
-    extra = -array.shape[axis] % _RANK_MULTIPLE
-    return jnp.pad(array, [(0, extra if i == axis else 0) for i in range(array.ndim)])
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
@@ -84,12 +74,12 @@ def _split(array: Array, sizes: Sequence[int], axis: int) -> list[Array]:
     return jnp.split(array, list(accumulate(sizes))[:-1], axis)
 
 
-def _terms(pairs: Sequence[_Pair], dtype: Any) -> Array:
-    """The two terms of every A, one behind the other [sum of 2r, inner]."""
-    return jnp.concatenate([two_terms(a, dtype, 0) for a, _ in pairs])
+def _terms(pairs: Sequence[Factors], dtype: Any) -> Array:
+    """The two terms of every A, one after the other [sum of 2r, inner]."""
+    return jnp.concatenate([split_high_low(a, dtype, 0) for a, _ in pairs])
 
 
-def _low_rows(x: Array, pairs: Sequence[_Pair]) -> list[Array]:
+def _low_rows(x: Array, pairs: Sequence[Factors]) -> list[Array]:
     """The rows x A^T of every adapter, which a policy keeps with the projections that they are part of."""
     ranks = [a.shape[0] for a, _ in pairs]
     rows = _split(_dot("mi,ri->mr", x, _terms(pairs, x.dtype)), [2 * r for r in ranks], 1)
@@ -97,41 +87,44 @@ def _low_rows(x: Array, pairs: Sequence[_Pair]) -> list[Array]:
     return [checkpoint_name(part, PROJECTED) for part in folded]
 
 
-def _products_forward(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[_Pair | None, ...]):
+def _products_forward(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[Factors | None, ...]):
     pairs = [pair for pair in adapters if pair is not None]
     low_rows = _low_rows(x, pairs) if pairs else []
     low = iter(low_rows)
+    kernel = choose("grouped_matmul", x.dtype).value
     ys = []
     for stack, pair in zip(stacks, adapters, strict=True):
-        options: dict[str, Any] = {}
+        term = None
         if pair is not None:
-            b = _padded(two_terms(pair[1], x.dtype, 1), 1)
-            options = {"low": unfold(next(low), b.shape[1]), "low_weight": b[None]}
-        ys.append(_multiply(x, stack, layer, transposed=True, **options))
+            _, b = pair.terms(x.dtype, kernel.rank_multiple)
+            term = LowRankTerm(unfold(next(low), b.shape[1]), b[None])
+        ys.append(kernel.linear(x, stack, layer, transposed=True, low=term))
     return tuple(ys), (x, stacks, layer, adapters, low_rows)
 
 
 def _products_backward(residuals: tuple[Any, ...], d_ys: tuple[Array, ...]):
     x, stacks, layer, adapters, low = residuals
+    kernel = choose("grouped_matmul", x.dtype).value
     others = list(zip(d_ys, stacks, strict=True))[1:]
-    multiply = partial(_multiply, d_ys[0], stacks[0], layer, transposed=False, others=others)
     adapted = [(d_y, pair) for d_y, pair in zip(d_ys, adapters, strict=True) if pair is not None]
     if not adapted:
-        return multiply(), None, None, None
+        return kernel.linear(d_ys[0], stacks[0], layer, transposed=False, others=others), None, None, None
     pairs = [pair for _, pair in adapted]
     ranks = [a.shape[0] for a, _ in pairs]
     d_low = [
-        fold(_dot("mo,or->mr", d_y, two_terms(b, x.dtype, 1)), r).astype(x.dtype)
+        fold(_dot("mo,or->mr", d_y, split_high_low(b, x.dtype, 1)), r).astype(x.dtype)
         for (d_y, (_, b)), r in zip(adapted, ranks, strict=True)
     ]
     twice = jnp.concatenate([unfold(rows, 2 * r) for rows, r in zip(d_low, ranks, strict=True)], 1)
-    d_x = multiply(low=_padded(twice, 1), low_weight=_padded(_terms(pairs, x.dtype), 0)[None])
+    multiple = kernel.rank_multiple
+    term = LowRankTerm(pad_to_multiple(twice, 1, multiple), pad_to_multiple(_terms(pairs, x.dtype), 0, multiple)[None])
+    d_x = kernel.linear(d_ys[0], stacks[0], layer, transposed=False, others=others, low=term)
     d_a = _split(_dot("mr,mi->ri", jnp.concatenate(d_low, 1), x), ranks, 0)
     gradients = iter(
-        (a_part.astype(a.dtype), _dot("mo,mr->or", d_y, rows).astype(b.dtype))
+        Factors(a_part.astype(a.dtype), _dot("mo,mr->or", d_y, rows).astype(b.dtype))
         for a_part, (d_y, (a, b)), rows in zip(d_a, adapted, low, strict=True)
     )
     return d_x, None, None, tuple(None if pair is None else next(gradients) for pair in adapters)
 
 
-_products.defvjp(_products_forward, _products_backward)
+define_vjp(_products, _products_forward, _products_backward, frozen={1: "projections"})

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from jaxmoe.ops.linear import PRECISION, Adapter, contract
-
-ROUTING = "routing"  # what a recomputation policy may keep: logits, experts and weights; the rest follows from them
+from jaxmoe.ops.contraction import PRECISION, contract
+from jaxmoe.ops.kept import ROUTING
+from jaxmoe.ops.low_rank import Adapter
 
 
 class Routing(NamedTuple):
@@ -95,6 +95,13 @@ def route(
     if norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return Routing(logits, probabilities, experts, checkpoint_name(weights, ROUTING))
+
+
+def no_routing(tokens: int, num_experts: int, num_experts_per_tok: int) -> Routing:
+    """Zeros, for M tokens of a layer that has no router."""
+    logits = jnp.zeros((tokens, num_experts), jnp.float32)
+    experts = jnp.zeros((tokens, num_experts_per_tok), jnp.int32)
+    return Routing(logits, logits, experts, logits[:, :num_experts_per_tok])
 
 
 def captured_routing(routing: Routing, top: int) -> CapturedRouting:

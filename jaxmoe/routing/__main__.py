@@ -95,7 +95,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, labelled text)."""
     from jaxmoe.cli.progress import reading_weights
     from jaxmoe.data.chat import load_tokenizer
-    from jaxmoe.model.decoder import Qwen3MoeForCausalLM
+    from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
     from jaxmoe.routing.text import read_text
 
     for name in ("seq_length", "batch_size", "max_tokens"):

@@ -22,8 +22,10 @@ from captures import Capture, CaptureWriter, LabelledText, Model
 from captures.format import DEFAULT_TOP
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.model.decoder import Qwen3MoeForCausalLM, forward, head_weight
-from jaxmoe.ops.linear import PRECISION
+from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from jaxmoe.model.decoder import forward, head_weight
+from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.router import RoutingControl
 
 
@@ -127,13 +129,10 @@ def capture_step(
     out = forward(
         dict(params),
         dict(adapters),
-        input_ids,
-        position_ids,
-        segment_ids,
+        Tokens(input_ids, position_ids, segment_ids),
         config=config,
-        lora=lora,
-        capture_routing=top,
-        routing_control=control,
+        options=Options(lora=lora, keep_logits=top),
+        control=control,
     )
     assert out.routing is not None
     flat = {name: a.reshape(a.shape[0], -1, *a.shape[3:]) for name, a in out.routing._asdict().items()}

@@ -1,8 +1,8 @@
 """Text and record files -> the labelled stream of tokens that a capture runs on.
 
-A `.jsonl` file holds the records that training takes (`jaxmoe.data.records`), each optionally with a "domain"; any other file
-is one text. The domain of what names none is its file's name without the ending. Tokens are exactly those that
-training sees, so that a captured routing can be replayed there.
+A `.jsonl` file holds the records that training takes (`jaxmoe.data.records`), each optionally with a "domain"; any
+other file is one text. A record that names no domain has its file's name without the ending. Tokens are exactly those
+that training sees, so that a captured routing can be replayed there.
 """
 
 from __future__ import annotations

@@ -41,15 +41,10 @@ from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.errors import UserError
 from jaxmoe.memory import Remat, choose_remat, device_bytes, human, training_forecast
-from jaxmoe.model.decoder import (
-    Params,
-    init_adapters,
-    init_parameters,
-    load_adapter,
-    open_checkpoint,
-    slow_implementations,
-    taken_implementations,
-)
+from jaxmoe.model.init import init_adapters, init_parameters
+from jaxmoe.model.interface import Params
+from jaxmoe.model.opening import load_adapter, open_checkpoint
+from jaxmoe.model.selection import fallbacks, selected_implementations
 from jaxmoe.parameters import Quantization
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
 from jaxmoe.store.train_state import TrainCheckpoints
@@ -542,7 +537,7 @@ def _prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> _Run:
     packed = any(each.packed for each in (rows, eval_rows) if each is not None)
     model = model._replace(packed=packed, unroll=settings.unroll_layers)
     model, notice = _with_remat(settings, model, shapes[0], previous)
-    notices += notice + slow_implementations(config, model.dtype)
+    notices += notice + fallbacks(config, model.dtype)
     if previous is None or settings.unroll_layers:  # a resumed run keeps what it had
         notices += _about_unrolling(settings, total, jax.default_backend() == "gpu")
     coefficient = settings.router_aux_loss_coef
@@ -631,7 +626,7 @@ def _with_remat(
     if previous is not None and previous.get("remat") in get_args(Remat):
         return model._replace(remat=previous["remat"]), []
     config = model.config
-    taken: Any = taken_implementations(config, model.dtype)
+    taken: Any = selected_implementations(config, model.dtype)
     forecasts = {
         remat: training_forecast(
             config,

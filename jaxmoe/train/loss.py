@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.ops.linear import product
+from jaxmoe.ops.contraction import product
 
 
 def cross_entropy(

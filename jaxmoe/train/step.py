@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.packing import Batch
-from jaxmoe.memory import loss_chunk
-from jaxmoe.model.decoder import Params, Remat, RouterStats, forward, head_weight
+from jaxmoe.memory import Remat, loss_chunk
+from jaxmoe.model.decoder import forward, head_weight
+from jaxmoe.model.interface import Options, Params, RouterStats, Tokens
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
 from jaxmoe.parameters import parameter_specs
 from jaxmoe.train.loss import cross_entropy
@@ -69,16 +70,16 @@ class Model(NamedTuple):
         out = forward(
             params,
             adapters,
-            batch.input_ids,
-            batch.position_ids,
-            batch.segment_ids,
+            Tokens(batch.input_ids, batch.position_ids, batch.segment_ids),
             config=self.config,
-            lora=self.lora,
-            trainable="none" if not train else "all" if self.lora is None else "adapters",
-            remat=self.remat,
-            unroll=self.unroll and train,
-            routing_control=control,
-            packed=self.packed,
+            options=Options(
+                lora=self.lora,
+                trainable="none" if not train else "all" if self.lora is None else "adapters",
+                remat=self.remat,
+                unroll=self.unroll and train,
+                packed=self.packed,
+            ),
+            control=control,
         )
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         head = head_weight(params, self.config)

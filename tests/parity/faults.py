@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import jaxmoe.config
 import jaxmoe.model.decoder
 import jaxmoe.nf4.stack
-import jaxmoe.ops.attention
-import jaxmoe.ops.experts
-import jaxmoe.ops.linear
+import jaxmoe.ops.attention_chunked
+import jaxmoe.ops.rotary
+import jaxmoe.ops.swiglu
+from jaxmoe.ops import implementations
 
 Fault = Callable[[], AbstractContextManager[None]]
 
@@ -59,11 +60,11 @@ def _rotary_base_off(frequencies: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_query_and_key_norm() -> Iterator[None]:
-    norm = jaxmoe.model.decoder.rms_norm
-    # Only queries and keys are four-dimensional when they are normed. The kernel that rotates as well must not run.
-    without = lambda x, weight, eps: x if x.ndim == 4 else norm(x, weight, eps)
-    refused = lambda x: "has no norm to leave out"
-    with mock.patch.multiple(jaxmoe.model.decoder, rms_norm=without, norm_rotary_obstacle=refused):
+    # The kernel that rotates as well must not run: it has no norm to leave out.
+    with (
+        mock.patch.object(jaxmoe.ops.rotary, "rms_norm", lambda x, weight, eps: x),
+        implementations.forced(norm_rotary="xla"),
+    ):
         yield
 
 
@@ -82,9 +83,9 @@ def _documents_joined(mask: Any) -> Any:
 
 
 FAULTS: dict[str, Fault] = {
-    "gate and up swapped": _replaced(jaxmoe.ops.experts, "swiglu", lambda swiglu: lambda gate, up: swiglu(up, gate)),
+    "gate and up swapped": _replaced(jaxmoe.ops.swiglu, "swiglu", lambda swiglu: lambda gate, up: swiglu(up, gate)),
     "no renormalisation": _replaced(jaxmoe.model.decoder, "route", _without_renormalisation),
-    "rotary base 10 % off": _replaced(jaxmoe.ops.linear, "rotary_frequencies", _rotary_base_off),
+    "rotary base 10 % off": _replaced(jaxmoe.ops.rotary, "rotary_frequencies", _rotary_base_off),
     "q and k norm missing": _without_query_and_key_norm,
     "experts permuted": _replaced(jaxmoe.model.decoder, "sorted_experts", _two_experts_exchanged),
     "softmax after top-k": _replaced(jaxmoe.model.decoder, "route", _softmax_after_top_k),
@@ -92,5 +93,5 @@ FAULTS: dict[str, Fault] = {
         jaxmoe.config.LoraConfig, "scale", lambda scale: lambda self, target: scale(self, target) / self.alpha
     ),
     "NF4 nibbles swapped": _replaced(jaxmoe.nf4.stack, "_PAIRS", lambda pairs: pairs[:, ::-1]),
-    "documents joined": _replaced(jaxmoe.ops.attention, "attention_mask", _documents_joined),
+    "documents joined": _replaced(jaxmoe.ops.attention_chunked, "attention_mask", _documents_joined),
 }

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
-from jaxmoe.model import decoder as model
+from jaxmoe.model import decoder
+from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.ops.router import load_balancing_loss
 from tests import oracle
 from tests.parity.batches import Batch
 
@@ -57,24 +59,20 @@ def product(
 
 
 def compiled_forward(config: Qwen3MoeConfig, lora: LoraConfig | None, compiler_options: dict[str, Any]) -> Any:
-    """A fresh jitted function (params, adapters, *batch, routing control) -> (logits, `ForwardOutput`, aux loss)."""
+    """A fresh jitted function (params, adapters, *batch, routing control) -> (logits, `DecoderOutput`, aux loss)."""
 
     @functools.partial(jax.jit, compiler_options=compiler_options)
     def run(params, adapters, input_ids, position_ids, segment_ids, control=None):
-        out = model.forward(
+        out = decoder.forward(
             params,
             adapters,
-            input_ids,
-            position_ids,
-            segment_ids,
+            Tokens(input_ids, position_ids, segment_ids),
             config=config,
-            lora=lora,
-            capture_router_logits=True,
-            capture_hidden=True,
-            routing_control=control,
+            options=Options(lora=lora, router_logits=True, layer_inputs=True),
+            control=control,
         )
-        aux = model.load_balancing_loss(*out.stats) if config.sparse_layers else jnp.zeros(())
-        return model.logits_of(out.hidden, model.head_weight(params, config)), out, aux
+        aux = load_balancing_loss(*out.stats) if config.sparse_layers else jnp.zeros(())
+        return decoder.logits_of(out.hidden, decoder.head_weight(params, config)), out, aux
 
     return run
 

@@ -129,12 +129,13 @@ def _recorded_in_turn(
 
 # what jaxmoe's layer calls, and the names of the successive results
 _CALLS = {
-    "rms_norm": ("input_layernorm", "q_norm", "k_norm", "post_attention_layernorm", "norm"),
-    "apply_rotary": ("q_rotary", "k_rotary"),
-    "norm_rotary": ("q_rotary", "k_rotary"),  # instead of both where its kernel runs
-    "causal_attention": ("attention",),
-    "linear": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "finish_linear": ("q_proj", "k_proj", "v_proj", "o_proj"),  # instead of `linear` where a weight is 4-bit
+    "decoder.rms_norm": ("input_layernorm", "post_attention_layernorm", "norm"),
+    "rotary.rms_norm": ("q_norm", "k_norm"),
+    "rotary.apply_rotary": ("q_rotary", "k_rotary"),
+    "norm_rotary.norm_rotary": ("q_rotary", "k_rotary"),  # instead of both where its kernel runs
+    "decoder.causal_attention": ("attention",),
+    "linear.linear": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "linear.finish_linear": ("q_proj", "k_proj", "v_proj", "o_proj"),  # instead of `linear` where a weight is 4-bit
 }
 
 
@@ -144,7 +145,10 @@ def jax_trace(model: Any, batch: Any) -> dict[str, np.ndarray]:
     import jax.numpy as jnp
     from jax.experimental import io_callback
 
-    import jaxmoe.model.decoder as product
+    from jaxmoe.model import decoder
+    from jaxmoe.model.interface import Options, Tokens
+    from jaxmoe.ops import linear, rotary
+    from jaxmoe.ops.kernels import norm_rotary
 
     records: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
@@ -159,8 +163,6 @@ def jax_trace(model: Any, batch: Any) -> dict[str, np.ndarray]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             number = counts[function] = counts.get(function, -1) + 1
-            if function == "norm_rotary":
-                counts["rms_norm"] += 1  # its norm is not called
             if number < len(_CALLS[function]):  # beyond them are the projections of a dense MLP
                 record(_CALLS[function][number], result)
             return result
@@ -196,15 +198,19 @@ def jax_trace(model: Any, batch: Any) -> dict[str, np.ndarray]:
         return call
 
     wrappers = {name: lambda f, name=name: counted(name, f) for name in _CALLS}
-    wrappers |= {"_attention_block": layer_begins, "_sparse_mlp": mlp, "_dense_mlp": mlp, "route": route}
+    layer = {"decoder_layer": layer_begins, "sparse_mlp": mlp, "dense_mlp": mlp, "route": route}
+    wrappers |= {f"decoder.{name}": wrap for name, wrap in layer.items()}
+    modules = {"decoder": decoder, "rotary": rotary, "norm_rotary": norm_rotary, "linear": linear}
     with contextlib.ExitStack() as stack:
         for name, wrap in wrappers.items():
-            stack.enter_context(mock.patch.object(product, name, wrap(getattr(product, name))))
+            owner, _, function = name.partition(".")
+            stack.enter_context(mock.patch.object(modules[owner], function, wrap(getattr(modules[owner], function))))
 
         @jax.jit
         def run(params: Any, adapters: Any, *arrays: Any) -> Any:
-            out = product.forward(params, adapters, *arrays, config=model.config, lora=model.lora_config)
-            record("logits", product.logits_of(out.hidden, product.head_weight(params, model.config)))
+            options = Options(lora=model.lora_config)
+            out = decoder.forward(params, adapters, Tokens(*arrays), config=model.config, options=options)
+            record("logits", decoder.logits_of(out.hidden, decoder.head_weight(params, model.config)))
             return out.hidden
 
         run(model.params, model.adapters, *map(jnp.asarray, batch)).block_until_ready()

@@ -18,8 +18,8 @@ ROWS = 4  # that a program takes
 _WIDEST, _NARROWEST = 256, 64  # columns of an expert's hidden layer that it takes at a time
 
 
-def swiglu_gradient_obstacle(gate_up: Array) -> str | None:
-    """Why `swiglu_gradient` does not take these rows [P, 2F] (None: it does)."""
+def unsupported(gate_up: Any) -> str | None:
+    """Why `swiglu_gradient` cannot run on these rows [P, 2F]; None if it can."""
     rows, hidden = gate_up.shape[0], gate_up.shape[1] // 2
     if hidden % _NARROWEST:
         return f"needs experts whose width is a multiple of {_NARROWEST}, found {hidden}"
@@ -81,3 +81,20 @@ def swiglu_gradient(
     )
     d_gate_up, d_weight, *hidden = kernel(gate_up, d_hidden, weight)
     return (hidden[0] if with_hidden else None), d_gate_up, d_weight
+
+
+class OnePass:
+    """The implementation "triton" of SwiGLU's gradient."""
+
+    def unsupported(self, gate_up: Any, in_scan: bool) -> str | None:
+        """Why it cannot run on these rows [P, 2F]; `in_scan`: they lie in the stack of what a scan keeps."""
+        return "would be handed a copy of what a scan keeps" if in_scan else unsupported(gate_up)
+
+    def __call__(
+        self, gate_up: Array, d_hidden: Array, weight: Array, *, with_hidden: bool
+    ) -> tuple[Array | None, Array, Array]:
+        """As `swiglu_gradient`."""
+        return swiglu_gradient(gate_up, d_hidden, weight, with_hidden=with_hidden)
+
+
+ONE_PASS = OnePass()

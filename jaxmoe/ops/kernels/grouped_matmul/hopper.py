@@ -31,19 +31,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.schedule import Schedule, Spans
+
 TILE_ROWS = 16  # the granule of the row layout
 _DEPTH = 64  # of the contraction, a stage
 _COPY_REGISTERS, _COMPUTE_REGISTERS = 40, 232  # per thread; together the 64 K registers of a multiprocessor
 _SHARED_BYTES = 232_448 - 1024  # of a Hopper multiprocessor, less the barriers
 
 
-class Blocks(NamedTuple):
-    """Blocks of rows, in units of 16: the first, how many, and the group of each; only the first `used` exist."""
-
-    first: Int[Array, " blocks"]
-    height: Int[Array, " blocks"]
-    group: Int[Array, " blocks"]
-    used: Int[Array, ""]
+Blocks = Spans
 
 
 class Tiles(NamedTuple):
@@ -505,3 +503,84 @@ def grouped_outer(
     out_type = jax.ShapeDtypeStruct((E, out_rows, out_columns), dtype)
     copies = 2 * _DEPTH // TILE_ROWS
     return _launch(body, out_type, scratch, stages, interpret, copies)(first, count, left, right)
+
+
+class Hopper:
+    """The implementation "mosaic" of the grouped products."""
+
+    rank_multiple = 64  # of the low-rank term; two 16-bit terms of a rank up to 32 then cost no padding
+    min_linear_rows = 512  # below, a product reads the weight only once anyway and XLA's is as good
+
+    def unsupported(self, dtype: Any, *widths: int) -> str | None:
+        """Why it cannot run on rows of this dtype and these widths, or None."""
+        if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11):
+            return f"needs jax 0.11 or newer, found {jax.__version__}"
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+            return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
+        if odd := [width for width in widths if width % 16]:  # Pallas' narrowest swizzle is one of 16 values
+            return f"needs widths that are multiples of 16, found {', '.join(map(str, odd))}"
+        return None
+
+    def tile_rows(self, routed_rows: int, num_experts: int) -> int:
+        """16, whatever the load: the kernel takes several tiles at once."""
+        return TILE_ROWS
+
+    def span_rows(self, routed_rows: int, num_experts: int) -> tuple[int, ...]:
+        """One height, or two where some products of a layer want higher spans."""
+        return (SMALL, LARGE) if routed_rows >= _LARGE_ROWS * num_experts else (SMALL,)
+
+    def matmul(
+        self,
+        x: Array,
+        weight: Array | NF4Stack,
+        schedule: Schedule,
+        offset: Any,
+        *,
+        transposed: bool,
+        swiglu: bool = False,
+        low: LowRankTerm | None = None,
+    ) -> Array:
+        """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
+        if isinstance(weight, NF4Stack):  # one layer's experts are decoded at a time, for this product alone
+            weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
+        large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
+        rows = LARGE if large and LARGE in schedule.spans else SMALL
+        tiles = default_tiles(weight.shape[1 if transposed else 2], rows, swiglu)
+        options = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
+        return grouped_matmul(
+            x, weight, schedule.spans[rows], offset, transposed=transposed, swiglu=swiglu, tiles=tiles, **options
+        )
+
+    def outer(self, left: Array, right: Array, schedule: Schedule) -> Array:
+        """As `GroupedMatmul.outer`; the operands are padded to what the kernel takes."""
+        a, c = left.shape[1], right.shape[1]
+        columns = a + -a % TILE_ROWS, c + -c % TILE_ROWS
+        left = jnp.pad(left, ((0, 0), (0, -a % 64)))
+        right = jnp.pad(right, ((0, 0), (0, max(columns[1], 64) - c)))
+        return grouped_outer(left, right, schedule.first_tile, schedule.tile_count, columns=columns)[:, :a, :c]
+
+    def linear(
+        self,
+        x: Array,
+        stack: Array,
+        layer: Array,
+        *,
+        transposed: bool,
+        others: Sequence[tuple[Array, Array]] = (),
+        low: LowRankTerm | None = None,
+    ) -> Array:
+        """As `GroupedMatmul.linear`: one group of rows, so that the layer is read in the stack where it lies."""
+        count = -(-x.shape[0] // SMALL)
+        units = SMALL // TILE_ROWS
+        index = jnp.arange(count, dtype=jnp.int32)
+        spans = Spans(units * index, jnp.full_like(index, units), jnp.zeros_like(index), jnp.int32(count))
+        # Every span has all its rows (those past the end are not written): one program to compile.
+        tiles = default_tiles(stack.shape[1 if transposed else 2])._replace(heights=(SMALL,))
+        options = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
+        return grouped_matmul(x, stack, spans, layer, transposed=transposed, others=others, tiles=tiles, **options)
+
+
+# From so many rows an expert and elements of its matrix on, higher spans of fewer columns are faster.
+_LARGE_ROWS, _LARGE_MATRIX = 1024, 2**21
+
+HOPPER = Hopper()

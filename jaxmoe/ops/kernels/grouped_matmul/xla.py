@@ -1,17 +1,22 @@
-"""The grouped matmuls in pure JAX: a loop over tiles of rows, each of one expert. The twin of `kernels.grouped_matmul`.
+"""The grouped products in pure JAX: a loop over tiles of rows, each of one expert.
 
-Runs anywhere and in any dtype; on a GPU it is the slow path that the kernel is compared with. `jax.lax.ragged_dot` is
-no alternative: it builds [rows, E, ...] temporaries on CPU and GPU alike.
+It runs anywhere and in any dtype. On a GPU it is the slow fallback, and what kernels are compared with.
+`jax.lax.ragged_dot` is not used: on a CPU, and with older versions of cuDNN, it builds [rows, E, ...] temporaries.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.nf4.stack import NF4Stack
-from jaxmoe.ops.linear import PRECISION
+from jaxmoe.ops.contraction import product
+from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.schedule import Schedule
+from jaxmoe.ops.swiglu import swiglu_of_product
 
 
 def grouped_matmul(
@@ -35,7 +40,7 @@ def grouped_matmul(
     tile = x.shape[0] // tiles
     _, a, b = weight.shape
     width = a if transposed else b
-    product = "cti,coi->cto" if transposed else "cti,cio->cto"
+    equation = "cti,coi->cto" if transposed else "cti,cio->cto"
     c = _tiles_per_step(tiles, tile, weight.shape)
     x, tile_group = _whole_steps(x, tile_group, c)
     if low is not None:
@@ -43,10 +48,10 @@ def grouped_matmul(
 
     def step(i: Array, y: Array) -> Array:
         rows, group = (jax.lax.dynamic_slice_in_dim(array, i * c, c) for array in (x, tile_group))
-        out = _product(product, rows, weight[offset + group])
+        out = product(equation, rows, weight[offset + group])
         if low is not None:
             assert low_weight is not None
-            out += _product(product, jax.lax.dynamic_slice_in_dim(low, i * c, c), low_weight[group])
+            out += product(equation, jax.lax.dynamic_slice_in_dim(low, i * c, c), low_weight[group])
         return jax.lax.dynamic_update_slice_in_dim(y, out.astype(y.dtype), i * c, 0)
 
     y = jax.lax.fori_loop(0, -(-tiles_used // c), step, jnp.zeros((x.shape[0], tile, width), x.dtype))
@@ -72,18 +77,14 @@ def grouped_outer(
 
     def step(i: Array, total: Array) -> Array:
         a, b, owner = (jax.lax.dynamic_slice_in_dim(array, i * c, c) for array in (left, right, padded_group))
-        part = _product("cta,ctb->cab", a, b)
+        part = product("cta,ctb->cab", a, b)
         if c == 1:
             return total.at[owner[0]].add(part[0])
         # A product with the one-hot owner instead of a scatter-add, whose order on a GPU is not fixed.
         used = (i * c + jnp.arange(c) < tiles_used)[:, None]
-        return total + _product("cg,cab->gab", jax.nn.one_hot(owner, groups) * used, part)
+        return total + product("cg,cab->gab", jax.nn.one_hot(owner, groups) * used, part)
 
     return jax.lax.fori_loop(0, -(-tiles_used // c), step, jnp.zeros(shape, jnp.float32))
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, precision=PRECISION, preferred_element_type=jnp.float32)
 
 
 def _tiles_per_step(tiles: int, tile: int, shape: tuple[int, ...]) -> int:
@@ -103,3 +104,55 @@ def _whole_steps(rows: Array, tile_group: Array, c: int) -> tuple[Array, Array]:
     extra = -tiles % c
     rows = jnp.pad(rows.reshape(tiles, -1, rows.shape[-1]), ((0, extra), (0, 0), (0, 0)))
     return rows, jnp.pad(tile_group, (0, extra), mode="edge")
+
+
+class Xla:
+    """The implementation "tiled" of the grouped products."""
+
+    rank_multiple = 1
+    min_linear_rows = None
+
+    def unsupported(self, dtype: Any, *widths: int) -> str | None:
+        """None: it runs anywhere."""
+        return None
+
+    def tile_rows(self, routed_rows: int, num_experts: int) -> int:
+        """A power of two from 8 to 128, about half an expert's mean load, so that padding stays small."""
+        mean = max(1, routed_rows // num_experts)
+        return min(128, max(8, 1 << (mean.bit_length() - 1) >> 1))
+
+    def span_rows(self, routed_rows: int, num_experts: int) -> tuple[int, ...]:
+        """None: it reads tiles."""
+        return ()
+
+    def matmul(
+        self,
+        x: Array,
+        weight: Array | NF4Stack,
+        schedule: Schedule,
+        offset: Any,
+        *,
+        transposed: bool,
+        swiglu: bool = False,
+        low: LowRankTerm | None = None,
+    ) -> Array:
+        """As `GroupedMatmul.matmul`."""
+        rows, low_weight = low if low is not None else (None, None)
+        tiles = schedule.tile_expert, schedule.tiles_used
+        y: Array = grouped_matmul(x, weight, *tiles, offset, transposed=transposed, low=rows, low_weight=low_weight)
+        return swiglu_of_product(y) if swiglu else y
+
+    def outer(self, left: Array, right: Array, schedule: Schedule) -> Array:
+        """As `GroupedMatmul.outer`."""
+        where = schedule.tile_expert, schedule.tiles_used, schedule.first_tile.shape[0]
+        if 4 * right.shape[1] > left.shape[1]:
+            return grouped_outer(left, right, *where)
+        # With the narrow side, an adapter's rank, in front the loop takes half the time on a CPU.
+        return grouped_outer(right, left, *where).swapaxes(1, 2)
+
+    def linear(self, *_: Any, **__: Any) -> Array:
+        """It has none: a plain product reads a weight once already."""
+        raise AssertionError("min_linear_rows is None")
+
+
+XLA = Xla()

@@ -1,0 +1,90 @@
+"""The KV cache, and the forward pass that reads and writes it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.model.decoder import Context, captured_of_layers, decode
+from jaxmoe.model.interface import Options, Params
+from jaxmoe.ops.attention import causal_attention
+from jaxmoe.ops.attention_masked import attention, attention_mask
+from jaxmoe.ops.rotary import rotary_tables
+from jaxmoe.ops.router import CapturedRouting, RoutingControl
+
+
+class KVCache(NamedTuple):
+    """Keys (after norm and rotation) and values of every layer; slot s of a sequence holds its position s."""
+
+    key: Float[Array, "L B S K H"]
+    value: Float[Array, "L B S K H"]
+
+
+class NewTokens(NamedTuple):
+    """T new tokens a sequence, at positions start .. start + T - 1; the first `length` of them are real.
+
+    Without `start` the sequences begin here, at position 0.
+    """
+
+    input_ids: Int[Array, "B T"]
+    start: Int[Array, " B"] | None
+    length: Int[Array, " B"]
+
+
+def empty_cache(config: Qwen3MoeConfig, batch: int, slots: int, dtype: Any) -> KVCache:
+    """A cache of zeros for `batch` sequences of up to `slots` positions."""
+    shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def forward_cached(
+    params: Params,
+    adapters: Params,
+    new: NewTokens,
+    cache: KVCache,
+    *,
+    config: Qwen3MoeConfig,
+    options: Options = Options(),  # noqa: B008 - frozen
+    control: RoutingControl | None = None,
+) -> tuple[Float[Array, "B T D"], KVCache, CapturedRouting | None]:
+    """The decoder over new tokens, against and into the cache: (hidden states, cache, captured routing).
+
+    Sequences that begin here attend by `causal_attention`, and the cache is only written. What a token after a
+    sequence's end writes lies where no query looks before a later call has overwritten it. Positions must stay below
+    the cache's S.
+    """
+    input_ids, start, length = new
+    B, T = input_ids.shape
+    S = cache.key.shape[2]
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if start is None else start[:, None] + jnp.arange(T)
+    slots = jnp.broadcast_to(jnp.arange(S), (B, S))
+    # One segment: a slot after the sequence's own position is excluded by causality alone.
+    ones = partial(jnp.ones, dtype=jnp.int32)
+    mask = attention_mask(positions, slots, ones((B, T)), ones((B, S)), config.sliding_window)
+    sequences = jnp.arange(B)[:, None]
+
+    def whole_sequences(stack: Array, new: Array, layer: Array) -> Array:
+        return jax.lax.dynamic_update_slice(stack, new[None, :, :S].astype(stack.dtype), (layer, 0, 0, 0, 0))
+
+    def attend(query: Array, key: Array, value: Array, layer: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        if start is None:
+            # What follows a sequence's end comes after every real token: causality alone excludes it.
+            out = causal_attention(query, key, value, None, config.sliding_window)
+            pairs = (cache.key, key), (cache.value, value)
+            return out, KVCache(*(whole_sequences(*pair, layer) for pair in pairs))
+        # Out-of-range writes (a bucket's padding past S) are dropped, never clamped onto the last slot.
+        keys = cache.key.at[layer, sequences, positions].set(key.astype(cache.key.dtype), mode="drop")
+        values = cache.value.at[layer, sequences, positions].set(value.astype(cache.value.dtype), mode="drop")
+        here = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        return attention(query, here(keys), here(values), mask), KVCache(keys, values)
+
+    tables = rotary_tables(positions, config.rope_parameters, config.head_dim)
+    valid = (jnp.arange(T) < length[:, None]).reshape(-1)
+    context = Context(config, options, tables, valid, attend, control)
+    hidden, cache, records, _ = decode(params, adapters, input_ids, context, cache)
+    return hidden, cache, captured_of_layers(records, config, input_ids.shape)

@@ -1,0 +1,76 @@
+"""What goes into a forward pass and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.config import LoraConfig
+from jaxmoe.memory import Remat
+from jaxmoe.ops.router import CapturedRouting
+
+Params = dict[str, Array]  # dotted path -> array, the layers' arrays stacked (`jaxmoe.parameters`)
+Trainable = Literal["none", "adapters", "all"]
+
+
+class Tokens(NamedTuple):
+    """Whole sequences of T tokens. `segment_ids` are 0 for padding and 1, 2, ... for the documents packed into a
+    sequence; a token attends to earlier tokens of its own segment."""
+
+    input_ids: Int[Any, "B T"]
+    position_ids: Int[Any, "B T"]
+    segment_ids: Int[Any, "B T"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a forward pass runs and what it keeps; static under jit.
+
+    Attributes:
+        lora: the adapters' config; None without adapters.
+        trainable: which parameters will be differentiated: "none", "adapters", "all", or a set of paths of weights
+            (then adapters as well). Asking for another gradient is an error.
+        remat: what the backward pass recomputes. "low-memory" keeps one [B, T, D] per layer, "offload" keeps that in
+            the host's memory, "fast" keeps all results that are expensive to recompute, "balanced" the same without the
+            experts' products. No policy keeps a copy of a frozen weight.
+        unroll: compiles the layers one by one instead of one for all, and saves what a scan copies. For a frozen model,
+            whose weights need no slice.
+        packed: a sequence may hold several documents. False promises one document per sequence, with padding after it
+            or none: causality alone then keeps them apart, and a GPU need not ask at every layer.
+        router_logits: also return all router logits.
+        layer_inputs: also return each layer's input.
+        keep_logits: also return the routing of each token with this many of its largest router logits (0: none).
+    """
+
+    lora: LoraConfig | None = None
+    trainable: Trainable | frozenset[str] = "none"
+    remat: Remat = "low-memory"
+    unroll: bool = False
+    packed: bool = True
+    router_logits: bool = False
+    layer_inputs: bool = False
+    keep_logits: int = 0
+
+    def trains(self, path: str) -> bool:
+        """Whether the weight `path` will be differentiated."""
+        return self.trainable == "all" or (isinstance(self.trainable, frozenset) and path in self.trainable)
+
+
+class RouterStats(NamedTuple):
+    """Per MoE layer: routed rows per expert, and router probabilities summed over the valid (non-padding) tokens."""
+
+    counts: Int[Array, "Ls E"]
+    prob_sums: Float[Array, "Ls E"]
+    tokens: Int[Array, ""]
+
+
+class DecoderOutput(NamedTuple):
+    """Hidden states after the final norm, router statistics, and what the options asked for."""
+
+    hidden: Float[Array, "B T D"]
+    stats: RouterStats
+    router_logits: Float[Array, "Ls B T E"] | None
+    layer_inputs: Float[Array, "L B T D"] | None  # float32
+    routing: CapturedRouting | None  # [Ls, B, T, ...]

@@ -1,0 +1,174 @@
+"""One layer's view of the stacked parameters, by dotted path: whatever their form, a layer asks for what it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array
+
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.lora import LORA_TARGETS
+from jaxmoe.model.interface import Options, Params
+from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.ops.experts import ExpertWeights
+from jaxmoe.ops.linear import LinearMap, layer_slice
+from jaxmoe.ops.low_rank import Adapter
+from jaxmoe.parameters import Quantization, parameter_specs
+
+_EXPERTS = ("sparse.gate_up_proj", "sparse.down_proj")
+
+
+class Stacks(NamedTuple):
+    """Stacked arrays by path. `sliced` ones already hold one layer inside the loop; `whole` ones are indexed there."""
+
+    sliced: Params
+    whole: Mapping[str, Array | NF4Stack]
+
+    def pick(self, path: str, slot: Any) -> Array:
+        """One layer's array."""
+        if path in self.sliced:
+            return self.sliced[path]
+        stack = self.whole[path]
+        return stack[slot] if isinstance(stack, NF4Stack) else layer_slice(stack, slot)
+
+    def __contains__(self, path: object) -> bool:
+        return path in self.sliced or path in self.whole
+
+
+class LayerIndex(NamedTuple):
+    """For each layer (or one): its index, its slot in the stack of its MLP's kind, whether it is sparse."""
+
+    layer: Any
+    slot: Any
+    is_sparse: Any
+
+    @classmethod
+    def of(cls, config: Qwen3MoeConfig) -> LayerIndex:
+        """Those of all layers, NumPy arrays [L]."""
+        sparse, dense = config.sparse_layers, config.dense_layers
+        layers = range(config.num_hidden_layers)
+        slots = [sparse.index(i) if i in sparse else dense.index(i) for i in layers]
+        return cls(np.arange(len(layers)), np.asarray(slots), np.asarray([i in sparse for i in layers]))
+
+
+class ModelStacks(NamedTuple):
+    """The parameters and adapters of all layers, in the form in which the loop over layers wants them."""
+
+    config: Qwen3MoeConfig
+    weights: Stacks
+    adapters: Stacks
+    scales: Mapping[str, float]  # an adapter's path -> the factor on its product
+    experts: Mapping[str, Array | NF4Stack]  # frozen expert stacks as [layers * E, out, in]; empty if they are trained
+    dtype: Any  # of the operands of products
+
+    @classmethod
+    def of(cls, params: Params, adapters: Params, config: Qwen3MoeConfig, options: Options) -> ModelStacks:
+        """Arrays that get a gradient are scanned over, so that each layer's gradient is written once; frozen ones stay
+        whole. The experts' two stacks are of one kind."""
+        trained = {path for path in params if "." in path and options.trains(path)}
+        if trained & set(_EXPERTS):
+            trained |= set(_EXPERTS)
+        weights = _split(_layer_stacks(params, config), config, trained)
+        experts = {
+            path: stack if isinstance(stack, NF4Stack) else stack.reshape(-1, *stack.shape[2:])
+            for path in _EXPERTS
+            if (stack := weights.whole.get(path)) is not None
+        }
+        lora = options.lora
+        scales = {LORA_TARGETS[target].path: lora.scale(target) for target in lora.targets} if lora else {}
+        adapter_stacks = _split(adapters, config, set(adapters) if options.trainable != "none" else set())
+        return cls(config, weights, adapter_stacks, scales, experts, params["embed_tokens"].dtype)
+
+    def layer(self, index: LayerIndex, sliced: Params, sliced_adapters: Params) -> Layer:
+        """The layer `index`, given its slices of what is scanned over."""
+        stacks = self._replace(
+            weights=self.weights._replace(sliced=sliced), adapters=self.adapters._replace(sliced=sliced_adapters)
+        )
+        return Layer(stacks, *index)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: its index, its slot in the stack of its MLP's kind, and its parameters by path."""
+
+    stacks: ModelStacks
+    index: Array
+    slot: Array
+    is_sparse: Array
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the operands of products; the residual stream between them is float32."""
+        return self.stacks.dtype
+
+    @property
+    def eps(self) -> float:
+        """What a norm adds to the mean square."""
+        return self.stacks.config.rms_norm_eps
+
+    def weight(self, path: str) -> Array:
+        """The layer's own array."""
+        return self.stacks.weights.pick(path, self._slot(path))
+
+    def norm(self, path: str) -> tuple[Array, float, bool]:
+        """(a norm's weight, its eps, whether it is frozen)."""
+        return self.weight(path), self.eps, path in self.stacks.weights.whole
+
+    def linear_maps(self, *paths: str) -> list[LinearMap]:
+        """Linear maps with bias and adapter; a frozen weight is passed as its whole stack, and read where it lies."""
+        return [self._linear_map(path) for path in paths]
+
+    def adapter(self, path: str) -> Adapter | None:
+        """The adapter on the parameter `path`, if there is one."""
+        if path not in self.stacks.scales:
+            return None
+        a, b = (self.stacks.adapters.pick(f"{path}.lora_{x}", self._slot(path)) for x in "AB")
+        return Adapter(a, b, self.stacks.scales[path])
+
+    def experts(self) -> ExpertWeights:
+        """The fused experts: the whole stack and this layer's offset in it, or this layer's slice if it is trained."""
+        if self.stacks.experts:
+            gate_up, down = (self.stacks.experts[path] for path in _EXPERTS)
+            return ExpertWeights(gate_up, down, self.slot * self.stacks.config.num_experts, trainable=False)
+        gate_up, down = (self.stacks.weights.sliced[path] for path in _EXPERTS)
+        return ExpertWeights(gate_up, down, 0, trainable=True)
+
+    def _slot(self, path: str) -> Array:
+        return self.index if path.startswith("attention.") else self.slot
+
+    def _linear_map(self, path: str) -> LinearMap:
+        weights = self.stacks.weights
+        bias = self.weight(f"{path}_bias") if f"{path}_bias" in weights else None
+        if path in weights.sliced:
+            return LinearMap(weights.sliced[path], None, bias, self.adapter(path))
+        return LinearMap(weights.whole[path], self._slot(path), bias, self.adapter(path))
+
+
+def _layer_stacks(params: Params, config: Qwen3MoeConfig) -> dict[str, Array | NF4Stack]:
+    """The parameters of the layers: as they are, or one `NF4Stack` in place of a quantised weight's arrays."""
+    quantization = Quantization.of(params)
+    if quantization is None:
+        return {path: stack for path, stack in params.items() if "." in path}
+    stacks: dict[str, Array | NF4Stack] = {}
+    for path, spec in parameter_specs(config).items():
+        if path in quantization.paths:
+            *lead, out, inner = spec.shape
+            stacks[path] = NF4Stack.of(params, path, (math.prod(lead), out, inner), params["embed_tokens"].dtype)
+        elif "." in path:
+            stacks[path] = params[path]
+    return stacks
+
+
+def _split(stacks: Mapping[str, Any], config: Qwen3MoeConfig, sliced: set[str]) -> Stacks:
+    """The stacks named by `sliced` get one entry per layer along their first axis; the others stay as they are."""
+    whole = {path: stack for path, stack in stacks.items() if path not in sliced}
+    if not (config.sparse_layers and config.dense_layers):
+        return Stacks({path: stacks[path] for path in stacks if path in sliced}, whole)
+    # Mixed kinds: a layer of the other kind carries an unused slot, whose gradient is zero.
+    layers, slots, is_sparse = LayerIndex.of(config)
+    slot_of = {"attention": layers, "sparse": np.where(is_sparse, slots, 0), "dense": np.where(is_sparse, 0, slots)}
+    return Stacks({path: stacks[path][slot_of[path.split(".")[0]]] for path in stacks if path in sliced}, whole)

@@ -1,0 +1,37 @@
+"""Opens a folder, in HF form or converted, as a checkpoint or an adapter that the model can load."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax.numpy as jnp
+
+from convert.adapters import read_peft
+from convert.hf2jax import read_hf
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.model.interface import Params
+from jaxmoe.nf4.recode import quantized
+from jaxmoe.store.adapter import is_adapter, read_adapter
+from jaxmoe.store.checkpoint import Checkpoint
+from jaxmoe.store.converted import is_converted, read_converted
+
+
+def open_checkpoint(
+    path: str | pathlib.Path, dtype: str | None = None, quantize: str | None = None
+) -> tuple[Qwen3MoeConfig, Checkpoint]:
+    """The checkpoint in a folder, HF form or converted, its weights not yet read; arguments and errors as of
+    `Qwen3MoeForCausalLM.from_pretrained`."""
+    source = read_converted(path, dtype) if is_converted(path) else read_hf(path, dtype)
+    if quantize is not None:
+        source = quantized(source, quantize)
+    return source.config if dtype is None else source.config.replace(dtype=dtype), source
+
+
+def load_adapter(path: str | pathlib.Path, config: Qwen3MoeConfig) -> tuple[LoraConfig, Params]:
+    """The adapter in a folder, PEFT's form or converted, in float32.
+
+    Raises:
+        UserError: a broken adapter, or one of another model.
+    """
+    lora, arrays = read_adapter(path, config)[1:] if is_adapter(path) else read_peft(path, config)
+    return lora, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}

@@ -1,0 +1,35 @@
+"""Which implementations a model's attention and experts select on the default device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.ops import attention, experts
+from jaxmoe.ops.implementations import Choice, default_device
+
+
+def selected_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
+    """The names of the implementations of "attention" and of the "experts"' products, as `jaxmoe.memory` takes them."""
+    return {what: choice.name for what, choice in _choices(config, dtype).items()}
+
+
+def fallbacks(config: Qwen3MoeConfig, dtype: str) -> list[str]:
+    """A line for each of the two that runs on the slow fallback, and why, if the default device is a GPU."""
+    if default_device().platform != "gpu":
+        return []
+    choices = _choices(config, dtype)
+    slow = {"attention": "blocks"} | ({"experts": "tiled"} if config.sparse_layers else {})
+    return [
+        f"{what}: the slow fallback runs: {choices[what].reason}"
+        for what, fallback in slow.items()
+        if choices[what].name == fallback
+    ]
+
+
+def _choices(config: Qwen3MoeConfig, dtype: str) -> dict[str, Choice]:
+    heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return {
+        "attention": attention.implementation(dtype, *heads),
+        "experts": experts.implementation(dtype, config.hidden_size, config.moe_intermediate_size),
+    }
