@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jaxmoe.lazy import exports
 
 if TYPE_CHECKING:
-    from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+    from jaxmoe.config import Qwen3MoeConfig
     from jaxmoe.lora import LoraConfig
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 

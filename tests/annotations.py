@@ -13,7 +13,7 @@ _checked = beartype(conf=BeartypeConf(is_pep484_tower=True))
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with its annotations checked at every call.
 
-    Left alone are `jaxmoe.config` and `jaxmoe.lora`: users' values arrive there, and those modules raise errors of their
-    own for wrong types.
+    `jaxmoe.config` and `jaxmoe.lora` are left alone: users' values arrive there, and those modules raise errors of
+    their own for wrong types.
     """
     return function if function.__module__ in ("jaxmoe.config", "jaxmoe.lora") else _checked(function)

@@ -1,7 +1,7 @@
 """Records -> documents -> packed sequences -> batches.
 
-A document is a record, or a piece of a long one, that fits into one sequence. A sequence is one line of a batch: several
-documents behind each other, then padding. Which documents share a sequence, and in which order sequences come, is a pure
+A document is a record, or a piece of a long one, that fits into one sequence. A sequence is one line of a batch:
+several documents, then padding. Which documents share a sequence, and in which order sequences come, is a pure
 function of (records, seed, epoch), and the batch of a step one of (records, seed, step): a run that resumes at step s
 sees what it would have seen.
 """
@@ -53,8 +53,8 @@ class Cut(NamedTuple):
 class Batch(NamedTuple):
     """Sequences of T tokens with any leading axes, here [accumulation, B]; padding has segment 0 and weight 0.
 
-    A document has one segment id (1.. within its sequence) and positions that start at 0; `labels` is the document's next
-    token and never one of another document. `experts`, where given, replays a captured routing: the k experts of each
+    A document has one segment id (1.. within its sequence) and positions that start at 0. `labels` is its next token
+    and never one of another document. `experts`, where given, replays a captured routing: the k experts of each
     token in each MoE layer, -1 where the model chooses. The arrays are NumPy's here and JAX's within a step.
     """
 
