@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.ops import attention, experts
-from jaxmoe.ops.implementations import Choice, default_device
+from jaxmoe.ops import attention, experts, implementations
+from jaxmoe.ops.implementations import Choice
 
 
 def selected_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def selected_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[str, An
 
 def fallbacks(config: Qwen3MoeConfig, dtype: str) -> list[str]:
     """A line for each of the two that runs on the slow fallback, and why, if the default device is a GPU."""
-    if default_device().platform != "gpu":
+    if implementations.default_device().platform != "gpu":
         return []
     choices = _choices(config, dtype)
     slow = {"attention": "blocks"} | ({"experts": "tiled"} if config.sparse_layers else {})

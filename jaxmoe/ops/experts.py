@@ -97,21 +97,20 @@ def sorted_experts(
         span_rows = products.span_rows(rows, num_experts)
         schedule = make_schedule(routing.experts, num_experts, products.tile_rows(rows, num_experts), span_rows)
         schedule = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), schedule)
-    gate_up = jax.ShapeDtypeStruct((schedule.source.shape[0], weights.gate_up_proj.shape[1]), x.dtype)
-    swiglu_gradient = choose("swiglu_gradient", gate_up, in_scan).value
     adapters = tuple(adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter))
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
-    plan = _Plan(products, swiglu_gradient, weights.trainable)
+    plan = _Plan(products, weights.trainable, in_scan)
     return _mixture(x, routing.weights, stacks, offset, adapters, schedule, plan)
 
 
 class _Plan(NamedTuple):
-    """What is decided while tracing: the implementations, and whether the stacks get gradients."""
+    """What is decided while tracing: the products' implementation, whether the stacks get gradients, and whether what
+    is kept for the backward pass lies in a scan's stack."""
 
-    products: Any  # GroupedMatmul
-    swiglu_gradient: Any
+    products: GroupedMatmul
     trainable: bool
+    in_scan: bool
 
 
 class _Residuals(NamedTuple):
@@ -202,7 +201,8 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
     with jax.named_scope("swiglu"):
         # At padding the weight is zero, and with it everything that follows: no sum over rows needs a mask.
         again = plan.trainable or adapters[1] is not None
-        hidden, d_gate_up, d_weight_of_row = plan.swiglu_gradient(gate_up, d_hidden, weight_of_row, with_hidden=again)
+        gradient = choose("swiglu_gradient", gate_up, plan.in_scan).value
+        hidden, d_gate_up, d_weight_of_row = gradient(gate_up, d_hidden, weight_of_row, with_hidden=again)
     with jax.named_scope("gate_up"):
         d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule, plan.products)
     with jax.named_scope("permute"):
