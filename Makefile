@@ -2,15 +2,16 @@
 # make test       the test suite, on the CPU, in WORKERS processes (2)
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
+# make docs       the site with the API reference and the notebooks, in site/; a broken link is an error
 # make notebooks  executes the notebooks in place; a few minutes
-# make bench      the CPU benchmarks of the README
+# make bench      the CPU benchmarks of docs/performance.md
 # make bench-gpu  those of a GPU, with the packages that $(PYTHON) has: training step, prefill, MoE block, first step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
 # make clean      removes what the others made
 #
-# demo, test, lint, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
+# demo, test, lint, docs, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
 # pinned. They need Python 3.11 or newer with pip, and a package index. PyTorch's CPU build is taken from the index that
 # pip is set up with where it has one, else from TORCH_INDEX: `make demo TORCH_INDEX=https://a.mirror/whl/cpu`.
 
@@ -22,11 +23,12 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 INSTALLED := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
+.PHONY: help demo test lint docs notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -48,6 +50,13 @@ test: $(INSTALLED)
 
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)
+
+$(DOCS): $(INSTALLED)
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+docs: $(DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(verdict)
 
 # Float32 in full precision and deterministic kernels, the same conditions as on the CPU; no autotuning, for hundreds of
 # small programs would be tuned to run once. PYTEST_ARGS="-n 12" runs it in several processes, with pytest-xdist.
@@ -94,4 +103,4 @@ bench-torch-gpu:
 	@$(PYTHON) -m benchmarks.torch_ref_step
 
 clean:
-	rm -rf $(VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis
