@@ -1,8 +1,8 @@
 """What the site has beside docs/: a hook of mkdocs (mkdocs.yml), for `make docs`.
 
 Pages that lie elsewhere in the repository are added under their own paths, README.md as the front page. The API
-reference is written from `REFERENCE`. A link to a source file leads to a page that shows the file, so that every link of
-the repository works in the site and the strict build checks it.
+reference is written from `REFERENCE`. A link to a source file leads to a page that shows the file. So every link of the
+repository works in the site, and the strict build checks it.
 """
 
 from __future__ import annotations
