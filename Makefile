@@ -55,8 +55,9 @@ $(DOCS): $(INSTALLED)
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
+# Not --quiet: a warning that is not printed does not count as an error either.
 docs: $(DOCS)
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet $(verdict)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(verdict)
 
 # Float32 in full precision and deterministic kernels, the same conditions as on the CPU; no autotuning, for hundreds of
 # small programs would be tuned to run once. PYTEST_ARGS="-n 12" runs it in several processes, with pytest-xdist.
