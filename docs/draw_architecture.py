@@ -28,6 +28,7 @@ PLACES = {
     "data": (4.0, 4),
     "torch_ref": (5.8, 4),
     "captures": (4.9, 5),
+    "peers": (4.9, 6),
     "recode": (0.3, 5),
     "memory": (3.3, 5),
     "store": (0.3, 6),
@@ -76,7 +77,9 @@ def draw() -> str:
         parts.append(f'<path d="{path}" fill="none" stroke="#5b6573" stroke-width="1.3" marker-end="url(#tip)"/>')
     for room in PLACES:
         x, y = centre(room)
-        fill = {"torch_ref": "#fde8d3", "captures": "#e3f2e1", "convert": "#e3f2e1"}.get(room, "#dfe9fb")
+        fill = {"torch_ref": "#fde8d3", "peers": "#fde8d3", "captures": "#e3f2e1", "convert": "#e3f2e1"}.get(
+            room, "#dfe9fb"
+        )
         parts.append(
             f'<rect x="{x - BOX[0] / 2:.0f}" y="{y - BOX[1] / 2:.0f}" width="{BOX[0]}" height="{BOX[1]}" rx="6" '
             f'fill="{fill}" stroke="#33415c"/>'

@@ -20,7 +20,10 @@ OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "tests/parity/README.md", "tests/c
 # heading -> (what it is for, public names)
 REFERENCE = {
     "The model": ("Loading and calling a model.", ["jaxmoe.Qwen3MoeForCausalLM"]),
-    "Configs": ("What a model and its adapters look like.", ["jaxmoe.Qwen3MoeConfig", "jaxmoe.LoraConfig"]),
+    "Configs": (
+        "What a model and its adapters look like.",
+        ["jaxmoe.config.Qwen3MoeConfig", "jaxmoe.config.RopeParameters", "jaxmoe.LoraConfig"],
+    ),
     "Data": (
         "Records and tokenizers.",
         ["jaxmoe.data.Record", "jaxmoe.data.load_tokenizer", "jaxmoe.data.read_records", "jaxmoe.data.tokenize_record"],
@@ -30,9 +33,27 @@ REFERENCE = {
         "`python -m jaxmoe.generate` from Python.",
         ["jaxmoe.generate.Generator", "jaxmoe.generate.Sampling"],
     ),
+    "Routing": (
+        "`python -m jaxmoe.routing` from Python: capture, compare, summarise and draw.",
+        [
+            "jaxmoe.routing.text.read_text",
+            "jaxmoe.routing.capture.capture",
+            "jaxmoe.routing.generation.capture_generation",
+            "jaxmoe.routing.summary.summarise",
+            "jaxmoe.routing.compare.compare",
+            "jaxmoe.routing.compare.compare_domains",
+            "jaxmoe.routing.plots",
+            "jaxmoe.routing.figures.Lines",
+            "jaxmoe.routing.figures.Series",
+            "jaxmoe.routing.figures.show",
+        ],
+    ),
     "Routing metrics": ("Pure functions over arrays.", ["jaxmoe.routing.metrics"]),
-    "Captures": ("Captured routing on disk.", ["captures.Capture", "captures.CaptureWriter"]),
-    "The trusted side": ("PyTorch.", ["torch_ref.FastQwen3MoeModel"]),
+    "Captures": (
+        "Captured routing on disk.",
+        ["captures.Capture", "captures.CaptureWriter", "captures.tokenizer_digest"],
+    ),
+    "The trusted side": ("PyTorch.", ["torch_ref.FastQwen3MoeModel", "torch_ref.FastQwen3Model"]),
 }
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _CODE = {".py": "python", ".sh": "bash", ".toml": "toml", ".yml": "yaml", ".json": "json"}

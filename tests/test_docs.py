@@ -13,13 +13,24 @@ from tests.conftest import ROOT
 
 HISTORY = ("CHANGELOG.md", "docs/log/")  # what they name may have moved since
 GENERATED = re.compile(r"docs/parity/.+/report\.md")
-PACKAGES = ("jaxmoe", "convert", "captures", "torch_ref", "benchmarks", "examples", "notebooks", "tests", "docs")
+PACKAGES = (
+    "jaxmoe",
+    "convert",
+    "captures",
+    "torch_ref",
+    "peers",
+    "benchmarks",
+    "examples",
+    "notebooks",
+    "tests",
+    "docs",
+)
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 _DOTTED = re.compile(r"(?<![\w./-])((?:" + "|".join(PACKAGES) + r")(?:\.\w+)+)")
-_NAME_IN_FILE = re.compile(r"`(\w+)(?:\(\))?`[^`\n.]{0,40}?\(?(?:in |of |\()`([\w/]+\.py)`")
+_NAME_IN_FILE = re.compile(r"`(\w+)(?:\(\))?` (?:in |of |\()`([\w/]+\.py)`")
 
 
 def pages() -> list[str]:
@@ -200,6 +211,14 @@ def test_every_how_to_page_is_listed_and_ends_with_tests() -> None:
         if path.name != "README.md":
             assert f"({path.name})" in listing
             assert "Must pass" in path.read_text(encoding="utf-8"), path.name
+
+
+def test_the_reference_has_every_public_name() -> None:
+    from tests.test_public import PUBLIC
+
+    listed = set(re.findall(r'"([\w.]+\.\w+)"', read("docs/site_pages.py")))
+    names = {f"{module}.{name}" for module, names in PUBLIC.items() for name in names if name != "__version__"}
+    assert sorted(names - listed) == ["jaxmoe.Qwen3MoeConfig"], "jaxmoe.config has it"
 
 
 def test_the_picture_is_that_of_the_walls() -> None:
