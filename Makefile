@@ -2,8 +2,8 @@
 # make test       the test suite, on the CPU, in WORKERS processes (2)
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
-# make docs       the site with the API reference and the notebooks, in site/; a broken link is an error
 # make notebooks  executes the notebooks in place; a few minutes
+# make docs       the site with the API reference and the notebooks, in site/; a broken link is an error
 # make bench      the CPU benchmarks of docs/performance.md
 # make bench-gpu  those of a GPU, with the packages that $(PYTHON) has: training step, prefill, MoE block, first step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
@@ -11,7 +11,7 @@
 # make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
 # make clean      removes what the others made
 #
-# demo, test, lint, docs, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
+# demo, test, lint, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
 # pinned. They need Python 3.11 or newer with pip, and a package index. PyTorch's CPU build is taken from the index that
 # pip is set up with where it has one, else from TORCH_INDEX: `make demo TORCH_INDEX=https://a.mirror/whl/cpu`.
 
@@ -23,12 +23,11 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 INSTALLED := $(VENV)/.installed
-DOCS := $(VENV)/.docs
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test lint docs notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
+.PHONY: help demo test lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -51,14 +50,6 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)
 
-$(DOCS): $(INSTALLED)
-	@$(PIP) --editable '.[docs]'
-	@touch $@
-
-# Not --quiet: a warning that is not printed does not count as an error either.
-docs: $(DOCS)
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(verdict)
-
 # Float32 in full precision and deterministic kernels, the same conditions as on the CPU; no autotuning, for hundreds of
 # small programs would be tuned to run once. PYTEST_ARGS="-n 12" runs it in several processes, with pytest-xdist.
 test-gpu:
@@ -68,6 +59,16 @@ test-gpu:
 
 notebooks: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m notebooks $(verdict)
+
+.PHONY: docs
+DOCS := $(VENV)/.docs
+$(DOCS): $(INSTALLED)
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+# Not --quiet: a warning that is not printed does not count as an error either.
+docs: $(DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(verdict)
 
 parity: $(INSTALLED)
 	@rm -rf parity-output/demo
@@ -104,4 +105,5 @@ bench-torch-gpu:
 	@$(PYTHON) -m benchmarks.torch_ref_step
 
 clean:
-	rm -rf $(VENV) build dist site demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf site .cache
