@@ -3,7 +3,8 @@
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
-# make bench      the CPU benchmarks of the README
+# make docs       the site with the API reference and the notebooks, in site/; a broken link is an error
+# make bench      the CPU benchmarks of docs/performance.md
 # make bench-gpu  those of a GPU, with the packages that $(PYTHON) has: training step, prefill, MoE block, first step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
@@ -59,6 +60,16 @@ test-gpu:
 notebooks: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m notebooks $(verdict)
 
+.PHONY: docs
+DOCS := $(VENV)/.docs
+$(DOCS): $(INSTALLED)
+	@$(PIP) --editable '.[docs]'
+	@touch $@
+
+# Not --quiet: a warning that is not printed does not count as an error either.
+docs: $(DOCS)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(verdict)
+
 parity: $(INSTALLED)
 	@rm -rf parity-output/demo
 	@$(RUN) -m tests.parity.suite demo --device cpu --out parity-output/demo $(verdict)
@@ -95,3 +106,4 @@ bench-torch-gpu:
 
 clean:
 	rm -rf $(VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf site .cache

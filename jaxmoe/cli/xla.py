@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pathlib
 
-# flag -> (value, why): measured, the numbers are in docs/log.md
+# flag -> (value, why): measured, the numbers are in docs/log/2026-11.md
 GPU_FLAGS: dict[str, tuple[str, str]] = {
     "xla_gpu_enable_dynamic_slice_fusion": (
         "false",
