@@ -15,7 +15,7 @@ from convert.nf4 import companions, find_quantization, read_matrix, settings_of
 from convert.safetensors_io import CODES, inside, open_folder
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
-from jaxmoe.nf4.codec import NF4, put
+from jaxmoe.nf4.codec import NF4
 from jaxmoe.nf4.recode import Recoded, quantized
 from jaxmoe.parameters import NESTED_QUANT_MAP
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
@@ -134,7 +134,7 @@ class HFCheckpoint:
             arrays[NESTED_QUANT_MAP] = self._nested_quant_map
         for row in block:
             if self._in_nf4(row):
-                for name, part in put(self._read_nf4(row)[0], row.path).items():
+                for name, part in self._read_nf4(row)[0].named(row.path).items():
                     if name not in arrays:
                         arrays[name] = np.empty(shapes[name], part.dtype)
                     arrays[name][row.matrix] = part

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
 
-STACKS = ("attention", "sparse", "dense")
-
 # NF4: weights per block, block maxima per block of the second quantisation, as bitsandbytes does by default
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 # the 256 values of the second quantisation: one table for the whole model, a parameter of the top level
