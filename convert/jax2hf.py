@@ -1,4 +1,4 @@
-"""Writes a checkpoint in HF form: sharded safetensors, layer by layer, with the keys that the source had."""
+"""Writes an HF checkpoint one layer at a time: sharded safetensors with the keys of the original checkpoint."""
 
 from __future__ import annotations
 
@@ -98,11 +98,15 @@ def _tensors(
             yield from matrix_tensors(row, one, dtypes[row.path], nested_quant_map)
         if block.layer is None and form.stored_tied_head:
             yield "lm_head.weight", block.arrays["embed_tokens"]
-        del block  # the next one is made while this name would still hold it
+        del block  # or this name would hold it while the next one is made
 
 
 def parse_size(text: str) -> int:
-    """Bytes in "5GB", "300MB" or "2GiB": decimal units as transformers reads them, and binary ones."""
+    """The number of bytes in "5GB", "300MB" (decimal units, as in transformers) or "2GiB" (binary units).
+
+    Raises:
+        UserError: another text, or less than one byte.
+    """
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(units)})?", text.strip().upper())
     size = int(float(match[1]) * units.get(match[2], 1)) if match else 0
@@ -119,19 +123,25 @@ def jax2hf(
     dequantize: bool = False,
     on_block: Callable[[Block, int], None] = lambda block, layers: None,
 ) -> None:
-    """Converts the converted folder `src` into the HF folder `dst`; an adapter of either form is merged on the way.
+    """Converts the converted folder `src` into the HF folder `dst`, which must be new or empty.
 
-    Weights in NF4 keep their bytes, in the form of bitsandbytes, unless `dequantize` asks for the weights that they
-    stand for, in the dtype that they were made from. An adapter can be merged into those only.
+    `adapter`, a PEFT or a converted one, is merged into the weights. Weights in NF4 keep their bytes and are written as
+    bitsandbytes does. With `dequantize` they are decoded into their dtype before quantisation; only then can an adapter
+    be merged into them. `on_block` is called after each block with the block and the number of layers.
+
+    Raises:
+        UserError: no converted folder, a damaged one, an adapter that does not fit, or `dst` is not empty.
     """
     if not is_converted(src):
-        raise UserError(f"{src}: expected a converted folder (with manifest.json), found none")
+        raise UserError(f"{src}: expected a converted folder, found no manifest.json")
     stored = read_converted(src)
     in_nf4 = stored.quantization is not None
     if dequantize and not in_nf4:
         raise UserError(f"{src}: dequantize: expected weights in NF4, found none")
     if adapter is not None and in_nf4 and not dequantize:
-        raise UserError(f"{src}: adapter: expected weights to merge it into, found NF4 (--dequantize decodes them)")
+        raise UserError(
+            f"{src}: adapter: expected weights that it can be merged into, found NF4 (--dequantize decodes them)"
+        )
     source = dequantized(stored) if dequantize else stored
     files = {"config.json": config_bytes(source, None), **companion_files(source.path)}
     adapted = load_adapter(adapter, source.config) if adapter is not None else None
@@ -142,7 +152,7 @@ def jax2hf(
                 merge(source.config, block, *adapted)
             on_block(block, source.config.num_hidden_layers)
             yield block
-            del block
+            del block  # or this name would hold it while the next one is made
 
     form = HFForm(
         max_shard_size=max_shard_size,

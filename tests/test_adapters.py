@@ -302,7 +302,7 @@ DAMAGE = {
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
     "a pickle": (
         lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
-        "never read",
+        "is not read",
     ),
     "another method": (edit_settings(peft_type="IA3"), "peft_type"),
     "another task": (edit_settings(task_type="SEQ_CLS"), "task_type"),

@@ -202,12 +202,12 @@ def test_mask_of_any_conversation(folder: pathlib.Path, turns: list[tuple[str, s
         (
             "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-            "special token behind the answer of message 2",
+            "special token after the answer of message 2",
         ),
         (
             "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}#{% endif %}",
-            "cannot tell the answer of message 2",
+            "cannot find the answer of message 2",
         ),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages | nonsense }}", "nonsense"),
@@ -241,7 +241,7 @@ BAD_LINES = {
     "prompt of another type": (b'{"prompt": null, "completion": "a"}', "prompt: expected a string, found nothing"),
     "lone surrogate": (b'{"text": "\\ud800"}', "text: expected Unicode text, found a lone surrogate"),
     "messages of another type": (b'{"messages": {}}', "messages: expected a list, found an object"),
-    "no messages": (b'{"messages": []}', "messages: expected at least one, found none"),
+    "no messages": (b'{"messages": []}', "messages: expected at least one message, found none"),
     "message of another type": (b'{"messages": ["a"]}', "message 1: expected an object, found a string"),
     "unknown role": (b'{"messages": [{"role": "bot", "content": "a"}]}', "message 1: expected a role of .*'bot'"),
     "unknown message key": (
@@ -263,7 +263,7 @@ BAD_LINES = {
     ),
     "no assistant": (
         b'{"messages": [{"role": "user", "content": "a"}]}',
-        "messages: expected at least one of the assistant, found none",
+        "messages: expected at least one message of the assistant, found none",
     ),
     "empty answer": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
@@ -317,7 +317,7 @@ def test_records_read_together_are_those_read_apart(
 
 def test_bad_file(tokenizer: Any, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "data.jsonl"
-    with pytest.raises(UserError, match=r"data\.jsonl: expected a JSONL file, found none"):
+    with pytest.raises(UserError, match=r"file not found: .*data\.jsonl"):
         read_records(path, tokenizer, VOCAB)
     with pytest.raises(UserError, match="expected a JSONL file, found a folder"):
         read_records(tmp_path, tokenizer, VOCAB)
@@ -332,9 +332,9 @@ def test_bad_file(tokenizer: Any, tmp_path: pathlib.Path) -> None:
 
 
 def test_bad_tokenizer(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="expected a folder with a tokenizer, found none"):
+    with pytest.raises(UserError, match="folder not found: .*"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="expected a tokenizer, found none that loads"):
+    with pytest.raises(UserError, match="expected a tokenizer, found none that can be loaded"):
         load_tokenizer(tmp_path)
     write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer_config.json"
@@ -488,7 +488,9 @@ def test_hold_out() -> None:
     for fraction in (0.0, 1.0, -0.1):
         with pytest.raises(UserError, match="eval_fraction: expected a number between 0 and 1"):
             hold_out(records, fraction)
-    with pytest.raises(UserError, match="eval_fraction: expected records on both sides, found 1 in all"):
+    with pytest.raises(
+        UserError, match="eval_fraction: expected records for training and for evaluation, found 1 in all"
+    ):
         hold_out(records[:1], 0.5)
 
 
