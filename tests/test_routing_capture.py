@@ -173,7 +173,7 @@ def test_all_logits_on_request_and_other_batches(model, text, captured, tmp_path
 
 
 def test_too_few_logits_for_the_margin_are_refused(model, text, tmp_path):
-    with pytest.raises(UserError, match="top: expected at least 9 logits a token"):
+    with pytest.raises(UserError, match="top: expected at least 9 logits per token"):
         capture(model, text, tmp_path / "few", top=8)
     assert not list(tmp_path.iterdir())
 
