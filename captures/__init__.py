@@ -1,6 +1,6 @@
-"""Captured routing on disk: one format, written by `jaxmoe` and by `torch_ref`, read by everything that compares them.
+"""Captured routing on disk, in one format that `jaxmoe` and `torch_ref` write and all comparisons read.
 
-NumPy and safetensors only; neither framework's code is imported, so that both may import this.
+Imports NumPy and safetensors but neither framework, so that both sides can import it.
 """
 
 from captures.format import (

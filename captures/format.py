@@ -1,18 +1,18 @@
-"""The capture folder: `manifest.json` and shards `routing-00000.safetensors`, ...; written and read as a stream.
+"""Writes and reads captures: folders with `manifest.json` and shards `routing-00000.safetensors`, ...
 
-A capture is a stream of n tokens. A shard holds consecutive ones, so that neither side ever holds more than a shard:
+A capture is a stream of n tokens, divided into shards, so that writers and readers hold one shard at a time:
 
     token, document, position, domain, role, next [n]   the text (class `Text`)
-    experts [Ls, n, k]            the experts that were used, in the order of their probability
+    experts [Ls, n, k]            the experts that were used, most probable first
     top_experts [Ls, n, t]        the t most probable experts, most probable first
     top_logits [Ls, n, t]         their router logits, float32
     log_sum_exp [Ls, n]           over all E logits: probability of e = exp(logit e - log_sum_exp)
     entropy [Ls, n]               of the router's distribution over all E experts, nats
     probability_sums [Ls, E]      router probabilities summed over the shard's tokens
-    predicted, loss [n]           optional: the most probable next token; -log p(next), nats, NaN where there is none
+    predicted, loss [n]           optional: the most probable next token; -log p(next), nats, NaN without a next token
 
-Everything else (weights, margins) follows from these exactly: `Chunk` derives it. t is 16 by default, E on request;
-a run whose routing was imposed keeps all E, since its experts need not be among the most probable.
+`Chunk` computes everything else (weights, margins) exactly from these. t is 16 by default and at most E. If the routing
+was imposed, t is E, because the experts that were used need not be among the most probable.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _PREDICTIONS = {"predicted": np.dtype(np.int32), "loss": np.dtype(np.float32)}
 
 
 def expert_dtype(num_experts: int) -> np.dtype[Any]:
-    """The smallest unsigned integer that holds an expert's index."""
+    """The smallest unsigned integer dtype that holds the index of an expert."""
     return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What of the model's configuration a reader of its routing needs; `layers` are the indices of the MoE layers."""
+    """The part of a model's configuration that readers of its routing need; `layers` are indices of MoE layers."""
 
     layers: tuple[int, ...]
     num_experts: int
@@ -66,8 +66,8 @@ class Model:
 
 
 class Text(NamedTuple):
-    """n tokens with their labels: id, record, position within its context (0 starts a new one), index of its domain
-    and of its role in the manifest's lists, and the token that follows (-1: none)."""
+    """n tokens with their labels: token id, index of the record, position in its context (0 starts a new context),
+    indices of domain and role in the manifest's lists, and the id of the next token (-1: none)."""
 
     token: Int32[np.ndarray, " n"]
     document: Int32[np.ndarray, " n"]
@@ -77,15 +77,15 @@ class Text(NamedTuple):
     next: Int32[np.ndarray, " n"]
 
     def contexts(self) -> list[slice]:
-        """Where each context (a run of positions 0, 1, 2, ...) lies in the stream."""
+        """The slice of the stream for each context, that is for each run of positions 0, 1, 2, ..."""
         starts = np.flatnonzero(self.position == 0).tolist()
         return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(self.position)], strict=True)]
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A whole text as a model reads it: the stream of tokens (contexts of at most `seq_length`), the names of its
-    domains and roles, and the digest of the tokenizer that made it."""
+    """A text as a model reads it: the stream of tokens in contexts of at most `seq_length` tokens, the names of domains
+    and roles, and the digest of the tokenizer."""
 
     text: Text
     domains: tuple[str, ...]
@@ -96,7 +96,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive tokens of a capture, and what follows from their arrays (module docstring) for Ls layers."""
+    """Consecutive tokens of a capture in Ls layers: the arrays of the module's docstring and what they imply."""
 
     model: Model
     text: Text
@@ -118,10 +118,12 @@ class Chunk:
 
     @cached_property
     def weights(self) -> Float32[np.ndarray, "Ls n k"]:
-        """The weights with which the used experts' outputs were summed."""
+        """The weights of the used experts in the sum of their outputs."""
         k = self.model.num_experts_per_tok
         chosen = self.probabilities[..., :k]
-        if not np.array_equal(self.experts, self.top_experts[..., :k]):  # imposed, or ties in another order
+        if not np.array_equal(
+            self.experts, self.top_experts[..., :k]
+        ):  # the routing was imposed, or ties have another order
             match = self.experts[..., :, None] == self.top_experts[..., None, :]
             if not match.any(axis=-1).all():
                 raise ValueError("weights: expected the used experts among those whose logits were kept")
@@ -130,7 +132,7 @@ class Chunk:
 
     @cached_property
     def margin(self) -> Float32[np.ndarray, "Ls n"]:
-        """Probability between the k-th and the next expert: how far the choice is from another one; 1 if k = E."""
+        """Probability of the k-th expert minus that of the next: how far the choice is from another; 1 if k = E."""
         k = self.model.num_experts_per_tok
         if k == self.model.num_experts:
             return np.ones(self.log_sum_exp.shape, np.float32)
@@ -138,7 +140,7 @@ class Chunk:
 
     @cached_property
     def logit_margin(self) -> Float32[np.ndarray, "Ls n"]:
-        """Router logit between the k-th and the next expert; infinite if k = E."""
+        """Router logit of the k-th expert minus that of the next; infinite if k = E."""
         k = self.model.num_experts_per_tok
         if k == self.model.num_experts:
             return np.full(self.log_sum_exp.shape, np.inf, np.float32)
@@ -148,7 +150,7 @@ class Chunk:
         """Probabilities of all E experts in the order of their index.
 
         Raises:
-            ValueError: the capture kept the largest logits only.
+            ValueError: the capture kept only the largest logits.
         """
         E = self.model.num_experts
         if self.top_experts.shape[-1] < E:
@@ -159,12 +161,12 @@ class Chunk:
 
 
 class CaptureWriter:
-    """Writes a capture shard by shard in a thread of its own; the folder appears whole or not at all.
+    """Writes a capture, one shard at a time, in a second thread; the folder appears whole or not at all.
 
         with CaptureWriter(folder, model, ...) as writer:
-            writer.put(text, arrays)   # anything that np.asarray takes: a device's arrays are fetched by the thread
+            writer.put(text, arrays)   # anything that np.asarray takes; the thread fetches arrays from a device
 
-    `put` waits while two shards are still unwritten, so that memory stays bounded.
+    `put` waits while two shards are unwritten, so that memory stays bounded.
     """
 
     def __init__(
@@ -177,20 +179,24 @@ class CaptureWriter:
         control: Mapping[str, Any] | None = None,
         top: int = DEFAULT_TOP,
     ) -> None:
-        """Of `labels` all but the stream itself is written into the manifest: `put` brings the tokens.
+        """Prepares a capture; nothing is written yet.
 
         Args:
-            folder: the folder to make; new or empty.
-            model: whose routing it is.
-            labels: names of domains and roles, tokenizer, longest context.
+            folder: the folder to write; must be new or empty.
+            model: the model whose routing is captured.
+            labels: names of domains and roles, tokenizer, longest context. Its stream of tokens is not used: `put` gets
+                the tokens.
             source: what was run: framework, model, dtype, versions.
             control: what was imposed on the routing, if anything.
-            top: how many of the largest router logits are kept.
+            top: how many of the largest router logits to keep for each token.
+
+        Raises:
+            UserError: `top` is too small for the margin.
         """
         self.model, self.top = model, model.num_experts if control else min(max(top, 1), model.num_experts)
         if self.top < min(model.num_experts_per_tok + 1, model.num_experts):
             least = min(model.num_experts_per_tok + 1, model.num_experts)
-            raise UserError(f"top: expected at least {least} logits a token, or the margin is lost; found {top}")
+            raise UserError(f"top: expected at least {least} logits per token, which the margin needs, found {top}")
         self._manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -218,10 +224,10 @@ class CaptureWriter:
         return self
 
     def put(self, text: Text, arrays: Mapping[str, Any], valid: np.ndarray | None = None) -> None:
-        """Queues one shard; `valid` [rows] (bool) picks the text's tokens out of the arrays' rows, which may be padded.
+        """Queues one shard. If the arrays are padded, `valid` (bool, along their tokens) selects the tokens of `text`.
 
         Raises:
-            Exception: what failed in the thread while it wrote an earlier shard.
+            Exception: the error that stopped the writing of an earlier shard.
         """
         self._check()
         self._queue.put((text, arrays, valid))
@@ -248,7 +254,7 @@ class CaptureWriter:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            if self._failure is None:  # after a failure the queue is only emptied, so that `put` never hangs
+            if self._failure is None:  # after a failure the queue is still emptied, so that `put` never blocks
                 try:
                     self._write(*item)
                 except BaseException as failure:
@@ -256,7 +262,7 @@ class CaptureWriter:
 
     def _write(self, text: Text, arrays: Mapping[str, Any], valid: np.ndarray | None) -> None:
         shard = {name: np.ascontiguousarray(array, np.int32) for name, array in text._asdict().items()}
-        # Token by token, so that the digest does not depend on where shards end.
+        # The digest runs over tokens, so that it does not depend on where shards end.
         self._digest.update(np.stack([text.token, text.document, text.position, text.next], axis=1).tobytes())
         for name, array in arrays.items():
             array = np.asarray(array)
@@ -274,7 +280,7 @@ class CaptureWriter:
 
 
 def _layout(model: Model, top: int, n: int, predictions: bool) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Type and shape of every array of a shard of n tokens."""
+    """Dtype and shape of every array in a shard of n tokens."""
     layers, expert, real = len(model.layers), expert_dtype(model.num_experts), np.dtype(np.float32)
     return {
         **{name: (dtype, (n,)) for name, dtype in (_TEXT | (_PREDICTIONS if predictions else {})).items()},
@@ -289,7 +295,7 @@ def _layout(model: Model, top: int, n: int, predictions: bool) -> dict[str, tupl
 
 @dataclass(frozen=True)
 class Capture:
-    """A capture on disk. Only what is asked for is read; `chunks` streams through all of it."""
+    """A capture on disk. Arrays are read on demand; `chunks` reads all of them in pieces."""
 
     folder: pathlib.Path
     model: Model
@@ -301,10 +307,10 @@ class Capture:
 
     @classmethod
     def open(cls, folder: str | pathlib.Path) -> Capture:
-        """Reads and checks the manifest.
+        """Opens a capture: reads and checks its manifest.
 
         Raises:
-            UserError: no capture, one of another version, or a manifest that does not say what is needed.
+            UserError: no capture, another version, or a broken manifest.
         """
         folder = pathlib.Path(folder)
         path = folder / MANIFEST
@@ -324,33 +330,34 @@ class Capture:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{path}: expected a capture's manifest, found one that does not read ({reason})") from None
+            raise UserError(f"{path}: expected the manifest of a capture, found a broken one ({reason})") from None
         if any(pathlib.PurePath(file).name != file for file, _ in shards):
-            raise UserError(f"{path}: expected names of files beside it, found a path among the shards")
-        if text["tokens"] != sum(tokens for _, tokens in shards) or not shards:
-            raise UserError(f"{path}: expected shards of {text['tokens']} tokens in all, found another number")
+            raise UserError(f"{path}: shards: expected files in the same folder, found a path")
+        total = sum(tokens for _, tokens in shards)
+        if text["tokens"] != total or not shards:
+            raise UserError(f"{path}: expected {text['tokens']} tokens, found {total} in {len(shards)} shards")
         return cls(folder, model, top, *known, text, shards)
 
     @property
     def tokens(self) -> int:
-        """How many tokens it holds."""
+        """The number of tokens in the capture."""
         return self.text["tokens"]
 
     @property
     def name(self) -> str:
-        """What a figure calls it: the folder's name."""
+        """The name of the folder, which figures use for the capture."""
         return self.folder.resolve().name
 
     @property
     def predictions(self) -> bool:
-        """Whether the predicted tokens and the losses are there."""
+        """Whether the capture holds predicted tokens and losses."""
         with self._file(self.shards[0][0]) as shard:
             return "loss" in shard.keys()  # noqa: SIM118 - a safetensors file, no dictionary
 
     def chunks(self, size: int | None = None, layers: slice = slice(None)) -> Iterator[Chunk]:
-        """The whole stream in pieces of `size` tokens (None: as the shards lie), of the MoE layers in `layers`.
+        """The whole stream in pieces of `size` tokens (None: one piece per shard), for the MoE layers in `layers`.
 
-        Pieces of one size are the same for two captures of one text, however each was sharded.
+        For a given size, two captures of the same text have the same pieces, however they are sharded.
         """
         step = size or max(tokens for _, tokens in self.shards)
         if size is None:
@@ -363,10 +370,10 @@ class Capture:
             yield self.read(start, min(start + step, self.tokens), layers)
 
     def read(self, start: int, stop: int, layers: slice = slice(None)) -> Chunk:
-        """The tokens `start` to `stop` of the stream, of the MoE layers in `layers`.
+        """The tokens `start` to `stop` of the stream, for the MoE layers in `layers`.
 
         Raises:
-            UserError: a shard that is missing, broken, or not what the manifest says.
+            UserError: a shard is missing or broken, or differs from what the manifest says.
         """
         pieces, at = [], 0
         for file, tokens in self.shards:
@@ -385,7 +392,7 @@ class Capture:
         return Chunk(self.model, text, **joined, **predictions)
 
     def read_experts(self) -> Integer[np.ndarray, "Ls n k"]:
-        """The used experts of all tokens: Ls k bytes a token."""
+        """The used experts of all tokens: Ls * k bytes per token, twice that for more than 256 experts."""
         parts = []
         for file, tokens in self.shards:
             with self._file(file) as shard:
@@ -394,12 +401,12 @@ class Capture:
         return np.concatenate(parts, axis=1)
 
     def labelled_text(self) -> LabelledText:
-        """The text that was read, whole (24 bytes a token): what another capture needs to run on the same."""
+        """The whole text with its labels, 24 bytes per token: the input for another capture of the same text."""
         t = self.text
         return LabelledText(self.read_text(), tuple(t["domains"]), tuple(t["roles"]), t["seq_length"], t["tokenizer"])
 
     def read_text(self) -> Text:
-        """The tokens and their labels."""
+        """The tokens of the whole stream and their labels."""
         parts = []
         for file, tokens in self.shards:
             with self._file(file) as shard:
@@ -441,17 +448,17 @@ class Capture:
         try:
             return safe_open(self.folder / file, framework="numpy")
         except FileNotFoundError:
-            raise UserError(f"{self.folder / file}: expected a shard of the capture, found none") from None
+            raise UserError(f"file not found: {self.folder / file} (a shard of the capture)") from None
         except SafetensorError as error:
             raise UserError(f"{self.folder / file}: expected a safetensors file, found {error}") from None
 
 
 def _axis(name: str) -> Literal[0, 1]:
-    """Where an array has its tokens."""
+    """The axis of an array along which tokens lie."""
     return 0 if name in _TEXT or name in _PREDICTIONS else 1
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 over the vocabulary (token, id) of a `transformers` tokenizer: equal where ids mean the same tokens."""
+    """SHA-256 over the vocabulary (token, id) of a `transformers` tokenizer: equal if ids mean the same tokens."""
     content = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     return hashlib.sha256(content.encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""Carries checkpoints and adapters between the HF and JAX worlds, bit for bit: arrays and names, no model, no GPU."""
+"""Converts checkpoints and adapters between HF or PEFT and JAX, bit for bit. It needs neither a model nor a GPU."""

@@ -1,4 +1,4 @@
-"""`python -m convert`: checkpoints and adapters from HF and PEFT to JAX and back, and what is in a folder."""
+"""Converts checkpoints and adapters between HF or PEFT and JAX, and shows what a folder holds."""
 
 from __future__ import annotations
 
@@ -36,35 +36,41 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, text: str, source: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("src", metavar="SRC", help=source)
-        sub.add_argument("dst", metavar="DST", help="folder to write; has to be new or empty")
+        sub.add_argument("dst", metavar="DST", help="folder to write; must be new or empty")
         return sub
 
     sub = command("hf2jax", "Converts an HF checkpoint into a converted folder.", "HF folder or hub id")
     sub.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its dtype)")
-    sub.add_argument("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
+    sub.add_argument("--quantize", choices=("nf4",), help="store projections, dense MLPs and experts in 4 bits")
     sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
-    sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, in PEFT's form or converted")
-    sub.add_argument("--dequantize", action="store_true", help="write weights that are in NF4 in their former dtype")
+    sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, PEFT or converted")
+    sub.add_argument(
+        "--dequantize", action="store_true", help="decode weights in NF4 into their dtype before quantisation"
+    )
     sub.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest safetensors file (default: 5GB)")
     sub = command("peft2jax", "Converts a PEFT adapter into a converted adapter.", "PEFT adapter folder or hub id")
-    sub.add_argument("--model", metavar="DIR", help="base model, HF or converted (default: the one that SRC names)")
+    sub.add_argument("--model", metavar="DIR", help="base model, HF or converted (default: the one named in SRC)")
     sub.add_argument(
         "--packing",
         choices=("peft", "unsloth"),
         default="peft",
-        help="order of lora_B of the experts; unsloth: as Unsloth wrote it before September 2026 (default: peft)",
+        help="layout of the experts' lora_B; unsloth: as Unsloth wrote it before September 2026 (default: peft)",
     )
     command("jax2peft", "Converts a converted adapter into a PEFT adapter.", "converted adapter folder")
-    sub = commands.add_parser("inspect", help="Shows what is in a folder.", description="Shows what is in a folder.")
-    sub.add_argument("path", metavar="PATH", help="HF checkpoint, converted folder, or adapter of either form")
-    sub.add_argument("--json", action="store_true", help="as JSON")
+    sub = commands.add_parser("inspect", help="Shows what a folder holds.", description="Shows what a folder holds.")
+    sub.add_argument("path", metavar="PATH", help="HF checkpoint, converted folder, PEFT adapter or converted adapter")
+    sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses `argv` (default: the command line) and does what it says; bad input raises `UserError`."""
+    """Runs the command in `argv` (default: the command line).
+
+    Raises:
+        UserError: bad input.
+    """
     args = _parser().parse_args(argv)
-    # Orbax asks JAX for its devices; a conversion needs no GPU and must not take one. Has to come before first use.
+    # Orbax asks JAX for its devices. A conversion needs no GPU and must not occupy one. Set before JAX is first used.
     os.environ["JAX_PLATFORMS"] = "cpu"
     _give_memory_back()
     with _cleanup_on_sigterm():
@@ -95,14 +101,14 @@ def _base_model(adapter: pathlib.Path, given: str | None) -> pathlib.Path:
     name = given or read_json(adapter / SETTINGS).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(
-            f"{adapter / SETTINGS}: base_model_name_or_path: expected a model (or give --model), found {name}"
+            f"{adapter / SETTINGS}: base_model_name_or_path: expected a model (or use --model), found {name!r}"
         )
     return local_folder(name, ("config.json",))
 
 
 @contextlib.contextmanager
 def _progress(dst: str) -> Iterator[Callable[[Block, int], None]]:
-    """Gives a function to call per block, which says how far it is; a summary at the end."""
+    """Yields a function that reports progress, to be called after each block; prints a summary at the end."""
     start = time.monotonic()
     nbytes = layers = 0
     with progress(dst) as show:
@@ -119,19 +125,19 @@ def _progress(dst: str) -> Iterator[Callable[[Block, int], None]]:
 
 
 def _give_memory_back() -> None:
-    """Makes glibc map every block of 1 MiB and more on its own and unmap it when freed.
+    """Makes glibc return memory to the system: blocks of 1 MiB and more are mapped separately and unmapped when freed.
 
-    By default it raises that limit to 32 MiB as it goes; the buffers of compression then leave holes in its heaps, and
-    the peak grows with the number of layers.
+    By default glibc raises that limit up to 32 MiB. Buffers of compression then leave holes in its heaps, and the peak
+    of memory grows with the number of layers.
     """
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # another C library
+        with contextlib.suppress(AttributeError):  # C libraries other than glibc
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 @contextlib.contextmanager
 def _cleanup_on_sigterm() -> Iterator[None]:
-    """Lets SIGTERM unwind the stack, so that a half-written folder is removed."""
+    """Turns SIGTERM into SystemExit, so that an unfinished folder is removed."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

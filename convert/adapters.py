@@ -1,8 +1,9 @@
-"""LoRA adapters in PEFT's format: reading, writing, merging.
+"""Reads, writes and merges LoRA adapters in PEFT's format.
 
-Here an expert's adapter is A [E, r, in] and B [E, out, r]; PEFT packs A as [E*r, in], expert slowest, and B as
-[out, r*E], expert fastest (`ParamWrapper.get_delta_weight` in PEFT's lora/layer.py). The keys say `base_layer` for the
-inner one of two wrapped parameters, so which parameter a pair of tensors adapts is told by its shapes.
+In this package the adapter of an expert weight is A [E, r, in] and B [E, out, r]. PEFT packs A as [E*r, in], expert
+slowest, and B as [out, r*E], expert fastest (`ParamWrapper.get_delta_weight` in PEFT's lora/layer.py). If two
+parameters of a module have adapters, PEFT's keys name the inner one `base_layer`, so the shapes tell which parameter a
+pair of tensors belongs to.
 """
 
 from __future__ import annotations
@@ -28,29 +29,29 @@ from jaxmoe.store.checkpoint import Block, cast
 from jaxmoe.store.files import output_folder
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-# how lora_B of the experts is packed: as PEFT does, or as Unsloth did before September 2026: (out, E, r)
+# How lora_B of the experts is packed: as PEFT does, or [out, E*r] as Unsloth did before September 2026.
 Packing = Literal["peft", "unsloth"]
 
-# Module in a decoder layer -> its target, for those whose module holds one weight; experts are told apart by shape.
+# Module in a decoder layer -> its target, for modules with one weight. The two expert weights share a module.
 _EXPERTS = "mlp.experts"
 _TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if target.peft_module != _EXPERTS}
 _KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
 _OLD_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
 
-# fields of adapter_config.json that change nothing about a trained adapter's result
+# Fields of adapter_config.json that do not change what a trained adapter computes.
 _HARMLESS = frozenset(
     """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
     layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version
     qalora_group_size revision runtime_config target_modules target_parameters task_type""".split()
 )
 _USED = frozenset("r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
-# starts that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them
+# Initialisations that leave the base weights unchanged; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A and B of one target in one layer, in the shapes of `lora_specs` without the layer axis, and their alpha."""
+    """A, B and alpha of one target in one layer; the shapes are those of `lora_specs` without the layer axis."""
 
     a: np.ndarray
     b: np.ndarray
@@ -60,10 +61,10 @@ class _Pair:
 def read_peft(
     path: str | os.PathLike[str], config: Qwen3MoeConfig, packing: Packing = "peft"
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """Reads a PEFT adapter for the model `config` into the arrays of `lora_specs`; layers without adapter get zeros.
+    """Reads a PEFT adapter for the model `config` as the arrays of `lora_specs`; layers without an adapter get zeros.
 
-    The form of transformers 4, one adapter per expert and projection, becomes rank 2r for gate and up together, block
-    diagonal, with twice the alpha: the same delta.
+    With transformers 4, PEFT has one adapter per expert and projection. The adapters of gate and up become one of rank
+    2r with twice the alpha, whose B is block diagonal; its product is the same.
 
     Raises:
         UserError: another kind of adapter, a feature that changes the result and is not supported (DoRA, trained
@@ -72,10 +73,10 @@ def read_peft(
     """
     path = pathlib.Path(path)
     if not (path / SETTINGS).is_file():
-        raise UserError(f"{path}: expected a PEFT adapter ({SETTINGS}), found none")
+        raise UserError(f"{path}: expected a PEFT adapter, found no {SETTINGS}")
     if not (path / WEIGHTS).is_file():
-        pickled = " (adapter_model.bin is a pickle and never read)" if (path / "adapter_model.bin").exists() else ""
-        raise UserError(f"{path}: expected {WEIGHTS}, found none{pickled}")
+        pickled = " (adapter_model.bin is a pickle and is not read)" if (path / "adapter_model.bin").exists() else ""
+        raise UserError(f"file not found: {path / WEIGHTS}{pickled}")
     raw = read_json(path / SETTINGS)
     _check_settings(path, raw)
     tensors = {name: tensor.read() for name, tensor in read_header(inside(path, WEIGHTS)).items()}
@@ -115,13 +116,13 @@ def _check_settings(path: pathlib.Path, raw: dict[str, Any]) -> None:
             raise UserError(f"{where}: {name}: expected a number, found {raw.get(name)!r}")
     for name, value in raw.items():
         if value and name not in _HARMLESS | _USED:
-            raise UserError(f"{where}: {name}: expected it to be off, found {value!r} (not supported)"[:300])
+            raise UserError(f"{where}: {name}: expected this option to be off, found {value!r} (not supported)"[:300])
 
 
 def _pairs(
     path: pathlib.Path, config: Qwen3MoeConfig, raw: dict[str, Any], tensors: dict[str, np.ndarray], packing: Packing
 ) -> dict[tuple[str, int], _Pair]:
-    """(target, layer) -> its A, B and alpha; every tensor is used."""
+    """(target, layer) -> its A, B and alpha. Every tensor must belong to one."""
     modules: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -137,7 +138,7 @@ def _pairs(
         if set(halves) != {"A", "B"}:
             raise UserError(f"{where}: expected lora_A and lora_B, found only lora_{next(iter(halves))}")
         if layer >= config.num_hidden_layers:
-            raise UserError(f"{where}: expected one of the model's {config.num_hidden_layers} layers")
+            raise UserError(f"{where}: expected a layer below {config.num_hidden_layers}, found {layer}")
         a, b = halves["A"], halves["B"]
         if old := _OLD_EXPERT.fullmatch(module):
             alpha = _alpha(where, raw, [f"model.layers.{layer}.{module}"], a.shape[0])
@@ -148,47 +149,50 @@ def _pairs(
         elif module in _TARGETS:
             target = _TARGETS[module]
         else:
-            raise UserError(f"{where}: expected one of {', '.join(_TARGETS)} or {_EXPERTS}")
+            raise UserError(f"{where}: expected {', '.join(_TARGETS)} or {_EXPERTS}, found {module}")
         if (target, layer) in pairs:
-            raise UserError(f"{where}: expected two different parameters, found {target} twice")
-        # a router or a dense MLP may have been targeted as a module or as a parameter: the pattern names either
+            raise UserError(f"{where}: expected one adapter per weight, found two for {target}")
+        # Routers and dense MLPs may be targets as modules or as parameters, so a pattern may name either.
         names = [module] if module in _TARGETS else []
         names += [parameter] if (parameter := LORA_TARGETS[target].peft_parameter) else []
         names = [f"model.layers.{layer}.{name}" for name in names]
         pairs[target, layer] = _Pair(a, b, _alpha(where, raw, names, a.shape[-2]))
-    for layer, found in experts.items():
-        for target, pair in _fuse(f"{path / WEIGHTS}: layers.{layer}.mlp.experts", config, raw, found):
+    for layer, of_experts in experts.items():
+        for target, pair in _fuse(f"{path / WEIGHTS}: layers.{layer}.mlp.experts", config, raw, of_experts):
             if pairs.setdefault((target, layer), pair) is not pair:
-                raise UserError(f"{path / WEIGHTS}: layers.{layer}: {target}: found in both forms")
+                found = "those of transformers 4 and of transformers 5"
+                raise UserError(
+                    f"{path / WEIGHTS}: layers.{layer}: {target}: expected one form of adapter, found {found}"
+                )
     return pairs
 
 
 def _alpha(where: str, raw: dict[str, Any], names: Sequence[str], rank: int) -> float:
-    """The alpha of one weight, which a pattern may call by any of `names`; its tensors must have the config's rank."""
+    """The alpha of one weight, which patterns may call by any of `names`; raises UserError for another rank."""
 
     def pick(pattern: str, default: float) -> float:
-        # PEFT's `get_pattern_key`: the first pattern that matches the end of the name
+        # As in PEFT's `get_pattern_key`, the first pattern that matches the end of a name counts.
         for expression, value in (raw.get(pattern) or {}).items():
             for name in names:
                 try:
                     matches = re.match(rf"(.*\.)?({expression})$", name)
                 except re.error as error:
                     raise UserError(
-                        f"{SETTINGS}: {pattern}: {expression!r} is no regular expression: {error}"
+                        f"{SETTINGS}: {pattern}: expected a regular expression, found {expression!r}: {error}"
                     ) from None
                 if matches:
                     return value
         return default
 
     if (expected := pick("rank_pattern", raw["r"])) != rank:
-        raise UserError(f"{where}: expected rank {expected} as {SETTINGS} says, found {rank}")
+        raise UserError(f"{where}: expected rank {expected}, as {SETTINGS} says, found {rank}")
     return float(pick("alpha_pattern", raw["lora_alpha"]))
 
 
 def _unpack(
     where: str, config: Qwen3MoeConfig, layer: int, a: np.ndarray, b: np.ndarray, packing: Packing
 ) -> tuple[str, np.ndarray, np.ndarray]:
-    """Packed tensors of one expert parameter -> (target, A [E, r, in], B [E, out, r])."""
+    """The packed tensors of an expert weight -> (target, A [E, r, in], B [E, out, r])."""
     shapes = {name: shape for name, shape in block_shapes(config, layer).items() if len(shape) == 3}
     for path, (experts, out, inner) in shapes.items():
         if a.shape[1] != inner or b.shape[0] != out or a.shape[0] != b.shape[1] or a.shape[0] % experts:
@@ -200,14 +204,16 @@ def _unpack(
         else:
             unpacked = b.reshape(out, rank, experts).transpose(2, 0, 1)
         return target, a.reshape(experts, rank, inner), unpacked
-    expected = " or ".join(f"[{e}*r, {i}] and [{o}, r*{e}]" for e, o, i in shapes.values()) or "no experts here"
+    expected = (
+        " or ".join(f"[{e}*r, {i}] and [{o}, r*{e}]" for e, o, i in shapes.values()) or "no experts in this layer"
+    )
     raise UserError(f"{where}: expected {expected}, found {list(a.shape)} and {list(b.shape)}")
 
 
 def _fuse(
     where: str, config: Qwen3MoeConfig, raw: dict[str, Any], found: dict[tuple[int, str], _Pair]
 ) -> Iterator[tuple[str, _Pair]]:
-    """One adapter per expert and projection -> one per expert and parameter."""
+    """Adapters of each expert and projection (transformers 4) -> (target, adapter of all experts)."""
     for target, names in (("experts.gate_up_proj", ("gate_proj", "up_proj")), ("experts.down_proj", ("down_proj",))):
         wanted = [(expert, name) for expert in range(config.num_experts) for name in names]
         present = [key for key in wanted if key in found]
@@ -215,7 +221,9 @@ def _fuse(
             continue
         if present != wanted:
             missing = next(key for key in wanted if key not in found)
-            raise UserError(f"{where}: expected adapters on {'.'.join(map(str, missing))} as on the others, found none")
+            raise UserError(
+                f"{where}: expected an adapter for {'.'.join(map(str, missing))}, as for the others, found none"
+            )
         F, D = config.moe_intermediate_size, config.hidden_size
         out, inner = (D, F) if names == ("down_proj",) else (F, D)
         first = found[wanted[0]]
@@ -234,15 +242,15 @@ def _fuse(
         for expert, name in wanted:
             i = names.index(name)
             b[expert, i * out : (i + 1) * out, i * rank : (i + 1) * rank] = found[expert, name].b
-        # the factor on the product stays what it was: alpha / rank, or alpha / sqrt(rank) for rsLoRA
+        # The factor on the product, alpha / rank, or alpha / sqrt(rank) for rsLoRA, must not change with the rank.
         yield target, _Pair(a, b, first.alpha * (math.sqrt(n) if raw.get("use_rslora") else n))
     unknown = {expert for expert, _ in found if expert >= config.num_experts}
     if unknown:
-        raise UserError(f"{where}: expected {config.num_experts} experts, found number {min(unknown)}")
+        raise UserError(f"{where}: expected experts below {config.num_experts}, found {min(unknown)}")
 
 
 def _common(path: pathlib.Path, target: str, layers: dict[int, _Pair]) -> tuple[int, float]:
-    """Rank and alpha of a target, which every layer has to share because the layers are stacked."""
+    """Rank and alpha of a target. All its layers must have the same, because they are stacked."""
     first_layer, first = next(iter(layers.items()))
     rank = first.a.shape[-2]
     for pair in layers.values():
@@ -253,7 +261,7 @@ def _common(path: pathlib.Path, target: str, layers: dict[int, _Pair]) -> tuple[
             ("dtype of lora_B", first.b.dtype, pair.b.dtype),
         ):
             if want != found:
-                raise UserError(f"{path}: {target}: expected {what} {want} as in layer {first_layer}, found {found}")
+                raise UserError(f"{path}: {target}: expected {what} {want}, as in layer {first_layer}, found {found}")
     return rank, first.alpha
 
 
@@ -273,7 +281,7 @@ def _stack(config: Qwen3MoeConfig, target: str, layers: dict[int, _Pair]) -> dic
         for layer, pair in layers.items():
             array = getattr(pair, part)
             if layer not in slots:
-                raise UserError(f"layer {layer}: {target}: the model has no such module in this layer")
+                raise UserError(f"layer {layer}: {target}: expected a layer with this weight, found one without it")
             if array.shape != first.shape:
                 raise UserError(f"layer {layer}: {target}.{name}: expected {first.shape}, found {array.shape}")
             stacked[slots[layer]] = array
@@ -284,8 +292,11 @@ def _stack(config: Qwen3MoeConfig, target: str, layers: dict[int, _Pair]) -> dic
 def write_peft(
     dst: str | os.PathLike[str], config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, Any]
 ) -> None:
-    """Writes `adapters` (the arrays of `lora_specs`) as a PEFT adapter into the folder `dst`, which has to be new or
-    empty; every layer of a target is written."""
+    """Writes `adapters`, the arrays of `lora_specs`, as a PEFT adapter into `dst`, which must be new or empty.
+
+    Raises:
+        UserError: other names or shapes, or `dst` is not empty.
+    """
     arrays = {name: np.asarray(array) for name, array in adapters.items()}
     check_adapter("adapter", config, lora, arrays)
     tensors: dict[str, np.ndarray] = {}
@@ -321,7 +332,7 @@ def _settings(lora: LoraConfig) -> dict[str, Any]:
         "r": lora.r,
         "lora_alpha": number(lora.alpha),
         "use_rslora": lora.use_rslora,
-        "lora_dropout": 0.0,  # PEFT refuses any other on parameters
+        "lora_dropout": 0.0,  # PEFT refuses dropout on parameters
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -334,7 +345,11 @@ def _settings(lora: LoraConfig) -> dict[str, Any]:
 
 
 def load_adapter(path: str | os.PathLike[str], config: Qwen3MoeConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
-    """Reads an adapter for the model `config` from a PEFT folder or a converted one."""
+    """Reads the adapter in the folder `path`, PEFT or converted, for the model `config`: (its config, its arrays).
+
+    Raises:
+        UserError: what `read_peft` or `read_adapter` raises.
+    """
     if is_adapter(path):
         _, lora, arrays = read_adapter(path, config)
         return lora, arrays
@@ -342,9 +357,9 @@ def load_adapter(path: str | os.PathLike[str], config: Qwen3MoeConfig) -> tuple[
 
 
 def merge(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> Block:
-    """Adds the adapters of this layer to its weights, in place of the arrays in `block`, and returns `block`.
+    """Replaces the weights in `block` by those with the layer's adapters merged, and returns `block`.
 
-    W + scale * B A: product and sum in float32, one cast to the weight's dtype at the end, expert by expert.
+    W + scale * B A: product and sum in float32, one cast to the weight's dtype at the end; one expert at a time.
     """
     for target in lora.targets:
         path, layers = LORA_TARGETS[target].path, _layers_of(config, target)

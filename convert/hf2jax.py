@@ -1,4 +1,4 @@
-"""Reads an HF checkpoint, layer by layer, and writes it as a converted folder."""
+"""Reads an HF checkpoint one layer at a time, and writes it as a converted folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from convert.nf4 import companions, find_quantization, read_matrix, settings_of
 from convert.safetensors_io import CODES, inside, open_folder
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
-from jaxmoe.nf4.codec import NF4, put
+from jaxmoe.nf4.codec import NF4
 from jaxmoe.nf4.recode import Recoded, quantized
 from jaxmoe.parameters import NESTED_QUANT_MAP
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
 from jaxmoe.store.converted import write_converted
 
-# what is not weights and belongs to a checkpoint; the first two groups are the two forms of a tokenizer
+# The files of a checkpoint that are copied as they are, and the two sets of files that a tokenizer can consist of.
 _TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _COMPANIONS = (
     "tokenizer.json",
@@ -38,11 +38,11 @@ _COMPARE_BYTES = 16 * 2**20
 
 
 class HFCheckpoint:
-    """An HF folder whose every key, shape and dtype has been checked; weights are read when `blocks` gets to them."""
+    """An HF folder whose keys, shapes and dtypes have all been checked; weights are read on demand."""
 
     def __init__(self, path: pathlib.Path, dtype: str | None) -> None:
         self.path = path
-        # before the config: whoever points at a folder of pickles should hear of that first
+        # Before the config: for a folder of pickles, that is the error to report.
         self._tensors = open_folder(path)
         raw = read_json(inside(path, "config.json"))
         self.config = Qwen3MoeConfig.from_hf(raw)
@@ -74,9 +74,9 @@ class HFCheckpoint:
             expected.update(key for name in quantized for key in companions(name, self.quantization.nested))
         found = set(self._tensors) - ({"lm_head.weight"} if self.stored_tied_head else set())
         if missing := sorted(expected - found):
-            raise UserError(f"{self.path}: expected tensor {missing[0]}, found none ({len(missing)} missing)")
+            raise UserError(f"{self.path}: missing tensor {missing[0]} ({len(missing)} missing in all)")
         if unexpected := sorted(found - expected):
-            raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected)")
+            raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected in all)")
 
     def _check_tensors(self) -> dict[str, np.dtype]:
         first: dict[str, tuple[str, np.dtype]] = {}
@@ -93,18 +93,18 @@ class HFCheckpoint:
             key, expected = first.setdefault(row.path, (row.key, dtype))
             if dtype != expected:
                 one = CODES[expected.name] if not self._in_nf4(row) else f"NF4 of {expected}"
-                raise UserError(f"{row.key}: expected {one} like {key}, found {code}")
+                raise UserError(f"{row.key}: expected {one} as in {key}, found {code}")
         return {name: dtype for name, (_, dtype) in first.items()}
 
     def _check_map(self, row: Row, table: np.ndarray | None) -> None:
-        """The table lies beside every weight in bitsandbytes' form; here it is kept once."""
+        """Every weight has its own copy of the table; a converted folder holds it once, so all must be equal."""
         if self._nested_quant_map is None:
             self._nested_quant_map = table
         elif table is None or not np.array_equal(table, self._nested_quant_map):
             raise UserError(f"{row.key}.nested_quant_map: expected the same table for every weight, found another")
 
     def _check_tied_head(self) -> bool:
-        """Some tools store lm_head although it is tied; then it must be the embedding, bit for bit."""
+        """Whether lm_head is stored although it is tied, as some tools do. It must then equal the embedding exactly."""
         head, embedding = self._tensors.get("lm_head.weight"), self._tensors.get("model.embed_tokens.weight")
         if not self.config.tie_word_embeddings or head is None or embedding is None:
             return False
@@ -115,16 +115,16 @@ class HFCheckpoint:
             same = all(np.array_equal(a[i : i + _COMPARE_BYTES], b[i : i + _COMPARE_BYTES]) for i in steps)
         if not same:
             raise UserError(
-                f"{self.path}: lm_head.weight: expected the embedding (tie_word_embeddings), found another tensor"
+                f"{self.path}: lm_head.weight: expected the values of the embedding (tie_word_embeddings), found others"
             )
         return True
 
     def block(self, layer: int | None) -> Block:
-        """One layer or the top level; experts are gathered into one array per parameter."""
+        """One layer, or the top level (None). All experts of a layer come as one array per parameter."""
         return Block(layer, self._gather(layer, self._rows[layer]))
 
     def blocks(self) -> Iterator[Block]:
-        """The top level first, then every layer."""
+        """The top level, then every layer."""
         return map(self.block, self._rows)
 
     def _gather(self, layer: int | None, block: list[Row]) -> dict[str, np.ndarray]:
@@ -134,7 +134,7 @@ class HFCheckpoint:
             arrays[NESTED_QUANT_MAP] = self._nested_quant_map
         for row in block:
             if self._in_nf4(row):
-                for name, part in put(self._read_nf4(row)[0], row.path).items():
+                for name, part in self._read_nf4(row)[0].named(row.path).items():
                     if name not in arrays:
                         arrays[name] = np.empty(shapes[name], part.dtype)
                     arrays[name][row.matrix] = part
@@ -151,14 +151,14 @@ class HFCheckpoint:
 
 
 def _copy(tensor: np.ndarray, part: np.ndarray) -> None:
-    """Copies into a part of a stack, both contiguous, as bytes: NumPy holds its lock while it copies bfloat16."""
+    """Copies `tensor` into `part`, both contiguous, as bytes: NumPy holds Python's lock while it copies bfloat16."""
     part.view(np.uint8)[...] = tensor.view(np.uint8)
 
 
 def read_hf(path: str | os.PathLike[str], dtype: str | None = None) -> HFCheckpoint:
-    """Opens an HF checkpoint and checks all of it but the values; `dtype` casts every tensor, once.
+    """Opens an HF checkpoint and checks everything except the values. `dtype` casts every tensor, once.
 
-    Weights in NF4 keep their bytes; `dtype` is then the one that they are meant to be decoded into.
+    Weights in NF4 keep their bytes; for them `dtype` is the dtype to decode into.
 
     Raises:
         UserError: no safetensors, another model type, a quantisation other than bitsandbytes' NF4, a key that is
@@ -174,7 +174,11 @@ def _known(dtype: str) -> str:
 
 
 def companion_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The tokenizer's files and the generation config in `path`, by name; a UserError when there is no tokenizer."""
+    """Name -> file, for the files of the tokenizer and the generation config in the folder `path`.
+
+    Raises:
+        UserError: no tokenizer, or a file that lies outside the folder.
+    """
     found = {name: inside(path, name) for name in _COMPANIONS if (path / name).is_file()}
     if not any(found.keys() >= set(form) for form in _TOKENIZER_FORMS):
         raise UserError(f"{path}: expected a tokenizer (tokenizer.json, or vocab.json and merges.txt), found none")
@@ -182,8 +186,8 @@ def companion_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def config_bytes(source: Checkpoint, dtype: str | None) -> bytes:
-    """config.json as it is, or with only its dtype changed, under the name that it has there, and with the
-    quantization_config where NF4 is new."""
+    """The content of config.json, with only these changes: `dtype`, under the key that the file uses for it, and the
+    quantization_config if the weights are recoded."""
     content = (source.path / "config.json").read_bytes()
     raw = json.loads(content)
     changes: dict[str, Any] = {}
@@ -208,7 +212,11 @@ def hf2jax(
 ) -> None:
     """Converts the HF folder `src` into the converted folder `dst`, which must be new or empty.
 
-    `quantize` "nf4" encodes projections, dense MLPs and experts on the way; NF4 in `src` keeps its bytes.
+    `quantize` "nf4" encodes projections, dense MLPs and experts. Weights that are in NF4 already keep their bytes.
+    `on_block` is called after each block with the block and the number of layers.
+
+    Raises:
+        UserError: what `read_hf` and `companion_files` raise, or `dst` is not empty.
     """
     source: Checkpoint = read_hf(src, dtype)
     if quantize is not None:

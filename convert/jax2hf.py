@@ -1,4 +1,4 @@
-"""Writes a checkpoint in HF form: sharded safetensors, layer by layer, with the keys that the source had."""
+"""Writes an HF checkpoint one layer at a time: sharded safetensors with the keys of the original checkpoint."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from convert.nf4 import matrix_tensors
 from convert.safetensors_io import Planned, write_sharded
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.nf4.codec import take
+from jaxmoe.nf4.codec import NF4
 from jaxmoe.nf4.recode import dequantized
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, stored_specs
 from jaxmoe.store.checkpoint import Block
@@ -28,24 +28,35 @@ from jaxmoe.store.files import copy_file, output_folder
 MAX_SHARD_SIZE = 5 * 10**9  # what transformers writes
 
 
+@dataclass(frozen=True)
+class HFForm:
+    """How the weights of an HF folder are written.
+
+    `max_shard_size` is in bytes. `stored_tied_head` repeats a tied embedding as lm_head. With `quantization`, weights
+    come as the arrays of `stored_specs(config, quantization)` and are written as bitsandbytes does, with the offset of
+    the second quantisation as text. The length of that text must be known before the first byte is written, so
+    `nested_offsets` holds all offsets, by layer and path.
+    """
+
+    max_shard_size: int = MAX_SHARD_SIZE
+    layout: Layout = "per_expert"
+    stored_tied_head: bool = False
+    quantization: Quantization | None = None
+    nested_offsets: Mapping[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
+
+
 def write_hf(
     dst: str | os.PathLike[str],
     config: Qwen3MoeConfig,
     dtypes: Mapping[str, np.dtype],
     blocks: Iterable[Block],
     files: Mapping[str, pathlib.Path | bytes],
-    max_shard_size: int = MAX_SHARD_SIZE,
-    layout: Layout = "per_expert",
-    stored_tied_head: bool = False,
-    quantization: Quantization | None = None,
-    nested_offsets: Mapping[int, Mapping[str, np.ndarray]] = MappingProxyType({}),
+    form: HFForm = HFForm(),
 ) -> None:
     """Streams `blocks` (the top level first, then every layer) into the HF folder `dst`, which must be new or empty.
 
     `dtypes` names the dtype of every path of `parameter_specs(config)`; `files`, name -> file or content, are copied
-    beside the weights and have to include config.json. `stored_tied_head` repeats a tied embedding as lm_head. Weights
-    in NF4 come as the arrays of `stored_specs(config, quantization)` and are written in bitsandbytes' form, which holds
-    the offset as text: its length has to be known beforehand, so `nested_offsets` has them by layer and path.
+    beside the weights and must include config.json.
     """
     with output_folder(dst) as folder:
         for name, content in files.items():
@@ -53,53 +64,49 @@ def write_hf(
                 (folder / name).write_bytes(content)
             else:
                 copy_file(content, folder / name)
-        outlines = _outlines(config, dtypes, quantization, nested_offsets)
-        tensors = partial(_tensors, config, dtypes, layout=layout, stored_tied_head=stored_tied_head)
-        planned = [Planned(name, array.shape, array.dtype) for name, array in tensors(outlines)]
-        write_sharded(folder, planned, tensors(blocks), max_shard_size)
+        tensors = partial(_tensors, config, dtypes, form)
+        outlines = tensors(_outlines(config, dtypes, form))
+        planned = [Planned(name, array.shape, array.dtype) for name, array in outlines]
+        write_sharded(folder, planned, tensors(blocks), form.max_shard_size)
 
 
-def _outlines(
-    config: Qwen3MoeConfig,
-    dtypes: Mapping[str, np.dtype],
-    quantization: Quantization | None,
-    nested_offsets: Mapping[int, Mapping[str, np.ndarray]],
-) -> Iterator[Block]:
-    """Blocks of the shapes and dtypes to come: every element is the same zero, but for the offsets of NF4."""
-    specs = stored_specs(config, quantization)
+def _outlines(config: Qwen3MoeConfig, dtypes: Mapping[str, np.dtype], form: HFForm) -> Iterator[Block]:
+    """Blocks of the shapes and dtypes to come: all elements are one zero in memory, except the offsets of NF4."""
+    specs = stored_specs(config, form.quantization)
     for layer in blocks_of(config):
         arrays = {
             name: np.broadcast_to(np.zeros((), specs[name].dtype or dtypes[name]), shape)
-            for name, shape in block_shapes(config, layer, quantization).items()
+            for name, shape in block_shapes(config, layer, form.quantization).items()
         }
-        offsets = nested_offsets.get(layer, {}) if layer is not None else {}
+        offsets = form.nested_offsets.get(layer, {}) if layer is not None else {}
         yield Block(layer, arrays | {f"{path}.nested_offset": array for path, array in offsets.items()})
 
 
 def _tensors(
-    config: Qwen3MoeConfig,
-    dtypes: Mapping[str, np.dtype],
-    blocks: Iterable[Block],
-    layout: Layout,
-    stored_tied_head: bool,
+    config: Qwen3MoeConfig, dtypes: Mapping[str, np.dtype], form: HFForm, blocks: Iterable[Block]
 ) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and array of every tensor of the HF checkpoint, in the order in which it is written."""
     nested_quant_map = None
     for block in blocks:
         if block.layer is None:
             nested_quant_map = block.arrays.get(NESTED_QUANT_MAP)
-        for row in rows(config, block.layer, layout):
+        for row in rows(config, block.layer, form.layout):
             if f"{row.path}.codes" not in block.arrays:
                 yield row.key, block.arrays[row.path][row.part]
                 continue
-            one = take(block.arrays, row.path).matrix(row.matrix)
+            one = NF4.of(block.arrays, row.path).matrix(row.matrix)
             yield from matrix_tensors(row, one, dtypes[row.path], nested_quant_map)
-        if block.layer is None and stored_tied_head:
+        if block.layer is None and form.stored_tied_head:
             yield "lm_head.weight", block.arrays["embed_tokens"]
-        del block  # the next one is made while this name would still hold it
+        del block  # or this name would hold it while the next one is made
 
 
 def parse_size(text: str) -> int:
-    """Bytes in "5GB", "300MB" or "2GiB": decimal units as transformers reads them, and binary ones."""
+    """The number of bytes in "5GB", "300MB" (decimal units, as in transformers) or "2GiB" (binary units).
+
+    Raises:
+        UserError: another text, or less than one byte.
+    """
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(units)})?", text.strip().upper())
     size = int(float(match[1]) * units.get(match[2], 1)) if match else 0
@@ -116,19 +123,25 @@ def jax2hf(
     dequantize: bool = False,
     on_block: Callable[[Block, int], None] = lambda block, layers: None,
 ) -> None:
-    """Converts the converted folder `src` into the HF folder `dst`; an adapter of either form is merged on the way.
+    """Converts the converted folder `src` into the HF folder `dst`, which must be new or empty.
 
-    Weights in NF4 keep their bytes, in the form of bitsandbytes, unless `dequantize` asks for the weights that they
-    stand for, in the dtype that they were made from. An adapter can be merged into those only.
+    `adapter`, a PEFT or a converted one, is merged into the weights. Weights in NF4 keep their bytes and are written as
+    bitsandbytes does. With `dequantize` they are decoded into their dtype before quantisation; only then can an adapter
+    be merged into them. `on_block` is called after each block with the block and the number of layers.
+
+    Raises:
+        UserError: no converted folder, a damaged one, an adapter that does not fit, or `dst` is not empty.
     """
     if not is_converted(src):
-        raise UserError(f"{src}: expected a converted folder (with manifest.json), found none")
+        raise UserError(f"{src}: expected a converted folder, found no manifest.json")
     stored = read_converted(src)
     in_nf4 = stored.quantization is not None
     if dequantize and not in_nf4:
         raise UserError(f"{src}: dequantize: expected weights in NF4, found none")
     if adapter is not None and in_nf4 and not dequantize:
-        raise UserError(f"{src}: adapter: expected weights to merge it into, found NF4 (--dequantize decodes them)")
+        raise UserError(
+            f"{src}: adapter: expected weights that it can be merged into, found NF4 (--dequantize decodes them)"
+        )
     source = dequantized(stored) if dequantize else stored
     files = {"config.json": config_bytes(source, None), **companion_files(source.path)}
     adapted = load_adapter(adapter, source.config) if adapter is not None else None
@@ -139,17 +152,13 @@ def jax2hf(
                 merge(source.config, block, *adapted)
             on_block(block, source.config.num_hidden_layers)
             yield block
-            del block
+            del block  # or this name would hold it while the next one is made
 
-    write_hf(
-        dst,
-        source.config,
-        source.dtypes,
-        blocks(),
-        files,
-        max_shard_size,
-        source.layout,
-        source.stored_tied_head,
-        source.quantization,
-        {} if dequantize else stored.nested_offsets(),
+    form = HFForm(
+        max_shard_size=max_shard_size,
+        layout=source.layout,
+        stored_tied_head=source.stored_tied_head,
+        quantization=source.quantization,
+        nested_offsets={} if dequantize else stored.nested_offsets(),
     )
+    write_hf(dst, source.config, source.dtypes, blocks(), files, form)

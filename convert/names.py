@@ -1,7 +1,7 @@
-"""The one table between HF keys and JAX paths, used in both directions.
+"""The table of HF keys and JAX paths, used in both directions.
 
-A row says which HF tensor is which part of which parameter: `parameter[part] = tensor` on the way in,
-`tensor = parameter[part]` on the way out. Nothing is transposed. Parameters here are those of one decoder layer or of
+An entry says which HF tensor is which part of which parameter: `parameter[part] = tensor` when reading,
+`tensor = parameter[part]` when writing. Nothing is transposed. Parameters here are those of one decoder layer, or of
 the top level, without the leading layer axis of `jaxmoe.parameters`.
 """
 
@@ -25,25 +25,28 @@ _LAYER = {
     "sparse.gate": "mlp.gate.weight",
     **{f"dense.{name}": f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
 }
-# the tensors that lie one below the other in an expert's parameter
+# The HF tensors that an expert's parameter holds, one below the other.
 _EXPERT = {"sparse.gate_up_proj": ("gate_proj", "up_proj"), "sparse.down_proj": ("down_proj",)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """HF key and shape on disk; the parameter it belongs to and the part of it that it is (a NumPy index)."""
+    """One HF tensor: its key and shape on disk, and which part (a NumPy index) of which parameter it is.
+
+    `matrix` is its index among the matrices that NF4 quantises separately: (expert, matrix), or (0,).
+    """
 
     key: str
     shape: tuple[int, ...]
     path: str
     part: tuple[int | slice, ...]
-    matrix: tuple[int, ...] = (0,)  # index among the matrices that NF4 quantises one by one: (expert, matrix) or (0,)
+    matrix: tuple[int, ...] = (0,)
 
 
 def block_shapes(
     config: Qwen3MoeConfig, layer: int | None, quantization: Quantization | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the stored arrays of one decoder layer, or of the top level (None)."""
+    """Path -> shape of every stored array of one decoder layer, or of the top level (None)."""
     specs = stored_specs(config, quantization)
     if layer is None:
         return {path: specs[path].shape for path in top_level_paths(config, quantization)}
@@ -51,7 +54,7 @@ def block_shapes(
 
 
 def rows(config: Qwen3MoeConfig, layer: int | None, layout: Layout) -> Iterator[Row]:
-    """Every HF tensor of one decoder layer, or of the top level (None)."""
+    """The entries of one decoder layer, or of the top level (None)."""
     for path, shape in block_shapes(config, layer).items():
         if layer is None:
             yield Row(_TOP[path], shape, path, ())
@@ -70,12 +73,12 @@ def rows(config: Qwen3MoeConfig, layer: int | None, layout: Layout) -> Iterator[
 
 
 def blocks_of(config: Qwen3MoeConfig) -> list[int | None]:
-    """The blocks in the order in which they are streamed: the top level, then every layer."""
+    """The blocks in the order in which they are read and written: the top level (None), then every layer."""
     return [None, *range(config.num_hidden_layers)]
 
 
 def find_layout(keys: Iterable[str]) -> Layout:
-    """Which layout a checkpoint has; one that mixes both then shows missing and unexpected keys."""
+    """The layout of a checkpoint with these keys. If it mixes both layouts, the check of its keys fails."""
     return (
         "fused" if any(key.endswith((".experts.gate_up_proj", ".experts.down_proj")) for key in keys) else "per_expert"
     )

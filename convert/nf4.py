@@ -1,9 +1,10 @@
-"""NF4 weights as bitsandbytes stores them in an HF checkpoint: which there are, reading them, writing them.
+"""Finds, reads and writes the NF4 weights of an HF checkpoint, which are stored as bitsandbytes does.
 
-Beside `X.weight`, the codes as uint8 [bytes, 1], lie `X.weight.absmax`, `X.weight.quant_map` (the table) and
-`X.weight.quant_state.bitsandbytes__nf4` (a JSON text in uint8), and with double quantisation `X.weight.nested_absmax`
-and `X.weight.nested_quant_map`. Source: `QuantState.as_dict(packed=True)` of bitsandbytes 0.50. There is no such form
-for fused experts: transformers 5 leaves them in 16 bit, transformers 4 and this package store each expert's matrices.
+`X.weight` holds the codes as uint8 [bytes, 1]. `X.weight.absmax`, `X.weight.quant_map` (the table) and
+`X.weight.quant_state.bitsandbytes__nf4` (JSON text as uint8) accompany it, and with double quantisation also
+`X.weight.nested_absmax` and `X.weight.nested_quant_map`. Fused experts have no such form: transformers 5 leaves them in
+16 bits; transformers 4 and this package store each expert's matrices separately. Source:
+`QuantState.as_dict(packed=True)` of bitsandbytes 0.50.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ _NESTED = (*_PLAIN, ".nested_absmax", ".nested_quant_map")
 def find_quantization(
     where: str, settings: Any, config: Qwen3MoeConfig, tensors: Mapping[str, Tensor], rows: Iterable[Row]
 ) -> Quantization | None:
-    """Which parameters of an HF checkpoint are in NF4; `settings` is the quantization_config of its config.json.
+    """The parameters of an HF checkpoint that are in NF4. `settings` is the quantization_config of its config.json.
 
     Raises:
         UserError: another quantisation than NF4 by bitsandbytes, or a config and tensors that contradict each other.
     """
     if settings is not None and not is_nf4(settings):
         shown = json.dumps(settings)[:200]
-        raise UserError(f"{where}: quantization_config: expected NF4 by bitsandbytes, found {shown} (not supported)")
+        raise UserError(
+            f"{where}: quantization_config: expected NF4 as bitsandbytes writes it, found {shown} (not supported)"
+        )
     for key in tensors:
         _, mark, kind = key.partition(_STATE)
         if key.endswith(".weight_scale_inv") or (mark and kind != "nf4"):
@@ -60,7 +63,7 @@ def find_quantization(
 
 
 def is_nf4(settings: Any) -> bool:
-    """Whether a config.json's quantization_config is NF4 as bitsandbytes writes it."""
+    """Whether `settings`, the quantization_config of a config.json, is NF4 as bitsandbytes writes it."""
     wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     if not isinstance(settings, Mapping) or any(settings.get(key) != value for key, value in wanted.items()):
         return False
@@ -68,7 +71,7 @@ def is_nf4(settings: Any) -> bool:
 
 
 def settings_of(config: Qwen3MoeConfig, quantization: Quantization, dtype: str) -> dict[str, Any]:
-    """The quantization_config that transformers writes for a model in NF4 that computes in `dtype`."""
+    """The quantization_config that transformers writes for a model in NF4 that computes in `dtype`, a dtype's name."""
     routers = [f"model.layers.{layer}.mlp.gate" for layer in config.sparse_layers]
     return {
         "_load_in_4bit": True,
@@ -88,15 +91,15 @@ def settings_of(config: Qwen3MoeConfig, quantization: Quantization, dtype: str) 
 
 
 def companions(key: str, nested: bool) -> list[str]:
-    """The keys that lie beside a weight in NF4."""
+    """The keys of the tensors that accompany a weight in NF4."""
     return [f"{key}{suffix}" for suffix in (_NESTED if nested else _PLAIN)]
 
 
 def read_matrix(row: Row, tensors: Mapping[str, Tensor], nested: bool) -> tuple[NF4, str, np.ndarray | None]:
-    """(views of the weight's arrays, the dtype that it was made from, nested_quant_map).
+    """(arrays of the weight, its dtype before quantisation, nested_quant_map); the arrays are views of the file.
 
     Raises:
-        UserError: an array of another shape or dtype, another table, or a quantisation state of other content.
+        UserError: an array of another shape or dtype, another table, or another quantisation state.
     """
     elements = math.prod(row.shape)
     blocks = -(-elements // NF4_BLOCK)
@@ -147,7 +150,7 @@ def _read_state(tensor: Tensor, row: Row, nested: bool) -> dict[str, Any]:
 def matrix_tensors(
     row: Row, packed: NF4, dtype: np.dtype, nested_quant_map: np.ndarray | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The HF tensors of one matrix, the inverse of `read_matrix`; the JSON text is spelt as bitsandbytes spells it."""
+    """The HF tensors of one matrix: the inverse of `read_matrix`, byte for byte as bitsandbytes writes them."""
     state: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": dtype.name, "shape": row.shape}
     yield row.key, packed.codes[:, None]
     yield f"{row.key}.absmax", packed.absmax

@@ -1,4 +1,4 @@
-"""What is in a folder: an HF checkpoint, a converted one, a PEFT adapter or a converted adapter."""
+"""Describes a folder: an HF checkpoint, a converted checkpoint, a PEFT adapter or a converted adapter."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ Entry = tuple[str, tuple[int, ...], str, int]  # name, shape, dtype, bytes
 
 
 def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Kind, config, tensors grouped over layers and experts, number of parameters and bytes.
+    """Kind, config, tensors (grouped over layers and experts), number of parameters and bytes, as JSON values.
 
-    Everything that reading would check is checked, and is a UserError. Of a converted folder the checksums are
-    compared, so all of it is read.
+    A converted folder is read whole, because its checksums are compared.
+
+    Raises:
+        UserError: what reading the folder raises.
     """
     path = pathlib.Path(path)
     if is_converted(path):
@@ -58,7 +60,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _hf_entries(tensors: Iterable[Tensor]) -> list[Entry]:
-    """One entry per weight; the bytes of one in NF4 include what lies beside its codes."""
+    """One entry per weight. The bytes of a weight in NF4 include those of the tensors that accompany its codes."""
     entries: dict[str, Entry] = {}
     beside: dict[str, int] = {}
     for tensor in tensors:
@@ -78,7 +80,7 @@ def _facts(array: np.ndarray) -> tuple[tuple[int, ...], str, int]:
 
 
 def _nf4(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str, Any]:
-    """What NF4 adds to a report: the number of parameters is not that of the stored elements then."""
+    """What a report says of NF4, and the number of parameters, which then differs from that of stored elements."""
     if quantization is None:
         return {}
     nested = "double quantisation" if quantization.nested else "float32 block maxima"
@@ -110,7 +112,7 @@ def _report(kind: str, config: dict[str, Any], entries: Iterable[Entry], **more:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """A report of `inspect` for people."""
+    """The report of `inspect` as lines of text."""
     head = f"{report['kind']}: {report['parameters']:,} parameters, {size_text(report['bytes'])}"
     if "checksums" in report:
         head += f", checksums {report['checksums']}"

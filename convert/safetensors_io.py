@@ -1,7 +1,7 @@
-"""Reads and writes safetensors shards: every header is checked before a byte is used, tensors are views of the file.
+"""Reads and writes safetensors files. The header is checked before any tensor is read; tensors are views of the file.
 
-Only safetensors are read: a pickle can run code. The format is that of github.com/huggingface/safetensors: a length in
-8 bytes, a JSON header, then the tensors without gaps.
+Weights in pickles are never read, because a pickle can run code. The format (github.com/huggingface/safetensors): the
+length of the header in 8 bytes, a JSON header, then the tensors without gaps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxmoe.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# codes of the format; float8 and integers are known so that they can be named, not so that they can be converted
+# Bytes per element of the format's dtypes. Those that cannot be converted are listed so that errors can name them.
 _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -31,14 +31,14 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-_DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}  # what is read and written; bytes hold NF4
+_DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}  # the dtypes that are read and written; U8 for NF4
 CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """One tensor of a shard: `code` is the format's dtype, `data` its bytes, a read-only view of the mapped file."""
+    """One tensor of a file: `code` is the format's name of its dtype, `data` a read-only view of its bytes."""
 
     name: str
     file: pathlib.Path
@@ -48,22 +48,22 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype:
-        """The NumPy dtype; a UserError for a dtype that is no float of 16 or 32 bits."""
+        """The NumPy dtype; raises UserError unless it is a float of 16 or 32 bits."""
         if self.code not in FLOATS:
             raise UserError(f"{self.file.name}: {self.name}: expected one of {', '.join(FLOATS)}, found {self.code}")
         return FLOATS[self.code]
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """The NumPy dtype, bytes included; a UserError for a dtype that is neither."""
+        """The NumPy dtype; raises UserError unless it is uint8 or a float of 16 or 32 bits."""
         return _DTYPES["U8"] if self.code == "U8" else self.dtype
 
     def read(self) -> np.ndarray:
-        """A view, no copy: pages are loaded when touched and belong to the page cache."""
+        """The values, as a view of the mapped file: no copy is made."""
         return self.data.view(self.dtype).reshape(self.shape)
 
     def read_as(self, code: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A view like `read`, of a tensor that has to have this dtype, a float's or U8, and this shape."""
+        """Like `read`; raises UserError unless the tensor has this dtype and shape."""
         if (self.code, self.shape) != (code, shape):
             found = f"{self.code} {list(self.shape)}"
             raise UserError(f"{self.file.name}: {self.name}: expected {code} {list(shape)}, found {found}")
@@ -74,17 +74,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise UserError(f"key {key!r} occurs twice")
+            raise UserError(f"expected each key once, found {key!r} twice")
         seen[key] = value
     return seen
 
 
 def read_header(file: pathlib.Path) -> dict[str, Tensor]:
-    """Name -> tensor of one shard, in the order of the file.
+    """Name -> tensor of one file, in the order of the file.
 
     Raises:
-        UserError: no safetensors file, a header that does not parse, offsets that overlap, leave gaps or do not fit the
-            shapes, or a file that is shorter or longer than its header says.
+        UserError: no safetensors file, a broken header, offsets that overlap, leave gaps or do not fit the shapes, or a
+            file that is shorter or longer than its header says.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -109,7 +109,7 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     for start, stop, name in spans:
         if start != end:
             what = "an overlap" if start < end else "a gap"
-            raise UserError(f"{file}: {name}: expected it at offset {end}, found {what} (offset {start})")
+            raise UserError(f"{file}: {name}: expected offset {end}, found {start} ({what})")
         end = stop
     if base + end != size:
         what = "truncated" if size < base + end else "too long"
@@ -124,7 +124,7 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
-    """Offsets of a tensor, after making sure that they fit its dtype and shape."""
+    """The offsets of a tensor, checked against its dtype and shape."""
     try:
         code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
@@ -134,20 +134,21 @@ def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(code, str) or code not in _ITEM_BYTES:
         raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {code!r}")
     if stop - start != math.prod(shape) * _ITEM_BYTES[code]:
-        raise UserError(f"{file}: {name}: {code} {shape} does not fill the offsets {start} to {stop}")
+        nbytes = math.prod(shape) * _ITEM_BYTES[code]
+        raise UserError(f"{file}: {name}: expected {nbytes} bytes for {code} {shape}, found offsets {start} to {stop}")
     return start, stop
 
 
 def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of the file `name` in `folder`, after making sure that it lies there and not elsewhere.
+    """The path of the file `name` in `folder`; raises UserError if it lies elsewhere.
 
-    Symbolic links may lead to the blobs of the hub's cache, of which `folder` is then a snapshot, and nowhere else.
+    If `folder` is a snapshot in the hub's cache, symbolic links may lead to the blobs of that cache.
     """
     path = folder / name
     root = folder.resolve()
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if pathlib.PurePath(name).name != name or not any(path.resolve().is_relative_to(allowed) for allowed in roots):
-        raise UserError(f"{folder}: expected files of this folder, found {name!r}, which points outside it")
+        raise UserError(f"{folder}: expected a file in this folder, found {name!r}, which is outside it")
     return path
 
 
@@ -160,14 +161,14 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     """
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: expected a folder with a checkpoint, found {'a file' if folder.exists() else 'none'}"
+            f"{folder}: expected a folder, found a file" if folder.exists() else f"folder not found: {folder}"
         )
     single, index = folder / SINGLE, folder / INDEX
     if not index.exists():
         if single.exists():
             return read_header(inside(folder, SINGLE))
         pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
-        found = f"only {pickles[0]} (pickles can run code and are never read)" if pickles else "neither"
+        found = f"only {pickles[0]} (pickles can run code and are not read)" if pickles else "neither"
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -178,18 +179,18 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     for name in sorted(set(weight_map.values())):
         shard = inside(folder, name)
         if not shard.is_file():
-            raise UserError(f"{shard}: expected this shard, which {INDEX} names, found none")
+            raise UserError(f"file not found: {shard} (named in {INDEX})")
         for key, tensor in read_header(shard).items():
             if key in tensors:
-                raise UserError(f"{key}: expected in one shard, found in {tensors[key].file.name} and {name}")
+                raise UserError(f"{key}: expected it in one file, found it in {tensors[key].file.name} and {name}")
             if key not in weight_map:
-                raise UserError(f"{key}: found in {name}, but {INDEX} does not list it")
+                raise UserError(f"{key}: expected it in {INDEX}, found it only in {name}")
             tensors[key] = tensor
     for key, name in weight_map.items():
         if key not in tensors:
-            raise UserError(f"{key}: expected in {name}, as {INDEX} says, found none")
+            raise UserError(f"{key}: expected it in {name}, as {INDEX} says, found it nowhere")
         if tensors[key].file.name != name:
-            raise UserError(f"{key}: expected in {name}, as {INDEX} says, found in {tensors[key].file.name}")
+            raise UserError(f"{key}: expected it in {name}, as {INDEX} says, found it in {tensors[key].file.name}")
     return tensors
 
 
@@ -209,10 +210,10 @@ class Planned:
 def write_sharded(
     folder: pathlib.Path, planned: Iterable[Planned], tensors: Iterator[tuple[str, np.ndarray]], max_shard_size: int
 ) -> None:
-    """Writes `tensors`, which come in the order of `planned`, into shards of at most `max_shard_size` bytes each.
+    """Writes `tensors`, which come in the order of `planned`, into files of at most `max_shard_size` bytes each.
 
-    A tensor larger than the limit gets a shard of its own. One shard is `model.safetensors` without an index, as
-    transformers writes it.
+    A tensor above the limit gets its own file. As in transformers, a single file is named `model.safetensors` and has
+    no index.
     """
     groups: list[list[Planned]] = []
     used = 0
@@ -232,7 +233,7 @@ def write_sharded(
                 assert (name, array.shape, array.dtype) == (plan.name, plan.shape, plan.dtype), (name, plan)
                 stream.seek(offsets[name])
                 write_array(stream, array)
-                del array  # a view of a layer that the iterator is about to replace
+                del array  # a view that would hold a layer while the next one is made
         weight_map |= {plan.name: file for plan in group}
     with contextlib.suppress(StopIteration):
         raise AssertionError(f"tensor {next(tensors)[0]} was not planned")
@@ -253,12 +254,12 @@ def write_file(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: 
 
 
 def write_array(stream: BinaryIO, array: np.ndarray) -> None:
-    """The bytes of an array in C order; a contiguous one is not copied."""
+    """Writes the bytes of an array in C order; a contiguous array is not copied first."""
     stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _write_header(stream: BinaryIO, plans: list[Planned], metadata: Mapping[str, str]) -> dict[str, int]:
-    # wide dtypes first, so that every tensor stays aligned, as the safetensors library does
+    # As in the safetensors library, wide dtypes come first, so that every tensor is aligned.
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for plan in sorted(plans, key=lambda plan: -plan.dtype.itemsize):

@@ -1,11 +1,17 @@
-"""What a Qwen3-MoE model and its LoRA adapters look like: frozen dataclasses, standard library only.
+"""The configuration of a Qwen3-MoE model, as a frozen dataclass; standard library only.
 
-The fields of `Qwen3MoeConfig` bear the names of transformers' `Qwen3MoeConfig`. Reading is strict: a field that would
-change the computation and that this package does not know is an error, never a guess.
+The fields of `Qwen3MoeConfig` have the names of transformers' `Qwen3MoeConfig`. Reading is strict: a field that this
+package does not know and that could change the computation is an error. `LoraConfig` and `expand_targets` come from
+`jaxmoe.lora`.
 
-Dimension key, used in every docstring of the project: B batch, T query length, S key length, D model width, N query
-heads, K key/value heads, G = N/K, H head width, V vocabulary, L layers, E experts, k experts per token, F expert hidden
-width, I dense MLP hidden width, M = B*T tokens, R = M*k routed rows, r LoRA rank.
+Dimension key. Each letter has one meaning in all code, comments and docstrings of the project:
+
+    B batch                  N query heads          L layers (Ls sparse, Ld dense)
+    T query length           K key/value heads      E experts
+    S key length             G = N/K                k experts per token
+    D model width            H head width           F expert hidden width
+    V vocabulary             r LoRA rank            I dense MLP hidden width
+    M = B*T tokens           R = M*k routed rows    P padded rows
 """
 
 from __future__ import annotations
@@ -32,8 +38,8 @@ __all__ = [
 
 MODEL_TYPE = "qwen3_moe"
 
-# Fields that transformers writes into config.json and that do not change what the model computes: bookkeeping,
-# generation defaults of transformers 4, and tensor-parallel plans. They are kept in the folder's own config.json.
+# Fields of config.json that do not change what the model computes: bookkeeping, generation defaults of transformers 4,
+# and tensor-parallel plans. They stay in the folder's own config.json.
 _IGNORED_HF_FIELDS = frozenset(
     {
         "_attn_implementation_autoset",
@@ -74,7 +80,7 @@ _IGNORED_HF_FIELDS = frozenset(
         "pad_token_id",
         "prefix",
         "problem_type",
-        "quantization_config",  # read by convert, which knows what the bytes mean
+        "quantization_config",  # read by `convert.nf4`
         "remove_invalid_values",
         "repetition_penalty",
         "return_dict",
@@ -122,30 +128,32 @@ class RopeParameters:
     def from_hf(cls, raw: Mapping[str, Any], *, max_position_embeddings: int) -> RopeParameters:
         """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4).
 
-        Where a file holds both forms, they must agree on the base.
+        A file may hold both forms if they agree on the base.
         """
         new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
         for name, value in (("rope_parameters", new), ("rope_scaling", old)):
             if value is not None and not isinstance(value, Mapping):
                 raise ConfigError(f"{name}: expected an object, found {value!r}")
         if new is not None and old is not None and dict(new) != dict(old):
-            raise ConfigError("rope_parameters and rope_scaling: expected one of them, found both and they differ")
+            raise ConfigError("rope_parameters and rope_scaling: expected the same values, found different ones")
         scaling = dict(new or old or {})
         if any(isinstance(v, Mapping) for v in scaling.values()):
-            raise ConfigError("rope_parameters: expected one flat set, found one per layer type")
+            raise ConfigError("rope_parameters: expected one set of values for all layers, found one per layer type")
         kind = scaling.pop("rope_type", None)
         legacy_kind = scaling.pop("type", None)
         if kind is not None and legacy_kind is not None and kind != legacy_kind:
-            raise ConfigError(f"rope_type: expected one kind, found {kind!r} and, as type, {legacy_kind!r}")
+            raise ConfigError(f"rope_type and type: expected the same kind, found {kind!r} and {legacy_kind!r}")
         kind = kind or legacy_kind or "default"
         theta = scaling.pop("rope_theta", None)
         outer_theta = raw.get("rope_theta")
         if theta is not None and outer_theta is not None and theta != outer_theta:
-            raise ConfigError(f"rope_theta: rope_parameters says {theta}, the top level says {outer_theta}")
+            raise ConfigError(
+                f"rope_theta: expected one value, found {theta} in rope_parameters and {outer_theta} at the top level"
+            )
         theta = theta if theta is not None else outer_theta
         theta = 10_000.0 if theta is None else theta  # transformers' `default_theta`
-        if scaling.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-            raise ConfigError("partial_rotary_factor: expected 1.0, Qwen3-MoE rotates whole heads")
+        if (rotated := scaling.pop("partial_rotary_factor", 1.0)) not in (1.0, None):
+            raise ConfigError(f"partial_rotary_factor: expected 1.0 (Qwen3-MoE rotates whole heads), found {rotated!r}")
         allowed = {
             "default": set(),
             "linear": {"factor"},
@@ -163,12 +171,14 @@ class RopeParameters:
         if not isinstance(kind, str) or kind not in allowed:
             raise ConfigError(f"rope_type: expected one of {', '.join(allowed)}, found {kind!r}")
         if kind == "default":
-            # transformers ignores scaling values of the default type, with a warning; so may a stale null here.
+            # transformers ignores scaling values of the default type, with a warning. Here only nulls are ignored.
             scaling = {key: value for key, value in scaling.items() if value is not None}
         unknown = set(scaling) - allowed[kind]
         if unknown:
-            raise ConfigError(f"rope_parameters: {sorted(unknown)} do not belong to rope_type {kind!r}")
-        # yarn divides by the logarithm of the base
+            raise ConfigError(
+                f"rope_parameters: expected the values of rope_type {kind!r}, found also {', '.join(sorted(unknown))}"
+            )
+        # yarn divides by the logarithm of the base, which must not be zero
         check_number("rope_theta", theta, above=1 if kind == "yarn" else 0)
         if kind == "yarn":
             scaling = cls._checked_yarn(scaling, max_position_embeddings)
@@ -178,9 +188,9 @@ class RopeParameters:
 
     @staticmethod
     def _checked_yarn(scaling: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
-        """The values of yarn without nulls; where transformers only warns, a wrong value is an error here."""
+        """The values of yarn without nulls. A wrong value is an error, also where transformers only warns."""
         check_integer("max_position_embeddings", max_position_embeddings, at_least=1)
-        # A null factor is the ratio of the two context lengths; an absent one is a mistake.
+        # transformers takes the ratio of the two context lengths for a null factor; an absent factor is an error.
         ratio = "factor" in scaling and scaling["factor"] is None
         scaling = {key: value for key, value in scaling.items() if value is not None}
         context = scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
@@ -198,7 +208,7 @@ class RopeParameters:
         return scaling
 
     def to_hf(self) -> dict[str, Any]:
-        """The `rope_parameters` dictionary of transformers 5; fields that are None or default are left out."""
+        """The `rope_parameters` dictionary of transformers 5: base, kind, and what differs from the defaults."""
         out: dict[str, Any] = {"rope_theta": self.rope_theta, "rope_type": self.rope_type}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -209,7 +219,7 @@ class RopeParameters:
 
 @dataclass(frozen=True)
 class Qwen3MoeConfig:
-    """The architecture; field names, defaults and meanings are those of transformers' `Qwen3MoeConfig`."""
+    """The architecture. Names, defaults and meanings of the fields are those of transformers' `Qwen3MoeConfig`."""
 
     vocab_size: int = 151936
     hidden_size: int = 2048
@@ -274,7 +284,7 @@ class Qwen3MoeConfig:
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
-        """Indices of the layers whose MLP is a mixture of experts (rule of transformers' `Qwen3MoeDecoderLayer`)."""
+        """Indices of the layers whose MLP is a mixture of experts, as transformers' `Qwen3MoeDecoderLayer` decides."""
         return tuple(
             i
             for i in range(self.num_hidden_layers)
@@ -292,7 +302,7 @@ class Qwen3MoeConfig:
         """Reads the dictionary in a config.json written by transformers 4 or 5.
 
         Raises:
-            ConfigError: another model type, an unknown field, or values that contradict each other.
+            ConfigError: another model type, an unknown field, a wrong value, or values that contradict each other.
         """
         raw = dict(raw)
         kind = raw.pop("model_type", None)
@@ -305,8 +315,8 @@ class Qwen3MoeConfig:
         # transformers 5 writes num_local_experts where 4.x wrote num_experts
         if "num_local_experts" in raw:
             local = raw.pop("num_local_experts")
-            if values.setdefault("num_experts", local) != local:
-                raise ConfigError(f"num_experts ({values['num_experts']}) and num_local_experts ({local}) differ")
+            if (experts := values.setdefault("num_experts", local)) != local:
+                raise ConfigError(f"num_experts, num_local_experts: expected the same number, found {experts}, {local}")
         for name in ("hidden_size", "num_attention_heads"):
             if name in values:
                 check_integer(name, values[name], at_least=1)
@@ -315,7 +325,9 @@ class Qwen3MoeConfig:
         head_dim = raw.pop("head_dim", None)
         if head_dim is None:
             if width % heads:
-                raise ConfigError(f"head_dim: absent, and hidden_size {width} is no multiple of {heads} heads")
+                raise ConfigError(
+                    f"head_dim: expected a value, since hidden_size {width} is no multiple of {heads} heads; found none"
+                )
             head_dim = width // heads
         values["head_dim"] = head_dim
         values.setdefault("num_key_value_heads", cls.num_key_value_heads)
@@ -334,7 +346,7 @@ class Qwen3MoeConfig:
             kind = "sliding_attention" if values["sliding_window"] is not None else "full_attention"
             layers = values.get("num_hidden_layers", cls.num_hidden_layers)
             if layer_types != [kind] * check_integer("num_hidden_layers", layers, at_least=1):
-                raise ConfigError(f"layer_types: expected {layers} times {kind!r}, found {layer_types!r}")
+                raise ConfigError(f"layer_types: expected {kind!r} for each of {layers} layers, found {layer_types!r}")
         dtypes = [raw.pop(name, None) for name in ("dtype", "torch_dtype")]
         dtypes = [dtype for dtype in dtypes if dtype not in (None, "auto")]
         if len(dtypes) > 1 and dtypes[0] != dtypes[1]:
@@ -346,10 +358,10 @@ class Qwen3MoeConfig:
         for name in ("rope_parameters", "rope_scaling", "rope_theta"):
             raw.pop(name, None)
         if raw.pop("pruned_heads", None) or raw.pop("is_decoder", None):
-            raise ConfigError("pruned_heads / is_decoder: not supported")
+            raise ConfigError("pruned_heads, is_decoder: expected neither, found one that is set (not supported)")
         unknown = sorted(set(raw) - _IGNORED_HF_FIELDS)
         if unknown:
-            raise ConfigError(f"unknown field {unknown[0]!r} in config.json (all unknown: {', '.join(unknown)})")
+            raise ConfigError(f"config.json: unknown field {unknown[0]!r} (all unknown fields: {', '.join(unknown)})")
         for name, value in values.items():
             default = getattr(cls, name)
             if isinstance(default, bool) and not isinstance(value, bool):
@@ -379,11 +391,15 @@ class Qwen3MoeConfig:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Parses a JSON object; a missing or broken file is a `ConfigError` that names it."""
+    """The JSON object in the file `path`.
+
+    Raises:
+        ConfigError: the file is missing, or holds something else.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: expected this file, found none") from None
+        raise ConfigError(f"file not found: {path}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: expected JSON, found {error}") from None
     if not isinstance(raw, dict):

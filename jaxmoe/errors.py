@@ -1,4 +1,4 @@
-"""The exceptions that mean "the user, or the user's file, is at fault", and two checks that raise them."""
+"""The errors that a user can mend (a wrong option, a bad file), and two checks that raise them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input or a bad option: one line that names the thing, what was expected and what was found.
+    """Bad input or a bad option. The message is one line: the file or field, what was expected and what was found.
 
-    `jaxmoe.cli.arguments.run` turns it into that line on stderr and exit code 2; every other exception is a bug.
+    `jaxmoe.cli.arguments.run` prints that line on stderr and exits with code 2. Every other exception is a bug.
     """
 
 
@@ -18,14 +18,14 @@ class ConfigError(UserError):
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> int:
-    """`value`, when it is a whole number of at least `at_least`; else raises ConfigError, which says `name`."""
+    """Returns `value`, or raises ConfigError with `name` unless it is a whole number of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
         raise ConfigError(f"{name}: expected a whole number of at least {at_least}, found {value!r}")
     return value
 
 
 def check_number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> None:
-    """Raises ConfigError, which says `name`, unless `value` is a finite number within the bound."""
+    """Raises ConfigError with `name` unless `value` is a finite number, at least `at_least` and above `above`."""
     bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
     if not bad and at_least is not None and value < at_least:
         bad = True

@@ -27,13 +27,13 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = DTYPE_BYTES | {"uint8": 1}
 FLOAT32 = 4
 ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
-# What the backward pass finds instead of computing it again, most first; `jaxmoe.model.decoder` names the results.
+# Recomputation policies, from the one that saves most results for the backward pass to the one that saves least.
 Remat = Literal["fast", "balanced", "low-memory", "offload"]
-ROOM = 0.9  # of a device's memory: an estimate that is 10 % short still fits
+ROOM = 0.9  # share of a device's memory that a forecast may fill: an estimate that is 10 % too low still fits
 Attention = Literal["cudnn", "blocks"]  # of `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "tiled"]  # the grouped matmul's, there
-CUDNN_SEQUENCES = 4  # that one call takes of packed rows: jaxmoe.ops.attention_cudnn.MAX_RUNS
-MOSAIC_ROWS = 16  # that an expert's rows are padded to for its kernel, as in jaxmoe.ops.experts
+CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_RUNS
+MOSAIC_ROWS = 16  # the kernel pads an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def adapter_count(config: Qwen3MoeConfig, lora: LoraConfig) -> int:
 
 
 def active_parameter_count(config: Qwen3MoeConfig) -> int:
-    """Number of parameters that one token meets: k of the E experts of each layer, the rest whole."""
+    """Number of parameters that one token uses: k of the E experts of each layer, and everything else."""
     specs = parameter_specs(config)
     experts = {path: specs.pop(path) for path in ("sparse.gate_up_proj", "sparse.down_proj") if path in specs}
     if not experts:
@@ -90,24 +90,24 @@ def training_forecast(
     experts: Experts = "tiled",
     packed: bool = True,
 ) -> Forecast:
-    """One step of AdamW on `batch_size` rows of `seq_length` tokens, each layer recomputed as `remat` says.
+    """The forecast of one step of AdamW on `batch_size` sequences of `seq_length` tokens with the policy `remat`.
 
-    `attention` and `experts` are the implementations that the device takes (`jaxmoe.ops.attention.implementation`,
-    `jaxmoe.ops.experts.implementation`), `packed` whether some row may hold several documents.
+    `attention` and `experts` are the implementations that run on the device (`jaxmoe.ops.attention.implementation`,
+    `jaxmoe.ops.experts.implementation`). `packed` says whether a sequence may hold several documents.
 
-    With `lora` only the adapters have gradients and moments; with None all parameters do, and are computed in `dtype`
-    from float32 masters. What is trained is float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
-    Accumulation holds the sum beside the gradients of a micro-batch.
+    With `lora` only the adapters have gradients and moments. With None all parameters do; the model computes in `dtype`
+    from float32 masters. Trained parameters are float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
+    Accumulation needs memory for a sum of gradients beside those of a micro-batch.
     """
     size = DTYPE_BYTES[dtype]
-    # The loop over tiles has not been measured on a GPU: the gradient of every result, as if all were there at once.
+    # The loop over tiles has not been measured on a GPU. The forecast assumes the gradients of all results at once.
     times = 2 if experts == "tiled" else 1
     layer = times * layer_bytes(config, batch_size, seq_length, size, experts)
     layer += adapted_bytes(config, lora, batch_size * seq_length, size, experts)
     layer += attention_bytes(config, batch_size, seq_length, attention, True, packed)
     parameters = parameter_count(config)
     tokens = batch_size * seq_length
-    # The logits of a chunk, and their gradient; no layer is at work then.
+    # The logits of a chunk and their gradient. They exist while no layer runs, so only the larger of the two counts.
     logits = 2 * min(loss_chunk(remat), tokens) * config.vocab_size * FLOAT32
     if lora:
         trained = adapter_count(config, lora) * FLOAT32
@@ -134,19 +134,19 @@ def training_forecast(
 
 
 def choose_remat(forecasts: Mapping[Remat, Forecast], available: int | None) -> Remat:
-    """The fastest policy whose forecast leaves a tenth of the `available` bytes; "low-memory" where none does.
+    """The fastest policy whose forecast leaves a tenth of the `available` bytes free; "low-memory" if none does.
 
-    Where nobody knows what is available (None), "low-memory". Never "offload", which takes the host's memory: that is
-    for the user to say.
+    If the available memory is unknown (None), "low-memory". Never "offload": it uses the host's memory, so the user has
+    to ask for it.
     """
     *faster, frugal, _ = get_args(Remat)
     return next((p for p in faster if available is not None and forecasts[p].total <= ROOM * available), frugal)
 
 
 def device_bytes(device: Any) -> int | None:
-    """Bytes that a JAX device offers: a GPU's limit for JAX's allocator, a CPU's physical memory; None: unknown.
+    """Bytes that JAX can use on a device: the allocator's limit on a GPU, the physical memory on a CPU; None: unknown.
 
-    The allocator takes three quarters of a card unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+    The allocator takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
     """
     if device.platform == "cpu":
         try:
@@ -167,7 +167,7 @@ def generation_forecast(
     attention: Attention = "blocks",
     experts: Experts = "tiled",
 ) -> Forecast:
-    """Prefill and decoding of `batch_size` rows, `seq_length` tokens each, prompt and answer together."""
+    """The forecast of prefill and decoding for `batch_size` sequences; `seq_length` counts prompt and answer."""
     size = DTYPE_BYTES[dtype]
     working = attention_bytes(config, batch_size, seq_length, attention, False)
     kv_width = config.num_key_value_heads * config.head_dim
@@ -185,7 +185,7 @@ def generation_forecast(
 
 
 def _frozen(config: Qwen3MoeConfig, dtype: str, quantize: str | None) -> tuple[Part, ...]:
-    """The frozen parameters; in NF4 also the weights of one layer as `dtype`, which decoding makes for a moment."""
+    """The frozen parameters. With NF4 also one weight in `dtype`: each is decoded for a short time when it is used."""
     size = DTYPE_BYTES[dtype]
     if quantize is None:
         return (Part("parameters", parameter_count(config) * size, True),)
@@ -198,9 +198,9 @@ def _frozen(config: Qwen3MoeConfig, dtype: str, quantize: str | None) -> tuple[P
 
 
 def padded_rows(routed_rows: int, num_experts: int, experts: Experts) -> int:
-    """Upper bound on the rows that dispatch lays out: every expert's rows end on a whole tile.
+    """Upper bound on the padded rows P: the rows of every expert are padded to whole tiles.
 
-    A tile of the loop holds at most 128 rows and at most half an expert's mean load (but no fewer than 8), as in
+    A tile of the loop has at most 128 rows and at most half an expert's mean load, but at least 8 rows, as in
     `jaxmoe.ops.experts`.
     """
     tile = MOSAIC_ROWS if experts == "mosaic" else min(128, max(8, routed_rows // (2 * num_experts)))
@@ -208,12 +208,12 @@ def padded_rows(routed_rows: int, num_experts: int, experts: Experts) -> int:
 
 
 def loss_chunk(remat: Remat) -> int:
-    """Tokens whose logits exist at a time: half as many where every byte counts, for a loss that is a little slower."""
+    """How many tokens have logits at a time; half as many with "offload", which makes the loss slightly slower."""
     return 512 if remat == "offload" else 1024
 
 
 def layer_input_bytes(config: Qwen3MoeConfig, tokens: int) -> int:
-    """Bytes of the layers' inputs, float32; with the policy "offload" in the host's memory."""
+    """Bytes of the layers' inputs, float32. The policy "offload" holds them in the host's memory."""
     return config.num_hidden_layers * tokens * config.hidden_size * FLOAT32
 
 
@@ -226,12 +226,12 @@ def kept_bytes(
     remat: Remat,
     experts: Experts,
 ) -> int:
-    """Bytes of what `remat` keeps of all layers beside their inputs, `size` bytes an element."""
+    """Bytes of the results that `remat` saves in all layers beside their inputs, `size` bytes an element."""
     if remat in ("low-memory", "offload"):
         return 0
     tokens, sparse = batch_size * seq_length, len(config.sparse_layers)
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    # What attention adds to the residual stream, queries, keys and values, the heads' output and its normaliser.
+    # The output of attention, queries, keys and values, the heads' output and its normaliser.
     attention = tokens * ((config.hidden_size + 2 * heads + 2 * kv) * size + config.num_attention_heads * FLOAT32)
     attention += tokens * _ranks(lora, LORA_GROUPS["attention"]) * size  # and low-rank rows
     kept = config.num_hidden_layers * attention
@@ -252,8 +252,8 @@ def _ranks(lora: LoraConfig | None, group: Sequence[str]) -> int:
 
 
 def adapted_bytes(config: Qwen3MoeConfig, lora: LoraConfig | None, tokens: int, size: int, experts: Experts) -> int:
-    """Bytes that a layer holds longer for the gradients of its experts, or of adapters on them: the gathered rows,
-    those of the output's gradient, and the activation."""
+    """Bytes that the gradients of a layer's experts, or of their adapters, need until the end of the layer: the
+    gathered rows, the rows of the output's gradient, and the activation."""
     if not config.sparse_layers or (lora and not _ranks(lora, LORA_GROUPS["experts"])):
         return 0
     rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts, experts)
@@ -268,10 +268,10 @@ def attention_bytes(
     training: bool,
     packed: bool = True,
 ) -> int:
-    """Bytes that attention works in, beside its operands and its result.
+    """Bytes of the temporaries of attention, beside its operands and its result.
 
-    `jaxmoe.ops.attention` holds the logits and probabilities of a block of queries and what becomes of them, and the
-    gradient of each; cuDNN's backward pass the gradients in float32 of whole rows, for each of the sequences of a call.
+    `jaxmoe.ops.attention` holds the logits and probabilities of a chunk of queries, and in training their gradients.
+    cuDNN's backward pass holds float32 gradients of whole sequences, once for each document of a call.
     """
     heads = batch_size * config.num_attention_heads * seq_length
     if attention == "blocks":

@@ -1,9 +1,10 @@
 """Every parameter of the model and of its adapters: path, shape, logical axes and initialiser, declared together.
 
-Standard library only, so that `convert` can check a checkpoint without loading a model. Weights lie as transformers
-holds them in memory, [out, in], and experts as one [E, out, in] array; layers of a kind are stacked along a leading
-axis (`attention` holds every decoder layer, `sparse` and `dense` the MLPs of their kind). Nothing is transposed on the
-way from a checkpoint to the device, and NF4 blocks, which run along the flat [out, in] order, stay whole.
+Standard library only, so that `convert` can check a checkpoint without loading a model. Shapes are in the letters of
+the dimension key (`jaxmoe.config`). Weights lie as transformers holds them in memory: [out, in], and experts as one
+array [E, out, in]. Layers of one kind are stacked along a leading axis: `attention` [L, ...] holds every decoder layer,
+`sparse` [Ls, ...] and `dense` [Ld, ...] hold the MLPs of their kind. Nothing is transposed on the way from a checkpoint
+to the device, so NF4 blocks, which follow the flat [out, in] order, stay whole.
 """
 
 from __future__ import annotations
@@ -14,21 +15,19 @@ from dataclasses import dataclass
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
 
-STACKS = ("attention", "sparse", "dense")
-
-# NF4: weights per block, block maxima per block of the second quantisation, as bitsandbytes does by default
+# NF4: weights in a block, and absmax values in a block of the second quantisation; the defaults of bitsandbytes
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
-# the 256 values of the second quantisation: one table for the whole model, a parameter of the top level
+# The 256 values of the second quantisation: one table for the whole model, a parameter of the top level.
 NESTED_QUANT_MAP = "nested_quant_map"
-# matrices that lie one below the other in a parameter; HF stores, and NF4 quantises, each by itself
+# How many matrices a parameter holds, one below the other. HF stores each by itself, and NF4 quantises each by itself.
 _MATRICES = {"sparse.gate_up_proj": 2}
 
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """Shape and logical axis names (same length), and how a fresh array is drawn: normal, zeros, ones or uniform.
+    """Shape and logical axis names (same length), and how a fresh array is filled: normal, zeros, ones or uniform.
 
-    `dtype` is None where the model decides it.
+    `dtype` is None for arrays that have the model's dtype.
     """
 
     shape: tuple[int, ...]
@@ -39,11 +38,11 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which parameters are held in NF4; `nested`: the block maxima are quantised too (double quantisation).
+    """Which parameters are held in NF4 (Dettmers et al. 2023); `nested`: with double quantisation.
 
-    Dettmers et al. 2023. In place of the weight "x" stand the arrays "x.codes" (two 4-bit codes a byte) and "x.absmax"
-    (maximum of each block), and if nested "x.nested_absmax" and "x.nested_offset". The matrices of an expert, gate, up
-    and down, have statistics of their own.
+    The arrays "x.codes" (two 4-bit codes in a byte) and "x.absmax" (largest magnitude in each block) replace the weight
+    "x". Double quantisation quantises absmax too and adds "x.nested_absmax" and "x.nested_offset". The gate, up and
+    down matrices of an expert are quantised separately.
     """
 
     paths: tuple[str, ...]
@@ -51,7 +50,7 @@ class Quantization:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Quantization | None:
-        """What the names of a model's arrays tell; None for a model without NF4."""
+        """The quantisation of a model whose arrays have these names; None for a model without NF4."""
         names = set(names)
         paths = tuple(sorted(name.removesuffix(".codes") for name in names if name.endswith(".codes")))
         return cls(paths, NESTED_QUANT_MAP in names) if paths else None
@@ -101,22 +100,23 @@ def parameter_specs(config: Qwen3MoeConfig) -> dict[str, ParameterSpec]:
 
 
 def nf4_candidates(config: Qwen3MoeConfig, router: bool = False) -> tuple[str, ...]:
-    """The parameters that NF4 is meant for: attention projections, experts, dense MLPs (transformers 4: the router)."""
+    """The parameters that NF4 is used for: attention projections, experts, dense MLPs; with `router` also the router,
+    which transformers 4 quantises."""
     specs = parameter_specs(config).items()
     matrices = (path for path, spec in specs if spec.axes[0] == "layers" and spec.init == "normal")
     return tuple(path for path in matrices if router or path != "sparse.gate")
 
 
 def matrix_shape(config: Qwen3MoeConfig, path: str) -> tuple[int, ...]:
-    """How the elements of a layer's parameter form the matrices that are quantised one by one: (matrices, elements)
-    for q_proj, (experts, matrices, elements) for experts."""
+    """How one layer of a parameter divides into matrices that are quantised separately: (matrices, elements), for
+    instance (1, N*H*D) for q_proj; (E, matrices, elements) for experts."""
     *lead, out, inner = parameter_specs(config)[path].shape[1:]
     matrices = _MATRICES.get(path, 1)
     return (*lead, matrices, out // matrices * inner)
 
 
 def stored_specs(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str, ParameterSpec]:
-    """`parameter_specs`, with the arrays of NF4 in place of each quantised weight."""
+    """The specs of all stored arrays: `parameter_specs`, with NF4's arrays in place of each quantised weight."""
     specs = parameter_specs(config)
     if quantization is None:
         return specs
@@ -148,7 +148,7 @@ def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterS
     for target in lora.targets:
         path, rank = LORA_TARGETS[target].path, lora.rank(target)
         (*lead, out, inner), (*lead_axes, out_axis, in_axis) = base[path].shape, base[path].axes
-        # PEFT's start: A uniform (Kaiming, a = sqrt 5), B zero, so that the adapted model equals the base.
+        # As PEFT initialises them: A uniform (Kaiming, a = sqrt 5), B zero, so that the adapted model equals the base.
         specs[f"{path}.lora_A"] = ParameterSpec((*lead, rank, inner), (*lead_axes, "lora_rank", in_axis), "uniform")
         specs[f"{path}.lora_B"] = ParameterSpec((*lead, out, rank), (*lead_axes, out_axis, "lora_rank"), "zeros")
     return specs
@@ -157,7 +157,7 @@ def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterS
 def layer_paths(
     config: Qwen3MoeConfig, layer: int, quantization: Quantization | None = None
 ) -> Iterator[tuple[str, int]]:
-    """(stacked path, slot in the stack) of every stored array of decoder layer `layer`."""
+    """(path, index in the stack) of every stored array of decoder layer `layer`."""
     sparse = layer in config.sparse_layers
     kind = "sparse" if sparse else "dense"
     slot = (config.sparse_layers if sparse else config.dense_layers).index(layer)
@@ -170,5 +170,5 @@ def layer_paths(
 
 
 def top_level_paths(config: Qwen3MoeConfig, quantization: Quantization | None = None) -> tuple[str, ...]:
-    """Paths that belong to no layer: embed_tokens, norm and, unless tied, lm_head; with NF4 its nested_quant_map."""
+    """Paths of the arrays outside the layers: embed_tokens, norm, lm_head unless tied, nested_quant_map with NF4."""
     return tuple(path for path in stored_specs(config, quantization) if "." not in path)

@@ -1,4 +1,4 @@
-"""The published Qwen3-MoE architectures, for forecasts and benchmarks that need a shape and no weights."""
+"""The published Qwen3-MoE architectures, for forecasts and benchmarks, which need shapes but no weights."""
 
 from __future__ import annotations
 

@@ -302,7 +302,7 @@ DAMAGE = {
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
     "a pickle": (
         lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
-        "never read",
+        "is not read",
     ),
     "another method": (edit_settings(peft_type="IA3"), "peft_type"),
     "another task": (edit_settings(task_type="SEQ_CLS"), "task_type"),
@@ -357,7 +357,7 @@ DAMAGE = {
                 {f"{PREFIX}.1.mlp.experts.lora_{h}.weight": t[f"{PREFIX}.0.mlp.experts.lora_{h}.weight"] for h in "AB"}
             )
         ),
-        "no experts here",
+        "no experts in this layer",
     ),
     "dtypes mixed in a stack": (
         edit_tensors(
@@ -381,7 +381,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_cannot_be_honoured_is_refused(damage: str, tmp_path: pathlib.Path) -> None:
+def test_what_is_not_supported_is_refused(damage: str, tmp_path: pathlib.Path) -> None:
     config, lora = CASES["all targets"]
     write_peft(tmp_path / "peft", config, lora, random_adapters(config, lora))
     apply, says = DAMAGE[damage]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -27,6 +28,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.store.adapter import read_adapter, write_adapter
 from jaxmoe.store.converted import read_converted
 from jaxmoe.store.files import output_folder
+from jaxmoe.store.items import quiet_orbax
 from jaxmoe.store.train_state import TrainCheckpoints
 from tests.conftest import ROOT
 from tests.make_checkpoint import TINY, make_checkpoint
@@ -320,11 +322,57 @@ def test_a_full_disk_loses_nothing_older(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "run")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert "cannot be written" in result.stdout
-    assert "Traceback" not in result.stderr
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == ""
     template = {name: np.zeros((512, 1024)) for name in "abc"}
     restored = TrainCheckpoints(tmp_path / "run").restore_latest(template)
     assert restored is not None
     assert restored[0] == 1
+
+
+QUIET = """
+import logging
+import sys
+import absl.logging
+import numpy as np
+from jaxmoe.store import items
+from jaxmoe.store.train_state import TrainCheckpoints
+if sys.argv[2] == "loud":
+    items._not_from_orbax = lambda record: True
+logging.basicConfig(format="%(pathname)s: %(message)s", level=logging.INFO)
+absl.logging.set_verbosity(absl.logging.INFO)
+hook = sys.unraisablehook
+checkpoints = TrainCheckpoints(sys.argv[1])
+checkpoints.save(1, {"x": np.zeros(3)}, {})
+assert checkpoints.restore_latest({"x": np.zeros(3)}) is not None
+assert absl.logging.get_verbosity() == absl.logging.INFO
+assert absl.logging.get_absl_logger().filters == []
+assert sys.unraisablehook is hook
+absl.logging.info("a line of the caller")
+"""
+
+
+@pytest.mark.parametrize("mode", ["quiet", "loud"])
+def test_orbax_is_silent_and_the_logging_of_others_is_left_alone(mode: str, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-c", QUIET, str(tmp_path / "run"), mode]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    lines = result.stderr.splitlines()
+    assert lines[-1] == "<string>: a line of the caller"
+    assert any("orbax" in line for line in lines) == (mode == "loud"), lines
+
+
+def test_silence_ends_with_the_last_of_the_calls_that_overlap() -> None:
+    logger, hook = absl.logging.get_absl_logger(), sys.unraisablehook
+    first, second = quiet_orbax(), quiet_orbax()
+    first.__enter__()
+    second.__enter__()
+    assert sys.unraisablehook is not hook
+    first.__exit__(None, None, None)
+    assert sys.unraisablehook is not hook
+    assert len(logger.filters) == 1
+    second.__exit__(None, None, None)
+    assert sys.unraisablehook is hook
+    assert logger.filters == []
 
 
 # --- output folders

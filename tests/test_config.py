@@ -16,6 +16,7 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.errors import ConfigError
 from jaxmoe.lora import LORA_GROUPS, LORA_TARGETS
 from jaxmoe.ops.rotary import rotary_frequencies
+from jaxmoe.parameters import parameter_specs
 from tests import oracle
 from tests.configs import CONFIGS, config_of
 from tests.reference import hf_config
@@ -236,6 +237,80 @@ def test_target_groups_expand_to_single_targets() -> None:
     assert set(expand_targets(list(LORA_GROUPS))) == set(LORA_TARGETS)
     with pytest.raises(ConfigError, match="q_porj"):
         expand_targets(["q_porj"])
+
+
+# A model whose dimensions all differ, so that no letter can stand for another.
+LETTERS = {"D": 48, "N": 6, "K": 3, "H": 10, "I": 56, "E": 5, "F": 14}
+
+
+def in_letters(shape: str) -> tuple[int, ...]:
+    """A shape of the table, for instance "E 2*F D", in numbers."""
+    return tuple(eval(size, {"__builtins__": {}}, LETTERS) for size in shape.split())
+
+
+def test_the_table_of_adapter_targets_agrees_with_the_parameters() -> None:
+    config = Qwen3MoeConfig(
+        hidden_size=LETTERS["D"],
+        num_attention_heads=LETTERS["N"],
+        num_key_value_heads=LETTERS["K"],
+        head_dim=LETTERS["H"],
+        intermediate_size=LETTERS["I"],
+        num_experts=LETTERS["E"],
+        num_experts_per_tok=2,
+        moe_intermediate_size=LETTERS["F"],
+        num_hidden_layers=4,
+        mlp_only_layers=(2,),
+    )
+    specs = parameter_specs(config)
+    assert {target.path: in_letters(target.shape) for target in LORA_TARGETS.values()} == {
+        path: spec.shape[1:] for path, spec in specs.items() if spec.axes[0] == "layers" and spec.init == "normal"
+    }
+    assert in_letters("E F*2 D") == specs["sparse.gate_up_proj"].shape[1:] != in_letters("E F D")
+    assert sorted(name for group in LORA_GROUPS.values() for name in group) == sorted(LORA_TARGETS)
+
+
+def test_the_table_of_adapter_targets_names_what_transformers_has() -> None:
+    """PEFT's names are those of a real layer's modules and parameters, with the shapes that the table says."""
+    import torch
+    from transformers import Qwen3MoeConfig as HfConfig
+    from transformers import Qwen3MoeForCausalLM
+
+    raw = Qwen3MoeConfig(
+        vocab_size=8,
+        hidden_size=LETTERS["D"],
+        num_attention_heads=LETTERS["N"],
+        num_key_value_heads=LETTERS["K"],
+        head_dim=LETTERS["H"],
+        intermediate_size=LETTERS["I"],
+        num_experts=LETTERS["E"],
+        num_experts_per_tok=2,
+        moe_intermediate_size=LETTERS["F"],
+        num_hidden_layers=2,
+        mlp_only_layers=(1,),
+    ).to_hf()
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(HfConfig.from_dict(raw))
+    layers = {"attention": 0, "sparse": 0, "dense": 1}
+    for name, target in LORA_TARGETS.items():
+        layer = model.model.layers[layers[target.stack]]
+        modules, parameters = dict(layer.named_modules()), dict(layer.named_parameters())
+        weight = parameters[target.peft_parameter or f"{target.peft_module}.weight"]
+        assert tuple(weight.shape) == in_letters(target.shape), name
+        assert target.peft_module in modules, name
+        assert target.peft_parameter or isinstance(modules[target.peft_module], torch.nn.Linear), name
+
+
+def test_torch_ref_adapts_the_targets_of_the_table() -> None:
+    """torch_ref has a list of its own, since it does not import jaxmoe."""
+    from torch_ref import lora as reference
+
+    parameters = {*reference._EXPERTS, *reference._DENSE, reference._ROUTER}
+    assert parameters == {target.peft_parameter for target in LORA_TARGETS.values() if target.peft_parameter}
+    assert LORA_GROUPS["attention"] == reference.ATTENTION
+    for name, group in (("experts", "experts"), ("router", "router")):
+        assert set(reference._PARAMETERS[name]) == {
+            LORA_TARGETS[target].peft_parameter for target in LORA_GROUPS[group]
+        }
 
 
 @pytest.mark.parametrize(

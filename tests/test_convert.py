@@ -301,14 +301,14 @@ UP = "model.layers.2.mlp.experts.7.up_proj.weight"
 BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("hf",)),
     "no weights": (remove("model.safetensors.index.json"), ("model.safetensors",)),
-    "only pickles": (only_pickles, ("pytorch_model.bin", "never read")),
+    "only pickles": (only_pickles, ("pytorch_model.bin", "are not read")),
     "missing key": (edit_tensors(lambda t: t.pop(UP)), (UP, SHARD_2)),
     "missing key, also from the index": (
         lambda folder: (
             edit_tensors(lambda t: t.pop(UP))(folder),
             edit_json("model.safetensors.index.json", lambda raw: raw["weight_map"].pop(UP))(folder),
         ),
-        (UP, "found none"),
+        (UP, "missing tensor"),
     ),
     "key that the index lacks": (edit_tensors(lambda t: t.update({"extra": np.zeros(3, np.float32)})), ("extra",)),
     "unexpected key": (

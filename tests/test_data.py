@@ -202,12 +202,12 @@ def test_mask_of_any_conversation(folder: pathlib.Path, turns: list[tuple[str, s
         (
             "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
             "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-            "special token behind the answer of message 2",
+            "special token after the answer of message 2",
         ),
         (
             "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}#{% endif %}",
-            "cannot tell the answer of message 2",
+            "cannot find the answer of message 2",
         ),
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
         ("{{ messages | nonsense }}", "nonsense"),
@@ -241,7 +241,7 @@ BAD_LINES = {
     "prompt of another type": (b'{"prompt": null, "completion": "a"}', "prompt: expected a string, found nothing"),
     "lone surrogate": (b'{"text": "\\ud800"}', "text: expected Unicode text, found a lone surrogate"),
     "messages of another type": (b'{"messages": {}}', "messages: expected a list, found an object"),
-    "no messages": (b'{"messages": []}', "messages: expected at least one, found none"),
+    "no messages": (b'{"messages": []}', "messages: expected at least one message, found none"),
     "message of another type": (b'{"messages": ["a"]}', "message 1: expected an object, found a string"),
     "unknown role": (b'{"messages": [{"role": "bot", "content": "a"}]}', "message 1: expected a role of .*'bot'"),
     "unknown message key": (
@@ -263,7 +263,7 @@ BAD_LINES = {
     ),
     "no assistant": (
         b'{"messages": [{"role": "user", "content": "a"}]}',
-        "messages: expected at least one of the assistant, found none",
+        "messages: expected at least one message of the assistant, found none",
     ),
     "empty answer": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
@@ -317,7 +317,7 @@ def test_records_read_together_are_those_read_apart(
 
 def test_bad_file(tokenizer: Any, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "data.jsonl"
-    with pytest.raises(UserError, match=r"data\.jsonl: expected a JSONL file, found none"):
+    with pytest.raises(UserError, match=r"file not found: .*data\.jsonl"):
         read_records(path, tokenizer, VOCAB)
     with pytest.raises(UserError, match="expected a JSONL file, found a folder"):
         read_records(tmp_path, tokenizer, VOCAB)
@@ -332,9 +332,9 @@ def test_bad_file(tokenizer: Any, tmp_path: pathlib.Path) -> None:
 
 
 def test_bad_tokenizer(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="expected a folder with a tokenizer, found none"):
+    with pytest.raises(UserError, match="folder not found: .*"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="expected a tokenizer, found none that loads"):
+    with pytest.raises(UserError, match="expected a tokenizer, found none that can be loaded"):
         load_tokenizer(tmp_path)
     write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer_config.json"
@@ -352,25 +352,25 @@ def numbered(lengths: list[int], splittable: bool = True) -> list[Record]:
 
 
 def check_packing(lengths: list[int], seq_length: int, seed: int, pack: bool) -> None:
-    """One epoch: every token that has a predecessor is predicted once, and no row mixes up its documents."""
-    segments, lost = cut(numbered(lengths), seq_length)
+    """One epoch: every token that has a predecessor is predicted once, and no sequence mixes up its documents."""
+    documents, lost = cut(numbered(lengths), seq_length)
     assert lost.truncated == 0
-    rows = Sequences(segments, seq_length, seed=seed, pack=pack, epochs=1)
-    assert rows.packed or max(map(len, rows.epoch(0))) == 1  # what is not packed has one segment a row
+    sequences = Sequences(documents, seq_length, seed=seed, pack=pack, epochs=1)
+    assert sequences.packed or max(map(len, sequences.epoch(0))) == 1  # unless packed, one document per sequence
     predicted: list[int] = []
-    for step in range(rows.steps(1, 6)):
-        batch = rows.batch(step, (2, 3))
+    for step in range(sequences.steps(1, 6)):
+        batch = sequences.batch(step, (2, 3))
         arrays = jax.tree.leaves(batch)  # no experts: nothing is replayed
         assert [array.shape for array in arrays] == 5 * [(2, 3, seq_length)]
-        for row in zip(*(array.reshape(-1, seq_length) for array in arrays), strict=True):
-            ids, labels, weights, segment_ids, positions = row
+        for sequence in zip(*(array.reshape(-1, seq_length) for array in arrays), strict=True):
+            ids, labels, weights, segment_ids, positions = sequence
             used = segment_ids > 0
             count = int(used.sum())
             assert used[:count].all(), "padding comes last"
             assert (np.diff(segment_ids[:count], prepend=0) >= 0).all()
             assert set(segment_ids[:count].tolist()) == set(range(1, len(set(segment_ids[:count].tolist())) + 1))
-            for segment in set(segment_ids[:count].tolist()):
-                inside = segment_ids == segment
+            for document in set(segment_ids[:count].tolist()):
+                inside = segment_ids == document
                 assert positions[inside].tolist() == list(range(int(inside.sum())))
                 assert len(set((ids[inside] // 1000).tolist())) == 1
             assert (labels[used] == ids[used] + 1).all()
@@ -389,12 +389,12 @@ def test_packing(lengths: list[int], seq_length: int, seed: int, pack: bool) -> 
     check_packing(lengths, seq_length, seed, pack)
 
 
-def lose_one(rows: list[list[int]]) -> list[list[int]]:
-    return [*rows[:-1], rows[-1][:-1]]
+def lose_one(plan: list[list[int]]) -> list[list[int]]:
+    return [*plan[:-1], plan[-1][:-1]]
 
 
-def repeat_one(rows: list[list[int]]) -> list[list[int]]:
-    return [*rows, rows[0][:1]]
+def repeat_one(plan: list[list[int]]) -> list[list[int]]:
+    return [*plan, plan[0][:1]]
 
 
 @pytest.mark.parametrize("fault", [lose_one, repeat_one])
@@ -413,11 +413,11 @@ def running_positions(batch: Batch) -> Batch:
     return batch._replace(position_ids=np.broadcast_to(np.arange(batch.labels.shape[-1]), batch.labels.shape))
 
 
-def labels_of_the_row(batch: Batch) -> Batch:
+def labels_of_the_sequence(batch: Batch) -> Batch:
     return batch._replace(labels=np.roll(batch.input_ids, -1, axis=-1))
 
 
-@pytest.mark.parametrize("fault", [one_document, running_positions, labels_of_the_row])
+@pytest.mark.parametrize("fault", [one_document, running_positions, labels_of_the_sequence])
 def test_documents_that_run_together_are_noticed(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Sequences.batch
     monkeypatch.setattr(Sequences, "batch", lambda *args: fault(right(*args)))
@@ -426,11 +426,11 @@ def test_documents_that_run_together_are_noticed(fault: Any, monkeypatch: pytest
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
-    segments, _ = cut(numbered([3, 9, 14, 2, 8, 8, 5, 11] * 6), 16)
+    documents, _ = cut(numbered([3, 9, 14, 2, 8, 8, 5, 11] * 6), 16)
 
     def batches(seed: int, order: list[int]) -> dict[int, bytes]:
-        rows = Sequences(segments, 16, seed=seed)
-        return {step: b"".join(a.tobytes() for a in jax.tree.leaves(rows.batch(step, (1, 4)))) for step in order}
+        sequences = Sequences(documents, 16, seed=seed)
+        return {step: b"".join(a.tobytes() for a in jax.tree.leaves(sequences.batch(step, (1, 4)))) for step in order}
 
     steps = list(range(20))  # more than one epoch
     forward = batches(0, steps)
@@ -440,38 +440,38 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
 
 
 def test_epochs_follow_each_other_without_a_gap() -> None:
-    segments, _ = cut(numbered([6] * 5), 5)
-    rows = Sequences(segments, 5, epochs=3)
-    assert rows.steps(3, 4) == 4
-    batches = [rows.batch(step, (4,)) for step in range(5)]
+    documents, _ = cut(numbered([6] * 5), 5)
+    sequences = Sequences(documents, 5, epochs=3)
+    assert sequences.steps(3, 4) == 4
+    batches = [sequences.batch(step, (4,)) for step in range(5)]
     used = [int((batch.segment_ids > 0).any(-1).sum()) for batch in batches]
     assert used == [4, 4, 4, 3, 0]
     assert np.bincount(np.concatenate([batch.labels[batch.weights > 0] for batch in batches])).max() == 3
 
 
-def test_rows_are_nearly_full() -> None:
+def test_sequences_are_nearly_full() -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(4.5, 0.8, 3000), 2, 1000).astype(int).tolist()
-    rows = packing.pack(lengths, 1024, rng)
-    assert sum(lengths) / (1024 * len(rows)) > 0.97
-    assert max(sum(lengths[i] for i in row) for row in rows) <= 1024
+    plan = packing.pack(lengths, 1024, rng)
+    assert sum(lengths) / (1024 * len(plan)) > 0.97
+    assert max(sum(lengths[i] for i in indices) for indices in plan) <= 1024
 
 
 def test_long_records() -> None:
-    segments, lost = cut(numbered([25]), 10)
+    documents, lost = cut(numbered([25]), 10)
     assert lost == (1, 0, 0)
-    assert [len(s.inputs) for s in segments] == [10, 10, 4]
-    assert np.concatenate([s.labels for s in segments]).tolist() == list(range(1001, 1025))
+    assert [len(d.inputs) for d in documents] == [10, 10, 4]
+    assert np.concatenate([d.labels for d in documents]).tolist() == list(range(1001, 1025))
 
-    segments, lost = cut(numbered([25, 11], splittable=False), 10)
+    documents, lost = cut(numbered([25, 11], splittable=False), 10)
     assert lost == (0, 1, 0)
-    assert [s.labels.tolist() for s in segments] == [list(range(1001, 1011)), list(range(2001, 2011))]
+    assert [d.labels.tolist() for d in documents] == [list(range(1001, 1011)), list(range(2001, 2011))]
 
     answer_too_late = Record(np.arange(20, dtype=np.int32), (np.arange(20) > 15).astype(np.float32), False)
-    question_behind = Record(np.arange(9, dtype=np.int32), (np.arange(9) == 4).astype(np.float32), False)
-    segments, lost = cut([answer_too_late, question_behind], 10)
+    question_after = Record(np.arange(9, dtype=np.int32), (np.arange(9) == 4).astype(np.float32), False)
+    documents, lost = cut([answer_too_late, question_after], 10)
     assert lost == (0, 1, 1)
-    assert segments[0].labels.tolist() == [1, 2, 3, 4], "nothing is computed behind the last learned token"
+    assert documents[0].labels.tolist() == [1, 2, 3, 4], "nothing is computed after the last learned token"
     assert len(lost.notices(10)) == 2
 
     with pytest.raises(UserError, match="expected at least one record with a token to learn, found none"):
@@ -488,7 +488,9 @@ def test_hold_out() -> None:
     for fraction in (0.0, 1.0, -0.1):
         with pytest.raises(UserError, match="eval_fraction: expected a number between 0 and 1"):
             hold_out(records, fraction)
-    with pytest.raises(UserError, match="eval_fraction: expected records on both sides, found 1 in all"):
+    with pytest.raises(
+        UserError, match="eval_fraction: expected records for training and for evaluation, found 1 in all"
+    ):
         hold_out(records[:1], 0.5)
 
 

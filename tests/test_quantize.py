@@ -28,7 +28,7 @@ from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.nf4 import codec as quantize
 from jaxmoe.nf4 import stack as dequantize
-from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode, put
+from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode
 from jaxmoe.nf4.recode import dequantized, quantized
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.parameters import NESTED_QUANT_MAP, matrix_shape, nf4_candidates, parameter_specs
@@ -119,7 +119,7 @@ def check_decoding(bnb: Any, shape: tuple[int, int], dtype: str, nested: bool, s
         ours = NF4(codes, absmax, state.state2.absmax.numpy(), state.offset.numpy())
         table = state.state2.code.numpy()
     assert_same_bits(decode(ours, math.prod(shape), np.dtype(dtype), table).reshape(shape), expected)
-    params = {name: jnp.asarray(array)[None, None] for name, array in put(ours, "x").items()}
+    params = {name: jnp.asarray(array)[None, None] for name, array in ours.named("x").items()}
     params |= {} if table is None else {NESTED_QUANT_MAP: jnp.asarray(table)}
     decoded = jax.jit(lambda params: NF4Stack.of(params, "x", (1, *shape), dtype)[jnp.asarray([0, 0])])(params)
     assert_same_bits(decoded[1], expected)
@@ -203,7 +203,7 @@ def test_the_gpu_decodes_the_same_bits() -> None:
     for seed, shape in enumerate(SHAPES):
         for dtype in DTYPES:
             packed = encode(draw(seed, shape), dynamic_map())
-            params = {name: jnp.asarray(array)[None, None] for name, array in put(packed, "x").items()}
+            params = {name: jnp.asarray(array)[None, None] for name, array in packed.named("x").items()}
             params |= {NESTED_QUANT_MAP: jnp.asarray(dynamic_map())}
             decoded = jax.jit(lambda p, shape=shape, dtype=dtype: NF4Stack.of(p, "x", (1, *shape), dtype)[0])(params)
             assert_same_bits(decoded, decode(packed, math.prod(shape), np.dtype(dtype), dynamic_map()).reshape(shape))
@@ -312,7 +312,7 @@ def temporary_bytes(remat: str, decode_first: bool) -> int:
             continue
         one = encode(rng.standard_normal(matrix_shape(WIDE, path)[-1]).astype(np.float32), dynamic_map())
         lead = (spec.shape[0], *matrix_shape(WIDE, path)[:-1])
-        for name, array in put(one, path).items():
+        for name, array in one.named(path).items():
             params[name] = jnp.broadcast_to(array, (*lead, *array.shape))
     lora = LoraConfig(r=2, targets=(*LORA_GROUPS["attention"], *LORA_GROUPS["experts"]))
     adapters = {path: jnp.asarray(array) for path, array in random_adapters(WIDE, lora).items()}

@@ -639,14 +639,14 @@ def broken(base: pathlib.Path, folder: pathlib.Path, *, remove: str = "", trunca
 
 
 BAD_FLAGS = {
-    "no such data": ("--data {tmp}/nowhere.jsonl", "nowhere.jsonl: expected a JSONL file, found none"),
+    "no such data": ("--data {tmp}/nowhere.jsonl", "file not found: .*nowhere.jsonl"),
     "bad record": ("--data {tmp}/bad.jsonl", r"bad\.jsonl:2: expected JSON, found"),
     "bad held-out record": ("--eval-data {tmp}/bad.jsonl", r"bad\.jsonl:2: expected JSON, found"),
     "no such model": ("--model {tmp}/nowhere", "nowhere: expected a model folder, found none"),
     "no weights": ("--model {tmp}/no-weights", "no-weights: .*safetensors"),
     "half the weights": ("--model {tmp}/half", "half.*model.safetensors"),
     "no tokenizer": ("--model {tmp}/no-tokenizer", "no-tokenizer: expected a tokenizer"),
-    "no config": ("--model {tmp}/no-config", r"config\.json: expected this file, found none"),
+    "no config": ("--model {tmp}/no-config", r"file not found: .*no-config/config\.json"),
     "no such adapter": ("--adapter {tmp}/nowhere", "nowhere: expected a PEFT adapter"),
     "adapter and rank": ("--adapter {tmp}/nowhere --lora-r 3", "lora_r: expected none, the adapter decides it"),
     "unknown target": ("--lora-targets q_proj,mlp", "LoRA targets: expected .*'mlp'"),
@@ -668,7 +668,7 @@ BAD_FLAGS = {
     "unrolled and offload": ("--unroll-layers --remat offload", "unroll_layers: expected .* without remat offload"),
     "nothing within a row": ("--seq-length 2", "data: expected at least one record with a token to learn, found none"),
     "output in use": ("--output {tmp}/used", "used: expected a new or empty folder, or --resume"),
-    "output of something else": ("--output {tmp}/used --resume", r"train_config\.json: expected this file, found none"),
+    "output of something else": ("--output {tmp}/used --resume", r"file not found: .*used/train_config\.json"),
     "output is a file": ("--output {tmp}/bad.jsonl", r"bad\.jsonl: expected a folder, found a file"),
 }
 

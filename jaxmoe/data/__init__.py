@@ -1,4 +1,4 @@
-"""Training data: records, chat templates, packed batches."""
+"""Training data: records, chat templates, packed sequences and batches."""
 
 from __future__ import annotations
 

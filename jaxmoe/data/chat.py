@@ -1,4 +1,4 @@
-"""Tokenizers and chat templates: a conversation as text, and which parts of it the assistant said."""
+"""Tokenizers and chat templates: a conversation as text, and which parts of it are the assistant's turns."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from jaxmoe.errors import UserError
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What a template of a thinking model appends to the generation prompt and leaves out of earlier turns.
+# The end of a generation prompt that opens a thought. Templates of thinking models leave it out of earlier turns.
 _OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
 
-Piece = tuple[str | list[int], float]  # text, or tokens, and the loss weight of each token
+Piece = tuple[str | list[int], float]  # text or token ids, and the loss weight of each of its tokens
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:
-    """The tokenizer in a model folder (HF form or converted), through transformers' `AutoTokenizer`.
+    """The tokenizer in a model folder (HF or converted), loaded with transformers' `AutoTokenizer`.
 
     Raises:
         UserError: the folder holds no tokenizer, or one without an end-of-text token.
     """
     if not pathlib.Path(folder).is_dir():
-        raise UserError(f"{folder}: expected a folder with a tokenizer, found none")
+        raise UserError(f"folder not found: {folder} (expected one with a tokenizer)")
     try:
         tokenizer = _auto_tokenizer().from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{folder}: expected a tokenizer, found none that loads ({reason[0]})") from None
+        raise UserError(f"{folder}: expected a tokenizer, found none that can be loaded ({reason[0]})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: expected a tokenizer with an eos_token, found none")
     return tokenizer
 
 
 def _auto_tokenizer() -> Any:
-    """Transformers' `AutoTokenizer`; slow to import, and only text needs it.
+    """Transformers' `AutoTokenizer`, imported on first use because the import is slow.
 
-    Without PyTorch, which nothing here needs, transformers says while it is imported that models won't be available.
+    While it is imported, transformers warns if PyTorch is missing. No PyTorch is needed here, so the warning is off.
     """
     quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(quiet)
@@ -66,7 +66,7 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece
         raise UserError("messages: expected a tokenizer with a chat template, found none")
     pieces: list[Piece] = []
     if isinstance(tokenizer.chat_template, str) and _GENERATION_TAG.search(tokenizer.chat_template):
-        # The template itself says what the assistant generates; transformers turns that into a mask.
+        # The template marks what the assistant generates; transformers turns the marks into a mask.
         encoded = _apply_template(
             tokenizer, messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -80,7 +80,7 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece
             at = end
         pieces.append((text[at:], 0.0))
     if not any(weight and piece for piece, weight in pieces):
-        raise UserError("messages: expected an answer to learn, found none behind the chat template")
+        raise UserError("messages: expected an answer to learn, found none after the chat template was applied")
     return pieces
 
 
@@ -88,7 +88,7 @@ def _check_messages(messages: Any, tools: Any) -> None:
     if not isinstance(messages, list):
         raise UserError(f"messages: expected a list, found {kind_of(messages)}")
     if not messages:
-        raise UserError("messages: expected at least one, found none")
+        raise UserError("messages: expected at least one message, found none")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"tools: expected a list of objects, found {kind_of(tools)}")
     for number, message in enumerate(messages, start=1):
@@ -109,7 +109,7 @@ def _check_messages(messages: Any, tools: Any) -> None:
         if message["role"] == "assistant" and not message.get("content") and not calls:
             raise UserError(f"{where}: expected an answer, found an empty one")
     if all(message["role"] != "assistant" for message in messages):
-        raise UserError("messages: expected at least one of the assistant, found none")
+        raise UserError("messages: expected at least one message of the assistant, found none")
 
 
 def assistant_spans(
@@ -117,21 +117,23 @@ def assistant_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation, and the character range of every assistant turn in it.
 
-    A turn begins where the generation prompt ends, as the model will meet it, and ends with the special token that
-    closes it; a thought that the template keeps belongs to the turn. Growing prefixes cannot find the turns: Qwen3's
-    template writes an empty thought into the last turn and strips the thoughts of turns before the last question, so
-    a prefix's rendering is no prefix of the whole. Here the whole is rendered once more per turn, with the answer
-    replaced by a character that occurs nowhere in it: what stands before and behind that character must stand in the
-    true rendering as well.
+    A turn starts where the generation prompt ends, as in generation, and ends with the special token that closes it. A
+    thought that the template keeps belongs to the turn. Rendering the conversation up to each turn cannot find the
+    turns: Qwen3's template writes an empty thought into the last turn and strips the thoughts of turns before the last
+    question, so the rendering of a prefix is no prefix of the whole. Instead the whole is rendered once more for each
+    turn, with the answer replaced by a character that occurs nowhere else. The text before and after that character
+    must be the same in the true rendering.
 
     Raises:
-        UserError: there is no chat template, it rejects the messages, or the turns cannot be told apart.
+        UserError: the chat template rejects the messages, or its turns cannot be found in this way.
     """
     whole = _render(messages, tools, tokenizer)
     prompted = _render(messages, tools, tokenizer, add_generation_prompt=True)
     prompt = prompted[len(whole) :]
     if not prompt or not prompted.startswith(whole):
-        raise UserError("chat template: expected a generation prompt behind the messages, found another rendering")
+        raise UserError(
+            "chat template: expected it to append a generation prompt to the messages, found another rendering"
+        )
     mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in prompted)
     closers = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
     spans = []
@@ -139,21 +141,20 @@ def assistant_spans(
         if message["role"] != "assistant":
             continue
         replaced = [*messages[:turn], {"role": "assistant", "content": mark}, *messages[turn + 1 :]]
-        before, found, behind = _render(replaced, tools, tokenizer).partition(mark)
-        # A template that opens a thought in the generation prompt may leave it out of earlier turns.
+        before, found, after = _render(replaced, tools, tokenizer).partition(mark)
+        # A template that opens a thought in the generation prompt may leave the thought out of earlier turns.
         headers = (prompt, _OPENED_THOUGHT.sub("", prompt))
         start = max((before.rfind(header) + len(header) for header in headers if header in before), default=-1)
-        end = len(whole) - len(behind)
-        bounded = whole.startswith(before[:start]) and whole.endswith(behind) and start <= end
+        end = len(whole) - len(after)
+        bounded = whole.startswith(before[:start]) and whole.endswith(after) and start <= end
         if not found or start < (spans[-1][1] if spans else 0) or not bounded:
-            raise UserError(f"chat template: cannot tell the answer of message {turn + 1} from what surrounds it")
-        closer = next((token for token in closers if behind.lstrip().startswith(token)), None)
+            raise UserError(f"chat template: cannot find the answer of message {turn + 1} in the rendered text")
+        closer = next((token for token in closers if after.lstrip().startswith(token)), None)
         if closer is None:
             raise UserError(
-                f"chat template: expected a special token behind the answer of message {turn + 1}, "
-                f"found {behind[:20]!r}"
+                f"chat template: expected a special token after the answer of message {turn + 1}, found {after[:20]!r}"
             )
-        spans.append((start, end + behind.index(closer) + len(closer)))
+        spans.append((start, end + after.index(closer) + len(closer)))
     return whole, spans
 
 
@@ -167,7 +168,7 @@ def _apply_template(tokenizer: Any, messages: Sequence[dict[str, Any]], **option
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
     except (TemplateError, TypeError, ValueError) as error:
-        raise UserError(f"chat template: expected to render these messages, found {error}") from None
+        raise UserError(f"chat template: cannot render these messages: {error}") from None
 
 
 def text_field(raw: dict[str, Any], key: str, *, empty: bool = True, where: str = "") -> str:

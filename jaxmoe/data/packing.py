@@ -1,9 +1,9 @@
 """Records -> documents -> packed sequences -> batches.
 
 A document is a record, or a piece of a long one, that fits into one sequence. A sequence is one line of a batch:
-several documents, then padding. Which documents share a sequence, and in which order sequences come, is a pure
-function of (records, seed, epoch), and the batch of a step one of (records, seed, step): a run that resumes at step s
-sees what it would have seen.
+several documents, one after the other, then padding. Which documents share a sequence, and the order of the sequences,
+is a pure function of (records, seed, epoch). The batch of a step is a pure function of (records, seed, step), so a run
+that resumes at a step sees the same batches as one that never stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int16, Int32
 from jaxmoe.data.records import Record
 from jaxmoe.errors import UserError
 
-_WINDOW = 1024  # documents; wide enough to fill sequences, narrow enough that every epoch mixes other neighbours
+_WINDOW = 1024  # documents; enough to fill sequences, few enough that every epoch packs other documents together
 
 
 class Document(NamedTuple):
@@ -37,7 +37,7 @@ class Cut(NamedTuple):
     dropped: int
 
     def notices(self, seq_length: int) -> list[str]:
-        """One line for each kind of loss that happened, for the user."""
+        """Messages for the user, one line for each kind of change that happened."""
         lines = []
         if self.split:
             lines.append(
@@ -53,9 +53,9 @@ class Cut(NamedTuple):
 class Batch(NamedTuple):
     """Sequences of T tokens with any leading axes, here [accumulation, B]; padding has segment 0 and weight 0.
 
-    A document has one segment id (1.. within its sequence) and positions that start at 0. `labels` is its next token
-    and never one of another document. `experts`, where given, replays a captured routing: the k experts of each
-    token in each MoE layer, -1 where the model chooses. The arrays are NumPy's here and JAX's within a step.
+    A document has one segment id (1, 2, ... within its sequence) and positions that start at 0. `labels` is the next
+    token of the same document. `experts`, if given, replays a captured routing: the k experts of each token in each MoE
+    layer, -1 where the model chooses. Arrays are NumPy here and JAX within a step.
     """
 
     input_ids: Int32[Any, "*lead T"]
@@ -71,7 +71,7 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
 
     A text that is longer becomes consecutive documents in which each of its tokens is predicted once (a document's
     first tokens see no earlier ones); a conversation or a prompt with its completion is truncated at its end. Tokens
-    after the last one to learn are left out. A record with nothing left to learn is dropped.
+    after the last one to learn are left out. A record without a token to learn is dropped.
     """
     documents: list[Document] = []
     split = truncated = dropped = 0
@@ -96,8 +96,8 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
 def pack(lengths: Sequence[int], seq_length: int, rng: np.random.Generator) -> list[list[int]]:
     """Lengths of documents -> sequences of at most `seq_length` tokens, each a list of indices, in random order.
 
-    Best-fit decreasing (the fullest sequence that still has room) within windows of a shuffled order: nearly full
-    sequences, and other neighbours in every epoch.
+    Best-fit decreasing: each document goes into the fullest sequence that still has room for it. The documents are
+    shuffled first and packed in windows, so that sequences are nearly full and differ in every epoch.
     """
     order = rng.permutation(len(lengths)).tolist()
     sequences: list[list[int]] = []
@@ -117,10 +117,10 @@ def pack(lengths: Sequence[int], seq_length: int, rng: np.random.Generator) -> l
 
 
 class Sequences:
-    """An endless (or `epochs` long) stream of packed sequences, dealt out in batches.
+    """A stream of packed sequences, endless or `epochs` long, read in batches.
 
-    Each epoch holds each document exactly once. Its sequences follow those of the epoch before, also within a batch, so
-    that nothing is left over. After the last epoch come empty sequences.
+    Every epoch holds every document exactly once. A batch may hold the end of one epoch and the start of the next.
+    After the last epoch, sequences are empty.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Sequences:
 
     @property
     def packed(self) -> bool:
-        """Whether a sequence may hold several documents: where the two shortest do not fit into one, none does."""
+        """Whether a sequence may hold several documents; never if the two shortest do not fit into one sequence."""
         return self._pack and sum(sorted(self._lengths)[:2]) <= self.seq_length and len(self._lengths) > 1
 
     def epoch(self, epoch: int) -> list[list[int]]:

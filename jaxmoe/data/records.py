@@ -25,9 +25,10 @@ _TOGETHER = 2**20  # bytes of a file whose texts are encoded in one call: enough
 
 @dataclass(frozen=True)
 class Record:
-    """One tokenised line: `weights[i]` is the loss weight of predicting `tokens[i]` from what comes before it.
+    """One tokenised line: `weights[i]` is the loss weight of predicting `tokens[i]` from the tokens before it.
 
-    `splittable` says whether a record longer than a row is cut into several segments (text) or truncated (the rest).
+    `splittable` says what happens to a record that is longer than a sequence: it is cut into several documents (text)
+    or truncated (everything else).
     """
 
     tokens: Int32[np.ndarray, " n"]
@@ -41,7 +42,7 @@ OnRead = Callable[[int, int, int], None]  # bytes read, bytes of the file, recor
 def read_records(
     path: str | pathlib.Path, tokenizer: Any, vocab_size: int, on_read: OnRead = lambda *_: None
 ) -> list[Record]:
-    """Every record of a JSONL file, tokenised; blank lines are skipped. `on_read` is called some times a second.
+    """Every record of a JSONL file, tokenised; blank lines are skipped. `on_read` reports progress.
 
     Raises:
         UserError: the file is missing, holds no record, or a line is bad (the message starts with FILE:LINE).
@@ -72,7 +73,7 @@ def read_records(
                 encoded_to = end
                 on_read(end, path.stat().st_size, len(records))
     except UserError:
-        encode()  # what is wrong with an earlier line is said first
+        encode()  # an error in an earlier line is reported first
         raise
     encode()
     if not records:
@@ -81,18 +82,20 @@ def read_records(
 
 
 def tokenize_record(raw: Any, tokenizer: Any) -> Record:
-    """One parsed JSON value -> tokens and loss weights; special tokens are added by the chat template and, behind text
-    and completions, as `eos_token`, never by the tokenizer (Qwen3 has no beginning-of-text token).
+    """One parsed JSON value -> tokens and loss weights.
+
+    The chat template adds the special tokens of a conversation, and `eos_token` follows texts and completions. The
+    tokenizer itself adds none (Qwen3 has no beginning-of-text token).
 
     Raises:
-        UserError: not a record of one of the three kinds, or nothing in it to learn.
+        UserError: not a record of one of the three kinds, or one without a token to learn.
     """
     return next(_encode([_draft(raw, tokenizer)], tokenizer))
 
 
 def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
-    """(training records, held-out records); the choice depends on the number of records alone, not on the run's seed,
-    so that runs with several seeds are judged on the same text.
+    """(training records, held-out records). The choice depends only on the number of records, not on the run's seed,
+    so that runs with different seeds are evaluated on the same text.
 
     Raises:
         UserError: a fraction outside (0, 1), or one of the two parts would be empty.
@@ -101,7 +104,7 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
         raise UserError(f"eval_fraction: expected a number between 0 and 1, found {fraction!r}")
     count = max(1, round(len(records) * fraction))
     if count >= len(records):
-        raise UserError(f"eval_fraction: expected records on both sides, found {len(records)} in all")
+        raise UserError(f"eval_fraction: expected records for training and for evaluation, found {len(records)} in all")
     held = set(np.random.default_rng(0).permutation(len(records))[:count].tolist())
     return (
         [record for i, record in enumerate(records) if i not in held],
@@ -110,7 +113,7 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
 
 
 def digest(records: Iterable[Record]) -> str:
-    """SHA-256 over tokens and weights: equal where two runs would train on the same data in the same order."""
+    """SHA-256 over tokens and weights: equal if two runs would train on the same data in the same order."""
     total = hashlib.sha256()
     for record in records:
         total.update(len(record.tokens).to_bytes(8, "little"))
@@ -120,9 +123,15 @@ def digest(records: Iterable[Record]) -> str:
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
-    """(`FILE:LINE`, parsed JSON, bytes up to its end) of every line that is not blank."""
+    """(`FILE:LINE`, parsed JSON, bytes of the file up to its end) for every line that is not blank.
+
+    Raises:
+        UserError: the file is missing, or a line is no UTF-8 or no JSON.
+    """
     if not path.is_file():
-        raise UserError(f"{path}: expected a JSONL file, found {'a folder' if path.is_dir() else 'none'}")
+        raise UserError(
+            f"{path}: expected a JSONL file, found a folder" if path.is_dir() else f"file not found: {path}"
+        )
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -143,8 +152,8 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
 
 
 class _Draft(NamedTuple):
-    """A record whose text is not yet encoded. Each piece is encoded on its own: generation, too, meets a prompt that
-    was encoded before its answer existed."""
+    """A record whose text is not yet encoded. Each piece is encoded separately, because in generation, too, a prompt is
+    encoded before its answer exists."""
 
     pieces: list[Piece]
     splittable: bool = False
@@ -169,7 +178,7 @@ def _draft(raw: Any, tokenizer: Any) -> _Draft:
 
 
 def _encode(drafts: Sequence[_Draft], tokenizer: Any) -> Iterator[Record]:
-    """The records, their texts encoded in one call, which takes as many cores as there are."""
+    """The records, with all texts encoded in one call, which uses all cores."""
     texts = [piece for draft in drafts for piece, _ in draft.pieces if piece and isinstance(piece, str)]
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
     encoded = iter(tokenizer(texts, **options)["input_ids"] if texts else [])

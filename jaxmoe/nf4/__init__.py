@@ -1,1 +1,1 @@
-"""Weights in NF4: the codec, stacks that are decoded where they are indexed, whole checkpoints recoded."""
+"""Weights in NF4: the codec, stacks that are decoded where they are indexed, and whole checkpoints that are recoded."""

@@ -1,14 +1,14 @@
-"""NF4 in NumPy: the codec, byte for byte that of bitsandbytes.
+"""The codec of NF4: float matrices to bytes and back, in NumPy, with the bytes of bitsandbytes.
 
 A matrix is cut, in row-major order, into blocks of 64. A block is stored as its largest magnitude (absmax) and 4 bits
 an element, an index into `NF4_TABLE`, two in a byte with the even element in the high half. Double quantisation stores
 absmax - mean(absmax) in 8 bits, blocks of 256, an index into `dynamic_map()`. Source: Dettmers et al. 2023 (QLoRA);
 bitsandbytes 0.50, `functional.py` and `backends/default/ops.py`.
 
-What is promised: decoding gives bitsandbytes' bits for float32, bfloat16 and float16; encoding gives the 4-bit codes
-and the absmax of its CPU backend. Of the second quantisation only decoding is promised: bitsandbytes' own 8-bit
-encoders differ (on a CPU a table with 65,536 entries, on CUDA a search), and so do their sums for the mean; this one
-takes the exact mean and the nearest value. So quantise once and share the bytes.
+Decoding gives the bits of bitsandbytes for float32, bfloat16 and float16. Encoding gives the 4-bit codes and the absmax
+of its CPU backend. For the second quantisation only decoding is the same: bitsandbytes' own 8-bit encoders differ from
+each other (a table with 65,536 entries on a CPU, a search on CUDA), and so do their sums for the mean; this one takes the
+exact mean and the nearest value. So quantise once and share the bytes.
 """
 
 from __future__ import annotations
@@ -59,6 +59,16 @@ class NF4(NamedTuple):
     nested_absmax: np.ndarray | None = None
     nested_offset: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray], path: str) -> NF4:
+        """The weight `path` out of a block's arrays, which are named as in `jaxmoe.parameters.stored_specs`."""
+        nested = (arrays.get(f"{path}.{name}") for name in cls._fields[2:])
+        return cls(arrays[f"{path}.codes"], arrays[f"{path}.absmax"], *nested)
+
+    def named(self, path: str) -> dict[str, np.ndarray]:
+        """The inverse of `of`: name -> array."""
+        return {f"{path}.{name}": array for name, array in self._asdict().items() if array is not None}
+
     def matrix(self, index: tuple[int, ...]) -> NF4:
         """One of the matrices, by its place in the leading axes."""
         outer, offset = self.nested_absmax, self.nested_offset
@@ -99,11 +109,11 @@ def encode(matrix: np.ndarray, nested_quant_map: np.ndarray | None = None) -> NF
         indices, maxima = _encode_chunk(part)
         codes[start // 2 : (start + _CHUNK) // 2] = indices[::2] << 4 | indices[1::2]
         absmax[start // NF4_BLOCK : (start + _CHUNK) // NF4_BLOCK] = maxima
-    return NF4(codes, absmax) if nested_quant_map is None else NF4(codes, *_nest(absmax, nested_quant_map))
+    return NF4(codes, absmax) if nested_quant_map is None else NF4(codes, *_encode_absmax(absmax, nested_quant_map))
 
 
 def _encode_chunk(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index of each element, padded to an even number; absmax of each block)."""
+    """(index into the table of each element, padded to an even number; absmax of each block)."""
     whole = x.size - x.size % NF4_BLOCK
     blocks = x[:whole].reshape(-1, NF4_BLOCK)
     absmax = np.abs(blocks).max(axis=1, initial=0)
@@ -122,12 +132,13 @@ def _nearest(x: np.ndarray, table: np.ndarray) -> np.ndarray:
     if table.size > 16:
         return np.searchsorted(bounds, x).astype(np.uint8)
     indices = np.zeros(x.shape, np.uint8)
-    for bound in bounds:  # for few bounds faster than a search
+    for bound in bounds:  # faster than a search when bounds are few
         indices += x > bound
     return indices
 
 
-def _nest(absmax: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _encode_absmax(absmax: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The second quantisation: (uint8 indices, absmax of each block of 256, offset)."""
     offset = np.float32(absmax.mean(dtype=np.float64))
     centred = absmax - offset
     starts = np.arange(0, centred.size, NF4_NESTED_BLOCK)
@@ -137,7 +148,7 @@ def _nest(absmax: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def decode_absmax(packed: NF4, nested_quant_map: np.ndarray | None) -> np.ndarray:
-    """The float32 block maxima [..., blocks]."""
+    """The absmax of every block, float32 [..., blocks]."""
     if packed.nested_absmax is None or packed.nested_offset is None:
         return packed.absmax
     assert nested_quant_map is not None
@@ -150,14 +161,3 @@ def decode(packed: NF4, elements: int, dtype: np.dtype, nested_quant_map: np.nda
     indices = np.stack([packed.codes >> 4, packed.codes & 15], axis=-1).reshape(*packed.codes.shape[:-1], -1)
     scale = np.repeat(decode_absmax(packed, nested_quant_map), NF4_BLOCK, axis=-1)
     return (NF4_TABLE[indices[..., :elements]] * scale[..., :elements]).astype(dtype)
-
-
-def take(arrays: Mapping[str, np.ndarray], path: str) -> NF4:
-    """The arrays of the weight `path` in a block."""
-    nested = (arrays.get(f"{path}.{name}") for name in NF4._fields[2:])
-    return NF4(arrays[f"{path}.codes"], arrays[f"{path}.absmax"], *nested)
-
-
-def put(packed: NF4, path: str) -> dict[str, np.ndarray]:
-    """The inverse of `take`."""
-    return {f"{path}.{name}": array for name, array in packed._asdict().items() if array is not None}

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are encoded into NF4, or decoded from it, layer by layer as they pass."""
+"""Encodes the weights of a whole checkpoint into NF4, or decodes them, one layer at a time while it is read."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxmoe.errors import UserError
-from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode, put, take
+from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, matrix_shape, nf4_candidates, parameter_specs
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout
 
 
 @dataclass
 class Recoded:
-    """A checkpoint whose blocks are changed, one at a time, as they pass."""
+    """A checkpoint whose blocks are changed while they are read, one at a time."""
 
     source: Checkpoint
     layout: Layout
@@ -27,7 +27,7 @@ class Recoded:
         self.stored_tied_head = self.source.stored_tied_head
 
     def block(self, layer: int | None) -> Block:
-        """The source's block, changed; the top level has to come first, for it holds the table that `change` uses."""
+        """The source's block, changed. Read the top level first: it holds the table of the second quantisation."""
         return self.change(self.source.block(layer))
 
     def blocks(self) -> Iterator[Block]:
@@ -40,7 +40,7 @@ class Recoded:
 
 
 def quantized(source: Checkpoint, form: str = "nf4") -> Checkpoint:
-    """The checkpoint with its projections, dense MLPs and experts in NF4, double quantisation, a block at a time.
+    """The checkpoint with projections, dense MLPs and experts in NF4 with double quantisation, encoded while it is read.
 
     Router, embeddings, norms and head stay as they are, and so do weights that are in NF4 already.
 
@@ -70,16 +70,17 @@ def quantized(source: Checkpoint, form: str = "nf4") -> Checkpoint:
                 *lead, elements = matrix_shape(config, path)
                 weight = arrays.pop(path).reshape(-1, elements)
                 parts = zip(*(encode(matrix, table) for matrix in weight), strict=True)
-                arrays |= put(NF4(*(np.stack(part).reshape(*lead, *part[0].shape) for part in parts)), path)
+                packed = NF4(*(np.stack(part).reshape(*lead, *part[0].shape) for part in parts))
+                arrays |= packed.named(path)
         return Block(block.layer, arrays)
 
-    # bitsandbytes knows no fused experts
+    # bitsandbytes has no form for fused experts
     layout: Layout = "per_expert" if config.sparse_layers else source.layout
     return Recoded(source, layout, Quantization(tuple(sorted((*done, *todo)))), change)
 
 
 def dequantized(source: Checkpoint) -> Checkpoint:
-    """The checkpoint with its NF4 weights decoded into the dtypes that they were made from, a block at a time."""
+    """The checkpoint with its NF4 weights decoded, while it is read, into the dtypes that they were made from."""
     quantization = source.quantization
     if quantization is None:
         return source
@@ -93,8 +94,8 @@ def dequantized(source: Checkpoint) -> Checkpoint:
             table = arrays.pop(NESTED_QUANT_MAP, None)
         for path, shape in shapes.items():
             if f"{path}.codes" in arrays:
-                packed = take(arrays, path)
-                for name in put(packed, path):
+                packed = NF4.of(arrays, path)
+                for name in packed.named(path):
                     del arrays[name]
                 elements = matrix_shape(config, path)[-1]
                 arrays[path] = decode(packed, elements, source.dtypes[path], table).reshape(shape)

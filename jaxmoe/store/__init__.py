@@ -1,1 +1,1 @@
-"""What lies on disk: converted folders, adapters, the state of a training run."""
+"""What this package stores on disk: converted checkpoints, converted adapters, training checkpoints."""

@@ -24,9 +24,12 @@ _KIND, _VERSION = "jaxmoe adapter", 1
 def write_adapter(
     dst: str | os.PathLike[str], config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, Any]
 ) -> None:
-    """Writes a converted adapter: one Orbax item, and `adapter.json` with both configs and every array's checksum.
+    """Writes a converted adapter into the folder `dst`, which must be new or empty.
 
     `adapters` holds the arrays of `lora_specs(config, lora)`, NumPy or JAX.
+
+    Raises:
+        UserError: another set of arrays or another shape, or `dst` is not empty.
     """
     arrays = {name: np.asarray(array) for name, array in adapters.items()}
     check_adapter("adapter", config, lora, arrays)
@@ -40,10 +43,12 @@ def write_adapter(
 def read_adapter(
     path: str | os.PathLike[str], config: Qwen3MoeConfig | None = None, verify: bool = True
 ) -> tuple[Qwen3MoeConfig, LoraConfig, dict[str, np.ndarray]]:
-    """Reads a converted adapter: the config of the model that it was made for, its own, and its arrays.
+    """Reads a converted adapter: (config of the model that it was made for, config of the adapter, arrays).
+
+    `verify` compares checksums.
 
     Raises:
-        UserError: a damaged folder, or an adapter whose shapes do not fit `config`.
+        UserError: a damaged folder, or shapes that do not fit `config`, which by default is the first config.
     """
     path = pathlib.Path(path)
     manifest = read_manifest(path / ADAPTER_MANIFEST, _KIND, (_VERSION,))
@@ -59,17 +64,17 @@ def read_adapter(
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that a frozen dataclass holds."""
+    """A JSON value with tuples in place of lists: the fields of `LoraConfig` are tuples."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a converted adapter."""
+    """Whether `path` is a folder with a converted adapter."""
     return (pathlib.Path(path) / ADAPTER_MANIFEST).is_file()
 
 
 def check_adapter(where: str, config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:
-    """Raises UserError unless `adapters` holds exactly the arrays that `lora_specs(config, lora)` asks for."""
+    """Raises UserError, which starts with `where`, unless `adapters` has the names and shapes of `lora_specs`."""
     specs = lora_specs(config, lora)
     same_names(where, specs, adapters)
     for name, spec in specs.items():

@@ -1,7 +1,7 @@
-"""What a checkpoint is to the code that reads one: a config, dtypes, and one block of arrays after the other.
+"""A checkpoint as its readers see it: a config, dtypes, and the arrays of one layer after the other.
 
-An HF folder (`convert.hf2jax`), a converted folder (`jaxmoe.store.converted`) and a checkpoint that is recoded on the
-way (`jaxmoe.nf4.recode`) are read alike. Arrays are NumPy, bfloat16 as `ml_dtypes.bfloat16`.
+An HF folder (`convert.hf2jax`), a converted folder (`jaxmoe.store.converted`) and a checkpoint that is recoded while it
+is read (`jaxmoe.nf4.recode`) share this interface. Arrays are NumPy, bfloat16 as `ml_dtypes.bfloat16`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.parameters import Quantization
 
-# how the experts of an HF checkpoint lie on disk: one tensor per expert and projection, as transformers writes them, or
-# as it holds them in memory
+# How an HF checkpoint stores experts: one tensor per expert and projection, as transformers writes them, or all experts
+# of a layer in one tensor, as transformers holds them in memory.
 Layout = Literal["per_expert", "fused"]
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer, or the top level (None): dotted path -> array without the layer axis.
+    """The arrays of one decoder layer, or of the top level (None): dotted path -> array without the layer axis.
 
-    The paths are those of `stored_specs`: a weight in NF4 is several arrays.
+    The paths are those of `jaxmoe.parameters.stored_specs`: a weight in NF4 is several arrays.
     """
 
     layer: int | None
@@ -36,26 +36,26 @@ class Block:
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """What reading an HF folder and reading a converted folder have in common."""
+    """The interface of everything that can be read as a checkpoint."""
 
     path: pathlib.Path
     config: Qwen3MoeConfig
     quantization: Quantization | None
-    dtypes: dict[str, np.dtype]  # of every path of `parameter_specs(config)`; of a weight in NF4: what it was made from
-    layout: Layout  # of the HF checkpoint that this comes from
-    stored_tied_head: bool  # that checkpoint stored lm_head although it is tied
+    dtypes: dict[str, np.dtype]  # of every path of `parameter_specs(config)`; for NF4 the dtype before quantisation
+    layout: Layout  # of the original HF checkpoint
+    stored_tied_head: bool  # whether the original HF checkpoint stores lm_head although it is tied
 
     def block(self, layer: int | None) -> Block:
-        """One decoder layer, or the top level, which has to come first; layers may be read in several threads."""
+        """One decoder layer, or the top level, which must be read first; several threads may read layers."""
         ...
 
     def blocks(self) -> Iterator[Block]:
-        """The top level first, then every layer; each block is dropped before the next one is made."""
+        """The top level, then every layer. No reference to a block is kept, so that memory holds one layer."""
         ...
 
 
 def cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`array` in `dtype`, rounded once to the nearest, ties to even; the array itself when it has that dtype already.
+    """`array` in `dtype`, rounded once (to nearest, ties to even); the same array if it has that dtype already.
 
     Raises:
         UserError: a finite value that float16 cannot hold.

@@ -1,8 +1,8 @@
-"""The converted folder: a checkpoint that is read layer by layer, with a checksum for every array.
+"""The converted folder: a checkpoint that is read and written layer by layer, with a checksum for every array.
 
 It holds one Orbax item per decoder layer (`layers/00012`) and one for the rest (`top`), the files of the HF checkpoint
-that are not weights, and `manifest.json`. The peak of memory is a layer, not a model. A folder with weights in NF4 says
-so in its manifest, whose version is then 2.
+that are not weights, and `manifest.json`. Reading and writing need memory for one layer, not for the model. If weights
+are in NF4, the manifest says so and has version 2, otherwise 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _VERSION, _NF4_VERSION = 1, 2
 
 
 def item_name(layer: int | None) -> str:
-    """Where a block lies in a converted folder."""
+    """The path of a block in a converted folder."""
     return "top" if layer is None else f"layers/{layer:05d}"
 
 
@@ -44,7 +44,11 @@ def write_converted(
     files: Mapping[str, pathlib.Path | bytes],
     on_block: Callable[[Block, int], None] = lambda block, layers: None,
 ) -> None:
-    """Streams a checkpoint into the converted folder `dst`; `files`, name -> file or content, are copied beside it."""
+    """Writes a checkpoint, one block at a time, as the converted folder `dst`, which must be new or empty.
+
+    `files`, name -> file or content, are copied into the folder. `on_block` is called after each block with the block
+    and the number of layers.
+    """
     with output_folder(dst) as folder:
         for name, content in files.items():
             if isinstance(content, bytes):
@@ -56,7 +60,7 @@ def write_converted(
         for block in source.blocks():
             items[item_name(block.layer)] = write_item(folder / item_name(block.layer), block.arrays)
             on_block(block, source.config.num_hidden_layers)
-            del block  # the next one is made while this name would still hold it
+            del block  # or this name would hold it while the next one is made
         source_form = {"layout": source.layout, "stored_tied_head": source.stored_tied_head}
         manifest: dict[str, Any] = {"source": source_form, "items": items}
         version = _VERSION
@@ -68,7 +72,7 @@ def write_converted(
 
 
 class ConvertedCheckpoint:
-    """A converted folder whose manifest agrees with its config; arrays are read when `blocks` gets to them."""
+    """A converted folder whose manifest has been checked against its config; arrays are read on demand."""
 
     def __init__(self, path: pathlib.Path, dtype: str | None, verify: bool) -> None:
         self.path, self._verify = path, verify
@@ -79,14 +83,15 @@ class ConvertedCheckpoint:
             self.layout: Layout = {name: name for name in get_args(Layout)}[manifest["source"]["layout"]]
             self.stored_tied_head = bool(manifest["source"]["stored_tied_head"])
         except (KeyError, TypeError):
-            raise UserError(f"{path / MANIFEST}: source: expected layout and stored_tied_head, found neither") from None
+            found = f"{manifest.get('source')!r}"[:200]
+            raise UserError(f"{path / MANIFEST}: source: expected layout and stored_tied_head, found {found}") from None
         self._target = np.dtype(dtype) if dtype else None
         self.quantization, weights = self._check_nf4(manifest.get("nf4"))
         self.stored_dtypes = self._check_items() | weights
         self.dtypes = {name: self._target or self.stored_dtypes[name] for name in parameter_specs(self.config)}
 
     def _check_nf4(self, entry: Any) -> tuple[Quantization | None, dict[str, np.dtype]]:
-        """(what is in NF4, the dtype that each of its weights was made from)."""
+        """(which weights are in NF4, the dtype of each of them before quantisation)."""
         if entry is None:
             return None, {}
         try:
@@ -119,7 +124,7 @@ class ConvertedCheckpoint:
         return dtypes
 
     def block(self, layer: int | None) -> Block:
-        """One layer or the top level, checked against the manifest."""
+        """One layer, or the top level (None), checked against the manifest."""
         return Block(layer, self._read(item_name(layer)))
 
     def blocks(self) -> Iterator[Block]:
@@ -127,8 +132,8 @@ class ConvertedCheckpoint:
         return map(self.block, (None, *range(self.config.num_hidden_layers)))
 
     def nested_offsets(self) -> dict[int, dict[str, np.ndarray]]:
-        """Layer -> path -> the offsets of the weights in NF4: the only arrays whose values a plan of an HF checkpoint
-        needs; they are small and read by themselves."""
+        """Layer -> path -> the offset of every weight in NF4. Only these small arrays are read: the length of an HF
+        checkpoint depends on their values, so `convert` needs them before it writes."""
         if self.quantization is None or not self.quantization.nested:
             return {}
         offsets: dict[int, dict[str, np.ndarray]] = {}
@@ -148,15 +153,15 @@ class ConvertedCheckpoint:
 
 
 def read_converted(path: str | os.PathLike[str], dtype: str | None = None, verify: bool = True) -> ConvertedCheckpoint:
-    """Opens a converted folder; `dtype` casts every weight that is not in NF4, `verify` compares checksums.
+    """Opens a converted folder. `dtype` casts every weight that is not in NF4; `verify` compares checksums.
 
     Raises:
-        UserError: here, for a manifest or config that is damaged or does not agree; from `blocks`, for a missing or
-            damaged item.
+        UserError: the manifest or the config is damaged, or they do not agree. Reading a block raises it for a missing
+            or damaged item.
     """
     return ConvertedCheckpoint(pathlib.Path(path), dtype, verify)
 
 
 def is_converted(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a converted folder, as against an HF one."""
+    """Whether `path` is a converted folder."""
     return (pathlib.Path(path) / MANIFEST).is_file()

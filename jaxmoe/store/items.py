@@ -1,8 +1,8 @@
-"""Orbax items and manifests: how arrays lie in the folders that this package writes.
+"""Orbax items and manifests: how this package stores arrays on disk.
 
-An item is a folder with the arrays of a flat dictionary. Its manifest, a JSON file beside it, has shape, dtype and
-SHA-256 of every array. Orbax copies the host arrays that it saves, so items are written one after the other and should
-be small. Arrays are NumPy; no model and no device is needed.
+An item is a folder with the arrays of a flat dictionary. A manifest, a JSON file beside it, has the shape, dtype and
+SHA-256 of every array. Orbax copies the host arrays that it saves, so large data is divided into items that are written
+one after the other. Arrays are NumPy; neither a model nor a device is needed.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import numpy as np
 from jaxmoe.config import DTYPES, read_json
 from jaxmoe.errors import UserError
 
-# Compression runs on all cores at once, each with a chunk and its compressed copy: small chunks keep the peak low.
+# Every core compresses a chunk at the same time and holds its compressed copy, so small chunks need less memory.
 _CHUNK_BYTES = 16 * 2**20
 
 
 def write_manifest(path: pathlib.Path, kind: str, version: int, content: Mapping[str, Any]) -> None:
-    """Writes the JSON file `path`, which says what `kind` of folder it lies in and in which version of its format."""
+    """Writes `content` to the JSON file `path`, with the kind of the folder and the version of its format."""
     head = {"format": kind, "version": version}
     path.write_text(json.dumps(head | dict(content), indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(path: pathlib.Path, kind: str, versions: tuple[int, ...]) -> dict[str, Any]:
-    """The content of a manifest.
+    """Reads a manifest.
 
     Raises:
-        UserError: the file is missing or no JSON object, or it is of another kind or version.
+        UserError: the file is missing or no JSON object, or its kind or version differs.
     """
     raw = read_json(path)
     if raw.get("format") != kind:
@@ -57,17 +57,20 @@ def same_names(where: str, expected: Iterable[str], found: Any) -> None:
         raise UserError(f"{where}: expected a JSON object, found {type(found).__name__}")
     missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing:
-        raise UserError(f"{where}: expected {missing[0]}, found none ({len(missing)} missing)")
+        raise UserError(f"{where}: missing {missing[0]} ({len(missing)} missing in all)")
     if unexpected:
-        raise UserError(f"{where}: unexpected {unexpected[0]} ({len(unexpected)} unexpected)")
+        raise UserError(f"{where}: unexpected {unexpected[0]} ({len(unexpected)} unexpected in all)")
 
 
 def check_entries(
     where: str, entries: Any, shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, np.dtype]:
-    """Checks the manifest's entries of one item against the expected shapes and returns the dtypes.
+    """Checks a manifest's entries for one item against the expected shapes and returns the dtypes by name.
 
-    `fixed` names the dtypes that are given; every other one has to be a float.
+    `fixed` gives the dtypes of arrays that allow only one; every other dtype must be a float.
+
+    Raises:
+        UserError: a missing or unexpected entry, or one with another shape or dtype.
     """
     same_names(where, shapes, entries)
     dtypes = {}
@@ -90,9 +93,13 @@ def checksum(array: np.ndarray) -> str:
 
 
 def write_item(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Writes one Orbax item and returns its entries for the manifest."""
-    # In a thread of its own, which is waited for: Ctrl-C and SIGTERM are raised in the main thread, and one that tore
-    # Orbax out of a write would leave others running while the folder is being removed.
+    """Writes one Orbax item and returns its entries for the manifest.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    # Ctrl-C and SIGTERM raise in the main thread. If they interrupted Orbax, its other writes would go on while the
+    # folder is removed. So Orbax runs in a second thread, and this one waits for it.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(_save, path.resolve(), arrays).result()
     return {
@@ -103,21 +110,21 @@ def write_item(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> dict[str
 
 def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     with quiet_orbax() as ocp:
-        # one file per chunk: the single-file format (OCDBT) gathers the whole item in memory before it writes
+        # One file per chunk: the single-file format (OCDBT) collects the whole item in memory before it writes.
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
         save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
         try:
             checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
         except ValueError as error:
             _wait_for_stragglers(path)
-            # tensorstore reports a failing disk as ValueError, with the cause in the text
+            # tensorstore reports a failing disk as a ValueError, with the cause in its text.
             raise OSError(f"{path.name}: cannot be written: {first_line(error)}") from error
         finally:
             checkpointer.close()
 
 
 def _wait_for_stragglers(path: pathlib.Path) -> None:
-    """Returns once the writes that were under way when one failed have ended: nothing new appears beside `path`."""
+    """Waits until the writes that were running when one failed have ended: until no new file appears beside `path`."""
     before = None
     while (now := sorted(map(str, path.parent.glob(f"{path.name}*/**/*")))) != before:
         before = now
@@ -127,13 +134,13 @@ def _wait_for_stragglers(path: pathlib.Path) -> None:
 def read_item(
     path: pathlib.Path, entries: Mapping[str, Any], verify: bool, partial: bool = False
 ) -> dict[str, np.ndarray]:
-    """Reads one Orbax item, or (`partial`) some of its arrays, and compares it with its entries in the manifest.
+    """Reads one Orbax item, or with `partial` only the arrays in `entries`, and compares it with its manifest entries.
 
     Raises:
         UserError: a missing or unreadable item, or an array whose shape, dtype or checksum differs.
     """
     if not path.is_dir():
-        raise UserError(f"folder not found: {path} (the arrays of one item)")
+        raise UserError(f"folder not found: {path}")
     with quiet_orbax() as ocp:
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
         restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in entries}
@@ -142,7 +149,7 @@ def read_item(
         try:
             arrays = checkpointer.restore(path.resolve(), args=options)
         except Exception as error:
-            # damaged files surface as whatever the layer that failed raises: ValueError, KeyError, JSON and zstd errors
+            # The type depends on the layer that meets the damage: ValueError, KeyError, JSON errors, zstd errors.
             raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
         finally:
             checkpointer.close()

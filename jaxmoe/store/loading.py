@@ -1,8 +1,8 @@
-"""From a checkpoint's layers to stacks on the device: several layers are read at once, each is sent as it is ready.
+"""Loads a checkpoint's layers into stacks on the device.
 
-Reading a layer is copying (its experts lie in hundreds of tensors), decompressing and comparing checksums: work for
-several cores, in NumPy and C code that holds no lock. Sending is one thread's work. The host holds `READERS` + 1 layers
-at most, whatever the model's size.
+Several threads read layers: they copy (a layer's experts lie in hundreds of tensors), decompress and compare
+checksums, all in NumPy and C code that releases Python's lock. One thread sends each layer to the device when it is
+ready. The host holds at most `READERS` + 1 layers, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _fill(stack: Array, value: Array, slot: Int[Array, ""] | int) -> Array:
 
 
 def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array that `load_stacks` gives."""
+    """Shape and dtype of every array that `load_stacks` returns."""
     return {
         path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or source.dtypes[path])
         for path, spec in stored_specs(config, source.quantization).items()
@@ -41,16 +41,16 @@ def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.Sh
 def load_stacks(
     config: Qwen3MoeConfig, source: Checkpoint, readers: int = READERS, on_layer: OnLayer = lambda *_: None
 ) -> dict[str, Array]:
-    """The checkpoint's arrays on the default device, those of the layers stacked: path -> array.
+    """Path -> array on the default device, for every array of the checkpoint; layers are stacked.
 
-    `on_layer` is called behind each layer.
+    `on_layer` is called after each layer.
 
     Raises:
-        UserError: what `source.block` raises; layers that are being read then are finished, no other is begun.
+        UserError: what `source.block` raises. Reads that are running then are finished; no other is started.
     """
     shapes = stack_shapes(config, source).items()
     params = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}
-    # Before the layers: NF4's table lies here, and a checkpoint that is recoded on the way takes it from here.
+    # The top level first: it holds NF4's table, which a checkpoint that is recoded needs for its layers.
     params |= {path: jnp.asarray(value) for path, value in source.block(None).arrays.items()}
     pool = ThreadPoolExecutor(readers, thread_name_prefix="read-layer")
     try:
@@ -62,7 +62,7 @@ def load_stacks(
             slots = layer_paths(config, block.layer, source.quantization)
             for path, slot in slots:
                 params[path] = _fill(params[path], block.arrays[path], slot)
-            # Until then the transfers read the host's arrays; without the wait more and more of those would pile up.
+            # The transfers read the host's arrays until they end. Without the wait, layers would pile up on the host.
             jax.block_until_ready([params[path] for path, _ in slots])
             on_layer(block.layer + 1, config.num_hidden_layers)
             del block

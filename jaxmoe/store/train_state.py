@@ -1,4 +1,4 @@
-"""The state of a training run on disk, so that a run that stops can go on."""
+"""Training checkpoints: the state of a run on disk, so that a run that stopped can resume."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _VERSION = 1
 
 
 class TrainCheckpoints:
-    """The last `keep` states of a training run in the folder `directory`, one Orbax step each, written atomically.
+    """The last `keep` states of a training run in the folder `directory`, one Orbax step each.
 
-    A state is any pytree of arrays and numbers. It is stored leaf by leaf, with the leaves' names in the metadata, so
-    that a state of another structure is refused rather than misread. A run that is killed while it saves leaves the
-    steps before it intact.
+    A state is any pytree of arrays and numbers. The names of its leaves are stored too, so that a state with another
+    structure is refused. A checkpoint appears whole or not at all: if a run is killed while it saves, the earlier
+    checkpoints stay intact.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
         self.directory = pathlib.Path(directory).resolve()
         with quiet_orbax() as ocp:
-            # Not asynchronous: on CPU the next step may reuse the memory that a background thread would still read.
+            # Not asynchronous: on a CPU the next step may overwrite memory that a background thread still reads.
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -35,11 +35,11 @@ class TrainCheckpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
-        """Writes `state` and `metadata` (anything that JSON can hold) as the checkpoint of `step`, a new one; returns
-        when it is on disk.
+        """Writes `state` and `metadata` (any JSON value) as the checkpoint of `step`, which must be new; returns when
+        it is on disk.
 
         Raises:
-            OSError: the disk is full or fails; older checkpoints are as they were.
+            OSError: the disk is full or fails. Older checkpoints stay intact.
         """
         leaves = _named_leaves(state)
         entries = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
@@ -51,53 +51,57 @@ class TrainCheckpoints:
                 )
                 self._manager.save(step, args=items, force=True)
         except ValueError as error:
-            if "os_error_code" not in str(error):  # how tensorstore marks what the disk said
+            if "os_error_code" not in str(error):  # tensorstore's mark for errors of the operating system
                 raise
             raise OSError(f"{self.directory / str(step)}: cannot be written: {first_line(error)}") from error
 
     def restore_latest(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest (step, state, metadata), or None when there is none.
+        """The newest (step, state, metadata), or None if there is no checkpoint.
 
         The state has the structure, dtypes and placement of `template`, whose leaves are arrays or
-        `jax.ShapeDtypeStruct`; NumPy leaves come back as NumPy.
+        `jax.ShapeDtypeStruct`. Leaves that are NumPy arrays in `template` are NumPy arrays in the state.
 
         Raises:
-            UserError: the checkpoint is damaged, or its leaves are not those of `template`.
+            UserError: the checkpoint is damaged, or its leaves differ from those of `template`.
         """
         import jax
 
         step = self.latest_step()
         if step is None:
             return None
-        where = self.directory / str(step)
         leaves = _named_leaves(template)
         with quiet_orbax() as ocp:
-            stored = self._restore(step, where, metadata=ocp.args.JsonRestore())
-        if not isinstance(stored, dict) or stored.get("version") != _VERSION:
-            raise UserError(f"{where}: expected a training checkpoint of version {_VERSION}, found another")
+            stored = self._restore(step, metadata=ocp.args.JsonRestore())
+            self._check_leaves(step, leaves, stored)
+            restore_args = {str(i): ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(leaves))}
+            arrays = self._restore(step, state=ocp.args.PyTreeRestore(restore_args=restore_args))
+        values = [_placed(arrays[str(i)], leaf) for i, (_, leaf) in enumerate(leaves)]
+        return step, jax.tree.unflatten(jax.tree.structure(template), values), stored["metadata"]
+
+    def _check_leaves(self, step: int, leaves: list[tuple[str, Any]], stored: Any) -> None:
+        where = self.directory / str(step)
+        version = stored.get("version") if isinstance(stored, dict) else None
+        if version != _VERSION:
+            raise UserError(f"{where}: version: expected {_VERSION}, found {version!r}")
         expected = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
         for want, found in zip(expected, stored["leaves"], strict=False):
             if want != found:
                 raise UserError(f"{where}: expected {_leaf_text(*want)}, found {_leaf_text(*found)}")
         if len(expected) != len(stored["leaves"]):
             raise UserError(f"{where}: expected {len(expected)} arrays, found {len(stored['leaves'])}")
-        with quiet_orbax() as ocp:
-            restore_args = {str(i): ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(leaves))}
-            arrays = self._restore(step, where, state=ocp.args.PyTreeRestore(restore_args=restore_args))
-        values = [_placed(arrays[str(i)], leaf) for i, (_, leaf) in enumerate(leaves)]
-        return step, jax.tree.unflatten(jax.tree.structure(template), values), stored["metadata"]
 
-    def _restore(self, step: int, where: pathlib.Path, **args: Any) -> Any:
+    def _restore(self, step: int, **item: Any) -> Any:
+        """One item of a checkpoint: its name, and Orbax's options for it."""
         try:
             with quiet_orbax() as ocp:
-                (item,) = self._manager.restore(step, args=ocp.args.Composite(**args)).values()
+                (value,) = self._manager.restore(step, args=ocp.args.Composite(**item)).values()
         except Exception as error:
-            # as in `read_item`: the type depends on which layer met the damage
-            raise UserError(f"{where}: cannot be read: {first_line(error)}") from error
-        return item
+            # As in `read_item`, the type depends on the layer that meets the damage.
+            raise UserError(f"{self.directory / str(step)}: cannot be read: {first_line(error)}") from error
+        return value
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
+        """Waits until everything that was saved is on disk."""
         with quiet_orbax():
             self._manager.wait_until_finished()
 
@@ -122,7 +126,7 @@ def _leaf_text(name: str, shape: list[int], dtype: str) -> str:
 
 
 def _placed(value: np.ndarray, like: Any) -> Any:
-    """`value` as a jax.Array with the sharding of `like`, or as NumPy where `like` is no JAX array."""
+    """`value` as a jax.Array with the sharding of `like`; as NumPy if `like` is no JAX array."""
     import jax
 
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):

@@ -64,17 +64,11 @@ def export_merged(
     a time; an earlier `target` is replaced."""
     from convert.adapters import merge
     from convert.hf2jax import companion_files, read_hf
-    from convert.jax2hf import write_hf
+    from convert.jax2hf import HFForm, write_hf
 
     source = read_converted(model) if is_converted(model) else read_hf(model)
     files = {**companion_files(model), "config.json": model / "config.json"}
     shutil.rmtree(target, ignore_errors=True)
-    write_hf(
-        target,
-        config,
-        source.dtypes,
-        (merge(config, block, lora, adapters) for block in source.blocks()),
-        files,
-        layout=source.layout,
-        stored_tied_head=source.stored_tied_head,
-    )
+    blocks = (merge(config, block, lora, adapters) for block in source.blocks())
+    form = HFForm(layout=source.layout, stored_tied_head=source.stored_tied_head)
+    write_hf(target, config, source.dtypes, blocks, files, form)
