@@ -239,8 +239,21 @@ def test_target_groups_expand_to_single_targets() -> None:
         expand_targets(["q_porj"])
 
 
-# A model whose dimensions all differ, so that no letter can stand for another.
+# A model whose dimensions all differ, so that no letter of the dimension key can stand for another.
 LETTERS = {"D": 48, "N": 6, "K": 3, "H": 10, "I": 56, "E": 5, "F": 14}
+IN_LETTERS = Qwen3MoeConfig(
+    vocab_size=8,
+    hidden_size=LETTERS["D"],
+    num_attention_heads=LETTERS["N"],
+    num_key_value_heads=LETTERS["K"],
+    head_dim=LETTERS["H"],
+    intermediate_size=LETTERS["I"],
+    num_experts=LETTERS["E"],
+    num_experts_per_tok=2,
+    moe_intermediate_size=LETTERS["F"],
+    num_hidden_layers=2,
+    mlp_only_layers=(1,),
+)
 
 
 def in_letters(shape: str) -> tuple[int, ...]:
@@ -249,19 +262,7 @@ def in_letters(shape: str) -> tuple[int, ...]:
 
 
 def test_the_table_of_adapter_targets_agrees_with_the_parameters() -> None:
-    config = Qwen3MoeConfig(
-        hidden_size=LETTERS["D"],
-        num_attention_heads=LETTERS["N"],
-        num_key_value_heads=LETTERS["K"],
-        head_dim=LETTERS["H"],
-        intermediate_size=LETTERS["I"],
-        num_experts=LETTERS["E"],
-        num_experts_per_tok=2,
-        moe_intermediate_size=LETTERS["F"],
-        num_hidden_layers=4,
-        mlp_only_layers=(2,),
-    )
-    specs = parameter_specs(config)
+    specs = parameter_specs(IN_LETTERS)
     assert {target.path: in_letters(target.shape) for target in LORA_TARGETS.values()} == {
         path: spec.shape[1:] for path, spec in specs.items() if spec.axes[0] == "layers" and spec.init == "normal"
     }
@@ -275,21 +276,8 @@ def test_the_table_of_adapter_targets_names_what_transformers_has() -> None:
     from transformers import Qwen3MoeConfig as HfConfig
     from transformers import Qwen3MoeForCausalLM
 
-    raw = Qwen3MoeConfig(
-        vocab_size=8,
-        hidden_size=LETTERS["D"],
-        num_attention_heads=LETTERS["N"],
-        num_key_value_heads=LETTERS["K"],
-        head_dim=LETTERS["H"],
-        intermediate_size=LETTERS["I"],
-        num_experts=LETTERS["E"],
-        num_experts_per_tok=2,
-        moe_intermediate_size=LETTERS["F"],
-        num_hidden_layers=2,
-        mlp_only_layers=(1,),
-    ).to_hf()
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(HfConfig.from_dict(raw))
+        model = Qwen3MoeForCausalLM(HfConfig.from_dict(IN_LETTERS.to_hf()))
     layers = {"attention": 0, "sparse": 0, "dense": 1}
     for name, target in LORA_TARGETS.items():
         layer = model.model.layers[layers[target.stack]]

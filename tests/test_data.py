@@ -332,7 +332,7 @@ def test_bad_file(tokenizer: Any, tmp_path: pathlib.Path) -> None:
 
 
 def test_bad_tokenizer(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match="folder not found: .*"):
+    with pytest.raises(UserError, match="folder not found: "):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UserError, match="expected a tokenizer, found none that can be loaded"):
         load_tokenizer(tmp_path)

@@ -7,8 +7,8 @@ bitsandbytes 0.50, `functional.py` and `backends/default/ops.py`.
 
 Decoding gives the bits of bitsandbytes for float32, bfloat16 and float16. Encoding gives the 4-bit codes and the absmax
 of its CPU backend. For the second quantisation only decoding is the same: bitsandbytes' own 8-bit encoders differ from
-each other (a table with 65,536 entries on a CPU, a search on CUDA), and so do their sums for the mean; this one takes the
-exact mean and the nearest value. So quantise once and share the bytes.
+each other (a table with 65,536 entries on a CPU, a search on CUDA), and so do their sums for the mean. This encoder
+takes the exact mean and the nearest value. So quantise once and share the bytes.
 """
 
 from __future__ import annotations

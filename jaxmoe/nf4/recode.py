@@ -40,7 +40,7 @@ class Recoded:
 
 
 def quantized(source: Checkpoint, form: str = "nf4") -> Checkpoint:
-    """The checkpoint with projections, dense MLPs and experts in NF4 with double quantisation, encoded while it is read.
+    """The checkpoint with projections, dense MLPs and experts in NF4 (double quantisation), encoded while it is read.
 
     Router, embeddings, norms and head stay as they are, and so do weights that are in NF4 already.
 
