@@ -16,9 +16,38 @@ from jaxmoe.train.settings import APART, VALUE, TrainConfig
 from tests.make_checkpoint import make_checkpoint
 from tests.test_train import CONFIG, Crash, crash_at, options, write_records
 
-# What version 0.1 wrote for `options`, apart from the model's config.
+# What version 0.1.0 wrote for `options`.
+MODEL_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "attention_bias": False,
+    "sliding_window": None,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+    "num_experts": 8,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.01,
+    "mlp_only_layers": [],
+    "dtype": "float32",
+    "use_sliding_window": False,
+}
 RECORDED: dict[str, Any] = {
-    "model": [CONFIG.to_hf(), "fb18d20a13eb03f3bfdf2676267ac5e32912debd448220924257dc87a3c8c909"],
+    "model": [MODEL_CONFIG, "fb18d20a13eb03f3bfdf2676267ac5e32912debd448220924257dc87a3c8c909"],
     "data": "3bf8384f924e9d302662390151e08da680c7651133e998e35044d7b8f0f8ff64",
     "eval_data": "55aefe8f21f5a86fff01fffa9e0a1c69a3109b30a5164c3a3fca073d8d7a948b",
     "lora": {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxmoe.train.loss import (
     NextTokenCrossEntropy,
     Outputs,
     Term,
+    Total,
     cross_entropy,
     next_token_objective,
 )
@@ -33,7 +35,7 @@ class PairPreference:
     Source: direct preference optimisation (Rafailov et al. 2023, equation 7), without the reference model's part.
     """
 
-    needs: ClassVar[dict[str, Any]] = {}
+    needs: Mapping[str, Total] = {}
     beta = 0.1
 
     def weight(self, batch: Batch) -> Any:
@@ -56,7 +58,7 @@ class RelativeNorm:
     """Sum of |h|^3 over the batch, divided by the sum of h^2 over the whole batch, which has no gradient: a loss that
     is wrong unless it is given that total."""
 
-    needs: ClassVar[dict[str, Any]] = {"norms": lambda outputs, batch: jnp.sum(outputs.hidden**2)}
+    needs: Mapping[str, Total] = {"norms": lambda outputs, batch: jnp.sum(outputs.hidden**2)}
 
     def weight(self, batch: Batch) -> Any:
         return jnp.ones(())

@@ -67,7 +67,7 @@ class Device:
             self._clock.now += 100 * STEP_SECONDS  # the compiler
         self._clock.now += HOST_SECONDS
         self.ready.append(self.work(STEP_SECONDS))
-        late = lambda value: Late(value, self.ready[-1], self._clock)
+        late: Any = lambda value: Late(value, self.ready[-1], self._clock)
         counts = np.ones((TINY.num_hidden_layers, TINY.num_experts), np.int32)
         numbers: Any = StepMetrics(late(1.0), late(1.0), late(1.0), late(1e-4), late(TOKENS), late(counts), {})
         return state, numbers
