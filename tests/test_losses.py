@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.config import LoraConfig
-from jaxmoe.data.records import Batch
+from jaxmoe.data.packing import Batch
 from jaxmoe.train.loss import (
     LoadBalancing,
     Loss,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxmoe.store.converted import TrainCheckpoints
+from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import loop, speed
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.speed import Arrivals, Arrived, Speed

@@ -25,7 +25,7 @@ from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.errors import UserError
-from jaxmoe.model import decoder as model
+from jaxmoe.model import layer_loop
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.store.train_state import TrainCheckpoints
@@ -556,9 +556,9 @@ def test_unrolled_layers_learn_the_same(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     setup, output = whole
-    unrolled, traced = model._unrolled, []
+    unrolled, traced = layer_loop._unrolled, []
     monkeypatch.setattr(prepare, "fallbacks", lambda *_: ["experts without a kernel"])
-    monkeypatch.setattr(model, "_unrolled", lambda *operands: traced.append(1) or unrolled(*operands))
+    monkeypatch.setattr(layer_loop, "_unrolled", lambda *operands: traced.append(1) or unrolled(*operands))
     train(setup(base, tmp_path / "out", unroll_layers=True, merge=False))
     assert traced
     said = capsys.readouterr().out
