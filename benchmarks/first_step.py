@@ -38,6 +38,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from jaxmoe.cli import xla
     from jaxmoe.data.packing import Batch
     from jaxmoe.model.init import init_adapters
+    from jaxmoe.train.loss import next_token_objective
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     mark()
@@ -62,7 +63,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     positions = np.broadcast_to(np.arange(args.seq_length, dtype=np.int32), ones.shape)
     batch = Batch(ids[..., :-1], ids[..., 1:], ones.astype(np.float32), ones, positions)
     mark()
-    step = jax.jit(make_train_step(model, optimizer, rate, 0.0), donate_argnums=1)
+    step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
     traced = step.trace(params, state, batch)
     mark()
     lowered = traced.lower()

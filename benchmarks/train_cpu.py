@@ -56,6 +56,7 @@ def jaxmoe_step(args: argparse.Namespace, lora: LoraConfig, recompute: bool) -> 
 
     from jaxmoe.data.packing import Batch
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+    from jaxmoe.train.loss import next_token_objective
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     module = Qwen3MoeForCausalLM.from_pretrained(args.model, dtype="float32")
@@ -64,7 +65,7 @@ def jaxmoe_step(args: argparse.Namespace, lora: LoraConfig, recompute: bool) -> 
     model = Model(config, lora, remat="low-memory" if recompute else "fast")
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     state = initial_state({path: jnp.asarray(a) for path, a in adapters_of(config, lora).items()}, optimizer)
-    train_step = jax.jit(make_train_step(model, optimizer, rate, aux_coefficient=0.0), donate_argnums=1)
+    train_step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
     ones = np.ones((1, args.batch_size, args.seq_length), np.int32)
     positions = np.broadcast_to(np.arange(args.seq_length, dtype=np.int32), ones.shape)
 

@@ -76,6 +76,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     from jaxmoe.data.packing import Batch
     from jaxmoe.model.init import init_adapters
     from jaxmoe.model.selection import selected_implementations
+    from jaxmoe.train.loss import next_token_objective
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
     # By default a row is one document, as where `jaxmoe.train.loop` finds no two that fit into one.
@@ -110,7 +111,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
 
     # As `jaxmoe.train.loop` does: before the weights, since XLA tries products on buffers of its own.
     start = time.perf_counter()
-    step = jax.jit(make_train_step(model, optimizer, rate, 0.0), donate_argnums=1)
+    step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
     compiled = step.lower(shapes, state, batch(0)).compile()
     first = time.perf_counter() - start
     metrics: Any = None

@@ -29,6 +29,7 @@ from jaxmoe.ops.kernels.grouped_matmul.xla import XLA
 from jaxmoe.ops.schedule import make_schedule
 from jaxmoe.parameters import lora_specs, parameter_specs
 from jaxmoe.presets import PRESETS
+from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, loss_and_gradients
 
 SMALL = Qwen3MoeConfig(
@@ -135,7 +136,8 @@ def test_activations_are_within_a_factor_of_two_of_what_xla_allocates(seq_length
     ids, floats = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (jnp.int32, jnp.float32))
     batch = Batch(input_ids=ids, labels=ids, weights=floats, segment_ids=ids, position_ids=ids)
     model = Model(config, lora, remat=remat)
-    step = jax.jit(lambda frozen, adapters, batch: loss_and_gradients(model, frozen, adapters, batch, 0.001))
+    objective = next_token_objective(0.001)
+    step = jax.jit(lambda frozen, adapters, batch: loss_and_gradients(model, frozen, adapters, batch, objective))
     used = step.lower(structs["frozen"], structs["adapters"], batch).compile().memory_analysis()
     assert used is not None
     plan = memory.training_forecast(
@@ -212,7 +214,8 @@ def test_a_step_holds_the_logits_that_are_forecast(remat: memory.Remat, tokens: 
     ints, floats = (jax.ShapeDtypeStruct((1, 2, 1024), dtype) for dtype in (jnp.int32, jnp.float32))
     batch: Any = Batch(ints, ints, floats, ints, ints)
     model = Model(SMALL, LORA, "float32", remat)
-    traced = jax.jit(lambda p, a, b: loss_and_gradients(model, p, a, b, 0.0)).trace(params, adapters, batch)
+    objective = next_token_objective()
+    traced = jax.jit(lambda p, a, b: loss_and_gradients(model, p, a, b, objective)).trace(params, adapters, batch)
     logits = {int(rows) for rows in re.findall(rf"f32\[(\d+),{SMALL.vocab_size}\]", str(traced.jaxpr))}
     assert logits == {tokens}
 

@@ -18,6 +18,7 @@ from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.model.init import init_adapters
 from jaxmoe.ops.experts import ExpertWeights, sorted_experts
 from jaxmoe.ops.router import route
+from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, loss_and_gradients
 from tests import oracle
 from tests.conftest import ROOT
@@ -85,9 +86,10 @@ def test_adapter_gradients_equal_the_cpu():
             name: a + 0.02 * jax.random.normal(key, a.shape)
             for key, (name, a) in zip(keys, adapters.items(), strict=True)
         }
-        step = jax.jit(partial(loss_and_gradients, Model(loaded.config, lora), aux_coefficient=0.01))
-        loss, _, gradients = step(loaded.params, adapters, batch)
-        return loss, gradients
+        objective = next_token_objective(0.01)
+        step = jax.jit(partial(loss_and_gradients, Model(loaded.config, lora), objective=objective))
+        found = step(loaded.params, adapters, batch)
+        return found.loss, found.gradients
 
     (gpu_loss, gpu), (cpu_loss, cpu) = on("gpu", run), on("cpu", run)
     assert cpu_loss < 5  # a model that still predicts (noise gives 12): its routing is not decided by rounding errors

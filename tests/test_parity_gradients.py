@@ -12,6 +12,7 @@ import pytest
 
 import jaxmoe.model.decoder
 import jaxmoe.ops.experts
+import jaxmoe.train.loss
 import jaxmoe.train.step
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data.packing import Batch as TrainingBatch
@@ -24,6 +25,7 @@ from tests.tolerances import bound
 
 # A coefficient at which the load-balancing loss carries weight in the router's gradient.
 AUX_COEFFICIENT = 0.5
+OBJECTIVE = jaxmoe.train.loss.next_token_objective(AUX_COEFFICIENT)
 LAYOUT = [[48], [-3, 30, 15]]
 NAMES = (
     "plain",
@@ -75,9 +77,9 @@ def run_product(name: str, lora: LoraConfig, remat: Remat) -> tuple[float, dict[
 
     @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def run(frozen, trainable, batch):
-        loss, stats, gradients = jaxmoe.train.step.loss_and_gradients(model, frozen, trainable, batch, AUX_COEFFICIENT)
-        aux = jaxmoe.train.step.load_balancing_loss(*stats) if config.sparse_layers else 0.0
-        return loss + AUX_COEFFICIENT * aux, gradients
+        found = jaxmoe.train.step.loss_and_gradients(model, frozen, trainable, batch, OBJECTIVE)
+        aux = jaxmoe.train.step.load_balancing_loss(*found.stats) if config.sparse_layers else 0.0
+        return found.loss + AUX_COEFFICIENT * aux, found.gradients
 
     arrays = random_parameters(config), random_adapters(config, lora)
     frozen, trainable = ({path: jnp.asarray(array) for path, array in part.items()} for part in arrays)
@@ -149,7 +151,7 @@ def test_frozen_weights_have_neither_gradient_nor_optimizer_state() -> None:
     specs = parameter_specs(config), lora_specs(config, lora)
     frozen, trainable = ({p: jax.ShapeDtypeStruct(s.shape, jnp.float32) for p, s in part.items()} for part in specs)
     gradients = jax.eval_shape(
-        lambda f, t, b: jaxmoe.train.step.loss_and_gradients(model, f, t, b, AUX_COEFFICIENT)[2],
+        lambda f, t, b: jaxmoe.train.step.loss_and_gradients(model, f, t, b, OBJECTIVE).gradients,
         *(frozen, trainable, training_batch(make_batch(config, LAYOUT))),
     )
     assert {path: g.shape for path, g in gradients.items()} == {path: t.shape for path, t in trainable.items()}
@@ -179,8 +181,8 @@ def forget_the_weight_in_the_backward_pass(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_the_balancing_loss(patch: pytest.MonkeyPatch) -> None:
-    balance = jaxmoe.train.step.load_balancing_loss
-    patch.setattr(jaxmoe.train.step, "load_balancing_loss", lambda *a: jax.lax.stop_gradient(balance(*a)))
+    balance = jaxmoe.train.loss.load_balancing_loss
+    patch.setattr(jaxmoe.train.loss, "load_balancing_loss", lambda *a: jax.lax.stop_gradient(balance(*a)))
 
 
 def reverse_the_experts_adapters(patch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,9 @@ from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.parameters import NESTED_QUANT_MAP, matrix_shape, nf4_candidates, parameter_specs
 from jaxmoe.store.checkpoint import Checkpoint
 from jaxmoe.store.converted import read_converted
-from jaxmoe.train.loop import TrainConfig, train
+from jaxmoe.train.loop import train
+from jaxmoe.train.loss import next_token_objective
+from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model, loss_and_gradients
 from tests.configs import random_adapters
 from tests.make_checkpoint import TINY, make_checkpoint
@@ -247,7 +249,9 @@ def outcome(model: Qwen3MoeForCausalLM, remat: Any, fresh: bool = False) -> tupl
             config=MIXED,
             options=Options(lora=LORA),
         ).hidden
-        return hidden, loss_and_gradients(Model(MIXED, LORA, dtype, remat), params, adapters, batch, 0.01)[2]
+        objective = next_token_objective(0.01)
+        step = loss_and_gradients(Model(MIXED, LORA, dtype, remat), params, adapters, batch, objective)
+        return hidden, step.gradients
 
     adapters = {path: jnp.asarray(array) for path, array in random_adapters(MIXED, LORA).items()}
     compiled = jax.jit(run, compiler_options=COMPILER_OPTIONS)
@@ -325,7 +329,8 @@ def temporary_bytes(remat: str, decode_first: bool) -> int:
                 stack = NF4Stack.of(params, path, (math.prod(lead), out, inner), "float32")
                 params = params | {path: stack[jnp.arange(math.prod(lead))].reshape(*lead, out, inner)}
                 params = {name: array for name, array in params.items() if not name.startswith(f"{path}.")}
-        return loss_and_gradients(Model(WIDE, lora, "float32", remat), params, adapters, batch, 0.0)[2]  # pyright: ignore[reportArgumentType]
+        model = Model(WIDE, lora, "float32", remat)  # pyright: ignore[reportArgumentType]
+        return loss_and_gradients(model, params, adapters, batch, next_token_objective()).gradients
 
     analysis = jax.jit(run, compiler_options=COMPILER_OPTIONS).lower(params, adapters).compile().memory_analysis()
     assert analysis is not None

@@ -24,6 +24,7 @@ from jaxmoe.ops.router import RoutingControl
 from jaxmoe.routing.capture import capture
 from jaxmoe.routing.generation import capture_generation
 from jaxmoe.routing.text import read_text
+from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, loss_and_gradients
 from tests.configs import config_of, random_parameters, random_tokens
 from tests.parity import COMPILER_OPTIONS
@@ -219,7 +220,9 @@ def test_training_replays_the_captured_experts_and_its_own_routing_changes_no_bi
     lora = LoraConfig(r=4, targets=("q_proj", "gate", "experts.gate_up_proj", "experts.down_proj"))
     adapters = init_adapters(config, lora, jax.random.key(0))
     step = jax.jit(
-        lambda batch: loss_and_gradients(Model(config, lora), model.params, adapters, batch, 0.01),
+        lambda batch: loss_and_gradients(
+            Model(config, lora), model.params, adapters, batch, next_token_objective(0.01)
+        ),
         compiler_options=COMPILER_OPTIONS,
     )
     free, own = step(batch), step(replayed)

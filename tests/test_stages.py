@@ -14,6 +14,7 @@ from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data.packing import Batch
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.presets import PRESETS
+from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 from tests.configs import config_of
 
@@ -72,7 +73,8 @@ def test_every_stage_is_named_in_a_compiled_step():
     state = jax.eval_shape(lambda key: initial_state(init_adapters(config, lora, key), optimizer), jax.random.key(0))
     ids = np.zeros((1, 2, 64), np.int32)
     batch = Batch(ids, ids, ids.astype(np.float32), ids, ids)
-    compiled = jax.jit(make_train_step(model, optimizer, rate, 0.0)).lower(params, state, batch).compile()
+    step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()))
+    compiled = step.lower(params, state, batch).compile()
     text = compiled.as_text()
     assert text is not None
     found = {stages.stage_of(path) for path in stages.scopes(text).values()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -20,17 +21,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jaxmoe.train.loop as trainer
 from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.errors import UserError
-from jaxmoe.model import decoder as model
+from jaxmoe.model import layer_loop
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.store.train_state import TrainCheckpoints
-from jaxmoe.train.loop import TrainConfig, _Signals, main, train
-from jaxmoe.train.metrics import MetricsLog, Progress, expert_load
+from jaxmoe.train import prepare
+from jaxmoe.train.__main__ import main
+from jaxmoe.train.loop import CompiledSteps, Signals, train
+from jaxmoe.train.loss import NextTokenCrossEntropy, Outputs, next_token_objective
+from jaxmoe.train.metrics import MetricsLog, expert_load
+from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
 from tests.conftest import ROOT
 from tests.make_checkpoint import TINY, make_checkpoint
@@ -139,7 +143,7 @@ def whole(request: pytest.FixtureRequest, base: pathlib.Path, tmp_path_factory: 
 
 @pytest.fixture(scope="module")
 def crashed(whole: Any, base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The same run after it died behind step 4, with a checkpoint of step 3."""
+    """The same run after it died after step 4, with a checkpoint of step 3."""
     output = tmp_path_factory.mktemp("crashed") / "out"
     with pytest.raises(Crash):
         train(whole[0](base, output, save_every=3), crash_at(4))
@@ -283,7 +287,7 @@ def test_signal_saves_and_says_how_to_go_on(
 
 def test_second_signal_is_the_systems() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with _Signals() as signals:
+    with Signals() as signals:
         assert signals.received is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
@@ -332,16 +336,17 @@ def in_one_batch() -> Any:
 
 def in_micro_batches(count: int, rows: Batch, model: Model, frozen: Any, adapters: Any) -> Any:
     batch = jax.tree.map(lambda array: array.reshape(count, -1, array.shape[-1]), rows)
-    return jax.jit(lambda f, a, b: loss_and_gradients(model, f, a, b, 0.1))(frozen, adapters, batch)
+    objective = next_token_objective(0.1)
+    return jax.jit(lambda f, a, b: loss_and_gradients(model, f, a, b, objective))(frozen, adapters, batch)
 
 
 def check_accumulation() -> None:
-    what, rows, (loss, stats, gradients) = in_one_batch()
-    split_loss, split_stats, split_gradients = in_micro_batches(2, rows, *what)
-    np.testing.assert_array_equal(stats.counts, split_stats.counts)
-    errors = {"loss": abs(float(split_loss - loss)) / abs(float(loss))}
-    for path, gradient in gradients.items():
-        errors[path] = float(jnp.linalg.norm(split_gradients[path] - gradient) / jnp.linalg.norm(gradient))
+    what, sequences, whole = in_one_batch()
+    split = in_micro_batches(2, sequences, *what)
+    np.testing.assert_array_equal(whole.stats.counts, split.stats.counts)
+    errors = {"loss": abs(float(split.loss - whole.loss)) / abs(float(whole.loss))}
+    for path, gradient in whole.gradients.items():
+        errors[path] = float(jnp.linalg.norm(split.gradients[path] - gradient) / jnp.linalg.norm(gradient))
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= bound("accumulation"), (worst, errors[worst])
 
@@ -356,8 +361,11 @@ def own_load(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Model.run
 
     def run(self: Model, *args: Any, train: bool) -> Any:
-        loss, stats = right(self, *args, train=train)
-        return loss, stats if train else stats._replace(counts=stats.counts // 2, tokens=stats.tokens // 2)
+        outputs = right(self, *args, train=train)
+        if train:
+            return outputs
+        half = outputs.router._replace(counts=outputs.router.counts // 2, tokens=outputs.router.tokens // 2)
+        return dataclasses.replace(outputs, router=half)
 
     monkeypatch.setattr(Model, "run", run)
 
@@ -365,13 +373,13 @@ def own_load(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each micro-batch's loss is divided by its own weight, not by all."""
     in_one_batch()
-    right = Model.run
+    right = NextTokenCrossEntropy.__call__
 
-    def run(self: Model, frozen: Any, trainable: Any, batch: Batch, *, train: bool) -> Any:
-        loss, stats = right(self, frozen, trainable, batch, train=train)
-        return loss * 20 / jnp.sum(batch.weights), stats
+    def own(self: NextTokenCrossEntropy, outputs: Outputs, batch: Batch, totals: Any) -> Any:
+        summed, metrics = right(self, outputs, batch, totals)
+        return summed * 20 / jnp.sum(batch.weights), metrics
 
-    monkeypatch.setattr(Model, "run", run)
+    monkeypatch.setattr(NextTokenCrossEntropy, "__call__", own)
 
 
 @pytest.mark.parametrize("fault", [own_load, own_mean])
@@ -393,7 +401,9 @@ def test_only_adapters_are_trained() -> None:
     assert len(paths) == 3 * len(adapters), "a master, a first and a second moment of each adapter"
     assert all("lora_" in path for path in paths)
     batch = jax.tree.map(lambda array: array[None], random_batch(MIXED, 4, 24))
-    state, numbers = jax.jit(make_train_step(model, optimizer, rate, 0.01), donate_argnums=1)(frozen, state, batch)
+    state, numbers = jax.jit(make_train_step(model, optimizer, rate, next_token_objective(0.01)), donate_argnums=1)(
+        frozen, state, batch
+    )
     for path, array in before.items():
         np.testing.assert_array_equal(array, frozen[path], err_msg=path)
     assert numbers.expert_counts.sum() == int((batch.segment_ids > 0).sum()) * MIXED.num_experts_per_tok
@@ -504,10 +514,10 @@ def test_steps_are_compiled_while_weights_are_read(
     base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any weight is there, and from then on there is nothing left to compile; a failed read leaves nothing."""
-    compiled: list[trainer._Compiled] = []
-    start, read = trainer._Compiled.__init__, trainer.load_stacks
+    compiled: list[CompiledSteps] = []
+    start, read = CompiledSteps.__init__, prepare.load_stacks
 
-    def started(self: trainer._Compiled, *arguments: Any) -> None:
+    def started(self: CompiledSteps, *arguments: Any) -> None:
         start(self, *arguments)
         compiled.append(self)
 
@@ -518,10 +528,10 @@ def test_steps_are_compiled_while_weights_are_read(
     def fail(*arguments: Any, **options: Any) -> Any:
         raise UserError("weights: expected some, found none")
 
-    monkeypatch.setattr(trainer._Compiled, "__init__", started)
-    monkeypatch.setattr(trainer, "load_stacks", read_late)
+    monkeypatch.setattr(CompiledSteps, "__init__", started)
+    monkeypatch.setattr(prepare, "load_stacks", read_late)
     train(options(base, tmp_path / "out", max_steps=1))
-    monkeypatch.setattr(trainer, "load_stacks", fail)
+    monkeypatch.setattr(prepare, "load_stacks", fail)
     with pytest.raises(UserError, match=r"^weights:"):
         train(options(base, tmp_path / "failed", max_steps=1))
     assert len(compiled) == 2
@@ -546,13 +556,13 @@ def test_unrolled_layers_learn_the_same(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     setup, output = whole
-    unrolled, traced = model._unrolled, []
-    monkeypatch.setattr(trainer, "fallbacks", lambda *_: ["experts without a kernel"])
-    monkeypatch.setattr(model, "_unrolled", lambda *operands: traced.append(1) or unrolled(*operands))
+    unrolled, traced = layer_loop._unrolled, []
+    monkeypatch.setattr(prepare, "fallbacks", lambda *_: ["experts without a kernel"])
+    monkeypatch.setattr(layer_loop, "_unrolled", lambda *operands: traced.append(1) or unrolled(*operands))
     train(setup(base, tmp_path / "out", unroll_layers=True, merge=False))
     assert traced
     said = capsys.readouterr().out
-    assert "--unroll-layers: the first step waits" in said and "experts without a kernel" in said
+    assert "--unroll-layers: compiling every layer takes" in said and "experts without a kernel" in said
     for expected, found in zip(metrics(output), metrics(tmp_path / "out"), strict=True):
         for name in ("loss", "grad_norm", "eval_loss"):
             if expected.get(name) is not None:
@@ -562,18 +572,18 @@ def test_unrolled_layers_learn_the_same(
 @pytest.mark.parametrize(
     ("steps", "on_gpu", "changes", "said"),
     [
-        (3000, True, {}, "3,000 steps: with --unroll-layers"),
+        (3000, True, {}, "3,000 steps: --unroll-layers would make"),
         (2999, True, {}, None),
         (3000, False, {}, None),
         (3000, True, {"remat": "offload"}, None),
         (3000, True, {"full": True, "merge": False}, None),
-        (10, False, {"unroll_layers": True}, "--unroll-layers: the first step waits"),
+        (10, False, {"unroll_layers": True}, "--unroll-layers: compiling every layer takes"),
     ],
     ids=str,
 )
 def test_long_runs_hear_of_unrolling(steps: int, on_gpu: bool, changes: dict[str, Any], said: str | None) -> None:
     settings = TrainConfig(model=pathlib.Path("m"), data=pathlib.Path("d"), output=pathlib.Path("o"), **changes)
-    notices = trainer._about_unrolling(settings, steps, on_gpu)
+    notices = prepare._about_unrolling(settings, steps, on_gpu)
     assert [notice[: len(said or "")] for notice in notices] == ([said] if said else [])
 
 
@@ -613,18 +623,6 @@ def test_tensorboard(tmp_path: pathlib.Path) -> None:
     assert b"eval_loss" not in content
 
 
-def test_plain_progress(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(total=10, done=0)
-    row = {"loss": 1.5, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": None}
-    progress.step(row | {"step": 1}, logged=True)
-    progress.step(row | {"step": 2, "tokens_per_second": 1234.0}, logged=False)
-    progress.step(row | {"step": 3, "tokens_per_second": 1234.0}, logged=True)
-    progress.close()
-    first, third = capsys.readouterr().out.splitlines()
-    assert first == "step 1/10  loss 1.5000  lr 1.00e-03  grad norm 0.500  - tokens/s"
-    assert third.startswith("step 3/10  loss 1.5000  lr 1.00e-03  grad norm 0.500  1,234 tokens/s  0:00 left")
-
-
 # --- bad input
 
 
@@ -648,7 +646,7 @@ BAD_FLAGS = {
     "no tokenizer": ("--model {tmp}/no-tokenizer", "no-tokenizer: expected a tokenizer"),
     "no config": ("--model {tmp}/no-config", r"file not found: .*no-config/config\.json"),
     "no such adapter": ("--adapter {tmp}/nowhere", "nowhere: expected a PEFT adapter"),
-    "adapter and rank": ("--adapter {tmp}/nowhere --lora-r 3", "lora_r: expected none, the adapter decides it"),
+    "adapter and rank": ("--adapter {tmp}/nowhere --lora-r 3", "lora_r: expected none, since the adapter decides it"),
     "unknown target": ("--lora-targets q_proj,mlp", "LoRA targets: expected .*'mlp'"),
     "missing layers": ("--lora-targets dense", "'gate_proj': the model has no dense MLP layer"),
     "too long": ("--seq-length 4096", "seq_length: expected at most the model's max_position_embeddings"),
@@ -661,11 +659,11 @@ BAD_FLAGS = {
     "nothing to evaluate": ("--eval-every 3", "eval_every: expected eval_data or eval_fraction"),
     "all held out": ("--eval-fraction 1", "eval_fraction: expected a number between 0 and 1"),
     "two models": ("--from-scratch {tmp}/config.json", "model and from_scratch: expected one of them, found both"),
-    "stray tokenizer": ("--tokenizer {tmp}", "tokenizer: expected with from_scratch, and only there"),
-    "full and merge": ("--full --merge", "adapter and merge: expected only where adapters are trained"),
-    "full and rank": ("--full --lora-r 3", "lora_r: expected none, all parameters are trained"),
-    "full and unrolled": ("--full --unroll-layers", "unroll_layers: expected only where adapters are trained"),
-    "unrolled and offload": ("--unroll-layers --remat offload", "unroll_layers: expected .* without remat offload"),
+    "stray tokenizer": ("--tokenizer {tmp}", "tokenizer: only valid with from_scratch, which needs it; found it alone"),
+    "full and merge": ("--full --merge", "adapter and merge: only valid with LoRA training"),
+    "full and rank": ("--full --lora-r 3", "lora_r: expected none, since all parameters are trained"),
+    "full and unrolled": ("--full --unroll-layers", "unroll_layers: only valid with LoRA training"),
+    "unrolled and offload": ("--unroll-layers --remat offload", "unroll_layers: only valid .* not with remat offload"),
     "nothing within a row": ("--seq-length 2", "data: expected at least one record with a token to learn, found none"),
     "output in use": ("--output {tmp}/used", "used: expected a new or empty folder, or --resume"),
     "output of something else": ("--output {tmp}/used --resume", r"file not found: .*used/train_config\.json"),

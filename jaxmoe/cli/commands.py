@@ -9,8 +9,8 @@ from jaxmoe.cli.arguments import run
 
 
 def train() -> None:
-    """`jaxmoe-train`: see `jaxmoe.train.loop`."""
-    from jaxmoe.train.loop import main
+    """`jaxmoe-train`: see `jaxmoe.train`."""
+    from jaxmoe.train.__main__ import main
 
     run(main)
 

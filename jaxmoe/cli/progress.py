@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, gone when the job is done; a line every few seconds elsewhere."""
+"""Progress of long jobs and of training: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,34 +6,65 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-INTERVAL = 5.0  # seconds between two lines
+INTERVAL = 5.0  # seconds between two lines of a job
 
 Show = Callable[[int, int, str], None]  # done, of how much, in words
 
 
+class _Bar:
+    """The terminal's form: a bar of rich, on standard output or standard error, with columns from `fields`."""
+
+    def __init__(self, *columns: Any, on_stderr: bool = False, transient: bool = False, **task: Any) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(*columns, console=Console(stderr=on_stderr), transient=transient)
+        self._task = self._bar.add_task("", **task)
+        self._bar.start()
+
+    def update(self, **task: Any) -> None:
+        self._bar.update(self._task, **task)
+
+    def say(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _line(text: str, *, on_stderr: bool = False) -> None:
+    """The plain form: one line at once."""
+    print(text, file=sys.stderr if on_stderr else sys.stdout, flush=True)
+
+
 @contextmanager
 def progress(what: str, *, on_stderr: bool = False) -> Iterator[Show]:
-    """Gives a function to call as often as one likes. A bar is on standard error, lines are on standard output unless
-    that is for what the command gives (`on_stderr`)."""
+    """Gives a function to call as often as one likes; it shows a bar, which is gone when the job is done, or a line
+    every few seconds.
+
+    A bar is on standard error. Lines are on standard output, unless that is for the command's result (`on_stderr`).
+    """
     if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
         columns = TextColumn(what, markup=False), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn()
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=None, words="")
-            yield lambda done, total, words: bar.update(task, completed=done, total=total, words=words)
+        bar = _Bar(*columns, on_stderr=True, transient=True, total=None, words="")
+        try:
+            yield lambda done, total, words: bar.update(completed=done, total=total, words=words)
+        finally:
+            bar.close()
         return
     shown = time.monotonic()
 
-    def line(done: int, total: int, words: str) -> None:
+    def show(done: int, total: int, words: str) -> None:
         nonlocal shown
         if time.monotonic() - shown >= INTERVAL:
             shown = time.monotonic()
-            print(f"{what}: {words}", file=sys.stderr if on_stderr else sys.stdout, flush=True)
+            _line(f"{what}: {words}", on_stderr=on_stderr)
 
-    yield line
+    yield show
 
 
 @contextmanager
@@ -41,3 +72,62 @@ def reading_weights(*, on_stderr: bool = False) -> Iterator[Callable[[int, int],
     """`progress` for the `on_layer` of what reads a checkpoint."""
     with progress("reading the weights", on_stderr=on_stderr) as show:
         yield lambda done, total: show(done, total, f"{done} of {total} layers")
+
+
+class TrainingProgress:
+    """Progress of a training run, on standard output: a bar with loss, tokens/s and time left, or one line per logged
+    step."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total = total
+        self._start: tuple[float, int] | None = None  # time and step from which on the pace is measured
+        self._bar = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            columns = [
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[speed]} tokens/s"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            ]
+            self._bar = _Bar(*columns, total=total, completed=done, loss="-", speed="-")
+
+    def step(self, numbers: dict[str, Any], *, logged: bool) -> None:
+        """Shows one finished step; `numbers` as in metrics.jsonl."""
+        if self._start is None:
+            self._start = time.perf_counter(), numbers["step"]  # the first step is mostly compilation
+        start, first = self._start
+        done, speed = numbers["step"], numbers["tokens_per_second"]
+        shown = "-" if speed is None else f"{speed:,.0f}"
+        if self._bar is not None:
+            self._bar.update(completed=done, loss=f"{numbers['loss']:.4f}", speed=shown)
+        elif logged:
+            line = f"step {done}/{self._total}  loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.2e}"
+            line += f"  grad norm {numbers['grad_norm']:.3f}  {shown} tokens/s"
+            if done > first:
+                pace = (time.perf_counter() - start) / (done - first)
+                line += f"  {_clock(pace * (self._total - done))} left"
+            _line(line)
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.say(text)
+        else:
+            _line(text)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

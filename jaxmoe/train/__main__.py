@@ -1,9 +1,49 @@
-"""`python -m jaxmoe.train`: trains a model."""
+"""LoRA fine-tuning, and training of all parameters, of a Qwen3-MoE model: `python -m jaxmoe.train --help`.
+
+The output folder holds the adapter in PEFT's form (`adapter_model.safetensors`, `adapter_config.json`), or the model in
+`model/` if all parameters are trained; `metrics.jsonl`, `tensorboard/`, `checkpoints/` (Orbax) and `train_config.json`.
+A run that stops, by a signal or a crash, continues with `--resume` as if it had never stopped; on CPU, bit for bit.
+"""
 
 from __future__ import annotations
 
-from jaxmoe.cli.arguments import run
-from jaxmoe.train.loop import main
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Sequence
+
+from jaxmoe.cli import xla
+from jaxmoe.cli.arguments import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
+from jaxmoe.train.loop import train
+from jaxmoe.train.settings import TrainConfig
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jaxmoe.train`: 0 when done, 128 + the signal's number when a signal ended the run early."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_dataclass_arguments(parser, TrainConfig)
+    settings = dataclass_from_arguments(TrainConfig, parser.parse_args(argv))
+    xla.configure()
+    summary = train(settings)
+    if summary["stopped_by"] is not None:
+        name = signal.Signals(summary["stopped_by"]).name
+        print(
+            f"{name}: saved after step {summary['steps']}; the same command with --resume continues from there",
+            file=sys.stderr,
+        )
+        return 128 + summary["stopped_by"]
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s, wrote {settings.output}")
+    if summary["eval_loss"] is not None:
+        before, after = summary["eval_loss_before"], summary["eval_loss"]
+        perplexities = f"perplexity {_perplexity(before):.2f} -> {_perplexity(after):.2f}"
+        print(f"held-out loss {before:.4f} -> {after:.4f} ({perplexities})")
+    return 0
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # beyond that it overflows
+
 
 if __name__ == "__main__":
     run(main)

@@ -1,14 +1,130 @@
-"""Next-token cross-entropy that never holds the logits of all tokens."""
+"""What a training step minimises: losses as objects, and a cross-entropy that never holds the logits of all tokens.
+
+A step minimises a sum of `Term`s, each a loss and its coefficient (`next_token_objective` builds the usual ones). To
+add a loss, write a class with the three members of `Loss` and hand it to `make_train_step`; the step stays as it is.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
+from jaxmoe.data.packing import Batch
+from jaxmoe.model.interface import RouterStats
 from jaxmoe.ops.contraction import product
+from jaxmoe.ops.router import load_balancing_loss
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a forward pass over B sequences of T tokens hands to a loss; all logits are never among it.
+
+    `hidden` are the states after the final norm and `head` the output projection, both in the model's dtype; `router`
+    holds the router's statistics. The last two are for `cross_entropy`: how many tokens' logits may exist at a time,
+    and whether the head is frozen, so that it needs no gradient.
+    """
+
+    hidden: Float[Array, "B T D"]
+    head: Float[Array, "V D"]
+    router: RouterStats
+    chunk: int
+    frozen_head: bool
+
+
+Total = Callable[[Outputs, Batch], PyTree]  # what one micro-batch adds to a total
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """A loss that is a sum over a batch divided by the batch's weight, and that micro-batches therefore add up to.
+
+    `needs` names the totals over the whole batch that the loss reads, and says what each micro-batch adds to them. If
+    the batch has several micro-batches, a first forward pass collects the totals; with one there is no such pass.
+    Totals carry no gradient.
+    """
+
+    @property
+    def needs(self) -> Mapping[str, Total]:
+        """Total by name; losses that share a name share the total."""
+        ...
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """What the sum over the whole batch is divided by; `batch` is the whole one, [accumulation, B, T]."""
+        ...
+
+    def __call__(
+        self, outputs: Outputs, batch: Batch, totals: Mapping[str, PyTree]
+    ) -> tuple[Float[Array, ""], Mapping[str, Float[Array, ""]]]:
+        """(sum over a micro-batch [B, T], further sums to report by name); all are divided by the same weight."""
+        ...
+
+
+class Term(NamedTuple):
+    """A loss and the factor that it is multiplied by."""
+
+    loss: Loss
+    coefficient: float = 1.0
+
+
+Objective = tuple[Term, ...]  # a run reports, and evaluates, the loss of the first term
+
+
+def next_token_objective(aux_coefficient: float = 0.0) -> Objective:
+    """Next-token cross-entropy, and load balancing unless its coefficient is 0."""
+    balancing = (Term(LoadBalancing(), aux_coefficient),) if aux_coefficient else ()
+    return Term(NextTokenCrossEntropy()), *balancing
+
+
+class NextTokenCrossEntropy:
+    """Mean of -log p(label) over the tokens, by their weights, in nats."""
+
+    needs: Mapping[str, Total] = {}
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """The sum of the tokens' weights."""
+        return jnp.sum(batch.weights)
+
+    def __call__(
+        self, outputs: Outputs, batch: Batch, totals: Mapping[str, PyTree]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The weighted sum over the tokens of a micro-batch."""
+        hidden = outputs.hidden.reshape(-1, outputs.hidden.shape[-1])
+        labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
+        return cross_entropy(hidden, outputs.head, labels, weights, outputs.chunk, outputs.frozen_head), {}
+
+
+def _router_total(outputs: Outputs, batch: Batch) -> RouterStats:
+    return outputs.router
+
+
+class LoadBalancing:
+    """How unevenly the routers load their experts (`jaxmoe.ops.router.load_balancing_loss`); k if evenly.
+
+    The loss is E * sum_e f_e P_e, a product of two means over the whole batch: f_e (routed rows, without a gradient)
+    and P_e (probabilities). The sum of the micro-batches' own products would be another loss. With f_e known from the
+    first pass it is linear in what each micro-batch adds to P_e.
+    """
+
+    needs: Mapping[str, Total] = {"router": _router_total}
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """1: the means are taken over the totals."""
+        return jnp.ones(())
+
+    def __call__(
+        self, outputs: Outputs, batch: Batch, totals: Mapping[str, PyTree]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """What a micro-batch adds; 0 for a model without MoE layers."""
+        whole: RouterStats = totals["router"]
+        if not whole.counts.shape[0]:
+            return jnp.zeros(()), {}
+        return load_balancing_loss(whole.counts, outputs.router.prob_sums, whole.tokens), {}
 
 
 def cross_entropy(
@@ -22,8 +138,9 @@ def cross_entropy(
     """Weighted sum over tokens of -log softmax(hidden head^T)[label], in nats, float32.
 
     The logits (float32) of `chunk` tokens exist at a time. Divide by the sum of the weights for the mean. A token of
-    weight 0 contributes nothing, whatever its label. With `frozen_head` the head has no gradient, and the forward pass
-    of a differentiation also forms the gradient of `hidden`, up to the factor that arrives later: no logits twice.
+    weight 0 contributes nothing, whatever its label. With `frozen_head` the head gets no gradient, and the forward pass
+    also computes the gradient of `hidden` (up to the factor that the backward pass brings), so that the logits are
+    computed once.
     """
     tokens = hidden.shape[0]
     chunk = min(chunk, tokens)
@@ -38,17 +155,18 @@ def cross_entropy(
         return jnp.sum(losses)
 
 
-def _chunk_loss(rows: Array, labels: Array, weights: Array, head: Array) -> Array:
-    logits = product("md,vd->mv", rows, head)
+def _chunk_loss(hidden: Array, labels: Array, weights: Array, head: Array) -> Array:
+    logits = product("md,vd->mv", hidden, head)
     target = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=1) - target))
 
 
 def log_sum_exp(logits: Float[Array, "M V"]) -> Float[Array, " M"]:
-    """Over each row's finite logits, read once: a partial sum is carried with the largest logit that it is relative to.
+    """Log-sum-exp over each token's logits, which must be finite, in one pass: a partial sum is carried together with
+    the largest logit so far, which it is relative to.
 
-    For a GPU: `jax.nn.logsumexp` reads them twice, and takes 442 us where this takes 233 (1,024 x 151,936, H100). On a
-    CPU XLA does not vectorise such a sum, and it is six times as slow.
+    For a GPU: `jax.nn.logsumexp` reads the logits twice and takes 442 us; this takes 233 (1,024 x 151,936, H100). On a
+    CPU XLA does not vectorise such a sum, and it is six times slower.
     """
 
     def add(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -71,15 +189,15 @@ def _frozen_head_forward(hidden: Array, labels: Array, weights: Array, head: Arr
     """(loss, d loss / d hidden = weight * (softmax - one-hot) head), a chunk at a time."""
 
     def of_chunk(piece: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        rows, labels, weights = piece
-        logits = product("md,vd->mv", rows, head)
+        hidden, labels, weights = piece
+        logits = product("md,vd->mv", hidden, head)
         log_sum = jax.lax.platform_dependent(logits, cuda=log_sum_exp, default=partial(jax.nn.logsumexp, axis=1))
         target = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
         here = jnp.arange(logits.shape[1]) == labels[:, None]
         d_logits = (jnp.exp(logits - log_sum[:, None]) - here) * weights[:, None]
         # Rounded to the head's dtype: a float32 product would run outside the tensor cores.
-        d_rows = product("mv,vd->md", d_logits.astype(head.dtype), head)
-        return jnp.sum(weights * (log_sum - target)), d_rows.astype(rows.dtype)
+        d_hidden = product("mv,vd->md", d_logits.astype(head.dtype), head)
+        return jnp.sum(weights * (log_sum - target)), d_hidden.astype(hidden.dtype)
 
     with jax.named_scope("head"):
         losses, d_hidden = jax.lax.map(of_chunk, (hidden, labels, weights))

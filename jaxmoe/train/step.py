@@ -1,13 +1,13 @@
-"""One training step and one evaluation step, as pure functions; `jaxmoe.train.loop` jits them and feeds them.
+"""One training step and one evaluation step, as pure functions; `jaxmoe.train.loop` compiles and calls them.
 
-What is trained is either the adapters of a frozen model or all of its parameters. Frozen parameters are an argument
-that is never differentiated: they have neither gradients nor optimizer state.
+Trained are either the adapters of a frozen model or all of its parameters. Frozen parameters are an argument that is
+never differentiated: they have neither gradients nor optimizer state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,8 @@ from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.interface import Options, Params, RouterStats, Tokens
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
 from jaxmoe.parameters import parameter_specs
-from jaxmoe.train.loss import cross_entropy
-
-Schedule = Literal["cosine", "linear", "constant"]
+from jaxmoe.train.loss import Loss, Objective, Outputs, Total
+from jaxmoe.train.settings import Schedule
 
 
 class TrainState(NamedTuple):
@@ -35,8 +34,9 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Numbers of one step, on the device: mean token loss (nats), load-balancing loss (before its coefficient),
-    gradient norm before clipping, learning rate, tokens that are not padding, rows per MoE layer and expert."""
+    """Numbers of one step, on the device: the objective's first loss (nats for next tokens), load-balancing loss
+    (before its coefficient), gradient norm before clipping, learning rate, tokens that are not padding, routed rows
+    per MoE layer and expert, and what the losses report beside their values."""
 
     loss: Float[Array, ""]
     aux_loss: Float[Array, ""]
@@ -44,12 +44,25 @@ class StepMetrics(NamedTuple):
     learning_rate: Float[Array, ""]
     tokens: Int[Array, ""]
     expert_counts: Int[Array, "Ls E"]
+    further: dict[str, Float[Array, ""]]
+
+
+class LossAndGradients(NamedTuple):
+    """What `loss_and_gradients` computes; `metrics` are what the losses report beside their values."""
+
+    loss: Float[Array, ""]
+    stats: RouterStats
+    gradients: Params
+    metrics: dict[str, Float[Array, ""]]
 
 
 class Model(NamedTuple):
-    """What the forward pass needs beside arrays; `lora` None means that every parameter is trained, computed in `dtype`
-    from float32 masters (adapters are always float32 and `dtype` is then that of the frozen parameters). `packed` says
-    whether a row may hold several documents, `unroll` whether a training step is compiled layer by layer."""
+    """What the forward pass needs beside arrays.
+
+    With `lora` adapters are trained, in float32, and `dtype` is that of the frozen parameters; without it all
+    parameters are trained, and computed in `dtype` from float32 masters. `packed` says whether a sequence may hold
+    several documents, `unroll` whether a training step compiles each layer by itself.
+    """
 
     config: Qwen3MoeConfig
     lora: LoraConfig | None
@@ -58,8 +71,8 @@ class Model(NamedTuple):
     packed: bool = True
     unroll: bool = False
 
-    def run(self, frozen: Params, trainable: Params, batch: Batch, *, train: bool) -> tuple[Array, RouterStats]:
-        """(sum of the weighted token losses in nats, router statistics) of B rows of T tokens."""
+    def run(self, frozen: Params, trainable: Params, batch: Batch, *, train: bool) -> Outputs:
+        """The forward pass over B sequences of T tokens; `train` if it will be differentiated."""
         if self.lora is not None:
             params, adapters = frozen, trainable
         else:
@@ -81,11 +94,8 @@ class Model(NamedTuple):
             ),
             control=control,
         )
-        hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         head = head_weight(params, self.config)
-        labels, weights = batch.labels.reshape(-1), batch.weights.reshape(-1)
-        chunk = loss_chunk(self.remat)
-        return cross_entropy(hidden, head, labels, weights, chunk, frozen_head=self.lora is not None), out.stats
+        return Outputs(out.hidden, head, out.stats, chunk=loss_chunk(self.remat), frozen_head=self.lora is not None)
 
 
 def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -112,11 +122,11 @@ def adamw(
     beta2: float,
     epsilon: float,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) behind clipping by the global norm (0: none).
+    """AdamW (Loshchilov and Hutter 2019) after clipping by the global norm (0: no clipping).
 
     Weight decay acts on matrices: adapters, or projections and embeddings, not norms and biases.
     """
-    matrices = None  # adapters are
+    matrices = None  # all adapters are
     if model.lora is None:
         matrices = {path: spec.init == "normal" for path, spec in parameter_specs(model.config).items()}
     steps = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
@@ -130,55 +140,67 @@ def initial_state(trainable: Params, optimizer: optax.GradientTransformation) ->
 
 
 def loss_and_gradients(
-    model: Model, frozen: Params, trainable: Params, batch: Batch, aux_coefficient: float
-) -> tuple[Float[Array, ""], RouterStats, Params]:
-    """Mean token loss, router statistics and gradients over a batch [accumulation, B, T], as if it were one batch.
+    model: Model, frozen: Params, trainable: Params, batch: Batch, objective: Objective
+) -> LossAndGradients:
+    """The objective's first loss, router statistics and the objective's gradients over a batch [accumulation, B, T].
 
-    The token loss of each micro-batch is divided by the weights of all of them. The load-balancing loss is a product of
-    two means over the whole batch, f_e (routed rows, without a gradient) and P_e (probabilities): summing each
-    micro-batch's own product would be another loss. So with more than one micro-batch and a coefficient a first forward
-    pass counts the rows; then E * sum_e f_e P_e is linear in what each micro-batch adds to P_e.
+    Micro-batches give what the same sequences give in one batch: each loss's sum is divided by the weight of the whole
+    batch, and totals over the whole batch that a loss needs are collected in a first forward pass. With one micro-batch
+    the totals are its own, without that pass.
+
+    Raises:
+        ValueError: two losses report a number of the same name.
     """
-    steps = batch.input_ids.shape[0]
-    total_weight = jnp.sum(batch.weights)
-    balanced = aux_coefficient != 0 and bool(model.config.sparse_layers)
+    weights = [term.loss.weight(batch) for term in objective]
+    needs = {name: total for term in objective for name, total in term.loss.needs.items()}
 
-    def micro_loss(trainable: Params, micro: Batch, load: RouterStats | None):
-        summed, stats = model.run(frozen, trainable, micro, train=True)
-        loss = summed / total_weight
-        share = jnp.zeros(())
-        if balanced:
-            whole = stats if load is None else load
-            share = load_balancing_loss(whole.counts, stats.prob_sums, whole.tokens)
-        return loss + aux_coefficient * share, (loss, stats)
+    def micro_loss(trainable: Params, micro: Batch, totals: dict[str, PyTree] | None):
+        outputs = model.run(frozen, trainable, micro, train=True)
+        if totals is None:
+            totals = _totals(needs, outputs, micro)
+        objective_share, values, metrics = jnp.zeros(()), [], {}
+        for term, weight in zip(objective, weights, strict=True):
+            summed, further = term.loss(outputs, micro, totals)
+            if twice := metrics.keys() & further.keys():
+                raise ValueError(f"objective: expected metrics of different names, found {min(twice)!r} twice")
+            values.append(summed / weight)
+            metrics |= {name: value / weight for name, value in further.items()}
+            objective_share += term.coefficient * values[-1]
+        return objective_share, (values[0], outputs.router, metrics)
 
     gradient = jax.grad(micro_loss, has_aux=True)
-    if steps == 1:
-        gradients, (loss, stats) = gradient(trainable, jax.tree.map(lambda a: a[0], batch), None)
-        return loss, stats, gradients
+    if batch.input_ids.shape[0] == 1:
+        gradients, (loss, stats, metrics) = gradient(trainable, jax.tree.map(lambda a: a[0], batch), None)
+        return LossAndGradients(loss, stats, gradients, metrics)
 
-    def zeros_of(function: Callable, *args: PyTree) -> PyTree:
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *args))
+    def first_pass(micro: Batch) -> dict[str, PyTree]:
+        return _totals(needs, model.run(frozen, trainable, micro, train=False), micro)
 
-    def add(total: PyTree, part: PyTree) -> PyTree:
-        return jax.tree.map(jnp.add, total, part)
+    totals = _sum_over_micro_batches(first_pass, batch) if needs else {}
+    gradients, (loss, stats, metrics) = _sum_over_micro_batches(lambda micro: gradient(trainable, micro, totals), batch)
+    return LossAndGradients(loss, stats, gradients, metrics)
 
-    def scan_sum(function: Callable[[Batch], PyTree]) -> PyTree:
-        start = zeros_of(function, jax.tree.map(lambda a: a[0], batch))
-        return jax.lax.scan(lambda total, micro: (add(total, function(micro)), None), start, batch)[0]
 
-    load = scan_sum(lambda micro: model.run(frozen, trainable, micro, train=False)[1]) if balanced else None
-    gradients, (loss, stats) = scan_sum(lambda micro: gradient(trainable, micro, load))
-    return loss, stats, gradients
+def _totals(needs: Mapping[str, Total], outputs: Outputs, batch: Batch) -> dict[str, PyTree]:
+    """What one micro-batch adds to each total, without a gradient."""
+    return jax.lax.stop_gradient({name: total(outputs, batch) for name, total in needs.items()})
+
+
+def _sum_over_micro_batches(function: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
+    """The sum of `function` over the micro-batches of a batch [accumulation, B, T], one after the other."""
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], batch))
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    add = lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None)
+    return jax.lax.scan(add, zeros, batch)[0]
 
 
 def make_train_step(
-    model: Model, optimizer: optax.GradientTransformation, rate: optax.Schedule, aux_coefficient: float
+    model: Model, optimizer: optax.GradientTransformation, rate: optax.Schedule, objective: Objective
 ) -> Callable[[Params, TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """(frozen, state, batch [accumulation, B, T]) -> (new state, metrics): a pure function; donate the state."""
 
     def train_step(frozen: Params, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, stats, gradients = loss_and_gradients(model, frozen, state.trainable, batch, aux_coefficient)
+        loss, stats, gradients, further = loss_and_gradients(model, frozen, state.trainable, batch, objective)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
             trainable = jax.tree.map(jnp.add, state.trainable, updates)
@@ -189,16 +211,26 @@ def make_train_step(
             learning_rate=jnp.asarray(rate(state.step), jnp.float32),
             tokens=stats.tokens,
             expert_counts=stats.counts,
+            further=further,
         )
         return TrainState(state.step + 1, trainable, optimizer_state), metrics
 
     return train_step
 
 
-def make_eval_step(model: Model) -> Callable[[Params, Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """(frozen, trainable, batch [B, T]) -> (sum of the weighted token losses in nats, sum of the weights)."""
+def make_eval_step(
+    model: Model, loss: Loss
+) -> Callable[[Params, Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
+    """(frozen, trainable, batch [B, T]) -> (the loss's sum, its weight); sum both over batches and divide.
+
+    Raises:
+        ValueError: a loss that needs totals over all batches, which evaluation does not collect.
+    """
+    if loss.needs:
+        raise ValueError(f"loss: expected one without totals to evaluate, found one that needs {', '.join(loss.needs)}")
 
     def eval_step(frozen: Params, trainable: Params, batch: Batch) -> tuple[Array, Array]:
-        return model.run(frozen, trainable, batch, train=False)[0], jnp.sum(batch.weights)
+        outputs = model.run(frozen, trainable, batch, train=False)
+        return loss(outputs, batch, {})[0], loss.weight(batch)
 
     return eval_step

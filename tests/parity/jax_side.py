@@ -19,6 +19,7 @@ import optax
 from jax.experimental import io_callback
 
 import jaxmoe.model.decoder
+import jaxmoe.train.loss
 import jaxmoe.train.step
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.packing import Batch as TrainingBatch
@@ -108,7 +109,8 @@ def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarr
     fields = dict(zip(("input_ids", "labels", "weights"), arrays, strict=True))
     experts = None if pinned is None else np.moveaxis(pinned, 0, -2)
     micro = TrainingBatch(**fields, position_ids=batch.position_ids, segment_ids=batch.segment_ids, experts=experts)
-    stepped = jaxmoe.train.step.make_train_step(spec, optimizer, rate, case.aux_coefficient)
+    objective = jaxmoe.train.loss.next_token_objective(case.aux_coefficient)
+    stepped = jaxmoe.train.step.make_train_step(spec, optimizer, rate, objective)
     run = jax.jit(stepped, compiler_options=compiler_options(model))
     state = jaxmoe.train.step.initial_state(model.adapters, optimizer)
     state, metrics = run(model.params, state, jax.tree.map(lambda a: jnp.asarray(a)[None], micro))

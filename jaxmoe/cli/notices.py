@@ -1,0 +1,43 @@
+"""Notices: what a command tells its user beside its result and its progress, through the logger `jaxmoe`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOGGER = "jaxmoe"
+
+
+class _Handler(logging.Handler):
+    """Prints the bare message; a progress bar or a test may replace the stream at any time, so it is looked up then."""
+
+    def __init__(self, on_stderr: bool) -> None:
+        super().__init__()
+        self._on_stderr = on_stderr
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr if self._on_stderr else sys.stdout, flush=True)
+
+
+@contextmanager
+def shown_notices(*, on_stderr: bool = False) -> Iterator[None]:
+    """Shows notices of level INFO and above as plain lines, on standard output unless that is for the result.
+
+    A program that has given the logger a handler of its own keeps it, and nothing is shown here.
+    """
+    logger = logging.getLogger(LOGGER)
+    if logger.handlers:
+        yield
+        return
+    handler, level, propagate = _Handler(on_stderr), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # handlers of the root logger would show each notice again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

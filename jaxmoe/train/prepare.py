@@ -1,0 +1,293 @@
+"""Everything a run needs, read and checked before anything is written: `prepare` makes the plan of the run.
+
+Cheap checks come first. Of the weights the plan holds only shapes and a function that reads them, since the steps are
+compiled while that function works.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from captures import Capture
+from jaxmoe.cli.progress import progress
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
+from jaxmoe.control.replay import Replay
+from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.packing import Batch, Sequences, cut
+from jaxmoe.data.records import Record, digest, hold_out, read_records
+from jaxmoe.errors import UserError
+from jaxmoe.memory import Remat, choose_remat, device_bytes, human, training_forecast
+from jaxmoe.model.init import init_adapters, init_parameters
+from jaxmoe.model.interface import Params
+from jaxmoe.model.opening import load_adapter, open_checkpoint
+from jaxmoe.model.selection import fallbacks, selected_implementations
+from jaxmoe.parameters import Quantization
+from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
+from jaxmoe.train.identity import Identity, identity_of
+from jaxmoe.train.loss import Objective, next_token_objective
+from jaxmoe.train.settings import TrainConfig
+from jaxmoe.train.step import Model
+
+_UNROLLING_PAYS = 3000  # steps of Qwen3-30B-A3B on an H200 that save the time that compiling its layers takes
+
+
+class Weights(NamedTuple):
+    """Arrays, or their shapes, by path."""
+
+    frozen: Any
+    trainable: Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose weights have not been read: what a step computes, the weights' shapes, how to read them."""
+
+    model: Model
+    shapes: Weights
+    load: Callable[[OnLayer], Weights]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The sequences to train on and to evaluate on (None: no evaluation); `digests` are those entries of the identity
+    that tell the content apart."""
+
+    sequences: Sequences
+    held_out: Sequences | None
+    replay: Replay | None
+    epochs: int | None  # None: as many as the steps take
+    notices: list[str]
+    digests: Identity
+
+    @property
+    def packed(self) -> bool:
+        """Whether some sequence may hold several documents."""
+        return any(each.packed for each in (self.sequences, self.held_out) if each is not None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does: its model, its data, how many steps, which losses."""
+
+    settings: TrainConfig
+    source: Source
+    data: Data
+    objective: Objective
+    total_steps: int
+    warmup_steps: int
+    notices: list[str]
+    identity: Identity  # without the entry "model", which takes weights
+
+    @property
+    def model(self) -> Model:
+        """What a step computes."""
+        return self.source.model
+
+    def batch(self, step: int) -> Batch:
+        """The input of a step, from 0 on."""
+        batch = self.data.sequences.batch(step, (self.settings.accumulation, self.settings.batch_size))
+        return batch if self.data.replay is None else self.data.replay.on(batch)
+
+
+def tokenizer_folder(settings: TrainConfig) -> pathlib.Path:
+    """The folder that holds the run's tokenizer."""
+    folder = settings.tokenizer if settings.from_scratch is not None else settings.model
+    assert folder is not None
+    return folder
+
+
+def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
+    """Reads and checks everything; `previous` is the identity of the run that is resumed.
+
+    Raises:
+        UserError: bad input.
+    """
+    config = _model_config(settings)
+    lora = _new_lora(settings, config)
+    if config.attention_dropout:
+        raise UserError(f"attention_dropout: expected 0 (training applies none), found {config.attention_dropout}")
+    if settings.seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"seq_length: expected at most the model's max_position_embeddings ({config.max_position_embeddings}), "
+            f"found {settings.seq_length}"
+        )
+    data = _read_data(settings, config)
+    total_steps = settings.max_steps
+    if data.epochs is not None:
+        total_steps = data.sequences.steps(data.epochs, settings.batch_size * settings.accumulation)
+    assert total_steps is not None
+    warmup_steps = settings.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = round(settings.warmup_ratio * total_steps)
+    aux_coefficient = settings.router_aux_loss_coef
+    if aux_coefficient is None:
+        aux_coefficient = config.router_aux_loss_coef
+
+    source = _open(settings, config, lora)
+    model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers)
+    model, notices = _with_remat(settings, model, source.shapes.frozen, previous)
+    notices = data.notices + notices + fallbacks(config, model.dtype)
+    if previous is None or settings.unroll_layers:  # a resumed run cannot change it
+        notices += _about_unrolling(settings, total_steps, jax.default_backend() == "gpu")
+    worked_out = data.digests | {
+        "lora": dataclasses.asdict(model.lora) | {"base_model_name_or_path": None} if model.lora else None,
+        "dtype": model.dtype,
+        "remat": model.remat,
+        "unroll_layers": settings.unroll_layers or None,  # runs from before this flag have no such entry
+        "router_aux_loss_coef": aux_coefficient,
+        "warmup_steps": warmup_steps,
+        "max_steps": total_steps,
+    }
+    return Plan(
+        settings,
+        dataclasses.replace(source, model=model),
+        data,
+        next_token_objective(aux_coefficient if config.sparse_layers else 0.0),
+        total_steps,
+        warmup_steps,
+        notices,
+        identity_of(settings, worked_out),
+    )
+
+
+def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
+    if settings.from_scratch is not None:
+        return Qwen3MoeConfig.from_hf(read_json(settings.from_scratch))
+    assert settings.model is not None
+    if not settings.model.is_dir():
+        raise UserError(f"{settings.model}: expected a model folder, found none")
+    return Qwen3MoeConfig.from_pretrained(settings.model)
+
+
+def _new_lora(settings: TrainConfig, config: Qwen3MoeConfig) -> LoraConfig | None:
+    """The configuration of new adapters; None if all parameters are trained, or an adapter is given."""
+    if settings.trains_all or settings.adapter is not None:
+        return None
+    lora = LoraConfig(
+        r=settings.lora_r,
+        alpha=settings.lora_alpha,
+        use_rslora=settings.rslora,
+        targets=expand_targets(settings.lora_targets),
+        base_model_name_or_path=str(settings.model),
+    )
+    lora.check_against(config)
+    return lora
+
+
+def _read_data(settings: TrainConfig, config: Qwen3MoeConfig) -> Data:
+    tokenizer = load_tokenizer(tokenizer_folder(settings))
+    records = _read(settings.data, tokenizer, config.vocab_size)
+    held_out_records: list[Record] = []
+    if settings.eval_data is not None:
+        held_out_records = _read(settings.eval_data, tokenizer, config.vocab_size)
+    elif settings.eval_fraction is not None:
+        records, held_out_records = hold_out(records, settings.eval_fraction)
+    epochs = None if settings.max_steps is not None else settings.epochs or 1
+    segments, lost = cut(records, settings.seq_length)
+    notices = lost.notices(settings.seq_length)
+    replay = None
+    if settings.replay is not None:
+        replay = Replay(Capture.open(settings.replay), config, tokenizer)
+        replay.check(segments)
+    sequences = Sequences(segments, settings.seq_length, seed=settings.seed, pack=settings.pack, epochs=epochs)
+    held_out = None
+    if held_out_records:
+        segments, lost = cut(held_out_records, settings.seq_length)
+        notices += [f"held-out: {line}" for line in lost.notices(settings.seq_length)]
+        held_out = Sequences(segments, settings.seq_length, pack=settings.pack, shuffle=False, epochs=1)
+    digests = {
+        "data": digest(records),
+        "eval_data": digest(held_out_records),
+        "replay": replay.digest if replay else None,
+    }
+    return Data(sequences, held_out, replay, epochs, notices, digests)
+
+
+def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int) -> list[Record]:
+    with progress(f"reading {path}") as show:
+
+        def on_read(done: int, total: int, records: int) -> None:
+            show(done, total, f"{records:,} records, {done / total:.0%}")
+
+        return read_records(path, tokenizer, vocab_size, on_read)
+
+
+def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> Source:
+    """The model of the settings; `lora` is the configuration of new adapters, if there are to be some."""
+    key = jax.random.key(settings.seed)
+    if settings.from_scratch is not None:
+        draw = partial(jax.jit(init_parameters, static_argnums=(0, 2)), config, key, jnp.dtype("float32"))
+        model = Model(config, None, settings.dtype or "float32")
+        return Source(model, Weights({}, jax.eval_shape(draw)), lambda _: Weights({}, draw()))
+    assert settings.model is not None
+    dtype = "float32" if settings.full else settings.dtype
+    checkpoint_config, checkpoint = open_checkpoint(settings.model, dtype, settings.quantize)
+    shapes = stack_shapes(checkpoint_config, checkpoint)
+    read = lambda on_layer: load_stacks(checkpoint_config, checkpoint, on_layer=on_layer)
+    if settings.full:
+        if checkpoint.quantization is not None:
+            raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
+        model = Model(config, None, settings.dtype or "float32")
+        return Source(model, Weights({}, shapes), lambda on_layer: Weights({}, read(on_layer)))
+    if settings.merge and checkpoint.quantization is not None:
+        raise UserError("merge: expected weights to merge into, found NF4; merge with python -m convert afterwards")
+    if settings.adapter is not None:
+        lora, loaded = load_adapter(settings.adapter, checkpoint_config)
+        adapters: Callable[[], Params] = lambda: loaded
+    else:
+        assert lora is not None
+        adapters = partial(jax.jit(init_adapters, static_argnums=(0, 1)), config, lora, key)
+    model = Model(config, lora, str(shapes["embed_tokens"].dtype))
+    shapes = Weights(shapes, jax.eval_shape(adapters))
+    return Source(model, shapes, lambda on_layer: Weights(read(on_layer), adapters()))
+
+
+def _with_remat(
+    settings: TrainConfig, model: Model, frozen: Iterable[str], previous: Mapping[str, Any] | None
+) -> tuple[Model, list[str]]:
+    """The model with its recomputation policy, and a notice if `auto` chose it; a resumed run keeps its policy."""
+    if settings.remat != "auto":
+        return model._replace(remat=settings.remat), []
+    if previous is not None and previous.get("remat") in get_args(Remat):
+        return model._replace(remat=previous["remat"]), []
+    config = model.config
+    selected: Any = selected_implementations(config, model.dtype)
+    forecasts = {
+        remat: training_forecast(
+            config,
+            model.lora,
+            batch_size=settings.batch_size,
+            seq_length=settings.seq_length,
+            dtype=model.dtype,
+            accumulation=settings.accumulation,
+            quantize="nf4" if Quantization.of(frozen) else None,
+            remat=remat,
+            packed=model.packed,
+            **selected,
+        )
+        for remat in get_args(Remat)
+    }
+    available = device_bytes(jax.local_devices()[0])
+    remat = choose_remat(forecasts, available)
+    room = "the available memory is unknown" if available is None else f"{human(available)} of memory"
+    notice = f"--remat auto picks {remat}: forecast {human(forecasts[remat].total)}, {room}"
+    return model._replace(remat=remat), [notice]
+
+
+def _about_unrolling(settings: TrainConfig, steps: int, on_gpu: bool) -> list[str]:
+    """What `--unroll-layers` costs, or would save in a run that is long enough for it."""
+    if settings.unroll_layers:
+        return ["--unroll-layers: compiling every layer takes about one more minute before the first step"]
+    if on_gpu and steps >= _UNROLLING_PAYS and not settings.trains_all and settings.remat != "offload":
+        return [
+            f"{steps:,} steps: --unroll-layers would make each 4 to 5 % faster, for about one more minute of compiling"
+        ]
+    return []

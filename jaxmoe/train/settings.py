@@ -1,0 +1,266 @@
+"""The settings of a training run, checked when the object is made; each is a flag of `python -m jaxmoe.train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxmoe.errors import UserError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+# How a field enters the identity of a run, which a resumed run must share (`jaxmoe.train.identity`). A field's metadata
+# holds "identity": VALUE, APART, or `entries(...)`.
+VALUE = "value"  # an entry of the field's name holds the field's value
+APART = "apart"  # not at all: where files go, what is reported and when; the weights do not depend on it
+
+
+def entries(*names: str) -> tuple[str, ...]:
+    """The field decides these entries, and they hold what it comes to: content that is read, a default worked out."""
+    return names
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a run depends on; each field is a flag of `python -m jaxmoe.train`.
+
+    Raises:
+        UserError: a value out of range, or flags that exclude each other.
+    """
+
+    data: pathlib.Path = field(metadata={"help": "JSONL records to train on", "identity": entries("data")})
+    output: pathlib.Path = field(metadata={"help": "folder to write; new or empty, unless --resume", "identity": APART})
+    model: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "model folder: HF form, or converted by python -m convert hf2jax",
+            "identity": entries("model"),
+        },
+    )
+    adapter: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "adapter folder to start from; it decides targets, rank and alpha",
+            "identity": entries("lora"),
+        },
+    )
+    full: bool = field(
+        default=False,
+        metadata={
+            "help": "train all parameters of --model, not adapters, and write the model in HF form",
+            "identity": entries("lora", "dtype"),
+        },
+    )
+    from_scratch: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "config.json of a new model to train from random weights",
+            "identity": entries("model", "lora", "dtype"),
+        },
+    )
+    tokenizer: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "folder with the tokenizer, for --from-scratch",
+            "identity": entries("data", "eval_data"),
+        },
+    )
+
+    lora_targets: tuple[str, ...] = field(
+        default=("attention",),
+        metadata={
+            "help": "groups (attention, router, experts, dense) or names such as q_proj, experts.down_proj",
+            "identity": entries("lora"),
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapters", "identity": entries("lora")})
+    lora_alpha: float = field(
+        default=32.0, metadata={"help": "the low-rank product is scaled by alpha / r", "identity": entries("lora")}
+    )
+    rslora: bool = field(
+        default=False, metadata={"help": "scale by alpha / sqrt(r) instead", "identity": entries("lora")}
+    )
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate", "identity": VALUE})
+    schedule: Schedule = field(
+        default="cosine",
+        metadata={"help": "how the learning rate changes after the warm-up", "identity": VALUE},
+    )
+    warmup_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "steps of linear warm-up (default: from --warmup-ratio)",
+            "identity": entries("warmup_steps"),
+        },
+    )
+    warmup_ratio: float = field(
+        default=0.03,
+        metadata={"help": "share of all steps to warm up over", "identity": entries("warmup_steps")},
+    )
+    epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "passes over the data (default: 1, unless --max-steps)",
+            "identity": entries("max_steps", "warmup_steps"),
+        },
+    )
+    max_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "optimizer steps, instead of --epochs",
+            "identity": entries("max_steps", "warmup_steps"),
+        },
+    )
+    batch_size: int = field(default=4, metadata={"help": "sequences per micro-batch", "identity": VALUE})
+    accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step", "identity": VALUE})
+    seq_length: int = field(default=1024, metadata={"help": "tokens per sequence", "identity": VALUE})
+    pack: bool = field(
+        default=True,
+        metadata={"help": "pack several records into a sequence (each sees only itself)", "identity": VALUE},
+    )
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata={"help": "clip gradients to this global norm; 0 turns clipping off", "identity": VALUE},
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay", "identity": VALUE})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1", "identity": VALUE})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2", "identity": VALUE})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon", "identity": VALUE})
+    router_aux_loss_coef: float | None = field(
+        default=None,
+        metadata={
+            "help": "weight of the load-balancing loss (default: the model config's)",
+            "identity": entries("router_aux_loss_coef"),
+        },
+    )
+    seed: int = field(
+        default=0, metadata={"help": "seed of fresh weights and of the order of the data", "identity": VALUE}
+    )
+    dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None,
+        metadata={
+            "help": "dtype to compute in (default: the model's own; float32 when all parameters are trained)",
+            "identity": entries("dtype"),
+        },
+    )
+    quantize: Literal["nf4"] | None = field(
+        default=None,
+        metadata={
+            "help": "hold the frozen projections, dense MLPs and experts in 4 bits (QLoRA)",
+            "identity": VALUE,
+        },
+    )
+    remat: Literal["auto", "fast", "balanced", "low-memory", "offload"] = field(
+        default="auto",
+        metadata={
+            "help": "which results of the forward pass are saved for the backward pass; fast: all that are expensive "
+            "to recompute, balanced: these without the experts' products, low-memory: each layer's input; auto: the "
+            "first of these whose forecast fits into the device's memory; offload: each layer's input, in the host's "
+            "memory, and half as many logits at a time",
+            "identity": entries("remat"),
+        },
+    )
+    unroll_layers: bool = field(
+        default=False,
+        metadata={
+            "help": "unroll the layers: about one more minute of compiling, on a GPU steps 4 to 5 % faster; for runs "
+            "of thousands of steps, only with LoRA training",
+            "identity": entries("unroll_layers"),
+        },
+    )
+
+    replay: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "capture of the training data; its experts are used instead of the router's choice",
+            "identity": entries("replay"),
+        },
+    )
+
+    eval_data: pathlib.Path | None = field(
+        default=None, metadata={"help": "JSONL records to evaluate on", "identity": entries("eval_data")}
+    )
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of --data to hold out and evaluate on",
+            "identity": entries("data", "eval_data"),
+        },
+    )
+    eval_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "evaluate every so many steps (always before the first and after the last)",
+            "identity": APART,
+        },
+    )
+    save_every: int | None = field(
+        default=None,
+        metadata={"help": "save a checkpoint every so many steps (always after the last)", "identity": APART},
+    )
+    keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints to keep", "identity": APART})
+    resume: bool = field(
+        default=False,
+        metadata={"help": "continue from the last checkpoint in --output, if there is one", "identity": APART},
+    )
+    log_every: int = field(default=10, metadata={"help": "log every so many steps", "identity": APART})
+    tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard files", "identity": APART})
+    merge: bool = field(
+        default=False,
+        metadata={"help": "also write the model with the adapter merged, in HF form", "identity": APART},
+    )
+
+    def __post_init__(self) -> None:
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all parameters are trained, not adapters."""
+        return self.full or self.from_scratch is not None
+
+
+def _check_ranges(settings: TrainConfig) -> None:
+    at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
+    at_least_1 += " epochs max_steps eval_every save_every"
+    at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
+    at_least_0 += " adam_epsilon"
+    for least, names in ((1, at_least_1), (0, at_least_0)):
+        for name in names.split():
+            value = getattr(settings, name)
+            if value is not None and not value >= least:
+                raise UserError(f"{name}: expected at least {least}, found {value!r}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"{name}: expected a number from 0 to below 1, found {getattr(settings, name)!r}")
+
+
+def _check_combinations(settings: TrainConfig) -> None:
+    if settings.epochs is not None and settings.max_steps is not None:
+        raise UserError("epochs and max_steps: expected one of them, found both")
+    if settings.eval_data is not None and settings.eval_fraction is not None:
+        raise UserError("eval_data and eval_fraction: expected one of them, found both")
+    if settings.eval_every is not None and settings.eval_data is None and settings.eval_fraction is None:
+        raise UserError("eval_every: expected eval_data or eval_fraction with it, found neither")
+    if (settings.model is None) == (settings.from_scratch is None):
+        found = "neither" if settings.model is None else "both"
+        raise UserError(f"model and from_scratch: expected one of them, found {found}")
+    if (settings.from_scratch is None) != (settings.tokenizer is None):
+        found = "it alone" if settings.from_scratch is None else "from_scratch alone"
+        raise UserError(f"tokenizer: only valid with from_scratch, which needs it; found {found}")
+    if settings.trains_all and (settings.adapter is not None or settings.merge):
+        raise UserError("adapter and merge: only valid with LoRA training")
+    if settings.trains_all and settings.quantize is not None:
+        raise UserError("quantize: only valid with LoRA training")
+    if settings.unroll_layers and (settings.trains_all or settings.remat == "offload"):
+        raise UserError("unroll_layers: only valid with LoRA training, and not with remat offload")
+    if settings.full and settings.from_scratch is not None:
+        raise UserError("full: only valid with model; from_scratch trains all parameters anyway")
+    defaults = {each.name: each.default for each in dataclasses.fields(settings)}
+    names = ("lora_targets", "lora_r", "lora_alpha", "rslora")
+    changed = [name for name in names if getattr(settings, name) != defaults[name]]
+    if changed and (settings.trains_all or settings.adapter is not None):
+        owner = "all parameters are trained" if settings.trains_all else "the adapter decides it"
+        raise UserError(f"{changed[0]}: expected none, since {owner}")
