@@ -15,7 +15,9 @@ from convert.names import blocks_of, rows
 from jaxmoe import LoraConfig, Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.ops.router import RoutingControl
 from jaxmoe.parameters import layer_paths
+from jaxmoe.train.loss import cross_entropy
 from tests.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
 from tests.parity import relative_error
 from tests.reference import Reference
@@ -115,15 +117,17 @@ def test_a_frozen_parameter_raises_and_the_others_are_as_before() -> None:
     after = nnx.grad(loss, argnums=adapters_only)(model)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match=r"^weights\.attention\.input_layernorm: expected no gradient"):
+    with pytest.raises(ValueError, match=r"^weights\.attention\.input_layernorm: frozen, expected no gradient"):
         nnx.grad(loss)(model)
     model.unfreeze("weights")
     model.freeze("weights.sparse.gate_up_proj")
-    with pytest.raises(ValueError, match=r"^weights\.sparse\.gate_up_proj: expected no gradient"):
+    with pytest.raises(ValueError, match=r"^weights\.sparse\.gate_up_proj: frozen, expected no gradient"):
         nnx.grad(loss)(model)
     model.unfreeze()
     nnx.grad(loss)(model)
-    with pytest.raises(ValueError, match=r"expected a path in the model such as 'weights.attention', found 'weights.q'"):
+    with pytest.raises(
+        ValueError, match=r"expected a path in the model such as 'weights.attention', found 'weights.q'"
+    ):
         model.freeze("weights.q")
 
 
@@ -142,7 +146,7 @@ def test_weights_in_nf4_are_frozen(shared_tmp: Any) -> None:
     gradients = jax.grad(loss)(norms)  # what is not in NF4 has its gradient
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients))
     offsets = {path: array for path, array in model.params.items() if path.endswith("nested_offset")}
-    with pytest.raises(ValueError, match=r"nested_offset: expected no gradient to be asked for, NF4 is frozen"):
+    with pytest.raises(ValueError, match=r"nested_offset: frozen \(NF4\), expected no gradient"):
         jax.grad(loss)(offsets)
 
 
@@ -157,5 +161,32 @@ def test_the_pure_function_never_gives_a_silent_zero(trainable: Any) -> None:
     def loss(params: Any) -> Any:
         return forward(params, model.adapters, tokens, config=model.config, options=options).hidden.sum()
 
-    with pytest.raises(ValueError, match=r"^experts' weights: expected no gradient to be asked for, they are frozen"):
+    with pytest.raises(ValueError, match=r"^experts' weights: frozen, expected no gradient to be asked for"):
         jax.grad(loss)(model.params)
+
+
+def test_a_frozen_head_raises() -> None:
+    hidden, head = jnp.ones((4, 8)), jnp.ones((16, 8))
+    labels, weights = jnp.zeros(4, jnp.int32), jnp.ones(4)
+    loss = lambda hidden, head: cross_entropy(hidden, head, labels, weights, frozen_head=True)
+    assert jax.grad(loss)(hidden, head).shape == hidden.shape
+    with pytest.raises(ValueError, match=r"^the head: frozen, expected no gradient"):
+        jax.grad(loss, argnums=1)(hidden, head)
+
+
+def test_a_bias_on_the_router_logits_has_a_gradient() -> None:
+    """Against a difference quotient, with the experts held where they are."""
+    model = model_of("plain")
+    ids = random_tokens(model.config, 1, 12)
+    chosen = model(ids, output_router_logits=True).router_logits
+    assert chosen is not None
+    experts = jax.lax.top_k(jnp.stack(chosen), model.config.num_experts_per_tok)[1]
+
+    def loss(bias: jax.Array) -> jax.Array:
+        control = RoutingControl(experts=experts, logit_bias=bias)
+        return loss_of(model(ids, routing_control=control).logits, ids, jnp)
+
+    gradient = jax.grad(loss)(jnp.zeros((len(chosen), model.config.num_experts)))
+    direction = 1e-2 * jnp.sign(gradient)
+    measured = (loss(direction) - loss(-direction)) / 2e-2
+    assert float(measured) == pytest.approx(float(jnp.abs(gradient).sum()), rel=bound("difference_quotient"))

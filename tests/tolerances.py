@@ -38,6 +38,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "routing_margin": Tolerance(1e-5, 0.0, "top-k margin in probability above which the same experts must be chosen"),
     "accumulation": Tolerance(2e-6, 1.2e-6, "loss and gradients of several micro-batches against one batch, relative"),
     "preference_gradients_fp32": Tolerance(2e-6, 0.0, "a loss over pairs, its gradients against those by all logits"),
+    "difference_quotient": Tolerance(2e-2, None, "a gradient against a central difference of 1e-2, float32"),
     "golden_losses_fp32": Tolerance(1e-5, 0.0, "losses of ten LoRA steps against those recorded, float32, relative"),
     "golden_losses_bf16": Tolerance(1e-3, 0.0, "the same in bfloat16"),
     "reloaded_loss": Tolerance(

@@ -241,12 +241,12 @@ def _run_forward(call: _Call, params: Any, adapters: Any, control: Any, tokens: 
     asked = {f"weights.{path}" for path in trained}
     asked |= {f"lora_weights.{path}" for path, array in adapters.items() if is_perturbed(array)}
     if frozen := sorted(asked & call.frozen):
-        raise ValueError(f"{frozen[0]}: expected no gradient to be asked for, it is frozen; found one")
+        raise ValueError(f"{frozen[0]}: frozen, expected no gradient to be asked for, found one")
     params, adapters, control, tokens = map(values_of, (params, adapters, control, tokens))
     quantization = Quantization.of(params)
     for path in sorted(trained):
         if quantization and path.rpartition(".")[0] in quantization.paths:
-            raise ValueError(f"weights.{path}: expected no gradient to be asked for, NF4 is frozen; found one")
+            raise ValueError(f"weights.{path}: frozen (NF4), expected no gradient to be asked for, found one")
     options = replace(call.options, trainable=frozenset(trained))
 
     def run(trained: Params, adapters: Params, control: RoutingControl | None) -> Any:

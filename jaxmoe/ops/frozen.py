@@ -33,7 +33,7 @@ def define_vjp(
         names = frozen(*values) if callable(frozen) else frozen
         for position, name in names.items():
             if is_perturbed(arguments[position]):
-                raise ValueError(f"{name}: expected no gradient to be asked for, they are frozen here; found one")
+                raise ValueError(f"{name}: frozen, expected no gradient to be asked for, found one")
         return forward(*values)
 
     def plain_backward(*arguments: Any) -> Any:

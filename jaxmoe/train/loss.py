@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxmoe.data.packing import Batch
 from jaxmoe.model.interface import RouterStats
 from jaxmoe.ops.contraction import product
+from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.router import load_balancing_loss
 
 
@@ -208,4 +209,4 @@ def _frozen_head_backward(d_hidden: Array, d_loss: Array) -> tuple[Array, None, 
     return (d_loss * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype), None, None, None
 
 
-_frozen_head_loss.defvjp(_frozen_head_forward, _frozen_head_backward)
+define_vjp(_frozen_head_loss, _frozen_head_forward, _frozen_head_backward, frozen={3: "the head"})
