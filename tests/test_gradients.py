@@ -16,9 +16,9 @@ from jaxmoe import LoraConfig, Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.parameters import layer_paths
-from tests.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
+from peers.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
+from peers.reference import Reference
 from tests.parity import relative_error
-from tests.reference import Reference
 from tests.tolerances import bound
 
 LORA = LoraConfig(r=3, alpha=5.0, targets=("q_proj", "o_proj", "gate", "experts.gate_up_proj", "experts.down_proj"))
@@ -123,12 +123,14 @@ def test_a_frozen_parameter_raises_and_the_others_are_as_before() -> None:
         nnx.grad(loss)(model)
     model.unfreeze()
     nnx.grad(loss)(model)
-    with pytest.raises(ValueError, match=r"expected a path in the model such as 'weights.attention', found 'weights.q'"):
+    with pytest.raises(
+        ValueError, match=r"expected a path in the model such as 'weights.attention', found 'weights.q'"
+    ):
         model.freeze("weights.q")
 
 
 def test_weights_in_nf4_are_frozen(shared_tmp: Any) -> None:
-    from tests.make_checkpoint import TINY, make_checkpoint
+    from peers.make_checkpoint import TINY, make_checkpoint
 
     folder = make_checkpoint(shared_tmp / "gradients-nf4", TINY)
     model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype="float32", quantize="nf4")
