@@ -1,13 +1,12 @@
-"""What capturing the routing costs over the plain forward pass: `python -m benchmarks.capture_overhead`.
+"""The cost of capturing the routing over the plain forward pass: `python -m benchmarks.capture_overhead`.
 
-Random weights in a published model's full shape, random tokens, and the whole way to the disk: both sides run the same
-batches in the same process, in turn, several times. The plain side gives each token's hidden state, or its loss as
-well; the capture writes every token's experts, largest router logits, log-sum-exp and entropy beside that.
+Both sides run the same batches of random tokens through random weights of a published shape, in one process, in turn,
+several times. The plain side computes each token's hidden state, and its loss on request. The capture also writes every
+token's experts, largest router logits, log-sum-exp and entropy to disk.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 import statistics
@@ -20,18 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import shapes
 from captures import LabelledText, Text
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.init import init_parameters
 from jaxmoe.model.interface import Tokens
-from jaxmoe.presets import PRESETS
 from jaxmoe.routing.capture import capture, pack_in_order, token_predictions
 
 
 def random_text(tokens: int, length: int, vocab_size: int) -> LabelledText:
-    """`tokens` random tokens in contexts of `length`: full rows."""
+    """`tokens` random tokens in contexts of `length`, so that sequences are full."""
     rng = np.random.default_rng(0)
     token = rng.integers(0, vocab_size, tokens, dtype=np.int32)
     document, position = np.divmod(np.arange(tokens, dtype=np.int32), np.int32(length))
@@ -42,7 +41,7 @@ def random_text(tokens: int, length: int, vocab_size: int) -> LabelledText:
 
 @partial(jax.jit, static_argnames=("config", "predictions"))
 def plain_step(params, input_ids, position_ids, segment_ids, following, *, config, predictions):
-    """The forward pass without a capture: what leaves the device is one number a batch, or each token's loss."""
+    """The forward pass without a capture; it returns one number per batch, or each token's loss."""
     out = forward(params, {}, Tokens(input_ids, position_ids, segment_ids), config=config)
     if not predictions:
         return out.hidden.astype(jnp.float32).sum(), out.stats.counts
@@ -51,39 +50,34 @@ def plain_step(params, input_ids, position_ids, segment_ids, following, *, confi
 
 
 def main() -> None:
-    """Measures and prints; the verdict is the ratio of the medians."""
+    """Measures and prints; the result is the ratio of the medians."""
     parser = ArgumentParser(description="Cost of capturing the routing over the plain forward pass.")
-    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the preset's")
-    parser.add_argument("--tokens", type=int, default=212_992, metavar="N", help="tokens to capture (default: 212992)")
-    parser.add_argument("--batch-size", type=int, default=2, metavar="N")
-    parser.add_argument("--seq-length", type=int, default=4096, metavar="N")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="times each side runs, in turn")
-    parser.add_argument(
-        "--folder", type=pathlib.Path, metavar="DIR", help="where to write (default: the temporary one)"
-    )
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    shapes.add_arguments(parser)
+    add = parser.add_argument
+    add("--tokens", type=int, default=212_992, metavar="N", help="tokens to capture (default: 212992)")
+    add("--batch-size", type=int, default=2, metavar="N", help="sequences per step (default: 2)")
+    add("--seq-length", type=int, default=4096, metavar="N", help="tokens per sequence (default: 4096)")
+    add("--repeat", type=int, default=3, metavar="N", help="how often each side runs (default: 3)")
+    add("--folder", type=pathlib.Path, metavar="DIR", help="where to write (default: the system's temporary folder)")
     args = parser.parse_args()
 
-    config = PRESETS[args.preset]
-    if args.layers:
-        config = config.replace(num_hidden_layers=args.layers)
+    config = shapes.config_of(args)
     labels = random_text(args.tokens, args.seq_length, config.vocab_size)
     params = jax.jit(init_parameters, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
     model = Qwen3MoeForCausalLM(config, params)
     params = model.params
     print(
         f"{jax.devices()[0].device_kind}: {args.preset}, {config.num_hidden_layers} layers, {args.tokens:,} tokens, "
-        f"{args.batch_size} x {args.seq_length} a step",
+        f"{args.batch_size} x {args.seq_length} per step",
         flush=True,
     )
 
     def plain(text: LabelledText, predictions: bool) -> float:
         start = time.perf_counter()
         results = []
-        for rows in pack_in_order(text, args.batch_size):
-            results.append(plain_step(params, *rows[:4], config=config, predictions=predictions))
-            results = results[-2:]  # what an evaluation keeps; the queue on the device stays full
+        for batch in pack_in_order(text, args.batch_size):
+            results.append(plain_step(params, *batch[:4], config=config, predictions=predictions))
+            results = results[-2:]  # as an evaluation does; the queue on the device stays full
         jax.block_until_ready(results)
         return time.perf_counter() - start
 
@@ -115,12 +109,11 @@ def main() -> None:
         a, b = (statistics.median(side) for side in zip(*times, strict=True))
         print(
             f"  median: plain {a:.3f} s, capture {b:.3f} s: overhead {100 * (b / a - 1):.1f} %, "
-            f"{written / 1e6:,.0f} MB written, {written / args.tokens:,.0f} bytes a token",
+            f"{written / 1e6:,.0f} MB written, {written / args.tokens:,.0f} bytes per token",
             flush=True,
         )
         record[name] = {"plain_s": a, "capture_s": b, "rounds": times, "bytes": written}
-        if args.json:
-            args.json.write_text(json.dumps(record, indent=2) + "\n")
+        shapes.write_json(args.json, record)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Compile time of the LoRA training step at 4 and at 48 layers: `python -m benchmarks.compile_time`.
 
-Layers run under one scan, so depth should cost nothing: the goal is a ratio of at most 1.2, for a plain model and for
-one that mixes dense and sparse layers. Each measurement traces, lowers and compiles in a process of its own, at small
-widths; depths alternate, so that a change in the machine's load meets both.
+Layers run in one scan, so compile time should not depend on depth: the goal is a ratio of at most 1.2, for a plain
+model and for one that mixes dense and sparse layers. Each measurement traces, lowers and compiles in a process of its
+own, at small widths. Depths alternate, so that a change in the machine's load affects both.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GOAL = 1.2
 
 
 def model(kind: str, depth: int) -> Qwen3MoeConfig:
-    """Small widths: compile time hardly depends on them."""
+    """A model of small widths, on which compile time hardly depends."""
     return Qwen3MoeConfig(
         vocab_size=256,
         hidden_size=64,
@@ -40,7 +40,7 @@ def model(kind: str, depth: int) -> Qwen3MoeConfig:
 
 
 def compile_seconds(kind: str, depth: int) -> dict[str, float]:
-    """Seconds to trace and lower, and to compile, one step with adapters on everything."""
+    """Seconds to trace and lower, and to compile, a training step with adapters on all targets."""
     import jax
     import jax.numpy as jnp
 
@@ -63,7 +63,7 @@ def compile_seconds(kind: str, depth: int) -> dict[str, float]:
     batch = Batch(integers, integers, floats, integers, integers)
     state = jax.eval_shape(lambda trainable: initial_state(trainable, optimizer), shapes(lora_specs(config, lora)))
     step = jax.jit(make_train_step(training, optimizer, rate, next_token_objective(0.01)), donate_argnums=1)
-    jax.block_until_ready(jnp.zeros(1) + 1)  # the backend's own start is not the step's
+    jax.block_until_ready(jnp.zeros(1) + 1)  # starts the backend before the clock
     start = time.perf_counter()
     lowered = step.lower(shapes(parameter_specs(config)), state, batch)
     middle = time.perf_counter()
@@ -72,12 +72,16 @@ def compile_seconds(kind: str, depth: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints the table, or with --one a single measurement as JSON."""
+    """Prints the table; with --one a single measurement as JSON."""
     parser = ArgumentParser(description="Compile time of the LoRA training step at 4 and at 48 layers.")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="processes per cell; the median counts")
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "DEPTH"), help="measure this in this process")
+    parser.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="processes per cell, of which the median counts (default: 3)"
+    )
+    parser.add_argument(
+        "--one", nargs=2, metavar=("KIND", "DEPTH"), help="measure only this, in this process, and print JSON"
+    )
     args = parser.parse_args()
-    # A compilation found in a cache on disk would be no measurement.
+    # A program found in a cache on disk would not be compiled.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if args.one:
         print(json.dumps(compile_seconds(args.one[0], int(args.one[1]))))

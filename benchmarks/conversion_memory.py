@@ -1,13 +1,13 @@
 """Peak anonymous memory of hf2jax and jax2hf on checkpoints of several GiB: `python -m benchmarks.conversion_memory`.
 
-The bound is twice the largest layer plus 1 GiB, whatever the depth. Pages of mapped files belong to the page cache,
-which the kernel takes back when it needs to; anonymous memory (RssAnon in /proc/PID/status) is what a conversion costs.
-Needs Linux and, for the default sizes, about 16 GB of disk, all of which is given back.
+The bound is twice the largest layer plus 1 GiB, for any depth. It needs Linux and, for the default sizes, about 16 GB
+of disk, which is freed at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 import shutil
 import subprocess
@@ -15,10 +15,11 @@ import sys
 import tempfile
 import time
 
+from benchmarks.sides import anonymous_bytes
 from convert.names import block_shapes, blocks_of
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.parameters import parameter_specs
-from tests.make_checkpoint import make_checkpoint
+from peers.make_checkpoint import make_checkpoint
 
 GIB = 2**30
 ITEM_BYTES = 2  # bfloat16
@@ -26,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def model(depth: int) -> Qwen3MoeConfig:
-    """Layers of 0.52 GiB: Qwen3-30B-A3B's attention and expert widths with 56 experts, and a small vocabulary."""
+    """Layers of 0.52 GiB: the widths of Qwen3-30B-A3B with 56 experts and a small vocabulary."""
     return Qwen3MoeConfig(
         vocab_size=8192,
         hidden_size=2048,
@@ -40,23 +41,8 @@ def model(depth: int) -> Qwen3MoeConfig:
 
 
 def elements(shapes: dict[str, tuple[int, ...]]) -> int:
-    total = 0
-    for shape in shapes.values():
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
-    return total
-
-
-def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process, 0 once it has ended."""
-    try:
-        status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    return int(fields.get("RssAnon", "0 kB").split()[0]) * 1024
+    """The number of elements of all arrays."""
+    return sum(map(math.prod, shapes.values()))
 
 
 def peak_of(command: list[str]) -> tuple[int, float]:
@@ -72,7 +58,7 @@ def peak_of(command: list[str]) -> tuple[int, float]:
 
 
 def measure(depth: int, folder: pathlib.Path) -> bool:
-    """Converts a model of `depth` layers both ways, prints a line for each, and says whether both kept the bound."""
+    """Converts a model of `depth` layers both ways, prints a line for each; whether both stayed below the bound."""
     config = model(depth)
     largest = max(elements(block_shapes(config, block)) for block in blocks_of(config)) * ITEM_BYTES
     total = elements({path: spec.shape for path, spec in parameter_specs(config).items()}) * ITEM_BYTES
@@ -82,7 +68,7 @@ def measure(depth: int, folder: pathlib.Path) -> bool:
     kept = True
     for name, src, dst in (("hf2jax", hf, jax), ("jax2hf", jax, back)):
         peak, seconds = peak_of([sys.executable, "-m", "convert", name, str(src), str(dst)])
-        shutil.rmtree(src)  # the next conversion needs the room
+        shutil.rmtree(src)  # the next conversion needs the space
         kept &= peak < bound
         print(
             f"{name}  {depth:>6} layers  {total / GIB:>9.2f} GiB  {largest / GIB:>13.2f} GiB  {bound / GIB:>5.2f} GiB"
@@ -94,6 +80,7 @@ def measure(depth: int, folder: pathlib.Path) -> bool:
 
 
 def main() -> None:
+    """Prints the table; fails if a peak is above its bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 14], help="layers of each model (default: 8 14)")
     parser.add_argument("--scratch", type=pathlib.Path, help="folder for the checkpoints (default: the system's)")

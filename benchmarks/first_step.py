@@ -1,6 +1,6 @@
 """The first training step of a fresh process, cold and from the compilation cache: `python -m benchmarks.first_step`.
 
-From the start of the process to the loss on the host; what is excluded is making the random weights, on the device,
+The time runs from the start of the process to the loss on the host, without making the random weights on the device,
 which stands for loading them (`benchmarks.load`). The second run finds the programs that the first one compiled.
 """
 
@@ -16,10 +16,10 @@ import tempfile
 import time
 from typing import Any, get_args
 
+from benchmarks import shapes
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.memory import Remat
-from jaxmoe.presets import PRESETS
 
 STAGES = ("start and imports", "device", "weights (excluded)", "state", "trace", "lower", "compile", "run")
 
@@ -45,11 +45,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     xla.configure()
     jax.block_until_ready(jax.numpy.zeros(1))
     mark()
-    config = PRESETS[args.preset]
-    if args.layers:
-        config = config.replace(num_hidden_layers=args.layers)
-    if args.width:
-        config = config.replace(hidden_size=args.width, moe_intermediate_size=64, num_experts=16, vocab_size=512)
+    config = shapes.config_of(args)
     params = jax.block_until_ready(jax_parameters(config))
     mark()
     lora = LoraConfig(r=16, targets=expand_targets(args.lora_targets.split(",")))
@@ -81,17 +77,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Prints the table; with --started one process's seconds as JSON."""
     parser = ArgumentParser(description="The first training step of a fresh process, cold and cached.")
-    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the preset's")
-    parser.add_argument(
-        "--width", type=int, metavar="N", help="a tiny model of this width, to try the benchmark itself"
+    shapes.add_arguments(parser)
+    add = parser.add_argument
+    add("--batch-size", type=int, default=2, metavar="N", help="sequences per step (default: 2)")
+    add("--seq-length", type=int, default=4096, metavar="N", help="tokens per sequence (default: 4096)")
+    add(
+        "--lora-targets",
+        default="attention",
+        metavar="TEXT,...",
+        help="where adapters are trained (default: attention)",
     )
-    parser.add_argument("--batch-size", type=int, default=2, metavar="N")
-    parser.add_argument("--seq-length", type=int, default=4096, metavar="N")
-    parser.add_argument("--lora-targets", default="attention", metavar="TEXT,...")
-    parser.add_argument("--remat", default="fast", choices=get_args(Remat))
-    parser.add_argument("--unroll", action="store_true", help="layers compiled one by one")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    add("--remat", default="fast", choices=get_args(Remat), help="recomputation policy (default: fast)")
+    add("--unroll", action="store_true", help="unroll the layers")
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.started:
@@ -110,15 +107,14 @@ def main() -> None:
         kept = sum(file.stat().st_size for file in pathlib.Path(cache).rglob("*") if file.is_file())
     first = record["cold"]
     print(
-        f"{first['device']}: {args.preset}, {args.batch_size} x {args.seq_length} tokens, {args.lora_targets}, loss "
-        f"{first['loss']:.4f}; {kept / 1e6:.0f} MB in the cache"
+        f"{first['device']}: {args.preset}, {args.batch_size} x {args.seq_length} tokens, LoRA on {args.lora_targets}, "
+        f"loss {first['loss']:.4f}; compilation cache of {kept / 1e6:.0f} MB"
     )
     print(f"{'seconds':<20}" + "".join(f"{name:>9}" for name in record))
     for stage in STAGES:
         print(f"{stage:<20}" + "".join(f"{found['stages'][stage]:9.2f}" for found in record.values()))
     print(f"{'first step':<20}" + "".join(f"{found['total']:9.2f}" for found in record.values()))
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    shapes.write_json(args.json, record)
 
 
 if __name__ == "__main__":

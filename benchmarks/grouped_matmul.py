@@ -1,22 +1,19 @@
 """The expert layer's four products beside torch._grouped_mm: `python -m benchmarks.grouped_matmul`.
 
-Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, random weights, skewed routing. Useful TFLOP/s:
-padding is not counted. Beside them is what the card's library does with the same rows and one matrix for all of them:
-no experts, no padding. All sides are timed alike, over queued calls, in one process, on the same routing, and in turn:
-these products take the card to its power limit, where its clock depends on what ran before, so each round has an order
-of its own. The layout is made before, as it is once a layer in the model: jaxmoe's list of blocks, torch's offsets
-(from which its call makes a list of its own).
+The shape is that of Qwen3-30B-A3B (128 experts, top-8, D 2048, F 768), in bfloat16, with random weights and skewed
+routing. The table shows useful TFLOP/s: padding is not counted. "matrix" is the card's library with the same rows and
+one matrix for all of them: no experts, no padding.
+
+All sides run in one process on the same routing, over queued calls, in turn. These products reach the card's power
+limit, where its clock depends on what ran before, so each round has a random order. The layout of the rows is made
+before the clock starts, as it is once per layer in the model.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
-import random
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs its share of the memory
 
@@ -24,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.shapes import write_json
+from benchmarks.timing import Side, seconds_in_turn
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 from jaxmoe.ops.schedule import Schedule, make_schedule
@@ -31,49 +30,19 @@ from jaxmoe.presets import PRESETS
 
 
 def skewed_experts(tokens: int, num_experts: int, k: int, skew: float = 0.3, seed: int = 0) -> np.ndarray:
-    """Expert ids [M, k] of a router whose mean logits differ by `skew` (standard deviation) between experts."""
+    """Expert ids [M, k] of a router whose experts' mean logits have the standard deviation `skew`."""
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((tokens, num_experts)) + skew * rng.standard_normal(num_experts)
     return np.argsort(-logits, axis=1, kind="stable")[:, :k].astype(np.int32)
 
 
-class Side(NamedTuple):
-    """What is timed, and how to wait for what it returned."""
-
-    call: Callable[[], Any]
-    wait: Callable[[Any], Any]
-
-
-def seconds_in_turn(sides: dict[str, Side], queued: int = 10, rounds: int = 24, rest: float = 0.0) -> dict[str, float]:
-    """Median over the rounds of the mean time of `queued` calls that are launched without waiting, side after side.
-
-    `rest`: seconds of pause before each side's calls. Without, the load is steady, as in training. A round's order is
-    drawn anew (always the same for the same arguments): no side always follows the one that heats the card most.
-    """
-    for side in sides.values():
-        side.wait(side.call())
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    draw = random.Random(0)
-    for _ in range(rounds):
-        for name in draw.sample(list(sides), len(sides)):
-            side = sides[name]
-            time.sleep(rest)
-            start = time.perf_counter()
-            result = None
-            for _ in range(queued):
-                result = side.call()
-            side.wait(result)
-            times[name].append((time.perf_counter() - start) / queued)
-    return {name: float(np.median(found)) for name, found in times.items()}
-
-
 def padded(rows: jax.Array, schedule: Schedule) -> jax.Array:
-    """Routed rows [R, width], in routing order, at their places in the padded layout; zeros at padding."""
+    """Routed rows [R, width] moved to their places in the padded layout; zeros at padding."""
     return jnp.where(schedule.source[:, None] >= 0, rows[jnp.maximum(schedule.source, 0)], 0)
 
 
 def products(D: int, F: int) -> dict[str, tuple[str, int, int, bool]]:
-    """By name: (which stack, contracted width, output width, whether the stack is transposed)."""
+    """Name -> (stack of weights, contracted width, output width, whether the stack is transposed)."""
     return {
         "up": ("gate_up", D, 2 * F, True),
         "down": ("down", F, D, True),
@@ -83,7 +52,7 @@ def products(D: int, F: int) -> dict[str, tuple[str, int, int, bool]]:
 
 
 def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
-    """One record per product: TFLOP/s of each side, relative error against float32."""
+    """One record per product: TFLOP/s of each side, and jaxmoe's relative error against float32."""
     config = PRESETS["qwen3-30b-a3b"]
     D, F, E, k = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
     experts = skewed_experts(tokens, E, k)
@@ -118,7 +87,7 @@ def measure(tokens: int, rest: float = 0.0) -> list[dict[str, Any]]:
 
 
 def _error(found: jax.Array, x: jax.Array, weight: jax.Array, schedule: Schedule, transposed: bool) -> float:
-    """Relative L2 error over all used tiles, the products formed tile by tile in float32."""
+    """Relative L2 error over all used tiles, against products computed tile by tile in float32."""
     count = schedule.tile_expert.shape[0]
     x, found = x.reshape(count, -1, x.shape[-1]), found.reshape(count, -1, found.shape[-1])
 
@@ -159,9 +128,9 @@ def _torch(rows: jax.Array, schedule: Schedule, weight: jax.Array, sizes: np.nda
 def main() -> None:
     """Measures and prints the table."""
     parser = ArgumentParser(description="Grouped matmul of the experts beside torch._grouped_mm.")
-    parser.add_argument("--tokens", default="2048,8192,32768", metavar="N,...")
+    parser.add_argument("--tokens", default="2048,8192,32768", metavar="N,...", help="tokens, a table line for each")
     parser.add_argument("--rest", type=float, default=0.0, metavar="SECONDS", help="pause before each side's calls")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args()
     records = []
     print(f"{jax.devices()[0].device_kind}: useful TFLOP/s")
@@ -174,8 +143,7 @@ def main() -> None:
             ours, torch, matrix = (r[f"{side} TFLOP/s"] for side in ("jaxmoe", "torch", "one matrix"))
             numbers = f"{ours:>7.0f} {torch:>7.0f} {r['ratio']:>6.2f} {matrix:>7.0f}"
             print(f"{tokens:>7} {r['product']:<8} {numbers} {r['error']:>8.1e} {r['skew']:>6.2f}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "records": records}, indent=2) + "\n")
+    write_json(args.json, {"device": jax.devices()[0].device_kind, "records": records})
 
 
 if __name__ == "__main__":

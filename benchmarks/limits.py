@@ -1,4 +1,4 @@
-"""What the hardware allows: floating-point operations of a token, and the card's measured speed of plain matmuls."""
+"""Limits of the hardware: floating-point operations per token, and the card's measured speed of plain matmuls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _head(config: Qwen3MoeConfig) -> int:
 
 
 def _matrices(config: Qwen3MoeConfig) -> int:
-    """Weights that a token is multiplied with in the layers: active ones without embedding, head and norms."""
+    """The number of layer weights with which a token is multiplied: active ones, without embedding, head and norms."""
     tables = _head(config) * (1 if config.tie_word_embeddings else 2)
     specs = parameter_specs(config)
     norms = sum(math.prod(spec.shape) for path, spec in specs.items() if path.endswith("norm"))
@@ -23,27 +23,30 @@ def _matrices(config: Qwen3MoeConfig) -> int:
 
 
 def _attention(config: Qwen3MoeConfig, length: int) -> float:
-    """Q K^T and P V of the causal half, averaged over the tokens of a row, all layers."""
+    """Operations of Q K^T and P V, causal half only, in all layers, averaged over the tokens of a sequence."""
     return 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length / 2
 
 
 def forward_flops(config: Qwen3MoeConfig, length: int, *, head: bool) -> float:
-    """Of a token in a row of `length`; `head` with logits for every token. A multiply-add counts as two."""
+    """Operations per token of a forward pass over `length` tokens; a multiply-add counts as two.
+
+    `head`: whether every token has logits.
+    """
     return 2 * (_matrices(config) + (_head(config) if head else 0)) + _attention(config, length)
 
 
 def lora_step_flops(config: Qwen3MoeConfig, length: int) -> float:
-    """Of a token: forward, and backward with respect to activations (frozen weights have no gradient of their own).
+    """Operations per token of a LoRA step: forward, and backward for the activations (frozen weights have no gradient).
 
-    Nothing recomputed, the adapters' own products left out. Attention's backward pass counts twice its forward pass:
-    the recomputed logits are the kernel's choice, not the mathematics'.
+    Recomputation and the adapters' own products do not count. Attention's backward pass counts twice its forward pass:
+    recomputing the logits is the kernel's choice, the mathematics does not need it.
     """
     matrices = 2 * (_matrices(config) + _head(config))
     return 2 * matrices + 3 * _attention(config, length)
 
 
 def matmul_flops_per_second(size: int = 8192, repeat: int = 20) -> float:
-    """A plain bfloat16 product on JAX's default device, the median of `repeat`."""
+    """Operations per second of a plain bfloat16 product on JAX's default device, the mean of `repeat` products."""
     import jax
     import jax.numpy as jnp
 

@@ -1,9 +1,9 @@
-"""Loading a checkpoint from memory-backed disk to the device beside transformers: `python -m benchmarks.load`.
+"""Loading a checkpoint from memory-backed disk to the device, beside transformers: `python -m benchmarks.load`.
 
-Writes a checkpoint of a published shape (or of fewer layers) in HF form, or takes the folder that is named, and loads
-it once on each side, each side in a process of its own: seconds from the call to weights that are on the device,
-imports excluded. Host memory is the largest anonymous one of the whole process; the mapped checkpoint is page cache and
-no part of it. jaxmoe also loads the converted folder when `--converted` asks for it.
+Writes a random checkpoint of a published shape in HF form, or uses a given folder, and loads it once per side, each
+side in a process of its own. The time runs from the call until the weights are on the device, without imports. Host
+memory is the peak anonymous memory of the process; the mapped checkpoint is page cache and does not count. With
+`--converted` jaxmoe also loads the converted folder.
 """
 
 from __future__ import annotations
@@ -16,56 +16,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import ml_dtypes
-import numpy as np
-
-from benchmarks.conversion_memory import anonymous_bytes
-from benchmarks.random_model import STD, routers
-from benchmarks.train_step import installed
+from benchmarks import shapes
+from benchmarks.random_checkpoint import write_checkpoint
+from benchmarks.sides import anonymous_bytes, installed
 from jaxmoe.cli.arguments import ArgumentParser, run
-from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.memory import human
-from jaxmoe.presets import PRESETS
 
 SIDES = ("transformers", "jaxmoe", "jaxmoe, converted", "jaxmoe, converted, unverified")
-_POOL = 1 << 26  # normal numbers that all tensors are cut from
-
-
-def write_checkpoint(folder: pathlib.Path, config: Qwen3MoeConfig, max_shard_size: int = 4 * 10**9) -> None:
-    """A checkpoint in HF form with one tensor per expert, in bfloat16; routers as in `random_model`.
-
-    Tensors are pieces of one pool of normal numbers, from random places: made at the speed of a copy.
-    """
-    from convert.names import blocks_of, rows
-    from convert.safetensors_io import Planned, write_sharded
-
-    rng = np.random.default_rng(0)
-    dtype = np.dtype(ml_dtypes.bfloat16)
-    pool = (rng.standard_normal(_POOL, dtype=np.float32) * STD).astype(dtype)
-    gates = dict(zip(config.sparse_layers, routers(config), strict=True))
-    table = [(layer, row) for layer in blocks_of(config) for row in rows(config, layer, "per_expert")]
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for layer, row in table:
-            size = int(np.prod(row.shape))
-            if len(row.shape) == 1:
-                array = np.ones(row.shape, dtype)
-            elif row.path == "sparse.gate":
-                assert layer is not None
-                array = gates[layer].astype(dtype)
-            elif size > _POOL:  # the embedding
-                array = np.resize(pool, row.shape)
-            else:
-                start = int(rng.integers(0, _POOL - size + 1))
-                array = pool[start : start + size].reshape(row.shape)
-            yield row.key, array
-
-    folder.mkdir(parents=True, exist_ok=True)
-    write_sharded(folder, [Planned(row.key, row.shape, dtype) for _, row in table], tensors(), max_shard_size)
-    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
 
 
 def measure(side: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -75,7 +34,7 @@ def measure(side: str, folder: pathlib.Path) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.zeros(1, device=device)  # CUDA's own start is not loading
+        torch.zeros(1, device=device)  # CUDA starts before the clock does
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
         if device == "cuda":
@@ -102,17 +61,16 @@ def measure(side: str, folder: pathlib.Path) -> dict[str, Any]:
 def main() -> None:
     """Prints the table; with --side one measurement as JSON."""
     parser = ArgumentParser(description="Loading a checkpoint to the device beside transformers.")
-    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the preset's")
+    shapes.add_arguments(parser)
+    parser.add_argument("--model", type=pathlib.Path, metavar="DIR", help="load this folder instead of a random one")
+    scratch_help = "where the checkpoint is written (default: /dev/shm)"
     parser.add_argument(
-        "--width", type=int, metavar="N", help="a tiny model of this width, to try the benchmark itself"
+        "--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR", help=scratch_help
     )
-    parser.add_argument("--model", type=pathlib.Path, metavar="DIR", help="load this folder instead")
-    parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR")
-    parser.add_argument("--converted", action="store_true", help="also convert the folder and load that")
-    parser.add_argument("--sides", default="transformers;jaxmoe", metavar="NAME;...")
-    parser.add_argument("--side", choices=SIDES, help="measure this side only, in this process")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--converted", action="store_true", help="also convert the folder and load the result")
+    sides = "sides to measure (default: transformers;jaxmoe)"
+    parser.add_argument("--sides", default="transformers;jaxmoe", metavar="NAME;...", help=sides)
+    parser.add_argument("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
     args = parser.parse_args()
     if args.side:
         print(json.dumps(measure(args.side, args.model)))
@@ -127,11 +85,7 @@ def main() -> None:
 def _compare(args: argparse.Namespace, scratch: pathlib.Path) -> None:
     folder = args.model
     if folder is None:
-        config = PRESETS[args.preset]
-        if args.layers:
-            config = config.replace(num_hidden_layers=args.layers)
-        if args.width:
-            config = config.replace(hidden_size=args.width, moe_intermediate_size=64, num_experts=16, vocab_size=512)
+        config = shapes.config_of(args)
         folder = scratch / "hf"
         start = time.perf_counter()
         write_checkpoint(folder, config)
@@ -167,8 +121,7 @@ def _compare(args: argparse.Namespace, scratch: pathlib.Path) -> None:
             f"{side:32}{found['seconds']:9.1f}{found['bytes'] / found['seconds'] / 1e9:8.2f}{human(peak):>14}",
             flush=True,
         )
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    shapes.write_json(args.json, record)
 
 
 if __name__ == "__main__":

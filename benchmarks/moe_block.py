@@ -1,15 +1,14 @@
 """One MoE block, router to output, forward and backward, beside transformers': `python -m benchmarks.moe_block`.
 
-Qwen3-30B-A3B's shape (128 experts, top-8, D 2048, F 768), bfloat16, frozen weights: the backward pass gives the
-gradient of the input. Both sides take the same weights, input and cotangent in one process and are timed alike, over
-queued calls and in turn; their outputs and gradients are compared. With several values of --tokens, --experts and
---skew it is the table of what the block costs as each of them grows.
+The shape is that of Qwen3-30B-A3B (128 experts, top-8, D 2048, F 768), in bfloat16, with frozen weights: the backward
+pass computes the gradient of the input. Both sides get the same weights, input and cotangent in one process and are
+timed in turn, over queued calls; their outputs and gradients are compared. Several values of --tokens, --experts and
+--skew show how the block's cost grows with each.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -20,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.grouped_matmul import Side, seconds_in_turn
+from benchmarks.shapes import write_json
+from benchmarks.timing import Side, seconds_in_turn
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.ops.experts import ExpertWeights, implementation, sorted_experts
@@ -30,26 +30,26 @@ from jaxmoe.presets import PRESETS
 PEERS = {"transformers": "grouped_mm", "transformers, loop": "eager"}
 
 
-def router_rows(config: Qwen3MoeConfig, skew: float) -> np.ndarray:
-    """Router weights [E, D] whose rows differ in length by up to 1 + skew: longer ones are chosen more often."""
+def router_weights(config: Qwen3MoeConfig, skew: float) -> np.ndarray:
+    """Router weights [E, D]; the experts' vectors differ in length by up to 1 + skew: longer ones win more often."""
     rng = np.random.default_rng(0)
-    rows = rng.standard_normal((config.num_experts, config.hidden_size), dtype=np.float32) * config.hidden_size**-0.5
-    return rows * rng.permutation(np.geomspace(1, 1 + skew, config.num_experts, dtype=np.float32))[:, None]
+    vectors = rng.standard_normal((config.num_experts, config.hidden_size), dtype=np.float32) * config.hidden_size**-0.5
+    return vectors * rng.permutation(np.geomspace(1, 1 + skew, config.num_experts, dtype=np.float32))[:, None]
 
 
 def flops(config: Qwen3MoeConfig, tokens: int) -> float:
-    """Of the experts' products, forward and with respect to the rows; padding is not counted."""
+    """Operations of the experts' products, forward and for the gradient of the rows; padding is not counted."""
     return 2 * 2 * tokens * config.num_experts_per_tok * 3 * config.hidden_size * config.moe_intermediate_size
 
 
 def measure(config: Qwen3MoeConfig, tokens: int, skew: float, peers: list[str]) -> dict[str, Any]:
-    """Milliseconds of both passes and of the forward pass alone, and how far the sides' results are apart."""
+    """Milliseconds of both passes and of the forward pass alone, and how much the sides' results differ."""
     D, F, E = config.hidden_size, config.moe_intermediate_size, config.num_experts
     keys = jax.random.split(jax.random.key(0), 4)
     draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16) * shape[-1] ** -0.5, static_argnums=1)
     gate_up, down = draw(keys[0], (E, 2 * F, D)), draw(keys[1], (E, D, F))
     x, cotangent = (draw(key, (tokens, D)) * D**0.5 for key in keys[2:])
-    gate = jnp.asarray(router_rows(config, skew), jnp.bfloat16)
+    gate = jnp.asarray(router_weights(config, skew), jnp.bfloat16)
 
     def block(x: Any, gate: Any, gate_up: Any, down: Any) -> Any:
         routing = route(x, gate, num_experts_per_tok=config.num_experts_per_tok, norm_topk_prob=config.norm_topk_prob)
@@ -89,7 +89,7 @@ def measure(config: Qwen3MoeConfig, tokens: int, skew: float, peers: list[str]) 
 
 
 class _Block(NamedTuple):
-    """Transformers' block: both passes, the forward pass alone, and what the former left behind (`out`, `d_x`)."""
+    """Transformers' block: both passes, the forward pass alone, and the results of `both` (`out`, `d_x`)."""
 
     both: Side
     forward: Side
@@ -97,11 +97,11 @@ class _Block(NamedTuple):
 
 
 def _torch(config: Qwen3MoeConfig, experts: str, x: Any, cotangent: Any, weights: Any) -> _Block:
-    """Transformers' block on the same arrays."""
+    """Transformers' block with the same arrays."""
     import torch
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-    from tests.reference import hf_config
+    from peers.reference import hf_config
 
     hf = hf_config(config.to_hf())
     hf._experts_implementation = experts
@@ -130,21 +130,24 @@ def _torch(config: Qwen3MoeConfig, experts: str, x: Any, cotangent: Any, weights
 def main() -> None:
     """Measures and prints the table."""
     parser = ArgumentParser(description="One MoE block, forward and backward, beside transformers'.")
-    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
-    parser.add_argument("--tokens", default="8192,32768", metavar="N,...")
-    parser.add_argument("--experts", default="128", metavar="N,...")
-    parser.add_argument("--skew", default="0.4", metavar="X,...", help="0: all experts alike")
-    parser.add_argument("--width", type=int, metavar="N", help="of a tiny block, to try the benchmark itself")
-    parser.add_argument("--peers", default="transformers", metavar="NAME,...", help=f"of {', '.join(PEERS)}, or none")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    add = parser.add_argument
+    add("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME", help=f"of {', '.join(PRESETS)}")
+    add("--tokens", default="8192,32768", metavar="N,...", help="tokens (default: 8192,32768)")
+    add("--experts", default="128", metavar="N,...", help="numbers of experts (default: 128)")
+    add("--skew", default="0.4", metavar="X,...", help="how uneven the routing is; 0: even (default: 0.4)")
+    add("--width", type=int, metavar="N", help="use a tiny block, to try out the benchmark")
+    add("--peers", default="transformers", metavar="NAME,...", help=f"of {', '.join(PEERS)}, or none")
+    add("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args()
     peers = [] if args.peers == "none" else args.peers.split(",")
     base = PRESETS[args.preset]
     if args.width:
         base = base.replace(hidden_size=args.width, moe_intermediate_size=64)
-    taken = implementation(jnp.bfloat16, base.hidden_size, base.moe_intermediate_size)
-    print(f"{jax.devices()[0].device_kind}, grouped matmul by {taken.name}: ms of both passes (forward alone)")
-    print(f"{'tokens':>7}{'experts':>8}{'max/mean':>9}{'jaxmoe':>16}{'TFLOP/s':>8}  peer, ratio, error of out, dX")
+    chosen = implementation(jnp.bfloat16, base.hidden_size, base.moe_intermediate_size)
+    print(f"{jax.devices()[0].device_kind}, grouped matmul: {chosen.name}; ms of both passes (forward pass alone)")
+    print(
+        f"{'tokens':>7}{'experts':>8}{'max/mean':>9}{'jaxmoe':>16}{'TFLOP/s':>8}  peer, ratio, error of output and dX"
+    )
     records = []
     numbers = ([kind(part) for part in text.split(",")] for kind, text in _axes(args))
     for tokens, experts, skew in itertools.product(*numbers):
@@ -156,8 +159,7 @@ def main() -> None:
             ms, forward, out, d_x = (r[f"{peer}: {name}"] for name in ("ms", "forward_ms", "out", "d_x"))
             line += f"  {peer} {ms:.2f} ({forward:.2f}), {ms / r['ms']:.2f}x, {out:.1e} {d_x:.1e}"
         print(line, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "records": records}, indent=2) + "\n")
+    write_json(args.json, {"device": jax.devices()[0].device_kind, "records": records})
 
 
 def _axes(args: Any) -> list[tuple[Any, str]]:

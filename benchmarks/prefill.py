@@ -1,27 +1,25 @@
-"""Prefill on a GPU, all tokens to the last one's logits, beside transformers: `python -m benchmarks.prefill`.
+"""Prefill on a GPU, from all tokens to the last token's logits, beside transformers: `python -m benchmarks.prefill`.
 
-Random weights in a published model's full shape, the same token ids and routers on each side, each side in a process of
-its own. The limit is the speed at which the floating-point operations alone would keep the card at the speed of a plain
-matmul, measured in the same process; logits are counted for no token, for only each row's last one has them.
+Each side runs in a process of its own, with random weights of a published shape and the same token ids and routers.
+"of limit" is the share of the speed of a plain matmul, measured in the same process, that the operations of the forward
+pass reach. Operations of the logits do not count: only the last token of each sequence has logits.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import limits, random_model, stages
-from benchmarks.train_step import installed, measure_apart, profiled_apart
+from benchmarks import limits, random_model, shapes, stages
+from benchmarks.sides import installed, measure_apart, stages_apart
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.memory import human
-from jaxmoe.presets import PRESETS
 
-# rows, tokens a row; "cached" writes a KV cache as `jaxmoe.generate.engine` does
+# sequences, tokens per sequence, whether a KV cache is written, as `jaxmoe.generate.engine` does
 CASES = {
     "2 x 4096": (2, 4096, False),
     "2 x 4096, cached": (2, 4096, True),
@@ -32,7 +30,7 @@ SIDES = ("transformers", "jaxmoe")
 
 
 def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, cached: bool) -> dict[str, Any]:
-    """`jaxmoe.model.decoder.forward`, or `forward_cached` into an empty cache, and the last logits."""
+    """The forward pass of jaxmoe, or its forward pass into an empty cache, and the last token's logits."""
     from jaxmoe.cli import xla
 
     xla.configure()
@@ -86,7 +84,7 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, 
 
 
 def torch_side(args: argparse.Namespace, config: Any, batch: int, length: int, cached: bool) -> dict[str, Any]:
-    """Transformers' model with grouped_mm experts."""
+    """Transformers' model with its grouped_mm experts."""
     import torch
 
     model = random_model.torch_model(config).eval()
@@ -117,7 +115,7 @@ def torch_side(args: argparse.Namespace, config: Any, batch: int, length: int, c
 
 
 def _timed(one: Callable[[int], None], args: argparse.Namespace) -> float:
-    """Median seconds from token ids on the host to the last logits on the host."""
+    """Median seconds from token ids on the host to the last token's logits on the host."""
     seconds = []
     for step in range(args.warmup + args.steps):
         start = time.perf_counter()
@@ -127,22 +125,19 @@ def _timed(one: Callable[[int], None], args: argparse.Namespace) -> float:
 
 
 def main() -> None:
-    """Prints one table for each case; with --side one measurement as JSON."""
+    """Prints one table per case; with --side a single measurement as JSON."""
     parser = ArgumentParser(description="Prefill beside transformers.")
-    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the preset's")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N")
-    parser.add_argument("--steps", type=int, default=5, metavar="N")
-    parser.add_argument("--stages", action="store_true", help="also a breakdown of jaxmoe's prefill by stage")
-    parser.add_argument("--side", choices=SIDES, help="measure this side only, in this process")
-    parser.add_argument("--case", choices=CASES, action="append", help="this case (default: each in turn)")
-    parser.add_argument("--sides", default=",".join(SIDES), metavar="NAME,...")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    shapes.add_arguments(parser, width=False)
+    add = parser.add_argument
+    add("--warmup", type=int, default=2, metavar="N", help="runs before the clock starts (default: 2)")
+    add("--steps", type=int, default=5, metavar="N", help="timed runs, of which the median counts (default: 5)")
+    add("--stages", action="store_true", help="also print jaxmoe's time by stage")
+    add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
+    add("--case", choices=CASES, action="append", help="measure this case; may be repeated (default: all)")
+    add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the table (default: all)")
     args = parser.parse_args()
     names = args.case or list(CASES)
-    config = PRESETS[args.preset]
-    if args.layers:
-        config = config.replace(num_hidden_layers=args.layers)
+    config = shapes.config_of(args)
     if args.side:
         side = jaxmoe_side if args.side == "jaxmoe" else torch_side
         print(json.dumps(side(args, config, *CASES[names[0]])))
@@ -158,7 +153,7 @@ def main() -> None:
         for side in args.sides.split(","):
             found: dict[str, Any] = {"failed": "not installed"}
             if installed(side):
-                found = measure_apart(side, name, argv, "benchmarks.prefill")
+                found = measure_apart("benchmarks.prefill", side, name, argv)
             record[f"{name}: {side}"] = found
             if "failed" in found:
                 print(f"{side:22} {found['failed']}", flush=True)
@@ -174,9 +169,8 @@ def main() -> None:
                 flush=True,
             )
         if args.stages:
-            print("\n".join(profiled_apart(name, argv, "benchmarks.prefill")), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+            print("\n".join(stages_apart("benchmarks.prefill", name, argv)), flush=True)
+    shapes.write_json(args.json, record)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Random weights of a published shape, made on the device, for benchmarks of both frameworks.
 
-The routers are the same NumPy arrays on every side. Their rows differ in length, so that some experts are chosen more
-often than others whatever the hidden states: the other weights are each framework's own draw, and the load per expert
-agrees to sampling noise. Embeddings have unit variance, and what writes into the residual stream is smaller by the
-number of layers: random attention averages its tokens, each layer would amplify what they have in common, and after 48
-of them all tokens of a row would ask for the same experts (measured: the busiest of 128 gets 12 times the mean).
+The routers are the same NumPy arrays on every side. Their experts' vectors differ in length, so that some experts are
+chosen more often than others for any hidden states. All other weights are drawn by each framework; the load per expert
+then agrees up to sampling noise.
+
+Embeddings have unit variance, and the weights that write into the residual stream are divided by the number of layers.
+Otherwise each layer would amplify what the tokens have in common, since random attention averages them: after 48 layers
+all tokens of a sequence would choose the same experts (measured: the busiest of 128 gets 12 times the mean).
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import numpy as np
 from jaxmoe.config import Qwen3MoeConfig
 
 STD = 0.02
-ROUTER_SCALES = (0.25, 1.75)  # of the shortest and the longest row
-RESIDUAL = ("attention.o_proj", "dense.down_proj", "sparse.down_proj")  # what writes into the residual stream
+ROUTER_SCALES = (0.25, 1.75)  # of the shortest and the longest vector
+RESIDUAL = ("attention.o_proj", "dense.down_proj", "sparse.down_proj")  # these write into the residual stream
 
 
 def routers(config: Qwen3MoeConfig, seed: int = 0) -> np.ndarray:
@@ -35,7 +37,7 @@ def token_ids(config: Qwen3MoeConfig, batch: int, length: int, step: int) -> np.
 
 
 def load_ratio(counts: np.ndarray) -> float:
-    """Rows of the busiest expert over the mean, averaged over the layers; counts [Ls, E]."""
+    """Rows of the busiest expert divided by the mean, averaged over the layers; `counts` is [Ls, E]."""
     return float((counts.max(-1) / counts.mean(-1)).mean())
 
 
@@ -55,11 +57,11 @@ def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
 
 
 def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
-    """Transformers' model in bfloat16 on the GPU (the CPU where there is none), never held twice."""
+    """Transformers' model in bfloat16 on the GPU (without one, the CPU); memory holds it once."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from tests.reference import hf_config
+    from peers.reference import hf_config
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hf = hf_config(config.to_hf())
@@ -67,7 +69,7 @@ def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
         model: Any = AutoModelForCausalLM.from_config(
             hf, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts
         )
-    # Buffers (the rotary frequencies) have values that to_empty loses: made again below.
+    # to_empty loses the values of buffers (the rotary frequencies); they are made again below.
     model = model.to_empty(device=device)
     with torch.device(device), torch.no_grad():
         model.model.rotary_emb = type(model.model.rotary_emb)(hf)

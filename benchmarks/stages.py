@@ -1,7 +1,7 @@
-"""Where the time of a compiled step goes, by named stage: device time from a profiler's trace.
+"""The device time of a compiled step by stage, from a profiler's trace.
 
-Each kernel in the trace names the HLO instruction that it runs; the compiled program says from which `jax.named_scope`
-that instruction comes. A fusion counts under the scope of its root.
+Each kernel in the trace names the HLO instruction that it runs. The compiled program names the `jax.named_scope` of
+each instruction. A fusion counts under the scope of its root.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-# Named scopes of the model and the step, innermost wins; `attention` without `dot_product_attention` is projections,
-# norms and rotary embedding; `experts` without a part is what XLA fused across them.
+# Named scopes of the model and the step; the innermost one counts. `attention` without `dot_product_attention` means
+# projections, norms and rotary embedding. `experts` without a part means what XLA fused across its parts.
 STAGES = (
     "dot_product_attention",
     "attention",
@@ -38,14 +38,14 @@ STAGES = (
 PASSES = ("forward", "recomputed", "backward")
 OTHER = "other"
 
-Breakdown = dict[tuple[str, str], float]
+ByStage = dict[tuple[str, str], float]
 
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = .*?metadata=\{[^}]*?op_name=\"([^\"]*)\"", re.MULTILINE)
 _WORD = re.compile(r"[A-Za-z_]+")
 
 
 def scopes(hlo: str) -> dict[str, str]:
-    """HLO instruction -> the path of scopes and primitives that it comes from, out of a compiled program's text."""
+    """HLO instruction -> its path of scopes and primitives, from a compiled program's text."""
     return dict(_INSTRUCTION.findall(hlo))
 
 
@@ -62,7 +62,7 @@ def stage_of(path: str) -> tuple[str, str]:
 
 
 def kernels(trace: Mapping[str, Any]) -> list[tuple[str, float, float]]:
-    """(HLO instruction, start, duration) of everything that ran on a device, in microseconds."""
+    """(HLO instruction, start, duration) of all kernels on a device, in microseconds."""
     devices = {
         event["pid"]
         for event in trace["traceEvents"]
@@ -70,22 +70,22 @@ def kernels(trace: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     }
     found = []
     for event in trace["traceEvents"]:
-        # Only the streams' events have a correlation with a launch; the lines derived from them would count twice.
+        # Only events of streams have a correlation id; the lines derived from them would count twice.
         if event.get("ph") == "X" and event["pid"] in devices and "correlation_id" in event.get("args", {}):
             found.append((event["args"].get("hlo_op", event["name"]), float(event["ts"]), float(event["dur"])))
     return found
 
 
-def breakdown(events: Iterable[tuple[str, float, float]], paths: Mapping[str, str], steps: int) -> Breakdown:
-    """(stage, pass) -> milliseconds of device time a step."""
-    total: Breakdown = defaultdict(float)
+def by_stage(events: Iterable[tuple[str, float, float]], paths: Mapping[str, str], steps: int) -> ByStage:
+    """(stage, pass) -> milliseconds of device time per step."""
+    total: ByStage = defaultdict(float)
     for instruction, _, duration in events:
         total[stage_of(paths.get(instruction, ""))] += duration / 1e3 / steps
     return dict(total)
 
 
 def busy(events: Iterable[tuple[str, float, float]]) -> float:
-    """Milliseconds in which the device ran anything; streams that overlap count once."""
+    """Milliseconds in which the device ran a kernel; overlapping streams count once."""
     total, end = 0.0, 0.0
     for _, start, duration in sorted(events, key=lambda event: event[1]):
         total += max(0.0, start + duration - max(start, end))
@@ -96,7 +96,7 @@ def busy(events: Iterable[tuple[str, float, float]]) -> float:
 def slowest(
     events: Iterable[tuple[str, float, float]], paths: Mapping[str, str], steps: int, count: int
 ) -> list[tuple[str, float, int, str]]:
-    """(HLO instruction, milliseconds a step, launches a step, path) of those that took the most time."""
+    """(HLO instruction, milliseconds per step, launches per step, path) of the `count` slowest instructions."""
     total: dict[str, list[float]] = defaultdict(list)
     for instruction, _, duration in events:
         total[instruction].append(duration / 1e3)
@@ -105,10 +105,10 @@ def slowest(
 
 
 def profile(run: Callable[[], Any], compiled: Any, steps: int = 3, keep: pathlib.Path | None = None) -> dict[str, Any]:
-    """Runs `run`, a call of `compiled` that has been warmed up, `steps` times under the profiler.
+    """Runs `run`, a warmed-up call of `compiled`, `steps` times under the profiler.
 
-    Returns "stages" [[stage, pass, milliseconds a step]], "busy" (milliseconds a step) and "slowest"; `keep` also
-    stores the trace there, for Perfetto.
+    Returns "stages" [[stage, pass, milliseconds per step]], "busy" (milliseconds per step) and "slowest". The trace is
+    also stored in `keep`, for Perfetto.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -120,12 +120,12 @@ def profile(run: Callable[[], Any], compiled: Any, steps: int = 3, keep: pathlib
     if keep is not None:
         keep.write_bytes(content)
     events, paths = kernels(json.loads(gzip.decompress(content))), scopes(compiled.as_text())
-    stages = [[*key, value] for key, value in breakdown(events, paths, steps).items()]
+    stages = [[*key, value] for key, value in by_stage(events, paths, steps).items()]
     return {"stages": stages, "busy": busy(events) / steps, "slowest": slowest(events, paths, steps, 15)}
 
 
 def table(found: Mapping[str, Any], step: float) -> list[str]:
-    """Lines of a table, one row a stage; `step` is the milliseconds of a step by the clock, without the profiler."""
+    """The lines of a table by stage; `step` is the time of a step in milliseconds, without the profiler."""
     cells = {(stage, which): value for stage, which, value in found["stages"]}
     lines = [f"{'stage':<24}" + "".join(f"{which:>12}" for which in PASSES) + f"{'ms':>10}{'share':>8}"]
     for stage in (*STAGES, OTHER):

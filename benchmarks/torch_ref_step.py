@@ -1,9 +1,9 @@
 """A LoRA step of torch_ref on one GPU beside transformers + PEFT: `python -m benchmarks.torch_ref_step`.
 
-Qwen3-30B-A3B's shape, random weights made on the device, the same on each side; the same tokens, adapters on attention,
-AdamW. Each side has a process of its own, one after the other: a GPU holds one 61 GB model. Beside the median of the
-steps stand the peak of allocated memory, the first loss (sides that agree on it have done the same work) and, from
-torch's profiler, the milliseconds of one step by kind of kernel.
+Each side runs in a process of its own, one after the other, since a GPU holds one 61 GB model. All sides use random
+weights of Qwen3-30B-A3B's shape, made on the device, the same tokens, adapters on attention, and AdamW. The table shows
+the median time of a step, the peak of allocated memory and the first loss: sides with the same loss have done the same
+work. Below it are the milliseconds of one step by kind of kernel, from torch's profiler.
 """
 
 from __future__ import annotations
@@ -43,19 +43,20 @@ KINDS = {
 
 
 def main() -> None:
-    """Prints the table; with --side measures one side in this process and prints a line of JSON for each row."""
+    """Prints the table; with --side measures one side in this process and prints a line of JSON per measurement."""
     parser = ArgumentParser(description="A LoRA step of torch_ref beside transformers + PEFT, random weights.")
-    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
-    parser.add_argument("--config", type=pathlib.Path, metavar="DIR", help="instead: the shape of a folder in HF form")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the shape's")
-    parser.add_argument("--batch-size", type=int, default=2, metavar="N")
-    parser.add_argument("--seq-length", type=int, default=4096, metavar="N")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=5, metavar="N")
-    parser.add_argument("--kernels", type=int, default=0, metavar="N", help="also print the N longest kernels")
-    parser.add_argument("--sides", default=",".join(SIDES), metavar="NAME,...", help="some of " + ", ".join(SIDES))
-    parser.add_argument("--side", choices=SIDES, help="measure this side only, in this process")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the rows here")
+    add = parser.add_argument
+    add("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME", help=f"of {', '.join(PRESETS)}")
+    add("--config", type=pathlib.Path, metavar="DIR", help="use the shape of this HF folder instead of a preset")
+    add("--layers", type=int, metavar="N", help="use this many layers (default: the shape's)")
+    add("--batch-size", type=int, default=2, metavar="N", help="sequences per step (default: 2)")
+    add("--seq-length", type=int, default=4096, metavar="N", help="tokens per sequence (default: 4096)")
+    add("--warmup", type=int, default=2, metavar="N", help="steps before the clock starts (default: 2)")
+    add("--steps", type=int, default=5, metavar="N", help="timed steps, of which the median counts (default: 5)")
+    add("--kernels", type=int, default=0, metavar="N", help="also print the N longest kernels")
+    add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the table, of " + ", ".join(SIDES))
+    add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
+    add("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args()
     if args.side:
         for row in measure(args):
@@ -65,16 +66,16 @@ def main() -> None:
     names = ("preset", "batch_size", "seq_length", "warmup", "steps", "kernels")
     argv = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     argv += [f"--{name}={getattr(args, name)}" for name in ("layers", "config") if getattr(args, name)]
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for side in args.sides.split(","):
-        rows += measure_apart(side, argv)
-    report(rows)
+        found += measure_apart(side, argv)
+    report(found)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def measure_apart(side: str, argv: list[str]) -> list[dict[str, Any]]:
-    """`measure` in a process of its own, whose messages are shown."""
+    """`measure` in a process of its own; its messages are shown."""
     command = [sys.executable, "-m", "benchmarks.torch_ref_step", *argv, "--side", side]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -82,30 +83,32 @@ def measure_apart(side: str, argv: list[str]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def report(rows: list[dict[str, Any]]) -> None:
-    """Prints the table of steps, then the kernels' milliseconds by kind."""
-    if not rows:
+def report(found: list[dict[str, Any]]) -> None:
+    """Prints the table of steps, then the milliseconds by kind of kernel."""
+    if not found:
         return
-    peers = [row["ms"] for row in rows if row["side"] == "transformers" and "ms" in row]
-    print(f"{rows[0]['device']}, torch {rows[0]['torch']}, transformers {rows[0]['transformers']}, {rows[0]['shape']}")
+    peers = [row["ms"] for row in found if row["side"] == "transformers" and "ms" in row]
+    print(
+        f"{found[0]['device']}, torch {found[0]['torch']}, transformers {found[0]['transformers']}, {found[0]['shape']}"
+    )
     print(
         f"{'':46}{'tokens':>9}{'ms/step':>9}{'tokens/s':>10}{'vs PEFT':>9}{'GiB':>7}{'loaded':>8}{'loss':>9}{'load':>6}"
     )
-    for row in rows:
+    for row in found:
         if "ms" not in row:
             print(f"{row['label']:46}{row['tokens']:>9}  {row['error']}")
             continue
-        same = peers and row["tokens"] == rows[0]["tokens"]
+        same = peers and row["tokens"] == found[0]["tokens"]
         ratio = f"{min(peers) / row['ms']:.2f}x" if same else ""
         print(
             f"{row['label']:46}{row['tokens']:>9}{row['ms']:9.1f}{row['tokens_per_s']:10,.0f}{ratio:>9}"
             f"{row['peak_gib']:7.1f}{row['loaded_gib']:8.1f}{row['loss']:9.4f}{row['load']:6.2f}"
         )
-    print("\nload: the busiest expert's rows over the mean. Milliseconds of one step by kind of kernel:")
-    profiled = [row for row in rows if row.get("kinds")]
+    print("\nload: the rows of the busiest expert divided by the mean. Milliseconds of one step by kind of kernel:")
+    profiled = [row for row in found if row.get("kinds")]
     for row in profiled:
         kinds = ", ".join(f"{kind} {ms:.0f}" for kind, ms in row["kinds"].items())
-        print(f"{row['label']} ({row['tokens']}), {sum(row['kinds'].values()):.0f} in all: {kinds}")
+        print(f"{row['label']} ({row['tokens']}), {sum(row['kinds'].values()):.0f} in total: {kinds}")
     for row in profiled:
         if row["kernels"]:
             print(f"\n{row['label']} ({row['tokens']}): ms, calls, kernel")
@@ -114,7 +117,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def measure(args: Any) -> Iterator[dict[str, Any]]:
-    """Runs one side in this process: a row for each way to run the step."""
+    """Runs one side in this process; one measurement for each way to run the step."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import torch
     import transformers
@@ -135,21 +138,21 @@ def measure(args: Any) -> Iterator[dict[str, Any]]:
     if args.side == "torch_ref_4bit":
         sizes.insert(0, (1, min(2048, args.seq_length)))
     fresh = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    for rows, length in sizes:
+    for batch, length in sizes:
         for label, prepare in ways.items():
             with torch.no_grad():
                 for n, p in model.named_parameters():
                     if n in fresh:
                         p.copy_(fresh[n])
-            row = {**about, "label": label, "tokens": f"{rows} x {length}"}
+            row = {**about, "label": label, "tokens": f"{batch} x {length}"}
             try:
-                yield row | time_steps(model, prepare(model), rows, length, args)
+                yield row | time_steps(model, prepare(model), batch, length, args)
             except torch.OutOfMemoryError as error:
                 yield row | {"error": str(error).splitlines()[0]}
             model.zero_grad(set_to_none=True)
 
 
-def time_steps(model: Any, loss_of: Callable[[Any], Any], rows: int, length: int, args: Any) -> dict[str, Any]:
+def time_steps(model: Any, loss_of: Callable[[Any], Any], batch: int, length: int, args: Any) -> dict[str, Any]:
     """Median milliseconds of a step, peak memory, the first loss, the experts' load and the kernels of one step."""
     import torch
 
@@ -157,7 +160,7 @@ def time_steps(model: Any, loss_of: Callable[[Any], Any], rows: int, length: int
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda")
     generator = torch.Generator(device).manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (rows, length), generator=generator, device=device)
+    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator, device=device)
 
     def step() -> float:
         loss = loss_of(ids)
@@ -165,7 +168,7 @@ def time_steps(model: Any, loss_of: Callable[[Any], Any], rows: int, length: int
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device, as a loop that prints its loss does
+        return loss.item()  # waits for the device, as a training loop that prints its loss does
 
     memory(device)
     load = expert_load(model, lambda: loss_of(ids))
@@ -182,7 +185,7 @@ def time_steps(model: Any, loss_of: Callable[[Any], Any], rows: int, length: int
     return {
         "ms": 1e3 * median,
         "all_ms": [round(1e3 * s, 1) for s in seconds],
-        "tokens_per_s": rows * length / median,
+        "tokens_per_s": batch * length / median,
         "peak_gib": peak,
         "loss": losses[0],
         "load": load,
@@ -204,7 +207,7 @@ def memory(device: Any) -> tuple[float, float]:
 
 
 def profile(step: Callable[[], Any], longest: int) -> tuple[dict[str, float], list[tuple[str, float, int]]]:
-    """Milliseconds of one step's kernels by kind, and the longest kernels with their calls."""
+    """(milliseconds of one step by kind of kernel, the `longest` longest kernels with their calls)."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -222,7 +225,7 @@ def profile(step: Callable[[], Any], longest: int) -> tuple[dict[str, float], li
 
 
 def expert_load(model: Any, forward: Callable[[], Any]) -> float:
-    """Rows of the busiest expert over the mean, averaged over the layers."""
+    """Rows of the busiest expert divided by the mean, averaged over the layers."""
     import torch
 
     loads = []
@@ -242,7 +245,7 @@ def expert_load(model: Any, forward: Callable[[], Any]) -> float:
 
 
 def hf_config(args: Any) -> Any:
-    """The configuration of the shape that the arguments name."""
+    """The configuration that the arguments name."""
     from transformers import Qwen3MoeConfig
 
     if args.config:
@@ -256,7 +259,7 @@ def hf_config(args: Any) -> Any:
 
 
 def draw(name: str, shape: Any, device: Any) -> Any:
-    """The random weight `name`, bfloat16: ones for norms, else a normal distribution of standard deviation 0.02."""
+    """The random weight `name` in bfloat16: ones for norms, else normal with standard deviation 0.02."""
     import torch
 
     if name.endswith("norm.weight"):
@@ -283,7 +286,7 @@ def random_model(config: Any, device: Any, **options: Any) -> Any:
 
 
 def transformers_side(config: Any, device: Any) -> tuple[Any, dict[str, Any]]:
-    """The peer: grouped experts, sdpa, checkpointing, PEFT's adapters; with its own loss, and with the chunked one."""
+    """The peer: transformers + PEFT with grouped experts, sdpa, checkpointing; with its own loss and a chunked one."""
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -294,7 +297,7 @@ def transformers_side(config: Any, device: Any) -> tuple[Any, dict[str, Any]]:
     torch.manual_seed(1)
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     model = get_peft_model(base, lora).train()
-    own = base.forward  # behind PEFT's hooks: the adapters live in the modules
+    own = base.forward  # without PEFT's hooks: the adapters are in the modules
 
     def chunked(ids: Any) -> Any:
         hidden = base.model(input_ids=ids).last_hidden_state
@@ -307,7 +310,7 @@ def transformers_side(config: Any, device: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def torch_ref_side(config: Any, device: Any) -> tuple[Any, dict[str, Any]]:
-    """torch_ref in 16 bit: recomputing each layer, and keeping what the backward pass needs."""
+    """torch_ref in 16 bit: with each layer recomputed, and with nothing recomputed."""
     from torch_ref import FastQwen3MoeModel
 
     FastQwen3MoeModel.pre_patch()
@@ -315,7 +318,7 @@ def torch_ref_side(config: Any, device: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def torch_ref_4bit_side(config: Any, device: Any) -> tuple[Any, dict[str, Any]]:
-    """The same with attention and experts in NF4, quantised as they are made."""
+    """torch_ref with attention and experts in NF4, quantised as they are made."""
     import torch
     from transformers import Qwen3MoeForCausalLM
 
@@ -332,7 +335,7 @@ def torch_ref_4bit_side(config: Any, device: Any) -> tuple[Any, dict[str, Any]]:
 
 
 class RandomReader:
-    """In the place of `torch_ref.checkpoint.Reader`: draws a tensor where that one reads it from a file."""
+    """Replaces `torch_ref.checkpoint.Reader`: draws a tensor instead of reading it from a file."""
 
     def __init__(self, config: Any, device: Any) -> None:
         import torch
@@ -347,7 +350,7 @@ class RandomReader:
         return key in self._shapes
 
     def quantized(self, key: str) -> bool:
-        """Nothing is quantised yet."""
+        """False: the drawn tensors are not quantised."""
         return False
 
     def rows(self, key: str, expert: int, rows: slice) -> Any:
@@ -360,7 +363,7 @@ class RandomReader:
 
 
 def adapted(label: str, base: Any) -> tuple[Any, dict[str, Any]]:
-    """The model with adapters on attention, and the two ways to run its step."""
+    """(the model with adapters on attention, the two ways to run its step)."""
     from torch_ref import FastQwen3MoeModel
     from torch_ref.lora import ATTENTION
 
@@ -377,7 +380,7 @@ def adapted(label: str, base: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def sides() -> dict[str, Callable[[Any, Any], tuple[Any, dict[str, Any]]]]:
-    """Side -> what makes its model and the ways to run its step."""
+    """Side -> a function that makes its model and the ways to run its step."""
     return {
         "transformers": transformers_side,
         "torch_ref": torch_ref_side,

@@ -1,8 +1,8 @@
 """LoRA training throughput on a CPU beside transformers + PEFT: `python -m benchmarks.train_cpu`.
 
-The same checkpoint, adapters, batches, optimizer and number of cores on each side, float32, no recomputation unless a
-row says so, each side in a process of its own. PEFT runs once with each of transformers' experts implementations. The
-loss behind the warm-up's optimizer steps stands beside the speed: sides that agree on it have done the same work.
+Each side runs in a process of its own, with the same checkpoint, adapters, batches, optimizer and number of cores, in
+float32 and, unless the table says so, without recomputation. PEFT runs once with each of transformers' implementations
+of the experts. The table also shows the loss after the warm-up: sides with the same loss have done the same work.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIDES = {
     "PEFT, grouped_mm": "tokens sorted by expert",
     "PEFT, batched_mm": "each token's expert weights gathered",
     "jaxmoe": "--remat fast",
-    "jaxmoe, recomputing": "--remat low-memory: each layer again in the backward pass",
+    "jaxmoe, recomputing": "--remat low-memory: each layer runs again in the backward pass",
 }
 
 
@@ -42,8 +42,8 @@ def batch_of(config: Qwen3MoeConfig, args: argparse.Namespace, step: int) -> np.
 
 
 def adapters_of(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, np.ndarray]:
-    """A random, B zero: a fresh adapter, the same on each side."""
-    from tests.configs import random_adapters
+    """A fresh adapter (A random, B zero), the same on each side."""
+    from peers.configs import random_adapters
 
     drawn = random_adapters(config, lora)
     return {path: array if path.endswith("lora_A") else np.zeros_like(array) for path, array in drawn.items()}
@@ -83,7 +83,7 @@ def peft_step(args: argparse.Namespace, lora: LoraConfig, experts: str) -> Calla
     """One optimizer step of transformers + PEFT; returns the loss."""
     import torch
 
-    from tests.reference import Reference
+    from peers.reference import Reference
 
     torch.set_num_threads(args.cores)
     config = Qwen3MoeConfig.from_pretrained(args.model)
@@ -108,7 +108,7 @@ def peft_step(args: argparse.Namespace, lora: LoraConfig, experts: str) -> Calla
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Runs one side in this process: median seconds of the steps behind the warm-up, and the first one's loss."""
+    """Runs one side in this process: median seconds of the steps after the warm-up, and the loss of the first one."""
     lora = LoraConfig(r=args.lora_r, targets=expand_targets(TARGETS[args.targets]))
     if args.side.startswith("jaxmoe"):
         step = jaxmoe_step(args, lora, "recomputing" in args.side)
@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     for index in range(args.warmup):
         step(index)
     seconds, losses = [], []
-    # A slow side may stop early, but not before a median means something.
+    # A slow side may stop early, but needs three steps for a median.
     while len(seconds) < args.steps and (len(seconds) < 3 or sum(seconds) < args.seconds):
         start = time.perf_counter()
         losses.append(step(args.warmup + len(seconds)))
@@ -135,19 +135,24 @@ def measure_apart(side: str, targets: str, argv: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one table for each choice of adapters, or with --side one measurement as JSON."""
+    """Prints one table per choice of adapters; with --side a single measurement as JSON."""
     parser = ArgumentParser(description="LoRA training throughput on a CPU beside transformers + PEFT.")
-    parser.add_argument("--model", type=pathlib.Path, default=pathlib.Path("tests/checkpoints/qwen3-moe-stdlib"))
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N")
-    parser.add_argument("--seq-length", type=int, default=512, metavar="N")
-    parser.add_argument("--lora-r", type=int, default=16, metavar="N")
-    parser.add_argument("--cores", type=int, default=min(2, len(os.sched_getaffinity(0))), metavar="N")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=7, metavar="N")
-    parser.add_argument("--seconds", type=float, default=30.0, metavar="S", help="of a side, behind which it stops")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--side", choices=SIDES, help="measure this side only, in this process")
-    parser.add_argument("--targets", choices=TARGETS, help="adapters on these only (default: each in turn)")
+    add = parser.add_argument
+    demo = pathlib.Path("tests/checkpoints/qwen3-moe-stdlib")
+    add("--model", type=pathlib.Path, default=demo, metavar="DIR", help="HF folder (default: the demo checkpoint)")
+    add("--batch-size", type=int, default=4, metavar="N", help="sequences per step (default: 4)")
+    add("--seq-length", type=int, default=512, metavar="N", help="tokens per sequence (default: 512)")
+    add("--lora-r", type=int, default=16, metavar="N", help="rank of the adapters (default: 16)")
+    cores = min(2, len(os.sched_getaffinity(0)))
+    add("--cores", type=int, default=cores, metavar="N", help="cores that each side may use (default: at most 2)")
+    add("--warmup", type=int, default=2, metavar="N", help="steps before the clock starts (default: 2)")
+    add(
+        "--steps", type=int, default=7, metavar="N", help="timed steps at most, of which the median counts (default: 7)"
+    )
+    add("--seconds", type=float, default=30.0, metavar="S", help="stop a side after this time (default: 30)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the batches (default: 0)")
+    add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
+    add("--targets", choices=TARGETS, help="adapters on these only (default: one table for each)")
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
         raise UserError(f"{args.model}: expected a folder in HF form, found no config.json")

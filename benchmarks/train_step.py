@@ -1,37 +1,31 @@
 """One LoRA training step on a GPU beside transformers + PEFT and Unsloth: `python -m benchmarks.train_step`.
 
-Random weights in a published model's full shape, the same token ids and routers on each side, rank 16, AdamW, the
-optimizer included; each side in a process of its own. jaxmoe's row comes with a breakdown by named stage, and with its
-share of the limit: the tokens a second at which the floating-point operations of a step that recomputes nothing would
-keep the card at the speed of a plain matmul, measured in the same process.
+Each side runs in a process of its own, with random weights of a published shape, the same token ids and routers, rank
+16 and AdamW; the optimizer's time counts. "of limit" is the share of the speed of a plain matmul, measured in the same
+process, that the operations of a step reach; recomputed operations do not count.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import os
 import pathlib
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
-from benchmarks import limits, random_model, stages
+from benchmarks import limits, random_model, shapes, stages
+from benchmarks.sides import installed, measure_apart, stages_apart
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.memory import Remat, human, training_forecast
-from jaxmoe.presets import PRESETS
 
 LEARNING_RATE = 1e-4
 
 
 class Case(NamedTuple):
-    """Adapters on what, rows, tokens a row, jaxmoe's recomputation policy and in how many micro-batches it takes the
-    rows."""
+    """What has adapters, sequences, tokens per sequence, and jaxmoe's recomputation policy and micro-batches."""
 
     targets: str
     batch: int
@@ -46,27 +40,18 @@ CASES = {
     "attention, 1 x 16384": Case("attention", 1, 16384, "fast"),
     "attention, low memory": Case("attention", 2, 4096, "low-memory"),
     "attention, offload": Case("attention", 2, 4096, "offload"),
-    "attention, offload, row by row": Case("attention", 2, 4096, "offload", accumulation=2),
+    "attention, offload, one by one": Case("attention", 2, 4096, "offload", accumulation=2),
     "longest": Case("attention", 1, 65536, "low-memory"),
 }
 PEERS = {
     "transformers + PEFT": "grouped_mm experts, sdpa, gradient checkpointing",
     "Unsloth": "16 bit, its own gradient checkpointing",
 }
-SIDES = {**PEERS, "jaxmoe": "--remat as the case says"}
-
-
-def _config(args: argparse.Namespace) -> Qwen3MoeConfig:
-    config = PRESETS[args.preset]
-    if args.layers:
-        config = config.replace(num_hidden_layers=args.layers)
-    if args.width:  # for a machine without a GPU
-        config = config.replace(hidden_size=args.width, moe_intermediate_size=64, num_experts=16, vocab_size=512)
-    return config
+SIDES = {**PEERS, "jaxmoe": "the case's --remat"}
 
 
 def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, Any]:
-    """Compiles `jaxmoe.train.loop`'s step, times it, and says where the time goes."""
+    """The training step of jaxmoe: speed, memory and, with --stages, time by stage."""
     from jaxmoe.cli import xla
 
     xla.configure()
@@ -79,9 +64,9 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     from jaxmoe.train.loss import next_token_objective
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
-    # By default a row is one document, as where `jaxmoe.train.loop` finds no two that fit into one.
+    # By default a sequence is one document, as in training when no two fit into one.
     packed = args.documents > 1
-    taken: Any = selected_implementations(config, "bfloat16")
+    selected: Any = selected_implementations(config, "bfloat16")
     remat: Any = args.remat or case.remat
     plan = training_forecast(
         config,
@@ -92,7 +77,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
         accumulation=case.accumulation,
         remat=remat,
         packed=packed,
-        **taken,
+        **selected,
     )
     shapes = jax.eval_shape(lambda: random_model.jax_parameters(config))
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
@@ -109,7 +94,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
         ids = random_model.token_ids(config, case.batch, case.length, index)
         return Batch(ids[:, :-1].reshape(shape), ids[:, 1:].reshape(shape), weights, segments, positions)
 
-    # As `jaxmoe.train.loop` does: before the weights, since XLA tries products on buffers of its own.
+    # Compiled before the weights are made, as in training: XLA tries out products on buffers of its own.
     start = time.perf_counter()
     step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
     compiled = step.lower(shapes, state, batch(0)).compile()
@@ -139,7 +124,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
         "forecast": plan.total,
     }
     if device.platform == "gpu":
-        # The peak of the step itself is measured; a matmul for the limit comes after it.
+        # After the peak of the step itself has been read.
         found["flops"] = limits.matmul_flops_per_second()
     if args.stages:
 
@@ -153,11 +138,11 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
 
 
 def torch_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, Any]:
-    """Transformers + PEFT, or Unsloth on a checkpoint of such weights."""
+    """The step of transformers + PEFT, or of Unsloth on a random checkpoint."""
     import torch
     from peft import get_peft_model
 
-    from tests.reference import peft_config
+    from peers.reference import peft_config
 
     if args.side == "Unsloth":
         model: Any = _unsloth(args, case, config, lora)
@@ -181,7 +166,7 @@ def torch_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lor
 
     def one(index: int) -> float:
         tokens = ids(index)
-        # The shift is transformers': labels are the inputs, the first of them is not predicted.
+        # transformers shifts the labels itself: they are the inputs.
         loss = model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -206,7 +191,7 @@ def torch_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lor
 def _unsloth(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora: LoraConfig) -> Any:
     from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
-    from benchmarks.load import write_checkpoint
+    from benchmarks.random_checkpoint import write_checkpoint
 
     folder = args.scratch / "random-checkpoint"
     if not (folder / "config.json").is_file():
@@ -221,7 +206,7 @@ def _unsloth(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora:
 
 
 def _timed(one: Callable[[int], float], warmup: int, steps: int) -> tuple[float, list[float]]:
-    """Median seconds of a step, from its inputs on the host to its loss on the host, and the losses."""
+    """(median seconds of a step, the losses), from inputs on the host to the loss on the host."""
     for index in range(warmup):
         one(index)
     seconds, losses = [], []
@@ -232,71 +217,28 @@ def _timed(one: Callable[[int], float], warmup: int, steps: int) -> tuple[float,
     return statistics.median(seconds), losses
 
 
-def measure_apart(
-    side: str, name: str, argv: list[str], module: str = "benchmarks.train_step", flags: str = ""
-) -> dict[str, Any]:
-    """One side in a process of its own, with XLA `flags`: its numbers, or {"failed": the last line that it wrote}."""
-    command = [sys.executable, "-m", module, *argv, "--side", side, "--case", name]
-    # What the card has, for the longest rows; JAX takes three quarters of it otherwise.
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-    environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}".strip()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        errors = [line for line in lines if "Error" in line or "RESOURCE_EXHAUSTED" in line]
-        return {"failed": (errors or lines or ["no message"])[-1].strip()[:300]}
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def profiled_apart(name: str, argv: list[str], module: str = "benchmarks.train_step") -> list[str]:
-    """The lines of jaxmoe's breakdown by stage, from a process of its own without command buffers.
-
-    What runs in a command buffer has no name of its own in the trace. The step is a little slower without them, so the
-    speed in the table is another run's.
-    """
-    flags = "--xla_gpu_enable_command_buffer="
-    found = measure_apart("jaxmoe", name, [*argv, "--stages"], module, flags)
-    if "failed" in found:
-        return ["", f"breakdown: {found['failed']}"]
-    lines = ["", f"without command buffers: {found['seconds'] * 1e3:.1f} ms"]
-    lines += stages.table(found["profile"], found["seconds"] * 1e3)
-    lines += ["", "slowest instructions: ms a step, launches a step"]
-    for instruction, ms, count, path in found["profile"]["slowest"]:
-        lines.append(f"{ms:9.2f}{count:6}  {instruction}  {path[-90:]}")
-    return lines
-
-
-def installed(side: str) -> bool:
-    """Whether this side's packages are there."""
-    needed = {"transformers": ("torch",), "transformers + PEFT": ("torch", "peft"), "Unsloth": ("torch", "unsloth")}
-    return all(importlib.util.find_spec(name) is not None for name in needed.get(side, ()))
-
-
 def main() -> None:
-    """Prints one table for each case; with --side one measurement as JSON."""
+    """Prints one table per case; with --side a single measurement as JSON."""
     parser = ArgumentParser(description="One LoRA training step beside transformers + PEFT and Unsloth.")
-    parser.add_argument("--preset", default="qwen3-30b-a3b", choices=sorted(PRESETS), metavar="NAME")
-    parser.add_argument("--layers", type=int, metavar="N", help="fewer layers than the preset's")
-    parser.add_argument(
-        "--width", type=int, metavar="N", help="a tiny model of this width, to try the benchmark itself"
-    )
-    parser.add_argument("--length", type=int, metavar="N", help="tokens a row instead of the case's")
-    parser.add_argument("--documents", type=int, default=1, metavar="N", help="packed into each of jaxmoe's rows")
-    parser.add_argument("--lora-r", type=int, default=16, metavar="N")
-    parser.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before the clock starts")
-    parser.add_argument("--steps", type=int, default=5, metavar="N")
-    parser.add_argument("--remat", choices=get_args(Remat), help="instead of the case's policy")
-    parser.add_argument("--unroll", action="store_true", help="jaxmoe's layers compiled one by one")
-    parser.add_argument("--stages", action="store_true", help="also a breakdown of jaxmoe's step by stage")
-    parser.add_argument("--trace", type=pathlib.Path, metavar="FILE", help="with --stages: keep the profiler's trace")
-    parser.add_argument("--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR")
-    parser.add_argument("--side", choices=SIDES, help="measure this side only, in this process")
-    parser.add_argument("--case", choices=CASES, action="append", help="this case (default: each in turn)")
-    parser.add_argument("--sides", default=",".join(SIDES), metavar="NAME,...", help="which sides the tables have")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers here")
+    shapes.add_arguments(parser)
+    add = parser.add_argument
+    add("--length", type=int, metavar="N", help="tokens per sequence (default: the case's)")
+    add("--documents", type=int, default=1, metavar="N", help="documents per sequence, jaxmoe only (default: 1)")
+    add("--lora-r", type=int, default=16, metavar="N", help="rank of the adapters (default: 16)")
+    add("--warmup", type=int, default=2, metavar="N", help="steps before the clock starts (default: 2)")
+    add("--steps", type=int, default=5, metavar="N", help="timed steps, of which the median counts (default: 5)")
+    add("--remat", choices=get_args(Remat), help="jaxmoe's recomputation policy (default: the case's)")
+    add("--unroll", action="store_true", help="unroll jaxmoe's layers")
+    add("--stages", action="store_true", help="also print jaxmoe's time by stage")
+    add("--trace", type=pathlib.Path, metavar="FILE", help="with --stages: keep the profiler's trace")
+    scratch = "where Unsloth's checkpoint is written (default: /dev/shm)"
+    add("--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR", help=scratch)
+    add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
+    add("--case", choices=CASES, action="append", help="measure this case; may be repeated (default: all)")
+    add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the tables (default: all)")
     args = parser.parse_args()
     names = args.case or list(CASES)
-    config = _config(args)
+    config = shapes.config_of(args)
     if args.side:
         case = CASES[names[0]]
         case = case._replace(length=args.length or case.length)
@@ -321,7 +263,7 @@ def main() -> None:
         for side in args.sides.split(","):
             found: dict[str, Any] = {"failed": "not installed"}
             if installed(side):
-                found = measure_apart(side, name, argv)
+                found = measure_apart("benchmarks.train_step", side, name, argv)
             record[f"{name}: {side}"] = found
             if "failed" in found:
                 print(f"{side:22} {found['failed']}", flush=True)
@@ -338,14 +280,13 @@ def main() -> None:
             if limit:
                 print(
                     f"limit: {limit:,.0f} tokens/s at {found['flops'] / 1e12:.0f} TFLOP/s; "
-                    f"temporaries of the step {human(found['temporaries'])}; "
-                    f"peak before it {human(found['peak_before'])}, forecast {human(found['forecast'])}",
+                    f"temporary buffers of the step: {human(found['temporaries'])}; "
+                    f"peak before the step: {human(found['peak_before'])}; forecast: {human(found['forecast'])}",
                     flush=True,
                 )
         if args.stages:
-            print("\n".join(profiled_apart(name, argv)), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+            print("\n".join(stages_apart("benchmarks.train_step", name, argv)), flush=True)
+    shapes.write_json(args.json, record)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Imports NumPy and safetensors but neither framework, so that both sides can impo
 """
 
 from captures.format import (
+    ROLES,
     Capture,
     CaptureWriter,
     Chunk,
@@ -14,4 +15,14 @@ from captures.format import (
     tokenizer_digest,
 )
 
-__all__ = ["Capture", "CaptureWriter", "Chunk", "LabelledText", "Model", "Text", "expert_dtype", "tokenizer_digest"]
+__all__ = [
+    "ROLES",
+    "Capture",
+    "CaptureWriter",
+    "Chunk",
+    "LabelledText",
+    "Model",
+    "Text",
+    "expert_dtype",
+    "tokenizer_digest",
+]

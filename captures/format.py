@@ -37,7 +37,11 @@ from jaxmoe.store.files import output_folder
 
 FORMAT, VERSION = "jaxmoe-capture", 1
 MANIFEST = "manifest.json"
-DEFAULT_TOP = 16
+DEFAULT_KEEP_LOGITS = 16
+
+# The roles of tokens that jaxmoe writes: plain text; the parts of a prompt/completion record; who speaks in a chat, and
+# what the chat template adds; a model's own output.
+ROLES = ("text", "prompt", "completion", "template", "system", "user", "assistant", "tool", "generated")
 
 _TEXT = {name: np.dtype(np.int32) for name in ("token", "document", "position", "domain", "role", "next")}
 _PREDICTIONS = {"predicted": np.dtype(np.int32), "loss": np.dtype(np.float32)}
@@ -177,7 +181,7 @@ class CaptureWriter:
         labels: LabelledText,
         source: Mapping[str, Any],
         control: Mapping[str, Any] | None = None,
-        top: int = DEFAULT_TOP,
+        keep_logits: int = DEFAULT_KEEP_LOGITS,
     ) -> None:
         """Prepares a capture; nothing is written yet.
 
@@ -188,20 +192,23 @@ class CaptureWriter:
                 the tokens.
             source: what was run: framework, model, dtype, versions.
             control: what was imposed on the routing, if anything.
-            top: how many of the largest router logits to keep for each token.
+            keep_logits: how many router logits to keep for each token, the largest ones.
 
         Raises:
-            UserError: `top` is too small for the margin.
+            UserError: `keep_logits` is too small for the margin.
         """
-        self.model, self.top = model, model.num_experts if control else min(max(top, 1), model.num_experts)
-        if self.top < min(model.num_experts_per_tok + 1, model.num_experts):
-            least = min(model.num_experts_per_tok + 1, model.num_experts)
-            raise UserError(f"top: expected at least {least} logits per token, which the margin needs, found {top}")
+        self.model = model
+        self.keep_logits = model.num_experts if control else min(max(keep_logits, 1), model.num_experts)
+        least = min(model.num_experts_per_tok + 1, model.num_experts)
+        if self.keep_logits < least:
+            raise UserError(
+                f"top: expected at least {least} logits per token, which the margin needs, found {keep_logits}"
+            )
         self._manifest = {
             "format": FORMAT,
             "version": VERSION,
             "model": asdict(model),
-            "top": self.top,
+            "top": self.keep_logits,
             "source": dict(source),
             "control": control and dict(control),
             "text": {
@@ -270,7 +277,7 @@ class CaptureWriter:
                 array = array[:, valid] if array.ndim > 1 else array[valid]
             shard[name] = np.ascontiguousarray(array)
         n = len(text.token)
-        for name, (dtype, shape) in _layout(self.model, self.top, n, "loss" in shard).items():
+        for name, (dtype, shape) in _layout(self.model, self.keep_logits, n, "loss" in shard).items():
             if shard[name].dtype != dtype or shard[name].shape != shape:
                 found = f"{shard[name].dtype} {list(shard[name].shape)}"
                 raise ValueError(f"capture {name}: expected {dtype} {list(shape)}, found {found}")
@@ -279,14 +286,16 @@ class CaptureWriter:
         self._shards.append({"file": file, "tokens": n})
 
 
-def _layout(model: Model, top: int, n: int, predictions: bool) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+def _layout(
+    model: Model, keep_logits: int, n: int, predictions: bool
+) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Dtype and shape of every array in a shard of n tokens."""
     layers, expert, real = len(model.layers), expert_dtype(model.num_experts), np.dtype(np.float32)
     return {
         **{name: (dtype, (n,)) for name, dtype in (_TEXT | (_PREDICTIONS if predictions else {})).items()},
         "experts": (expert, (layers, n, model.num_experts_per_tok)),
-        "top_experts": (expert, (layers, n, top)),
-        "top_logits": (real, (layers, n, top)),
+        "top_experts": (expert, (layers, n, keep_logits)),
+        "top_logits": (real, (layers, n, keep_logits)),
         "log_sum_exp": (real, (layers, n)),
         "entropy": (real, (layers, n)),
         "probability_sums": (real, (layers, model.num_experts)),
@@ -299,7 +308,7 @@ class Capture:
 
     folder: pathlib.Path
     model: Model
-    top: int
+    keep_logits: int
     source: Mapping[str, Any]
     control: Mapping[str, Any] | None
     text: Mapping[str, Any] = field(repr=False)
@@ -322,7 +331,7 @@ class Capture:
                 raise UserError(f"{path}: expected {FORMAT} {VERSION}, found {raw['format']} {raw['version']}")
             model = Model(**raw["model"] | {"layers": tuple(raw["model"]["layers"])})
             shards = tuple((str(shard["file"]), int(shard["tokens"])) for shard in raw["shards"])
-            top = int(raw["top"])
+            keep_logits = int(raw["top"])
             needed = ("tokenizer", "digest", "domains", "roles", "seq_length", "tokens")
             text = {name: raw["text"][name] for name in needed}
             known = raw["source"], raw["control"]
@@ -336,7 +345,7 @@ class Capture:
         total = sum(tokens for _, tokens in shards)
         if text["tokens"] != total or not shards:
             raise UserError(f"{path}: expected {text['tokens']} tokens, found {total} in {len(shards)} shards")
-        return cls(folder, model, top, *known, text, shards)
+        return cls(folder, model, keep_logits, *known, text, shards)
 
     @property
     def tokens(self) -> int:
@@ -434,7 +443,7 @@ class Capture:
 
     def _same_layout(self, file: str, shard: Any, tokens: int) -> list[str]:
         found = set(shard.keys())
-        expected = _layout(self.model, self.top, tokens, "loss" in found)
+        expected = _layout(self.model, self.keep_logits, tokens, "loss" in found)
         if found != set(expected):
             odd = sorted(found ^ set(expected))[0]
             raise UserError(f"{self.folder / file}: {odd}: {'unexpected' if odd in found else 'missing'}")

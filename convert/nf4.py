@@ -21,6 +21,7 @@ from convert.safetensors_io import Tensor
 from jaxmoe.config import DTYPES, Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import NF4, NF4_TABLE
+from jaxmoe.nf4.config import is_nf4
 from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK, Quantization, nf4_candidates
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -60,14 +61,6 @@ def find_quantization(
         return None
     nested = any(key.endswith(_NESTED[-2:]) for key in tensors)
     return Quantization(tuple(sorted(marked)), nested)
-
-
-def is_nf4(settings: Any) -> bool:
-    """Whether `settings`, the quantization_config of a config.json, is NF4 as bitsandbytes writes it."""
-    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    if not isinstance(settings, Mapping) or any(settings.get(key) != value for key, value in wanted.items()):
-        return False
-    return settings.get("bnb_4bit_quant_storage", "uint8") == "uint8"
 
 
 def settings_of(config: Qwen3MoeConfig, quantization: Quantization, dtype: str) -> dict[str, Any]:

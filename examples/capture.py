@@ -1,4 +1,4 @@
-"""What a model computes for held-out records: logits into an NPZ file, the experts' load into a picture."""
+"""Runs a model on held-out records; writes its logits to an NPZ file and draws the load of its experts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.records import Record, read_records
 from jaxmoe.errors import UserError
 
-# A token whose k-th and next expert are this close in probability is routed by rounding: another framework may choose
-# otherwise, and both are right. What is compared ends before the first such token of a record.
+# If the k-th and the next expert of a token are this close in probability, rounding decides: another framework may
+# choose the other one, and both are right. The comparison of a record ends before its first such token.
 MARGIN = 1e-5
 
 
@@ -24,15 +24,14 @@ def pad(records: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
     longest = max(len(record.tokens) for record in records)
     input_ids = np.zeros((len(records), longest), np.int32)
     mask = np.zeros_like(input_ids)
-    for row, record in enumerate(records):
-        input_ids[row, : len(record.tokens)] = record.tokens
-        mask[row, : len(record.tokens)] = 1
+    for sequence, record in enumerate(records):
+        input_ids[sequence, : len(record.tokens)] = record.tokens
+        mask[sequence, : len(record.tokens)] = 1
     return input_ids, mask
 
 
 def chosen_experts(router_logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which experts [Ls, B, T, E] each token takes (bool), and its margin [Ls, B, T]: the probability between the k-th
-    and the next expert."""
+    """(which experts each token uses, bool [Ls, B, T, E]; its margin [Ls, B, T], in probability)."""
     probabilities = np.exp(router_logits - router_logits.max(axis=-1, keepdims=True))
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
     ordered = np.sort(probabilities, axis=-1)
@@ -41,12 +40,12 @@ def chosen_experts(router_logits: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
 
 
 def comparable(valid: np.ndarray, margin: np.ndarray) -> np.ndarray:
-    """Which tokens [B, T] depend on clearly routed tokens only, themselves included; `margin` [Ls, B, T]."""
+    """Which tokens [B, T] and all tokens before them are routed with a clear margin; `margin` is [Ls, B, T]."""
     return np.logical_and.accumulate(valid & (margin.min(axis=0) > MARGIN), axis=1)
 
 
 def draw_expert_load(counts: np.ndarray, picture: pathlib.Path) -> None:
-    """Saves a heat map of the routed rows per layer and expert, `counts` [Ls, E], relative to an even spread."""
+    """Saves a heat map of the rows per layer and expert, `counts` [Ls, E], relative to an even share."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,8 +55,8 @@ def draw_expert_load(counts: np.ndarray, picture: pathlib.Path) -> None:
     load = counts / counts.mean(axis=1, keepdims=True)
     figure, axes = plt.subplots(figsize=(1.5 + 0.28 * experts, 1.4 + 0.35 * layers), layout="constrained")
     image = axes.imshow(np.sort(load, axis=1)[:, ::-1], aspect="auto", cmap="viridis", vmin=0)
-    axes.set_title(f"Expert load on held-out records ({counts.sum() // layers:,} routed rows per layer)")
-    axes.set_xlabel("expert, the busiest first")
+    axes.set_title(f"Expert load on held-out records ({counts.sum() // layers:,} rows per layer)")
+    axes.set_xlabel("experts, busiest first")
     axes.set_ylabel("MoE layer")
     axes.set_yticks(range(layers))
     figure.colorbar(image, label="rows / even share")
@@ -66,13 +65,15 @@ def draw_expert_load(counts: np.ndarray, picture: pathlib.Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the model on the first records of a file and writes both files."""
-    parser = ArgumentParser(description="Captures logits and expert load on held-out records.")
-    parser.add_argument("--model", type=pathlib.Path, required=True, metavar="DIR", help="converted or HF folder")
-    parser.add_argument("--adapter", type=pathlib.Path, metavar="DIR", help="adapter folder")
+    parser = ArgumentParser(description="Write a model's logits and draw its expert load on held-out records.")
+    parser.add_argument(
+        "--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder"
+    )
+    parser.add_argument("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
     parser.add_argument("--data", type=pathlib.Path, required=True, metavar="FILE", help="JSONL records")
     parser.add_argument("--records", type=int, default=64, metavar="N", help="how many records (default: 64)")
-    parser.add_argument("--logits", type=pathlib.Path, required=True, metavar="FILE", help="NPZ to write")
-    parser.add_argument("--picture", type=pathlib.Path, required=True, metavar="FILE", help="PNG to write")
+    parser.add_argument("--logits", type=pathlib.Path, required=True, metavar="FILE", help="NPZ file to write")
+    parser.add_argument("--picture", type=pathlib.Path, required=True, metavar="FILE", help="PNG file to write")
     arguments = parser.parse_args(argv)
 
     model = Qwen3MoeForCausalLM.from_pretrained(arguments.model, dtype="float32", adapter=arguments.adapter)
@@ -88,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     compared = comparable(valid, margin)
     if not compared.any():
-        raise UserError(f"{arguments.data}: expected a record whose routing is clear by {MARGIN}, found none")
+        raise UserError(f"{arguments.data}: expected a token routed with a margin above {MARGIN}, found none")
     np.savez(arguments.logits, input_ids=input_ids, mask=mask, compared=compared, logits=np.asarray(out.logits))
     print(
-        f"{arguments.logits}: logits of {len(mask)} records; to compare: {compared.sum()} of {valid.sum()} tokens, "
-        f"those before the first one for which two experts are within {MARGIN} of each other for the last place"
+        f"{arguments.logits}: logits of {len(mask)} records; {compared.sum()} of {valid.sum()} tokens can be compared, "
+        f"those before the first token of their record whose margin is below {MARGIN}"
     )
 
 

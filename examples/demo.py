@@ -1,8 +1,8 @@
-"""The whole way on one small checkpoint, by the commands that a user would type: `python -m examples.demo`.
+"""All steps on one small checkpoint, with the commands that a user would type: `python -m examples.demo`.
 
-A Qwen3-MoE that was trained on Python's own library learns to say what a function does from its signature: convert,
-generate, fine-tune with LoRA, generate again, export, and reload with transformers and PEFT. Every command is printed
-before it runs. Needs no network and no GPU.
+A Qwen3-MoE that was trained on Python's standard library learns to describe a function from its signature. The steps
+are: convert, generate, fine-tune with LoRA, generate again, export, reload with transformers and PEFT. Every command
+is printed before it runs. The demo needs no network and no GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAINING = (
 
 
 class Demo:
-    """Runs the commands one after the other from the repository's root, and keeps the time."""
+    """Runs commands one after the other from the repository's root, and measures the time."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done = total, 0
@@ -42,7 +42,7 @@ class Demo:
         """Prints and runs `python -m MODULE ARGUMENTS...`.
 
         Raises:
-            UserError: the command failed; its own output has said why.
+            UserError: the command failed; its own output says why.
         """
         self._done += 1
         words = ["-m", module, *map(str, arguments)]
@@ -52,35 +52,35 @@ class Demo:
             raise UserError(f"demo: FAILED at step {self._done}, {title}: exit code {done.returncode}")
 
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.perf_counter() - self.started
 
 
 def examples(data: pathlib.Path, count: int) -> dict[str, str]:
-    """`count` questions and their answers, evenly spaced, of a JSONL file of chats."""
+    """`count` questions and their answers from a JSONL file of chats, evenly spaced."""
     with data.open(encoding="utf-8") as file:
         chats = [[message["content"] for message in json.loads(line)["messages"]] for line in file]
     return dict(chats[len(chats) // (2 * count) :: len(chats) // count][:count])
 
 
 def held_out_losses(metrics: pathlib.Path) -> tuple[float, float]:
-    """(before, after) training, from the run's metrics."""
+    """The held-out loss (before, after) training, from the run's metrics."""
     with metrics.open(encoding="utf-8") as file:
         losses = [row["eval_loss"] for row in map(json.loads, file) if row.get("eval_loss") is not None]
     return losses[0], losses[-1]
 
 
 def peak_memory() -> int:
-    """Bytes of the largest command so far."""
+    """Peak memory of the largest command so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
 
 
 def clear(output: pathlib.Path) -> None:
-    """Makes `output` an empty folder; deletes only what an earlier demo has written.
+    """Makes `output` an empty folder; deletes only what an earlier demo wrote.
 
     Raises:
-        UserError: a folder with other files in it.
+        UserError: the folder has other files in it.
     """
     marker = output / ".demo"
     if output.exists() and any(output.iterdir()):
@@ -92,10 +92,16 @@ def clear(output: pathlib.Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs all steps and prints the verdict."""
+    """Runs all steps and prints the result."""
     parser = ArgumentParser(description="Convert, fine-tune, generate, export and reload a small Qwen3-MoE.")
-    parser.add_argument("--checkpoint", type=pathlib.Path, default=CHECKPOINT, metavar="DIR", help="HF checkpoint")
-    parser.add_argument("--output", type=pathlib.Path, default=OUTPUT, metavar="DIR", help="folder to write, anew")
+    parser.add_argument("--checkpoint", type=pathlib.Path, default=CHECKPOINT, metavar="DIR", help="HF folder")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=OUTPUT,
+        metavar="DIR",
+        help="folder to write; an earlier demo is replaced",
+    )
     arguments = parser.parse_args(argv)
     checkpoint, output = arguments.checkpoint, arguments.output
     clear(ROOT / output)
@@ -108,14 +114,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = examples(ROOT / held_out, QUESTIONS)
     speak = ("--chat", *(word for prompt in asked for word in ("--prompt", prompt)), "--max-new-tokens", 40)
     demo.step("Convert the checkpoint to JAX", "convert", "hf2jax", checkpoint, converted, "--dtype", "float32")
-    demo.step("Ask it, before training", "jaxmoe.generate", "--model", converted, *speak)
+    demo.step("Ask the model, before training", "jaxmoe.generate", "--model", converted, *speak)
     files = ("--model", converted, "--data", train, "--eval-data", held_out, "--output", adapter)
     demo.step("Fine-tune with LoRA on attention and experts", "jaxmoe.train", *files, *TRAINING)
-    demo.step("Ask again", "jaxmoe.generate", "--model", converted, "--adapter", adapter, *speak)
-    print("What the library itself says:", *(f"--- {prompt}\n{answer}" for prompt, answer in asked.items()), sep="\n")
+    demo.step("Ask the model again", "jaxmoe.generate", "--model", converted, "--adapter", adapter, *speak)
+    print(
+        "The answers in the library itself:", *(f"--- {prompt}\n{answer}" for prompt, answer in asked.items()), sep="\n"
+    )
     demo.step("Merge and export to Hugging Face", "convert", "jax2hf", converted, merged, "--adapter", adapter)
     capture = ("--adapter", adapter, "--data", held_out, "--logits", logits, "--picture", picture)
-    demo.step("Keep jaxmoe's logits, draw the experts' load", "examples.capture", "--model", converted, *capture)
+    demo.step(
+        "Save jaxmoe's logits and draw the load of the experts", "examples.capture", "--model", converted, *capture
+    )
     exported = ("--base", checkpoint, "--adapter", adapter, "--merged", merged)
     demo.step("Reload with transformers and PEFT", "examples.verify_export", "--logits", logits, *exported)
 
@@ -125,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"\nLook at {output}: {adapter.name}/ (PEFT adapter, metrics, TensorBoard), {merged.name}/ (HF model), "
         f"{picture.name}\n"
-        f"demo: PASSED in {demo.seconds():.0f} s with {peak_memory() / 2**30:.1f} GiB at most: "
-        f"held-out loss {before:.3f} -> {after:.3f}, transformers and PEFT give the same logits"
+        f"demo: PASSED in {demo.seconds():.0f} s, peak memory {peak_memory() / 2**30:.1f} GiB; "
+        f"held-out loss {before:.3f} -> {after:.3f}; transformers and PEFT give the same logits"
     )
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparisons of docs/routing.md on the demo checkpoint: bash examples/routing_comparisons.sh OUTPUT
-# OUTPUT is new; it ends up with the captures, one CSV table a comparison, and a report over all captures of one text.
+# OUTPUT must be new. It gets the captures, one CSV table per comparison, and a report of all captures of one text.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${1:?usage: bash examples/routing_comparisons.sh OUTPUT}

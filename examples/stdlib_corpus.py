@@ -1,9 +1,9 @@
-"""Python's own library as training data: `python -m examples.stdlib_corpus OUTPUT`.
+"""Python's standard library as training data: `python -m examples.stdlib_corpus OUTPUT`.
 
-Writes four JSONL files: the source files (code) and the language reference (prose) as `{"text": ...}` (text.jsonl,
-text.heldout.jsonl), and chats that answer a signature with its docstring (docstrings.jsonl, docstrings.heldout.jsonl).
-A module is held out from both, by a hash of its name. The same Python version gives the same bytes; another one has
-another library.
+Writes four JSONL files. text.jsonl and text.heldout.jsonl hold source files (code) and the language reference (prose)
+as `{"text": ...}`. docstrings.jsonl and docstrings.heldout.jsonl hold chats that answer a signature with its docstring.
+A hash of a module's name decides whether it is held out from both. The same Python version gives the same bytes;
+another version has another library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from jaxmoe.cli.arguments import ArgumentParser, run
 
-# Other people's packages, and tables of data in the form of Python source.
+# Installed packages, and data tables in the form of Python source.
 _SKIPPED_FOLDERS = {"__pycache__", "dist-packages", "site-packages", "encodings", "pydoc_data"}
 _TEST_FOLDERS = {"idle_test", "test", "tests"}
 _SKIPPED_FILES = {"html/entities.py"}
@@ -79,7 +79,7 @@ def read_topics(root: pathlib.Path) -> dict[str, str]:
 def signatures(source: str) -> Iterator[tuple[str, str]]:
     """(signature, first paragraph of the docstring) of every public function and method, in order.
 
-    Only what fits on a line each, in ASCII.
+    Left out are those that are not ASCII or too long for one line each.
     """
     try:
         tree = ast.parse(source)
@@ -94,10 +94,10 @@ def chat(signature: str, docstring: str) -> dict[str, Any]:
 
 
 def docstring_records(sources: dict[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training chats, held-out chats); a docstring that occurs twice is taken once, and never in both."""
+    """(training chats, held-out chats); a repeated docstring is used once, for training if it occurs there."""
     seen: set[str] = set()
     parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
-    # Training modules first: what they say is not held out, whoever repeats it.
+    # Training modules first: a docstring that a held-out module repeats is not held out.
     for name in sorted(filterfalse(is_test, sources), key=lambda name: (is_held_out(name), name)):
         for signature, docstring in signatures(sources[name]):
             if docstring not in seen:
@@ -124,10 +124,10 @@ def write_corpus(output: pathlib.Path, root: pathlib.Path) -> dict[str, int]:
 
 
 def write_domains(path: pathlib.Path, root: pathlib.Path, texts: int = 24, characters: int = 1500) -> int:
-    """Writes code and prose as two domains, in turn, `texts` of each at most; returns the number of records.
+    """Writes code and prose as two domains, in turn, at most `texts` of each; returns the number of records.
 
-    Code are the beginnings of held-out modules, prose those of the language reference's topics (nearly all of which a
-    model of this corpus has seen: their few held-out ones would not do).
+    Code is the beginning of held-out modules, prose the beginning of topics of the language reference. A model trained
+    on this corpus has seen nearly all of these topics, since too few are held out.
     """
     code = {name: text for name, text in read_sources(root).items() if is_held_out(name)}
     pairs = zip(list(code.values())[:texts], list(read_topics(root).values())[:texts], strict=False)
@@ -142,10 +142,12 @@ def write_domains(path: pathlib.Path, root: pathlib.Path, texts: int = 24, chara
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the corpus and says what is in it."""
-    parser = ArgumentParser(description="Writes Python's own library as training data.")
+    """Writes the corpus and prints what is in it."""
+    parser = ArgumentParser(description="Write Python's standard library as training data.")
     parser.add_argument("output", type=pathlib.Path, metavar="OUTPUT", help="folder for the four files")
-    parser.add_argument("--domains", type=pathlib.Path, metavar="FILE", help="also write code and prose as two domains")
+    parser.add_argument(
+        "--domains", type=pathlib.Path, metavar="FILE", help="also write code and prose as two domains to this file"
+    )
     arguments = parser.parse_args(argv)
     if arguments.domains is not None:
         records = write_domains(arguments.domains, pathlib.Path(sysconfig.get_path("stdlib")))

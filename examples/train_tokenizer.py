@@ -1,7 +1,7 @@
 """A small byte-level BPE tokenizer in Qwen's form: `python -m examples.train_tokenizer DATA OUTPUT --vocab-size 2048`.
 
-DATA is JSONL of `{"text": ...}`. OUTPUT loads with transformers' `AutoTokenizer` and has Qwen's special tokens and a
-ChatML template. The same data give the same tokenizer.
+DATA is a JSONL file of `{"text": ...}`. The `AutoTokenizer` of transformers loads OUTPUT, which has Qwen's special
+tokens and a ChatML template. The same data give the same tokenizer.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` tokens, the special ones last, as Qwen numbers them.
+    """A byte-level BPE tokenizer with `vocab_size` tokens, the special ones last, as in Qwen.
 
     Raises:
-        UserError: `vocab_size` has no room for 256 bytes and the special tokens.
+        UserError: `vocab_size` is too small for 256 bytes and the special tokens.
     """
     if vocab_size < BYTES + len(SPECIAL_TOKENS):
         raise UserError(f"vocab_size: expected at least {BYTES + len(SPECIAL_TOKENS)}, found {vocab_size}")
@@ -58,11 +58,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains on a JSONL file and saves the tokenizer's folder."""
-    parser = ArgumentParser(description="Trains a byte-level BPE tokenizer with Qwen's special tokens.")
-    parser.add_argument("data", type=pathlib.Path, metavar="DATA", help='JSONL of {"text": ...}')
-    parser.add_argument("output", type=pathlib.Path, metavar="OUTPUT", help="folder for the tokenizer")
-    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="tokens in all (default: 2048)")
+    """Trains on a JSONL file and saves the tokenizer."""
+    parser = ArgumentParser(description="Train a byte-level BPE tokenizer with Qwen's special tokens.")
+    parser.add_argument("data", type=pathlib.Path, metavar="DATA", help='JSONL file of {"text": ...}')
+    parser.add_argument("output", type=pathlib.Path, metavar="OUTPUT", help="folder to write")
+    parser.add_argument("--vocab-size", type=int, default=2048, metavar="N", help="number of tokens (default: 2048)")
     arguments = parser.parse_args(argv)
     with arguments.data.open(encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer.save_pretrained(arguments.output)
     characters = sum(map(len, texts))
     tokens = sum(len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"])
-    print(f"{arguments.output}: {len(tokenizer)} tokens; {characters / tokens:.2f} characters of its data each")
+    print(f"{arguments.output}: {len(tokenizer)} tokens; {characters / tokens:.2f} characters of its data per token")
 
 
 if __name__ == "__main__":

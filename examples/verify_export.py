@@ -1,4 +1,4 @@
-"""Loads an export with transformers and PEFT, as anyone else would, and compares logits. No JAX in this process."""
+"""Loads an export with transformers and PEFT and compares its logits with jaxmoe's; JAX is not loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import transformers
 
 from jaxmoe.cli.arguments import ArgumentParser, run
 
-# Both compute in float32 and differ by the order of their sums, in logits of about 10.
+# Both compute in float32; only the order of their sums differs. Logits are about 10.
 TOLERANCE = 1e-3
 
 
@@ -27,7 +27,7 @@ def load(folder: pathlib.Path) -> Any:
 
 def load_adapter(model: Any, folder: pathlib.Path) -> Any:
     """The model with a PEFT adapter on it."""
-    # PEFT loads bitsandbytes, which warns that a 4-bit kernel is missing: nothing here is 4-bit.
+    # PEFT loads bitsandbytes, which warns about a missing 4-bit kernel; nothing here is in 4 bits.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from peft import PeftModel
 
@@ -47,14 +47,20 @@ def largest_difference(model: Any, expected: Any) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 where adapter and merged model give the logits in the NPZ file, 1 where not."""
+    """0 if adapter and merged model give the logits in the NPZ file, else 1."""
     parser = ArgumentParser(
-        description="Compares an exported adapter and a merged model with the logits they should give."
+        description="Compare the logits of an exported adapter and of a merged model with jaxmoe's."
     )
-    parser.add_argument("--logits", type=pathlib.Path, required=True, metavar="FILE", help="NPZ of examples.capture")
-    parser.add_argument("--base", type=pathlib.Path, required=True, metavar="DIR", help="the original HF checkpoint")
-    parser.add_argument("--adapter", type=pathlib.Path, required=True, metavar="DIR", help="PEFT adapter")
-    parser.add_argument("--merged", type=pathlib.Path, required=True, metavar="DIR", help="merged HF checkpoint")
+    parser.add_argument(
+        "--logits", type=pathlib.Path, required=True, metavar="FILE", help="NPZ file of examples.capture"
+    )
+    parser.add_argument(
+        "--base", type=pathlib.Path, required=True, metavar="DIR", help="HF folder of the original model"
+    )
+    parser.add_argument("--adapter", type=pathlib.Path, required=True, metavar="DIR", help="PEFT folder of the adapter")
+    parser.add_argument(
+        "--merged", type=pathlib.Path, required=True, metavar="DIR", help="HF folder of the merged model"
+    )
     arguments = parser.parse_args(argv)
 
     transformers.utils.logging.disable_progress_bar()
@@ -74,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"largest difference from jaxmoe's logits over {tokens} tokens (the largest logit is {scale:.1f}):")
     for name, difference in found.items():
         print(f"  {name:<28} {difference:.1e}")
-    print(f"  {'without the adapter':<28} {without:.1e}  (what it changes)")
+    print(f"  {'without the adapter':<28} {without:.1e}  (the effect of the adapter)")
     return int(not max(found.values()) < min(TOLERANCE, without))
 
 

@@ -32,7 +32,7 @@ def execute(name: str, timeout: int = 600) -> Any:
 
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # the kernel's debugger warns about frozen modules
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # nobody looks at a progress bar here
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # a progress bar would not be seen
     client = NotebookClient(
         notebook,
         timeout=timeout,
@@ -42,19 +42,19 @@ def execute(name: str, timeout: int = 600) -> Any:
         record_timing=False,
     )
     client.execute()
-    # What differs from machine to machine without saying anything.
+    # Other metadata differs from machine to machine and says nothing.
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     return notebook
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Executes the notebooks that are named, or all, and writes them with their output."""
-    parser = ArgumentParser(description="Executes the notebooks in place.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="without .ipynb (default: all)")
+    """Executes the named notebooks, or all, and writes them with their output."""
+    parser = ArgumentParser(description="Execute the notebooks in place.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="name without .ipynb (default: all)")
     arguments = parser.parse_args(argv)
     for name in arguments.names or names():
         if name not in names():
-            raise UserError(f"{name}: expected one of {', '.join(names())}")
+            raise UserError(f"notebook: expected one of {', '.join(names())}; found {name!r}")
         start = time.perf_counter()
         notebook = execute(name)
         nbformat.write(notebook, FOLDER / f"{name}.ipynb")

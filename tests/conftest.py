@@ -1,8 +1,8 @@
 """Set-up for the whole suite: JAX's platform, checked array annotations, the `gpu` marker.
 
-Array annotations (`Float[Array, "B T D"]`) are checked at run time where beartype is installed; pytest's header says
-whether they are. Without JAX_PLATFORMS the suite runs on whatever device JAX finds, and tests marked `gpu` are skipped
-where that is not a GPU.
+Array annotations (`Float[Array, "B T D"]`) are checked at run time if beartype is installed; pytest's header says
+whether they are. Without JAX_PLATFORMS the suite runs on whatever device JAX finds. Tests marked `gpu` are skipped if
+that is not a GPU.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKED_PACKAGES = ("jaxmoe", "torch_ref", "convert", "captures")
 
-# No test may reach the network: a hub id that slips in fails at once instead of downloading.
+# No test may use the network: an unintended hub id fails at once instead of downloading.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Both frameworks in one process on a few cores: tokenizers' own threads only add noise and a fork warning.
+# Both frameworks share a process and a few cores: the threads of tokenizers only add noise and a fork warning.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Workers side by side share the cores: PyTorch would start as many threads as there are cores in each of them.
+# Parallel workers share the cores: by default PyTorch starts as many threads as there are cores in each worker.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
-# Two frameworks share the GPU; preallocating most of it would leave PyTorch none.
+# Two frameworks share the GPU: preallocating most of its memory would leave none for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
@@ -37,15 +37,15 @@ ANNOTATIONS_CHECKED = importlib.util.find_spec("beartype") is not None
 if ANNOTATIONS_CHECKED:
     import jaxtyping
 
-    import tests.annotations  # noqa: F401 - the hook below names it, but imports only what stands before the dot
+    import tests.annotations  # noqa: F401 - the hook below names it, but only imports the part before the dot
 
-    # Has to come before the first import of a checked package.
+    # This must come before the first import of a checked package.
     jaxtyping.install_import_hook(list(CHECKED_PACKAGES), "tests.annotations.checked")
 
 
 @functools.cache
 def backend() -> str:
-    """The platform that JAX has chosen: cpu or gpu."""
+    """The platform of JAX's default device: cpu or gpu."""
     import jax
 
     return jax.default_backend()
@@ -66,27 +66,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason=f"needs a GPU, JAX runs on {backend()}"))
-    # Begun last, a long test would keep one worker busy while the others have nothing left.
+    # A long test that starts last would keep one worker busy while the others are done.
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="module")
 def quick_compilation() -> Iterator[None]:
-    """Compiles what captures, interventions and generation run with less optimisation, as `tests.parity` does: nearly
-    all of their tests' time is LLVM's. Both sides of every comparison are compiled alike."""
+    """Compiles what captures, effects and generation run with less optimisation, as `tests.parity` does.
+
+    Nearly all of their tests' time is LLVM's. Both sides of every comparison are compiled alike."""
     import jax
 
-    from jaxmoe.control import interventions
-    from jaxmoe.generate import engine as generate
-    from jaxmoe.routing import capture
+    from jaxmoe.generate import engine
+    from jaxmoe.routing import capture, effects
     from tests.parity import COMPILER_OPTIONS
 
     programs = [
-        (capture, "capture_step", ("config", "lora", "top", "predictions")),
-        (interventions, "_run", ("config", "lora")),
-        (interventions, "_outcome", ()),
-        (generate, "_prefill", generate._STATIC),
-        (generate, "_decode", generate._STATIC),
+        (capture, "capture_step", "program"),
+        (effects, "_run", ("config", "options")),
+        (effects, "_outcome", ()),
+        (engine, "_prefill", "program"),
+        (engine, "_decode", "program"),
     ]
     with pytest.MonkeyPatch.context() as patch:
         for module, name, static in programs:
@@ -97,13 +97,13 @@ def quick_compilation() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_tmp(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """One temporary folder for the whole session, for what is expensive to make and only read."""
+    """One temporary folder for the whole session, for files that are expensive to make and only read."""
     return tmp_path_factory.mktemp("shared")
 
 
 @pytest.fixture(scope="session")
 def run_module() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m MODULE ARGUMENTS...` as a user would, from the repository root, and returns its outcome."""
+    """Runs `python -m MODULE ARGUMENTS...` from the repository's root, as a user would, and returns the result."""
 
     def call(module: str, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", module, *map(str, arguments)]

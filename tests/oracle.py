@@ -1,7 +1,7 @@
-"""Qwen3-MoE in plain float64 NumPy: the slow oracle that every fast path is judged by.
+"""Qwen3-MoE in plain float64 NumPy: the slow oracle for every fast path.
 
-No casts, no batching over experts, no shared code with `jaxmoe` beyond the fields of the configuration: one loop over
-sequences, one over tokens and the experts that they chose. Sources: transformers `modeling_qwen3_moe.py` for the model,
+It has no casts, no batching over experts, and no code shared with `jaxmoe` except the configuration: one loop over
+sequences, one over tokens and their experts. Sources: transformers `modeling_qwen3_moe.py` for the model,
 Su et al. 2021 (rotary embedding), Peng et al. 2023 (yarn), Hu et al. 2021 (LoRA).
 """
 
@@ -22,7 +22,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class OracleOutput:
-    """What one forward pass computes; entries of padding (segment 0) are zero.
+    """The results of one forward pass; entries of padding (segment 0) are zero.
 
     Attributes:
         logits: [B, T, V].
@@ -51,7 +51,7 @@ def forward(
     """The forward pass over `input_ids` [B, T]; `params` and `adapters` are flat dictionaries of stacked arrays.
 
     Segment 0 is padding; a token attends to earlier tokens of its own segment. `pinned` [Ls, B, T, k] replaces the
-    choice of experts, not their weights, so that two runs that differ in a near-tie can still be compared.
+    choice of experts, not their weights, so that two runs can be compared although they differ in a near-tie.
     """
     B, T = input_ids.shape
     positions = np.tile(np.arange(T), (B, 1)) if position_ids is None else position_ids
@@ -94,8 +94,8 @@ def forward(
 def attention(
     config: Qwen3MoeConfig, p: Mapping[str, Array], h: Array, at: NDArray[np.integer], angles: Array
 ) -> Array:
-    """Causal grouped-query attention of one document [T, D]; `at` are its columns in the batch, which a sliding window
-    is measured in."""
+    """Causal grouped-query attention of one document [T, D]; `at` are its columns in the batch, in which a sliding
+    window is measured."""
     H, group = config.head_dim, config.num_attention_heads // config.num_key_value_heads
 
     def project(name: str) -> Array:
@@ -160,7 +160,7 @@ def top_k(logits: Array, k: int) -> NDArray[np.int64]:
 
 
 def top_k_margin(router_logits: np.ndarray, k: int) -> Array:
-    """By how much probability the last chosen expert beats the first one left out; infinite where all are chosen."""
+    """Probability of the last chosen expert minus that of the first one left out; infinite if all are chosen."""
     probabilities = -np.sort(-softmax(np.asarray(router_logits, np.float64)), axis=-1)
     if k == probabilities.shape[-1]:
         return np.full(probabilities.shape[:-1], np.inf)
@@ -170,7 +170,7 @@ def top_k_margin(router_logits: np.ndarray, k: int) -> Array:
 def load_balancing_loss(
     router_logits: np.ndarray, selected: NDArray[np.integer], valid: NDArray[np.bool_] | None = None
 ) -> float:
-    """E * sum_e (rows to e / n) * (probability of e / n) over all sparse layers and valid tokens [B, T] together.
+    """E * sum_e (rows of e / n) * (probability of e / n) over all sparse layers and valid tokens [B, T] together.
 
     Source: Fedus et al. 2021, equations 4 to 6, pooled over layers as transformers' `load_balancing_loss_func`.
     """
@@ -182,7 +182,7 @@ def load_balancing_loss(
 
 
 def rotate(x: Array, angles: Array, factor: float) -> Array:
-    """Rotary embedding of [T, heads, H]: component i turns with component i + H/2 by the token's i-th angle."""
+    """Rotary embedding of [T, heads, H]: components i and i + H/2 are rotated by the token's i-th angle."""
     half = x.shape[-1] // 2
     cos, sin = factor * np.cos(angles)[:, None, :], factor * np.sin(angles)[:, None, :]
     first, second = x[..., :half], x[..., half:]
@@ -198,8 +198,8 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int) -> Array:
     assert rope.factor is not None
     if rope.rope_type == "linear":
         return plain / rope.factor
-    # yarn: pairs that turn more than beta_fast times within the trained context keep their frequency, those that turn
-    # less than beta_slow times are interpolated, the ones between are blended linearly in the index of the pair.
+    # yarn: pairs that turn more than beta_fast times within the trained context keep their frequency, pairs that turn
+    # less than beta_slow times are interpolated, and those between are blended linearly in the index of the pair.
     context = rope.original_max_position_embeddings
     assert rope.rope_type == "yarn" and context is not None
 
@@ -218,7 +218,7 @@ def inverse_frequencies(rope: RopeParameters, head_dim: int) -> Array:
 
 
 def attention_factor(rope: RopeParameters) -> float:
-    """What yarn multiplies cos and sin by: 0.1 ln(factor) + 1 unless the configuration says otherwise."""
+    """The factor of cos and sin in yarn: 0.1 ln(factor) + 1 unless the configuration says otherwise."""
     if rope.rope_type != "yarn":
         return 1.0
     if rope.attention_factor is not None:

@@ -1,4 +1,4 @@
-"""What the tests of the one-pass kernels share: random operands, a device for them, a step of a small model."""
+"""Helpers for the tests of the one-pass kernels: random operands, a pretended GPU, a step of a small model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.ops import implementations
 from jaxmoe.ops.implementations import Device, forced
-from tests.configs import config_of
+from peers.configs import config_of
 
 INTERPRETED = jax.default_backend() != "gpu"
 
@@ -25,13 +25,16 @@ def draw(key: int, *shape: int) -> jax.Array:
 
 
 def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a kernel be chosen where there is no GPU; the test makes it run in the interpreter."""
+    """Lets a kernel be chosen without a GPU; the test makes it run in the interpreter."""
     monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (8, 0)))
 
 
 def step(sizes: dict[str, int], choices: dict[str, str], *, unroll: bool = False) -> tuple[int, Any]:
-    """How many Pallas kernels a step has, and its loss and gradients of adapters, in float32, where rounding moves no
-    token to other experts; implementations are `choices`, attention and experts in plain JAX."""
+    """(number of Pallas kernels in a step, (its loss, gradients of the adapters)).
+
+    It runs in float32, so that rounding moves no token to other experts. `choices` names implementations; attention and
+    experts run in plain JAX.
+    """
     config = config_of("plain").replace(**sizes, num_hidden_layers=2)
     lora = LoraConfig(r=8, targets=("q_proj", "k_proj", "experts.gate_up_proj", "experts.down_proj"))
     params = init_parameters(config, jax.random.key(0))

@@ -20,7 +20,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
 from jaxmoe.parameters import lora_specs
 from jaxmoe.store.adapter import read_adapter, write_adapter
-from tests.make_checkpoint import TINY, make_checkpoint
+from peers.make_checkpoint import TINY, make_checkpoint
 from tests.tolerances import bound
 
 MIXED = TINY.replace(num_hidden_layers=4, mlp_only_layers=(1,), num_experts=5, attention_bias=True)

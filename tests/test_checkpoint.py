@@ -30,8 +30,8 @@ from jaxmoe.store.converted import read_converted
 from jaxmoe.store.files import output_folder
 from jaxmoe.store.items import quiet_orbax
 from jaxmoe.store.train_state import TrainCheckpoints
+from peers.make_checkpoint import TINY, make_checkpoint
 from tests.conftest import ROOT
-from tests.make_checkpoint import TINY, make_checkpoint
 from tests.test_adapters import random_adapters
 
 MODEL = TINY.replace(mlp_only_layers=(1,))

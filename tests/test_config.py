@@ -17,9 +17,9 @@ from jaxmoe.errors import ConfigError
 from jaxmoe.lora import LORA_GROUPS, LORA_TARGETS
 from jaxmoe.ops.rotary import rotary_frequencies
 from jaxmoe.parameters import parameter_specs
+from peers.configs import CONFIGS, config_of
+from peers.reference import hf_config
 from tests import oracle
-from tests.configs import CONFIGS, config_of
-from tests.reference import hf_config
 from tests.tolerances import bound
 
 SHARED_FIELDS = (

@@ -27,8 +27,8 @@ from convert.safetensors_io import Tensor, open_folder, read_header, write_file
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.store.converted import read_converted
+from peers.make_checkpoint import TINY, hf_shapes, make_checkpoint
 from tests.conftest import ROOT
-from tests.make_checkpoint import TINY, hf_shapes, make_checkpoint
 from tests.test_adapters import random_adapters
 
 MIXED = TINY.replace(num_hidden_layers=5, decoder_sparse_step=2, mlp_only_layers=(3,))

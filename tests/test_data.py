@@ -19,7 +19,7 @@ from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records, tokenize_record
 from jaxmoe.errors import UserError
-from tests.make_checkpoint import write_tokenizer
+from peers.make_checkpoint import write_tokenizer
 
 VOCAB = 320
 

@@ -19,6 +19,7 @@ from jaxmoe import memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
 from jaxmoe.doctor import report as doctor
+from jaxmoe.doctor.__main__ import main
 from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.model.init import init_adapters, init_parameters
@@ -261,7 +262,7 @@ def test_the_command_prints_every_section(run_module: Callable[..., subprocess.C
 def test_the_same_as_json(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
     for model in (tmp_path, tmp_path / "config.json"):
-        doctor.main(["--model", str(model), "--json", "--train", "full", "--dtype", "float32"])
+        main(["--model", str(model), "--json", "--train", "full", "--dtype", "float32"])
         found = json.loads(capsys.readouterr().out)
         assert found["forecast"]["trained_parameters"] == memory.parameter_count(SMALL)
         parts = found["forecast"]["training"]["parts"]
@@ -275,10 +276,10 @@ def test_a_model_that_lies_in_four_bits(tmp_path: pathlib.Path, capsys: pytest.C
     quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf() | {"quantization_config": quantized}))
     for model in (tmp_path, tmp_path / "config.json"):
-        doctor.main(["--model", str(model)])
+        main(["--model", str(model)])
         assert "parameters (nf4)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"train: expected lora, .* is in nf4, found full"):
-        doctor.main(["--model", str(tmp_path), "--train", "full"])
+        main(["--model", str(tmp_path), "--train", "full"])
 
 
 def test_without_a_device_it_still_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +287,7 @@ def test_without_a_device_it_still_reports(monkeypatch: pytest.MonkeyPatch, caps
         raise RuntimeError("Unable to initialize backend 'cuda':\n no driver")
 
     monkeypatch.setattr(jax, "devices", no_devices)
-    doctor.main(["--model", "qwen3-30b-a3b"])
+    main(["--model", "qwen3-30b-a3b"])
     shown = capsys.readouterr().out
     assert "! JAX finds no device: Unable to initialize backend 'cuda': no driver" in shown
     assert "30,532,122,624 parameters" in shown
@@ -298,7 +299,7 @@ def test_four_bits_and_rows_of_one_record(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(doctor, "_implementations", lambda *_: on_hopper)
 
     def total(*arguments: str) -> int:
-        doctor.main(["--model", "qwen3-30b-a3b", "--json", "--lora-targets", "attention", *arguments])
+        main(["--model", "qwen3-30b-a3b", "--json", "--lora-targets", "attention", *arguments])
         return json.loads(capsys.readouterr().out)["forecast"]["training"]["total"]
 
     assert total("--quantize", "nf4") < 24 * 2**30 < 57 * 2**30 < total()
@@ -307,7 +308,7 @@ def test_four_bits_and_rows_of_one_record(monkeypatch: pytest.MonkeyPatch, capsy
     forecast = partial(memory.training_forecast, PRESETS["qwen3-30b-a3b"], lora, **shape)
     long = ("--seq-length", "16384")
     assert total(*long, "--no-pack") == forecast(packed=False).total < forecast(packed=True).total == total(*long)
-    doctor.main(["--model", "qwen3-30b-a3b", "--quantize", "nf4"])
+    main(["--model", "qwen3-30b-a3b", "--quantize", "nf4"])
     assert "Memory of qwen3-30b-a3b in bfloat16 with weights in nf4, 1 x 2048 tokens" in capsys.readouterr().out
 
 
@@ -317,7 +318,7 @@ def test_fits_or_not(room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     total = doctor.forecast(options)["training"].total
     device = {"name": "card", "platform": "gpu", "memory": total + room}
     monkeypatch.setattr(doctor, "devices", lambda: [device, device])
-    doctor.main(["--model", "qwen3-30b-a3b"])
+    main(["--model", "qwen3-30b-a3b"])
     training = capsys.readouterr().out.split("training:")[1].split("generation:")[0]
     assert training.count("card") == 1
     assert ("DOES NOT FIT on one card: 1 B short" if room else "fits on one card: 0 B left") in training
@@ -327,7 +328,7 @@ def test_fits_or_not(room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     ("arguments", "message"),
     [
         (["--model", "qwen9"], "model: expected a folder, a config.json or one of qwen3-30b-a3b, .*; found 'qwen9'"),
-        (["--train", "full", "--quantize", "nf4"], "quantize: expected only where adapters are trained"),
+        (["--train", "full", "--quantize", "nf4"], "quantize: only valid with LoRA training"),
         (["--lora-r", "0"], "lora_r: expected at least 1, found 0"),
         (["--model", "qwen3-30b-a3b", "--lora-targets", "mlp"], "LoRA targets: expected .*; found 'mlp'"),
         (["--model", "qwen3-30b-a3b", "--lora-targets", "dense"], "the model has no dense MLP layer"),
@@ -335,7 +336,7 @@ def test_fits_or_not(room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 )
 def test_bad_input(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        doctor.main(arguments)
+        main(arguments)
 
 
 def test_counts_are_whole_numbers_beyond_int32() -> None:

@@ -14,7 +14,10 @@ import pytest
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.errors import UserError
-from jaxmoe.generate.engine import Generator, Sampling, TextStream, generation_defaults, main, sample
+from jaxmoe.generate.__main__ import main
+from jaxmoe.generate.engine import Generator
+from jaxmoe.generate.sampling import Sampling, generation_defaults, sample
+from jaxmoe.generate.stream import TextStream
 from tests.conftest import ROOT
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "qwen3-moe-stdlib"
@@ -112,12 +115,10 @@ def test_defaults_come_from_the_generation_config(tmp_path):
     assert generation_defaults(tmp_path) == (Sampling(), (7,))
 
 
-def test_command_streams_one_prompt_and_lists_several(monkeypatch, capsys):
+def test_command_streams_one_prompt_and_lists_several(capsys):
     def run(*prompts):
         words = [word for prompt in prompts for word in ("--prompt", prompt)]
-        arguments = ["generate", "--model", str(CHECKPOINT), "--max-new-tokens", "8", "--dtype", "float32", *words]
-        monkeypatch.setattr("sys.argv", arguments)
-        main()
+        main(["--model", str(CHECKPOINT), "--max-new-tokens", "8", "--dtype", "float32", *words])
         return capsys.readouterr().out
 
     alone = run("import os")

@@ -18,9 +18,10 @@ from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.ops.router import RoutingControl
 from jaxmoe.parameters import layer_paths
 from jaxmoe.train.loss import cross_entropy
-from tests.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
+from peers.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
+from peers.reference import Reference
 from tests.parity import relative_error
-from tests.reference import Reference
+from tests.test_adapters import random_adapters
 from tests.tolerances import bound
 
 LORA = LoraConfig(r=3, alpha=5.0, targets=("q_proj", "o_proj", "gate", "experts.gate_up_proj", "experts.down_proj"))
@@ -132,7 +133,7 @@ def test_a_frozen_parameter_raises_and_the_others_are_as_before() -> None:
 
 
 def test_weights_in_nf4_are_frozen(shared_tmp: Any) -> None:
-    from tests.make_checkpoint import TINY, make_checkpoint
+    from peers.make_checkpoint import TINY, make_checkpoint
 
     folder = make_checkpoint(shared_tmp / "gradients-nf4", TINY)
     model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype="float32", quantize="nf4")

@@ -13,7 +13,7 @@ import pytest
 from jaxmoe.train import identity
 from jaxmoe.train.loop import train
 from jaxmoe.train.settings import APART, VALUE, TrainConfig
-from tests.make_checkpoint import make_checkpoint
+from peers.make_checkpoint import make_checkpoint
 from tests.test_train import CONFIG, Crash, crash_at, options, write_records
 
 # What version 0.1.0 wrote for `options`.

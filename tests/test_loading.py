@@ -18,8 +18,8 @@ from jaxmoe.parameters import Quantization, layer_paths, parameter_specs, top_le
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout
 from jaxmoe.store.converted import read_converted
 from jaxmoe.store.loading import load_stacks
-from tests.configs import config_of
-from tests.make_checkpoint import make_checkpoint
+from peers.configs import config_of
+from peers.make_checkpoint import make_checkpoint
 
 
 @pytest.mark.parametrize("form", ["per_expert", "fused", "converted", "float32", "nf4"])

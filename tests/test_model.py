@@ -25,7 +25,7 @@ from jaxmoe.parameters import lora_specs, parameter_specs
 from jaxmoe.store.adapter import write_adapter
 from jaxmoe.train import loss
 from jaxmoe.train.loss import cross_entropy
-from tests.make_checkpoint import TINY, make_checkpoint
+from peers.make_checkpoint import TINY, make_checkpoint
 from tests.tolerances import bound
 
 LORA = LoraConfig(r=2, targets=("q_proj", "gate", "experts.gate_up_proj", "experts.down_proj"))

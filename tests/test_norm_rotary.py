@@ -18,7 +18,7 @@ from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.kernels import norm_rotary
 from jaxmoe.ops.norm import rms_norm
 from jaxmoe.ops.rotary import apply_rotary
-from tests.configs import config_of
+from peers.configs import config_of
 from tests.parity import relative_error
 from tests.parity.batches import Batch
 from tests.parity.faults import FAULTS

@@ -23,10 +23,10 @@ import jaxmoe.ops.linear
 import jaxmoe.ops.rotary
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from peers.configs import CONFIGS, config_of, random_parameters
+from peers.reference import Reference, ReferenceOutput
 from tests import oracle
-from tests.configs import CONFIGS, config_of, random_parameters
 from tests.parity import CHECKPOINT, Batch, ProductOutput, checkpoint_batch, make_batch, product, relative_error
-from tests.reference import Reference, ReferenceOutput
 from tests.tolerances import bound
 
 # transformers' most exact ways on a CPU: eager adds the k experts' outputs one by one in bfloat16, grouped_mm does not.

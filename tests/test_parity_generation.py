@@ -14,9 +14,9 @@ import jaxmoe.model.cache
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.generate.engine import Generator
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
-from tests.configs import CONFIGS, config_of, random_adapters, random_parameters
+from peers.configs import CONFIGS, config_of, random_adapters, random_parameters
+from peers.reference import Reference
 from tests.parity import Batch, product
-from tests.reference import Reference
 
 NEW_TOKENS = 24
 # One shape of cache for all: lengths that end within a bucket, at its edge, and one past a sliding window.

@@ -18,9 +18,9 @@ from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data.packing import Batch as TrainingBatch
 from jaxmoe.memory import Remat
 from jaxmoe.parameters import lora_specs, parameter_specs
-from tests.configs import CONFIGS, config_of, random_adapters, random_parameters
+from peers.configs import CONFIGS, config_of, random_adapters, random_parameters
+from peers.reference import Reference
 from tests.parity import COMPILER_OPTIONS, Batch, make_batch, product, relative_error
-from tests.reference import Reference
 from tests.tolerances import bound
 
 # A coefficient at which the load-balancing loss carries weight in the router's gradient.

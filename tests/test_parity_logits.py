@@ -19,10 +19,10 @@ import jaxmoe.ops.rotary
 import jaxmoe.ops.swiglu
 from jaxmoe.config import expand_targets
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from peers.configs import CONFIGS, LoraConfig, config_of, random_adapters, random_parameters
+from peers.reference import Reference
 from tests import oracle
-from tests.configs import CONFIGS, LoraConfig, config_of, random_adapters, random_parameters
 from tests.parity import CHECKPOINT, LAYOUTS, LONG, Batch, checkpoint_batch, make_batch, product, relative_error
-from tests.reference import Reference
 from tests.tolerances import bound
 
 # Prompts of 600 tokens where length matters: high positions, yarn beyond its trained context, long sliding windows.

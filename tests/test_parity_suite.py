@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from jaxmoe.config import Qwen3MoeConfig
+from peers.configs import CONFIGS, config_of, random_parameters
 from tests import oracle
-from tests.configs import CONFIGS, config_of, random_parameters
 from tests.conftest import BITSANDBYTES
 from tests.parity import bisection, cases, engine, make_batch, measures
 from tests.parity.batches import CHECKPOINT

@@ -38,8 +38,8 @@ from jaxmoe.train.loop import train
 from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model, loss_and_gradients
-from tests.configs import random_adapters
-from tests.make_checkpoint import TINY, make_checkpoint
+from peers.configs import random_adapters
+from peers.make_checkpoint import TINY, make_checkpoint
 from tests.parity import COMPILER_OPTIONS, make_batch, relative_error
 from tests.test_convert import contents
 from tests.test_parity_gradients import training_batch

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from captures import Capture, CaptureWriter, Chunk, LabelledText, Model, Text
+from captures import ROLES, Capture, CaptureWriter, Chunk, LabelledText, Model, Text
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.records import read_records
 from jaxmoe.errors import UserError
 from jaxmoe.routing.capture import capture, pack_in_order
-from jaxmoe.routing.text import ROLES, label, labelled_text, read_text
+from jaxmoe.routing.text import label, labelled_text, read_text
 from tests.conftest import ROOT
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "qwen3-moe-stdlib"
@@ -106,13 +106,13 @@ def test_a_bad_domain_is_named_with_its_line(tokenizer, tmp_path):
         read_text([path], tokenizer, 2048, LENGTH)
 
 
-def test_rows_keep_the_order_of_the_stream(text):
+def test_sequences_keep_the_order_of_the_stream(text):
     seen = []
-    for rows in pack_in_order(text, 2):
-        assert rows.input_ids.shape == (2, LENGTH)
-        assert np.array_equal(rows.input_ids.reshape(-1)[rows.valid], text.text.token[rows.part])
-        assert np.array_equal(rows.next.reshape(-1)[rows.valid], text.text.next[rows.part])
-        seen.append(rows.part)
+    for batch in pack_in_order(text, 2):
+        assert batch.input_ids.shape == (2, LENGTH)
+        assert np.array_equal(batch.input_ids.reshape(-1)[batch.valid], text.text.token[batch.part])
+        assert np.array_equal(batch.next.reshape(-1)[batch.valid], text.text.next[batch.part])
+        seen.append(batch.part)
     assert [part.start for part in seen[1:]] == [part.stop for part in seen[:-1]]
     assert seen[0].start == 0 and seen[-1].stop == len(text.text.token)
 
@@ -158,8 +158,8 @@ def test_a_capture_is_what_the_model_computed(model, text, captured):
 
 
 def test_all_logits_on_request_and_other_batches(model, text, captured, tmp_path):
-    full = capture(model, text, tmp_path / "full", batch_size=3, top=99, predictions=False)
-    assert full.top == 32 and full.shards != captured.shards and not full.predictions
+    full = capture(model, text, tmp_path / "full", batch_size=3, keep_logits=99, predictions=False)
+    assert full.keep_logits == 32 and full.shards != captured.shards and not full.predictions
     assert full.text["digest"] == captured.text["digest"]
     for a, b in zip(full.chunks(50), captured.chunks(50), strict=True):
         assert len(a) == len(b) <= 50
@@ -174,12 +174,12 @@ def test_all_logits_on_request_and_other_batches(model, text, captured, tmp_path
 
 def test_too_few_logits_for_the_margin_are_refused(model, text, tmp_path):
     with pytest.raises(UserError, match="top: expected at least 9 logits per token"):
-        capture(model, text, tmp_path / "few", top=8)
+        capture(model, text, tmp_path / "few", keep_logits=8)
     assert not list(tmp_path.iterdir())
 
 
 def test_dense_layers_are_left_out(tmp_path):
-    from tests.configs import config_of, random_parameters, random_tokens
+    from peers.configs import config_of, random_parameters, random_tokens
 
     config = config_of("mlp_only_layers")
     mixed = Qwen3MoeForCausalLM(config, {path: jnp.asarray(a) for path, a in random_parameters(config).items()})
@@ -191,7 +191,7 @@ def test_dense_layers_are_left_out(tmp_path):
     out = mixed(ids[None], output_router_logits=True)
     assert out.router_logits is not None
     logits = np.stack(out.router_logits)[:, 0]
-    top = np.sort(logits, -1)[..., ::-1][..., : found.top]
+    top = np.sort(logits, -1)[..., ::-1][..., : found.keep_logits]
     assert np.allclose(whole(found).top_logits, top, rtol=0, atol=1e-5)
 
 
@@ -324,7 +324,7 @@ def test_a_missing_or_broken_shard_is_named(tmp_path):
         whole(found)
 
 
-def test_documents_that_share_a_row_do_not_see_each_other(model, tokenizer, tmp_path):
+def test_documents_that_share_a_sequence_do_not_see_each_other(model, tokenizer, tmp_path):
     one, two = (label({"text": t}, tokenizer, "x") for t in ("import os\n", "The end of a sentence."))
     both = capture(model, labelled_text([one, two], LENGTH, "t"), tmp_path / "both", batch_size=1)
     alone = capture(model, labelled_text([two], LENGTH, "t"), tmp_path / "alone", batch_size=1)

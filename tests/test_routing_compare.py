@@ -54,7 +54,9 @@ def arrays_of(logits: np.ndarray, loss: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def write(folder: pathlib.Path, labels: LabelledText, logits: np.ndarray, loss: np.ndarray, shard: int) -> Capture:
-    with CaptureWriter(folder, MODEL, labels=labels, source={"framework": "test", "dtype": "x"}, top=12) as writer:
+    with CaptureWriter(
+        folder, MODEL, labels=labels, source={"framework": "test", "dtype": "x"}, keep_logits=12
+    ) as writer:
         for start in range(0, N, shard):
             part = slice(start, min(start + shard, N))
             text = Text(*(a[part] for a in labels.text))

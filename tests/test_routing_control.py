@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.ops.router import RoutingControl
-from tests.configs import config_of, random_parameters, random_tokens
+from peers.configs import config_of, random_parameters, random_tokens
 
 
 def loaded(name: str) -> tuple[Qwen3MoeForCausalLM, np.ndarray]:

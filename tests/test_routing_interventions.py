@@ -13,20 +13,21 @@ import pytest
 from captures import Capture, Chunk, LabelledText, Text, tokenizer_digest
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.config import LoraConfig
-from jaxmoe.control.interventions import Intervention, effects, write_effects
+from jaxmoe.control.interventions import Intervention
 from jaxmoe.control.replay import Replay
 from jaxmoe.data.packing import Sequences, cut
 from jaxmoe.data.records import read_records
 from jaxmoe.errors import UserError
+from jaxmoe.generate.capture import capture_generation
 from jaxmoe.generate.engine import Generator
 from jaxmoe.model.init import init_adapters
 from jaxmoe.ops.router import RoutingControl
 from jaxmoe.routing.capture import capture
-from jaxmoe.routing.generation import capture_generation
+from jaxmoe.routing.effects import effects, write_effects
 from jaxmoe.routing.text import read_text
 from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, loss_and_gradients
-from tests.configs import config_of, random_parameters, random_tokens
+from peers.configs import config_of, random_parameters, random_tokens
 from tests.parity import COMPILER_OPTIONS
 
 LENGTH = 24
@@ -85,7 +86,7 @@ def losses(chunk: Chunk) -> np.ndarray:
 def test_replaying_a_runs_own_routing_reproduces_it_exactly(model, labels, captured, tmp_path):
     again = capture(model, labels, tmp_path / "again", batch_size=2, replay=captured)
     a, b = whole(captured), whole(again)
-    assert again.control == {"replay": str(captured.folder)} and again.top == 32
+    assert again.control == {"replay": str(captured.folder)} and again.keep_logits == 32
     assert np.array_equal(a.experts, b.experts) and np.array_equal(a.weights, b.weights)
     assert np.array_equal(a.top_logits, b.top_logits[..., :16])
     assert np.array_equal(losses(a), losses(b), equal_nan=True)
@@ -166,7 +167,7 @@ def test_a_bias_shifts_the_logits_by_what_it_says(model, labels, captured, tmp_p
     layer = model.config.sparse_layers[0]
     control = Intervention({}, {}, {layer: {3: 2.5}}).control(model.config)
     found = whole(capture(model, labels, tmp_path / "biased", batch_size=2, control=control))
-    full = whole(capture(model, labels, tmp_path / "full", batch_size=2, top=32))
+    full = whole(capture(model, labels, tmp_path / "full", batch_size=2, keep_logits=32))
     dense = []
     for chunk in (full, found):
         logits = np.empty_like(chunk.top_logits[0])

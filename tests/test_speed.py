@@ -17,7 +17,7 @@ from jaxmoe.train import loop, speed
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.speed import Arrivals, Arrived, Speed
 from jaxmoe.train.step import StepMetrics
-from tests.make_checkpoint import TINY, make_checkpoint
+from peers.make_checkpoint import TINY, make_checkpoint
 from tests.test_train import write_records
 
 STEPS = 25

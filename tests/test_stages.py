@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: the breakdown of a step by stage, the limits, and how sides are timed."""
+"""The parts that benchmarks share: the time of a step by stage, the limits, and the timing of sides in turn."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from benchmarks import limits, stages
-from benchmarks.grouped_matmul import Side, seconds_in_turn
+from benchmarks.timing import Side, seconds_in_turn
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data.packing import Batch
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.presets import PRESETS
 from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
-from tests.configs import config_of
+from peers.configs import config_of
 
 HLO = """
   %fusion.1 = bf16[8,4]{1,0} fusion(%p0), kind=kLoop, metadata={op_type="mul" op_name="jit(f)/jvp(while)/body/attention/mul"}
@@ -44,9 +44,9 @@ TRACE = {
 }
 
 
-def test_breakdown_of_a_trace():
+def test_a_trace_by_stage():
     events, paths = stages.kernels(TRACE), stages.scopes(HLO)
-    assert stages.breakdown(events, paths, steps=2) == {
+    assert stages.by_stage(events, paths, steps=2) == {
         ("attention", "forward"): 1.0,
         ("dot_product_attention", "backward"): 1.5,
         ("permute", "recomputed"): 2.0,
@@ -101,8 +101,8 @@ def test_a_matmul_is_timed():
 def test_sides_take_turns(monkeypatch):
     """On a clock that only the calls move: a round is every side's calls in a row, and each pays for its own alone."""
     clock, order = [0.0], []
-    monkeypatch.setattr("benchmarks.grouped_matmul.time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr("benchmarks.grouped_matmul.time.sleep", lambda s: clock.__setitem__(0, clock[0] + s))
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("benchmarks.timing.time.sleep", lambda s: clock.__setitem__(0, clock[0] + s))
 
     def side(name: str, seconds: float) -> Side:
         def call() -> str:

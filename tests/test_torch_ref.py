@@ -17,10 +17,10 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 import torch_ref.experts
 import torch_ref.loss
 import torch_ref.patch
-from tests.configs import CONFIGS, config_of, random_parameters
+from peers.configs import CONFIGS, config_of, random_parameters
+from peers.reference import Reference
 from tests.conftest import ROOT
 from tests.parity import make_batch
-from tests.reference import Reference
 from tests.tolerances import bound
 from torch_ref import FastQwen3Model, FastQwen3MoeModel
 from torch_ref.model import set_experts_implementation

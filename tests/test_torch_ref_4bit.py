@@ -19,7 +19,7 @@ import torch_ref.checkpoint
 import torch_ref.experts
 import torch_ref.quantize
 from jaxmoe.config import Qwen3MoeConfig
-from tests.make_checkpoint import TINY, make_checkpoint
+from peers.make_checkpoint import TINY, make_checkpoint
 from tests.test_torch_ref import distance
 from tests.tolerances import bound
 from torch_ref import FastQwen3MoeModel as Fast

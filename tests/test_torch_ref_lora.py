@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 import torch_ref.adapters
 import torch_ref.experts
 from jaxmoe.config import LoraConfig, expand_targets
-from tests.configs import CONFIGS, config_of, random_adapters, random_parameters
+from peers.configs import CONFIGS, config_of, random_adapters, random_parameters
+from peers.reference import Reference, _pack
 from tests.parity import make_batch
-from tests.reference import Reference, _pack
 from tests.test_torch_ref import distance, inputs_of, patched, stock
 from tests.tolerances import bound
 from torch_ref import FastQwen3MoeModel as Fast

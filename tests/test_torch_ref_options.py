@@ -16,8 +16,8 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe
 
 import torch_ref.experts
 import torch_ref.model
+from peers.make_checkpoint import TINY, make_checkpoint
 from tests.conftest import BITSANDBYTES
-from tests.make_checkpoint import TINY, make_checkpoint
 from tests.test_torch_ref import distance
 from tests.tolerances import bound
 from torch_ref import FastQwen3Model, FastQwen3MoeModel

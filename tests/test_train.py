@@ -36,8 +36,8 @@ from jaxmoe.train.loss import NextTokenCrossEntropy, Outputs, next_token_objecti
 from jaxmoe.train.metrics import MetricsLog, expert_load
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
+from peers.make_checkpoint import TINY, make_checkpoint
 from tests.conftest import ROOT
-from tests.make_checkpoint import TINY, make_checkpoint
 from tests.tolerances import bound
 
 CONFIG = TINY.replace(num_hidden_layers=2, router_aux_loss_coef=0.01)

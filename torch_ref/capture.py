@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from captures import Capture, CaptureWriter, LabelledText, Model, Text, expert_dtype, tokenizer_digest
-from captures.format import DEFAULT_TOP
+from captures.format import DEFAULT_KEEP_LOGITS
 
 _CONTEXT_BATCH_TOKENS = 8192
 
@@ -28,7 +28,7 @@ def capture(
     labels: LabelledText,
     folder: str | pathlib.Path,
     *,
-    top: int = DEFAULT_TOP,
+    keep_logits: int = DEFAULT_KEEP_LOGITS,
     predictions: bool = True,
     source: Mapping[str, Any] | None = None,
 ) -> Capture:
@@ -46,11 +46,11 @@ def capture(
     known = {"framework": "torch_ref", "dtype": str(model.dtype).removeprefix("torch."), **(source or {})}
     known["versions"] = {name: version(name) for name in ("torch", "transformers", "numpy")}
     known["versions"]["device"] = torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type
-    with CaptureWriter(folder, about, labels=labels, source=known, top=top) as writer, torch.no_grad():
+    with CaptureWriter(folder, about, labels=labels, source=known, keep_logits=keep_logits) as writer, torch.no_grad():
         head = model.get_output_embeddings()
         for part, ids, mask in _batches(labels.text, model.device):
             text = Text(*(a[part] for a in labels.text))
-            with _Routers(model, about, writer.top, mask) as routers:
+            with _Routers(model, about, writer.keep_logits, mask) as routers:
                 hidden = _backbone(model)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
             arrays = routers.arrays()
             if predictions:
@@ -98,8 +98,8 @@ def _batches(text: Text, device: torch.device) -> Iterator[tuple[slice, Tensor, 
 class _Routers:
     """Reads what each layer's router returns while the model runs: logits [M, E] and the experts chosen [M, k]."""
 
-    def __init__(self, model: Any, about: Model, top: int, mask: Tensor) -> None:
-        self._about, self._top, self._valid = about, top, mask.reshape(-1).bool()
+    def __init__(self, model: Any, about: Model, keep_logits: int, mask: Tensor) -> None:
+        self._about, self._keep_logits, self._valid = about, keep_logits, mask.reshape(-1).bool()
         self._modules = [_layers(model)[i].mlp.gate for i in about.layers]
         self._records: list[dict[str, np.ndarray]] = []
 
@@ -121,7 +121,7 @@ class _Routers:
         logits, experts = logits.reshape(-1, logits.shape[-1])[self._valid].float(), experts[self._valid]
         probabilities = torch.softmax(logits, dim=-1)
         # Stable: equal probabilities in the order of their experts, as in jaxmoe.
-        order = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, : self._top]
+        order = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, : self._keep_logits]
         log_sum_exp = torch.logsumexp(logits, dim=-1)
         small = expert_dtype(self._about.num_experts)
         numbers = {
@@ -159,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the device has")
     parser.add_argument("--load-in-4bit", action="store_true", help="NF4, experts included")
-    parser.add_argument("--top", type=int, default=DEFAULT_TOP, metavar="N", help="router logits kept per token")
+    parser.add_argument(
+        "--top", type=int, default=DEFAULT_KEEP_LOGITS, metavar="N", help="router logits kept per token"
+    )
     args = parser.parse_args(argv)
     try:
         labels = Capture.open(args.text).labelled_text()
@@ -175,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             model = PeftModel.from_pretrained(model, args.adapter)
         about = {"model": args.model, "adapter": args.adapter, "quantization": "nf4" if args.load_in_4bit else None}
-        result = capture(model.eval(), labels, args.out, top=args.top, source=about)
+        result = capture(model.eval(), labels, args.out, keep_logits=args.top, source=about)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

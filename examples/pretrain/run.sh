@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a small Qwen3-MoE from random weights on Python's own library, and writes it in HF form:
+# Trains a small Qwen3-MoE from random weights on Python's standard library, and writes it in HF form:
 #   bash examples/pretrain/run.sh small [OUTPUT [FLAG...]]     tests/checkpoints holds the result of `small`
 #   bash examples/pretrain/run.sh deep  [OUTPUT [FLAG...]]     24 layers, 25 million parameters
 # Further flags go to `python -m jaxmoe.train`; PYTHON names the interpreter. Runs from the repository's root.

@@ -16,8 +16,8 @@ def train() -> None:
 
 
 def generate() -> None:
-    """`jaxmoe-generate`: see `jaxmoe.generate.engine`."""
-    from jaxmoe.generate.engine import main
+    """`jaxmoe-generate`: see `jaxmoe.generate`."""
+    from jaxmoe.generate.__main__ import main
 
     run(main)
 
@@ -30,8 +30,8 @@ def convert() -> None:
 
 
 def doctor() -> None:
-    """`jaxmoe-doctor`: see `jaxmoe.doctor.report`."""
-    from jaxmoe.doctor.report import main
+    """`jaxmoe-doctor`: see `jaxmoe.doctor`."""
+    from jaxmoe.doctor.__main__ import main
 
     run(main)
 

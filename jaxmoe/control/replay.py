@@ -1,13 +1,16 @@
-"""Routing replay in training: a batch gets the experts that an earlier run chose for its tokens.
+"""Routing replay: tokens get the experts that an earlier run chose for them.
 
-Training then differentiates through the experts that generation used, however the router has moved or rounded since.
+In training, `Replay` adds the captured experts to each batch. Training then differentiates through the experts that
+generation used, however much the router has moved or rounded since. In generation, `experts_by_position` gives the
+captured experts of each prompt.
+
 Source: rollout routing replay (Ma et al. 2025, arXiv 2510.11370).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,33 +22,40 @@ from jaxmoe.data.packing import Batch, Document
 from jaxmoe.errors import UserError
 
 
+def check_experts(capture: Capture, config: Qwen3MoeConfig) -> None:
+    """Raises UserError unless the capture's model has the same MoE layers and experts as `config`."""
+    found, layers = capture.model, tuple(config.sparse_layers)
+    expected = (len(layers), config.num_experts, config.num_experts_per_tok)
+    if (len(found.layers), found.num_experts, found.num_experts_per_tok) != expected:
+        raise UserError(
+            f"replay: expected {expected[0]} MoE layers with {expected[2]} of {expected[1]} experts, "
+            f"found {len(found.layers)} with {found.num_experts_per_tok} of {found.num_experts} in {capture.folder}"
+        )
+    if found.layers != layers:
+        raise UserError(f"replay: expected the MoE layers {layers}, found {found.layers} in {capture.folder}")
+
+
 class Replay:
     """The captured experts by text: a context of the batch is found by its tokens, wherever it was packed.
 
-    A context of a batch matches a captured one that begins with the same tokens, since a causal model's routing does
-    not depend on what follows. Holds all captured experts, Ls k bytes a token.
+    A context of a batch matches a captured context that begins with the same tokens, since a causal model's routing
+    does not depend on what follows. It holds all captured experts: Ls k bytes per token.
     """
 
     def __init__(self, capture: Capture, config: Qwen3MoeConfig, tokenizer: Any) -> None:
-        """Raises UserError when the capture is another model's or another tokenizer's."""
-        found = capture.model
-        expected = (tuple(config.sparse_layers), config.num_experts, config.num_experts_per_tok)
-        if (found.layers, found.num_experts, found.num_experts_per_tok) != expected:
-            raise UserError(
-                f"replay: expected {len(expected[0])} MoE layers with {expected[2]} of {expected[1]} experts, "
-                f"found {len(found.layers)} with {found.num_experts_per_tok} of {found.num_experts} in {capture.folder}"
-            )
+        """Raises UserError if the capture was made with another model or another tokenizer."""
+        check_experts(capture, config)
         if capture.text["tokenizer"] != tokenizer_digest(tokenizer):
             raise UserError(f"replay: expected a capture made with the model's tokenizer, found {capture.folder}")
         self._folder = capture.folder
         self.digest: str = capture.text["digest"]
         self._experts = capture.read_experts()
         text = capture.read_text()
-        # Big-endian bytes: sorted, the contexts that begin with given tokens lie next to each other.
+        # Big-endian bytes: sorted, the contexts that begin with given tokens are neighbours.
         self._contexts = sorted((_key(text.token[part]), part.start) for part in text.contexts())
 
     def check(self, segments: Iterable[Document]) -> None:
-        """Raises UserError unless every segment was captured, before training starts."""
+        """Raises UserError unless every segment was captured; called before training starts."""
         missing = [segment for segment in segments if self._find(segment.inputs) is None]
         if missing:
             first = missing[0].inputs[:8].tolist()
@@ -55,16 +65,16 @@ class Replay:
             )
 
     def on(self, batch: Batch) -> Batch:
-        """The batch with the captured experts; padding stays the model's choice."""
+        """The batch with the captured experts; -1, the model's own choice, at padding."""
         layers, _, k = self._experts.shape
         ids, segments = (a.reshape(-1, a.shape[-1]) for a in (batch.input_ids, batch.segment_ids))
         experts: Int16[np.ndarray, "B T Ls k"] = np.full((*ids.shape, layers, k), -1, np.int16)
-        for row, numbers in enumerate(segments):
+        for sequence, numbers in enumerate(segments):
             for number in range(1, int(numbers.max()) + 1):
                 place = np.flatnonzero(numbers == number)
-                start = self._find(ids[row, place])
+                start = self._find(ids[sequence, place])
                 assert start is not None, "check() has seen every segment"
-                experts[row, place] = self._experts[:, start : start + len(place)].swapaxes(0, 1)
+                experts[sequence, place] = self._experts[:, start : start + len(place)].swapaxes(0, 1)
         return batch._replace(experts=experts.reshape(*batch.input_ids.shape, layers, k))
 
     def _find(self, tokens: Int32[np.ndarray, " n"]) -> int | None:
@@ -74,6 +84,34 @@ class Replay:
         if at < len(self._contexts) and self._contexts[at][0].startswith(key):
             return self._contexts[at][1]
         return None
+
+
+def experts_by_position(
+    capture: Capture, prompts: Sequence[Sequence[int]], config: Qwen3MoeConfig
+) -> Int32[np.ndarray, "Ls B S k"]:
+    """The captured experts of each prompt's sequence by position; -1 after the end of its captured context.
+
+    Raises:
+        UserError: a capture of another model, or one whose contexts do not begin with the prompts, in their order.
+    """
+    check_experts(capture, config)
+    text, experts = capture.read_text(), capture.read_experts()
+    contexts = text.contexts()
+    if len(contexts) != len(prompts):
+        raise UserError(
+            f"{capture.folder}: expected one context for each of {len(prompts)} prompts, found {len(contexts)}"
+        )
+    longest = max(context.stop - context.start for context in contexts)
+    found = np.full((experts.shape[0], len(prompts), longest, experts.shape[2]), -1, np.int32)
+    for sequence, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
+        n = context.stop - context.start
+        shared = min(len(prompt), n)
+        if not np.array_equal(text.token[context][:shared], np.asarray(prompt[:shared])):
+            raise UserError(
+                f"{capture.folder}: expected context {sequence} to begin with prompt {sequence}, found other tokens"
+            )
+        found[:, sequence, :n] = experts[:, context]
+    return found
 
 
 def _key(tokens: np.ndarray) -> bytes:

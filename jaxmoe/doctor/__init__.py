@@ -1,1 +1,1 @@
-"""What this machine has, what runs where, what fits: `python -m jaxmoe.doctor --help`."""
+"""What this machine has, which implementations run, and which model fits: `python -m jaxmoe.doctor --help`."""

@@ -1,9 +1,89 @@
-"""`python -m jaxmoe.doctor`: prints the report."""
+"""The command `python -m jaxmoe.doctor`: prints what the doctor finds, as text or as JSON.
+
+With `--model` it adds a forecast of the memory that training and generation need.
+"""
 
 from __future__ import annotations
 
-from jaxmoe.cli.arguments import run
-from jaxmoe.doctor.report import main
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from jaxmoe import memory
+from jaxmoe.cli.arguments import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
+from jaxmoe.doctor.report import DoctorConfig, report
+
+DESCRIPTION = "Show this machine's devices, the implementation of each operation, and the memory that a model needs."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report."""
+    parser = ArgumentParser(description=DESCRIPTION)
+    add_dataclass_arguments(parser, DoctorConfig)
+    options = dataclass_from_arguments(DoctorConfig, parser.parse_args(argv))
+    found = report(options)
+    if not options.json:
+        print("\n".join(_lines(found)))
+        return 0
+    if "forecast" in found:
+        for name in ("training", "generation"):
+            value = found["forecast"][name]
+            found["forecast"][name] = {**asdict(value), "total": value.total}
+    print(json.dumps(found, indent=2))
+    return 0
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    lines = ["Devices"]
+    for device in found["devices"]:
+        size = "unknown memory" if device["memory"] is None else memory.human(device["memory"])
+        lines.append(f"  {device['platform']}: {device['name']}, {size}")
+    lines += [f"  ! {problem}" for problem in found["problems"]]
+    lines += ["", "Versions"]
+    lines += [f"  {name:<18} {version or 'not installed'}" for name, version in found["versions"].items()]
+    if "operations" in found:
+        lines += ["", "Operations"]
+        lines += [f"  {what:<21} {how:<12} {why}" for what, how, why in found["operations"]]
+    if "forecast" not in found:
+        return [*lines, "", "To see what fits, name a model: --model qwen3-30b-a3b (needs no download)"]
+    plan = found["forecast"]
+    dtype = f"{plan['dtype']} with weights in {plan['quantize']}" if plan["quantize"] else plan["dtype"]
+    lines += [
+        "",
+        f"Memory of {plan['model']} in {dtype}, {plan['batch_size']} x {plan['seq_length']} tokens",
+        f"  {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active per token, "
+        f"{plan['trained_parameters']:,} trained",
+    ]
+    for name in ("training", "generation"):
+        total = plan[name].total
+        lines += ["", f"  {name}: {memory.human(total)}"]
+        lines += [
+            f"    {part.name:<20} {memory.human(part.bytes):>9}{'' if part.exact else '  (estimate)'}"
+            for part in plan[name].parts
+        ]
+        lines += [f"    {_verdict(total, device)}" for device in _distinct(found["devices"])]
+        if name == "training":
+            totals = ", ".join(f"{remat} {memory.human(size)}" for remat, size in plan["training_by_remat"].items())
+            lines += [
+                f"    by --remat: {totals}",
+                "    --remat auto picks the first policy (never offload) that leaves 10 % of the memory free",
+            ]
+    return lines
+
+
+def _verdict(total: int, device: dict[str, Any]) -> str:
+    if device["memory"] is None:
+        return f"{device['name']}: memory unknown"
+    room = device["memory"] - total
+    word = "fits" if room >= 0 else "DOES NOT FIT"
+    return f"{word} on one {device['name']}: {memory.human(abs(room))} {'left' if room >= 0 else 'short'}"
+
+
+def _distinct(all_devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [device for i, device in enumerate(all_devices) if device not in all_devices[:i]]
+
 
 if __name__ == "__main__":
     run(main)

@@ -1,23 +1,21 @@
-"""What this machine has, which implementation each operation takes, and what fits: `python -m jaxmoe.doctor`.
+"""What the doctor finds: devices, versions, the implementation of each operation, and a forecast of the memory.
 
-With `--model`, a forecast of the memory that training and generation need; `qwen3-30b-a3b` needs no download.
+Only `devices`, `operations` and what depends on them start JAX.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 import platform
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any, Literal, get_args
 
 from jaxmoe import __version__, memory
-from jaxmoe.cli.arguments import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
 from jaxmoe.errors import UserError
+from jaxmoe.nf4.config import is_nf4
 from jaxmoe.presets import PRESETS
 
 PACKAGES = (
@@ -33,7 +31,7 @@ class DoctorConfig:
     model: str | None = field(
         default=None,
         metadata={
-            "help": f"forecast this model's memory: a folder, a config.json, or one of {', '.join(PRESETS)}",
+            "help": f"forecast the memory of this model: a folder, a config.json, or one of {', '.join(PRESETS)}",
             "metavar": "MODEL",
         },
     )
@@ -42,30 +40,30 @@ class DoctorConfig:
         default=("attention", "experts"), metadata={"help": "groups (attention, router, experts, dense) or targets"}
     )
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
-    batch_size: int = field(default=1, metadata={"help": "rows in a batch"})
-    seq_length: int = field(default=2048, metadata={"help": "tokens in a row"})
+    batch_size: int = field(default=1, metadata={"help": "sequences per micro-batch"})
+    seq_length: int = field(default=2048, metadata={"help": "tokens per sequence"})
     accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "dtype of the parameters and of the computation"}
     )
     quantize: Literal["nf4"] | None = field(
-        default=None, metadata={"help": "frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
+        default=None, metadata={"help": "hold frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
     )
     pack: bool = field(
-        default=True, metadata={"help": "a row may hold several records; without, attention takes less memory"}
+        default=True, metadata={"help": "pack several records into a sequence; attention then needs more memory"}
     )
-    json: bool = field(default=False, metadata={"help": "print one JSON object"})
+    json: bool = field(default=False, metadata={"help": "print the report as one JSON object"})
 
     def __post_init__(self) -> None:
         if self.train == "full" and self.quantize is not None:
-            raise UserError("quantize: expected only where adapters are trained")
+            raise UserError("quantize: only valid with LoRA training, found train full")
         for name in ("lora_r", "batch_size", "seq_length", "accumulation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}")
 
 
 def versions() -> dict[str, str | None]:
-    """Installed version of Python, of this package and of each package that it can use; None where there is none."""
+    """The versions of Python, of jaxmoe and of the packages that it can use; None if one is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "jaxmoe": __version__}
     for name in PACKAGES:
         try:
@@ -76,7 +74,7 @@ def versions() -> dict[str, str | None]:
 
 
 def devices() -> list[dict[str, Any]]:
-    """JAX's devices: name, platform, and the bytes that JAX may use there (None where unknown)."""
+    """JAX's devices: name, platform, and the bytes that JAX may use (None if unknown)."""
     import jax
 
     return [
@@ -91,16 +89,16 @@ def operations() -> list[tuple[str, str, str]]:
 
     return [
         *implementations.explain(),
-        ("expert dispatch", "sort", "stable sort by expert, gathers both ways, no token dropped"),
-        ("attention, decoding", "xla", "jax.nn.dot_product_attention against the KV cache, mask [B, T, S]"),
+        ("expert dispatch", "sort", "stable sort by expert; no token is dropped"),
+        ("attention, decoding", "xla", "jax.nn.dot_product_attention over the KV cache"),
     ]
 
 
 def load_config(model: str) -> Qwen3MoeConfig:
-    """The config of a preset's name, a folder, or a config.json.
+    """The config that `model` names: a preset, a folder, or a config.json.
 
     Raises:
-        UserError: it is none of the three, or the config cannot be honoured.
+        UserError: `model` is none of the three, or its config asks for something that is not supported.
     """
     if model in PRESETS:
         return PRESETS[model]
@@ -113,9 +111,7 @@ def load_config(model: str) -> Qwen3MoeConfig:
 
 
 def stored_in(model: str) -> Literal["nf4"] | None:
-    """What `load_config`'s model is quantised in already, by its config.json."""
-    from convert.nf4 import is_nf4
-
+    """The form in which the checkpoint of `model` stores its weights, by its config.json; None: not quantised."""
     if model in PRESETS:
         return None
     path = pathlib.Path(model)
@@ -124,16 +120,20 @@ def stored_in(model: str) -> Literal["nf4"] | None:
 
 
 def forecast(options: DoctorConfig) -> dict[str, Any]:
-    """Parameter counts, and the parts of the memory that training and generation take, in bytes."""
+    """Parameter counts, and the memory that training and generation need, part by part, in bytes.
+
+    Raises:
+        UserError: full training of a model in NF4, adapters on layers that the model lacks, or an unknown model.
+    """
     assert options.model is not None
     config = load_config(options.model)
     lora = LoraConfig(r=options.lora_r, targets=expand_targets(options.lora_targets))
     quantize = options.quantize or stored_in(options.model)
     if quantize and options.train == "full":
-        raise UserError(f"train: expected lora, for {options.model} is in {quantize}, found full")
+        raise UserError(f"train: expected lora, since {options.model} is in {quantize}, found full")
     shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
     shape["quantize"] = quantize
-    taken = _implementations(config, options.dtype)
+    selected = _implementations(config, options.dtype)
     trained = lora if options.train == "lora" else None
     parameters = memory.parameter_count(config)
     training = {
@@ -144,7 +144,7 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
             accumulation=options.accumulation,
             remat=remat,
             packed=options.pack,
-            **taken,
+            **selected,
         )
         for remat in get_args(memory.Remat)
     }
@@ -156,12 +156,12 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
         **shape,
         "training": training["low-memory"],
         "training_by_remat": {remat: plan.total for remat, plan in training.items()},
-        "generation": memory.generation_forecast(config, trained, **shape, **taken),
+        "generation": memory.generation_forecast(config, trained, **shape, **selected),
     }
 
 
 def _implementations(config: Qwen3MoeConfig, dtype: str) -> Any:
-    """What this device takes for attention and experts; where JAX finds none, what runs anywhere."""
+    """The names of the implementations of attention and experts on this device; empty if JAX finds no device."""
     from jaxmoe.model.selection import selected_implementations
 
     try:
@@ -171,17 +171,17 @@ def _implementations(config: Qwen3MoeConfig, dtype: str) -> Any:
 
 
 def report(options: DoctorConfig) -> dict[str, Any]:
-    """Everything that the doctor knows, as one dictionary."""
+    """The whole report: versions, devices, problems, and, as far as known, operations and the forecast."""
     found: dict[str, Any] = {"versions": versions(), "devices": [], "problems": []}
     try:
         found["devices"] = devices()
         found["operations"] = operations()
-    except RuntimeError as error:  # JAX's answer to a driver or plugin that does not fit
+    except RuntimeError as error:  # raised by JAX if a driver or plugin does not fit
         found["problems"].append(f"JAX finds no device: {' '.join(str(error).split())}")
     on_gpu = any(device["platform"] == "gpu" for device in found["devices"])
     if found["devices"] and not on_gpu and shutil.which("nvidia-smi"):
         found["problems"].append(
-            "there is an NVIDIA driver and JAX does not use it: pip install 'jaxmoe[cuda12]' (or cuda13)"
+            "an NVIDIA driver is installed, but JAX does not use the GPU: pip install 'jaxmoe[cuda12]' (or cuda13)"
         )
     if options.model is not None:
         found["forecast"] = forecast(options)
@@ -190,67 +190,3 @@ def report(options: DoctorConfig) -> dict[str, Any]:
 
             found["problems"] += fallbacks(load_config(options.model), options.dtype)
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report."""
-    parser = ArgumentParser(description="What this machine has, which implementation each operation takes, what fits.")
-    add_dataclass_arguments(parser, DoctorConfig)
-    options = dataclass_from_arguments(DoctorConfig, parser.parse_args(argv))
-    found = report(options)
-    if options.json:
-        if "forecast" in found:
-            for name in ("training", "generation"):
-                value = found["forecast"][name]
-                found["forecast"][name] = {**asdict(value), "total": value.total}
-        print(json.dumps(found, indent=2))
-    else:
-        print("\n".join(_lines(found)))
-    return 0
-
-
-def _lines(found: dict[str, Any]) -> list[str]:
-    lines = ["Devices"]
-    for device in found["devices"]:
-        size = "unknown memory" if device["memory"] is None else memory.human(device["memory"])
-        lines.append(f"  {device['platform']}: {device['name']}, {size}")
-    lines += [f"  ! {problem}" for problem in found["problems"]]
-    lines += ["", "Versions"]
-    lines += [f"  {name:<18} {version or 'not installed'}" for name, version in found["versions"].items()]
-    if "operations" in found:
-        lines += ["", "Operations"]
-        lines += [f"  {what:<21} {how:<12} {why}" for what, how, why in found["operations"]]
-    if "forecast" not in found:
-        return [*lines, "", "What fits: name a model, for instance --model qwen3-30b-a3b"]
-    plan = found["forecast"]
-    dtype = f"{plan['dtype']} with weights in {plan['quantize']}" if plan["quantize"] else plan["dtype"]
-    lines += [
-        "",
-        f"Memory of {plan['model']} in {dtype}, {plan['batch_size']} x {plan['seq_length']} tokens",
-        f"  {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active for a token, "
-        f"{plan['trained_parameters']:,} trained",
-    ]
-    for name in ("training", "generation"):
-        total = plan[name].total
-        lines += ["", f"  {name}: {memory.human(total)}"]
-        lines += [
-            f"    {part.name:<20} {memory.human(part.bytes):>9}{'' if part.exact else '  (estimate)'}"
-            for part in plan[name].parts
-        ]
-        lines += [f"    {_verdict(total, device)}" for device in _distinct(found["devices"])]
-        if name == "training":
-            totals = ", ".join(f"{remat} {memory.human(size)}" for remat, size in plan["training_by_remat"].items())
-            lines += [f"    by --remat: {totals}; auto takes the first but offload that leaves a tenth of the device"]
-    return lines
-
-
-def _verdict(total: int, device: dict[str, Any]) -> str:
-    if device["memory"] is None:
-        return f"{device['name']}: memory unknown"
-    room = device["memory"] - total
-    word = "fits" if room >= 0 else "DOES NOT FIT"
-    return f"{word} on one {device['name']}: {memory.human(abs(room))} {'left' if room >= 0 else 'short'}"
-
-
-def _distinct(all_devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [device for i, device in enumerate(all_devices) if device not in all_devices[:i]]

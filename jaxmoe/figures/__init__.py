@@ -1,1 +1,1 @@
-"""Figures as data, and the page that shows them; nothing here knows the model."""
+"""Figures as data, their files, and the HTML page that shows them; nothing here knows a model or a capture."""

@@ -1,52 +1,53 @@
-"""Figures as data: each knows its numbers, gives them as CSV rows, and is drawn by matplotlib; the report's page draws
-the same numbers in the browser.
+"""Figures as data: four kinds of picture and a table.
 
-Four kinds of picture and a table suffice. A kind with pages shows one layer at a time.
+A figure holds its numbers. It gives them as the lines of a CSV file, draws them with matplotlib, and packs them for the
+HTML page, whose script draws the same numbers in the browser. A figure with several pages shows one page at a time.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Num
 
-_LAST = 65534  # largest quantised value; 65535 stands for NaN
+_LAST = 65534  # the largest step; 65535 stands for NaN
 
 
 @dataclass(frozen=True)
 class Figure:
-    """What all kinds have: `key` names the files, `caption` says in a sentence or two how to read it."""
+    """What all kinds have. `key` names the files; `caption` says in a sentence or two how to read the figure."""
 
     key: str
     title: str
     caption: str
     kind: ClassVar[str] = ""
 
-    def rows(self) -> Iterator[list[Any]]:
-        """The numbers as rows of a CSV file, the header first."""
+    def csv_lines(self) -> Iterator[list[Any]]:
+        """The lines of a CSV file, header first."""
         raise NotImplementedError
 
     def draw(self, axes: Any) -> None:
-        """Draws onto matplotlib's axes."""
+        """Draws the figure onto matplotlib's axes."""
         raise NotImplementedError
 
     def size(self) -> tuple[float, float]:
-        """Inches."""
+        """(width, height) in inches."""
         return 8, 4.5
 
     def page(self) -> dict[str, Any]:
-        """What the page's script gets: JSON values."""
+        """The JSON values that the page's script reads."""
         head = {"kind": self.kind, "key": self.key, "title": self.title, "caption": self.caption}
         return head | {name: pack(value) for name, value in vars(self).items() if name not in head}
 
 
 def pack(value: Any) -> Any:
-    """A JSON value; arrays in base64 as 16-bit steps between their least and largest value (integers exactly)."""
+    """A JSON value. Arrays become 16-bit steps between their smallest and largest value, in base64; integers of a range
+    up to 65,534 are exact."""
     if not isinstance(value, np.ndarray):
         if isinstance(value, list | tuple):
             return [pack(item) for item in value]
@@ -64,7 +65,7 @@ def pack(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Heatmap(Figure):
-    """One matrix a page; `center` makes the colours diverge around that value."""
+    """One matrix per page; with `center` the colours diverge around that value."""
 
     row_label: str
     column_label: str
@@ -75,8 +76,8 @@ class Heatmap(Figure):
     center: float | None = None
     kind: ClassVar[str] = "heatmap"
 
-    def rows(self) -> Iterator[list[Any]]:
-        """One row a cell."""
+    def csv_lines(self) -> Iterator[list[Any]]:
+        """One line per cell."""
         yield ["page", self.row_label, self.column_label, self.unit]
         for name, matrix in zip(self.page_names, self.values, strict=True):
             for row, line in zip(self.row_names, matrix, strict=True):
@@ -84,12 +85,12 @@ class Heatmap(Figure):
                     yield [name, row, column, _short(value)]
 
     def size(self) -> tuple[float, float]:
-        """Cells of a tenth of an inch, within reason."""
+        """Cells of about a tenth of an inch, at most 14 x 12 inches in all."""
         _, rows, columns = self.values.shape
         return min(14, 2.5 + 0.1 * max(columns, 40)), min(12, 1.6 + 0.12 * max(rows, 16))
 
     def draw(self, axes: Any) -> None:
-        """The page in the middle."""
+        """Draws the middle page."""
         at = len(self.values) // 2
         matrix = self.values[at]
         low, high = _range(self.values)
@@ -109,7 +110,7 @@ class Heatmap(Figure):
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its values, a band around it where there is one; a dashed line is what chance or evenness gives."""
+    """One line, with a band from `low` to `high` if given. A dashed line is a baseline, such as chance."""
 
     name: str
     y: Num[np.ndarray, " x"]
@@ -128,11 +129,11 @@ class Lines(Figure):
     series: tuple[Series, ...]
     log_x: bool = False
     log_y: bool = False
-    depth: bool = False  # the series are layers: shades of one colour, first to last
+    ordered: bool = False  # the series have an order: shades of one colour, first to last
     kind: ClassVar[str] = "lines"
 
-    def rows(self) -> Iterator[list[Any]]:
-        """One row a point."""
+    def csv_lines(self) -> Iterator[list[Any]]:
+        """One line per point."""
         yield ["series", self.x_label, self.y_label, "low", "high"]
         for line in self.series:
             for i, x in enumerate(self.x):
@@ -142,12 +143,12 @@ class Lines(Figure):
                 yield [line.name, _short(x), _short(line.y[i]), *band]
 
     def draw(self, axes: Any) -> None:
-        """Lines with their bands."""
+        """Draws the lines and their bands."""
         import matplotlib
 
         shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, max(len(self.series), 2)))
         for number, line in enumerate(self.series):
-            color = shades[number] if self.depth else "0.45" if line.dashed else f"C{number % 10}"
+            color = shades[number] if self.ordered else "0.45" if line.dashed else f"C{number % 10}"
             style = "--" if line.dashed else "-"
             marker = "o" if len(self.x) < 40 and not line.dashed else None
             axes.plot(self.x, line.y, style, color=color, marker=marker, ms=3, lw=1.2, label=line.name)
@@ -162,15 +163,14 @@ class Lines(Figure):
         axes.grid(alpha=0.25)
 
     def page(self) -> dict[str, Any]:
-        """The series one by one."""
+        """The JSON values, with each series packed by itself."""
         lines = [{name: pack(value) for name, value in vars(line).items()} for line in self.series]
-        whole = super().page() if not self.series else Figure.page(_without_series(self))
-        return whole | {"kind": self.kind, "series": lines}
+        return Figure.page(replace(self, series=())) | {"series": lines}
 
 
 @dataclass(frozen=True)
 class Bars(Figure):
-    """One group of bars a page: a bar for each category and group, and the line that chance gives."""
+    """Bars per page: one for each category and group, and a line at `baseline`."""
 
     category_label: str
     y_label: str
@@ -181,8 +181,8 @@ class Bars(Figure):
     baseline_name: str
     kind: ClassVar[str] = "bars"
 
-    def rows(self) -> Iterator[list[Any]]:
-        """One row a bar."""
+    def csv_lines(self) -> Iterator[list[Any]]:
+        """One line per bar."""
         yield ["page", "group", self.category_label, self.y_label, self.baseline_name]
         for page, groups in zip(self.page_names, self.values, strict=True):
             for group, values in zip(self.groups, groups, strict=True):
@@ -190,11 +190,11 @@ class Bars(Figure):
                     yield [page, group, category, _short(value), _short(self.baseline)]
 
     def size(self) -> tuple[float, float]:
-        """Wide enough for every bar."""
+        """Wide enough for all bars, at most 14 inches."""
         return min(14, 4 + 0.05 * self.values.shape[1] * self.values.shape[2]), 4
 
     def draw(self, axes: Any) -> None:
-        """The page in the middle."""
+        """Draws the middle page."""
         at = len(self.values) // 2
         groups, categories = self.values.shape[1:]
         width = 0.8 / groups
@@ -209,7 +209,7 @@ class Bars(Figure):
 
 @dataclass(frozen=True)
 class Passage(Figure):
-    """A piece of text, each token in the colour of its first expert; a page is a layer."""
+    """Text whose tokens are coloured by the first of their `experts`; one page per layer."""
 
     pieces: tuple[str, ...]
     domains: tuple[str, ...]
@@ -221,8 +221,8 @@ class Passage(Figure):
     page_names: tuple[str, ...]
     kind: ClassVar[str] = "passage"
 
-    def rows(self) -> Iterator[list[Any]]:
-        """One row a token and layer."""
+    def csv_lines(self) -> Iterator[list[Any]]:
+        """One line per token and page."""
         yield ["page", "place", "domain", "token", "experts", "weights", "margin", "loss"]
         for page, name in enumerate(self.page_names):
             for i, piece in enumerate(self.pieces):
@@ -232,11 +232,11 @@ class Passage(Figure):
                 yield [name, i, self.domains[i], piece, experts, weights, _short(self.margins[page, i]), loss]
 
     def size(self) -> tuple[float, float]:
-        """Rows of about a hundred characters."""
+        """Lines of about a hundred characters, at most 12 x 12 inches."""
         return 12, min(12, 1.5 + 0.2 * (sum(len(piece) for piece in self.pieces) / 100 + len(set(self.domains)) + 10))
 
     def draw(self, axes: Any) -> None:
-        """The page in the middle, in a fixed-width font."""
+        """Draws the middle page in a fixed-width font."""
         import matplotlib
 
         at = len(self.page_names) // 2
@@ -249,7 +249,7 @@ class Passage(Figure):
                     x, y = 0, y + 1
                 if part:
                     box = {"facecolor": (*colors[self.experts[at, i, 0]][:3], 0.35), "edgecolor": "none", "pad": 0.4}
-                    # A dollar sign would begin a formula.
+                    # An unescaped dollar sign begins a formula.
                     axes.text(x, -y, part.replace("$", r"\$"), family="monospace", fontsize=7, va="top", bbox=box)
                     x += len(part)
         axes.set_xlim(0, 112)
@@ -260,59 +260,29 @@ class Passage(Figure):
 
 @dataclass(frozen=True)
 class Table(Figure):
-    """Rows under a header."""
+    """Lines of cells under a header."""
 
     header: tuple[str, ...]
     body: tuple[tuple[Any, ...], ...] = field(repr=False)
     kind: ClassVar[str] = "table"
 
-    def rows(self) -> Iterator[list[Any]]:
-        """As it is."""
+    def csv_lines(self) -> Iterator[list[Any]]:
+        """The header and the body."""
         yield list(self.header)
         for row in self.body:
             yield [_short(cell) for cell in row]
 
     def size(self) -> tuple[float, float]:
-        """By its cells."""
+        """In proportion to its columns and lines, at most 16 x 14 inches."""
         return min(16, 1.3 * len(self.header)), min(14, 1 + 0.22 * len(self.body))
 
     def draw(self, axes: Any) -> None:
-        """The first 40 rows as a picture."""
+        """Draws the first 40 lines."""
         axes.axis("off")
         cells = [[str(_short(cell)) for cell in row] for row in self.body[:40]] or [["" for _ in self.header]]
         table = axes.table(cells, colLabels=self.header, loc="center", cellLoc="right")
         table.auto_set_font_size(False)
         table.set_fontsize(7)
-
-
-def save_png(figure: Figure, path: Any) -> None:
-    """Draws one figure into a PNG file."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    canvas, axes = plt.subplots(figsize=figure.size(), layout="constrained")
-    axes.set_title(figure.title)
-    figure.draw(axes)
-    canvas.savefig(path, dpi=130)
-    plt.close(canvas)
-
-
-def show(figure: Figure) -> Any:
-    """The figure as matplotlib's, for a notebook."""
-    import matplotlib.pyplot as plt
-
-    canvas, axes = plt.subplots(figsize=figure.size(), layout="constrained")
-    axes.set_title(figure.title)
-    figure.draw(axes)
-    return canvas
-
-
-def _without_series(lines: Lines) -> Figure:
-    from dataclasses import replace
-
-    return replace(lines, series=())
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
@@ -321,10 +291,5 @@ def _range(values: np.ndarray) -> tuple[float, float]:
 
 
 def _short(value: Any) -> Any:
-    """Six digits are more than a figure shows."""
+    """Numbers with six digits, which is more than a figure shows."""
     return float(f"{float(value):.6g}") if isinstance(value, float | np.floating) else value
-
-
-def names_of(layers: Sequence[int]) -> tuple[str, ...]:
-    """What pages of layers are called."""
-    return tuple(f"layer {layer}" for layer in layers)

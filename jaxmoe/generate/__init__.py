@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from jaxmoe.lazy import exports
 
 if TYPE_CHECKING:
-    from jaxmoe.generate.engine import Generator, Sampling
+    from jaxmoe.generate.engine import Generator
+    from jaxmoe.generate.sampling import Sampling
 
 __all__ = ["Generator", "Sampling"]
 
@@ -15,6 +16,6 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "Generator": "jaxmoe.generate.engine",
-        "Sampling": "jaxmoe.generate.engine",
+        "Sampling": "jaxmoe.generate.sampling",
     },
 )

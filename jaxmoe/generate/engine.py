@@ -1,29 +1,24 @@
-"""Text from a model: prefill, a decode loop on the device, sampling, and `python -m jaxmoe.generate`.
+"""The generation engine: prefill, then a decode loop on the device.
 
-Prompts of different length share a batch: each row is padded on the right and has its own position, so a row's tokens
-do not depend on its neighbours. Lengths are rounded up to buckets, so that few shapes are compiled.
+Prompts of different lengths share a batch. Each sequence is padded on the right and has its own positions, so its
+tokens do not depend on the other sequences. Lengths are rounded up to buckets, so that few shapes are compiled.
 """
 
 from __future__ import annotations
 
-import argparse
-import pathlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
-from jaxmoe.cli import xla
-from jaxmoe.cli.arguments import ArgumentParser
-from jaxmoe.cli.progress import reading_weights
-from jaxmoe.config import LoraConfig, Qwen3MoeConfig, read_json
-from jaxmoe.control import interventions
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.errors import UserError
+from jaxmoe.generate.sampling import GREEDY, Sampling, sample
 from jaxmoe.model.cache import KVCache, NewTokens, empty_cache, forward_cached
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import head_weight, logits_of
@@ -31,102 +26,116 @@ from jaxmoe.model.interface import Options, Params
 from jaxmoe.ops.router import CapturedRouting, RoutingControl
 
 
+class Weights(NamedTuple):
+    """A model's arrays by path."""
+
+    params: Params
+    adapters: Params
+
+
+class SamplingArrays(NamedTuple):
+    """The numbers of `Sampling` as arrays: changing one compiles nothing."""
+
+    seed: UInt32[Array, ""]
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> SamplingArrays:
+        """The scalars, on the device."""
+        return cls(
+            jnp.uint32(sampling.seed % 2**32),
+            jnp.float32(sampling.temperature),
+            jnp.int32(sampling.top_k),
+            jnp.float32(sampling.top_p),
+        )
+
+
+class Step(NamedTuple):
+    """One step of the decode loop: the token and position of each sequence, and how many tokens were drawn before."""
+
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    draws: UInt32[Array, ""]
+
+
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: the most probable one (temperature 0), or a draw from the softmax of
-    logits / temperature over the `top_k` most probable (0: all) of which the smallest set reaching mass `top_p` stays.
+class Program:
+    """What the compiled functions depend on."""
+
+    config: Qwen3MoeConfig
+    options: Options
+    greedy: bool
+
+
+@dataclass
+class RoutingLog:
+    """The routing of one call of `Generator.generate`, on the device, with `keep_logits` router logits per token.
+
+    `steps` holds the routing of the prompts [Ls, B, T, ...], then that of every token fed back [Ls, B, 1, ...].
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise UserError(f"temperature: expected at least 0, found {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"top-k: expected at least 0, found {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top-p: expected more than 0 and at most 1, found {self.top_p}")
+    keep_logits: int
+    steps: list[CapturedRouting] = field(default_factory=list)
 
 
-GREEDY = Sampling()
+def _forward(weights: Weights, new: NewTokens, cache: KVCache, control: RoutingControl | None, program: Program):
+    """The model's forward pass over the new tokens: (hidden [B, T, D], cache, routing or None)."""
+    positions = jnp.broadcast_to(jnp.arange(new.input_ids.shape[1]), new.input_ids.shape)
+    positions = positions if new.start is None else new.start[:, None] + positions
+    return forward_cached(
+        weights.params,
+        weights.adapters,
+        new,
+        cache,
+        config=program.config,
+        options=program.options,
+        control=_control_at(control, positions),
+    )
 
 
-def sample(
-    logits: Float[Array, "B V"],
-    keys: Array,
-    temperature: Float[Array, ""] | float,
-    top_k: Int[Array, ""] | int,
-    top_p: Float[Array, ""] | float,
-) -> Int[Array, " B"]:
-    """Draws one token a row: temperature, then top-k, then nucleus (Holtzman et al. 2020), in transformers' order.
-
-    `keys` holds one random key for each row. Among equal logits at the cut the lower token id stays.
-    """
-    scaled = logits / temperature
-    order = jnp.argsort(-scaled, axis=-1, stable=True)
-    ranked = jnp.take_along_axis(scaled, order, axis=-1)
-    rank = jnp.arange(ranked.shape[-1])
-    ranked = jnp.where((top_k > 0) & (rank >= top_k), -jnp.inf, ranked)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    # The first token stays even when its own mass exceeds top_p.
-    ranked = jnp.where((mass_before >= top_p) & (rank > 0), -jnp.inf, ranked)
-    choice = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-
-def _next_token(params, hidden, options, draws, *, config: Qwen3MoeConfig, greedy: bool):
-    """Token after the position that each row's `hidden` [B, D] stands at; `draws` counts the tokens drawn before."""
-    logits = logits_of(hidden, head_weight(params, config))
-    if greedy:
+def _next_token(weights: Weights, hidden: Float[Array, "B D"], sampling: SamplingArrays, draws, program: Program):
+    """The token after each sequence's `hidden`; `draws` counts the tokens drawn before."""
+    logits = logits_of(hidden, head_weight(weights.params, program.config))
+    if program.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    seed, temperature, top_k, top_p = options
-    key = jax.random.fold_in(jax.random.key(seed), draws)
-    # Keyed by row, not by batch size: a prompt alone and in the first row of a batch draws the same.
+    key = jax.random.fold_in(jax.random.key(sampling.seed), draws)
+    # Keys depend on the sequence's index, not on the batch size: alone or first in a batch, a prompt draws the same.
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(hidden.shape[0]))
-    return sample(logits, keys, temperature, top_k, top_p)
+    return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)
 
 
-_STATIC = ("config", "lora", "greedy", "capture")
-
-
-def _at(control: RoutingControl | None, positions: Array) -> RoutingControl | None:
-    """The control of the tokens at `positions` [B, T], of one whose experts [Ls, B, S, k] stand for whole rows."""
+def _control_at(control: RoutingControl | None, positions: Int[Array, "B T"]) -> RoutingControl | None:
+    """`control` with its experts, given for whole sequences [Ls, B, S, k], cut to those of the `positions`."""
     if control is None or control.experts is None:
         return control
     return control._replace(experts=jnp.take_along_axis(control.experts, positions[None, :, :, None], axis=2))
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
-def _prefill(params, adapters, input_ids, lengths, cache, options, control, *, config, lora, greedy, capture):
-    here = _at(control, jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape))
-    new = NewTokens(input_ids, None, lengths)
-    options_ = Options(lora=lora, keep_logits=capture)
-    hidden, cache, routing = forward_cached(params, adapters, new, cache, config=config, options=options_, control=here)
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
+def _prefill(weights, ids, lengths, cache, sampling, control, *, program: Program):
+    """The prompts `ids` [B, T]: (first token of each sequence [B], cache, routing or None)."""
+    hidden, cache, routing = _forward(weights, NewTokens(ids, None, lengths), cache, control, program)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _next_token(params, last, options, jnp.uint32(0), config=config, greedy=greedy), cache, routing
+    return _next_token(weights, last, sampling, jnp.uint32(0), program), cache, routing
 
 
-@partial(jax.jit, static_argnames=_STATIC, donate_argnames=("cache",))
-def _decode(params, adapters, token, position, cache, options, draws, control, *, config, lora, greedy, capture):
-    one = jnp.ones_like(position)
-    new = NewTokens(token[:, None], position, one)
-    here = _at(control, position[:, None])
-    options_ = Options(lora=lora, keep_logits=capture)
-    hidden, cache, routing = forward_cached(params, adapters, new, cache, config=config, options=options_, control=here)
-    return _next_token(params, hidden[:, 0], options, draws, config=config, greedy=greedy), cache, routing
+@partial(jax.jit, static_argnames="program", donate_argnames="cache")
+def _decode(weights, step: Step, cache, sampling, control, *, program: Program):
+    """One token of each sequence: (next tokens [B], cache, routing or None)."""
+    new = NewTokens(step.token[:, None], step.position, jnp.ones_like(step.position))
+    hidden, cache, routing = _forward(weights, new, cache, control, program)
+    return _next_token(weights, hidden[:, 0], sampling, step.draws, program), cache, routing
 
 
 def _bucket(length: int, smallest: int = 32) -> int:
-    """The next power of two: at most twice the work, and one compiled program for each doubling."""
+    """The next power of two: at most twice the work, and one compiled program per doubling."""
     return max(smallest, 1 << (length - 1).bit_length())
 
 
-def _whole_rows(control: RoutingControl | None, slots: int) -> RoutingControl | None:
-    """The control with experts for exactly `slots` positions: what is missing is the model's own choice."""
+def _for_all_slots(control: RoutingControl | None, slots: int) -> RoutingControl | None:
+    """`control` with experts for exactly `slots` positions; -1 (the model's own choice) where it has none."""
     if control is None or control.experts is None:
         return control
     experts = jnp.asarray(control.experts, jnp.int32)[:, :, :slots]
@@ -135,13 +144,22 @@ def _whole_rows(control: RoutingControl | None, slots: int) -> RoutingControl | 
 
 
 class Generator:
-    """Generates from one model; holds its flat parameters, so that the loop touches no module object."""
+    """Generates text with one model. It holds the model's flat parameters, not the module object."""
 
     def __init__(self, model: Qwen3MoeForCausalLM):
         self.config: Qwen3MoeConfig = model.config
         self.lora: LoraConfig | None = model.lora_config
-        self.params: Params = model.params
-        self.adapters: Params = model.adapters
+        self.weights = Weights(model.params, model.adapters)
+
+    @property
+    def params(self) -> Params:
+        """The model's parameters by path."""
+        return self.weights.params
+
+    @property
+    def adapters(self) -> Params:
+        """The adapters by path; empty if there are none."""
+        return self.weights.adapters
 
     def generate(
         self,
@@ -151,22 +169,19 @@ class Generator:
         stop_tokens: Sequence[int] = (),
         on_token: Callable[[int, int], None] | None = None,
         control: RoutingControl | None = None,
-        on_routing: Callable[[CapturedRouting], None] | None = None,
-        capture: int = 0,
+        routing: RoutingLog | None = None,
     ) -> list[list[int]]:
-        """Continues each prompt by up to `max_new_tokens` token ids; a stop token ends its row and is included.
+        """Continues each prompt by up to `max_new_tokens` token ids.
 
         Args:
-            prompts: token ids, one list a row, of any lengths.
-            max_new_tokens: the most tokens generated for a row.
+            prompts: token ids, one list per sequence, of any lengths.
+            max_new_tokens: the largest number of tokens generated per sequence.
             sampling: how tokens are chosen; greedy by default.
-            stop_tokens: ids that end a row.
-            on_token: called with (row, token id) as soon as the token is known.
-            control: what is imposed on the routing; experts [Ls, B, S, k] replay rows by position, -1 and what lies
-                behind S being the model's own choice.
-            on_routing: called with the routing of the prompts [Ls, B, T, ...], then of every token that is fed back
-                [Ls, B, 1, ...], on the device.
-            capture: how many router logits a token that routing holds.
+            stop_tokens: ids that end a sequence; the stop token is part of the result.
+            on_token: called with (sequence, token id) as soon as the token is known.
+            control: what is imposed on the routing. Its experts [Ls, B, S, k] apply by position; where they are -1,
+                and from position S on, the model chooses.
+            routing: filled with the routing of every token that the model reads.
 
         Raises:
             UserError: no prompt, an empty one, a token id outside the vocabulary, or `max_new_tokens` below 1.
@@ -175,44 +190,37 @@ class Generator:
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         slots = _bucket(int(lengths.max()) + max_new_tokens)
         ids = np.zeros((len(prompts), min(_bucket(int(lengths.max())), slots)), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
+        for sequence, prompt in enumerate(prompts):
+            ids[sequence, : len(prompt)] = prompt
 
-        static = {"config": self.config, "lora": self.lora, "greedy": sampling.temperature == 0}
-        static["capture"] = capture if on_routing is not None else 0
-        control = _whole_rows(control, slots)
-        options = (
-            jnp.uint32(sampling.seed % 2**32),
-            jnp.float32(sampling.temperature),
-            jnp.int32(sampling.top_k),
-            jnp.float32(sampling.top_p),
-        )
+        keep_logits = 0 if routing is None else routing.keep_logits
+        program = Program(self.config, Options(lora=self.lora, keep_logits=keep_logits), sampling.temperature == 0)
+        control = _for_all_slots(control, slots)
+        arrays = SamplingArrays.of(sampling)
         dtype = self.params["embed_tokens"].dtype
         cache: KVCache = empty_cache(self.config, len(prompts), slots, dtype)
-        token, cache, routing = _prefill(self.params, self.adapters, ids, lengths, cache, options, control, **static)
-        if on_routing is not None and routing is not None:
-            on_routing(routing)
+        token, cache, step_routing = _prefill(self.weights, ids, lengths, cache, arrays, control, program=program)
+        if routing is not None and step_routing is not None:
+            routing.steps.append(step_routing)
         outputs: list[list[int]] = [[] for _ in prompts]
         running = set(range(len(prompts)))
         stop = frozenset(stop_tokens)
         for step in range(1, max_new_tokens + 1):
             ready = token
             if step < max_new_tokens:
-                # The next step is queued before this one's token is read, so that the device never waits for the host.
-                position = jnp.asarray(lengths + (step - 1))
-                token, cache, routing = _decode(
-                    self.params, self.adapters, token, position, cache, options, jnp.uint32(step), control, **static
-                )
-                if on_routing is not None and routing is not None:
-                    on_routing(routing)
-            for row, value in enumerate(np.asarray(ready).tolist()):
-                if row not in running:
+                # The next step is queued before this one's token is read: the device never waits for the host.
+                following = Step(token, jnp.asarray(lengths + (step - 1)), jnp.uint32(step))
+                token, cache, step_routing = _decode(self.weights, following, cache, arrays, control, program=program)
+                if routing is not None and step_routing is not None:
+                    routing.steps.append(step_routing)
+            for sequence, value in enumerate(np.asarray(ready).tolist()):
+                if sequence not in running:
                     continue
-                outputs[row].append(value)
+                outputs[sequence].append(value)
                 if on_token is not None:
-                    on_token(row, value)
+                    on_token(sequence, value)
                 if value in stop:
-                    running.discard(row)
+                    running.discard(sequence)
             if not running:
                 break
         return outputs
@@ -222,134 +230,9 @@ class Generator:
             raise UserError("prompts: expected at least one, found none")
         if max_new_tokens < 1:
             raise UserError(f"max-new-tokens: expected at least 1, found {max_new_tokens}")
-        for row, prompt in enumerate(prompts):
+        vocabulary = self.config.vocab_size
+        for index, prompt in enumerate(prompts):
             if not len(prompt):
-                raise UserError(f"prompt {row}: expected at least one token, found none")
-            if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
-                raise UserError(f"prompt {row}: expected token ids below {self.config.vocab_size}, found {max(prompt)}")
-
-
-class TextStream:
-    """Turns token ids into text as they come, holding back bytes that do not yet form a character."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]):
-        self._tokenizer, self._write = tokenizer, write
-        self._tokens: list[int] = []
-        self._shown = 0
-
-    def put(self, token: int) -> None:
-        """Takes the next token and writes what has become readable."""
-        self._tokens.append(token)
-        text = self._text()
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._write(text[self._shown :])
-            self._shown = len(text)
-
-    def end(self) -> None:
-        """Writes what is left."""
-        self._write(self._text()[self._shown :])
-
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._tokens, skip_special_tokens=True)
-
-
-def generation_defaults(folder: pathlib.Path) -> tuple[Sampling, tuple[int, ...]]:
-    """Sampling and stop tokens as the folder's generation_config.json states them (greedy and none without one)."""
-    path = folder / "generation_config.json"
-    raw = read_json(path) if path.is_file() else {}
-    eos = raw.get("eos_token_id")
-    stop = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    if not raw.get("do_sample", False):
-        return Sampling(), stop
-    temperature, top_k, top_p = (raw.get(name) for name in ("temperature", "top_k", "top_p"))
-    # transformers' defaults for what the file leaves out
-    return Sampling(
-        1.0 if temperature is None else temperature, 50 if top_k is None else top_k, 1.0 if top_p is None else top_p
-    ), stop
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(description="Generate text with a Qwen3-MoE checkpoint.")
-    parser.add_argument("--model", type=pathlib.Path, required=True, help="HF folder or converted folder")
-    parser.add_argument("--adapter", type=pathlib.Path, help="PEFT adapter folder or converted adapter")
-    parser.add_argument("--prompt", action="append", required=True, help="text to continue; several make a batch")
-    parser.add_argument("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, help="0 is greedy (default: the generation config's)")
-    parser.add_argument("--top-k", type=int, help="0 is no limit (default: the generation config's)")
-    parser.add_argument("--top-p", type=float, help="default: the generation config's")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
-    parser.add_argument("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
-    parser.add_argument("--capture", type=pathlib.Path, metavar="DIR", help="also write the routing to this folder")
-    parser.add_argument("--replay", type=pathlib.Path, metavar="DIR", help="use the experts of this capture's tokens")
-    interventions.add_arguments(parser)
-    return parser
-
-
-def main() -> None:
-    """`python -m jaxmoe.generate`: prints each prompt's continuation, a single one as it comes."""
-    args = _parser().parse_args()
-    xla.configure()
-    from jaxmoe.data.chat import load_tokenizer
-
-    tokenizer = load_tokenizer(args.model)
-    sampling, stop = generation_defaults(args.model)
-    stop = tuple({*stop, tokenizer.eos_token_id})
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})
-
-    prompts = [_encode(tokenizer, text, args.chat) for text in args.prompt]
-    with reading_weights(on_stderr=True) as on_layer:
-        model = Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, args.quantize, args.adapter, on_layer)
-    generator = Generator(model)
-    if args.capture or args.replay or args.ablate or args.force or args.bias:
-        outputs = _generate_routed(generator, prompts, sampling, stop, args, tokenizer)
-        for text, tokens in zip(args.prompt, outputs, strict=True):
-            print(f"--- {text}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")
-        return
-    if len(prompts) == 1:
-        stream = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
-        generator.generate(prompts, args.max_new_tokens, sampling, stop, lambda _, token: stream.put(token))
-        stream.end()
-        print()
-        return
-    for text, tokens in zip(args.prompt, generator.generate(prompts, args.max_new_tokens, sampling, stop), strict=True):
-        print(f"--- {text}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")
-
-
-def _generate_routed(
-    generator: Generator,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    stop: Sequence[int],
-    args: argparse.Namespace,
-    tokenizer: Any,
-) -> list[list[int]]:
-    """The continuations with the routing captured, replayed or changed, as the flags say."""
-    from captures import Capture, tokenizer_digest
-    from jaxmoe.routing.generation import capture_generation
-
-    changes = interventions.intervention(args, generator.config)
-    return capture_generation(
-        generator,
-        prompts,
-        args.max_new_tokens,
-        args.capture,
-        tokenizer=tokenizer_digest(tokenizer),
-        sampling=sampling,
-        stop_tokens=stop,
-        control=changes.control(generator.config),
-        replay=Capture.open(args.replay) if args.replay else None,
-        description=changes.describe(),
-        source={"model": str(args.model), "adapter": str(args.adapter) if args.adapter else None},
-    )
-
-
-def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    if not chat:
-        return tokenizer(text)["input_ids"]
-    if not tokenizer.chat_template:
-        raise UserError("chat: expected a tokenizer with a chat template, found none")
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+                raise UserError(f"prompt {index}: expected at least one token, found none")
+            if wrong := [token for token in prompt if not 0 <= token < vocabulary]:
+                raise UserError(f"prompt {index}: expected token ids from 0 to {vocabulary - 1}, found {wrong[0]}")

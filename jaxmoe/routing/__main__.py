@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from captures import Capture, tokenizer_digest
-from captures.format import DEFAULT_TOP
+from captures.format import DEFAULT_KEEP_LOGITS
 from jaxmoe.cli.arguments import ArgumentParser, program_name, run
 from jaxmoe.errors import UserError
 
@@ -20,79 +20,76 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description="What the router does: capture it, compare it, change it, report it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, text in (
-        ("capture", _capture_arguments, "run a model over a text and write every token's routing"),
-        ("compare", _compare_arguments, "two captures of one text, or the domains of one"),
-        ("effects", _effects_arguments, "what removing or forcing each expert does to the loss and the output"),
-        ("report", _report_arguments, "figures of captures as one HTML page, with PNG and CSV of each"),
+        ("capture", _capture_arguments, "run a model over a text and write the routing of every token"),
+        ("compare", _compare_arguments, "compare two captures of one text, or the domains of one capture"),
+        ("effects", _effects_arguments, "measure what removing or forcing each expert does to the loss and the output"),
+        ("report", _report_arguments, "write an HTML page of figures about captures, each figure also as PNG and CSV"),
     ):
-        add(
-            commands.add_parser(
-                name, help=text, description=text[0].upper() + text[1:] + ".", prog=f"{program_name()} {name}"
-            )
-        )
+        description = text[0].upper() + text[1:] + "."
+        add(commands.add_parser(name, help=text, description=description, prog=f"{program_name()} {name}"))
     arguments = parser.parse_args(argv)
     {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report}[arguments.command](arguments)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder"
-    )
-    parser.add_argument("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT adapter folder or converted adapter")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
-    parser.add_argument("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
+    add = parser.add_argument
+    add("--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder")
+    add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument(
-        "--data", type=pathlib.Path, action="append", metavar="FILE", help="text or JSONL records; may be given again"
+        "--data",
+        type=pathlib.Path,
+        action="append",
+        metavar="FILE",
+        help="text or JSONL records; may be repeated",
     )
     text.add_argument("--text", type=pathlib.Path, metavar="DIR", help="the text of this capture, token by token")
-    parser.add_argument(
-        "--seq-length", type=int, default=1024, metavar="N", help="tokens a context holds (default: 1024)"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="stop behind the record that reaches so many tokens"
-    )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of a step (default: 8)")
+    add("--seq-length", type=int, default=1024, metavar="N", help="tokens per context at most (default: 1024)")
+    add("--max-tokens", type=int, metavar="N", help="stop after the record that reaches this many tokens")
+    add("--batch-size", type=int, default=8, metavar="N", help="sequences per step (default: 8)")
 
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     from jaxmoe.control.interventions import add_arguments
 
     _model_arguments(parser)
-    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
-    parser.add_argument(
-        "--top", type=int, default=DEFAULT_TOP, metavar="N", help=f"router logits kept a token (default: {DEFAULT_TOP})"
-    )
-    parser.add_argument("--full-logits", action="store_true", help="keep the router logits of all experts")
-    parser.add_argument(
-        "--no-predictions", action="store_true", help="leave out each token's loss and most probable successor"
-    )
-    parser.add_argument("--replay", type=pathlib.Path, metavar="DIR", help="impose the experts of this capture")
+    add = parser.add_argument
+    add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    kept = f"router logits kept per token, the largest ones (default: {DEFAULT_KEEP_LOGITS})"
+    add("--top", type=int, default=DEFAULT_KEEP_LOGITS, metavar="N", help=kept)
+    add("--full-logits", action="store_true", help="keep the router logits of all experts")
+    add("--no-predictions", action="store_true", help="leave out each token's loss and its predicted next token")
+    add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same text")
     add_arguments(parser)
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("captures", type=pathlib.Path, nargs="+", metavar="CAPTURE", help="one (its domains) or two")
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the table as CSV")
+    captures = "one capture (compares its domains) or two"
+    parser.add_argument("captures", type=pathlib.Path, nargs="+", metavar="CAPTURE", help=captures)
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the table to this CSV file")
 
 
 def _effects_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
-    parser.add_argument("--action", choices=("ablate", "force"), default="ablate", help="(default: ablate)")
-    parser.add_argument("--layers", metavar="N,...", help="layers by index (default: all with experts)")
-    parser.add_argument("--experts", metavar="N,...", help="experts by index (default: all)")
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="CSV to write")
+    action = "remove each expert or force it on every token (default: ablate)"
+    parser.add_argument("--action", choices=("ablate", "force"), default="ablate", help=action)
+    parser.add_argument("--layers", metavar="N,...", help="indices of layers (default: all with experts)")
+    parser.add_argument("--experts", metavar="N,...", help="indices of experts (default: all)")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the table to this CSV file")
 
 
 def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("captures", type=pathlib.Path, nargs="+", metavar="CAPTURE", help="the first is the reference")
+    captures = "the first is described; the others are compared with it"
+    parser.add_argument("captures", type=pathlib.Path, nargs="+", metavar="CAPTURE", help=captures)
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
-    parser.add_argument("--tokenizer", type=pathlib.Path, metavar="DIR", help="folder with the tokenizer, to show text")
-    parser.add_argument("--effects", type=pathlib.Path, metavar="FILE", help="CSV of the effects command, to show too")
+    parser.add_argument("--tokenizer", type=pathlib.Path, metavar="DIR", help="model folder; shows tokens as text")
+    parser.add_argument("--effects", type=pathlib.Path, metavar="FILE", help="also show this CSV file of `effects`")
 
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, labelled text)."""
+    """(model, labelled text) that the flags name."""
     from jaxmoe.cli.progress import reading_weights
     from jaxmoe.data.chat import load_tokenizer
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
@@ -132,7 +129,7 @@ def _capture(arguments: argparse.Namespace) -> None:
         labels,
         arguments.out,
         batch_size=arguments.batch_size,
-        top=model.config.num_experts if arguments.full_logits else arguments.top,
+        keep_logits=model.config.num_experts if arguments.full_logits else arguments.top,
         predictions=not arguments.no_predictions,
         control=changes.control(model.config),
         replay=Capture.open(arguments.replay) if arguments.replay else None,
@@ -142,7 +139,7 @@ def _capture(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in found.folder.iterdir())
     print(
-        f"{arguments.out}: {found.tokens:,} tokens of {len(found.text['domains'])} domains, {len(found.model.layers)} "
+        f"{arguments.out}: {found.tokens:,} tokens, {len(found.text['domains'])} domains, {len(found.model.layers)} "
         f"MoE layers, {size / 1e6:,.1f} MB in {seconds:.1f} s"
     )
 
@@ -154,18 +151,21 @@ def _compare(arguments: argparse.Namespace) -> None:
     if len(captures) > 2:
         raise UserError(f"compare: expected one capture or two, found {len(captures)}")
     if len(captures) == 1:
-        rows = compare_domains(captures[0])
+        drifts = compare_domains(captures[0])
         header = "layer first second divergence low high floor correlation expert share_first share_second".split()
-        body: list[list[Any]] = [[*row[:3], *row.divergence, *row[4:]] for row in rows]
-        print(f"{captures[0].folder}: {captures[0].tokens:,} tokens; divergence of expert loads between domains, nats")
+        body: list[list[Any]] = [[*drift[:3], *drift.divergence, *drift[4:]] for drift in drifts]
+        print(f"{captures[0].folder}: {captures[0].tokens:,} tokens; how far the domains' expert loads differ, in nats")
     else:
         found = compare(*captures)
-        header, body = found.rows()
+        header, body = found.table()
         any_layer = found.flipped_tokens
         print(f"{found.a.folder} against {found.b.folder}: {found.tokens:,} tokens")
         print(
-            f"routed otherwise in a layer {any_layer.value:.3%} of tokens [{any_layer.low:.3%}, {any_layer.high:.3%}]; "
-            f"mean of layers: flips {found.pooled('flip_rate'):.4%}, overlap {found.pooled('overlap'):.4%}, "
+            f"{any_layer.value:.3%} of tokens [{any_layer.low:.3%}, {any_layer.high:.3%}] have other experts "
+            "in at least one layer"
+        )
+        print(
+            f"mean over layers: flips {found.pooled('flip_rate'):.4%}, overlap {found.pooled('overlap'):.4%}, "
             f"divergence {found.pooled('divergence'):.3g} nats"
         )
         if found.loss_change is not None:
@@ -173,7 +173,7 @@ def _compare(arguments: argparse.Namespace) -> None:
             print(f"loss {found.loss_a:.4f} nats, change {change.value:+.5f} [{change.low:+.5f}, {change.high:+.5f}]")
         if len(found.first_margins):
             print(
-                f"margin (probability) of a token's first flip: median {_median(found.first_margins):.2g}, "
+                f"margin (in probability) of a token's first flip: median {_median(found.first_margins):.2g}, "
                 f"largest {found.first_margins.max():.2g}"
             )
     _print_table(header, body)
@@ -182,7 +182,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _effects(arguments: argparse.Namespace) -> None:
-    from jaxmoe.control.interventions import effects, write_effects
+    from jaxmoe.routing.effects import effects, write_effects
 
     model, labels = _loaded(arguments)
     layers = _numbers("layers", arguments.layers, model.config.sparse_layers)
@@ -220,28 +220,39 @@ def _numbers(name: str, text: str | None, known: Sequence[int]) -> list[int]:
     try:
         found = [int(item) for item in text.split(",")]
     except ValueError:
-        raise UserError(f"{name}: expected numbers with commas between them, found {text!r}") from None
+        raise UserError(f"{name}: expected numbers separated by commas, found {text!r}") from None
     if wrong := [number for number in found if number not in known]:
-        raise UserError(f"{name}: expected some of {known[0]} to {known[-1]}, found {wrong[0]}")
+        raise UserError(f"{name}: expected numbers among {_ranges(known)}, found {wrong[0]}")
     return found
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: 0 to 3, 5, 7 to 9."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
+
+
+def _print_table(header: Sequence[str], body: Sequence[Sequence[Any]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(*header, box=box.SIMPLE_HEAD)
-    for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+    for line in body:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in line))
     console = Console()
-    # A table that does not fit a terminal is not cut: a pipe has no width at all.
+    # A wide table is not cut to the terminal's width, and a pipe has no width.
     Console(width=max(console.width, 20 * len(header))).print(table)
 
 
-def _write_csv(path: pathlib.Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def _write_csv(path: pathlib.Path, header: Sequence[str], body: Sequence[Sequence[Any]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
+        csv.writer(file).writerows([header, *body])
 
 
 def _median(values: Any) -> float:

@@ -1,7 +1,7 @@
-"""Two captures of one text, token by token; and the domains of one capture with each other.
+"""Compares two captures of one text token by token, and the domains of one capture with each other.
 
-Nothing is compared that is not the same token in the same context: captures of other tokenizers or texts are refused.
-Intervals are 95 % bootstrap intervals over blocks of up to 256 neighbouring tokens (`metrics.bootstrap`).
+Only the same token in the same context is compared: captures of different tokenizers or texts are refused. Intervals
+are 95 % bootstrap intervals over blocks of up to 256 neighbouring tokens (`metrics.bootstrap`).
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ CHUNK = 8192
 class LayerDrift(NamedTuple):
     """How one layer's routing in B differs from that in A.
 
-    flip_rate: share of tokens whose set of experts differs. overlap: mean |A ∩ B| / k (router saturation, where A is an
-    earlier checkpoint of B). weight_distance: mean sum_e |w_A - w_B| over the experts' weights, 0 to 2. logit_rms: root
-    mean square difference of the router logits that both kept, each token's own mean removed (softmax ignores it).
-    divergence: mean Jensen-Shannon divergence of the routers, nats (a lower bound where not all logits were kept).
-    load_divergence, load_correlation: of the experts' loads.
+    Attributes:
+        layer: index in the model.
+        flip_rate: share of tokens whose set of experts differs.
+        overlap: mean |A ∩ B| / k (router saturation, if A is an earlier checkpoint of B).
+        weight_distance: mean sum_e |w_A - w_B| over the experts' weights, 0 to 2.
+        logit_rms: root mean square difference of the router logits that both kept, after each token's mean is removed
+            (softmax ignores it).
+        divergence: mean Jensen-Shannon divergence of the routers, nats; a lower bound if not all logits were kept.
+        load_divergence: Jensen-Shannon divergence of the experts' loads, nats.
+        load_correlation: rank correlation of the experts' loads.
     """
 
     layer: int
@@ -42,7 +47,7 @@ class LayerDrift(NamedTuple):
 
 
 class Flip(NamedTuple):
-    """One token that was routed otherwise: its place, the layer, A's margin (probability), both sets of experts."""
+    """One token with other experts: its place, the layer, its margin in A (probability), and both sets of experts."""
 
     token: int
     layer: int
@@ -53,10 +58,12 @@ class Flip(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; `clean_flips` counts, per layer, tokens that flip there and in no earlier layer.
+    """How capture B differs from capture A.
 
-    Behind its first flip a token's hidden state is another one, so later flips say little about rounding: `by_margin`
-    holds all layers' flips, `first_by_margin` only those of tokens that had not flipped before.
+    After its first flip a token has another hidden state, so later flips say little about rounding. `by_margin` counts
+    the flips of all layers; `first_by_margin` only counts tokens that have not flipped in an earlier layer, and
+    `clean_flips` counts these first flips per layer, with their margins in `first_margins`. `widest` lists the first
+    flips with the widest margins.
     """
 
     a: Capture
@@ -74,8 +81,8 @@ class Comparison:
     widest: tuple[Flip, ...]
     first_margins: Float[np.ndarray, " flips"]
 
-    def rows(self) -> tuple[list[str], list[list[Any]]]:
-        """(header, one row a layer) of the table of drift."""
+    def table(self) -> tuple[list[str], list[list[Any]]]:
+        """The table of drift: (header, one line per layer)."""
         header: list[str] = [
             *"layer flip_rate flip_low flip_high overlap overlap_low overlap_high weight_distance logit_rms".split(),
             *"divergence divergence_low divergence_high load_divergence load_correlation first_flips".split(),
@@ -88,21 +95,23 @@ class Comparison:
         return header, body
 
     def pooled(self, name: str) -> float:
-        """Mean over the layers of a field of `LayerDrift`."""
+        """The mean over all layers of a field of `LayerDrift`."""
         values = [getattr(layer, name) for layer in self.layers]
         return float(np.mean([value.value if isinstance(value, Interval) else value for value in values]))
 
 
 def check_comparable(a: Capture, b: Capture) -> None:
-    """Raises UserError unless both captures hold the same tokens in the same contexts, routed over the same experts."""
+    """Raises UserError unless both captures hold the same tokens in the same contexts, over the same experts."""
     pair = f"{a.folder} and {b.folder}"
     if a.text["tokenizer"] != b.text["tokenizer"]:
-        raise UserError(f"{pair}: expected captures made with one tokenizer, found two")
+        raise UserError(f"{pair}: expected captures made with one tokenizer, found two tokenizers")
     if a.text["digest"] != b.text["digest"]:
         counts = (
             f"{a.tokens} tokens and {b.tokens}, contexts of up to {a.text['seq_length']} and {b.text['seq_length']}"
         )
-        raise UserError(f"{pair}: expected captures of one text, cut into the same contexts; found two ({counts})")
+        raise UserError(
+            f"{pair}: expected captures of one text, cut into the same contexts; found two texts ({counts})"
+        )
     for name in ("layers", "num_experts", "num_experts_per_tok"):
         x, y = getattr(a.model, name), getattr(b.model, name)
         if x != y:
@@ -110,7 +119,10 @@ def check_comparable(a: Capture, b: Capture) -> None:
 
 
 def compare(a: Capture, b: Capture, *, widest: int = 20) -> Comparison:
-    """Streams through both captures once; holds a few numbers a layer and block, and one margin a flip.
+    """Compares two captures token by token.
+
+    Streams through both once; holds a few numbers per layer and block, and one margin per flip. `widest` is how many
+    flips are listed.
 
     Raises:
         UserError: captures that cannot be aligned token by token.
@@ -126,7 +138,7 @@ def compare(a: Capture, b: Capture, *, widest: int = 20) -> Comparison:
     load = np.zeros((2, layers, E), np.int64)
     binned = np.zeros((2, 2, len(metrics.MARGIN_EDGES) - 1), np.int64)  # all and first; tokens and flips
     clean = np.zeros(layers, np.int64)
-    rows: list[Flip] = []
+    listed: list[Flip] = []
     first_margins: list[np.ndarray] = []
     start = 0
     for x, y in zip(a.chunks(CHUNK), b.chunks(CHUNK), strict=True):
@@ -148,12 +160,12 @@ def compare(a: Capture, b: Capture, *, widest: int = 20) -> Comparison:
                 binned[kind] += np.stack([table.tokens, table.flips])
             clean[layer] += first.sum()
             first_margins.append(margin[first].astype(np.float32))
-            rows += [
+            listed += [
                 Flip(start + int(i), a.model.layers[layer], float(margin[i]), ours[i].tolist(), theirs[i].tolist())
                 for i in np.flatnonzero(first)[np.argsort(-margin[first])[:widest]]
             ]
             before |= flipped
-        rows = sorted(rows, key=lambda flip: -flip.margin)[:widest]
+        listed = sorted(listed, key=lambda flip: -flip.margin)[:widest]
         np.add.at(any_flip, block, np.stack([before, np.ones(len(x))], axis=1))
         if x.loss is not None and y.loss is not None:
             known = ~np.isnan(x.loss) & ~np.isnan(y.loss)
@@ -190,7 +202,7 @@ def compare(a: Capture, b: Capture, *, widest: int = 20) -> Comparison:
         load[1],
         float(loss[:, 0].sum() / loss[:, 2].sum()) if measured else None,
         metrics.bootstrap(loss[loss[:, 2] > 0][:, 1:], ratio) if measured else None,
-        tuple(rows),
+        tuple(listed),
         np.concatenate(first_margins),
     )
 
@@ -202,7 +214,7 @@ def _divergence(x: Chunk, y: Chunk, layer: int) -> Float[np.ndarray, " n"]:
 
 
 def _weight_distance(ours: np.ndarray, u: np.ndarray, theirs: np.ndarray, v: np.ndarray) -> Float[np.ndarray, " n"]:
-    """sum_e |u_e - v_e| of two sparse weight vectors per token."""
+    """Per token sum_e |u_e - v_e| of two sparse weight vectors."""
     match = ours[:, :, None] == theirs[:, None, :]
     aligned = (match * v[:, None, :]).sum(axis=2)
     unmatched = np.where(match.any(axis=1), 0, v).sum(axis=1)
@@ -210,7 +222,7 @@ def _weight_distance(ours: np.ndarray, u: np.ndarray, theirs: np.ndarray, v: np.
 
 
 def _logit_squares(x: Chunk, y: Chunk, layer: int) -> tuple[float, int]:
-    """(sum of squared centred logit differences, their number) over the experts that both captures kept."""
+    """(sum of squared centred logit differences, how many) over the experts that both captures kept."""
     match = x.top_experts[layer][:, :, None] == y.top_experts[layer][:, None, :]
     shared = match.any(axis=2)
     theirs = np.take_along_axis(y.top_logits[layer], match.argmax(axis=2), axis=1)
@@ -223,9 +235,19 @@ def _logit_squares(x: Chunk, y: Chunk, layer: int) -> tuple[float, int]:
 
 
 class DomainDrift(NamedTuple):
-    """Two domains of one capture in one layer: Jensen-Shannon divergence of their expert loads (nats) with interval,
-    what two random halves of the same domains differ by (the floor of noise), rank correlation of the loads, and the
-    expert that one of them uses most beyond the other, with its share of tokens in both."""
+    """How two domains of one capture differ in one layer.
+
+    Attributes:
+        layer: index in the model.
+        first: name of one domain.
+        second: name of the other.
+        divergence: Jensen-Shannon divergence of their expert loads, nats.
+        floor: the noise: the larger divergence between two random halves of one of the domains.
+        correlation: rank correlation of the loads.
+        expert: the expert whose share of tokens differs most.
+        share_first: its share of the first domain's tokens.
+        share_second: its share of the second domain's.
+    """
 
     layer: int
     first: str
@@ -239,17 +261,17 @@ class DomainDrift(NamedTuple):
 
 
 def compare_domains(capture: Capture, *, seed: int = 0) -> list[DomainDrift]:
-    """Every pair of domains in every layer.
+    """Compares every pair of domains in every layer; `seed` decides the random halves.
 
     Raises:
-        UserError: a capture of fewer than two domains.
+        UserError: a capture with fewer than two domains.
     """
     names = capture.text["domains"]
     if len(names) < 2:
-        raise UserError(f"{capture.folder}: expected a capture of at least two domains, found {', '.join(names)}")
+        raise UserError(f"{capture.folder}: expected a capture with at least two domains, found {', '.join(names)}")
     layers, E, k = len(capture.model.layers), capture.model.num_experts, capture.model.num_experts_per_tok
     text = capture.read_text()
-    # A block belongs to one domain: documents do.
+    # A block lies within one document, so it belongs to one domain.
     blocks = metrics.blocks(text.document, text.position)
     domain = text.domain[np.unique(blocks, return_index=True)[1]]
     load = np.zeros((len(domain), layers, E), np.int32)
@@ -261,7 +283,7 @@ def compare_domains(capture: Capture, *, seed: int = 0) -> list[DomainDrift]:
         start += len(chunk)
     half = np.random.default_rng(seed).random(len(domain)) < 0.5
     divergence = lambda s: float(metrics.jensen_shannon(*(s / np.maximum(s.sum(axis=1, keepdims=True), 1))))
-    rows = []
+    found = []
     for i, j in combinations(range(len(names)), 2):
         for layer in range(layers):
             sides = [load[domain == side, layer] for side in (i, j)]
@@ -273,7 +295,7 @@ def compare_domains(capture: Capture, *, seed: int = 0) -> list[DomainDrift]:
             expert = int(np.argmax(np.abs(shares[0] - shares[1])))
             split = np.zeros((sum(map(len, sides)), 2, E), np.int32)
             split[: len(sides[0]), 0], split[len(sides[0]) :, 1] = sides
-            rows.append(
+            found.append(
                 DomainDrift(
                     capture.model.layers[layer],
                     names[i],
@@ -286,4 +308,4 @@ def compare_domains(capture: Capture, *, seed: int = 0) -> list[DomainDrift]:
                     float(shares[1][expert]),
                 )
             )
-    return rows
+    return found

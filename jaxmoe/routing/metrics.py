@@ -1,8 +1,8 @@
 """Metrics of routing: pure functions over NumPy arrays, each with its formula and its source.
 
-n tokens, E experts, k of them per token; `experts` [n, k] are a layer's choices, all k distinct. Counts are additive:
-a long capture is summed chunk by chunk and the ratios are formed at the end. Entropies are in nats. Means over nothing
-are NaN.
+There are n tokens and E experts, k of them per token; `experts` [n, k] are one layer's choices, the k of a token all
+distinct. Counts are additive: a long capture is summed chunk by chunk, and ratios are formed at the end. Entropies are
+in nats. A mean over nothing is NaN.
 
 Sources: OLMoE (Muennighoff et al. 2024, arXiv 2409.02060, section 5), Mixtral (Jiang et al. 2024, arXiv 2401.04088,
 section 5), Switch (Fedus et al. 2021, arXiv 2101.03961), Loss-free balancing (Wang et al. 2024, arXiv 2408.15664).
@@ -29,7 +29,7 @@ def expert_load(experts: Experts, num_experts: int) -> Integer[np.ndarray, " E"]
 
 
 def load_cv(load: Num[np.ndarray, "*layers E"]) -> Float[np.ndarray, "*layers"] | np.floating:
-    """Coefficient of variation, std_e(load) / mean_e(load) with the population's standard deviation; 0 is even.
+    """Coefficient of variation std_e(load) / mean_e(load), with the population's standard deviation; 0 is even.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), section 4, whose importance loss is its square.
     """
@@ -56,24 +56,30 @@ def entropy(p: Float[np.ndarray, "*batch E"]) -> Float[np.ndarray, "*batch"] | n
 def load_entropy(
     load: Num[np.ndarray, "*layers E"],
 ) -> Float[np.ndarray, "*layers"] | np.floating:
-    """Entropy of the shares load_e / sum load over log E: 1 is even, log k / log E the least. Source: normalised
-    Shannon entropy (Pielou's evenness, 1966)."""
+    """Entropy of the shares load_e / sum load, divided by log E: 1 is even, log k / log E the smallest value.
+
+    Source: normalised Shannon entropy (Pielou's evenness, 1966).
+    """
     return entropy(_shares(load)) / np.log(max(load.shape[-1], 2))
 
 
 def effective_experts(
     load: Num[np.ndarray, "*layers E"],
 ) -> Float[np.ndarray, "*layers"] | np.floating:
-    """exp(H(shares)): of how many equally loaded experts the layer would have this entropy; k to E. Source: Hill number
-    of order 1 (Hill 1973, Ecology 54)."""
+    """exp(H(shares)): the number of equally loaded experts that has the same entropy; k to E.
+
+    Source: Hill number of order 1 (Hill 1973, Ecology 54).
+    """
     return np.exp(entropy(_shares(load)))
 
 
 def routing_entropy(
     router_entropy: Float[np.ndarray, "*batch"] | np.floating, num_experts: int
 ) -> Float[np.ndarray, "*batch"] | np.floating:
-    """A token's normalised routing entropy, -sum_e p_e log p_e / log E over all E router probabilities; 0 is a certain
-    router, 1 one without opinion. `router_entropy` is the numerator, as captures hold it or `entropy` gives it."""
+    """A token's normalised routing entropy, -sum_e p_e log p_e / log E over all E router probabilities.
+
+    0 means a certain router, 1 a uniform one. `router_entropy` is the numerator, from a capture or from `entropy`.
+    """
     return router_entropy / np.log(max(num_experts, 2))
 
 
@@ -94,9 +100,9 @@ def load_balancing_loss(
 
 
 def topk_margin(probabilities: Float[np.ndarray, "*batch E"], k: int) -> Float[np.ndarray, "*batch"] | np.floating:
-    """p_(k) - p_(k+1), the probability between the last expert taken and the first one not; 1 if k = E.
+    """p_(k) - p_(k+1): the gap in probability between the last chosen expert and the first one left out; 1 if k = E.
 
-    A perturbation of every probability by less than half of it leaves the chosen set as it is.
+    Changing every probability by less than half of it does not change the chosen set.
     """
     if k == probabilities.shape[-1]:
         return np.ones(probabilities.shape[:-1])
@@ -108,8 +114,7 @@ def topk_margin(probabilities: Float[np.ndarray, "*batch E"], k: int) -> Float[n
 
 
 def coactivation_counts(experts: Experts, num_experts: int) -> Integer[np.ndarray, "E E"]:
-    """C_ij = #{tokens that choose both i and j}, of all pairs among the k, not only neighbours by rank; C_ii is the
-    load."""
+    """C_ij = #{tokens that choose both i and j}, over all pairs among the k; C_ii is the load."""
     if not len(experts):
         return np.zeros((num_experts, num_experts), np.int64)
     pairs = experts[:, :, None].astype(np.int64) * num_experts + experts[:, None, :]
@@ -139,7 +144,7 @@ def transition_counts(before: Experts, after: Experts, num_experts: int) -> Inte
 
 
 def transition(counts: Integer[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
-    """P(j in layer l + 1 | i in layer l) = T_ij / sum_j T_ij, of one of the k slots; NaN in an unused expert's row.
+    """P(j in layer l + 1 | i in layer l) = T_ij / sum_j T_ij, for one of the k choices; NaN in an unused expert's row.
 
     Source: cross-layer expert affinity (Yao et al. 2024, ExFlow, arXiv 2401.08383, section 4).
     """
@@ -148,7 +153,7 @@ def transition(counts: Integer[np.ndarray, "E E"]) -> Float[np.ndarray, "E E"]:
 
 
 def mutual_information(counts: Integer[np.ndarray, "E E"]) -> float:
-    """I = sum_ij p_ij log(p_ij / (p_i p_j)), nats, of a table of pairs: what one layer's expert tells of the next's."""
+    """I = sum_ij p_ij log(p_ij / (p_i p_j)) in nats: how much one layer's expert says about the next layer's."""
     total = counts.sum()
     if not total:
         return float("nan")
@@ -174,14 +179,14 @@ def domain_specialisation(
 def pair_counts(
     labels: Integer[np.ndarray, " n"], experts: Experts, num_labels: int, num_experts: int
 ) -> Integer[np.ndarray, "labels E"]:
-    """#{tokens with the label that choose the expert}: the table behind every specialisation, additive over chunks."""
+    """#{tokens with the label that choose the expert}, additive over chunks; every specialisation follows from it."""
     k = experts.shape[1]
     flat = np.repeat(labels.astype(np.int64), k) * num_experts + experts.reshape(-1)
     return np.bincount(flat, minlength=num_labels * num_experts).reshape(num_labels, num_experts)
 
 
 class Vocabulary(NamedTuple):
-    """Vocabulary specialisation: the tokens that occur often enough, how often, and each expert's share of them."""
+    """Vocabulary specialisation: token ids, how often each occurs, and each expert's share of the occurrences."""
 
     token: Integer[np.ndarray, " x"]
     occurrences: Integer[np.ndarray, " x"]
@@ -191,7 +196,7 @@ class Vocabulary(NamedTuple):
 def vocabulary_specialisation(
     experts: Experts, tokens: Integer[np.ndarray, " n"], num_experts: int, least: int = 8
 ) -> Vocabulary:
-    """V(e, x) = #{occurrences of token x that choose e} / #{occurrences of x}, of tokens that occur `least` times.
+    """V(e, x) = #{occurrences of token x that choose e} / #{occurrences of x}, for tokens with `least` occurrences.
 
     Source: OLMoE, vocabulary specialisation, with all k choices counted (k / E is the uniform baseline). `tokens` are
     the input ids or the predicted ids.
@@ -205,7 +210,7 @@ def vocabulary_specialisation(
 
 
 def vocabulary_score(vocabulary: Vocabulary) -> float:
-    """sum_x N_x max_e V(e, x) / sum_x N_x: how much of a token's occurrences its favourite expert takes, on average."""
+    """sum_x N_x max_e V(e, x) / sum_x N_x: the mean share of a token's occurrences that its most common expert has."""
     total = vocabulary.occurrences.sum()
     if not total:
         return float("nan")
@@ -216,12 +221,12 @@ def vocabulary_score(vocabulary: Vocabulary) -> float:
 
 
 def set_overlap(a: Experts, b: Experts) -> Float[np.ndarray, " n"]:
-    """|A ∩ B| / k per token: 1 where both routings take the same set; independent uniform choices give k / E."""
+    """|A ∩ B| / k per token: 1 if both routings choose the same set; independent uniform choices give k / E."""
     return (a[:, :, None] == b[:, None, :]).any(axis=2).mean(axis=1)
 
 
 def router_saturation(at: Experts, final: Experts) -> float:
-    """Mean over tokens of |E(t) ∩ E(T)| / k: how much of the final checkpoint's routing an earlier one already has.
+    """Mean over tokens of |E(t) ∩ E(T)| / k: how much of the final checkpoint's routing an earlier one already shows.
 
     Source: OLMoE, equation for router saturation.
     """
@@ -229,7 +234,7 @@ def router_saturation(at: Experts, final: Experts) -> float:
 
 
 def flips(a: Experts, b: Experts) -> Bool[np.ndarray, " n"]:
-    """Whether a token's set of experts differs between two routings (their order does not count)."""
+    """Whether a token's set of experts differs between two routings; the order within the set does not count."""
     return ~(np.sort(a, axis=1) == np.sort(b, axis=1)).all(axis=1)
 
 
@@ -255,7 +260,7 @@ def flip_rate_by_margin(
     margin: Num[np.ndarray, " n"],
     edges: Num[np.ndarray, " edges"] = MARGIN_EDGES,
 ) -> FlipsByMargin:
-    """#{flips with margin in a bin} / #{tokens with margin in it}: rounding flips small margins only, training any.
+    """#{flips with margin in a bin} / #{tokens with margin in it}. Rounding only flips small margins, training any.
 
     `margin` is `topk_margin` of the reference routing. The bins are half a decade wide.
     """
@@ -279,10 +284,10 @@ def coarse_jensen_shannon(
     experts_q: Integer[np.ndarray, "n t"],
     q: Float[np.ndarray, "n t"],
 ) -> Float[np.ndarray, " n"]:
-    """Jensen-Shannon divergence of two routers of which only the t largest probabilities are known.
+    """Jensen-Shannon divergence of two routers, known only by their t largest probabilities.
 
-    Experts that both kept stay apart; all others form one class. Merging classes never raises the divergence (the data
-    processing inequality), so this is a lower bound, and exact where t = E.
+    Experts that both sides kept are separate classes; all others form one class. Merging classes never raises the
+    divergence (data processing inequality), so this is a lower bound, exact if t = E.
     """
     match = experts_p[:, :, None] == experts_q[:, None, :]
     shared = match.any(axis=2)
@@ -293,9 +298,9 @@ def coarse_jensen_shannon(
 
 
 def rank_correlation(a: Num[np.ndarray, " E"], b: Num[np.ndarray, " E"]) -> float:
-    """Spearman's rho: Pearson's correlation of the ranks, ties at their mean rank; NaN where a side is constant.
+    """Spearman's rho: the correlation of the ranks, ties at their mean rank; NaN if a side is constant.
 
-    Source: Spearman 1904. Used on loads: do two captures agree on which experts are busy?
+    On loads it says whether two captures agree on which experts are busy. Source: Spearman 1904.
     """
     from scipy.stats import rankdata
 
@@ -308,7 +313,7 @@ def rank_correlation(a: Num[np.ndarray, " E"], b: Num[np.ndarray, " E"]) -> floa
 
 
 class Locality(NamedTuple):
-    """Repetition between consecutive tokens: of the first choice, of any, of how many; and what chance gives."""
+    """Repetition between consecutive tokens: of the first choice, of any, of how many; and the same by chance."""
 
     first: float
     any: float
@@ -320,7 +325,7 @@ class Locality(NamedTuple):
 
 
 def consecutive_locality(experts: Experts, follows: Bool[np.ndarray, " n"], num_experts: int) -> Locality:
-    """How often token i + 1 repeats experts of token i; `follows` marks tokens whose predecessor is in their context.
+    """How often a token repeats experts of the token before it; `follows` marks tokens with one in their context.
 
     first: the same first choice, chance 1 / E. any: at least one of the k in common, chance 1 - C(E-k, k) / C(E, k).
     overlap: |A ∩ B| / k, chance k / E. Source: Mixtral, table 5 ("first choice", "first or second choice").
@@ -341,7 +346,7 @@ def consecutive_locality(experts: Experts, follows: Bool[np.ndarray, " n"], num_
     )
 
 
-# ---- how sure
+# ---- intervals
 
 
 class Interval(NamedTuple):
@@ -362,9 +367,11 @@ def bootstrap(
 ) -> Interval:
     """Percentile interval of `statistic(sum over clusters)`, resampling whole clusters with replacement.
 
-    Tokens of one text are not independent, so texts (or blocks of one) are drawn, not tokens. `clusters` holds each
-    one's additive sums, for instance (flips, tokens); `statistic` takes their total, [*sums]. A single cluster gives
-    NaN bounds. Source: Efron 1979; for clusters Davison and Hinkley 1997, section 3.8.
+    Tokens of one text are not independent, so whole texts (or blocks of text) are drawn. `clusters` holds the additive
+    sums of each, for instance (flips, tokens); `statistic` takes their total [*sums]. The bounds of a single cluster
+    are NaN.
+
+    Source: Efron 1979; for clusters Davison and Hinkley 1997, section 3.8.
     """
     clusters = np.asarray(clusters, np.float64)
     value = float(statistic(clusters.sum(axis=0)))
@@ -384,7 +391,7 @@ def bootstrap(
 def cluster_sums(
     values: Num[np.ndarray, "n *sums"], cluster: Integer[np.ndarray, " n"], num_clusters: int
 ) -> Float[np.ndarray, "c *sums"]:
-    """Sums of the rows of each cluster."""
+    """The sum of `values` over each cluster."""
     total = np.zeros((num_clusters, *values.shape[1:]))
     np.add.at(total, cluster, values)
     return total

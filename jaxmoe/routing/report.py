@@ -1,18 +1,17 @@
-"""A folder with one self-contained HTML page (no network, light and dark), and a PNG and a CSV file of each figure."""
+"""The report of captures: a folder with one self-contained HTML page, and each figure as PNG and CSV."""
 
 from __future__ import annotations
 
 import csv
-import html
 import json
 import pathlib
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.errors import UserError
-from jaxmoe.figures.figure import Figure, save_png
+from jaxmoe.figures.html_page import page
+from jaxmoe.figures.output import save_all
 from jaxmoe.routing import plots
 from jaxmoe.routing.compare import check_comparable, compare, compare_domains
 from jaxmoe.routing.summary import summarise
@@ -31,17 +30,17 @@ def write_report(
     Args:
         captures: the first is described; each of the others is compared with it, token by token.
         folder: new or empty; it appears whole or not at all.
-        tokenizer: shows tokens as text; without one they are numbers.
-        effects: a CSV file of `python -m jaxmoe.routing effects`.
+        tokenizer: shows tokens as text; without one, tokens are shown as numbers.
+        effects: a CSV file of `python -m jaxmoe.routing effects`, to show as well.
 
     Raises:
-        UserError: captures of different texts or tokenizers, a tokenizer that is not theirs, or a bad CSV file.
+        UserError: captures of different texts or tokenizers, another tokenizer than theirs, or a bad CSV file.
     """
     first, *others = captures
     for other in others:
         check_comparable(first, other)
     if len({capture.name for capture in captures}) < len(captures):
-        raise UserError("report: expected captures in folders of different names, found two of one name")
+        raise UserError("report: expected captures in folders of different names, found two with the same name")
     decode = decoder(first, tokenizer)
     domains = compare_domains(first) if len(first.text["domains"]) > 1 else []
     figures = plots.of_capture(summarise(first), decode, domains)
@@ -50,21 +49,17 @@ def write_report(
     if effects is not None:
         figures.append(plots.effect_map(_read_effects(effects)))
     with output_folder(folder) as out:
-        (out / "png").mkdir()
-        (out / "csv").mkdir()
-        for figure in figures:
-            save_png(figure, out / "png" / f"{figure.key}.png")
-            with (out / "csv" / f"{figure.key}.csv").open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows(figure.rows())
-        (out / "index.html").write_text(page(captures, figures), encoding="utf-8")
+        save_all(figures, out)
+        content = page(title_of(captures), _ABOUT, map(_about, captures), figures)
+        (out / "index.html").write_text(content, encoding="utf-8")
     return len(figures)
 
 
 def decoder(capture: Capture, tokenizer: Any) -> plots.Decode:
-    """Token id -> text, as the tokenizer says; its number without one.
+    """A function from token id to text; without a tokenizer, to the id in brackets.
 
     Raises:
-        UserError: the tokenizer is not the one that made the capture.
+        UserError: another tokenizer than the capture's.
     """
     if tokenizer is None:
         return lambda token: f"[{token}]"
@@ -73,36 +68,10 @@ def decoder(capture: Capture, tokenizer: Any) -> plots.Decode:
     return lambda token: tokenizer.decode([token])
 
 
-def page(captures: Sequence[Capture], figures: Sequence[Figure]) -> str:
-    """The page: style, script and numbers in one file."""
-    part = lambda name: files("jaxmoe.figures").joinpath("page", name).read_text(encoding="utf-8")
-    # Inside a script element, only "</" could end it.
-    numbers = json.dumps([figure.page() for figure in figures], allow_nan=False).replace("</", "<\\/")
-    names = [capture.name for capture in captures]
-    title = html.escape(f"Routing of {names[0]}" + (f", against {', '.join(names[1:])}" if names[1:] else ""))
-    rows = "".join(f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in _about(c))}</tr>" for c in captures)
-    header = "".join(f"<th>{name}</th>" for name in _ABOUT)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{part("report.css")}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>
-<nav></nav>
-<main><noscript>The figures are drawn by the page's own script; each is also in png/ and csv/.</noscript></main>
-<div id="tip"></div>
-<script type="application/json" id="figures">{numbers}</script>
-<script>
-{part("report.js")}</script>
-</body>
-</html>
-"""
+def title_of(captures: Sequence[Capture]) -> str:
+    """The report's title: the first capture's name, and what it is compared with."""
+    first, *others = (capture.name for capture in captures)
+    return f"Routing of {first}" + (f", compared with {', '.join(others)}" if others else "")
 
 
 _ABOUT = (
@@ -120,6 +89,7 @@ _ABOUT = (
 
 
 def _about(capture: Capture) -> list[Any]:
+    """The cells of one capture, in the order of `_ABOUT`."""
     source, model = capture.source, capture.model
     kind = f"{source.get('dtype')}, {source['quantization']}" if source.get("quantization") else source.get("dtype")
     experts = f"{model.num_experts_per_tok} of {model.num_experts}"
@@ -132,9 +102,9 @@ def _about(capture: Capture) -> list[Any]:
 
 def _read_effects(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise UserError(f"{path}: expected a CSV file of the effects command, found none")
+        raise UserError(f"file not found: {path}")
     with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"layer", "expert", "change"} <= set(rows[0]):
+        lines = list(csv.DictReader(file))
+    if not lines or not {"layer", "expert", "change"} <= set(lines[0]):
         raise UserError(f"{path}: expected the columns layer, expert and change, found another table")
-    return rows
+    return lines

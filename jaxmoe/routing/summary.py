@@ -1,4 +1,4 @@
-"""One pass over a capture: the additive tables from which every figure of one capture follows."""
+"""Counts from one pass over a capture; all figures of one capture follow from them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from captures import Capture
 from jaxmoe.routing import metrics
 
 CHUNK = 8192
-# Tokens of the vocabulary whose experts are counted: the most frequent ones, since a table of all would be [V, Ls, E].
+# How many token ids have their experts counted, the most frequent ones: a table of all would be [V, Ls, E].
 FREQUENT = 256
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Tables of a capture of n tokens; ratios are formed from them by `jaxmoe.routing.metrics`."""
+    """Counts over the n tokens of a capture; `jaxmoe.routing.metrics` forms ratios from them."""
 
     capture: Capture
     tokens: int
@@ -43,11 +43,11 @@ class Summary:
 
     @property
     def load_balancing_loss(self) -> float:
-        """Pooled over all layers and tokens; even routing gives k."""
+        """The load-balancing loss, pooled over all layers and tokens; even routing gives k."""
         return metrics.load_balancing_loss(self.load, self.probability_sums, self.tokens)
 
     def vocabulary(self, layer: int, predicted: bool = False) -> metrics.Vocabulary:
-        """Vocabulary specialisation of the layer (its place among the MoE layers) over the frequent tokens."""
+        """Vocabulary specialisation of a layer over the frequent tokens; `layer` counts MoE layers only."""
         if predicted:
             tokens, load, times = self.predicted_tokens, self.predicted_load, self.predicted_occurrences
         else:
@@ -55,8 +55,7 @@ class Summary:
         return metrics.Vocabulary(tokens, times, load[:, layer] / np.maximum(times, 1)[:, None])
 
     def balance(self) -> dict[str, np.ndarray]:
-        """Per layer: coefficient of variation, maximal violation, normalised entropy and effective experts of the load,
-        and the mean normalised routing entropy of a token."""
+        """Per layer: measures of how even the load is, and the mean normalised routing entropy of a token."""
         return {
             "load_cv": np.asarray(metrics.load_cv(self.load)),
             "maximal_violation": np.asarray(metrics.maximal_violation(self.load)),
@@ -67,7 +66,10 @@ class Summary:
 
 
 def summarise(capture: Capture) -> Summary:
-    """Streams through the capture once; holds about 16 E^2 bytes a layer and no token's routing."""
+    """Counts what the figures need.
+
+    Streams through the capture (twice if it holds predictions); needs about 16 E^2 bytes per layer.
+    """
     layers, E = len(capture.model.layers), capture.model.num_experts
     text = capture.read_text()
     domains, roles = len(capture.text["domains"]), len(capture.text["roles"])
@@ -86,7 +88,7 @@ def summarise(capture: Capture) -> Summary:
     occurrences = [np.zeros(len(tokens), np.int64) for tokens in (inputs, predicted)]
     for chunk in capture.chunks(CHUNK):
         follows = chunk.text.position > 0
-        follows[0] = False  # its predecessor lies in another chunk
+        follows[0] = False  # the token before it is in another chunk
         places = np.digitize(chunk.text.position, edges[1:-1])
         seen = []
         for number, (tokens, wanted) in enumerate(((chunk.text.token, inputs), (chunk.predicted, predicted))):
@@ -140,19 +142,19 @@ def _predictions(chunk) -> np.ndarray:
 
 
 def _frequent(tokens: np.ndarray) -> np.ndarray:
-    """The most frequent token ids, sorted by id."""
+    """The `FREQUENT` most frequent token ids, sorted by id."""
     ids, times = np.unique(tokens, return_counts=True)
     return np.sort(ids[np.argsort(-times, kind="stable")[:FREQUENT]]).astype(np.int64)
 
 
 def _position_edges(longest: int) -> np.ndarray:
-    """0, 1, 2, 4, 8, ...: a context's first tokens, where attention sinks are, stay apart."""
+    """0, 1, 2, 4, 8, ...: the first tokens of a context, where attention sinks are, have bins of their own."""
     doublings = [1 << power for power in range(max(longest - 1, 1).bit_length())]
     return np.asarray([0, *[edge for edge in doublings if edge < longest], longest])
 
 
 def _pool(parts: list[metrics.Locality]) -> metrics.Locality:
-    """The chunks' localities as one, weighted by their pairs."""
+    """The mean of the chunks' localities, weighted by their pairs."""
     pairs = np.asarray([part.pairs for part in parts])
     total = int(pairs.sum())
     mean = lambda name: float(np.nansum([getattr(p, name) * p.pairs for p in parts]) / total) if total else float("nan")

@@ -1,8 +1,8 @@
 """Text and record files -> the labelled stream of tokens that a capture runs on.
 
-A `.jsonl` file holds the records that training takes (`jaxmoe.data.records`), each optionally with a "domain"; any
-other file is one text. A record that names no domain has its file's name without the ending. Tokens are exactly those
-that training sees, so that a captured routing can be replayed there.
+A `.jsonl` file holds training records (`jaxmoe.data.records`), each optionally with a "domain"; any other file is one
+text. A record without a domain gets its file's name without the ending. The tokens are exactly those that training
+sees, so that training can replay a captured routing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from captures import LabelledText, Text, tokenizer_digest
+from captures import ROLES, LabelledText, Text, tokenizer_digest
 from jaxmoe.data.chat import assistant_spans
 from jaxmoe.data.records import Record, read_lines, tokenize_record
 from jaxmoe.errors import UserError
-
-# text; parts of a prompt/completion record; who speaks in a chat, and what the chat template adds; a model's own output
-ROLES = ("text", "prompt", "completion", "template", "system", "user", "assistant", "tool", "generated")
 
 
 class Document(NamedTuple):
@@ -63,8 +60,10 @@ def label(raw: Any, tokenizer: Any, domain: str) -> Document:
 
 
 def labelled_text(documents: Iterable[Document], seq_length: int, tokenizer: str) -> LabelledText:
-    """Joins documents to one stream; a longer one becomes consecutive contexts of `seq_length` tokens, as training
-    splits text. `tokenizer` is a digest (`captures.tokenizer_digest`).
+    """Joins documents into one stream.
+
+    A document of more than `seq_length` tokens becomes consecutive contexts of that length, as in training.
+    `tokenizer` is a digest (`captures.tokenizer_digest`).
 
     Raises:
         UserError: no document.
@@ -86,7 +85,7 @@ def labelled_text(documents: Iterable[Document], seq_length: int, tokenizer: str
 def read_text(
     paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_size: int, seq_length: int, limit: int | None = None
 ) -> LabelledText:
-    """The files as one labelled stream; `limit` ends it behind the record with which it has so many tokens."""
+    """The files as one labelled stream, which ends after the record that reaches `limit` tokens."""
 
     def limited() -> Iterator[Document]:
         total = 0
@@ -102,8 +101,10 @@ def read_text(
 def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
     """(where, record without its domain, domain)."""
     if path.suffix != ".jsonl":
+        if path.is_dir():
+            raise UserError(f"{path}: expected a text or JSONL file, found a folder")
         if not path.is_file():
-            raise UserError(f"{path}: expected a text or JSONL file, found {'a folder' if path.is_dir() else 'none'}")
+            raise UserError(f"file not found: {path}")
         try:
             yield str(path), {"text": path.read_text(encoding="utf-8")}, path.stem
         except UnicodeDecodeError as error:
@@ -119,8 +120,11 @@ def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
 
 
 def _chat_roles(messages: Any, tools: Any, tokenizer: Any, record: Record) -> list[str]:
-    """Who wrote each token of a conversation: the assistant what is learned, the others their content as it stands in
-    the rendering, the template the rest."""
+    """The role of each token of a conversation.
+
+    The tokens to be learned are the assistant's. Tokens of another message's content, found in the rendered text, have
+    that message's role. All others are the template's.
+    """
     roles = ["assistant" if weight else "template" for weight in record.weights]
     whole, spans = assistant_spans(messages, tools, tokenizer)
     pieces, at = [], 0
@@ -135,7 +139,7 @@ def _chat_roles(messages: Any, tools: Any, tokenizer: Any, record: Record) -> li
             tokens += encoded["input_ids"]
             offsets += [(start + a, start + b) for a, b in encoded["offset_mapping"]]
     if not np.array_equal(tokens, record.tokens):
-        return roles  # a template that tokenises itself: only what is learned is known
+        return roles  # The template tokenises by itself: only the learned tokens are known.
     at = 0
     for message in messages:
         content = (message.get("content") or "").strip()

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.data.chat import load_tokenizer
-from tests.configs import random_tokens
+from peers.configs import random_tokens
 
 
 class Batch(NamedTuple):

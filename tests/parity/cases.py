@@ -11,8 +11,8 @@ import numpy as np
 from convert.adapters import write_peft
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.chat import load_tokenizer
-from tests.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
-from tests.make_checkpoint import write_tokenizer
+from peers.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
+from peers.make_checkpoint import write_tokenizer
 from tests.parity.batches import Batch, checkpoint_batch
 
 LENGTH = 600
@@ -33,8 +33,8 @@ def write_random_adapter(
 
 def write_odd_checkpoint(folder: pathlib.Path, name: str) -> pathlib.Path:
     """The configuration `name` with random weights, written by transformers itself; config.json stays as it is in
-    `tests.configs`, in the words of transformers 4 or 5."""
-    from tests.reference import Reference
+    `peers.configs`, in the words of transformers 4 or 5."""
+    from peers.reference import Reference
 
     Reference(CONFIGS[name], random_parameters(config_of(name))).model.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(CONFIGS[name], indent=1) + "\n", encoding="utf-8")

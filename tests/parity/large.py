@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.presets import PRESETS
-from tests.make_checkpoint import hf_shapes, write_tokenizer
+from peers.make_checkpoint import hf_shapes, write_tokenizer
 
 _GAINS = {"lm_head": 2.5, "mlp.gate": 2.0, "down_proj": 2.0}
 _WRITERS = 8  # layers on their way to the disk at a time; 1.3 GB each in the full shape

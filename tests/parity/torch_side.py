@@ -23,12 +23,12 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from peers.reference import Reference
 from tests.parity.batches import Batch
 from tests.parity.environment import torch_device, write_environment
 from tests.parity.plan import Case, Plan, log, read_batch, run_cases
 from tests.parity.trace import torch_trace
 from tests.parity.weights import Weights
-from tests.reference import Reference
 
 
 class Side:

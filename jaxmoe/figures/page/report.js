@@ -20,7 +20,7 @@ function show(event, text) {
 const hide = () => { tip.style.display = "none"; };
 const number = x => x === null || Number.isNaN(x) ? "none" : Math.abs(x) >= 1e-3 && Math.abs(x) < 1e5 || x === 0 ? String(+x.toPrecision(4)) : x.toExponential(2);
 
-// The inverse of `pack` in figures.py.
+// The inverse of `pack` in figure.py.
 function unpack(packed) {
   if (packed === null || packed === undefined) return null;
   const bytes = Uint8Array.from(atob(packed.data), c => c.charCodeAt(0));
@@ -136,7 +136,7 @@ function lines(parent, figure) {
   const f = frame(parent, extent(xs), [low, high], figure);
   const solid = series.filter(s => !s.dashed).length;
   let at = 0;
-  const paint = s => s.dashed ? color("--soft") : figure.depth ? shade(at++, solid) : color(`--s${at++ % 8}`);
+  const paint = s => s.dashed ? color("--soft") : figure.ordered ? shade(at++, solid) : color(`--s${at++ % 8}`);
   const path = (ys, back = false) => {
     let out = "", pen = false;
     const order = back ? [...xs.keys()].reverse() : [...xs.keys()];

@@ -1,7 +1,7 @@
-"""Writes a random Qwen3-MoE checkpoint in HF form, with a byte-level tokenizer: `python -m tests.make_checkpoint DIR`.
+"""Writes a random Qwen3-MoE checkpoint in HF form, with a byte-level tokenizer: `python -m peers.make_checkpoint DIR`.
 
-The key names are written out here, not taken from `convert.names`, so that a wrong name there is found. Tensors are
-drawn and written a few MiB at a time: the size of the checkpoint is bounded by the disk, not by memory.
+The key names are written out here, not imported from `convert.names`, so that a wrong name there is found. Tensors are
+drawn and written a few MiB at a time: only the disk limits the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ CHAT_TEMPLATE = """\
 
 
 def hf_shapes(config: Qwen3MoeConfig, layout: str = "per_expert") -> dict[str, tuple[int, ...]]:
-    """HF key -> shape, in the order in which transformers saves; `layout` is per_expert (disk) or fused (memory)."""
+    """HF key -> shape, in the order in which transformers saves.
+
+    `layout` is "per_expert", as checkpoints on disk, or "fused", as transformers 5 holds experts in memory.
+    """
     c = config
     D, H = c.hidden_size, c.head_dim
     Q, KV = c.num_attention_heads * H, c.num_key_value_heads * H
@@ -74,7 +77,7 @@ def hf_shapes(config: Qwen3MoeConfig, layout: str = "per_expert") -> dict[str, t
 
 
 def _parts(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """A fused tensor as the per-expert tensors that it is made of, so that both layouts hold the same values."""
+    """The per-expert tensors that make up a fused tensor, so that both layouts hold the same values."""
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return [(name, shape)]
     prefix, _, kind = name.rpartition(".")
@@ -151,7 +154,7 @@ def make_checkpoint(
 ) -> pathlib.Path:
     """Writes config, weights, tokenizer and generation config into `path`; the same seed gives the same bytes.
 
-    The tokenizer always has 259 tokens: a config with a smaller vocabulary cannot embed all of them.
+    The tokenizer always has 259 tokens; a model with a smaller vocabulary cannot embed all of them.
     """
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -181,9 +184,10 @@ def make_checkpoint(
 
 
 def main() -> None:
+    """Writes the checkpoint that the command line asks for."""
     parser = argparse.ArgumentParser(description="Writes a random Qwen3-MoE checkpoint in HF form.")
-    parser.add_argument("path", type=pathlib.Path)
-    parser.add_argument("--config", type=pathlib.Path, help="config.json to follow (default: a tiny model)")
+    parser.add_argument("path", type=pathlib.Path, help="folder to write")
+    parser.add_argument("--config", type=pathlib.Path, help="config.json of the model (default: a tiny model)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
     parser.add_argument("--shards", type=int, default=1)

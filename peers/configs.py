@@ -1,6 +1,6 @@
-"""Tiny configurations that between them cover every branch of the architecture, and random weights for them.
+"""Tiny configurations that together cover every branch of the architecture, and random weights for them.
 
-Each is the dictionary in a config.json, some as transformers 4 wrote it, some as transformers 5 does.
+Each is the dictionary in a config.json, as transformers 4 or transformers 5 writes it.
 """
 
 from __future__ import annotations
@@ -101,15 +101,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config_of(name: str) -> Qwen3MoeConfig:
-    """The configuration `name`, read by the product."""
+    """The configuration `name`, as `Qwen3MoeConfig` reads it."""
     return Qwen3MoeConfig.from_hf(CONFIGS[name])
 
 
 def random_parameters(config: Qwen3MoeConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Float32 weights under which nothing is degenerate.
+    """Float32 weights [stacked, by path] for which no part of the model is degenerate.
 
-    Logits and router logits have a standard deviation of about 2, so that softmaxes are neither flat nor one-hot, norm
-    weights and biases are random, and every residual branch adds about as much as the stream holds.
+    Logits and router logits have a standard deviation of about 2, so that softmaxes are neither flat nor one-hot. Norm
+    weights and biases are random. Each residual branch adds about as much as the stream holds.
     """
     out: dict[str, np.ndarray] = {}
     for path, spec in parameter_specs(config).items():
@@ -130,7 +130,7 @@ def random_parameters(config: Qwen3MoeConfig, seed: int = 0) -> dict[str, np.nda
 
 
 def random_adapters(config: Qwen3MoeConfig, lora: LoraConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Float32 adapters whose A and B are both random, each delta about a third of the weight that it is added to."""
+    """Float32 adapters with random A and B; each delta is about a third of its weight in size."""
     out: dict[str, np.ndarray] = {}
     for path, spec in lora_specs(config, lora).items():
         rng = np.random.default_rng([seed, zlib.crc32(path.encode())])

@@ -1,7 +1,7 @@
-"""transformers' `Qwen3MoeForCausalLM`, with PEFT's adapters where asked, run on the arrays of a test.
+"""The `Qwen3MoeForCausalLM` of transformers, with PEFT's adapters on request, run on given arrays.
 
-Weights go straight into the state dictionary under the names of transformers, written out here and not taken from
-`convert`, so that a wrong name there cannot hide. Everything comes back as NumPy in the layout of `jaxmoe`.
+Weights are put into the state dictionary under the names of transformers. These are written out here, not imported from
+`convert`, so that a wrong name there is found. All results are NumPy arrays in the layout of `jaxmoe`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
 
-# Tiny tensors: a second thread costs more than it gives, and JAX wants the other core.
+# With tiny tensors a second thread costs more than it gains, and JAX uses the other core.
 torch.set_num_threads(1)
 
 _NAMES = {
@@ -46,7 +46,14 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class ReferenceOutput:
-    """As `oracle.OracleOutput`, in float32; entries of padding hold whatever transformers computes there."""
+    """One forward pass in float32; entries of padding hold whatever transformers computes there.
+
+    Attributes:
+        logits: [B, T, V].
+        hidden: [L + 1, B, T, D]: the input of every layer, then the output of the final norm.
+        router_logits: [Ls, B, T, E], one entry per sparse layer.
+        selected: [Ls, B, T, k] expert indices, most probable first.
+    """
 
     logits: np.ndarray
     hidden: np.ndarray
@@ -96,7 +103,7 @@ class Reference:
         lora: LoraConfig | None = None,
         adapters: Mapping[str, np.ndarray] | None = None,
     ) -> Reference:
-        """The same from a checkpoint in HF form, read by transformers."""
+        """The model of a checkpoint in HF form, read by transformers."""
         self = cls.__new__(cls)
         self._adopt(
             AutoModelForCausalLM.from_pretrained(
@@ -112,7 +119,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: Any) -> Reference:
-        """The same around a model that exists, whose adapters, if it is to have any, come later."""
+        """A reference around an existing model of transformers, without adapters."""
         self = cls.__new__(cls)
         self._adopt(model)
         return self
@@ -125,7 +132,11 @@ class Reference:
         *,
         pinned: np.ndarray | None = None,
     ) -> ReferenceOutput:
-        """Runs without gradients; arguments as in `oracle.forward`."""
+        """Runs the model without gradients on `input_ids` [B, T].
+
+        Segment 0 is padding; a token attends to earlier tokens of its own segment. `pinned` [Ls, B, T, k] replaces the
+        choice of experts, not their weights.
+        """
         B, T = input_ids.shape
         with torch.no_grad(), _watched(self.routers, pinned) as selected:
             out = self._run(input_ids, position_ids, segment_ids)
@@ -179,12 +190,12 @@ class Reference:
     def load_balancing_loss(
         self, input_ids: np.ndarray, position_ids: np.ndarray | None = None, segment_ids: np.ndarray | None = None
     ) -> float:
-        """transformers' auxiliary loss over the tokens outside padding."""
+        """The auxiliary loss of transformers over the tokens outside padding."""
         with torch.no_grad():
             return float(self._load_balancing_loss(self._run(input_ids, position_ids, segment_ids), segment_ids))
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_token: int | None = None) -> list[list[int]]:
-        """Greedy continuations of one left-padded batch, each cut behind its stop token."""
+        """Greedy continuations of one left-padded batch, each cut after its stop token."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -224,7 +235,7 @@ class Reference:
                 low = torch.finfo(self.model.dtype).min
                 visible = torch.from_numpy(_visible(segment_ids, self.config.sliding_window))
                 mask = torch.where(visible[:, None], 0.0, low).to(self.model.dtype)
-        # With neither a mask nor a cache transformers itself takes restarting positions for packed documents.
+        # Without a mask and a cache, transformers itself reads restarting positions as packed documents.
         out = self.model.model(
             input_ids=torch.from_numpy(input_ids).long(),
             attention_mask=mask,
@@ -264,7 +275,7 @@ class Reference:
                 yield f"{stack}.{target}.lora_{side}", slot, parameter, experts
 
     def _state_dict(self, params: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        """Stacked arrays -> the names that transformers has in memory; every one of them, or loading fails."""
+        """Stacked arrays under the names that transformers uses in memory; loading fails if one is missing."""
         out = {"model.embed_tokens.weight": params["embed_tokens"], "model.norm.weight": params["norm"]}
         out["lm_head.weight"] = params.get("lm_head", params["embed_tokens"])
         dense = [i for i in range(self.config.num_hidden_layers) if i not in self.sparse]
@@ -278,7 +289,7 @@ class Reference:
 
 
 def hf_config(config: Mapping[str, Any]) -> HfConfig:
-    """transformers' own reading of a config.json."""
+    """A config.json as transformers itself reads it."""
     return HfConfig.from_dict(copy.deepcopy(dict(config)))
 
 
@@ -297,7 +308,7 @@ def peft_config(lora: LoraConfig) -> PeftConfig:
 
 
 def _pack(array: torch.Tensor, path: str, experts: int) -> torch.Tensor:
-    """[E, r, in] or [E, out, r] -> the matrix that PEFT stacks the experts' factors in (expert fastest in B)."""
+    """[E, r, in] or [E, out, r] -> the matrix in which PEFT stacks the experts' factors (expert fastest in B)."""
     if not experts:
         return array
     return array.flatten(0, 1) if path.endswith("lora_A") else array.permute(1, 2, 0).flatten(1, 2)
@@ -313,7 +324,7 @@ def _unpack(matrix: torch.Tensor, path: str, experts: int) -> torch.Tensor:
 
 
 def _visible(segment_ids: np.ndarray, window: int | None) -> np.ndarray:
-    """Boolean [B, T, S]: same document, not in the future, within the sliding window; padding sees itself."""
+    """Boolean [B, T, S]: which keys a query sees, of its own document; padding sees itself."""
     T = segment_ids.shape[1]
     distance = np.arange(T)[:, None] - np.arange(T)[None, :]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
@@ -323,7 +334,7 @@ def _visible(segment_ids: np.ndarray, window: int | None) -> np.ndarray:
 
 @contextlib.contextmanager
 def _watched(routers: list[torch.nn.Module], pinned: np.ndarray | None) -> Iterator[list[torch.Tensor]]:
-    """Collects the experts that each router selects; with `pinned` [Ls, B, T, k] replaces them, not their weights."""
+    """Collects the experts that each router selects; `pinned` [Ls, B, T, k] replaces them, not their weights."""
     selected: list[torch.Tensor] = []
 
     def hook(router: Any, _: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,46 @@
+"""The HTML page that shows figures: one file, no network, light and dark."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jaxmoe.figures.figure import Figure
+
+
+def page(title: str, header: Sequence[str], body: Iterable[Sequence[Any]], figures: Iterable[Figure]) -> str:
+    """The page's HTML: a title, a table (`header` over the lines of `body`), and the figures.
+
+    Style, script and numbers are part of the file. All text is escaped.
+    """
+    asset = lambda name: files("jaxmoe.figures").joinpath("page", name).read_text(encoding="utf-8")
+    # Inside a script element only "</" could end it.
+    numbers = json.dumps([figure.page() for figure in figures], allow_nan=False).replace("</", "<\\/")
+    title = html.escape(title)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in line) for line in body)
+    lines = "".join(f"<tr>{line}</tr>" for line in cells)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{asset("report.css")}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>
+<nav></nav>
+<main><noscript>The page's script draws the figures; each is also in png/ and csv/.</noscript></main>
+<div id="tip"></div>
+<script type="application/json" id="figures">{numbers}</script>
+<script>
+{asset("report.js")}</script>
+</body>
+</html>
+"""
