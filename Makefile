@@ -1,5 +1,7 @@
 # make demo       converts, fine-tunes, generates, exports and reloads a small Qwen3-MoE; a few minutes on two cores
-# make test       the test suite, on the CPU, in WORKERS processes (2)
+# make test       the test suite, on the CPU, in WORKERS processes (2), then test-kernels; PYTEST_ARGS narrows the suite
+#                 and leaves test-kernels out
+# make test-kernels   the tests of the GPU kernels in JAX's interpreter, on the CPU, with the newest jax supported
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
@@ -14,6 +16,9 @@
 # demo, test, lint, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
 # pinned. They need Python 3.11 or newer with pip, and a package index. PyTorch's CPU build is taken from the index that
 # pip is set up with where it has one, else from TORCH_INDEX: `make demo TORCH_INDEX=https://a.mirror/whl/cpu`.
+#
+# test-kernels makes a second environment, .venv-kernels, without PyTorch. It needs Python 3.12 or newer, found on PATH
+# or among pyenv's, or named with KERNELS_PYTHON=...; where there is none it does nothing.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -22,12 +27,19 @@ VENV ?= .venv
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
+KERNELS_VENV ?= .venv-kernels
+KERNELS_PYTHON ?= $(shell for p in python3.13 python3.12 python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python); do \
+	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+# The longest first, or one process would run them while the others have nothing left.
+KERNEL_TESTS := $(addprefix tests/test_,swiglu_gradient.py norm_rotary.py kernels.py implementations.py cudnn.py)
+
 INSTALLED := $(VENV)/.installed
+KERNELS_INSTALLED := $(KERNELS_VENV)/.installed
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
+.PHONY: help demo test test-kernels lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -46,6 +58,23 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS) $(verdict)
+	@$(if $(PYTEST_ARGS),:,$(MAKE) --no-print-directory test-kernels)
+
+$(KERNELS_INSTALLED): pyproject.toml constraints-kernels.txt
+	@echo "Setting up $(KERNELS_VENV) with $$($(KERNELS_PYTHON) --version): about 0.3 GB to download ..."
+	@$(KERNELS_PYTHON) -m venv $(KERNELS_VENV)
+	@$(KERNELS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
+		--constraint constraints-kernels.txt --editable . beartype hypothesis pytest pytest-xdist
+	@touch $@
+
+ifeq ($(KERNELS_PYTHON),)
+test-kernels:
+	@echo "make test-kernels: skipped, needs Python 3.12 or newer and found none; name one with KERNELS_PYTHON=..."
+else
+test-kernels: $(KERNELS_INSTALLED)
+	@JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+		$(KERNEL_TESTS) $(verdict)
+endif
 
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)
@@ -105,5 +134,5 @@ bench-torch-gpu:
 	@$(PYTHON) -m benchmarks.torch_ref_step
 
 clean:
-	rm -rf $(VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(KERNELS_VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis
 	rm -rf site .cache

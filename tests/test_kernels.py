@@ -1,11 +1,12 @@
-"""The Mosaic GPU kernels against float32 products row by row: on a GPU as they are, elsewhere in JAX's interpreter.
+"""The Hopper kernels against float64 products row by row: compiled on a GPU, elsewhere in JAX's interpreter.
 
 The interpreter runs the kernel's own program (copies, barriers, wgmma, the loops of each warpgroup) on a CPU and looks
-for races between its threads; it comes with jax 0.11.
+for races between its threads. It needs jax 0.11 or newer; `make test-kernels` makes an environment that has it.
 """
 
 from __future__ import annotations
 
+import zlib
 from functools import partial
 from typing import Any
 
@@ -33,7 +34,7 @@ scheduled = jax.jit(make_schedule, static_argnums=(1, 2, 3))
 
 
 def interpreter() -> Any:
-    """None on a GPU; elsewhere the interpreter, race detection on."""
+    """None on a GPU; elsewhere the interpreter's parameters, with race detection."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     language: Any = plgpu  # jax 0.10 lacks the interpreter
@@ -96,11 +97,11 @@ if on_gpu:
 
 
 def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **options: Any) -> float:
-    """Relative error of the kernel over all placed rows; `shift` plants the fault of a wrong group."""
+    """Relative error of the kernel over all placed rows; `shift` is a planted fault: the wrong group."""
     from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
 
     M, E, k, empty, inner, out = CASES[name]
-    rng = np.random.default_rng(hash((name, transposed)) % 2**32)
+    rng = np.random.default_rng(zlib.crc32(f"{name} {transposed}".encode()))
     tiles = options.setdefault("tiles", kernel.default_tiles(out, swiglu=options.get("swiglu", False)))
     most = tiles.heights[-1]
     schedule = scheduled(jnp.asarray(skewed(M, E, k, 1, empty)), E, kernel.TILE_ROWS, (most,))
@@ -153,7 +154,7 @@ def test_a_wrong_group_is_seen_through_swiglu() -> None:
     ids=str,
 )
 def test_any_tiles_give_the_same(name: str, tiles: tuple[int, tuple[int, ...], int]) -> None:
-    """Columns, heights and stages only say how the work is cut."""
+    """Columns, heights and slots only say how the work is cut."""
     from jaxmoe.ops.kernels.grouped_matmul.hopper import Tiles
 
     assert matmul_error(name, True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
@@ -224,6 +225,66 @@ def test_grouped_outer_equals_the_groups_products(A: int, C: int, columns: tuple
     assert not np.asarray(found)[np.asarray(schedule.tile_count) == 0].any()
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (32, 80)}, "x: expected 64 columns, as its weight has, found 80"),
+        ({"x": (32, 64, jnp.float32)}, "x: expected bfloat16 or float16 on both sides, found float32 and bfloat16"),
+        ({"weight": (4, 72, 64)}, "sizes: expected multiples of 16, found 64, 72"),
+        (
+            {"others": [(32, 48, jnp.float16)]},
+            r"others\[0\]: expected bfloat16 or float16 on both sides, found float16",
+        ),
+        ({"low": (32, 64), "low_weight": None}, "low_weight: expected an array together with low, found None"),
+        ({"low": (32, 32), "low_weight": (2, 128, 32)}, "low: expected a multiple of 64 columns, found 32"),
+        ({"swiglu": True, "transposed": False, "weight": (4, 64, 128)}, "swiglu: expected a transposed weight"),
+        ({"swiglu": True, "tiles": (128, (128,), 2)}, "swiglu: expected tiles of 256 columns, found 128"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_matmul_does_not_take(change: dict[str, Any], message: str) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
+
+    def zeros(*shape: Any) -> jax.Array:
+        """Of a shape, whose last entry may be a dtype."""
+        sizes = [size for size in shape if isinstance(size, int)]
+        return jnp.zeros(sizes, jnp.bfloat16 if len(sizes) == len(shape) else shape[-1])
+
+    given: dict[str, Any] = {"x": (32, 64), "weight": (4, 128, 64), "transposed": True} | change
+    for name in {"x", "weight", "low", "low_weight"} & set(given):
+        given[name] = given[name] and zeros(*given[name])
+    given["others"] = [(zeros(*left), zeros(4, 128, 48)) for left in given.get("others", ())]
+    if "tiles" in given:
+        given["tiles"] = kernel.Tiles(*given["tiles"])
+    none = jnp.zeros(2, jnp.int32)
+    blocks = kernel.Blocks(none, none, none, jnp.int32(0))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        kernel.grouped_matmul(blocks=blocks, interpret=interpreter(), **given)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("left", "right", "message"),
+    [
+        ((32, 80), (32, 64), "left: expected a multiple of 64 columns, found 80"),
+        ((32, 64), (32, 72), "sizes: expected multiples of 16, found 64, 72, 64, 72"),
+    ],
+)
+def test_what_the_outer_product_does_not_take(left: tuple[int, ...], right: tuple[int, ...], message: str) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
+
+    where = jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.int32)
+    zeros = jnp.zeros(left, jnp.bfloat16), jnp.zeros(right, jnp.bfloat16)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        kernel.grouped_outer(*zeros, *where, interpret=interpreter())
+    mixed = jnp.zeros((32, 64), jnp.bfloat16), jnp.zeros((32, 64), jnp.float16)
+    with pytest.raises(
+        ValueError, match=r"^left and right: expected bfloat16 or float16 on both sides, found bfloat16"
+    ):
+        kernel.grouped_outer(*mixed, *where, interpret=interpreter())
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 400),
@@ -256,7 +317,7 @@ def test_blocks_cover_every_routed_row_once(
     assert (owner[placed] == experts.reshape(-1)[schedule.source[placed]]).all()
 
 
-# What follows goes through `jaxmoe.ops.experts` as training does.
+# The tests below go through `jaxmoe.ops.experts`, as training does.
 
 
 def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: bool, fault: bool = False) -> Any:

@@ -17,6 +17,7 @@ packed rows are taken only where a small case, run once in a process, gives the 
 
 from __future__ import annotations
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -40,6 +41,8 @@ _LAYOUT = fused.AttentionLayout.BTNH.value
 _SEED, _DROPOUT, _BIAS = 42, 0.0, (False, False)  # constants of the private functions' signatures
 # Before this version JAX scaled the offsets of the keys by the number of query heads.
 _GROUPED_PACKING = jax.__version_info__ >= (0, 11, 2)
+# From jax 0.12 on the private functions also take a function that changes the logits, and its arguments.
+_SCORE_MOD = "score_mod" in inspect.signature(fused._dot_product_attention_bwd_rule).parameters
 
 
 def unsupported(query: Any, key: Any, segments: Array | None = None) -> str | None:
@@ -145,19 +148,18 @@ def _group(run: Int[Array, "B T"], number: Array | int, size: int) -> _Group:
     )
 
 
-def _operands(query: Array, key: Array, value: Array, group: _Group | None) -> tuple[Array, ...]:
-    """The operands of a call: no bias, lengths and offsets where the rows are packed, no page table."""
+def _operands(query: Array, key: Array, value: Array, group: _Group | None) -> tuple[Any, ...]:
+    """The operands of a call: no bias, lengths and offsets where the rows are packed, no page table, no score_mod."""
     unused = jnp.zeros(0, query.dtype)
-    if group is None:
-        return query, key, value, unused, unused, unused, unused, unused, unused, unused
-    both = group.lengths, group.lengths, group.offsets, group.offsets
-    return query, key, value, unused, *both, unused, unused
+    both = (unused,) * 4 if group is None else (group.lengths, group.lengths, group.offsets, group.offsets)
+    return query, key, value, unused, *both, unused, unused, *[()] * _SCORE_MOD
 
 
 def _static(query: Array, window: int | None) -> tuple[Any, ...]:
     scale = query.shape[-1] ** -0.5
     version = fused.check_cudnn_version()
-    return scale, _SEED, _DROPOUT, _BIAS, fused.MaskType.CAUSAL, _LAYOUT, window, version, True
+    no_score_mod = [None] * _SCORE_MOD
+    return scale, _SEED, _DROPOUT, _BIAS, fused.MaskType.CAUSAL, _LAYOUT, window, *no_score_mod, version, True
 
 
 def _forward(query: Array, key: Array, value: Array, group: _Group | None, window: int | None) -> tuple[Array, Array]:

@@ -1,0 +1,306 @@
+"""The program of `hopper.grouped_matmul`: producer, consumer and epilogue. `hopper.py` explains how they work together.
+
+An item of work is one tile of columns of one block of rows. Items are numbered block by block, so that the columns of a
+block follow each other and its rows stay in the L2 cache. Multiprocessor m of n takes the items m, m + n, m + 2n, ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import (
+    CONSUMERS,
+    Ring,
+    launch,
+    run_warpgroups,
+    shared_memory,
+    swizzle_bytes,
+)
+from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import DEPTH, TILE_ROWS, Blocks, Tiles
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known about a call when it is compiled.
+
+    Attributes:
+        transposed: the weights are [groups, out, inner], else [groups, inner, out].
+        swiglu: the result is silu(gate) * up of the product's two halves.
+        columns: of the result, which has half of the product's with `swiglu`.
+        depths: of each pair of operands, the width that is contracted.
+        with_offset: the first so many pairs add the offset to the group; the low-rank pair does not.
+        tiles: how the work is cut.
+    """
+
+    transposed: bool
+    swiglu: bool
+    columns: int
+    depths: tuple[int, ...]
+    with_offset: int
+    tiles: Tiles
+
+    @property
+    def pair_steps(self) -> list[int]:
+        """Steps of the ring that each pair takes in one item."""
+        return [pl.cdiv(depth, DEPTH) for depth in self.depths]
+
+    @property
+    def steps(self) -> int:
+        """Steps of the ring in one item."""
+        return sum(self.pair_steps)
+
+    @property
+    def products(self) -> int:
+        """Products of 64 columns that each consumer forms in one item; with SwiGLU one of gate and one of up."""
+        return self.tiles.columns // (64 * CONSUMERS)
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of the result in one item."""
+        return self.tiles.columns // 2 if self.swiglu else self.tiles.columns
+
+    @property
+    def column_tiles(self) -> int:
+        """Items per block."""
+        return pl.cdiv(self.columns, self.tile_columns)
+
+    @property
+    def stored_columns(self) -> int:
+        """Columns of the array that the kernel writes: whole pieces of 64, the surplus is cut off afterwards."""
+        return pl.cdiv(self.columns, 64) * 64
+
+    @property
+    def highest(self) -> int:
+        """Rows of the highest block."""
+        return self.tiles.heights[-1]
+
+
+class _Work(NamedTuple):
+    """References to the list of blocks, in units of 16 rows, and to the offset for the groups."""
+
+    first: Any
+    height: Any
+    group: Any
+    used: Any
+    offset: Any
+
+
+class _Source(NamedTuple):
+    """Where the producer reads one item's operands: the first row, the group and the first column of the result."""
+
+    row: Array
+    group: Array
+    column: Array
+
+
+class _Target(NamedTuple):
+    """Where a consumer writes: the block's first row, its number of rows (`least` or more), the first column."""
+
+    row: Array
+    rows: Array
+    least: int
+    column: Array
+
+
+class _Share(NamedTuple):
+    """The items of one multiprocessor: how many, the first, and the distance from one to the next."""
+
+    turns: Array
+    first: Array
+    stride: Any
+
+    def item(self, turn: Array) -> Array:
+        return self.first + turn * self.stride
+
+
+@dataclass(frozen=True)
+class _Program:
+    """One thread block. `rows`, `weights` and `staging` are its shared memory, `warpgroup` says which code runs."""
+
+    plan: Plan
+    work: _Work
+    pairs: Sequence[tuple[Any, Any]]
+    out: Any
+    weights: Any
+    rows: Any
+    staging: Any
+    ring: Ring
+    share: _Share
+    warpgroup: Array
+
+    def produce(self) -> None:
+        """The producer: for each item, copies every pair's rows and weights into the ring, step by step."""
+        plan, work = self.plan, self.work
+
+        @pl.loop(0, self.share.turns)
+        def _item(turn: Array) -> None:
+            item = self.share.item(turn)
+            block, column = lax.div(item, jnp.int32(plan.column_tiles)), self._column(item)
+            row, group = work.first[block] * TILE_ROWS, work.group[block]
+            step = turn * plan.steps
+            for n, (pair, steps) in enumerate(zip(self.pairs, plan.pair_steps, strict=True)):
+                own = group + work.offset[0] if n < plan.with_offset else group
+                pl.loop(0, steps)(partial(self._load, pair, _Source(row, own, column), step))
+                step += steps
+
+        self.ring.drain(self.share.turns * plan.steps)
+
+    def _load(self, pair: tuple[Any, Any], source: _Source, start: Array, k: Array) -> None:
+        """Copies step k of a pair: DEPTH columns of the rows, and of the weights what they are multiplied with."""
+        plan, (left, matrix) = self.plan, pair
+        slot = self.ring.wait_until_free(start + k)
+        filled = self.ring.filled.at[slot]
+        depth = pl.ds(k * DEPTH, DEPTH)
+        # The copy is as high as the highest block. A lower block's copy brings rows of the next one, which go unused.
+        plgpu.copy_gmem_to_smem(left.at[pl.ds(source.row, plan.highest), depth], self.rows.at[slot], filled)
+        width = plan.tile_columns
+        if plan.swiglu:
+            for half in (0, 1):  # the gate's columns, then those of up
+                part = matrix.at[source.group, pl.ds(half * plan.columns + source.column, width), depth]
+                plgpu.copy_gmem_to_smem(part, self.weights.at[slot, pl.ds(half * width, width)], filled)
+        else:
+            columns = pl.ds(source.column, width)
+            part = (columns, depth) if plan.transposed else (depth, columns)
+            plgpu.copy_gmem_to_smem(matrix.at[(source.group, *part)], self.weights.at[slot], filled)
+
+    def consume(self) -> None:
+        """A consumer: for each item, computes 64 columns per product and hands them to the epilogue."""
+        plan, heights = self.plan, self.plan.tiles.heights
+
+        # The next block's place is read from memory while this one is computed.
+        def turn(number: Array, place: tuple[Array, Array]) -> tuple[Array, Array]:
+            item = self.share.item(number)
+            following = self._place(item + self.share.stride)
+            row, rows = (units * TILE_ROWS for units in place)
+            column = self._column(item) + self.warpgroup * (plan.tile_columns // CONSUMERS)
+            for lower, height in zip((0, *heights), heights, strict=False):
+                least = lower + TILE_ROWS if len(heights) > 1 else height
+
+                @pl.when((rows > lower) & (rows <= height))
+                def _work(height: int = height, least: int = least) -> None:
+                    sums = self._multiply(number * plan.steps, height)
+                    self._epilogue(sums, _Target(row, rows, least, column))
+
+            return following
+
+        lax.fori_loop(0, self.share.turns, turn, self._place(self.share.first))
+
+    def _multiply(self, start: Array, height: int) -> tuple[Array, ...]:
+        """The sums of one item over all pairs, transposed: [64, height] in float32 for each product."""
+        plan = self.plan
+
+        def accumulate(*sums: Any) -> tuple[Array, ...]:
+            def multiply_slot(slot: Array) -> None:
+                rows = self.rows.at[slot, pl.ds(0, height)].transpose((1, 0))
+                for n, acc in enumerate(sums):
+                    # With SwiGLU the slot holds all of the gate, then all of up; a consumer takes 64 columns of each.
+                    at = self.warpgroup * 64 + n * plan.tile_columns if plan.swiglu else self._product(n)
+                    columns = pl.ds(at, 64)
+                    if plan.transposed:
+                        weights = self.weights.at[slot, columns]
+                    else:
+                        weights = self.weights.at[slot, :, columns].transpose((1, 0))
+                    plgpu.wgmma(acc, weights, rows)
+
+            self.ring.multiply(start, plan.steps, multiply_slot, in_flight=plan.products)
+            return tuple(acc[...] for acc in sums)
+
+        accumulators = [plgpu.WGMMAAccumulatorRef((64, height), jnp.float32) for _ in range(plan.products)]
+        sums = pl.run_scoped(accumulate, *accumulators)
+        self.ring.arrive(start + plan.steps - 1)
+        return sums
+
+    def _epilogue(self, sums: tuple[Array, ...], target: _Target) -> None:
+        """Applies SwiGLU if asked for, rounds the sums and writes them."""
+        dtype = self.out.dtype
+        if self.plan.swiglu:
+            gate, up = (acc.astype(dtype).astype(jnp.float32) for acc in sums)
+            sums = (gate / (1 + jnp.exp(-gate)) * up,)
+        for n, part in enumerate(sums):
+            column = target.column + 64 * n
+            write = partial(self._store, part, target._replace(column=column))
+            # TMA drops what lies past the end of `out`. If `out` is only one piece wide, Mosaic removes that dimension
+            # of size one and with it the piece's position: a second piece would overwrite the first.
+            write() if self.plan.stored_columns > 64 else pl.when(column == 0)(write)
+
+    def _store(self, sums: Array, target: _Target) -> None:
+        """Writes 64 columns through shared memory, 128 rows at a time.
+
+        `least` rows exist in every block that this code handles: they are written at once. Any others go out in units
+        of 16 rows, as far as the block reaches.
+        """
+        staging = self.staging.at[self.warpgroup]
+        for start in range(0, sums.shape[1], 128):
+            size = min(128, sums.shape[1] - start)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            staging.at[pl.ds(0, size)].transpose((1, 0))[...] = sums[:, start : start + size].astype(self.out.dtype)
+            plgpu.commit_smem()
+
+            def copy(at: int, size: int, start: int = start) -> None:
+                place = pl.ds(target.row + start + at, size), pl.ds(target.column, 64)
+                plgpu.copy_smem_to_gmem(staging.at[pl.ds(at, size)], self.out.at[place])
+
+            certain = min(max(target.least - start, 0), size)
+            if certain:
+                copy(0, certain)
+            for at in range(certain, size, TILE_ROWS):
+                pl.when(target.rows > start + at)(partial(copy, at, TILE_ROWS))
+
+    def _column(self, item: Array) -> Array:
+        """The first column of an item's result."""
+        return lax.rem(item, jnp.int32(self.plan.column_tiles)) * self.plan.tile_columns
+
+    def _place(self, item: Array) -> tuple[Array, Array]:
+        """First row and number of rows of an item's block, in units of 16; past the last item those of some block."""
+        last = self.work.first.shape[0] - 1
+        block = jnp.minimum(lax.div(item, jnp.int32(self.plan.column_tiles)), last)
+        return self.work.first[block], self.work.height[block]
+
+    def _product(self, n: int) -> Array:
+        """The column in a slot at which this consumer's product `n` begins, without SwiGLU."""
+        return (self.warpgroup * self.plan.products + n) * 64
+
+
+def run(
+    plan: Plan, pairs: Sequence[tuple[Array, Array]], blocks: Blocks, offset: Any, interpret: Any
+) -> Float[Array, "P out"]:
+    """Launches the kernel; `hopper.grouped_matmul` has checked the operands."""
+
+    def program(refs: tuple[Any, ...], ring: Ring) -> None:
+        work, operands, memory = _Work(*refs[:5]), refs[5:-4], refs[-4:]
+        out, weights, rows, staging = memory
+        warpgroup = lax.axis_index("wg")
+        stride, first = lax.axis_size("sm"), lax.axis_index("sm")
+        items = work.used[0] * plan.column_tiles
+        share = _Share(lax.div(items - first + stride - 1, jnp.int32(stride)), first, stride)
+        by_pair = list(zip(operands[::2], operands[1::2], strict=True))
+        block = _Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup)
+        run_warpgroups(block.produce, block.consume, warpgroup)
+
+    x, weight = pairs[0]
+    columns, _, slots = plan.tiles
+    # wgmma wants both operands in the same swizzle.
+    widths = plan.depths if plan.transposed else (*plan.depths, weight.shape[2])
+    swizzle = swizzle_bytes(*widths)
+    weights_shape = (slots, columns, DEPTH) if plan.transposed else (slots, DEPTH, columns)
+    scratch = [
+        shared_memory(weights_shape, x.dtype, swizzle),
+        shared_memory((slots, plan.highest, DEPTH), x.dtype, swizzle),
+        shared_memory((CONSUMERS, min(plan.highest, 128), 64), x.dtype),
+    ]
+    out = jax.ShapeDtypeStruct((x.shape[0], plan.stored_columns), x.dtype)
+    copies = 3 if plan.swiglu else 2  # SwiGLU's weights come in two pieces
+    kernel = launch("grouped_matmul", program, out, scratch, slots=slots, copies=copies, interpret=interpret)
+    as_array = partial(jnp.asarray, dtype=jnp.int32)
+    work = [*blocks[:3], as_array(blocks.used).reshape(1), as_array(offset).reshape(1)]
+    return kernel(*work, *(array for pair in pairs for array in pair))[:, : plan.columns]
