@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         labels = Capture.open(args.text).labelled_text()
-        from torch_ref import FastQwen3MoeModel
+        from torch_ref.model import FastQwen3MoeModel
 
         model, tokenizer = FastQwen3MoeModel.from_pretrained(
             args.model, max_seq_length=None, dtype=args.dtype, load_in_4bit=args.load_in_4bit, fix_tokenizer=False
