@@ -192,7 +192,7 @@ def _imports(node: ast.AST, module: str, deferred: bool) -> Iterator[tuple[str, 
                 yield from _imports(ast.Module([other], []), module, deferred)
         else:
             if isinstance(child, ast.Call) and ast.unparse(child.func).endswith("import_module"):
-                yield from ((a.value, deferred) for a in child.args[:1] if isinstance(a, ast.Constant))
+                yield from ((str(a.value), deferred) for a in child.args[:1] if isinstance(a, ast.Constant))
             is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             yield from _imports(child, module, deferred or is_function)
 
