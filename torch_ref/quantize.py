@@ -346,8 +346,8 @@ class PackedStack:
 class Experts4bit(nn.Module):
     """The experts of one layer in 4 bit; it replaces transformers' `Qwen3MoeExperts`.
 
-    The codes are parameters with the names of the stacks, where PEFT finds them. The statistics are not buffers, so that
-    casting the model to another dtype does not change them.
+    The codes are parameters with the names of the stacks, where PEFT finds them. The statistics are not buffers: a cast
+    of the model to another dtype must not change them.
     """
 
     def __init__(
