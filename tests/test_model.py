@@ -17,6 +17,7 @@ from convert.hf2jax import hf2jax
 from jaxmoe import LoraConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from jaxmoe.errors import UserError
 from jaxmoe.memory import Remat
+from jaxmoe.model import causal_lm
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Options, Tokens
@@ -209,7 +210,7 @@ def test_rows_of_one_document_need_no_segments(folder):
     ids=str,
 )
 def test_which_rows_are_packed(segments, packed):
-    assert model._packed(np.asarray(segments)) == packed
+    assert causal_lm._packed(np.asarray(segments)) == packed
 
 
 def losses_and_gradients(chunk):
