@@ -106,36 +106,14 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("captures.format", "jaxmoe.store.files"): "an output folder appears whole or not at all",
 }
 
+_ABOVE = {"peers", "tests", "examples", "benchmarks", "notebooks"}
 # package -> what no module of it imports, not even inside a function
 NEVER = {
-    "jaxmoe": {"torch", "torch_ref", "peft", "bitsandbytes", "peers", "tests", "examples", "benchmarks", "notebooks"},
-    "torch_ref": {
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax",
-        "jaxmoe",
-        "convert",
-        "peers",
-        "tests",
-        "examples",
-        "benchmarks",
-    },
+    "jaxmoe": _ABOVE | {"torch", "torch_ref", "peft", "bitsandbytes"},
+    "torch_ref": _ABOVE | {"jax", "jaxlib", "flax", "optax", "orbax", "jaxmoe", "convert"},
     # both frameworks' sides read and write captures, so it loads neither
-    "captures": {"jax", "jaxlib", "flax", "torch", "torch_ref", "convert", "peers", "tests", "examples", "benchmarks"},
-    "convert": {
-        "torch",
-        "torch_ref",
-        "flax",
-        "optax",
-        "peft",
-        "bitsandbytes",
-        "peers",
-        "tests",
-        "examples",
-        "benchmarks",
-    },
+    "captures": _ABOVE | {"jax", "jaxlib", "flax", "torch", "torch_ref", "convert"},
+    "convert": _ABOVE | {"torch", "torch_ref", "flax", "optax", "peft", "bitsandbytes"},
 }
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
