@@ -409,7 +409,7 @@ def test_a_planted_import_is_found(module: str, line: str, wall: str) -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("jaxmoe.ops.linear", "def f():\n    from jaxmoe.ops.experts import sorted_experts"),
+        ("jaxmoe.config", "def f():\n    from jaxmoe.parameters import parameter_specs"),
         ("jaxmoe.data", "def f():\n    from jaxmoe.train.loop import train"),
         ("jaxmoe.config", "from jaxmoe import Qwen3MoeForCausalLM"),
         ("tests.oracle", "import tests.test_config"),
