@@ -41,6 +41,12 @@ class _Recorded(float):
         self.note(error)
         return float(self) > error
 
+    def __lt__(self, other: Any) -> Any:  # a margin above a bound is no error
+        return float(self) < other
+
+    def __le__(self, other: Any) -> Any:
+        return float(self) <= other
+
     def __hash__(self) -> int:
         return hash(float(self))
 

@@ -162,8 +162,8 @@ def test_a_capture_is_what_the_model_computed(model, text, captured):
     sums = np.zeros_like(captured.probability_sums())
     for layer, (experts, p) in enumerate(zip(chunk.top_experts, chunk.probabilities, strict=True)):
         np.add.at(sums[layer], experts, p)
-    slack = 1 - bound("capture_sums_fp32")
-    assert (captured.probability_sums() >= sums * slack).all()  # the sums hold what comes after the top 16 too
+    # the sums hold what comes after the top 16 too
+    assert (sums - captured.probability_sums()).max() / captured.tokens <= bound("capture_sums_fp32")
     assert captured.probability_sums().sum(-1) == pytest.approx([captured.tokens] * 6, rel=bound("capture_sums_fp32"))
 
 

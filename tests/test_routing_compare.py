@@ -221,7 +221,9 @@ def test_packing_keeps_integers_exactly_and_numbers_to_five_digits():
     integers = np.array([[3, -7], [65000, 12]])
     assert np.array_equal(unpack(pack(integers)), integers)
     numbers = np.array([0.1, math.nan, 2.5, -1.0])
-    assert unpack(pack(numbers)) == pytest.approx(numbers, abs=3.5 * bound("packed_numbers"), nan_ok=True)
+    found = unpack(pack(numbers))
+    assert np.isnan(found).tolist() == np.isnan(numbers).tolist()
+    assert np.nanmax(np.abs(found - numbers)) / 3.5 <= bound("packed_numbers")  # 3.5: from -1 to 2.5
     assert unpack(pack(np.full(3, math.nan))) == pytest.approx([math.nan] * 3, nan_ok=True)
     assert unpack(pack(np.full(2, 4.5))).tolist() == [4.5, 4.5]
 
@@ -243,7 +245,7 @@ def test_the_report_needs_no_network_and_its_files_hold_the_numbers(pair, tmp_pa
         assert (tmp_path / "report" / "png" / f"{key}.png").read_bytes().startswith(b"\x89PNG")
     load = metrics.expert_load(pair[0].read_experts()[1], 12)
     drawn = unpack(figures["load"]["values"])
-    assert drawn[0, 1] == pytest.approx(load / load.mean(), abs=np.ptp(drawn) * bound("packed_numbers"))
+    assert np.abs(drawn[0, 1] - load / load.mean()).max() / np.ptp(drawn) <= bound("packed_numbers")
     with (tmp_path / "report" / "csv" / "load.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["layer"] == "2"]
     assert [float(row["load / even share"]) for row in rows] == pytest.approx(
