@@ -82,8 +82,8 @@ class _Approximately:
 
     def __init__(self, expected: Any, rel: Any = None, abs: Any = None, nan_ok: bool = False) -> None:
         self._expected, self._rel, self._abs = expected, rel, abs
-        numbers = [None if limit is None else float(limit) for limit in (rel, abs)]
-        self._plain = _APPROX(expected, *numbers, nan_ok)
+        numbers = {name: None if limit is None else float(limit) for name, limit in (("rel", rel), ("abs", abs))}
+        self._plain = _APPROX(expected, **numbers, nan_ok=nan_ok)
 
     def __eq__(self, found: object) -> bool:
         if isinstance(self._rel, _Recorded) or isinstance(self._abs, _Recorded):

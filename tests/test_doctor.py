@@ -23,8 +23,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.ops import attention_cudnn as cudnn
-from jaxmoe.ops import experts as dispatch
 from jaxmoe.ops.attention_chunked import chunk_length
+from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 from jaxmoe.ops.kernels.grouped_matmul.xla import XLA
 from jaxmoe.ops.schedule import make_schedule
 from jaxmoe.parameters import Quantization, lora_specs, nf4_candidates, parameter_specs, stored_specs
@@ -246,7 +246,7 @@ def test_the_forecast_is_a_little_above_what_a_compiled_step_holds(case: tuple[A
 
 def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
     assert memory.CUDNN_SEQUENCES == cudnn.MAX_RUNS
-    assert memory.MOSAIC_ROWS == dispatch._MOSAIC_ROWS
+    assert memory.MOSAIC_ROWS == HOPPER.tile_rows(1, 1) == HOPPER.tile_rows(65536, 128)
     for length in (1, 64, 600, 4096, 8192, 8193, 65536):
         assert memory.query_chunk(length) == chunk_length(length)
 

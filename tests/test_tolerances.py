@@ -24,7 +24,7 @@ def mentions() -> Iterator[re.Pattern[str]]:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                parts = [re.escape(p.value) if isinstance(p, ast.Constant) else ".+" for p in node.values]
+                parts = [re.escape(str(p.value)) if isinstance(p, ast.Constant) else ".+" for p in node.values]
                 if parts[0] != ".+":
                     yield re.compile("".join(parts))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
