@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import pkgutil
 import re
 import tomllib
 import typing
@@ -74,6 +73,21 @@ def test_commands_exist(command: str) -> None:
         assert importlib.util.find_spec(f"{command}.__main__") is not None
 
 
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("convert.__main__", "hf2jax jax2hf peft2jax jax2peft inspect"),
+        ("jaxmoe.routing.__main__", "capture compare report"),
+    ],
+)
+def test_subcommands_are_listed(module: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(module).main(["--help"])
+    assert left.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(re.search(rf"\b{name}\b", listed) for name in names.split())
+
+
 def test_console_scripts_name_functions() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     assert sorted(scripts) == list(SCRIPTS)
@@ -83,13 +97,13 @@ def test_console_scripts_name_functions() -> None:
 
 
 def modules() -> Iterator[str]:
-    """Every module of the packages that can be imported here."""
-    for package in CHECKED_PACKAGES:
-        yield package
-        for info in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
-            if info.name == "torch_ref.triton_programs" and importlib.util.find_spec("triton") is None:
-                continue  # comes with CUDA builds of torch
-            yield info.name
+    """Every module of the packages that can be imported here; found by its file, so that collecting imports none."""
+    for path in sorted(path for package in CHECKED_PACKAGES for path in (ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        # the kernels' programs need Triton, which CPU builds of torch do not contain
+        if name != "torch_ref.triton_programs" or importlib.util.find_spec("triton") is not None:
+            yield name
 
 
 def public(module: Any) -> Iterator[tuple[str, Callable[..., Any] | type]]:

@@ -154,7 +154,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "bisection_fp32": Tolerance(1e-5, None, "float32: what one layer or operation may be off by before it is named"),
     "bisection_16_bit": Tolerance(5e-2, None, "16 bit: the same"),
     # The margin above which no choice of experts may flip: the 99.9th percentile of what the differences of stock
-    # transformers' router logits are off by, pinned, against float64. Measured: the widest flip.
+    # transformers' router logits are off by, pinned, against float64. Measured: the widest flip that was recorded.
     "flip_margin_demo_float32": Tolerance(2.3e-5, None, "demo checkpoint, float32"),
     "flip_margin_demo_bfloat16": Tolerance(8.5e-2, 5.4e-2, "demo checkpoint, bfloat16"),
     "flip_margin_demo-adapter_float32": Tolerance(3.3e-5, None, "demo checkpoint with a random adapter, float32"),
