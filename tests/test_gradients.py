@@ -123,7 +123,9 @@ def test_a_frozen_parameter_raises_and_the_others_are_as_before() -> None:
         nnx.grad(loss)(model)
     model.unfreeze()
     nnx.grad(loss)(model)
-    with pytest.raises(ValueError, match=r"expected a path in the model such as 'weights.attention', found 'weights.q'"):
+    with pytest.raises(
+        ValueError, match=r"expected a path in the model such as 'weights.attention', found 'weights.q'"
+    ):
         model.freeze("weights.q")
 
 

@@ -101,6 +101,10 @@ TOLERANCES: dict[str, Tolerance] = {
     "published_limits": Tolerance(
         0.01, 2.6e-3, "tokens a second at full speed against those worked out by hand, relative"
     ),
+    "reported_speed": Tolerance(
+        0.02, None, "tokens a second that a run reports against the time of its steps, relative"
+    ),
+    "doubled_speed": Tolerance(0.05, None, "the same with a planted fault, against twice the right speed, relative"),
     # routing: captures, interventions, comparisons, figures
     "capture_logits_fp32": Tolerance(2e-5, 2.9e-6, "captured logits, their log-sum-exp and entropy, absolute"),
     "capture_tiny_logits_fp32": Tolerance(1e-5, 5.7e-6, "captured logits of a random model of 32 columns, absolute"),
