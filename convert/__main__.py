@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dequantize", action="store_true", help="decode weights in NF4 into their dtype before quantisation"
     )
-    sub.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a safetensors file (default: 5GB)")
+    sub.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a safetensors file (default: 5GB)"
+    )
     sub = command("peft2jax", "Converts a PEFT adapter into a converted adapter.", "PEFT adapter folder or hub id")
     sub.add_argument("--model", metavar="DIR", help="base model, HF or converted (default: the one named in SRC)")
     sub.add_argument(

@@ -222,7 +222,7 @@ def test_no_buffer_exceeds_the_padded_rows_times_the_widest_layer():
 def test_ties_go_to_the_lowest_experts():
     routing = route(jnp.ones((5, 8)), jnp.zeros((6, 8)), num_experts_per_tok=3, norm_topk_prob=True)
     np.testing.assert_array_equal(routing.experts, np.tile([0, 1, 2], (5, 1)))
-    np.testing.assert_allclose(routing.weights, 1 / 3, rtol=1e-6)
+    np.testing.assert_allclose(routing.weights, 1 / 3, rtol=bound("routing_weights_fp32"))
 
 
 def test_load_balancing_loss_by_hand():
@@ -251,6 +251,7 @@ def test_routing_is_renormalised_only_when_asked():
     x, gate = (rng.normal(size=(n, 8)).astype(np.float32) for n in (7, 6))
     plain: Routing = routed(x, gate, num_experts_per_tok=2, norm_topk_prob=False)
     scaled: Routing = routed(x, gate, num_experts_per_tok=2, norm_topk_prob=True)
-    np.testing.assert_allclose(scaled.weights.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(scaled.weights.sum(-1), 1, rtol=bound("routing_weights_fp32"))
     assert (plain.weights.sum(-1) < 0.999).any()
-    np.testing.assert_allclose(plain.weights / plain.weights.sum(-1, keepdims=True), scaled.weights, rtol=1e-5)
+    renormalised = plain.weights / plain.weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(renormalised, scaled.weights, rtol=bound("routing_weights_fp32"))

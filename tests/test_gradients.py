@@ -21,7 +21,6 @@ from jaxmoe.train.loss import cross_entropy
 from peers.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
 from peers.reference import Reference
 from tests.parity import relative_error
-from tests.test_adapters import random_adapters
 from tests.tolerances import bound
 
 LORA = LoraConfig(r=3, alpha=5.0, targets=("q_proj", "o_proj", "gate", "experts.gate_up_proj", "experts.down_proj"))

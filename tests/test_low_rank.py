@@ -200,7 +200,7 @@ def test_the_terms_survive_compilation() -> None:
     a = draw(4, INNER)
     high, low = jnp.split(jax.jit(lambda a: low_rank.split_high_low(a, jnp.bfloat16, 0))(a).astype(jnp.float32), 2)
     assert relative_error(high, a) > 1e-4
-    assert relative_error(high + low, a) < 1e-5
+    assert relative_error(high + low, a) <= bound("split_high_low")
 
 
 @pytest.mark.parametrize("rank", [*RANKS, 64, 72])

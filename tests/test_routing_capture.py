@@ -18,6 +18,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.routing.capture import capture, pack_in_order
 from jaxmoe.routing.text import label, labelled_text, read_text
 from tests.conftest import ROOT
+from tests.tolerances import bound
 
 CHECKPOINT = ROOT / "tests" / "checkpoints" / "qwen3-moe-stdlib"
 LENGTH = 64
@@ -127,34 +128,44 @@ def test_a_capture_is_what_the_model_computed(model, text, captured):
     for row, part in enumerate(contexts):
         ids[row, : part.stop - part.start], mask[row, : part.stop - part.start] = text.text.token[part], 1
     out = model(ids, attention_mask=mask, output_router_logits=True)
-    router_logits, all_logits = np.stack(out.router_logits), np.asarray(out.logits)
+    # In float64: a float32 sum of exponentials over the vocabulary is off by up to 1e-4.
+    router_logits, all_logits = np.stack(out.router_logits), np.asarray(out.logits, np.float64)
     for row, part in enumerate(contexts):
         n = part.stop - part.start
         logits = router_logits[:, row, :n]
         order = np.argsort(-logits, axis=-1, kind="stable")
         top = np.take_along_axis(logits, order, axis=-1)
-        assert np.allclose(chunk.top_logits[:, part], top[..., :16], rtol=0, atol=2e-5)
-        assert np.allclose(chunk.log_sum_exp[:, part], np.logaddexp.reduce(logits, axis=-1), rtol=0, atol=2e-5)
+        assert np.allclose(chunk.top_logits[:, part], top[..., :16], rtol=0, atol=bound("capture_logits_fp32"))
+        assert np.allclose(
+            chunk.log_sum_exp[:, part], np.logaddexp.reduce(logits, axis=-1), rtol=0, atol=bound("capture_logits_fp32")
+        )
         p = np.exp(logits - np.logaddexp.reduce(logits, axis=-1)[..., None])
-        assert np.allclose(chunk.entropy[:, part], -(p * np.log(p)).sum(-1), rtol=0, atol=2e-5)
-        clear = top[..., k - 1] - top[..., k] > 1e-4
+        assert np.allclose(chunk.entropy[:, part], -(p * np.log(p)).sum(-1), rtol=0, atol=bound("capture_logits_fp32"))
+        clear = top[..., k - 1] - top[..., k] > bound("capture_logit_margin")
         same = np.sort(chunk.experts[:, part], -1) == np.sort(order[..., :k], -1)
         assert clear.mean() > 0.95 and same.all(-1)[clear].all()
         chosen = np.take_along_axis(p, chunk.experts[:, part].astype(int), -1)
-        assert np.allclose(chunk.weights[:, part], chosen / chosen.sum(-1, keepdims=True), rtol=0, atol=1e-5)
+        assert np.allclose(
+            chunk.weights[:, part], chosen / chosen.sum(-1, keepdims=True), rtol=0, atol=bound("capture_weights_fp32")
+        )
         ordered = np.sort(p, -1)
-        assert np.allclose(chunk.margin[:, part], ordered[..., -k] - ordered[..., -k - 1], rtol=0, atol=1e-5)
+        assert np.allclose(
+            chunk.margin[:, part], ordered[..., -k] - ordered[..., -k - 1], rtol=0, atol=bound("capture_weights_fp32")
+        )
         log_p = all_logits[row, :n] - np.logaddexp.reduce(all_logits[row, :n], axis=-1)[:, None]
         following = chunk.text.next[part]
         known = following >= 0
-        assert np.allclose(losses(chunk)[part][known], -log_p[known, following[known]], rtol=0, atol=1e-4)
+        assert np.allclose(
+            losses(chunk)[part][known], -log_p[known, following[known]], rtol=0, atol=bound("capture_loss_fp32")
+        )
         assert np.isnan(losses(chunk)[part][~known]).all()
         assert chunk.predicted is not None and (chunk.predicted[part] == log_p.argmax(-1)).mean() > 0.95
     sums = np.zeros_like(captured.probability_sums())
     for layer, (experts, p) in enumerate(zip(chunk.top_experts, chunk.probabilities, strict=True)):
         np.add.at(sums[layer], experts, p)
-    assert (captured.probability_sums() >= sums - 1e-3).all()  # what lies behind the top 16 is there too
-    assert captured.probability_sums().sum(-1) == pytest.approx([captured.tokens] * 6, rel=1e-5)
+    # the sums hold what comes after the top 16 too
+    assert (sums - captured.probability_sums()).max() / captured.tokens <= bound("capture_sums_fp32")
+    assert captured.probability_sums().sum(-1) == pytest.approx([captured.tokens] * 6, rel=bound("capture_sums_fp32"))
 
 
 def test_all_logits_on_request_and_other_batches(model, text, captured, tmp_path):
@@ -163,8 +174,8 @@ def test_all_logits_on_request_and_other_batches(model, text, captured, tmp_path
     assert full.text["digest"] == captured.text["digest"]
     for a, b in zip(full.chunks(50), captured.chunks(50), strict=True):
         assert len(a) == len(b) <= 50
-        assert np.allclose(a.top_logits[..., :16], b.top_logits, rtol=0, atol=2e-5)
-        assert np.allclose(a.dense_probabilities().sum(-1), 1, atol=1e-5)
+        assert np.allclose(a.top_logits[..., :16], b.top_logits, rtol=0, atol=bound("capture_logits_fp32"))
+        assert np.allclose(a.dense_probabilities().sum(-1), 1, rtol=0, atol=bound("capture_weights_fp32"))
     with pytest.raises(ValueError, match="expected all 32 of each token, found the top 16"):
         next(captured.chunks()).dense_probabilities()
     three = captured.read(10, 90, slice(2, 4))
@@ -192,7 +203,7 @@ def test_dense_layers_are_left_out(tmp_path):
     assert out.router_logits is not None
     logits = np.stack(out.router_logits)[:, 0]
     top = np.sort(logits, -1)[..., ::-1][..., : found.keep_logits]
-    assert np.allclose(whole(found).top_logits, top, rtol=0, atol=1e-5)
+    assert np.allclose(whole(found).top_logits, top, rtol=0, atol=bound("capture_tiny_logits_fp32"))
 
 
 def test_pytorch_writes_the_same_format_and_the_same_routing(captured, tmp_path, capsys):
@@ -208,13 +219,13 @@ def test_pytorch_writes_the_same_format_and_the_same_routing(captured, tmp_path,
     assert other.model == captured.model and other.source["framework"] == "torch_ref"
     assert other.text["digest"] == captured.text["digest"]
     a, b = whole(captured), whole(other)
-    assert np.abs(a.top_logits - b.top_logits).max() < 1e-4
-    assert np.abs(a.entropy - b.entropy).max() < 1e-4
-    assert np.nanmax(np.abs(losses(a) - losses(b))) < 1e-4
-    clear = a.margin > 1e-5
+    assert np.abs(a.top_logits - b.top_logits).max() <= bound("capture_torch_fp32")
+    assert np.abs(a.entropy - b.entropy).max() <= bound("capture_torch_fp32")
+    assert np.nanmax(np.abs(losses(a) - losses(b))) <= bound("capture_torch_fp32")
+    clear = a.margin > bound("routing_margin")
     assert (np.sort(a.experts, -1) == np.sort(b.experts, -1)).all(-1)[clear].all()
-    assert np.abs(a.weights.sum(-1) - b.weights.sum(-1)).max() < 1e-5
-    assert captured.probability_sums() == pytest.approx(other.probability_sums(), rel=1e-4)
+    assert np.abs(a.weights.sum(-1) - b.weights.sum(-1)).max() <= bound("capture_weights_fp32")
+    assert captured.probability_sums() == pytest.approx(other.probability_sums(), rel=bound("capture_torch_sums"))
 
 
 def test_pytorch_refuses_what_is_no_capture_in_one_line(tmp_path, capsys):
@@ -329,4 +340,9 @@ def test_documents_that_share_a_sequence_do_not_see_each_other(model, tokenizer,
     both = capture(model, labelled_text([one, two], LENGTH, "t"), tmp_path / "both", batch_size=1)
     alone = capture(model, labelled_text([two], LENGTH, "t"), tmp_path / "alone", batch_size=1)
     n = len(two.tokens)
-    assert np.allclose(both.read(both.tokens - n, both.tokens).top_logits, whole(alone).top_logits, rtol=0, atol=2e-5)
+    assert np.allclose(
+        both.read(both.tokens - n, both.tokens).top_logits,
+        whole(alone).top_logits,
+        rtol=0,
+        atol=bound("capture_logits_fp32"),
+    )

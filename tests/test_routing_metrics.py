@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.routing import metrics
+from tests.tolerances import bound
 
 # Four tokens, four experts, two each. Loads: 0 three times, 1 twice, 2 twice, 3 once.
 HAND = np.array([[0, 1], [1, 0], [0, 2], [2, 3]])
@@ -69,7 +70,7 @@ def test_load_balancing_loss_is_that_of_the_router():
 
     load, sums = RNG.integers(1, 50, (3, 8)), RNG.random((3, 8)) * 20
     model = load_balancing_loss(jnp.asarray(load), jnp.asarray(sums, jnp.float32), jnp.asarray(90))
-    assert metrics.load_balancing_loss(load, sums, 90) == pytest.approx(float(model), rel=1e-6)
+    assert metrics.load_balancing_loss(load, sums, 90) == pytest.approx(float(model), rel=bound("metrics_fp32"))
 
 
 def test_margin_by_hand():
@@ -116,7 +117,7 @@ def test_transition_by_hand_and_by_loop():
 
 
 def test_mutual_information_of_independent_and_of_equal_choices():
-    assert metrics.mutual_information(np.full((4, 4), 3)) == pytest.approx(0, abs=1e-12)
+    assert metrics.mutual_information(np.full((4, 4), 3)) == pytest.approx(0, abs=bound("metrics_fp64"))
     assert metrics.mutual_information(np.eye(4, dtype=int) * 5) == pytest.approx(math.log(4))
     # p = [[1/2, 1/4], [0, 1/4]]: rows 3/4 and 1/4, columns 1/2 and 1/2
     by_hand = 1 / 2 * math.log(4 / 3) + 1 / 4 * math.log(2 / 3) + 1 / 4 * math.log(2)
@@ -187,8 +188,8 @@ def test_coarse_divergence_is_exact_with_all_experts_and_else_a_lower_bound():
         a, b = np.argsort(-p, axis=1)[:, :t], np.argsort(-q, axis=1)[:, :t]
         take = np.take_along_axis
         bounds.append(metrics.coarse_jensen_shannon(a, take(p, a, 1), b, take(q, b, 1)))
-    assert bounds[0] == pytest.approx(exact, abs=1e-12)
-    assert (bounds[1] <= exact + 1e-12).all() and (bounds[2] <= exact + 1e-12).all()
+    assert bounds[0] == pytest.approx(exact, abs=bound("metrics_fp64"))
+    assert all((coarse <= exact + bound("metrics_fp64")).all() for coarse in bounds[1:])
     assert 0 < bounds[2].mean() < exact.mean()
 
 

@@ -17,6 +17,7 @@ from jaxmoe.presets import PRESETS
 from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 from peers.configs import config_of
+from tests.tolerances import bound
 
 HLO = """
   %fusion.1 = bf16[8,4]{1,0} fusion(%p0), kind=kLoop, metadata={op_type="mul" op_name="jit(f)/jvp(while)/body/attention/mul"}
@@ -90,8 +91,10 @@ def test_every_stage_is_named_in_a_compiled_step():
 def test_limits_of_the_published_shape(length, step, prefill):
     """Tokens a second at 790 TFLOP/s, worked out by hand from the shape."""
     config = PRESETS["qwen3-30b-a3b"]
-    assert 790e12 / limits.lora_step_flops(config, length) == pytest.approx(step, rel=0.01)
-    assert 790e12 / limits.forward_flops(config, length, head=False) == pytest.approx(prefill, rel=0.01)
+    assert 790e12 / limits.lora_step_flops(config, length) == pytest.approx(step, rel=bound("published_limits"))
+    assert 790e12 / limits.forward_flops(config, length, head=False) == pytest.approx(
+        prefill, rel=bound("published_limits")
+    )
 
 
 def test_a_matmul_is_timed():

@@ -350,5 +350,5 @@ def test_adapters_are_not_rounded_to_16_bits(path: str, rank: int, monkeypatch: 
 
     assert error() <= bound("applied_adapter")
     for module in (torch_ref.adapters, torch_ref.experts):
-        monkeypatch.setattr(module, "two_terms", lambda weight, dtype, rank_dim: weight.to(dtype))
+        monkeypatch.setattr(module, "split_high_low", lambda weight, dtype, rank_dim: weight.to(dtype))
     assert error() > 3 * bound("applied_adapter")

@@ -54,15 +54,52 @@ def stock(folder: pathlib.Path, **rope: Any) -> torch.Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder, config=config))
 
 
+FROM_PRETRAINED = {
+    "model_name": "Qwen/Qwen3-30B-A3B",
+    "max_seq_length": 4096,
+    "dtype": None,
+    "load_in_4bit": True,
+    "token": None,
+    "device_map": "sequential",
+    "rope_scaling": None,
+    "fix_tokenizer": True,
+    "trust_remote_code": False,
+    # not Unsloth's
+    "experts_implementation": None,
+    "attn_implementation": None,
+}
+GET_PEFT_MODEL = {
+    "model": inspect.Parameter.empty,
+    "r": 16,
+    "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "lora_alpha": 16,
+    "lora_dropout": 0,
+    "bias": "none",
+    "layers_to_transform": None,
+    "use_gradient_checkpointing": True,
+    "random_state": 3407,
+    "use_rslora": False,
+    "modules_to_save": None,
+    "options": inspect.Parameter.empty,  # **options: the other fields of PEFT's LoraConfig
+}
+
+
+def signature(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """The parameters of `function` in order, each with its default."""
+    parameters = inspect.signature(function).parameters
+    positional = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in positional)
+    return [(name, p.default) for name, p in parameters.items()]
+
+
 def test_the_signatures() -> None:
-    found = inspect.signature(FastQwen3Model.from_pretrained).parameters
-    expected = {"max_seq_length": 4096, "dtype": None, "load_in_4bit": True, "token": None, "device_map": "sequential"}
-    expected |= {"rope_scaling": None, "fix_tokenizer": True, "trust_remote_code": False}
-    assert list(found)[1:9] == list(expected)
-    assert all(found[name].default == value for name, value in expected.items())
-    default = inspect.signature(FastQwen3MoeModel.from_pretrained).parameters["model_name"].default
-    assert default == "Qwen/Qwen3-30B-A3B"
     assert issubclass(FastQwen3MoeModel, FastQwen3Model)
+    assert signature(FastQwen3MoeModel.from_pretrained) == list(FROM_PRETRAINED.items())
+    assert signature(FastQwen3Model.from_pretrained)[1:] == list(FROM_PRETRAINED.items())[1:]
+    for model in (FastQwen3MoeModel, FastQwen3Model):
+        assert signature(model.get_peft_model) == list(GET_PEFT_MODEL.items())
+    last = inspect.signature(FastQwen3MoeModel.get_peft_model).parameters["options"]
+    assert last.kind is inspect.Parameter.VAR_KEYWORD
 
 
 def test_loading_patches(folder: pathlib.Path) -> None:
@@ -186,7 +223,7 @@ def test_fix_tokenizer(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     model, tokenizer = load(broken, fix_tokenizer=False)
     assert (tokenizer.pad_token, tokenizer.padding_side) == ("<|im_end|>", "left")
     small = make_checkpoint(tmp_path / "small", TINY.replace(vocab_size=200))
-    with pytest.raises(ValueError, match="fix_tokenizer: expected at most 200 tokens, the embedding's rows, found 259"):
+    with pytest.raises(ValueError, match="fix_tokenizer: expected at most 200 tokens, the embedding's size, found 259"):
         load(small)
     tokenizer = AutoTokenizer.from_pretrained(broken)
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"

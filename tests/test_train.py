@@ -438,7 +438,9 @@ def test_weight_decay_spares_norms() -> None:
 )
 def test_learning_rate(schedule: Any, expected: list[float]) -> None:
     rate: Any = learning_rate(schedule, 2.0, 2, 6)
-    np.testing.assert_allclose([float(rate(step)) for step in range(6)], 2 * np.asarray(expected), rtol=1e-6)
+    np.testing.assert_allclose(
+        [float(rate(step)) for step in range(6)], 2 * np.asarray(expected), rtol=bound("learning_rate_fp32")
+    )
     at_once: Any = learning_rate(schedule, 2.0, 0, 6)
     assert float(at_once(0)) == 2.0
 
@@ -566,7 +568,7 @@ def test_unrolled_layers_learn_the_same(
     for expected, found in zip(metrics(output), metrics(tmp_path / "out"), strict=True):
         for name in ("loss", "grad_norm", "eval_loss"):
             if expected.get(name) is not None:
-                assert abs(found[name] - expected[name]) <= bound("unrolled_run_fp32") * expected[name]
+                assert abs(found[name] - expected[name]) / expected[name] <= bound("unrolled_run_fp32")
 
 
 @pytest.mark.parametrize(
@@ -591,7 +593,7 @@ def test_expert_load() -> None:
     load = expert_load(np.asarray([[4, 4, 4, 4], [16, 0, 0, 0], [0, 0, 0, 0], [3, 1, 0, 0]]))
     np.testing.assert_allclose(load["expert_load_cv"], [0, 3**0.5, 0, 1.5**0.5])
     half = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(4)
-    np.testing.assert_allclose(load["expert_load_entropy"], [1, 0, 0, half], atol=1e-12)
+    np.testing.assert_allclose(load["expert_load_entropy"], [1, 0, 0, half], rtol=0, atol=bound("metrics_fp64"))
 
 
 def test_metrics_log(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
-"""Qwen3-MoE in PyTorch, the trusted side: transformers' model with patched forwards, 4-bit experts, LoRA on all of it.
+"""Qwen3-MoE in PyTorch, the reference side: transformers' model with replaced forwards, 4-bit experts and LoRA.
 
-The semantics are transformers'; the names and signatures are those of Unsloth's `qwen3_moe.py`.
+It computes what transformers computes; names and signatures are those of Unsloth's `qwen3_moe.py`.
 """
 
 from __future__ import annotations

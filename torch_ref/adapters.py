@@ -1,8 +1,8 @@
-"""How the patched forwards apply PEFT's adapters: from PEFT's own modules, but factored and in the activations' dtype.
+"""How the replaced forwards apply PEFT's adapters: read from PEFT's modules, computed in the activations' dtype.
 
-PEFT raises activations to the adapter's float32, and adds an expert's delta to a copy of the whole stack. Here
-x A^T B^T is formed in the activations' dtype, A and B in two terms of it, and added to the product; master weights and
-files stay PEFT's.
+PEFT casts activations to the adapter's float32, and adds an expert's delta to a copy of the whole stack. Here
+x A^T B^T is computed in the activations' dtype, with A and B split into high and low parts, and added to the product.
+The float32 weights and the files remain PEFT's.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_ref.experts import ExpertAdapter
-from torch_ref.low_rank import fold, two_terms, unfold
+from torch_ref.low_rank import fold, split_high_low, unfold
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, with LoRA computed in x's dtype: W x + b + scale B A dropout(x).
 
-    What is no plain LoRA on a linear map (DoRA, a trained bias, a merged or disabled adapter) is left to PEFT.
+    PEFT's own forward runs wherever this is not plain LoRA on a linear map: DoRA, a trained bias, a merged or disabled
+    adapter.
     """
     if not isinstance(module, LoraLayer) or not _factored(module):
         return module(x)
@@ -28,14 +29,14 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     for name in module.active_adapters:
         if name in module.lora_A:
             a, b = _weight(module.lora_A[name]), _weight(module.lora_B[name])
-            low = fold(F.linear(module.lora_dropout[name](x), two_terms(a, x.dtype, 0)), a.shape[0])
-            b = two_terms(b, x.dtype, 1)
+            low = fold(F.linear(module.lora_dropout[name](x), split_high_low(a, x.dtype, 0)), a.shape[0])
+            b = split_high_low(b, x.dtype, 1)
             y = add_product(y, unfold(low, b.shape[1]), b, module.scaling[name])
     return y
 
 
 def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Y + scale low B^T in one product, rounded once."""
+    """Y + scale low B^T, as one matrix product that rounds once."""
     return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.t(), alpha=scale).view(y.shape)
 
 
@@ -53,7 +54,7 @@ def _weight(module: nn.Module) -> Tensor:
 def split_experts(module: nn.Module) -> tuple[nn.Module, dict[str, list[ExpertAdapter]]]:
     """The module that holds the expert stacks, and the active adapters of each of its parameters.
 
-    PEFT wraps the experts once for each adapted parameter. A stack adapter is packed as A [E*r, in], expert slowest,
+    PEFT adds one wrapper for each adapted parameter. A stack adapter is packed as A [E*r, in], expert slowest,
     and B [out, r*E], expert fastest (`ParamWrapper.get_delta_factors`).
     """
     adapters: dict[str, list[ExpertAdapter]] = {}

@@ -1,6 +1,6 @@
-"""Capture of routing from the PyTorch side, in the format of `captures`: `python -m torch_ref.capture --help`.
+"""Captures routing with PyTorch, in the format of `captures`: `python -m torch_ref.capture --help`.
 
-The text is that of another capture: its tokens, contexts and labels, so that both can be compared token by token.
+The text comes from another capture, with its tokens, contexts and labels, so that both can be compared token by token.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def capture(
 ) -> Capture:
     """Runs a Qwen3-MoE of transformers, patched or not, with adapters or not, once over the text.
 
-    Contexts of about the same place in the stream share a batch, padded on the right. The experts are those that each
-    layer's router module returns, in its order; a logit is float32, or what the model's dtype left of it.
+    Neighbouring contexts share a batch, padded on the right. The experts are those that each layer's router module
+    returns, in its order. Logits are stored as float32, after rounding in the model's dtype.
 
     Raises:
-        ValueError: a model without experts, or a token that it does not know.
+        ValueError: a model without experts, or a token outside its vocabulary.
     """
     about = _model(model)
     if int(labels.text.token.max()) >= about.vocab_size:
@@ -68,7 +68,7 @@ def _model(model: Any) -> Model:
 
 
 def _backbone(model: Any) -> Any:
-    """The `Qwen3MoeModel`, below PEFT's wrapper where there is one."""
+    """The `Qwen3MoeModel`, without PEFT's wrapper."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
 
@@ -77,17 +77,17 @@ def _layers(model: Any) -> Any:
 
 
 def _batches(text: Text, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(place in the stream, token ids [B, T], mask [B, T]) of consecutive contexts, few enough to fit."""
+    """Yields (place in the stream, token ids [B, T], mask [B, T]) of consecutive contexts that fit in one batch."""
     batch: list[slice] = []
     longest = 0
     for context in [*text.contexts(), None]:
         length = 0 if context is None else context.stop - context.start
         if batch and (context is None or max(longest, length) * (len(batch) + 1) > _CONTEXT_BATCH_TOKENS):
             ids, mask = (torch.zeros(len(batch), longest, dtype=torch.long) for _ in range(2))
-            for row, each in enumerate(batch):
+            for sequence, each in enumerate(batch):
                 n = each.stop - each.start
-                ids[row, :n] = torch.from_numpy(text.token[each]).long()
-                mask[row, :n] = 1
+                ids[sequence, :n] = torch.from_numpy(text.token[each]).long()
+                mask[sequence, :n] = 1
             yield slice(batch[0].start, batch[-1].stop), ids.to(device), mask.to(device)
             batch, longest = [], 0
         if context is not None:
@@ -96,7 +96,7 @@ def _batches(text: Text, device: torch.device) -> Iterator[tuple[slice, Tensor, 
 
 
 class _Routers:
-    """Reads what each layer's router returns while the model runs: logits [M, E] and the experts chosen [M, k]."""
+    """Records what each layer's router returns while the model runs: logits [M, E] and chosen experts [M, k]."""
 
     def __init__(self, model: Any, about: Model, keep_logits: int, mask: Tensor) -> None:
         self._about, self._keep_logits, self._valid = about, keep_logits, mask.reshape(-1).bool()
@@ -112,7 +112,7 @@ class _Routers:
             handle.remove()
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was recorded, stacked over the layers."""
+        """The recorded arrays, stacked over the layers."""
         assert len(self._records) == len(self._modules), "every router runs once a forward pass"
         return {name: np.stack([record[name] for record in self._records]) for name in self._records[0]}
 
@@ -120,7 +120,7 @@ class _Routers:
         logits, _, experts = output
         logits, experts = logits.reshape(-1, logits.shape[-1])[self._valid].float(), experts[self._valid]
         probabilities = torch.softmax(logits, dim=-1)
-        # Stable: equal probabilities in the order of their experts, as in jaxmoe.
+        # Stable, so that equal probabilities keep the order of their experts, as in jaxmoe.
         order = torch.sort(probabilities, dim=-1, descending=True, stable=True).indices[:, : self._keep_logits]
         log_sum_exp = torch.logsumexp(logits, dim=-1)
         small = expert_dtype(self._about.num_experts)
@@ -139,7 +139,7 @@ class _Routers:
 
 
 def _predict(hidden: Tensor, head: Any, following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(most probable next token, -log p(next), NaN where there is none), a thousand tokens' logits at a time."""
+    """The most probable next token, and -log p(next), NaN if there is no next token; 1024 tokens' logits at a time."""
     labels = torch.from_numpy(following).long().to(hidden.device)
     predicted, loss = [], []
     for rows, wanted in zip(hidden.split(1024), labels.split(1024), strict=True):
@@ -151,27 +151,33 @@ def _predict(hidden: Tensor, head: Any, following: np.ndarray) -> tuple[np.ndarr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m torch_ref.capture`: 0 when done; 2 with one line for a mistake of the user's."""
+    """`python -m torch_ref.capture`: returns 0 when done, and 2 after a one-line message if the input is wrong."""
     parser = argparse.ArgumentParser(prog="python -m torch_ref.capture", description=str(__doc__).split("\n")[0])
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder in HF form, or a hub id")
     parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder")
-    parser.add_argument("--text", required=True, type=pathlib.Path, metavar="DIR", help="capture whose text is read")
-    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="folder to write, new or empty")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: what the device has")
-    parser.add_argument("--load-in-4bit", action="store_true", help="NF4, experts included")
+    parser.add_argument("--text", required=True, type=pathlib.Path, metavar="DIR", help="capture that holds the text")
+    parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="folder to write; new or empty")
     parser.add_argument(
-        "--top", type=int, default=DEFAULT_KEEP_LOGITS, metavar="N", help="router logits kept per token"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: bfloat16 or float16 on a GPU, float32 on a CPU",
+    )
+    parser.add_argument("--load-in-4bit", action="store_true", help="load the weights as NF4, experts included")
+    parser.add_argument(
+        "--top", type=int, default=DEFAULT_KEEP_LOGITS, metavar="N", help="number of router logits to keep per token"
     )
     args = parser.parse_args(argv)
     try:
         labels = Capture.open(args.text).labelled_text()
-        from torch_ref import FastQwen3MoeModel
+        from torch_ref.model import FastQwen3MoeModel
 
         model, tokenizer = FastQwen3MoeModel.from_pretrained(
             args.model, max_seq_length=None, dtype=args.dtype, load_in_4bit=args.load_in_4bit, fix_tokenizer=False
         )
         if tokenizer_digest(tokenizer) != labels.tokenizer:
-            raise ValueError(f"{args.text}: expected a text made with the tokenizer of {args.model}, found another")
+            raise ValueError(
+                f"{args.text}: expected a text made with the tokenizer of {args.model}, found another tokenizer"
+            )
         if args.adapter:
             from peft import PeftModel
 

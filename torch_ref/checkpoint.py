@@ -1,7 +1,8 @@
 """Reads HF checkpoints tensor by tensor into a model whose experts, attention and dense MLPs may be 4-bit.
 
-A tensor is read, quantised on its device and dropped before the next one is read: the 16-bit model never exists. Both
-layouts of the experts are read, one key per expert and projection, or fused stacks; quantised tensors keep their bytes.
+A tensor is read, quantised on its device and released before the next one is read, so the 16-bit model never exists as
+a whole. Both layouts of the experts are read: one key per expert and projection, or fused stacks. Tensors that are
+already quantised keep their bytes.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ _AUTOMATIC = ("sequential", "auto", "balanced", "balanced_low_0")
 
 
 class Reader:
-    """The tensors of a folder of safetensors by key, mapped and not loaded; it knows which have been read."""
+    """The tensors of a folder of safetensors by key, memory-mapped; it records which ones were read."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Opens the shards that the index names, or `model.safetensors`.
 
         Raises:
-            ValueError: neither is there, or a shard is missing.
+            ValueError: neither exists, or a shard is missing.
         """
         self.folder = folder
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -62,7 +63,7 @@ class Reader:
         """The tensor `key` as it is stored.
 
         Raises:
-            ValueError: there is none.
+            ValueError: the folder has no such tensor.
         """
         self._unread.discard(key)
         if key not in self._files:
@@ -70,7 +71,7 @@ class Reader:
         return self._files[key].get_tensor(key)
 
     def rows(self, key: str, expert: int, rows: slice) -> Tensor:
-        """Some rows of one expert of a fused stack."""
+        """Some rows of the matrix of one expert, from a fused stack."""
         self._unread.discard(key)
         return self._files[key].get_slice(key)[expert, rows]
 
@@ -79,20 +80,20 @@ class Reader:
         return any(f"{key}.{_STATE}{kind}" in self for kind in ("nf4", "fp4"))
 
     def read_quantized(self, key: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, State]:
-        """Codes and statistics of `key`, to be decoded to `dtype`."""
+        """Codes and statistics of `key`, which decode to `dtype`."""
         names = [f"{key}.{name}" for name in (*_STATISTICS, f"{_STATE}nf4", f"{_STATE}fp4")]
         state = QuantState.from_dict({name: self.read(name) for name in names if name in self}, device)
         state.dtype = dtype
         return self.read(key).to(device), state
 
     def read_dense(self, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor `key` in `dtype`, decoded where it is quantised."""
+        """The tensor `key` in `dtype`, decoded if it is quantised."""
         if self.quantized(key):
             return decode(*self.read_quantized(key, device, dtype), dtype)
         return self.read(key).to(device, dtype)
 
     def check_all_read(self) -> None:
-        """A ValueError that names a key which nothing has read."""
+        """Raises a ValueError that names a key that was never read, if there is one."""
         if self._unread:
             raise ValueError(f"{self.folder}: unexpected tensor {min(self._unread)} (of {len(self._unread)})")
 
@@ -108,11 +109,11 @@ def load_4bit(
 ) -> Any:
     """Loads a checkpoint with 4-bit attention, MLPs and experts; router, embeddings, norms and head in `dtype`.
 
-    A checkpoint that bitsandbytes has quantised is taken as it is: what it holds in 16 bit stays so, with a warning for
-    the experts.
+    A checkpoint quantised by bitsandbytes keeps its form: its 16-bit tensors stay in 16 bit, with a warning if experts
+    are among them.
 
     Raises:
-        ValueError: another quantisation, keys that are missing or unexpected, or a device map that cannot be honoured.
+        ValueError: another quantisation, missing or unexpected keys, or a device map that is not supported.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
@@ -132,7 +133,7 @@ def load_4bit(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(model_name)
     model.name_or_path = str(model_name)
-    # transformers' own would write the packed stacks as if they were weights
+    # transformers' own method would write the packed stacks as if they were weights
     model.save_pretrained = functools.partial(save_pretrained_4bit, model)
     return model
 
@@ -150,7 +151,7 @@ def build_4bit(
     """The model of `config` with the tensors of `reader`, in evaluation mode.
 
     Raises:
-        ValueError: tensors that are missing or misshapen, or a device map that cannot be honoured.
+        ValueError: missing tensors, tensors of the wrong shape, or a device map that is not supported.
     """
     attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with torch.device("meta"):
@@ -162,12 +163,12 @@ def build_4bit(
         from accelerate import dispatch_model
 
         dispatch_model(model, devices)
-    model.is_loaded_in_4bit = True  # where PEFT looks for it
+    model.is_loaded_in_4bit = True  # PEFT reads this
     return model.eval()
 
 
 def check_stored_quantization(stored: Any) -> None:
-    """A ValueError unless `stored`, a quantization_config, is bitsandbytes' 4 bit."""
+    """Raises a ValueError unless `stored`, a quantization_config, describes bitsandbytes' 4 bit."""
     settings = stored if isinstance(stored, dict) else stored.to_dict()
     is_4bit = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
     if settings.get("quant_method", "bitsandbytes") != "bitsandbytes" or not is_4bit:
@@ -183,7 +184,7 @@ def _fill(
     *,
     quantize_weights: bool,
 ) -> None:
-    """Replaces every parameter of `model`, which is on the meta device, by what the checkpoint holds."""
+    """Replaces every parameter of `model`, which is on the meta device, with the checkpoint's tensors."""
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     sixteen_bit_experts = False
     for name, module in list(model.named_modules()):
@@ -205,7 +206,7 @@ def _fill(
             model.set_submodule(name, Linear4bit.packed(packed, state, bias))
             continue
         if hasattr(module, "original_inv_freq"):
-            # Buffers that no checkpoint holds: computed anew, off the meta device.
+            # No checkpoint holds these buffers: they are computed again, on the real device.
             rotary: Any = type(module)
             model.set_submodule(name, rotary(config=model.config).to(device))
             continue
@@ -217,7 +218,7 @@ def _fill(
             _check(key, tuple(value.shape), tuple(parameter.shape))
             setattr(module, local, _parameter(value, parameter.requires_grad))
     if sixteen_bit_experts and not quantize_weights:
-        logger.warning("%s: the experts are stored in 16 bit and stay so", reader.folder)
+        logger.warning("%s: the experts are stored in 16 bit and stay in 16 bit", reader.folder)
 
 
 def _parameter(value: Tensor, requires_grad: bool = False) -> nn.Parameter:
@@ -232,7 +233,7 @@ def _check(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
 def _experts(
     module: Any, name: str, reader: Reader, dtype: torch.dtype, device: torch.device, quantize_weights: bool
 ) -> nn.Module:
-    """The experts of one layer: `module` itself, filled, where they stay in 16 bit."""
+    """The experts of one layer: a 4-bit module, or `module` itself with its weights if they stay in 16 bit."""
     quantized = reader.quantized(f"{name}.0.gate_proj.weight")
     stacks = {}
     for stack, projections in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
@@ -268,7 +269,7 @@ def _stored_parts(
             key = f"{name}.{expert}.{projection}.weight"
             if not reader.quantized(key):
                 raise ValueError(
-                    f"{reader.folder}: {key}: expected it in 4 bit as the first expert, found 16 bit or none"
+                    f"{reader.folder}: {key}: expected 4 bit, as for the first expert, found 16 bit or no tensor"
                 )
             packed, state = reader.read_quantized(key, device, dtype)
             _check(key, tuple(state.shape), (shape[1] // len(projections), shape[2]))
@@ -284,7 +285,7 @@ def _dense_parts(
     device: torch.device,
     shape: torch.Size,
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """(expert, part, 16-bit weight) from either layout."""
+    """Yields (expert, part, 16-bit weight) from either layout."""
     rows = shape[1] // len(projections)
     fused = f"{name}.{stack}"
     for expert in range(shape[0]):
@@ -299,10 +300,10 @@ def _dense_parts(
 
 
 def place(model: Any, device_map: Any) -> dict[str, Any]:
-    """Module name -> device, "" for all of them, as `device_map` asks.
+    """The device of each module as `device_map` says; the name "" stands for all modules.
 
     Raises:
-        ValueError: an unknown map, a device that is not there, or a model that does not fit on the GPUs.
+        ValueError: an unknown map, a device that does not exist, or a model that does not fit on the GPUs.
     """
     if device_map is None:
         device_map = "cpu"
@@ -320,7 +321,7 @@ def place(model: Any, device_map: Any) -> dict[str, Any]:
 
 
 def device_of(devices: dict[str, torch.device], name: str) -> torch.device:
-    """The device of the longest entry of `devices` that covers the module `name`; the first one where none does."""
+    """The device of the longest entry of `devices` that covers the module `name`; the first one if none does."""
     prefixes = [prefix for prefix in devices if _covers(prefix, name)]
     return devices[max(prefixes, key=len)] if prefixes else next(iter(devices.values()))
 
@@ -341,7 +342,7 @@ def _device(device: Any) -> torch.device:
 
 
 def _spread(model: Any, device_map: str) -> dict[str, Any]:
-    """Layers over several GPUs by accelerate, which is told what the 4-bit weights will take."""
+    """Spreads layers over several GPUs with accelerate, which is told the size of the 4-bit weights."""
     from accelerate import infer_auto_device_map
     from accelerate.utils import CustomDtype, get_balanced_memory
 
@@ -361,5 +362,7 @@ def _spread(model: Any, device_map: str) -> dict[str, Any]:
         memory = get_balanced_memory(model, low_zero=device_map == "balanced_low_0", **known)
     found = infer_auto_device_map(model, max_memory=memory, **known)
     if any(device in ("cpu", "disk") for device in found.values()):
-        raise ValueError(f"device_map: expected a model that fits on the GPUs, which {device_map!r} did not reach")
+        raise ValueError(
+            f"device_map: expected a model that fits on the GPUs; {device_map!r} would place parts of it elsewhere"
+        )
     return {name: _device(device) for name, device in found.items()}

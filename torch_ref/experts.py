@@ -1,12 +1,12 @@
-"""The routed experts, in two implementations chosen by name that give the same numbers to rounding.
+"""The routed experts, in two implementations that are chosen by name and agree up to rounding.
 
-`loop` is the plain reference: a one-hot mask, one expert after the other, `index_add` into float32. `grouped` sorts the
-routed rows by expert and hands each projection to torch's grouped matmul, never waiting for the GPU on its own account.
+`loop` is the simple one: a one-hot mask, one expert after the other, `index_add` into float32. `grouped` sorts the
+rows by expert and gives each projection to torch's grouped matmul; none of its own steps waits for the GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from torch_ref import kernels
-from torch_ref.low_rank import fold, two_terms, unfold
+from torch_ref.low_rank import fold, split_high_low, unfold
 
-_ALIGNMENT = 16  # bytes: the stride that torch's grouped matmul asks of every operand
+_ALIGNMENT = 16  # bytes: torch's grouped matmul needs the stride of every operand to be a multiple of it
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ExpertAdapter:
 
 @runtime_checkable
 class Stack(Protocol):
-    """The weights [E, out, in] of one projection of all experts, in whatever form they are stored."""
+    """The weights [E, out, in] of one projection of all experts, in 16 or in 4 bit."""
 
     @property
     def shape(self) -> torch.Size:
@@ -60,13 +60,13 @@ class Stack(Protocol):
 
     @property
     def frozen(self) -> bool:
-        """Whether no gradient of the weights is wanted."""
+        """Whether the weights need no gradient."""
         ...
 
 
 @dataclass(frozen=True)
 class DenseStack:
-    """A stack stored as one tensor [E, out, in], trainable or not."""
+    """A stack that is one tensor [E, out, in], trainable or not."""
 
     weight: Tensor
 
@@ -89,7 +89,7 @@ class DenseStack:
 
     @property
     def frozen(self) -> bool:
-        """Whether no gradient of the weights is wanted."""
+        """Whether the weights need no gradient."""
         return not self.weight.requires_grad
 
 
@@ -104,13 +104,13 @@ class Projection:
         """X W[expert]^T plus every adapter's scale (x A^T) B^T, in x's dtype."""
         y = self.stack.linear(x, expert)
         for adapter in self.adapters:
-            a, b = (two_terms(half[expert], x.dtype, d) for d, half in enumerate((adapter.lora_A, adapter.lora_B)))
+            a, b = (split_high_low(half[expert], x.dtype, d) for d, half in enumerate((adapter.lora_A, adapter.lora_B)))
             low = fold(F.linear(adapter.dropout(x), a), adapter.rank)
             y = y + adapter.scale * F.linear(unfold(low, b.shape[1]), b)
         return y
 
     def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
-        """The same for rows that are sorted by expert."""
+        """The same for rows that are sorted by expert, in x's dtype."""
         y = self.stack.grouped_linear(rows, ends, experts)
         for adapter in self.adapters:
             a, b = _aligned(adapter.lora_A, adapter.lora_B, rows.dtype)
@@ -120,10 +120,20 @@ class Projection:
 
 
 def _aligned(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The terms of A and B in `dtype`, their rank filled with zeros to what the grouped matmul accepts."""
-    a, b = two_terms(lora_a, dtype, 1), two_terms(lora_b, dtype, 2)
+    """The parts of A and B in `dtype`, their rank padded with zeros to a size that the grouped matmul takes."""
+    a, b = split_high_low(lora_a, dtype, 1), split_high_low(lora_b, dtype, 2)
     pad = -a.shape[1] % (_ALIGNMENT // dtype.itemsize)
     return (F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad))) if pad else (a, b.contiguous())
+
+
+def unsupported(sizes: Iterable[int], dtype: torch.dtype) -> str | None:
+    """Why `grouped_matmul` cannot multiply weights of these inner and outer sizes in `dtype`; None if it can."""
+    if not hasattr(F, "grouped_mm"):
+        return f"needs torch.nn.functional.grouped_mm, which torch {torch.__version__} lacks"
+    for size in sizes:
+        if size * dtype.itemsize % _ALIGNMENT:
+            return f"expects sizes that are multiples of {_ALIGNMENT} bytes, found {size} x {dtype}"
+    return None
 
 
 def grouped_matmul(
@@ -134,23 +144,16 @@ def grouped_matmul(
     Source: `torch.nn.functional.grouped_mm`. On a CPU and on GPUs before Hopper torch runs one product per expert.
 
     Raises:
-        ValueError: torch lacks the function, or an inner or outer size is no multiple of 16 bytes.
+        ValueError: torch lacks the function, or an inner or outer size is not a multiple of 16 bytes.
     """
-    if not hasattr(F, "grouped_mm"):
-        raise ValueError(
-            f"experts_implementation: 'grouped' needs torch.nn.functional.grouped_mm, not in torch {torch.__version__}"
-        )
-    for size in weights.shape[1:]:
-        if size * rows.dtype.itemsize % _ALIGNMENT:
-            raise ValueError(
-                f"experts_implementation: 'grouped' expects sizes that are multiples of {_ALIGNMENT} bytes, "
-                f"found {size} x {rows.dtype}; use 'loop'"
-            )
+    reason = unsupported(weights.shape[1:], rows.dtype)
+    if reason is not None:
+        raise ValueError(f"experts_implementation: 'grouped' {reason}; use 'loop'")
     return F.grouped_mm(rows, weights.to(rows.dtype), offs=ends)
 
 
 class _Gather(torch.autograd.Function):
-    """Copies each token's row to its k routed rows; the backward pass is a gather and a sum, not a scatter."""
+    """Copies each token to its k rows; the backward pass is a gather and a sum, not a scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
@@ -165,7 +168,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Sums each token's k rows with their weights, accumulated in float32; the backward pass is a gather as well."""
+    """Sums each token's k rows times their weights, in float32; the backward pass is a gather as well."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -188,7 +191,7 @@ class _Combine(torch.autograd.Function):
 class _FrozenExperts(torch.autograd.Function):
     """All of `grouped_experts` for stacks that are not trained.
 
-    Kept for the backward pass are the gate and up products alone. The rows behind the down projection are not needed:
+    It saves only the gate and up products for the backward pass. The rows after the down projection are not needed:
     the gradient of a routing weight is <d_out, W_down h> = <W_down^T d_out, h>.
     """
 
@@ -216,7 +219,9 @@ class _FrozenExperts(torch.autograd.Function):
         product, weights, order, inverse, ends, experts = ctx.saved_tensors
         gate_up, down = ctx.stacks
         k = weights.shape[1]
-        d_hidden = down.grouped_transposed(grads[0].index_select(0, order // k), ends, experts)  # of unweighted rows
+        d_hidden = down.grouped_transposed(
+            grads[0].index_select(0, order // k), ends, experts
+        )  # rows before their weights
         d_product, d_weights = _gated_backward(d_hidden, product, weights.flatten()[order], ctx.activation)
         d_rows = gate_up.grouped_transposed(d_product, ends, experts)
         return _combine(d_rows, inverse, k), d_weights[inverse].view(weights.shape), *[None] * 7
@@ -224,7 +229,7 @@ class _FrozenExperts(torch.autograd.Function):
 
 def _gated(product: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(gate) * up."""
-    if _is_silu(activation) and kernels.usable(product):
+    if _is_silu(activation) and kernels.unsupported_activations(product) is None:
         return kernels.swiglu(product)
     gate, up = product.chunk(2, dim=-1)
     return activation(gate) * up
@@ -233,8 +238,8 @@ def _gated(product: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
 def _gated_backward(
     d_hidden: Tensor, product: Tensor, weights: Tensor, activation: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weights[r] * activation(gate) * up for the gradient `d_hidden`: of gate and up, of the weights."""
-    if _is_silu(activation) and kernels.usable(product):
+    """Gradients of the product and of the weights, given the gradient of weights[r] * activation(gate) * up."""
+    if _is_silu(activation) and kernels.unsupported_activations(product) is None:
         return kernels.swiglu_backward(d_hidden, product, weights)
     gate, up = (half.detach() for half in product.chunk(2, dim=-1))
     with torch.enable_grad():
@@ -253,8 +258,8 @@ def _is_silu(activation: Callable[[Tensor], Tensor]) -> bool:
 
 
 def _combine(rows: Tensor, inverse: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
-    """Each token's k rows, times their weights where there are any, summed in float32."""
-    if kernels.usable(rows):
+    """The sum of each token's k rows, times `weights` if given, in float32."""
+    if kernels.unsupported_activations(rows) is None:
         return kernels.combine(rows, inverse, k, weights)
     per_token = rows.index_select(0, inverse).unflatten(0, (-1, k))
     return per_token.sum(1) if weights is None else torch.bmm(weights.unsqueeze(1), per_token).squeeze(1)
@@ -269,9 +274,9 @@ def loop_experts(
     activation: Callable[[Tensor], Tensor],
     temp_up: Float[Tensor, "R F2"] | None = None,
 ) -> Float[Tensor, "M D"]:
-    """sum_k weight * down(activation(gate(x)) * up(x)) over each token's experts, in x's dtype, accumulated in float32.
+    """sum_k weight * down(activation(gate(x)) * up(x)) over each token's experts, summed in float32, in x's dtype.
 
-    `temp_up`, [M * k, 2F], receives x W_gate_up^T of the routed rows, ordered by expert, then by token.
+    `temp_up`, [M * k, 2F], receives x W_gate_up^T of the rows, ordered by expert, then by token.
     """
     experts = gate_up.stack.shape[0]
     out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -304,7 +309,7 @@ def grouped_experts(
     flat = selected.flatten()
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    # Neither bincount nor repeat_interleave: both wait for the GPU.
+    # bincount and repeat_interleave would wait for the GPU.
     counts = torch.zeros(gate_up.stack.shape[0], dtype=torch.int32, device=x.device)
     ends = counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32)).cumsum(0, dtype=torch.int32)
     experts = flat[order]
@@ -320,7 +325,7 @@ def grouped_experts(
         product = temp_up.copy_(product)
     gate, up = product.chunk(2, dim=-1)
     rows = down.grouped_linear(activation(gate) * up, ends, experts)
-    with torch.autocast(device_type=x.device.type, enabled=False):  # in the rows' dtype, forward and backward
+    with torch.autocast(device_type=x.device.type, enabled=False):  # so both passes run in the rows' dtype
         return _Combine.apply(rows, weights.to(rows.dtype), order, inverse)
 
 
@@ -328,15 +333,14 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {"loop": loop_experts, "g
 
 
 def implementation(name: str | None, x: Tensor, gate_up: Projection) -> Callable[..., Tensor]:
-    """The function called `name`; None picks `grouped` on CUDA where the sizes allow it, `loop` elsewhere.
+    """The implementation `name`; None picks `grouped` on CUDA where it is supported, otherwise `loop`.
 
     Raises:
         ValueError: another name.
     """
     if name is None:
         _, two_f, inner = gate_up.stack.shape
-        fits = not any(size * x.dtype.itemsize % _ALIGNMENT for size in (two_f // 2, inner))
-        name = "grouped" if x.is_cuda and fits and hasattr(F, "grouped_mm") else "loop"
+        name = "grouped" if x.is_cuda and unsupported((two_f // 2, inner), x.dtype) is None else "loop"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"experts_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
     return IMPLEMENTATIONS[name]

@@ -1,7 +1,7 @@
-"""Writes a model as an HF folder: its adapters merged into 16-bit weights, or its 4-bit weights as they are.
+"""Writes a model as an HF folder: with its adapters merged into 16-bit weights, or with its 4-bit weights unchanged.
 
-Experts are written one key per expert and projection, the layout that transformers 4 and 5 both read; in 4 bit each has
-its own nested statistics. One layer's tensors exist in 16 bit at a time.
+Experts are written with one key per expert and projection, the layout that transformers 4 and 5 both read; in 4 bit
+each has its own nested statistics. Only one layer's tensors exist in 16 bit at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from torch_ref.adapters import split_experts
 
-MAX_SHARD_SIZE = 5 * 10**9  # what transformers writes
+MAX_SHARD_SIZE = 5 * 10**9  # bytes; transformers' default
 
 
 def save_pretrained_merged(
@@ -36,10 +36,10 @@ def save_pretrained_merged(
 ) -> None:
     """Writes `model` with its active adapters merged, in `dtype` (None: the model's), into a new or empty folder.
 
-    W + scale B A is formed in float32 from the weight, decoded where it is 4-bit, and rounded once.
+    W + scale B A is computed in float32, from the decoded weight if it is 4-bit, and rounded once.
 
     Raises:
-        ValueError: a folder with files in it, or adapters that are no plain LoRA.
+        ValueError: a folder that is not empty, or adapters that are not plain LoRA.
     """
     base = _base(model)
     chosen: torch.dtype = dtype or base.dtype
@@ -52,7 +52,7 @@ def save_pretrained_4bit(
     """Writes a 4-bit `model` without adapters into a new or empty folder, each quantised tensor with its statistics.
 
     Raises:
-        ValueError: a folder with files in it, a model that is not 4-bit, or one with adapters.
+        ValueError: a folder that is not empty, a model that is not 4-bit, or one with adapters.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ValueError("model: expected one without adapters, found adapters; save those with save_pretrained")
@@ -82,7 +82,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Every key of the 16-bit layout with its tensor."""
+    """Yields every key of the 16-bit layout with its tensor."""
     yield from _own("model.embed_tokens", base.model.embed_tokens, dtype)
     for index, layer in enumerate(base.model.layers):
         at = f"model.layers.{index}"
@@ -101,7 +101,7 @@ def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
 
 
 def _own(name: str, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Weight and bias of one module, with what PEFT wraps around it merged."""
+    """Yields weight and bias of one module, with PEFT's adapters merged."""
     if isinstance(module, ModulesToSaveWrapper):
         module = module.modules_to_save[module.active_adapters[0]]
     holder: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
@@ -116,7 +116,7 @@ def _own(name: str, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str
 def _delta(name: str, module: LoraLayer) -> Tensor | float:
     """The sum over the active adapters of scale B A, in float32."""
     if any(module.use_dora.values()) or any(module.lora_bias.values()) or module.lora_variant:
-        raise ValueError(f"{name}: expected plain LoRA, found a variant of it that cannot be merged here")
+        raise ValueError(f"{name}: expected plain LoRA, found a variant that cannot be merged")
     delta: Tensor | float = 0.0
     for adapter in module.active_adapters:
         if adapter in module.lora_A and not (module.merged or module.disable_adapters):
@@ -204,7 +204,7 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, Tensor]], m
         if pending and used + size > max_shard_size:
             flush()
             used = 0
-        # a copy of its own: slices of a stack share memory, which the format refuses
+        # copied, because slices of a stack share memory, which the format does not allow
         pending[name] = tensor.to("cpu", copy=True).contiguous()
         used += size
         total += size
@@ -223,13 +223,13 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, Tensor]], m
 
 @contextlib.contextmanager
 def _output_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside `final` that becomes `final` on success and vanishes on failure."""
+    """A temporary folder beside `final`: renamed to `final` on success, deleted on failure."""
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise ValueError(f"save_directory: expected a folder that is new or empty, found {final} with content")
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
     try:
-        inner = temporary / "content"  # made anew, with the permissions that the user's umask asks for
+        inner = temporary / "content"  # mkdtemp's own folder is private; this one follows the user's umask
         inner.mkdir()
         yield inner
         inner.rename(final)

@@ -1,8 +1,8 @@
-"""Kernels for what lies around the matrix products on CUDA: one pass over memory where eager torch makes many.
+"""CUDA kernels for the operations around the matrix products: one pass over memory where eager torch makes many.
 
-On an H200 they take a LoRA step at Qwen3-30B-A3B's size from 745 to 570 ms; TORCH_REF_KERNELS=0 switches them off. Each
-has a twin in plain torch beside its caller, which computes the same from the same arguments; the tests compare the two.
-Inside, everything is float32, rounded once on the way out.
+On an H200 they shorten a LoRA step at Qwen3-30B-A3B's size from 745 to 570 ms. TORCH_REF_KERNELS=0 switches them off.
+The caller of each kernel also has the same computation in plain torch; the tests compare the two. A kernel computes in
+float32 and rounds its result once.
 """
 
 from __future__ import annotations
@@ -17,26 +17,33 @@ from torch import Tensor
 programs: Any
 try:
     from torch_ref import triton_programs as programs
-except ImportError:  # CPU builds of torch come without Triton
+except ImportError:  # CPU builds of torch do not contain Triton
     programs = None
 
 SWITCHED_ON = os.environ.get("TORCH_REF_KERNELS") != "0"
-_TILE = 2048  # elements a program holds of each operand
+_TILE = 2048  # elements of each operand that one program holds
 
 
-def enabled(x: Tensor) -> bool:
-    """Whether kernels are switched on, and can run where `x` is."""
-    return SWITCHED_ON and programs is not None and x.is_cuda
+def unsupported(x: Tensor) -> str | None:
+    """Why no kernel can run on the device of `x`; None if kernels can."""
+    if not SWITCHED_ON:
+        return "TORCH_REF_KERNELS=0 switches the kernels off"
+    if programs is None:
+        return "this build of torch does not contain Triton"
+    return None if x.is_cuda else f"the kernels need CUDA, found {x.device.type}"
 
 
-def usable(x: Tensor) -> bool:
-    """Whether activations like `x` can go through the kernels: enabled, in 16 or 32 bit, outside autocast."""
-    known = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return enabled(x) and known and not torch.is_autocast_enabled("cuda")
+def unsupported_activations(x: Tensor) -> str | None:
+    """Why no kernel can process activations like `x`; None if kernels can."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"expected bfloat16, float16 or float32, found {x.dtype}"
+    if torch.is_autocast_enabled("cuda"):
+        return "the kernels do not follow autocast"
+    return unsupported(x)
 
 
 def swiglu(product: Float[Tensor, "R F2"]) -> Float[Tensor, "R F"]:
-    """silu(gate) * up, of products that hold gate and up side by side."""
+    """silu(gate) * up, from products that hold gate and up side by side."""
     rows, width = product.shape[0], product.shape[1] // 2
     out = product.new_empty(rows, width)
     block, tile = _tile(width)
@@ -48,7 +55,7 @@ def swiglu(product: Float[Tensor, "R F2"]) -> Float[Tensor, "R F"]:
 def swiglu_backward(
     d_hidden: Float[Tensor, "R F"], product: Float[Tensor, "R F2"], weights: Float[Tensor, " R"]
 ) -> tuple[Float[Tensor, "R F2"], Float[Tensor, " R"]]:
-    """Gradients of weights[r] * swiglu(product)[r] for the gradient `d_hidden`: of the product, and of the weights."""
+    """Gradients of weights[r] * swiglu(product)[r], given its gradient `d_hidden`: of the product, of the weights."""
     rows, width = d_hidden.shape
     d_product, d_weights = torch.empty_like(product), torch.empty_like(weights)
     block, tile = _tile(width)
@@ -62,7 +69,7 @@ def swiglu_backward(
 def combine(
     rows: Float[Tensor, "R D"], inverse: Int[Tensor, " R"], k: int, weights: Float[Tensor, "M k"] | None = None
 ) -> Float[Tensor, "M D"]:
-    """Sums each token's k rows, which stand at inverse[token * k + j], times their weights where there are any."""
+    """The sum of each token's k rows, which are at inverse[token * k + j], times `weights` if given."""
     tokens, width = len(inverse) // k, rows.shape[1]
     out = rows.new_empty(tokens, width)
     block = min(1024, _next_power_of_2(width))
@@ -76,7 +83,10 @@ def combine(
 def norm_rotary(
     x: Float[Tensor, "B T heads H"], weight: Float[Tensor, " H"], cos: Tensor, sin: Tensor, epsilon: float
 ) -> Float[Tensor, "B T heads H"]:
-    """RMSNorm over each head, then the rotary embedding; `cos` and `sin` are [B or 1, T, H]; H is a power of two."""
+    """RMSNorm over each head, then the rotary embedding.
+
+    `cos` and `sin` are [B or 1, T, H]; H is a power of two.
+    """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch_norm_rotary(x.contiguous(), None, weight, cos, sin, epsilon, out)
     return out
@@ -90,7 +100,7 @@ def norm_rotary_backward(
     sin: Tensor,
     epsilon: float,
 ) -> Float[Tensor, "B T heads H"]:
-    """The gradient of `norm_rotary` in x."""
+    """The gradient of `norm_rotary` with respect to x, given the gradient `d_out` of its result."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch_norm_rotary(x.contiguous(), d_out.contiguous(), weight, cos, sin, epsilon, out)
     return out
@@ -133,16 +143,16 @@ def decode_4bit(
     """The values of 4-bit codes, two to a byte: quant_map[code] * absmax[block], rounded to `dtype` once.
 
     Args:
-        codes: the parts' bytes; each part begins a block of `blocksize` values.
-        absmax: the blocks' maxima [parts, blocks], float32, or 8-bit codes of maxima where the rest is given:
-            nested_quant_map[absmax] * nested_absmax[block // 256] + offset, both operations rounded, as bitsandbytes
-            computes it.
+        codes: the bytes of each part; every part starts a new block of `blocksize` values.
+        absmax: the maxima of the blocks [parts, blocks]: float32, or 8-bit codes if the next three arguments are given.
+            A maximum is then nested_quant_map[absmax] * nested_absmax[block // 256] + offset, where the product and the
+            sum are both rounded, as bitsandbytes does it.
         nested_absmax: float32 [parts, ceil(blocks / 256)].
         offset: float32 [parts].
         nested_quant_map: float32 [256].
         quant_map: the values of the codes.
-        blocksize: values that share a maximum, a power of two.
-        dtype: of the result.
+        blocksize: how many values share a maximum; a power of two.
+        dtype: dtype of the result.
     """
     parts, size = codes.shape
     blocks = absmax.shape[1]
@@ -170,7 +180,7 @@ def decode_4bit(
 
 
 def _tile(width: int) -> tuple[int, int]:
-    """Columns that a program holds at a time, and its rows."""
+    """How many columns a program holds at a time, and how many rows."""
     block = min(256, _next_power_of_2(width))
     return block, max(1, _TILE // block)
 

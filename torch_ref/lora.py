@@ -1,7 +1,7 @@
 """LoRA on attention, experts, router and dense MLPs, made by PEFT and saved in its format.
 
-PEFT is told of the fused expert stacks, the router and the dense MLPs as parameters: where `gate_proj`, `up_proj` and
-`down_proj` are named as modules of this model type, it takes them for the experts of transformers 4.
+The expert stacks, the router and the dense MLPs are named to PEFT as parameters. Named as modules of this model type,
+PEFT would take `gate_proj`, `up_proj` and `down_proj` for the experts of transformers 4.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _DENSE = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
 _ROUTER = "mlp.gate.weight"
-# what a user may name -> the parameters of a layer that it stands for
+# a name that users may give -> the parameters of a layer that it stands for
 _PARAMETERS: dict[str, tuple[str, ...]] = {
     "gate_up_proj": _EXPERTS[:1],
     "experts.gate_up_proj": _EXPERTS[:1],
@@ -50,29 +50,29 @@ def get_peft_model(
     modules_to_save: Sequence[str] | None = None,
     **options: Any,
 ) -> PeftModel:
-    """Freezes `model` and puts LoRA adapters of rank `r` on `target_modules`, ready to train.
+    """Freezes `model` and adds LoRA adapters of rank `r` to `target_modules`, ready to train.
 
     Args:
         model: what `from_pretrained` returned.
         r: rank of every adapter.
-        target_modules: names of attention projections; `gate_proj`, `up_proj`, `down_proj` for the MLPs of all layers,
-            where gate and up of the experts are one stack and come together; `gate` or `router`; `experts`; or
+        target_modules: names of attention projections; `gate_proj`, `up_proj`, `down_proj` for the MLPs of all layers
+            (the experts' gate and up are one stack, so both or neither); `gate` or `router`; `experts`; or
             `experts.gate_up_proj`, `experts.down_proj`.
         lora_alpha: the adapters' product is scaled by alpha / r, or by alpha / sqrt(r) with `use_rslora`.
-        lora_dropout: on the input of A. PEFT cannot load an adapter on parameters with dropout, so where the experts or
-            dense MLPs are among the targets, the saved configuration says 0.
-        bias: as in PEFT: none, all, lora_only.
-        layers_to_transform: the layers that get adapters; None is all.
+        lora_dropout: dropout on the input of A. PEFT cannot load adapters of parameters with dropout, so the saved
+            configuration says 0 if the experts or dense MLPs are among the targets.
+        bias: none, all or lora_only, as in PEFT.
+        layers_to_transform: the layers that get adapters; None means all.
+        use_gradient_checkpointing: recompute each layer in the backward pass instead of saving its activations;
+            "unsloth" also moves the inputs of the layers to the host's memory.
+        random_state: seed of the adapters' initial values; the global generator is not changed.
         use_rslora: see `lora_alpha`.
-        use_gradient_checkpointing: recompute each layer in the backward pass instead of keeping its activations;
-            "unsloth" holds what the recomputation starts from in the host's memory too.
-        random_state: seed of the adapters' first values; the global generator is left as it was.
         modules_to_save: modules to train and save whole, such as lm_head.
         options: further fields of PEFT's `LoraConfig`.
 
     Raises:
-        ValueError: an unknown target, one that the model lacks, gate_proj without up_proj of the experts, a layer that
-            does not exist, dropout on the router, or another value of `use_gradient_checkpointing`.
+        ValueError: an unknown target, one that the model lacks, gate_proj of the experts without up_proj, a layer that
+            does not exist, dropout on the router, or an unknown value of `use_gradient_checkpointing`.
     """
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected a probability below 1, found {lora_dropout!r}")
@@ -111,17 +111,17 @@ def get_peft_model(
 
 
 def for_training(model: Any, use_gradient_checkpointing: bool | str) -> Any:
-    """Training mode without the cache; returns `model`."""
+    """Puts `model` in training mode, without the cache, and returns it."""
     set_gradient_checkpointing(model, use_gradient_checkpointing)
     model.config.use_cache = False
     return model.train()
 
 
 def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
-    """Switches the recomputation of layers in the backward pass, for a model with or without adapters.
+    """Turns the recomputation of layers in the backward pass on or off, for a model with or without adapters.
 
     Raises:
-        ValueError: anything but True, False and "unsloth", or the latter where transformers cannot offload.
+        ValueError: a value other than True, False and "unsloth", or "unsloth" if transformers cannot offload.
     """
     if mode not in (True, False, "unsloth"):
         raise ValueError(f"use_gradient_checkpointing: expected True, False or 'unsloth', found {mode!r}")
@@ -131,7 +131,7 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False
         return
-    # earlier versions of transformers have the other name only, and no offloading
+    # earlier versions of transformers have only the second name, and no offloading
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
     options = {"offload": True} if mode == "unsloth" and base.device.type == "cuda" else {}
     if options and "offload" not in inspect.signature(enable).parameters:
@@ -140,7 +140,7 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
 
 
 def _state_logical_shapes(module: nn.Module) -> None:
-    """Tells PEFT the shape that a packed 4-bit parameter stands for: it looks for `ds_shape` first, then at `shape`."""
+    """Tells PEFT the unpacked shape of a 4-bit parameter: PEFT reads `ds_shape` first, then `shape`."""
     for name, shape in getattr(module, "packed_shapes", {}).items():
         getattr(module, name).ds_shape = shape
 
@@ -155,7 +155,7 @@ def _layers(model: Any, layers: int | Sequence[int] | None) -> list[int]:
 
 
 def _targets(model: Any, names: Sequence[str], layers: Sequence[int]) -> tuple[list[str], list[str]]:
-    """Attention modules and the parameters to adapt, the latter with their layer where not every layer is meant."""
+    """Attention modules and parameters to adapt; a parameter's name includes its layer if not all layers are chosen."""
     if isinstance(names, str):
         raise ValueError(f"target_modules: expected a list of names, found {names!r}")
     known = (*ATTENTION, *_PARAMETERS)

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of all tokens."""
+"""Next-token cross-entropy that never holds the logits of all tokens at once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CHUNK = 1024
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
-    """The summed loss under a head that is not trained: its gradient is formed chunk by chunk in the forward pass.
+    """The summed loss for a head that is not trained: the forward pass also computes the gradient, chunk by chunk.
 
-    So the head's product is computed once, where a checkpoint would compute it twice.
+    The head's product is then computed once; checkpointing would compute it twice.
     """
 
     @staticmethod
@@ -48,9 +48,8 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean over labelled tokens (or sum / `num_items`) of -log softmax(head(hidden))[label], in nats, float32.
 
-    The logits of `CHUNK` tokens exist at a time, in the forward pass and, where the head is trained, again in the
-    backward pass. The result is that of transformers' `ForCausalLMLoss`: not a number where no token is labelled.
-    `labels` are shifted already.
+    The logits of `CHUNK` tokens exist at a time; a trained head computes them again in the backward pass. The result is
+    that of transformers' `ForCausalLMLoss`, which is NaN if no token has a label. `labels` must be shifted already.
     """
 
     def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:
@@ -69,5 +68,5 @@ def cross_entropy(
 
 
 def shifted_labels(labels: Int[Tensor, "B T"], ignore_index: int = -100) -> Int[Tensor, "B T"]:
-    """labels[:, t + 1] at t; the last position of a row predicts nothing."""
+    """labels[:, t + 1] at t; the last position of a sequence predicts nothing."""
     return F.pad(labels, (0, 1), value=ignore_index)[:, 1:]

@@ -1,4 +1,4 @@
-"""The entry points: loading, adapters, the switch between training and inference."""
+"""The public classes: loading, adapters, and switching between training and inference."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 from torch_ref import export, lora, patch
 from torch_ref.experts import IMPLEMENTATIONS
 
-# tokens of Qwen's vocabularies that stand for nothing in a text, in the order in which padding is looked for
+# tokens of Qwen's vocabularies that carry no text; the first one that is present can become the padding token
 _PAD_CANDIDATES = ("<|endoftext|>", "<|vision_pad|>", "<|fim_pad|>", "<unk>")
 
 
 class _Default(int):
-    """A number that nobody asked for."""
+    """A default, so that it can be told apart from the same number given by the caller."""
 
 
 _DEFAULT_LENGTH = _Default(4096)
 
 
 class FastQwen3Model:
-    """What dense Qwen3 and Qwen3-MoE share: attention, SwiGLU, loading, adapters.
+    """Dense Qwen3, and what Qwen3-MoE shares with it: attention, SwiGLU, loading, adapters.
 
-    `get_peft_model` is that of `torch_ref.lora`; `save_pretrained_merged` and `save_pretrained_4bit` are those of
+    `get_peft_model` is documented in `torch_ref.lora`, `save_pretrained_merged` and `save_pretrained_4bit` in
     `torch_ref.export`.
     """
 
@@ -41,12 +41,12 @@ class FastQwen3Model:
 
     @classmethod
     def pre_patch(cls) -> None:
-        """Replaces transformers' forwards in this process; a second call changes nothing."""
+        """Replaces transformers' forwards in this process; calling it again changes nothing."""
         patch.apply(cls.patches)
 
     @classmethod
     def unpatch(cls) -> None:
-        """Puts transformers' own forwards back, the very objects that `pre_patch` replaced."""
+        """Restores transformers' own forwards: the very objects that `pre_patch` replaced."""
         patch.restore(cls.patches)
 
     @classmethod
@@ -68,24 +68,27 @@ class FastQwen3Model:
 
         Args:
             model_name: a folder in HF form, or a hub id.
-            max_seq_length: the longest sequence that will be used. Beyond the configuration's max_position_embeddings
+            max_seq_length: the longest sequence that will be used. Above the configuration's max_position_embeddings,
                 positions are compressed linearly (Chen et al. 2023), with a warning, unless `rope_scaling` covers it.
-                The default, 4096, compresses nothing: it is the model's own limit where that is lower.
-            dtype: torch dtype or its name; None is bfloat16 where the device has it, else float16, on a CPU float32.
+                The default, 4096, compresses nothing: a model with a lower limit keeps that limit.
+            dtype: torch dtype or its name; None means bfloat16 if the device supports it, otherwise float16, and
+                float32 on a CPU.
             load_in_4bit: store attention, dense MLPs and experts as NF4 with doubly quantised statistics; router,
-                embeddings, norms and head stay in `dtype`. A checkpoint that is quantised already is taken as it is.
+                embeddings, norms and head stay in `dtype`. A checkpoint that is already quantised keeps its form.
             token: access token for the hub.
             device_map: as in transformers: "sequential", "auto", a device, or a dictionary from module to device.
             rope_scaling: replaces the configuration's; in transformers' form: {"rope_type": "yarn", "factor": 4, ...}.
-            fix_tokenizer: give the tokenizer a padding token that is not its end-of-sequence token, padding on the
-                right, and `max_seq_length` as its longest input.
-            trust_remote_code: lets the checkpoint's own Python code make the tokenizer and the configuration; the model
-                itself is always transformers' own class.
-            experts_implementation: "loop" or "grouped"; None picks `grouped` on CUDA where it can run, else `loop`.
-            attn_implementation: transformers' attention: eager, sdpa, flash_attention_2, ...; None is its own choice.
+            fix_tokenizer: give the tokenizer a padding token that differs from its end-of-sequence token, padding on
+                the right, and `max_seq_length` as its longest input.
+            trust_remote_code: let the checkpoint's own Python code build the tokenizer and the configuration; the model
+                is always transformers' own class.
+            experts_implementation: "loop" or "grouped"; None picks `grouped` on CUDA if it is supported, otherwise
+                `loop`.
+            attn_implementation: transformers' attention: eager, sdpa, flash_attention_2, ...; None lets transformers
+                choose.
 
         Raises:
-            ValueError: an option that cannot be honoured, named.
+            ValueError: an option that is not supported; the message names it.
         """
         if experts_implementation is not None and experts_implementation not in IMPLEMENTATIONS:
             expected = ", ".join(IMPLEMENTATIONS)
@@ -118,7 +121,7 @@ class FastQwen3Model:
         attn_implementation: str | None,
     ) -> Any:
         if load_in_4bit or getattr(config, "quantization_config", None) is not None:
-            # bitsandbytes is needed for this alone
+            # the only place that needs bitsandbytes
             from torch_ref.checkpoint import load_4bit
 
             return load_4bit(cls.model_class, model_name, config, dtype, device_map, token, attn_implementation)
@@ -129,14 +132,14 @@ class FastQwen3Model:
 
     @staticmethod
     def for_inference(model: Any) -> Any:
-        """Evaluation mode with the cache on and nothing recomputed; returns `model`."""
+        """Puts `model` in evaluation mode, with the cache and without recomputation, and returns it."""
         lora.set_gradient_checkpointing(model, False)
         model.config.use_cache = True
         return model.eval()
 
     @staticmethod
     def for_training(model: Any, use_gradient_checkpointing: bool | str = True) -> Any:
-        """Training mode without the cache; returns `model`."""
+        """Puts `model` in training mode, without the cache, and returns it."""
         return lora.for_training(model, use_gradient_checkpointing)
 
 
@@ -147,16 +150,44 @@ class FastQwen3MoeModel(FastQwen3Model):
     patches = patch.MOE_PATCHES
 
     @classmethod
-    def from_pretrained(cls, model_name: str = "Qwen/Qwen3-30B-A3B", *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """As `FastQwen3Model.from_pretrained`; the default of the original, Qwen/Qwen3-7B, does not exist."""
-        return super().from_pretrained(model_name, *args, **kwargs)
+    def from_pretrained(
+        cls,
+        model_name: str = "Qwen/Qwen3-30B-A3B",
+        max_seq_length: int | None = _DEFAULT_LENGTH,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool = True,
+        token: str | None = None,
+        device_map: Any = "sequential",
+        rope_scaling: dict[str, Any] | None = None,
+        fix_tokenizer: bool = True,
+        trust_remote_code: bool = False,
+        experts_implementation: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> tuple[Any, Any]:
+        """As `FastQwen3Model.from_pretrained`, with another default model.
+
+        Unsloth's default, Qwen/Qwen3-7B, does not exist on the hub.
+        """
+        return super().from_pretrained(
+            model_name,
+            max_seq_length,
+            dtype,
+            load_in_4bit,
+            token,
+            device_map,
+            rope_scaling,
+            fix_tokenizer,
+            trust_remote_code,
+            experts_implementation,
+            attn_implementation,
+        )
 
 
 def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     """The dtype to compute in; None picks one for this machine's device.
 
     Raises:
-        ValueError: no dtype of 16 or 32 bits, or bfloat16 on a GPU that lacks it.
+        ValueError: not a floating-point dtype of 16 or 32 bits, or bfloat16 on a GPU that does not support it.
     """
     cuda = torch.cuda.is_available()
     if dtype is None:
@@ -173,7 +204,7 @@ def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[
     """Fits the configuration's rotary embedding to `max_seq_length` and `rope_scaling`, in place; returns the length.
 
     Raises:
-        ValueError: no length, no rope_type, an unknown one, or a length that the scaling does not reach.
+        ValueError: a length below 1, a missing or unknown rope_type, or a length that the scaling does not reach.
     """
     if max_seq_length is not None and max_seq_length < 1:
         raise ValueError(f"max_seq_length: expected a positive number, found {max_seq_length}")
@@ -216,14 +247,14 @@ def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[
 
 
 def repair_tokenizer(tokenizer: Any, config: Any, max_seq_length: int) -> None:
-    """Gives the tokenizer a padding token of its own, padding on the right, and the longest input; in place.
+    """Gives the tokenizer its own padding token, padding on the right, and the longest input; in place.
 
     Raises:
-        ValueError: more tokens than the embedding has rows, or no token that could stand for padding.
+        ValueError: more tokens than the embedding has entries, or no token that can serve as padding.
     """
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"fix_tokenizer: expected at most {config.vocab_size} tokens, the embedding's rows, found {len(tokenizer)}"
+            f"fix_tokenizer: expected at most {config.vocab_size} tokens, the embedding's size, found {len(tokenizer)}"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         vocabulary = tokenizer.get_vocab()
@@ -239,7 +270,7 @@ def repair_tokenizer(tokenizer: Any, config: Any, max_seq_length: int) -> None:
 
 
 def set_experts_implementation(model: Any, name: str | None) -> None:
-    """Chooses the experts' implementation, `loop` or `grouped`, of every layer; None leaves the choice to the device.
+    """Sets the experts' implementation, `loop` or `grouped`, of every layer; None chooses by the device.
 
     Raises:
         ValueError: another name.

@@ -1,8 +1,8 @@
-"""The forwards that replace transformers', and the switch that puts them in and takes them out again.
+"""The forwards that replace transformers', and the functions that install and remove them.
 
-Names and signatures are those of Unsloth's `qwen3_moe.py`; the semantics are those of transformers'
-`modeling_qwen3_moe.py`: the configuration decides on renormalisation, dense layers exist, q/k norm holds in decoding,
-packed rows stay apart, and outputs have the dtype of their inputs.
+Names and signatures are those of Unsloth's `qwen3_moe.py`. Results are those of transformers' `modeling_qwen3_moe.py`:
+the configuration decides whether routing weights are renormalised, layers may be dense, decoding applies q/k norm,
+documents packed into one sequence do not attend to each other, and an output has the dtype of its input.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from torch_ref.adapters import linear, split_experts
 from torch_ref.experts import DenseStack, Projection, Stack, implementation
 from torch_ref.loss import cross_entropy, shifted_labels
-from torch_ref.rotary import can_fuse, norm_and_rotate
+from torch_ref.rotary import norm_and_rotate, unsupported
 
-# Who checkpoints a layer: its __call__ in earlier versions of transformers, later a wrapper around the class's own
-# forward, which the patch replaces.
+# In earlier versions of transformers a layer's __call__ checkpoints it; in later ones a wrapper around the class's own
+# forward does, and the patch replaces that forward.
 _CALL_CHECKPOINTS = "__call__" in vars(GradientCheckpointingLayer)
 
 
@@ -44,8 +44,8 @@ def Qwen3Attention_fast_forward(
 ) -> tuple[Float[Tensor, "B T D"], Tensor | None]:
     """Grouped-query attention with q/k norm and rotary embedding, with the cache or without.
 
-    Returns the output and, from the eager implementation, the attention weights [B, N, T, S]. Remaining arguments
-    (position_ids, the flash kernels' cu_seq_lens_q, ...) go on to transformers' attention interface.
+    Returns the output and, from the eager implementation, the attention weights [B, N, T, S]. All other arguments
+    (position_ids, the flash kernels' cu_seq_lens_q, ...) are passed to transformers' attention interface.
     """
     B, T, _ = hidden_states.shape
     heads = (B, T, -1, self.head_dim)
@@ -74,9 +74,9 @@ def Qwen3Attention_fast_forward(
 def normed_rotary(
     attention: Any, query: Float[Tensor, "B T N H"], key: Float[Tensor, "B T K H"], cos: Tensor, sin: Tensor
 ) -> tuple[Float[Tensor, "B N T H"], Float[Tensor, "B K T H"]]:
-    """The rotary embedding of the normed heads; in one kernel where that is switched on and can be."""
+    """The rotary embedding of the normed heads; one kernel computes both where it is supported."""
     pairs = (attention.q_norm, query), (attention.k_norm, key)
-    if all(_is_plain(norm, x) and can_fuse(x, norm.weight, cos) for norm, x in pairs):
+    if all(_is_plain(norm, x) and unsupported(x, norm.weight, cos) is None for norm, x in pairs):
         fused = (norm_and_rotate(x, norm.weight, cos, sin, norm.variance_epsilon) for norm, x in pairs)
         query, key = (x.transpose(1, 2) for x in fused)
         return query, key
@@ -85,15 +85,15 @@ def normed_rotary(
 
 
 def _is_plain(module: Any, x: Tensor) -> bool:
-    """Whether `module` is an RMSNorm as it comes, in x's dtype."""
+    """Whether `module` is transformers' own RMSNorm, in x's dtype."""
     known = modeling_qwen3_moe.Qwen3MoeRMSNorm | modeling_qwen3.Qwen3RMSNorm
     return isinstance(module, known) and module.weight.dtype == x.dtype
 
 
 def rms_norm(module: Any, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-    """`module(x)` in one kernel where `module` is a plain RMSNorm in x's dtype: float32 inside, rounded once.
+    """`module(x)`, in one kernel if `module` is transformers' own RMSNorm in x's dtype: float32 inside, rounded once.
 
-    transformers' rounds before the weight as well; in float32 both are the same.
+    transformers also rounds before it multiplies by the weight; in float32 both give the same.
     """
     if not _is_plain(module, x):
         return module(x)
@@ -107,7 +107,7 @@ def fast_swiglu_inference(
     temp_gate: Float[Tensor, "B T F"] | None = None,
     temp_up: Float[Tensor, "B T F"] | None = None,
 ) -> Float[Tensor, "B T D"]:
-    """down(activation(gate(X)) * up(X)), in training as well; `temp_gate`, `temp_up` receive the two products.
+    """down(activation(gate(X)) * up(X)), in training too; `temp_gate` and `temp_up` receive the two products.
 
     Raises:
         ValueError: a buffer while gradients are on, or one of the wrong shape or dtype.
@@ -118,7 +118,7 @@ def fast_swiglu_inference(
 
 
 def _into(buffer: Tensor | None, name: str, value: Tensor) -> Tensor:
-    """`value`, in `buffer` where there is one."""
+    """`value`, copied into `buffer` if there is one."""
     _check_buffer(buffer, name, value.shape, value.dtype)
     return value if buffer is None else buffer.copy_(value)
 
@@ -140,15 +140,15 @@ def Qwen3MoeSparseMoeBlock_fast_forward(
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "M E"]]:
     """Routes every token to its k experts; returns the output in X's dtype and the router's logits.
 
-    Under no_grad `temp_gate` [B*T, E] receives the router's logits, and is what is returned as such, and `temp_up`
-    [B*T*k, 2F] the gate and up products of the routed rows, ordered by expert, then by token.
+    Under no_grad `temp_gate` [B*T, E] receives the router's logits and is returned in their place; `temp_up`
+    [B*T*k, 2F] receives the gate and up products of the rows, ordered by expert, then by token.
 
     Raises:
         ValueError: a buffer while gradients are on, or one of the wrong shape or dtype.
     """
     B, T, D = X.shape
     x = X.reshape(-1, D)
-    # As a call of the module: adapters, and transformers' recorder of router logits, hook it.
+    # Called as a module, because adapters and transformers' recorder of router logits hook that call.
     router_logits, weights, selected = self.gate(x)
     router_logits = _into(temp_gate, "temp_gate", router_logits)
     experts, adapters = split_experts(self.experts)
@@ -162,7 +162,7 @@ def Qwen3MoeSparseMoeBlock_fast_forward(
 
 
 def stack_of(experts: nn.Module, name: str) -> Stack:
-    """The weights `name` (gate_up_proj, down_proj) of an expert module, 16-bit or 4-bit."""
+    """The weights `name` (gate_up_proj or down_proj) of an expert module, in 16 or 4 bit."""
     stack = getattr(experts, "stack", None)
     return DenseStack(getattr(experts, name)) if stack is None else stack(name)
 
@@ -181,8 +181,8 @@ def Qwen3MoeDecoderLayer_fast_forward(
 ) -> tuple[Any, ...]:
     """One layer: attention, then the sparse block or, in a dense layer, the MLP.
 
-    Returns (hidden_states, [attention weights], [router logits], [cache]), each of the last three where it is asked
-    for; a dense layer has None for router logits.
+    Returns (hidden_states, [attention weights], [router logits], [cache]), the last three only if requested. The router
+    logits of a dense layer are None.
     """
     residual = hidden_states
     hidden_states, attention_weights = self.self_attn(
@@ -310,8 +310,8 @@ def CausalLM_fast_forward(
 ) -> MoeCausalLMOutputWithPast:
     """Logits [B, T, V] and, with `labels`, transformers' loss: mean cross-entropy plus the weighted auxiliary loss.
 
-    In training with labels `logits` is None unless `return_logits` asks for them: the loss never holds the logits of
-    all tokens. `shift_labels` [B, T], labels that are shifted already, replace `labels`.
+    In training with labels `logits` is None unless `return_logits` is true: the loss never holds the logits of all
+    tokens. `shift_labels` [B, T], labels that are already shifted, replace `labels`.
     """
     if output_router_logits is None:
         output_router_logits = bool(self.config.output_router_logits)
@@ -355,7 +355,7 @@ def CausalLM_fast_forward(
 
 
 class LlamaRotaryEmbedding(modeling_qwen3_moe.Qwen3MoeRotaryEmbedding):
-    """transformers' rotary embedding, its frequencies and scaling, with the tables in float32 under autocast too."""
+    """transformers' rotary embedding, which computes its tables in float32 under autocast too."""
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine [B, T, H] of position * frequency, in x's dtype."""
@@ -383,14 +383,14 @@ _originals: dict[tuple[int, str], Any] = {}
 
 
 def apply(patches: Iterable[Patch]) -> None:
-    """Puts every replacement in its place; what is patched already stays as it is."""
+    """Installs every replacement; one that is installed already changes nothing."""
     for owner, name, replacement in patches:
         _originals.setdefault((id(owner), name), vars(owner)[name])
         setattr(owner, name, replacement)
 
 
 def restore(patches: Iterable[Patch]) -> None:
-    """Puts back exactly what `apply` replaced."""
+    """Restores the very objects that `apply` replaced."""
     for owner, name, _ in patches:
         if (id(owner), name) in _originals:
             setattr(owner, name, _originals.pop((id(owner), name)))

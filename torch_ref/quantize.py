@@ -1,7 +1,7 @@
 """4-bit weights as bitsandbytes stores them, for linear maps and for whole expert stacks.
 
-NF4 (Dettmers et al. 2023): blocks of 64 values, two codes to a byte, the blocks' maxima quantised in turn to 8 bits.
-What is saved for the backward pass is the packed weight; the 16-bit one exists while a product needs it.
+NF4 (Dettmers et al. 2023): blocks of 64 values, two codes to a byte; the maxima of the blocks are quantised to 8 bits.
+The backward pass gets the packed weight; the 16-bit weight exists only while a product needs it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch.nn import functional as F
 from torch_ref import kernels
 from torch_ref.experts import Projection, grouped_matmul, implementation
 
-# bitsandbytes' annotations call nearly every field of its classes None
+# bitsandbytes annotates nearly every field of its classes as None
 State = Any
 QuantState: Any = bitsandbytes.functional.QuantState
 Params4bit: Any = bnb.nn.modules.Params4bit
 dequantize_4bit = bitsandbytes.functional.dequantize_4bit
 
-_NESTED_BLOCK = 256  # maxima that share one maximum of their own
+_NESTED_BLOCK = 256  # maxima that share one maximum
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """X W^T for a W that is made when needed, in the forward pass and again in the backward pass."""
+    """X W^T for a W that is decoded in the forward pass, and again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Callable[[torch.dtype], Tensor]) -> Tensor:
@@ -58,14 +58,14 @@ class _FrozenGroupedLinear(torch.autograd.Function):
 
 
 class Linear4bit(bnb.nn.modules.Linear4bit):
-    """bitsandbytes' linear map, computed by decoding the weight into the input's dtype once and multiplying.
+    """bitsandbytes' linear map, computed as one product with the weight decoded into the input's dtype.
 
-    bitsandbytes' own forward repacks the weight on some CPUs, which changes the numbers.
+    bitsandbytes' own forward repacks the weight on some CPUs, which changes the results.
     """
 
     @classmethod
     def packed(cls, packed: Tensor, state: State, bias: nn.Parameter | None) -> Linear4bit:
-        """The module around codes and statistics that exist already."""
+        """The module of existing codes and statistics."""
         out, inner = state.shape
         with torch.device("meta"):
             self = cls(inner, out, bias=False, compress_statistics=state.nested, quant_type=state.quant_type)
@@ -88,7 +88,7 @@ class Linear4bit(bnb.nn.modules.Linear4bit):
 
     @property
     def packed_shapes(self) -> dict[str, torch.Size]:
-        """The shape that each packed parameter stands for."""
+        """The unpacked shape of each packed parameter."""
         return {"weight": torch.Size((self.out_features, self.in_features))}
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -103,9 +103,9 @@ class Linear4bit(bnb.nn.modules.Linear4bit):
 
 
 def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
-    """NF4 codes with doubly quantised statistics; `dtype` is the one that the weight is meant to be decoded to.
+    """NF4 codes with doubly quantised statistics; `dtype` is what the weight decodes to.
 
-    The encoder gets float32: it divides by the block's maximum in the dtype that it is given.
+    The encoder gets float32, because it divides by the block's maximum in the dtype of its input.
     """
     packed, state = bitsandbytes.functional.quantize_4bit(
         weight.float().contiguous(), compress_statistics=True, quant_type="nf4"
@@ -115,12 +115,12 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
 
 
 def decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
-    """The tensor that codes and statistics stand for, decoded in float32 and rounded to `dtype` once.
+    """The tensor of codes and statistics, decoded in float32 and rounded to `dtype` once.
 
-    As one row of values: on CPUs bitsandbytes 0.50 decodes a matrix wrongly whose rows are not whole blocks.
+    It is decoded as a vector: on CPUs bitsandbytes 0.50 decodes a matrix wrongly if its rows are not whole blocks.
     """
-    if _kernel_decodes(packed, state.quant_type) and not (state.nested and state.state2.blocksize != _NESTED_BLOCK):
-        second = state.state2 if state.nested else None
+    second = state.state2 if state.nested else None
+    if _unsupported(packed, state.quant_type, second.blocksize if second is not None else _NESTED_BLOCK) is None:
         values = kernels.decode_4bit(
             packed.view(1, -1),
             state.absmax.view(1, -1),
@@ -138,9 +138,13 @@ def decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
     return _decode(packed, absmax, state.shape, state.blocksize, state.quant_type, dtype)
 
 
-def _kernel_decodes(codes: Tensor, quant_type: str) -> bool:
-    """Whether one kernel of `torch_ref.kernels` can do what bitsandbytes does in several, to the same bits."""
-    return kernels.enabled(codes) and quant_type == "nf4"
+def _unsupported(codes: Tensor, quant_type: str, nested_block: int = _NESTED_BLOCK) -> str | None:
+    """Why `kernels.decode_4bit` cannot decode `codes`; None if it can, to the bits of bitsandbytes' several kernels."""
+    if quant_type != "nf4":
+        return f"expected nf4, found {quant_type}"
+    if nested_block != _NESTED_BLOCK:
+        return f"expected {_NESTED_BLOCK} maxima to share one maximum, found {nested_block}"
+    return kernels.unsupported(codes)
 
 
 @functools.cache
@@ -160,18 +164,18 @@ def _decode(
 
 @dataclass
 class PackedStack:
-    """The weights [E, out, in] of one projection of all experts, each part of each expert quantised on its own.
+    """The weights [E, out, in] of one projection of all experts, with every part of every expert quantised separately.
 
-    A part is a matrix that has a key of its own on disk: gate and up of an expert are two parts of one stack.
+    A part is a matrix with its own key on disk: gate and up of an expert are two parts of one stack.
 
     Attributes:
-        codes: uint8 [E, parts, bytes]; each part is filled up to whole blocks.
-        absmax: the blocks' maxima [E, parts, blocks]: 8-bit codes where `nested_absmax` is there, else float32.
+        codes: uint8 [E, parts, bytes]; each part is padded to whole blocks.
+        absmax: the maxima of the blocks [E, parts, blocks]: 8-bit codes if there is `nested_absmax`, else float32.
         nested_absmax: float32 [E, parts, ceil(blocks / 256)].
-        offset: float32 [E, parts], the mean that was taken from the maxima.
+        offset: float32 [E, parts], the mean that was subtracted from the maxima.
         nested_quant_map: float32 [256], the values of absmax's codes.
         shape: (E, out, in).
-        blocksize: values in a block.
+        blocksize: number of values in a block.
         quant_type: nf4 or fp4.
     """
 
@@ -192,7 +196,7 @@ class PackedStack:
             if self is None:
                 self = cls._empty(packed.device, state, shape)
             if (state.blocksize, state.quant_type, state.nested) != (self.blocksize, self.quant_type, self.nested):
-                raise ValueError("expected experts that are all quantised alike, found different settings")
+                raise ValueError("expected the same quantisation for all experts, found different settings")
             self.codes[expert, part, : packed.numel()] = packed.flatten()
             self.absmax[expert, part] = state.absmax
             if self.nested_absmax is not None:
@@ -224,7 +228,7 @@ class PackedStack:
 
     @property
     def nested(self) -> bool:
-        """Whether the blocks' maxima are quantised themselves."""
+        """Whether the maxima of the blocks are quantised too."""
         return self.nested_absmax is not None
 
     @property
@@ -233,14 +237,14 @@ class PackedStack:
         return self.codes.shape[1]
 
     def to(self, device: torch.device) -> None:
-        """Moves codes and statistics, which keep their dtypes."""
+        """Moves codes and statistics to `device`; their dtypes stay."""
         for name in ("codes", "absmax", "nested_absmax", "offset", "nested_quant_map"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.to(device))
 
     def select(self, experts: Tensor | slice) -> PackedStack:
-        """The stack of some experts, in the order of `experts`; an expert may come more than once."""
+        """The stack of some experts, in the order of `experts`; an expert may occur more than once."""
 
         def pick(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[experts]
@@ -258,7 +262,7 @@ class PackedStack:
         )
 
     def maxima(self) -> Tensor:
-        """The blocks' maxima in float32, [E, parts, blocks]."""
+        """The maxima of the blocks in float32, [E, parts, blocks]."""
         if self.nested_absmax is None:
             return self.absmax
         assert self.nested_quant_map is not None and self.offset is not None
@@ -269,7 +273,7 @@ class PackedStack:
         """The weights [E, out, in], decoded in float32 and rounded to `dtype` once."""
         experts, out, inner = self.shape
         filled = torch.Size((experts, self.parts, self.codes.shape[-1] * 2))
-        if _kernel_decodes(self.codes, self.quant_type):
+        if _unsupported(self.codes, self.quant_type) is None:
             values = self._decoded_by_kernel(dtype).view(filled)
         else:
             values = _decode(self.codes, self.maxima(), filled, self.blocksize, self.quant_type, dtype)
@@ -293,7 +297,7 @@ class PackedStack:
         return _FrozenLinear.apply(x, lambda dtype: one.dequantized(dtype)[0])
 
     def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
-        """Each row times its expert's W^T; with fewer rows than experts, only the experts in use are decoded."""
+        """Each row times its expert's W^T; with fewer rows than experts, only the needed experts are decoded."""
         if len(rows) < self.shape[0]:
             ends = torch.arange(1, len(rows) + 1, dtype=torch.int32, device=rows.device)
             return _FrozenGroupedLinear.apply(rows, ends, self.select(experts).dequantized)
@@ -308,11 +312,11 @@ class PackedStack:
 
     @property
     def frozen(self) -> bool:
-        """True: codes have no gradient."""
+        """True, because codes have no gradient."""
         return True
 
     def states(self, expert: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, State]]:
-        """Codes and statistics of each part of one expert, as bitsandbytes would have made them by themselves."""
+        """Yields codes and statistics of each part of one expert, as bitsandbytes makes them for a single matrix."""
         _, out, inner = self.shape
         rows = out // self.parts
         code = bitsandbytes.functional.get_4bit_type(self.quant_type, device=self.codes.device)
@@ -340,10 +344,10 @@ class PackedStack:
 
 
 class Experts4bit(nn.Module):
-    """The experts of one layer in 4 bit, in the place of transformers' `Qwen3MoeExperts`.
+    """The experts of one layer in 4 bit; it replaces transformers' `Qwen3MoeExperts`.
 
-    The codes are parameters under the names of the stacks, where PEFT finds them. The statistics are no buffers: a cast
-    of the model to another dtype must not reach them.
+    The codes are parameters with the names of the stacks, where PEFT finds them. The statistics are not buffers: a cast
+    of the model to another dtype must not change them.
     """
 
     def __init__(
@@ -356,11 +360,11 @@ class Experts4bit(nn.Module):
         self.act_fn = act_fn
         self.num_experts = gate_up_proj.shape[0]
         self.dtype = dtype
-        self.is_transposed = False  # PEFT asks: [E, out, in]
+        self.is_transposed = False  # read by PEFT: the stacks are [E, out, in]
 
     @property
     def packed_shapes(self) -> Mapping[str, torch.Size]:
-        """The shape that each packed parameter stands for."""
+        """The unpacked shape of each packed parameter."""
         return {name: stack.shape for name, stack in self._stacks.items()}
 
     def stack(self, name: str) -> PackedStack:
@@ -368,7 +372,7 @@ class Experts4bit(nn.Module):
         return self._stacks[name]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As `Qwen3MoeExperts.forward`: [M, D], [M, k], [M, k] -> [M, D]; transformers' own block calls it."""
+        """As `Qwen3MoeExperts.forward`: [M, D], [M, k], [M, k] -> [M, D]; called by transformers' own block."""
         gate_up, down = (Projection(self.stack(name)) for name in ("gate_up_proj", "down_proj"))
         run = implementation(getattr(self, "torch_ref_implementation", None), hidden_states, gate_up)
         return run(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
@@ -378,5 +382,5 @@ class Experts4bit(nn.Module):
         for name, stack in self._stacks.items():
             parameter = getattr(self, name)
             stack.to(parameter.device)
-            parameter.data = stack.codes  # one copy of the codes, not two
+            parameter.data = stack.codes  # so that the codes exist once
         return self

@@ -1,4 +1,4 @@
-"""The Triton programs behind `torch_ref.kernels`, which says what each computes. Needs Triton: CUDA builds of torch.
+"""The Triton programs of `torch_ref.kernels`, which documents what each computes. CUDA builds of torch contain Triton.
 
 Triton reads annotations as its own types, so pointers and sizes have none.
 """
@@ -33,9 +33,9 @@ def swiglu_backward(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    lines = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    row = lines[:, None]
-    weight = tl.load(weights + lines, lines < rows, 0.0).to(tl.float32)[:, None]
+    flat = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    row = flat[:, None]
+    weight = tl.load(weights + flat, flat < rows, 0.0).to(tl.float32)[:, None]
     total = tl.zeros([TILE], tl.float32)
     for start in tl.static_range(0, width, BLOCK):
         column = start + tl.arange(0, BLOCK)[None, :]
@@ -50,7 +50,7 @@ def swiglu_backward(
         d_gate = d * up * (sigmoid + activated * (1 - sigmoid))
         tl.store(d_product + row * (2 * width) + column, d_gate, inside)
         tl.store(d_product + row * (2 * width) + width + column, d * activated, inside)
-    tl.store(d_weights + lines, total, lines < rows)
+    tl.store(d_weights + flat, total, flat < rows)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def norm_rotary(
     TILE: tl.constexpr,
     HALF: tl.constexpr,
 ) -> None:
-    """`rows` are heads of tokens; the tables' lines repeat after `positions` tokens."""
+    """`rows` counts heads of tokens; the entries of the tables repeat after `positions` tokens."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = (row < rows) & (column < HALF)
@@ -113,7 +113,7 @@ def norm_rotary(
     if BACKWARD:
         d_low = tl.load(d_out + low, inside, 0.0).to(tl.float32)
         d_high = tl.load(d_out + low + HALF, inside, 0.0).to(tl.float32)
-        # through the rotation, then the weight, then the normalisation of x, whose unit vector x is by now
+        # through the rotation, the weight and the normalisation; x is already divided by its root mean square
         n_low = (d_low * cos_low + d_high * sin_high) * weight_low
         n_high = (d_high * cos_high - d_low * sin_low) * weight_high
         along = ((tl.sum(n_low * x_low, 1) + tl.sum(n_high * x_high, 1)) / (2 * HALF))[:, None]

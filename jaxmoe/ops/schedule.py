@@ -91,7 +91,7 @@ def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, span_
     return Schedule(destination, source, tile_expert, tile_end[-1], first_tile, tile_count, spans)
 
 
-def _sum_before(counts: Int[Array, "n *rest"]) -> Int[Array, "n *rest"]:
+def _sum_before(counts: Int[Array, "n *rest"]) -> Int[Array, "n *rest"]:  # noqa: F821 - dimensions, not a product
     """The sum of all earlier entries along the first axis, in a form that XLA fuses with its operands."""
     earlier = jnp.tri(counts.shape[0], k=-1, dtype=bool).reshape(*2 * counts.shape[:1], *(1,) * (counts.ndim - 1))
     return jnp.sum(jnp.where(earlier, counts, 0), axis=1, dtype=jnp.int32)

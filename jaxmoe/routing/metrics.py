@@ -358,7 +358,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    clusters: Num[np.ndarray, "c *sums"],
+    clusters: Num[np.ndarray, "c *sums"],  # noqa: F821 - dimensions, not a product
     statistic: Callable[[np.ndarray], np.ndarray | float],
     *,
     draws: int = 1000,
@@ -389,8 +389,10 @@ def bootstrap(
 
 
 def cluster_sums(
-    values: Num[np.ndarray, "n *sums"], cluster: Integer[np.ndarray, " n"], num_clusters: int
-) -> Float[np.ndarray, "c *sums"]:
+    values: Num[np.ndarray, "n *sums"],  # noqa: F821
+    cluster: Integer[np.ndarray, " n"],
+    num_clusters: int,
+) -> Float[np.ndarray, "c *sums"]:  # noqa: F821
     """The sum of `values` over each cluster."""
     total = np.zeros((num_clusters, *values.shape[1:]))
     np.add.at(total, cluster, values)
