@@ -9,12 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from jaxmoe.errors import ConfigError, check_integer, check_number
 
-if TYPE_CHECKING:
-    from jaxmoe.config import Qwen3MoeConfig
+
+class LayerKinds(Protocol):
+    """What a model's config says about its layers: the indices of those with experts and of those with a dense MLP."""
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def dense_layers(self) -> tuple[int, ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class LoraConfig:
         alpha = dict(self.alpha_pattern).get(target, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
-    def check_against(self, config: Qwen3MoeConfig) -> None:
+    def check_against(self, config: LayerKinds) -> None:
         """Raises ConfigError when a target names layers that the model does not have."""
         for name in self.targets:
             stack = LORA_TARGETS[name].stack
