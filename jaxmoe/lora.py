@@ -18,9 +18,9 @@ class LayerKinds(Protocol):
     """What a model's config says about its layers: the indices of those with experts and of those with a dense MLP."""
 
     @property
-    def sparse_layers(self) -> tuple[int, ...]: ...  # noqa: D102
+    def sparse_layers(self) -> tuple[int, ...]: ...
     @property
-    def dense_layers(self) -> tuple[int, ...]: ...  # noqa: D102
+    def dense_layers(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
