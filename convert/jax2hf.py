@@ -23,7 +23,7 @@ from jaxmoe.nf4.recode import dequantized
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, stored_specs
 from jaxmoe.store.checkpoint import Block
 from jaxmoe.store.converted import is_converted, read_converted
-from jaxmoe.store.files import copy_file, output_folder
+from jaxmoe.store.files import output_folder, write_files
 
 MAX_SHARD_SIZE = 5 * 10**9  # what transformers writes
 
@@ -59,11 +59,7 @@ def write_hf(
     beside the weights and must include config.json.
     """
     with output_folder(dst) as folder:
-        for name, content in files.items():
-            if isinstance(content, bytes):
-                (folder / name).write_bytes(content)
-            else:
-                copy_file(content, folder / name)
+        write_files(folder, files)
         tensors = partial(_tensors, config, dtypes, form)
         outlines = tensors(_outlines(config, dtypes, form))
         planned = [Planned(name, array.shape, array.dtype) for name, array in outlines]

@@ -526,10 +526,10 @@ def settings(**changes: Any) -> Callable[[pathlib.Path], None]:
 
 # what is done to a checkpoint in NF4, and what the one line has to say
 BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
-    "no state": (edit_tensors(lambda t: t.pop(STATE)), (STATE, "found none")),
-    "no absmax": (edit_tensors(lambda t: t.pop(f"{KEY}.absmax")), (f"{KEY}.absmax", "found none")),
+    "no state": (edit_tensors(lambda t: t.pop(STATE)), (STATE, "missing tensor")),
+    "no absmax": (edit_tensors(lambda t: t.pop(f"{KEY}.absmax")), (f"{KEY}.absmax", "missing tensor")),
     "no nested absmax": (edit_tensors(lambda t: t.pop(f"{KEY}.nested_absmax")), (f"{KEY}.nested_absmax",)),
-    "no codes": (edit_tensors(lambda t: t.pop(KEY)), (KEY, "found none")),
+    "no codes": (edit_tensors(lambda t: t.pop(KEY)), (KEY, "missing tensor")),
     "fp4 in the keys": (
         edit_tensors(lambda t: t.update({STATE.replace("nf4", "fp4"): t.pop(STATE)})),
         (KEY, "fp4", "expected"),
@@ -571,7 +571,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     ),
     "one weight in 16 bit": (
         edit_tensors(lambda t: [t.pop(key) for key in list(t) if key.startswith(f"{KEY}.")]),
-        (KEY, "found none"),
+        (KEY, "missing tensor"),
     ),
     "a head in NF4": (
         edit_tensors(lambda t: t.update({"lm_head.weight.absmax": np.zeros(1, np.float32)})),

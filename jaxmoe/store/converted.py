@@ -25,7 +25,7 @@ from jaxmoe.parameters import (
     top_level_paths,
 )
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
-from jaxmoe.store.files import copy_file, output_folder
+from jaxmoe.store.files import output_folder, write_files
 from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
 
 MANIFEST = "manifest.json"
@@ -50,11 +50,7 @@ def write_converted(
     and the number of layers.
     """
     with output_folder(dst) as folder:
-        for name, content in files.items():
-            if isinstance(content, bytes):
-                (folder / name).write_bytes(content)
-            else:
-                copy_file(content, folder / name)
+        write_files(folder, files)
         (folder / "layers").mkdir()
         items: dict[str, Any] = {}
         for block in source.blocks():

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from jaxmoe.errors import UserError
 
@@ -42,6 +42,13 @@ def output_folder(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         raise
 
 
-def copy_file(src: pathlib.Path, dst: pathlib.Path) -> None:
-    """Copies the content of a file but not its permissions: files of a read-only cache become writable."""
-    shutil.copyfile(src, dst)
+def write_files(folder: pathlib.Path, files: Mapping[str, pathlib.Path | bytes]) -> None:
+    """Writes `files`, name -> content or the file to copy, into `folder`.
+
+    The permissions of a file are not copied: files of a read-only cache become writable.
+    """
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)
