@@ -237,7 +237,7 @@ class Hopper:
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
         rows = LARGE if large and LARGE in schedule.spans else SMALL
         tiles = default_tiles(weight.shape[1 if transposed else 2], rows, swiglu)
-        options = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
+        options: dict[str, Any] = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
         return grouped_matmul(
             x, weight, schedule.spans[rows], offset, transposed=transposed, swiglu=swiglu, tiles=tiles, **options
         )
@@ -267,7 +267,7 @@ class Hopper:
         spans = Spans(units * index, jnp.full_like(index, units), jnp.zeros_like(index), jnp.int32(count))
         # Every span has full height (rows past the end are not written), so only one height is compiled.
         tiles = default_tiles(stack.shape[1 if transposed else 2])._replace(heights=(SMALL,))
-        options = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
+        options: dict[str, Any] = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
         return grouped_matmul(x, stack, spans, layer, transposed=transposed, others=others, tiles=tiles, **options)
 
 
