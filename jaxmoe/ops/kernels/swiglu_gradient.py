@@ -1,7 +1,7 @@
-"""The gradient of SwiGLU and of the weights of its rows in one pass over memory, where XLA takes two or three.
+"""The gradients of SwiGLU and of its rows' routing weights in one pass over memory; XLA needs two or three.
 
-A Pallas kernel by Triton, for any NVIDIA GPU; each program takes a few rows. It pays where the product of gate and up
-lies in an array of its own: of a scan's stack XLA would copy it out first.
+A Pallas kernel in Triton, for any NVIDIA GPU; each program handles a few rows. It is faster only if the product of gate
+and up is an array of its own: out of the stack that a scan saves, XLA would copy it first.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-ROWS = 4  # that a program takes
-_WIDEST, _NARROWEST = 256, 64  # columns of an expert's hidden layer that it takes at a time
+ROWS = 4  # per program
+_WIDEST, _NARROWEST = 256, 64  # columns of an expert's hidden layer at a time: at most, at least
 
 
 def unsupported(gate_up: Any) -> str | None:
@@ -36,18 +36,26 @@ def swiglu_gradient(
     with_hidden: bool,
     interpret: bool = False,
 ) -> tuple[Float[Array, "P F"] | None, Float[Array, "P F2"], Float[Array, " P"]]:
-    """(SwiGLU again, if asked for; the gradient of gate and up; that of each row's weight, float32).
+    """The gradients of a row's weighted SwiGLU, and SwiGLU itself.
 
-    `d_hidden` is the gradient of a row's unweighted result: `weight` times it reaches SwiGLU, and its product with
-    SwiGLU's output, summed over the row, is the gradient of `weight`.
+    Args:
+        gate_up: gate in the first F columns, up in the others.
+        d_hidden: the gradient of each row's weighted output, `weight` * SwiGLU. SwiGLU receives `weight` times it; its
+            product with SwiGLU's output, summed over the row, is the gradient of `weight`.
+        weight: of each row, float32.
+        with_hidden: also compute SwiGLU's output again.
+        interpret: run in Pallas' interpreter, without a GPU.
+
+    Returns:
+        SwiGLU's output or None; the gradient of `gate_up`; the gradient of `weight`, float32.
     """
     (P, F), dtype = d_hidden.shape, gate_up.dtype
     chunk = next(size for size in (_WIDEST, _WIDEST // 2, _NARROWEST) if F % size == 0)
-    # Of gate, as of the hidden layer, and of up, which lies behind it.
+    # Columns of gate (and of the hidden layer), and of up, which follows gate.
     columns = [(slice(start, start + chunk), slice(F + start, F + start + chunk)) for start in range(0, F, chunk)]
 
     def body(gate_up_ref: Any, d_hidden_ref: Any, weight_ref: Any, d_gate_up_ref: Any, *refs: Any) -> None:
-        # All loads come before the first store: a store may hide what a load would read, so none moves across.
+        # All loads come before the first store: no load is moved across a store, which might change its value.
         loaded = [(gate_up_ref[:, g], gate_up_ref[:, u], d_hidden_ref[:, g]) for g, u in columns]
         weight = weight_ref[:, :]
         total = jnp.zeros((ROWS,), jnp.float32)
@@ -55,7 +63,7 @@ def swiglu_gradient(
             gate, up, d = (values.astype(jnp.float32) for values in chunks)
             sigmoid = 1 / (1 + jnp.exp(-gate))
             silu = gate * sigmoid
-            hidden = (silu * up).astype(dtype)  # as the forward pass rounded it for its product
+            hidden = (silu * up).astype(dtype)  # rounded as in the forward pass
             if with_hidden:
                 refs[1][:, g] = hidden
             total += jnp.sum(hidden.astype(jnp.float32) * d, axis=1)
@@ -87,7 +95,7 @@ class OnePass:
     """The implementation "triton" of SwiGLU's gradient."""
 
     def unsupported(self, gate_up: Any, in_scan: bool) -> str | None:
-        """Why it cannot run on these rows [P, 2F]; `in_scan`: they lie in the stack of what a scan keeps."""
+        """Why it cannot run on these rows [P, 2F]; `in_scan`: they are part of a stack that a scan saves."""
         return "would be handed a copy of what a scan keeps" if in_scan else unsupported(gate_up)
 
     def __call__(

@@ -6,9 +6,10 @@
 This file has the two public functions and the checks of their arguments. `hopper_tiles` says how the work is cut,
 `hopper_ring` has what both kernels share, `hopper_matmul` and `hopper_outer` have the programs.
 
-Row layout, made by `jaxmoe.ops.experts.make_schedule`: the rows of a group are contiguous, and each group begins and
-ends at a multiple of 16 rows. A block is a part of a group: at most 128 or 256 rows, a multiple of 16. The blocks of a
-group have nearly equal heights. Rows outside all blocks are not written; the output is undefined there.
+Row layout, made by `jaxmoe.ops.schedule.make_schedule`: the rows of a group are contiguous, and each group begins and
+ends at a multiple of 16 rows. A block (a span of the schedule) is part of a group: at most 128 or 256 rows, a multiple
+of 16. The blocks of a group have nearly equal heights. Rows outside all blocks are not written; the output is undefined
+there.
 
 One block's life in `grouped_matmul`:
 
@@ -198,8 +199,8 @@ def _check_sizes(*sizes: int) -> None:
 class Hopper:
     """The implementation "mosaic" of the grouped products."""
 
-    rank_multiple = 64  # of the low-rank term; two 16-bit terms of a rank up to 32 then cost no padding
-    min_linear_rows = 512  # below, a product reads the weight only once anyway and XLA's is as good
+    rank_multiple = 64  # of the low-rank term; two 16-bit terms of rank 32 or less fit without padding
+    min_linear_rows = 512  # with fewer rows a product reads the weight only once, and XLA is as fast
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
         """Why it cannot run on rows of this dtype and these widths, or None."""
@@ -212,11 +213,11 @@ class Hopper:
         return None
 
     def tile_rows(self, routed_rows: int, num_experts: int) -> int:
-        """16, whatever the load: the kernel takes several tiles at once."""
+        """16 for any load: the kernel takes several tiles at once."""
         return TILE_ROWS
 
     def span_rows(self, routed_rows: int, num_experts: int) -> tuple[int, ...]:
-        """One height, or two where some products of a layer want higher spans."""
+        """The limits for the rows of a span: one, or two if some products of a layer are faster with higher spans."""
         return (SMALL, LARGE) if routed_rows >= _LARGE_ROWS * num_experts else (SMALL,)
 
     def matmul(
@@ -236,7 +237,7 @@ class Hopper:
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
         rows = LARGE if large and LARGE in schedule.spans else SMALL
         tiles = default_tiles(weight.shape[1 if transposed else 2], rows, swiglu)
-        options = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
+        options: dict[str, Any] = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
         return grouped_matmul(
             x, weight, schedule.spans[rows], offset, transposed=transposed, swiglu=swiglu, tiles=tiles, **options
         )
@@ -259,18 +260,18 @@ class Hopper:
         others: Sequence[tuple[Array, Array]] = (),
         low: LowRankTerm | None = None,
     ) -> Array:
-        """As `GroupedMatmul.linear`: one group of rows, so that the layer is read in the stack where it lies."""
+        """As `GroupedMatmul.linear`: all rows are one group, and the layer is read in place from the stack."""
         count = -(-x.shape[0] // SMALL)
         units = SMALL // TILE_ROWS
         index = jnp.arange(count, dtype=jnp.int32)
         spans = Spans(units * index, jnp.full_like(index, units), jnp.zeros_like(index), jnp.int32(count))
-        # Every span has all its rows (those past the end are not written): one program to compile.
+        # Every span has full height (rows past the end are not written), so only one height is compiled.
         tiles = default_tiles(stack.shape[1 if transposed else 2])._replace(heights=(SMALL,))
-        options = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
+        options: dict[str, Any] = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
         return grouped_matmul(x, stack, spans, layer, transposed=transposed, others=others, tiles=tiles, **options)
 
 
-# From so many rows an expert and elements of its matrix on, higher spans of fewer columns are faster.
+# With at least so many rows per expert, and elements in its matrix, higher spans with fewer columns are faster.
 _LARGE_ROWS, _LARGE_MATRIX = 1024, 2**21
 
 HOPPER = Hopper()
