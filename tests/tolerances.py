@@ -79,14 +79,16 @@ TOLERANCES: dict[str, Tolerance] = {
         7e-4, 6.1e-4, "the matrix that an adapter applies to bfloat16 rows; rounded A, B: 2.3e-3"
     ),
     "low_rank_gradients_float32": Tolerance(1e-6, 0.0, "an adapter's gradients against plain products: the same bits"),
-    "low_rank_gradients_bfloat16": Tolerance(5e-3, 2.8e-3, "the same; bfloat16 itself rounds by 1.7e-3"),
+    "low_rank_gradients_bfloat16": Tolerance(5e-3, 2.8e-3, "the same in bfloat16, which itself rounds by 1.7e-3"),
     # what the model's own tests compare
     "remat_gradients_fp32": Tolerance(
-        1e-5, None, "adapters' gradients when layers are recomputed otherwise, relative L2"
+        1e-5, 2.0e-6, "adapters' gradients when layers are recomputed otherwise, relative L2"
     ),
-    "unrolled_gradients_fp32": Tolerance(1e-5, None, "adapters' gradients with unrolled layers, relative L2"),
-    "unrolled_outputs_fp32": Tolerance(1e-5, None, "everything else that unrolled layers give, absolute plus relative"),
-    "unpacked_gradients_fp32": Tolerance(1e-6, None, "adapters' gradients without segments, relative L2"),
+    "unrolled_gradients_fp32": Tolerance(1e-5, 2.9e-6, "adapters' gradients with unrolled layers, relative L2"),
+    "unrolled_outputs_fp32": Tolerance(
+        1e-5, 0.0, "the rest that unrolled layers give, absolute plus relative: the same bits"
+    ),
+    "unpacked_gradients_fp32": Tolerance(1e-6, 2.4e-8, "adapters' gradients without segments, relative L2"),
     "routing_weights_fp32": Tolerance(1e-6, 1.2e-7, "renormalised routing weights, relative"),
     "split_high_low": Tolerance(
         1e-5, 2.3e-6, "a float32 matrix against the sum of its two bfloat16 parts, relative L2"
