@@ -38,8 +38,8 @@ TOLERANCES: dict[str, Tolerance] = {
         1e-6, 0.0, "logits of a document when another one in its sequence changes: the same bits"
     ),
     "merge_fp32": Tolerance(5e-7, 6.3e-8, "weights with a merged adapter against PEFT's own merge, relative L2"),
-    "nf4_model": Tolerance(1e-6, None, "hidden states in NF4 against the model of the decoded weights, relative L2"),
-    "nf4_gradients": Tolerance(2e-6, None, "the same, gradient of each adapter"),
+    "nf4_model": Tolerance(1e-6, 0.0, "hidden states in NF4 against the model of the decoded weights: the same bits"),
+    "nf4_gradients": Tolerance(2e-6, 0.0, "the gradients of its adapters: the same bits"),
     "rotary_frequencies": Tolerance(1e-6, 3.6e-7, "inverse frequencies against transformers and the oracle, relative"),
     "routing_margin": Tolerance(1e-5, None, "top-k margin in probability above which the same experts must be chosen"),
     "accumulation": Tolerance(2e-6, 1.2e-6, "loss and gradients of several micro-batches against one batch, relative"),
