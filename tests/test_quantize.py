@@ -359,7 +359,7 @@ def test_training(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     )
     assert losses[-1] < losses[0]
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
-    with pytest.raises(UserError, match="quantize: expected only"):
+    with pytest.raises(UserError, match="quantize: only valid with LoRA training"):
         TrainConfig(**shared, output=tmp_path / "x", quantize="nf4", full=True)
     with pytest.raises(UserError, match="merge: expected weights to merge into, found NF4"):
         train(TrainConfig(**shared, output=tmp_path / "x", quantize="nf4", merge=True))
