@@ -22,7 +22,7 @@ from benchmarks import shapes
 from benchmarks.random_checkpoint import write_checkpoint
 from benchmarks.sides import anonymous_bytes, installed
 from jaxmoe.cli.arguments import ArgumentParser, run
-from jaxmoe.memory import human
+from jaxmoe.memory import format_bytes
 
 SIDES = ("transformers", "jaxmoe", "jaxmoe, converted", "jaxmoe, converted, unverified")
 
@@ -118,7 +118,7 @@ def _compare(args: argparse.Namespace, scratch: pathlib.Path) -> None:
             raise RuntimeError(f"{side}: {error.strip()[-2000:]}")
         record[side] = found = {**json.loads(out.splitlines()[-1]), "peak": peak}
         print(
-            f"{side:32}{found['seconds']:9.1f}{found['bytes'] / found['seconds'] / 1e9:8.2f}{human(peak):>14}",
+            f"{side:32}{found['seconds']:9.1f}{found['bytes'] / found['seconds'] / 1e9:8.2f}{format_bytes(peak):>14}",
             flush=True,
         )
     shapes.write_json(args.json, record)

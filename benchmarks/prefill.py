@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import limits, random_model, shapes, stages
 from benchmarks.sides import installed, measure_apart, stages_apart
 from jaxmoe.cli.arguments import ArgumentParser, run
-from jaxmoe.memory import human
+from jaxmoe.memory import format_bytes
 
 # sequences, tokens per sequence, whether a KV cache is written, as `jaxmoe.generate.engine` does
 CASES = {
@@ -164,7 +164,7 @@ def main() -> None:
                 share = f"{speed * limits.forward_flops(config, length, head=False) / found['flops']:.1%}"
             print(
                 f"{side:22}{found['seconds'] * 1e3:9.1f}{speed:10,.0f}{share:>9}"
-                f"{human(found['peak']) if found['peak'] else '':>10}{found['first_s']:7.1f}s"
+                f"{format_bytes(found['peak']) if found['peak'] else '':>10}{found['first_s']:7.1f}s"
                 f"{format(found['load'], '6.2f') if 'load' in found else '':>6}  {found['device']}",
                 flush=True,
             )

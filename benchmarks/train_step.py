@@ -13,13 +13,14 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 from benchmarks import limits, random_model, shapes, stages
 from benchmarks.sides import installed, measure_apart, stages_apart
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
-from jaxmoe.memory import Remat, human, training_forecast
+from jaxmoe.memory import Remat, Workload, format_bytes, training_forecast
 
 LEARNING_RATE = 1e-4
 
@@ -68,17 +69,9 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     packed = args.documents > 1
     selected: Any = selected_implementations(config, "bfloat16")
     remat: Any = args.remat or case.remat
-    plan = training_forecast(
-        config,
-        lora,
-        batch_size=case.batch // case.accumulation,
-        seq_length=case.length,
-        dtype="bfloat16",
-        accumulation=case.accumulation,
-        remat=remat,
-        packed=packed,
-        **selected,
-    )
+    sequences = case.batch // case.accumulation
+    workload = Workload(config, lora, sequences, case.length, "bfloat16", case.accumulation, **selected)
+    plan = training_forecast(replace(workload, remat=remat, packed=packed))
     shapes = jax.eval_shape(lambda: random_model.jax_parameters(config))
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
     model: Any = Model(config, lora, "bfloat16", remat, packed, args.unroll)
@@ -273,15 +266,16 @@ def main() -> None:
             limit = found["flops"] / work if "flops" in found else None
             print(
                 f"{side:22}{found['seconds'] * 1e3:9.1f}{speed:10,.0f}{f'{speed / limit:.1%}' if limit else '':>9}"
-                f"{human(found['peak']) if found['peak'] else '':>10}{found['first_s']:7.1f}s{found['load']:6.2f}"
-                f"  {found['loss']:<8.4f}{found['device']}",
+                f"{format_bytes(found['peak']) if found['peak'] else '':>10}{found['first_s']:7.1f}s"
+                f"{found['load']:6.2f}  {found['loss']:<8.4f}{found['device']}",
                 flush=True,
             )
             if limit:
                 print(
                     f"limit: {limit:,.0f} tokens/s at {found['flops'] / 1e12:.0f} TFLOP/s; "
-                    f"temporary buffers of the step: {human(found['temporaries'])}; "
-                    f"peak before the step: {human(found['peak_before'])}; forecast: {human(found['forecast'])}",
+                    f"temporary buffers of the step: {format_bytes(found['temporaries'])}; "
+                    f"peak before the step: {format_bytes(found['peak_before'])}; "
+                    f"forecast: {format_bytes(found['forecast'])}",
                     flush=True,
                 )
         if args.stages:

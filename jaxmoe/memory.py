@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from jaxmoe.config import Qwen3MoeConfig
@@ -76,61 +76,88 @@ def active_parameter_count(config: Qwen3MoeConfig) -> int:
     return _count(specs) + _count(experts) * config.num_experts_per_tok // config.num_experts
 
 
-def training_forecast(
-    config: Qwen3MoeConfig,
-    lora: LoraConfig | None,
-    *,
-    batch_size: int,
-    seq_length: int,
-    dtype: str,
-    accumulation: int = 1,
-    quantize: str | None = None,
-    remat: Remat = "low-memory",
-    attention: Attention = "blocks",
-    experts: Experts = "tiled",
-    packed: bool = True,
-) -> Forecast:
-    """The forecast of one step of AdamW on `batch_size` sequences of `seq_length` tokens with the policy `remat`.
+@dataclass(frozen=True)
+class Workload:
+    """What a forecast is for: a model with or without adapters, the shape of a batch, and how it runs.
 
-    `attention` and `experts` are the implementations that run on the device (`jaxmoe.ops.attention.implementation`,
-    `jaxmoe.ops.experts.implementation`). `packed` says whether a sequence may hold several documents.
-
-    With `lora` only the adapters have gradients and moments. With None all parameters do; the model computes in `dtype`
-    from float32 masters. Trained parameters are float32. `quantize` "nf4" holds the frozen parameters in 4 bits.
-    Accumulation needs memory for a sum of gradients beside those of a micro-batch.
+    Attributes:
+        config: the model.
+        lora: the adapters, the only parameters that are trained; None: in training all parameters are.
+        batch_size: sequences of a micro-batch.
+        seq_length: tokens per sequence; in generation prompt and answer together.
+        dtype: of the frozen parameters and of the computation. Trained parameters are float32.
+        accumulation: micro-batches per step. Several need memory for a sum beside the gradients of one.
+        quantize: "nf4" holds the frozen parameters in 4 bits.
+        remat: the recomputation policy.
+        attention: the implementation that runs on the device (`jaxmoe.ops.attention.implementation`).
+        experts: that of the experts' products (`jaxmoe.ops.experts.implementation`).
+        packed: a sequence may hold several documents.
     """
-    size = DTYPE_BYTES[dtype]
+
+    config: Qwen3MoeConfig
+    lora: LoraConfig | None
+    batch_size: int
+    seq_length: int
+    dtype: str
+    accumulation: int = 1
+    quantize: str | None = None
+    remat: Remat = "low-memory"
+    attention: Attention = "blocks"
+    experts: Experts = "tiled"
+    packed: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.batch_size * self.seq_length
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element in `dtype`."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def rows(self) -> int:
+        """An upper bound on the padded rows P of a MoE layer."""
+        return padded_rows(self.tokens * self.config.num_experts_per_tok, self.config.num_experts, self.experts)
+
+
+def training_forecast(work: Workload) -> Forecast:
+    """The forecast of one step of AdamW."""
+    config, lora = work.config, work.lora
     # The loop over tiles has not been measured on a GPU. The forecast assumes the gradients of all results at once.
-    times = 2 if experts == "tiled" else 1
-    layer = times * layer_bytes(config, batch_size, seq_length, size, experts)
-    layer += adapted_bytes(config, lora, batch_size * seq_length, size, experts)
-    layer += attention_bytes(config, batch_size, seq_length, attention, True, packed)
+    times = 2 if work.experts == "tiled" else 1
+    layer = times * layer_bytes(work) + adapted_bytes(work) + attention_bytes(work, training=True)
     parameters = parameter_count(config)
-    tokens = batch_size * seq_length
     # The logits of a chunk and their gradient. They exist while no layer runs, so only the larger of the two counts.
-    logits = 2 * min(loss_chunk(remat), tokens) * config.vocab_size * FLOAT32
+    logits = 2 * min(loss_chunk(work.remat), work.tokens) * config.vocab_size * FLOAT32
     if lora:
         trained = adapter_count(config, lora) * FLOAT32
-        stored = [*_frozen(config, dtype, quantize), Part("adapters", trained, True)]
+        stored = [*_frozen(work), Part("adapters", trained, True)]
     else:
         trained = parameters * FLOAT32
         stored = [Part("parameters", trained, True)]
-        if dtype != "float32":
-            stored.append(Part(f"{dtype} copy", parameters * size, True))
+        if work.dtype != "float32":
+            stored.append(Part(f"{work.dtype} copy", parameters * work.size, True))
     return Forecast(
         (
             *stored,
-            Part("gradients", trained * min(accumulation, 2), True),
+            Part("gradients", trained * min(work.accumulation, 2), True),
             Part("optimizer state", ADAM_MOMENTS * trained, True),
-            Part("layer inputs", 0 if remat == "offload" else layer_input_bytes(config, tokens), False),
-            Part("kept results", kept_bytes(config, lora, batch_size, seq_length, size, remat, experts), False),
+            Part("layer inputs", 0 if work.remat == "offload" else layer_input_bytes(config, work.tokens), False),
+            Part("kept results", kept_bytes(work), False),
             max(
-                Part(f"one layer, {attention}", layer, False),
+                Part(f"one layer, {work.attention}", layer, False),
                 Part("one chunk of logits", logits, False),
                 key=lambda part: part.bytes,
             ),
         )
     )
+
+
+def training_forecasts(work: Workload) -> dict[Remat, Forecast]:
+    """`training_forecast` with each recomputation policy."""
+    return {remat: training_forecast(replace(work, remat=remat)) for remat in get_args(Remat)}
 
 
 def choose_remat(forecasts: Mapping[Remat, Forecast], available: int | None) -> Remat:
@@ -156,38 +183,27 @@ def device_bytes(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def generation_forecast(
-    config: Qwen3MoeConfig,
-    lora: LoraConfig | None,
-    *,
-    batch_size: int,
-    seq_length: int,
-    dtype: str,
-    quantize: str | None = None,
-    attention: Attention = "blocks",
-    experts: Experts = "tiled",
-) -> Forecast:
-    """The forecast of prefill and decoding for `batch_size` sequences; `seq_length` counts prompt and answer."""
-    size = DTYPE_BYTES[dtype]
-    working = attention_bytes(config, batch_size, seq_length, attention, False)
+def generation_forecast(work: Workload) -> Forecast:
+    """The forecast of prefill and decoding."""
+    config = work.config
     kv_width = config.num_key_value_heads * config.head_dim
-    adapters = (Part("adapters", adapter_count(config, lora) * FLOAT32, True),) if lora else ()
+    adapters = (Part("adapters", adapter_count(config, work.lora) * FLOAT32, True),) if work.lora else ()
     return Forecast(
         (
-            *_frozen(config, dtype, quantize),
+            *_frozen(work),
             *adapters,
-            Part("KV cache", 2 * config.num_hidden_layers * batch_size * seq_length * kv_width * size, True),
-            Part("one layer at work", layer_bytes(config, batch_size, seq_length, size, experts), False),
-            Part(f"attention, {attention}", working, False),
-            Part("logits", batch_size * config.vocab_size * FLOAT32, False),
+            Part("KV cache", 2 * config.num_hidden_layers * work.tokens * kv_width * work.size, True),
+            Part("one layer at work", layer_bytes(work), False),
+            Part(f"attention, {work.attention}", attention_bytes(work, training=False), False),
+            Part("logits", work.batch_size * config.vocab_size * FLOAT32, False),
         )
     )
 
 
-def _frozen(config: Qwen3MoeConfig, dtype: str, quantize: str | None) -> tuple[Part, ...]:
+def _frozen(work: Workload) -> tuple[Part, ...]:
     """The frozen parameters. With NF4 also one weight in `dtype`: each is decoded for a short time when it is used."""
-    size = DTYPE_BYTES[dtype]
-    if quantize is None:
+    config, size = work.config, work.size
+    if work.quantize is None:
         return (Part("parameters", parameter_count(config) * size, True),)
     quantization = Quantization(nf4_candidates(config))
     specs = stored_specs(config, quantization).values()
@@ -217,32 +233,23 @@ def layer_input_bytes(config: Qwen3MoeConfig, tokens: int) -> int:
     return config.num_hidden_layers * tokens * config.hidden_size * FLOAT32
 
 
-def kept_bytes(
-    config: Qwen3MoeConfig,
-    lora: LoraConfig | None,
-    batch_size: int,
-    seq_length: int,
-    size: int,
-    remat: Remat,
-    experts: Experts,
-) -> int:
-    """Bytes of the results that `remat` saves in all layers beside their inputs, `size` bytes an element."""
-    if remat in ("low-memory", "offload"):
+def kept_bytes(work: Workload) -> int:
+    """Bytes of the results that the policy saves in all layers beside their inputs."""
+    if work.remat in ("low-memory", "offload"):
         return 0
-    tokens, sparse = batch_size * seq_length, len(config.sparse_layers)
+    config, lora, tokens, sparse = work.config, work.lora, work.tokens, len(work.config.sparse_layers)
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     # The output of attention, queries, keys and values, the heads' output and its normaliser.
-    attention = tokens * ((config.hidden_size + 2 * heads + 2 * kv) * size + config.num_attention_heads * FLOAT32)
-    attention += tokens * _ranks(lora, LORA_GROUPS["attention"]) * size  # and low-rank rows
+    attention = tokens * ((config.hidden_size + 2 * heads + 2 * kv) * work.size + config.num_attention_heads * FLOAT32)
+    attention += tokens * _ranks(lora, LORA_GROUPS["attention"]) * work.size  # and low-rank rows
     kept = config.num_hidden_layers * attention
     if sparse:
-        k = config.num_experts_per_tok
-        rows = padded_rows(tokens * k, config.num_experts, experts)
         # Router logits and probabilities; experts, weights and both directions of the permutation.
-        kept += sparse * FLOAT32 * (tokens * (2 * config.num_experts + 3 * k) + rows)
-        if remat == "fast":
+        routing = tokens * (2 * config.num_experts + 3 * config.num_experts_per_tok) + work.rows
+        kept += sparse * FLOAT32 * routing
+        if work.remat == "fast":
             width = 2 * config.moe_intermediate_size + _ranks(lora, LORA_GROUPS["experts"])
-            kept += sparse * rows * width * size
+            kept += sparse * work.rows * width * work.size
     return kept
 
 
@@ -251,33 +258,26 @@ def _ranks(lora: LoraConfig | None, group: Sequence[str]) -> int:
     return sum(lora.rank(target) for target in lora.targets if target in group) if lora else 0
 
 
-def adapted_bytes(config: Qwen3MoeConfig, lora: LoraConfig | None, tokens: int, size: int, experts: Experts) -> int:
+def adapted_bytes(work: Workload) -> int:
     """Bytes that the gradients of a layer's experts, or of their adapters, need until the end of the layer: the
     gathered rows, the rows of the output's gradient, and the activation."""
-    if not config.sparse_layers or (lora and not _ranks(lora, LORA_GROUPS["experts"])):
+    config = work.config
+    if not config.sparse_layers or (work.lora and not _ranks(work.lora, LORA_GROUPS["experts"])):
         return 0
-    rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts, experts)
-    return rows * (2 * config.hidden_size + config.moe_intermediate_size) * size
+    return work.rows * (2 * config.hidden_size + config.moe_intermediate_size) * work.size
 
 
-def attention_bytes(
-    config: Qwen3MoeConfig,
-    batch_size: int,
-    seq_length: int,
-    attention: Attention,
-    training: bool,
-    packed: bool = True,
-) -> int:
+def attention_bytes(work: Workload, *, training: bool) -> int:
     """Bytes of the temporaries of attention, beside its operands and its result.
 
-    `jaxmoe.ops.attention` holds the logits and probabilities of a chunk of queries, and in training their gradients.
-    cuDNN's backward pass holds float32 gradients of whole sequences, once for each document of a call.
+    `jaxmoe.ops.attention_chunked` holds the logits and probabilities of a chunk of queries, and in training their
+    gradients. cuDNN's backward pass holds float32 gradients of whole sequences, once for each document of a call.
     """
-    heads = batch_size * config.num_attention_heads * seq_length
-    if attention == "blocks":
-        return (8 if training else 4) * heads * query_chunk(seq_length) * FLOAT32
-    sequences = CUDNN_SEQUENCES if packed else 1
-    return 2 * sequences * heads * config.head_dim * FLOAT32 if training else 0
+    heads = work.tokens * work.config.num_attention_heads
+    if work.attention == "blocks":
+        return (8 if training else 4) * heads * query_chunk(work.seq_length) * FLOAT32
+    documents = CUDNN_SEQUENCES if work.packed else 1
+    return 2 * documents * heads * work.config.head_dim * FLOAT32 if training else 0
 
 
 def query_chunk(seq_length: int) -> int:
@@ -285,22 +285,21 @@ def query_chunk(seq_length: int) -> int:
     return min(max(64, -(-seq_length // 8)), 1024)
 
 
-def layer_bytes(config: Qwen3MoeConfig, batch_size: int, seq_length: int, size: int, experts: Experts) -> int:
-    """Bytes of all results inside the larger kind of decoder layer, `size` bytes an element."""
-    tokens = batch_size * seq_length
+def layer_bytes(work: Workload) -> int:
+    """Bytes of all results inside the larger kind of decoder layer."""
+    config, tokens, size = work.config, work.tokens, work.size
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     attention = tokens * (config.hidden_size * (size + FLOAT32) + (2 * heads + 2 * kv) * size)
     mlps = [0]
     if config.sparse_layers:
-        rows = padded_rows(tokens * config.num_experts_per_tok, config.num_experts, experts)
         # Gathered rows, gate and up, their product, the experts' outputs.
-        mlps.append(rows * (2 * config.hidden_size + 3 * config.moe_intermediate_size) * size)
+        mlps.append(work.rows * (2 * config.hidden_size + 3 * config.moe_intermediate_size) * size)
     if config.dense_layers:
         mlps.append(tokens * 3 * config.intermediate_size * size)
     return attention + max(mlps)
 
 
-def human(count_of_bytes: int) -> str:
+def format_bytes(count_of_bytes: int) -> str:
     """Bytes in binary units, three significant digits: 61064245248 -> '56.9 GiB'."""
     value, unit = float(count_of_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB", "PiB"):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,9 +84,7 @@ def test_what_training_stores() -> None:
     parameters, adapters = memory.parameter_count(SMALL), memory.adapter_count(SMALL, LORA)
 
     def exact(lora: LoraConfig | None, accumulation: int = 1) -> dict[str, int]:
-        plan = memory.training_forecast(
-            SMALL, lora, batch_size=2, seq_length=64, dtype="bfloat16", accumulation=accumulation
-        )
+        plan = memory.training_forecast(memory.Workload(SMALL, lora, 2, 64, "bfloat16", accumulation))
         return {part.name: part.bytes for part in plan.parts if part.exact}
 
     assert exact(LORA) == {
@@ -105,7 +103,7 @@ def test_what_training_stores() -> None:
 
 
 def test_what_generation_stores() -> None:
-    plan = memory.generation_forecast(SMALL, None, batch_size=3, seq_length=100, dtype="float32")
+    plan = memory.generation_forecast(memory.Workload(SMALL, None, 3, 100, "float32"))
     exact = {part.name: part.bytes for part in plan.parts if part.exact}
     assert exact == {"parameters": 4 * memory.parameter_count(SMALL), "KV cache": 2 * 4 * 3 * 100 * (2 * 32) * 4}
     assert plan.total == sum(part.bytes for part in plan.parts)
@@ -114,7 +112,7 @@ def test_what_generation_stores() -> None:
 def test_bytes_are_those_of_real_arrays() -> None:
     params = init_parameters(SMALL, jax.random.key(0), jnp.bfloat16)
     adapters = init_adapters(SMALL, LORA, jax.random.key(1))
-    plan = memory.training_forecast(SMALL, LORA, batch_size=1, seq_length=8, dtype="bfloat16")
+    plan = memory.training_forecast(memory.Workload(SMALL, LORA, 1, 8, "bfloat16"))
     sizes = {part.name: part.bytes for part in plan.parts}
     assert sizes["parameters"] == sum(array.nbytes for array in params.values())
     assert sizes["adapters"] == sum(array.nbytes for array in adapters.values())
@@ -135,10 +133,8 @@ def test_padded_rows_bound_what_dispatch_lays_out(tokens: int, num_experts: int)
 def forecast_of(case: tuple[Any, ...], config: Qwen3MoeConfig, dtype: str, **implementations: str) -> memory.Forecast:
     """The forecast of a `Case` on a device with these implementations."""
     targets, sequences, length, remat, packed, quantize = case
-    options: Any = {"packed": packed, "quantize": quantize, **implementations}
-    return memory.training_forecast(
-        config, lora_of(targets), batch_size=sequences, seq_length=length, dtype=dtype, remat=remat, **options
-    )
+    options: Any = {"remat": remat, "packed": packed, "quantize": quantize, **implementations}
+    return memory.training_forecast(memory.Workload(config, lora_of(targets), sequences, length, dtype, **options))
 
 
 COMPILED = SMALL.replace(hidden_size=128, num_hidden_layers=8, mlp_only_layers=(), num_experts_per_tok=4)
@@ -255,10 +251,7 @@ def test_a_step_holds_the_logits_that_are_forecast(remat: memory.Remat, tokens: 
 
 
 def test_policies_in_order_of_what_they_keep() -> None:
-    forecasts = {
-        remat: memory.training_forecast(SMALL, LORA, batch_size=2, seq_length=64, dtype="bfloat16", remat=remat)
-        for remat in get_args(memory.Remat)
-    }
+    forecasts = memory.training_forecasts(memory.Workload(SMALL, LORA, 2, 64, "bfloat16"))
     fast, balanced, frugal, offload = (plan.total for plan in forecasts.values())
     assert fast > balanced > frugal
     assert frugal - offload == memory.layer_input_bytes(SMALL, 2 * 64)
@@ -280,7 +273,7 @@ def test_policies_in_order_of_what_they_keep() -> None:
     [(0, "0 B"), (999, "999 B"), (1024, "1 KiB"), (61_064_245_248, "56.9 GiB"), (2**50, "1 PiB")],
 )
 def test_human_sizes(size: int, text: str) -> None:
-    assert memory.human(size) == text
+    assert memory.format_bytes(size) == text
 
 
 def test_the_command_prints_every_section(run_module: Callable[..., subprocess.CompletedProcess[str]]) -> None:
@@ -327,7 +320,7 @@ def test_without_a_device_it_still_reports(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_four_bits_and_rows_of_one_record(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What QLoRA takes on a card that the 16-bit model does not fit on, and what attention needs for packed rows."""
+    """QLoRA fits a card that the 16-bit model does not fit, and packed sequences need more memory for attention."""
     on_hopper = {"attention": "cudnn", "experts": "mosaic"}
     monkeypatch.setattr(doctor, "_implementations", lambda *_: on_hopper)
 
@@ -337,10 +330,11 @@ def test_four_bits_and_rows_of_one_record(monkeypatch: pytest.MonkeyPatch, capsy
 
     assert total("--quantize", "nf4") < 24 * 2**30 < 57 * 2**30 < total()
     lora = LoraConfig(r=16, targets=expand_targets(["attention"]))
-    shape: Any = {"batch_size": 1, "seq_length": 16384, "dtype": "bfloat16", "remat": "low-memory", **on_hopper}
-    forecast = partial(memory.training_forecast, PRESETS["qwen3-30b-a3b"], lora, **shape)
+    names: Any = on_hopper
+    work = partial(memory.Workload, PRESETS["qwen3-30b-a3b"], lora, 1, 16384, "bfloat16", **names)
+    alone, together = (memory.training_forecast(work(packed=packed)).total for packed in (False, True))
     long = ("--seq-length", "16384")
-    assert total(*long, "--no-pack") == forecast(packed=False).total < forecast(packed=True).total == total(*long)
+    assert total(*long, "--no-pack") == alone < together == total(*long)
     main(["--model", "qwen3-30b-a3b", "--quantize", "nf4"])
     assert "Memory of qwen3-30b-a3b in bfloat16 with weights in nf4, 1 x 2048 tokens" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from jaxmoe.config import LoraConfig
 from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Generator
 from jaxmoe.lora import LORA_GROUPS
-from jaxmoe.memory import training_forecast
+from jaxmoe.memory import Workload, training_forecast
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.nf4 import codec as quantize
@@ -289,7 +289,7 @@ def test_what_is_quantised_and_what_is_not(folder: pathlib.Path) -> None:
     assert {"embed_tokens", "lm_head", "sparse.gate", "attention.q_norm"} <= set(kept)
     parts = {
         part.name: part.bytes
-        for part in training_forecast(MIXED, LORA, batch_size=1, seq_length=8, dtype="bfloat16", quantize="nf4").parts
+        for part in training_forecast(Workload(MIXED, LORA, 1, 8, "bfloat16", quantize="nf4")).parts
     }
     assert parts["parameters (nf4)"] == sum(array.nbytes for array in model.params.values())
     with pytest.raises(UserError, match="quantize: expected 'nf4'"):

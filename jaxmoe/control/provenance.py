@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 
 from captures import Capture, Model
+from jaxmoe import environment
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.ops.router import RoutingControl
 
@@ -27,13 +26,9 @@ def model_of(config: Qwen3MoeConfig) -> Model:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a capture's numbers depend on, and the device's name."""
-    found = {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
-    for name in ("jaxmoe", "jax", "jaxlib", "flax", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a source tree that is not installed
-            continue
-    return found
+    found = environment.versions(("python", "jaxmoe", "jax", "jaxlib", "flax", "transformers", "numpy"))
+    installed = {name: version for name, version in found.items() if version is not None}
+    return {"device": jax.devices()[0].device_kind} | installed
 
 
 def imposed_routing(

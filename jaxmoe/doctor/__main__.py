@@ -38,7 +38,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     """The report as lines of text."""
     lines = ["Devices"]
     for device in found["devices"]:
-        size = "unknown memory" if device["memory"] is None else memory.human(device["memory"])
+        size = "unknown memory" if device["memory"] is None else memory.format_bytes(device["memory"])
         lines.append(f"  {device['platform']}: {device['name']}, {size}")
     lines += [f"  ! {problem}" for problem in found["problems"]]
     lines += ["", "Versions"]
@@ -58,14 +58,16 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ]
     for name in ("training", "generation"):
         total = plan[name].total
-        lines += ["", f"  {name}: {memory.human(total)}"]
+        lines += ["", f"  {name}: {memory.format_bytes(total)}"]
         lines += [
-            f"    {part.name:<20} {memory.human(part.bytes):>9}{'' if part.exact else '  (estimate)'}"
+            f"    {part.name:<20} {memory.format_bytes(part.bytes):>9}{'' if part.exact else '  (estimate)'}"
             for part in plan[name].parts
         ]
         lines += [f"    {_verdict(total, device)}" for device in _distinct(found["devices"])]
         if name == "training":
-            totals = ", ".join(f"{remat} {memory.human(size)}" for remat, size in plan["training_by_remat"].items())
+            totals = ", ".join(
+                f"{remat} {memory.format_bytes(size)}" for remat, size in plan["training_by_remat"].items()
+            )
             lines += [
                 f"    by --remat: {totals}",
                 "    --remat auto picks the first policy (never offload) that leaves 10 % of the memory free",
@@ -78,7 +80,7 @@ def _verdict(total: int, device: dict[str, Any]) -> str:
         return f"{device['name']}: memory unknown"
     room = device["memory"] - total
     word = "fits" if room >= 0 else "DOES NOT FIT"
-    return f"{word} on one {device['name']}: {memory.human(abs(room))} {'left' if room >= 0 else 'short'}"
+    return f"{word} on one {device['name']}: {memory.format_bytes(abs(room))} {'left' if room >= 0 else 'short'}"
 
 
 def _distinct(all_devices: list[dict[str, Any]]) -> list[dict[str, Any]]:

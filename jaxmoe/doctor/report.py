@@ -6,13 +6,11 @@ Only `devices`, `operations` and what depends on them start JAX.
 from __future__ import annotations
 
 import pathlib
-import platform
 import shutil
 from dataclasses import dataclass, field
-from importlib import metadata
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from jaxmoe import __version__, memory
+from jaxmoe import __version__, environment, memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.config import is_nf4
@@ -64,13 +62,7 @@ class DoctorConfig:
 
 def versions() -> dict[str, str | None]:
     """The versions of Python, of jaxmoe and of the packages that it can use; None if one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "jaxmoe": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return environment.versions(("python", "jaxmoe", *PACKAGES)) | {"jaxmoe": __version__}
 
 
 def devices() -> list[dict[str, Any]]:
@@ -136,18 +128,10 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     selected = _implementations(config, options.dtype)
     trained = lora if options.train == "lora" else None
     parameters = memory.parameter_count(config)
-    training = {
-        remat: memory.training_forecast(
-            config,
-            trained,
-            **shape,
-            accumulation=options.accumulation,
-            remat=remat,
-            packed=options.pack,
-            **selected,
-        )
-        for remat in get_args(memory.Remat)
-    }
+    workload = memory.Workload(
+        config, trained, **shape, accumulation=options.accumulation, packed=options.pack, **selected
+    )
+    training = memory.training_forecasts(workload)
     return {
         "model": options.model,
         "parameters": parameters,
@@ -156,7 +140,7 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
         **shape,
         "training": training["low-memory"],
         "training_by_remat": {remat: plan.total for remat, plan in training.items()},
-        "generation": memory.generation_forecast(config, trained, **shape, **selected),
+        "generation": memory.generation_forecast(workload),
     }
 
 

@@ -9,14 +9,13 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import platform
-from collections.abc import Iterable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxmoe import environment
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
@@ -99,17 +98,7 @@ def write_run_file(settings: TrainConfig, identity: Mapping[str, Any]) -> None:
     content = {
         "settings": flags,
         "identity": identity,
-        "versions": {"python": platform.python_version()} | _versions(packages),
+        "versions": environment.versions(("python", *packages)),
         "device": str(jax.devices()[0].device_kind),
     }
     (settings.output / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in packages:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a source tree that is not installed
-            found[name] = None
-    return found

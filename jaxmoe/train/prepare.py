@@ -24,7 +24,7 @@ from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.errors import UserError
-from jaxmoe.memory import Remat, choose_remat, device_bytes, human, training_forecast
+from jaxmoe.memory import Remat, Workload, choose_remat, device_bytes, format_bytes, training_forecasts
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Params
 from jaxmoe.model.opening import load_adapter, open_checkpoint
@@ -260,25 +260,23 @@ def _with_remat(
         return model._replace(remat=previous["remat"]), []
     config = model.config
     selected: Any = selected_implementations(config, model.dtype)
-    forecasts = {
-        remat: training_forecast(
+    forecasts = training_forecasts(
+        Workload(
             config,
             model.lora,
-            batch_size=settings.batch_size,
-            seq_length=settings.seq_length,
-            dtype=model.dtype,
+            settings.batch_size,
+            settings.seq_length,
+            model.dtype,
             accumulation=settings.accumulation,
             quantize="nf4" if Quantization.of(frozen) else None,
-            remat=remat,
             packed=model.packed,
             **selected,
         )
-        for remat in get_args(Remat)
-    }
+    )
     available = device_bytes(jax.local_devices()[0])
     remat = choose_remat(forecasts, available)
-    room = "the available memory is unknown" if available is None else f"{human(available)} of memory"
-    notice = f"--remat auto picks {remat}: forecast {human(forecasts[remat].total)}, {room}"
+    room = "the available memory is unknown" if available is None else f"{format_bytes(available)} of memory"
+    notice = f"--remat auto picks {remat}: forecast {format_bytes(forecasts[remat].total)}, {room}"
     return model._replace(remat=remat), [notice]
 
 
