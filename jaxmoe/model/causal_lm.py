@@ -179,7 +179,8 @@ class Qwen3MoeForCausalLM(nnx.Module):
             layer_inputs=output_hidden_states,
         )
         call = _Call(self.config, options, self.frozen)
-        (logits, out), (counts, valid_tokens) = _run(call, self.params, self.adapters, routing_control, tokens)
+        results: Any = _run(call, self.params, self.adapters, routing_control, tokens)
+        (logits, out), (counts, valid_tokens) = results
         router = hidden = aux = None
         if output_router_logits:
             router = tuple(out.router_logits)

@@ -48,9 +48,10 @@ class LinearMap(NamedTuple):
 def linears(x: Float[Array, "*batch inner"], *maps: LinearMap) -> list[Float[Array, "*batch _"]]:
     """Several maps of one input; where the kernel runs, frozen maps share a backward pass (`projections`)."""
     stacks: list[Any] = [each.weight for each in maps if each.layer is not None]
-    if len(stacks) == len(maps) and projections.unsupported(x, stacks) is None:
+    layer = maps[0].layer
+    if layer is not None and len(stacks) == len(maps) and projections.unsupported(x, stacks) is None:
         biases, adapters = [each.bias for each in maps], [each.adapter for each in maps]
-        return projections.frozen_linears(x, stacks, maps[0].layer, biases, adapters)
+        return projections.frozen_linears(x, stacks, layer, biases, adapters)
     return [_single(x, each) for each in maps]
 
 
