@@ -28,11 +28,11 @@ LORA = LoraConfig(r=3, alpha=5.0, targets=("q_proj", "o_proj", "gate", "experts.
 NAMES = ("plain", "tied", "mlp_only_layers", "attention_bias")
 
 
-def model_of(name: str, lora: LoraConfig | None = None, **options: Any) -> Qwen3MoeForCausalLM:
+def model_of(name: str, lora: LoraConfig | None = None) -> Qwen3MoeForCausalLM:
     config = config_of(name)
-    adapters = random_adapters(config, lora) if lora else None
-    as_arrays = lambda arrays: {path: jnp.asarray(array) for path, array in arrays.items()}
-    return Qwen3MoeForCausalLM(config, as_arrays(random_parameters(config)), lora, adapters and as_arrays(adapters))
+    adapters = random_adapters(config, lora) if lora else {}
+    params, adapters = jax.tree.map(jnp.asarray, (random_parameters(config), adapters))
+    return Qwen3MoeForCausalLM(config, params, lora, adapters)
 
 
 def loss_of(logits: Any, ids: Any, library: Any) -> Any:

@@ -74,15 +74,16 @@ def record(tree: pathlib.Path) -> dict[str, Any]:
     ids = np.random.default_rng(0).integers(0, 2000, (2, 96))
     mask = np.ones_like(ids)
     mask[1, :17] = 0
-    for name, options in {
+    forms: dict[str, dict[str, Any]] = {
         "float32": {"dtype": "float32"},
         "bfloat16": {"dtype": "bfloat16"},
         "nf4": {"dtype": "bfloat16", "quantize": "nf4"},
-    }.items():
+    }
+    for name, options in forms.items():
         model = Qwen3MoeForCausalLM.from_pretrained(str(CHECKPOINT), **options)
         out = model(ids, attention_mask=mask, output_router_logits=True)
         arrays[f"{name}/logits"] = np.asarray(out.logits)
-        arrays[f"{name}/router_logits"] = np.stack([np.asarray(layer) for layer in out.router_logits])
+        arrays[f"{name}/router_logits"] = np.stack([np.asarray(layer) for layer in out.router_logits or ()])
     with tempfile.TemporaryDirectory() as folder:
         data = pathlib.Path(folder, "data.jsonl")
         write_data(data)
