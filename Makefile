@@ -1,24 +1,24 @@
 # make demo       converts, fine-tunes, generates, exports and reloads a small Qwen3-MoE; a few minutes on two cores
-# make test       the test suite, on the CPU, in WORKERS processes (2), then test-kernels; PYTEST_ARGS narrows the suite
-#                 and leaves test-kernels out
-# make test-kernels   the tests of the GPU kernels in JAX's interpreter, on the CPU, with the newest jax supported
+# make test       the test suite, on the CPU, in WORKERS processes (default: 2), then test-kernels.
+#                 PYTEST_ARGS selects tests; then test-kernels does not run
+# make test-kernels   the tests of the GPU kernels in JAX's interpreter, on the CPU, with the newest supported jax
 # make lint       ruff and pyright
-# make test-gpu   the test suite on a machine with a GPU, with the packages that $(PYTHON) has; installs nothing
+# make test-gpu   the test suite on a machine with a GPU, with the packages of $(PYTHON); installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
 # make docs       the site with the API reference and the notebooks, in site/; a broken link is an error
 # make bench      the CPU benchmarks of docs/performance.md
-# make bench-gpu  those of a GPU, with the packages that $(PYTHON) has: training step, prefill, MoE block, first step, loading
+# make bench-gpu  the GPU benchmarks, with the packages of $(PYTHON): training step, prefill, MoE block, first step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
-# make clean      removes what the others made
+# make clean      removes what the other targets made
 #
-# demo, test, lint, notebooks and bench make their own environment in .venv the first time: CPU builds, every version
-# pinned. They need Python 3.11 or newer with pip, and a package index. PyTorch's CPU build is taken from the index that
-# pip is set up with where it has one, else from TORCH_INDEX: `make demo TORCH_INDEX=https://a.mirror/whl/cpu`.
+# demo, test, lint, notebooks, docs, parity and bench create their own environment in .venv the first time: CPU builds,
+# every version pinned. They need Python 3.11 or newer with pip, and a package index. PyTorch's CPU build comes from pip's
+# own index if it has one, otherwise from TORCH_INDEX: `make demo TORCH_INDEX=https://a.mirror/whl/cpu`.
 #
-# test-kernels makes a second environment, .venv-kernels, without PyTorch. It needs Python 3.12 or newer, found on PATH
-# or among pyenv's, or named with KERNELS_PYTHON=...; where there is none it does nothing.
+# test-kernels creates a second environment, .venv-kernels, without PyTorch. It needs Python 3.12 or newer, found on PATH
+# or in pyenv, or named with KERNELS_PYTHON=... Without one it does nothing.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -30,7 +30,7 @@ PYTEST_ARGS ?=
 KERNELS_VENV ?= .venv-kernels
 KERNELS_PYTHON ?= $(shell for p in python3.13 python3.12 python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python); do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
-# The longest first, or one process would run them while the others have nothing left.
+# The longest come first; otherwise one process would still run them while the others are idle.
 KERNEL_TESTS := $(addprefix tests/test_,swiglu_gradient.py norm_rotary.py kernels.py implementations.py cudnn.py)
 
 INSTALLED := $(VENV)/.installed
@@ -79,8 +79,8 @@ endif
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)
 
-# Float32 in full precision and deterministic kernels, the same conditions as on the CPU; no autotuning, for hundreds of
-# small programs would be tuned to run once. PYTEST_ARGS="-n 12" runs it in several processes, with pytest-xdist.
+# Float32 in full precision and deterministic kernels, as on the CPU. No autotuning, because hundreds of small programs
+# would be tuned to run once. PYTEST_ARGS="-n 12" uses several processes, with pytest-xdist.
 test-gpu:
 	@$(PYTHON) -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu" and "make test-gpu: JAX finds no GPU")'
 	@JAX_DEFAULT_MATMUL_PRECISION=highest XLA_FLAGS="$(XLA_FLAGS) --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0" \
@@ -95,7 +95,7 @@ $(DOCS): $(INSTALLED)
 	@$(PIP) --editable '.[docs]'
 	@touch $@
 
-# Not --quiet: a warning that is not printed does not count as an error either.
+# Not --quiet: with it, warnings do not count as errors.
 docs: $(DOCS)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict $(verdict)
 
@@ -103,7 +103,7 @@ parity: $(INSTALLED)
 	@rm -rf parity-output/demo
 	@$(RUN) -m tests.parity.suite demo --device cpu --out parity-output/demo $(verdict)
 
-# 70 GB in a folder on DISK, which should be memory-backed; removed at the end. The report needs matplotlib.
+# Needs 70 GB in a folder on DISK, which should be memory-backed. The folder is removed at the end. The report needs matplotlib.
 DISK ?= /dev/shm
 SCRATCH = $(DISK)/jaxmoe-parity
 SUITES = demo deep large
@@ -129,7 +129,8 @@ bench-gpu:
 	@$(PYTHON) -m benchmarks.grouped_matmul
 	@$(PYTHON) -m benchmarks.first_step
 	@$(PYTHON) -m benchmarks.load --converted
-# Like test-gpu with the packages that $(PYTHON) has, bitsandbytes among them.
+
+# As in test-gpu, with the packages of $(PYTHON), which must include bitsandbytes.
 bench-torch-gpu:
 	@$(PYTHON) -m benchmarks.torch_ref_step
 

@@ -2,7 +2,7 @@
 
 Measured on a CPU with jax 0.10.2, torch 2.13 and transformers 5.23 unless the text says otherwise, by
 `python -m pytest -p tests.measured`. No bound is loosened to make a test pass: an error near its bound is a finding.
-Numbers that are worked out by hand are compared with the defaults of `pytest.approx` and NumPy, which need no entry.
+Numbers that were worked out by hand are compared with the defaults of `pytest.approx` and NumPy, which need no entry.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Tolerance(NamedTuple):
 
 TOLERANCES: dict[str, Tolerance] = {
     "parity_fp32": Tolerance(5e-6, 1.3e-6, "logits, hidden states, router logits against transformers, relative L2"),
-    "oracle_fp32": Tolerance(5e-6, 9.3e-7, "the product, and transformers, against the float64 oracle"),
+    "oracle_fp32": Tolerance(5e-6, 9.3e-7, "jaxmoe, and transformers, against the float64 oracle"),
     "load_balancing_loss": Tolerance(2e-6, 2.3e-7, "auxiliary loss against transformers, relative"),
     "parity_loss": Tolerance(2e-6, 1.6e-7, "training loss against transformers, relative"),
     "parity_gradients": Tolerance(1e-4, 5.4e-6, "each adapter's gradient in each layer against PEFT, relative L2"),
@@ -38,17 +38,17 @@ TOLERANCES: dict[str, Tolerance] = {
         1e-6, 0.0, "logits of a document when another one in its sequence changes: the same bits"
     ),
     "merge_fp32": Tolerance(5e-7, 6.3e-8, "weights with a merged adapter against PEFT's own merge, relative L2"),
-    "nf4_model": Tolerance(1e-6, 0.0, "hidden states in NF4 against the model of the decoded weights: the same bits"),
-    "nf4_gradients": Tolerance(2e-6, 0.0, "the gradients of its adapters: the same bits"),
+    "nf4_model": Tolerance(1e-6, 0.0, "hidden states in NF4 against a model with the decoded weights: the same bits"),
+    "nf4_gradients": Tolerance(2e-6, 0.0, "the same for the gradients of its adapters: the same bits"),
     "rotary_frequencies": Tolerance(1e-6, 3.6e-7, "inverse frequencies against transformers and the oracle, relative"),
     "routing_margin": Tolerance(1e-5, None, "top-k margin in probability above which the same experts must be chosen"),
     "accumulation": Tolerance(2e-6, 1.2e-6, "loss and gradients of several micro-batches against one batch, relative"),
-    "preference_gradients_fp32": Tolerance(2e-6, None, "a loss over pairs, its gradients against those by all logits"),
+    "preference_gradients_fp32": Tolerance(2e-6, None, "gradients of a loss over pairs, against those from all logits"),
     "difference_quotient": Tolerance(2e-2, None, "a gradient against a central difference of 1e-2, float32"),
     "golden_losses_fp32": Tolerance(1e-5, None, "losses of ten LoRA steps against those recorded, float32, relative"),
     "golden_losses_bf16": Tolerance(5e-3, 2.6e-3, "the same in bfloat16; measured with jax 0.12 and on an H200"),
     "reloaded_loss": Tolerance(
-        2e-6, 4e-8, "held-out loss of what a run wrote, read again here or by transformers, relative"
+        2e-6, 4e-8, "held-out loss of a run's output, read again by jaxmoe or transformers, relative"
     ),
     "gpu_fp32": Tolerance(
         5e-6, 5.4e-7, "H200 against CPU in float32: logits and loss of the demo checkpoint, relative"
@@ -56,13 +56,13 @@ TOLERANCES: dict[str, Tolerance] = {
     "gpu_gradients_fp32": Tolerance(1e-4, 2.0e-6, "the same for the gradient of each adapter, relative L2"),
     "kernel_bf16": Tolerance(5e-3, 1.7e-3, "grouped matmul kernel, bfloat16, against float64 products, relative L2"),
     "kernel_swiglu_bf16": Tolerance(5e-3, 2.0e-3, "the same with SwiGLU of the rounded products in the kernel"),
-    "kernel_fp32_sums": Tolerance(2e-6, 2.7e-7, "grouped outer products of bfloat16 rows, summed in float32, the same"),
+    "kernel_fp32_sums": Tolerance(2e-6, 2.7e-7, "the same for outer products of bfloat16 rows, summed in float32"),
     "mixture_bf16": Tolerance(1e-2, None, "mixture in bfloat16 by the kernels, value and gradients, against float32"),
-    "norm_rotary_fp32": Tolerance(1e-6, 1.1e-7, "norm and rotation in one pass against the layers, float32"),
-    "norm_rotary_model_fp32": Tolerance(1e-5, 1.1e-6, "a float32 model with it and one without, loss and gradients"),
-    "unrolled_run_fp32": Tolerance(1e-5, None, "losses and gradient norms of a run unrolled against scanned"),
-    "swiglu_gradient_fp32": Tolerance(1e-6, 1.7e-7, "SwiGLU's gradient in one pass against the layers, float32"),
-    "swiglu_gradient_model_fp32": Tolerance(1e-5, 5.4e-7, "a float32 model with it, unrolled, and one without"),
+    "norm_rotary_fp32": Tolerance(1e-6, 1.1e-7, "norm and rotation in one pass against the plain operations, float32"),
+    "norm_rotary_model_fp32": Tolerance(1e-5, 1.1e-6, "the same in a float32 model, loss and gradients"),
+    "unrolled_run_fp32": Tolerance(1e-5, None, "losses and gradient norms of a run, unrolled against scanned"),
+    "swiglu_gradient_fp32": Tolerance(1e-6, 1.7e-7, "SwiGLU's gradient in one pass against plain operations, float32"),
+    "swiglu_gradient_model_fp32": Tolerance(1e-5, 5.4e-7, "the same in a float32 model with unrolled layers"),
     "swiglu_gradient_bf16": Tolerance(4e-3, 2.6e-3, "bfloat16 against float32: one rounding"),
     "norm_rotary_bf16": Tolerance(2e-3, 1.7e-3, "bfloat16 against float32: one rounding; two give 2.4e-3"),
     "gpu_experts_bf16": Tolerance(5e-3, 4.8e-3, "bfloat16 experts at full width against float32, value and gradient"),
@@ -80,13 +80,13 @@ TOLERANCES: dict[str, Tolerance] = {
     ),
     "low_rank_gradients_float32": Tolerance(1e-6, 0.0, "an adapter's gradients against plain products: the same bits"),
     "low_rank_gradients_bfloat16": Tolerance(5e-3, 2.8e-3, "the same in bfloat16, which itself rounds by 1.7e-3"),
-    # what the model's own tests compare
+    # the tests of the model
     "remat_gradients_fp32": Tolerance(
-        1e-5, 2.0e-6, "adapters' gradients when layers are recomputed otherwise, relative L2"
+        1e-5, 2.0e-6, "adapters' gradients with another recomputation policy, relative L2"
     ),
     "unrolled_gradients_fp32": Tolerance(1e-5, 2.9e-6, "adapters' gradients with unrolled layers, relative L2"),
     "unrolled_outputs_fp32": Tolerance(
-        1e-5, 0.0, "the rest that unrolled layers give, absolute plus relative: the same bits"
+        1e-5, 0.0, "the other results of unrolled layers, absolute plus relative: the same bits"
     ),
     "unpacked_gradients_fp32": Tolerance(1e-6, 2.4e-8, "adapters' gradients without segments, relative L2"),
     "routing_weights_fp32": Tolerance(1e-6, 1.2e-7, "renormalised routing weights, relative"),
@@ -102,10 +102,10 @@ TOLERANCES: dict[str, Tolerance] = {
     "merge_delta_fp32": Tolerance(1e-6, 1.2e-7, "what a merge adds to a weight against 2 B A, absolute"),
     "nf4_nested_fp32": Tolerance(1e-6, 2.6e-7, "statistics of the second quantisation against bitsandbytes', relative"),
     "published_limits": Tolerance(
-        0.01, 2.6e-3, "tokens a second at full speed against those worked out by hand, relative"
+        0.01, 2.6e-3, "tokens per second at full speed against those worked out by hand, relative"
     ),
     "reported_speed": Tolerance(
-        0.02, None, "tokens a second that a run reports against the time of its steps, relative"
+        0.02, None, "tokens per second that a run reports against the time of its steps, relative"
     ),
     "doubled_speed": Tolerance(0.05, None, "the same with a planted fault, against twice the right speed, relative"),
     # routing: captures, interventions, comparisons, figures
@@ -155,13 +155,13 @@ TOLERANCES: dict[str, Tolerance] = {
     "parity_step": Tolerance(1e-3, 1.1e-4, "float32: an adapter's entries after one step of AdamW, in learning rates"),
     "parity_16_bit": Tolerance(1.0, 0.95, "16 bit, pinned: KL and mean error of layers, over transformers' own"),
     "parity_16_bit_gradients": Tolerance(1.0, 0.92, "16 bit: error of all adapter gradients, over PEFT's own"),
-    # torch_ref with adapters misses the two above, by up to 1.10: it rounds low-rank rows to 16 bit, where PEFT keeps
-    # them in float32; the suite reports that as a missed goal
+    # torch_ref with adapters exceeds the two bounds above, at up to 1.10: it rounds low-rank rows to 16 bit, while PEFT
+    # keeps them in float32. The suite reports that as a missed goal.
     "parity_pinned_kl": Tolerance(1e-4, 7.4e-5, "16 bit, pinned, trained models: jaxmoe's mean KL from float64"),
-    "bisection_fp32": Tolerance(1e-5, None, "float32: what one layer or operation may be off by before it is named"),
+    "bisection_fp32": Tolerance(1e-5, None, "float32: the error above which a layer or operation is named"),
     "bisection_16_bit": Tolerance(5e-2, None, "16 bit: the same"),
-    # The margin above which no choice of experts may flip: the 99.9th percentile of what the differences of stock
-    # transformers' router logits are off by, pinned, against float64. Measured: the widest flip that was recorded.
+    # The margin above which no choice of experts may flip: the 99.9th percentile of the error of differences of stock
+    # transformers' router logits, pinned, against float64. Measured: the widest flip that was recorded.
     "flip_margin_demo_float32": Tolerance(2.3e-5, None, "demo checkpoint, float32"),
     "flip_margin_demo_bfloat16": Tolerance(8.5e-2, 5.4e-2, "demo checkpoint, bfloat16"),
     "flip_margin_demo-adapter_float32": Tolerance(3.3e-5, None, "demo checkpoint with a random adapter, float32"),

@@ -1,7 +1,7 @@
 """Parity: transformers, torch_ref, jaxmoe and a float64 oracle on the same weights, compared number by number.
 
-`python -m tests.parity --help` is the command, `tests/parity/README.md` the map. Importing this package loads no
-framework: the names below, which other tests use inside one process, come on first use.
+`python -m tests.parity --help` is the command; `tests/parity/README.md` explains the suite. Importing this package
+loads no framework: the names below, which other tests use in one process, are imported on first use.
 """
 
 from __future__ import annotations

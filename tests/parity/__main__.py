@@ -1,6 +1,6 @@
 """`python -m tests.parity`: any checkpoint through transformers, torch_ref and jaxmoe, compared number by number.
 
-Exit codes: 0 everything holds; 1 a check failed or a planted fault was not caught; 2 bad input, in one line.
+Exit codes: 0 all checks passed; 1 a check failed or a planted fault was not caught; 2 bad input, in one line.
 """
 
 from __future__ import annotations
@@ -44,16 +44,24 @@ def _arguments() -> argparse.Namespace:
     parser = ArgumentParser(description="Compares transformers, torch_ref and jaxmoe on one checkpoint.")
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a Hugging Face folder in 16 or 32 bit")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder for arrays, results and report")
-    parser.add_argument("--dtype", default="float32,bfloat16", help="what to compute in; a comma-separated list")
-    parser.add_argument("--quantize", choices=("nf4",), help="all sides on the same NF4 bytes")
-    parser.add_argument("--adapter", help="a PEFT folder, or 'random': compares training as well")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--prompt", type=pathlib.Path, help="a text file; otherwise rows of Python's library")
     parser.add_argument(
-        "--rows", type=int, default=2, choices=(1, 2, 3, 4), help="of Python's library, the last packed"
+        "--dtype",
+        default="float32,bfloat16",
+        help="dtypes to compute in, separated by commas (default: float32,bfloat16)",
     )
-    parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens a row")
-    parser.add_argument("--faults", action="store_true", help="plant the negative controls in float32, too")
+    parser.add_argument("--quantize", choices=("nf4",), help="run all sides on the same NF4 bytes")
+    parser.add_argument("--adapter", help="a PEFT folder, or 'random'; also compares training")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--prompt", type=pathlib.Path, help="a text file (default: text of Python's library)")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=2,
+        choices=(1, 2, 3, 4),
+        help="sequences of Python's library; the last is packed (default: 2)",
+    )
+    parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens per sequence")
+    parser.add_argument("--faults", action="store_true", help="also run the negative controls, in float32")
     return parser.parse_args()
 
 

@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(config: Qwen3MoeConfig, layout: list[list[int]], seed: int = 0) -> Batch:
-    """One row per list of run lengths: n > 0 is a document of n tokens, n < 0 is -n tokens of padding."""
+    """One sequence per list of lengths: n > 0 is a document of n tokens, n < 0 is -n tokens of padding."""
     length = sum(map(abs, layout[0]))
     segments = np.zeros((len(layout), length), np.int32)
     positions = np.zeros((len(layout), length), np.int32)
@@ -55,7 +55,7 @@ def make_batch(config: Qwen3MoeConfig, layout: list[list[int]], seed: int = 0) -
     return Batch(random_tokens(config, len(layout), length, seed), positions, segments)
 
 
-# Rows of 48 tokens, so that each configuration is compiled once for all of them.
+# Sequences of 48 tokens, so that each configuration is compiled once for all of them.
 LAYOUTS = {
     "plain": [[48], [48]],
     "left_padded": [[-11, 37], [48]],

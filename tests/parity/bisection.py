@@ -1,8 +1,8 @@
-"""Finds where two runs part: the first layer, then the first operation in it, with the smallest case that shows it.
+"""Finds where two runs diverge: the first layer, then the first operation in it, with the smallest case that shows it.
 
-The first layer is that whose output is off by more than rounding. The case is a model of that one layer whose embedding
-table holds the reference's hidden states before it, one row of the batch, so that every tool of the suite takes it; in
-it each side records every operation. It is kept in `minimal/CASE`.
+The first layer is the first one whose output is off by more than rounding. The case is a one-layer model whose
+embedding table holds the reference's hidden states before that layer, for one sequence of the batch. So every tool of
+the suite can run it. Each side records every operation in it. The case is kept in `minimal/CASE`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shapes = dict[str, Any]
 
 
 def explain(plan: Plan, case: Case, result: dict[str, Any]) -> dict[str, Any] | None:
-    """The cause of the first failed check of a forward pass: layer, operation, error, and where the case lies."""
+    """The cause of the first failed check of a forward pass: layer, operation, error, and the path of the case."""
     for check in result["checks"]:
         if not check["passed"] and not check["goal"] and plan.has(case, check["side"], check["run"]):
             if check["run"] == "gradients":
@@ -41,9 +41,9 @@ def explain(plan: Plan, case: Case, result: dict[str, Any]) -> dict[str, Any] | 
 
 
 def explain_gradients(figures: dict[str, Any], side: str) -> dict[str, Any]:
-    """The deepest layer whose gradients are off: backward, errors travel towards the first layer.
+    """The deepest layer whose gradients are off, since errors travel backward to the first layer.
 
-    Where none is by itself, the farthest, and no operation.
+    If no single gradient is off, the layer of the largest error is named, without an operation.
     """
     against = "transformers" if figures["dtype"] == "float32" else "exact"
     errors = figures["gradients"][side][against]["gradients"]
@@ -56,7 +56,7 @@ def explain_gradients(figures: dict[str, Any], side: str) -> dict[str, Any]:
 
 
 def explain_run(plan: Plan, case: Case, side: str, run: str) -> dict[str, Any]:
-    """Layer and operation at which `side` parts from transformers in `run`, which may be that of a planted fault."""
+    """Layer and operation at which `side` diverges from transformers in `run`, which may have a planted fault."""
     base, _, fault = run.partition("+")
     stock, found = plan.load(case, "transformers", base)["hidden"], plan.load(case, side, run)["hidden"]
     layer = first_layer(found, stock, case.dtype)
@@ -75,14 +75,14 @@ def explain_run(plan: Plan, case: Case, side: str, run: str) -> dict[str, Any]:
 
 
 def first_layer(found: np.ndarray, expected: np.ndarray, dtype: str) -> int:
-    """The first layer whose output [L + 1, B, T, D] is off by more than rounding, the last one where none is."""
+    """The first layer whose output [L + 1, B, T, D] is off by more than rounding; the last layer if none is."""
     limit = _limit(dtype)
     errors = [relative_error(f, e) for f, e in zip(found[1:], expected[1:], strict=True)]
     return next((layer for layer, error in enumerate(errors) if error > limit), len(errors) - 1)
 
 
 def first_operation(plan: Plan, case: Case, side: str, run: str) -> dict[str, Any]:
-    """The first recorded operation that is off by more than rounding; `operation` is None where none is."""
+    """The first recorded operation that is off by more than rounding; `operation` is None if none is."""
     expected, found = plan.load(case, "transformers", "trace"), plan.load(case, side, run)
     limit, errors = _limit(case.dtype), {}
     for name in OPERATIONS:
@@ -91,7 +91,7 @@ def first_operation(plan: Plan, case: Case, side: str, run: str) -> dict[str, An
         if name == "selected":
             clear = margins(expected["router_logits"], expected["selected"].shape[-1]) > limit
             errors[name] = float(differing(found[name], expected[name])[clear].mean()) if clear.any() else 0.0
-        elif name == "weights":  # either side may list a token's experts in its own order
+        elif name == "weights":  # each side may list a token's experts in its own order
             errors[name] = relative_error(np.sort(found[name], -1), np.sort(expected[name], -1))
         else:
             errors[name] = relative_error(found[name], expected[name])
@@ -102,7 +102,7 @@ def first_operation(plan: Plan, case: Case, side: str, run: str) -> dict[str, An
 def write_minimal(
     folder: pathlib.Path, case: Case, layer: int, row: int, hidden: np.ndarray, faults: tuple[str, ...]
 ) -> Case:
-    """The one-layer model of `layer` whose token t embeds as `hidden` [T, D] at t, and one row as its input."""
+    """The one-layer model of `layer`, whose token t has the embedding `hidden[t]` [D], and its one input sequence."""
     folder.mkdir(parents=True, exist_ok=True)
     inputs = torch.from_numpy(np.ascontiguousarray(hidden))
     batch = read_batch(case.batch)
@@ -123,7 +123,7 @@ def write_minimal(
 
 
 def _one_layer(source: pathlib.Path, target: pathlib.Path, layer: int, inputs: torch.Tensor) -> pathlib.Path:
-    """The layer's tensors as they are stored, under the names of layer 0, the embedding replaced and tied."""
+    """The layer's tensors as they are stored, named as layer 0; the embedding is replaced and tied."""
     target.mkdir(exist_ok=True)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     dense = _is_dense(config, layer)
@@ -141,7 +141,7 @@ def _one_layer(source: pathlib.Path, target: pathlib.Path, layer: int, inputs: t
     prefix = f"model.layers.{layer}."
     tensors = {key.replace(prefix, "model.layers.0."): weights.stored(key) for key in weights if key.startswith(prefix)}
     tensors["model.norm.weight"] = weights.stored("model.norm.weight")
-    tensors["model.embed_tokens.weight"] = inputs  # in float32: each side rounds it to what it computes in
+    tensors["model.embed_tokens.weight"] = inputs  # in float32: each side rounds it to its own dtype
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 

@@ -1,4 +1,4 @@
-"""What the cases are made of: random adapters, odd configurations written as checkpoints, inputs."""
+"""The parts of a case: random adapters, unusual configurations written as checkpoints, inputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH = 600
 def write_random_adapter(
     folder: pathlib.Path, checkpoint: str | pathlib.Path, groups: Sequence[str] | None = None, r: int = 4
 ) -> pathlib.Path:
-    """A PEFT adapter with random A and B on `groups` (None: all that the model has), alpha not r."""
+    """A PEFT adapter with random A and B on `groups` (None: all that the model has); alpha differs from r."""
     config = Qwen3MoeConfig.from_pretrained(checkpoint)
     if groups is None:
         sparse, dense = config.sparse_layers, config.dense_layers
@@ -43,7 +43,7 @@ def write_odd_checkpoint(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def packed_batch(rows: np.ndarray) -> Batch:
-    """Rows [B, T] of tokens, the last of which is made of two documents."""
+    """Sequences [B, T] of tokens; the last one consists of two documents."""
     B, T = rows.shape
     positions, segments = np.tile(np.arange(T, dtype=np.int32), (B, 1)), np.ones((B, T), np.int32)
     first = (2 * T) // 5
@@ -53,17 +53,17 @@ def packed_batch(rows: np.ndarray) -> Batch:
 
 
 def random_batch(config: Qwen3MoeConfig, rows: int = 2, length: int = LENGTH) -> Batch:
-    """Random tokens; the last row is packed."""
+    """Random tokens; the last sequence is packed."""
     return packed_batch(random_tokens(config, rows, length))
 
 
 def text_batch(checkpoint: pathlib.Path, rows: int = 4, length: int = LENGTH) -> Batch:
-    """Up to four rows of Python, as tokens of the checkpoint; the last row is packed."""
+    """Up to four sequences of Python, as tokens of the checkpoint; the last one is packed."""
     return packed_batch(checkpoint_batch(length, checkpoint).input_ids[:rows])
 
 
 def prompt_batch(checkpoint: pathlib.Path, prompt: str) -> Batch:
-    """One row: the text `prompt`, as tokens of the checkpoint."""
+    """One sequence: the text `prompt`, as tokens of the checkpoint."""
     ids = np.asarray([load_tokenizer(checkpoint)(prompt)["input_ids"]], np.int32)
     return Batch(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))
 

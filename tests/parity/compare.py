@@ -74,7 +74,7 @@ def compare_case(plan: Plan, case: Case) -> Figures:
 def _forward(
     plan: Plan, case: Case, config: Qwen3MoeConfig, exact: Arrays, side: str, run: str, stock_run: str
 ) -> Figures:
-    """One run of one side against the oracle and, where it is another side's, against transformers."""
+    """One run of one side against the oracle and, unless it is transformers itself, against transformers."""
     if not plan.has(case, side, run):
         return {}
     found = plan.load(case, side, run)
@@ -89,7 +89,7 @@ def _forward_runs(case: Case) -> Iterator[str]:
 
 
 def compare_run(config: Qwen3MoeConfig, found: Arrays, expected: Arrays) -> Figures:
-    """The figures of one forward pass against another one, over all tokens (a batch has no padding)."""
+    """The figures of one forward pass against another, over all tokens (a batch has no padding)."""
     V = expected["logits"].shape[-1]
     logits = logit_errors(found["logits"].reshape(-1, V), expected["logits"].reshape(-1, V))
     out: Figures = {
@@ -106,7 +106,7 @@ def compare_run(config: Qwen3MoeConfig, found: Arrays, expected: Arrays) -> Figu
     if not config.sparse_layers:
         return out
     k, E = config.num_experts_per_tok, config.num_experts
-    # a pinned run used the reference's experts; what its own router would have chosen is judged
+    # a pinned run used the reference's experts; its own router's choice is judged
     chosen = found.get("chosen", found["selected"])
     differ = differing(chosen, expected["selected"])
     listed = flips(chosen, expected["selected"], expected["router_logits"])
@@ -130,9 +130,9 @@ def compare_run(config: Qwen3MoeConfig, found: Arrays, expected: Arrays) -> Figu
 def compare_gradients(found: Arrays, expected: Arrays, exact: Arrays, learning_rate: float) -> Figures:
     """Loss, each adapter's gradient in each layer, and the adapter after one step, in learning rates.
 
-    AdamW's first step is the gradient's sign, so only entries are compared whose gradient stands above its own
-    rounding: above 0.001 of its matrix' root mean square, and above 1,000 times the largest error that rounding made
-    in the expected gradient of the matrix. Rounding then moves no entry by more than about 0.001.
+    AdamW's first step is the gradient's sign, so only entries whose gradient is larger than its rounding error are
+    compared. Their gradient is above 0.001 of the matrix's root mean square, and above 1,000 times the largest rounding
+    error in the expected gradient of the matrix. Rounding then moves no entry by more than about 0.001.
     """
     paths = [name.removeprefix("gradient.") for name in expected if name.startswith("gradient.")]
     gradients = {
@@ -158,7 +158,7 @@ def compare_gradients(found: Arrays, expected: Arrays, exact: Arrays, learning_r
             difference = np.abs(found[f"after.{path}"].astype(np.float64) - expected[f"after.{path}"])[clear]
             worst = max(worst, float(difference.max(initial=0.0)) / learning_rate)
             compared, total = compared + int(clear.sum()), total + clear.size
-        if compared:  # in 16 bit no entry stands that far above its rounding
+        if compared:  # in 16 bit no entry is that far above its rounding error
             out |= {"step": worst, "step_compared": compared / total}
     return out
 

@@ -1,4 +1,4 @@
-"""Runs a plan: one process per side, one after the other, since a GPU holds one large model at a time."""
+"""Runs a plan: one process per side, one after the other, because a GPU holds one large model at a time."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class SideFailed(Exception):
 def run(plan: Plan, parallel: int = 1) -> None:
     """Writes the plan and runs every side of it, the oracle first: the others are pinned to its experts.
 
-    `parallel` is how many of the others run at the same time, if the device has the memory. A case that fails on a side
-    is missing from the arrays, and so fails the verdict; the other cases go on.
+    `parallel` is how many of the others run at the same time; the device needs the memory for them. If a case fails on
+    a side, its arrays are missing, so its verdict fails; the other cases continue.
 
     Raises:
         SideFailed: the oracle failed.

@@ -1,4 +1,4 @@
-"""What a side ran on: versions and device, written beside its arrays."""
+"""The versions and the device that a side ran on, written beside its arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _START = time.monotonic()
 
 
 def torch_device(device: Device) -> str:
-    """torch's name of the plan's device; on a GPU float32 products are in full precision."""
+    """torch's name for the plan's device; on a GPU, sets float32 products to full precision."""
     import torch
 
     if device == "cpu":
@@ -29,7 +29,7 @@ def torch_device(device: Device) -> str:
 
 
 def write_environment(plan: Plan, side: str) -> None:
-    """Writes `SIDE.json`: versions of what is installed and loaded, the device's name, seconds since the start."""
+    """Writes `SIDE.json`: versions of the installed and loaded packages, the device's name, seconds since the start."""
     content: dict[str, Any] = {
         "python": platform.python_version(),
         "device": _device_name(plan.device),

@@ -2,8 +2,8 @@
 
     python -m tests.parity.exact PLAN
 
-The mathematics is that of `tests/oracle.py`, with no cast anywhere, and the tests hold the two together; this one reads
-weights layer by layer, multiplies expert by expert, and can be differentiated.
+The mathematics is that of `tests/oracle.py`, without casts; the tests compare the two. This one reads weights layer by
+layer, multiplies expert by expert, and can be differentiated.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Exact:
     adapters: Mapping[str, Tensor] | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The arrays that every side dumps, in float64, differentiable with respect to the adapters."""
+        """The arrays that every side writes, in float64, differentiable with respect to the adapters."""
         config, device = self.config, self.weights.device
         ids, positions, segments = (torch.from_numpy(a.astype(np.int64)).to(device) for a in batch)
         frequencies = torch.from_numpy(inverse_frequencies(config.rope_parameters, config.head_dim)).to(device)
@@ -84,8 +84,10 @@ class Exact:
         return loss + aux_coefficient * out["aux_loss"] if "aux_loss" in out else loss
 
     def _recompute(self) -> bool:
-        """Whether gradients are wanted of a model whose weights would fill the device in float64: then each layer's
-        exist one at a time, in the backward pass too."""
+        """Whether gradients are requested and the weights in float64 would fill the device.
+
+        Then only one layer's weights exist at a time, in the backward pass too.
+        """
         c = self.config
         size = 8 * 3 * len(c.sparse_layers) * c.num_experts * c.moe_intermediate_size * c.hidden_size
         return bool(self.adapters) and torch.is_grad_enabled() and size > _RECOMPUTE_ABOVE
@@ -172,7 +174,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def run_case(plan: Plan, case: Case) -> None:
-    """Writes the oracle's arrays of one case; its free run is what the other sides are pinned to."""
+    """Writes the oracle's arrays of one case; the other sides are pinned to the experts of its free run."""
     device = torch_device(plan.device)
     config = Qwen3MoeConfig.from_pretrained(case.checkpoint)
     weights = Weights(case.quantized or case.checkpoint, getattr(torch, case.dtype), device)

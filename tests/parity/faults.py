@@ -1,7 +1,7 @@
 """The negative controls: faults that other implementations really had, put into jaxmoe's own path.
 
-Each is a context manager under which the product computes something else; what is compiled inside it has the fault.
-The suite must fail with each of them, and pass without.
+Each is a context manager: code that is compiled inside it has the fault. The suite must fail with each fault, and pass
+without it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _without_renormalisation(route: Any) -> Any:
 
 
 def _softmax_after_top_k(route: Any) -> Any:
-    """The same as softmax, top-k and renormalisation: only where a model does not renormalise is it a fault."""
+    """Softmax over the chosen logits: a fault only if the model does not renormalise, otherwise it is the same."""
 
     def routed(*args: Any, **kwargs: Any) -> Any:
         routing = route(*args, **kwargs)
@@ -60,7 +60,7 @@ def _rotary_base_off(frequencies: Any) -> Any:
 
 @contextlib.contextmanager
 def _without_query_and_key_norm() -> Iterator[None]:
-    # The kernel that rotates as well must not run: it has no norm to leave out.
+    # The kernel that also rotates must not run: its norm cannot be left out.
     with (
         mock.patch.object(jaxmoe.ops.rotary, "rms_norm", lambda x, weight, eps: x),
         implementations.forced(norm_rotary="xla"),
@@ -69,7 +69,7 @@ def _without_query_and_key_norm() -> Iterator[None]:
 
 
 def _two_experts_exchanged(experts: Any) -> Any:
-    """The router's choice stands; the weights of expert 0 lie where those of expert 1 belong, and the reverse."""
+    """The router's choice is unchanged; the weights of expert 0 and of expert 1 are swapped."""
 
     def exchanged(x: Any, routing: Any, *args: Any, **kwargs: Any) -> Any:
         chosen = jnp.where(routing.experts < 2, 1 - routing.experts, routing.experts)

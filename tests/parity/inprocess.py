@@ -1,4 +1,4 @@
-"""The product's forward pass under jit, for parity tests that run in one process."""
+"""jaxmoe's forward pass under jit, for parity tests that run in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxmoe.ops.router import load_balancing_loss
 from tests import oracle
 from tests.parity.batches import Batch
 
-# On a CPU nearly all of the suite's time is spent in LLVM; less optimisation halves it and reorders no sum.
+# On a CPU nearly all of the suite's time goes to LLVM. Less optimisation halves it and reorders no sum.
 COMPILER_OPTIONS = (
     {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     if jax.default_backend() == "cpu"
@@ -26,7 +26,7 @@ COMPILER_OPTIONS = (
 
 
 class ProductOutput(NamedTuple):
-    """As `oracle.OracleOutput`, with what the product counted while routing."""
+    """As `oracle.OracleOutput`, with the counts that jaxmoe made while routing."""
 
     logits: np.ndarray
     hidden: np.ndarray
@@ -46,13 +46,13 @@ def product(
     adapters: Mapping[str, np.ndarray] | None = None,
     fresh: bool = False,
 ) -> ProductOutput:
-    """Runs `jaxmoe`; `fresh` compiles anew, which a test that patches the product needs."""
+    """Runs `jaxmoe`; `fresh` compiles again, which a test that patches jaxmoe needs."""
     step = _compiled.__wrapped__(config, lora) if fresh else _compiled(config, lora)
     cast = {path: jnp.asarray(array, dtype) for path, array in params.items()}
     logits, out, aux = step(cast, {k: jnp.asarray(v) for k, v in (adapters or {}).items()}, *map(jnp.asarray, batch))
     logits, out = jax.tree.map(lambda x: np.asarray(x, np.float32 if x.dtype == jnp.bfloat16 else None), (logits, out))
     hidden = np.concatenate([out.layer_inputs, out.hidden[None]])
-    # The choice is made from float32 probabilities, lowest index first where they tie.
+    # The choice is made from float32 probabilities; ties go to the lowest index.
     probabilities = np.asarray(jax.nn.softmax(out.router_logits, axis=-1))
     selected = oracle.top_k(probabilities, config.num_experts_per_tok)
     return ProductOutput(logits, hidden, out.router_logits, selected, out.stats.counts, float(aux))

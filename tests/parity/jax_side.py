@@ -37,7 +37,7 @@ SIDE = "jaxmoe"
 
 @contextlib.contextmanager
 def recorded_routing() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Collects experts and weights [M, k] that each sparse layer is given, in layer order, from inside the scan."""
+    """Collects the experts and weights [M, k] that each sparse layer receives, in layer order, from inside the scan."""
     records: list[tuple[np.ndarray, np.ndarray]] = []
     route = jaxmoe.model.decoder.route
 
@@ -52,18 +52,18 @@ def recorded_routing() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
 
 
 def compiler_options(model: Qwen3MoeForCausalLM) -> dict[str, Any]:
-    """Less optimisation on a CPU where compiling takes longer than running: models below ten million weights."""
+    """Less optimisation on a CPU for models below ten million weights, which take longer to compile than to run."""
     small = sum(array.size for array in model.params.values()) < 10_000_000
     return COMPILER_OPTIONS if small else {}
 
 
 def control_of(pinned: np.ndarray | None) -> RoutingControl | None:
-    """The oracle's experts [Ls, B, T, k] as what the model takes."""
+    """The oracle's experts [Ls, B, T, k] in the form that the model accepts."""
     return None if pinned is None else RoutingControl(experts=jnp.asarray(pinned, jnp.int32))
 
 
 def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """The arrays that every side dumps."""
+    """The arrays that every side writes."""
     config = model.config
     run = compiled_forward(config, model.lora_config, compiler_options(model))
     with recorded_routing() as records:
@@ -76,7 +76,7 @@ def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None 
         assert len(records) == len(config.sparse_layers)
         shape = (len(records), *batch.input_ids.shape, config.num_experts_per_tok)
         selected, weights = (np.stack(part).reshape(shape) for part in zip(*records, strict=True))
-        # what the router would have chosen: the most probable in float32, the lowest index first where they tie
+        # what the router would have chosen: the most probable in float32; ties go to the lowest index
         probabilities = np.asarray(jax.nn.softmax(out.router_logits, axis=-1))
         chosen = oracle.top_k(probabilities, config.num_experts_per_tok).astype(np.int32)
         arrays |= {"router_logits": out.router_logits, "chosen": chosen, "selected": selected, "weights": weights}
@@ -85,18 +85,18 @@ def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None 
 
 
 def keep_gradients() -> optax.GradientTransformation:
-    """Changes nothing and remembers, as its state, the gradients that it was given."""
+    """Changes nothing; its state is the gradients that it received."""
     return optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
 
 
 def _check_pinned(counts: np.ndarray, pinned: np.ndarray, valid: np.ndarray) -> None:
-    """Raises AssertionError where a step's rows per expert [Ls, E] are not those of the experts imposed on it."""
+    """Raises AssertionError if a step's rows per expert [Ls, E] are not those of the experts imposed on it."""
     expected = np.stack([np.bincount(layer[valid].ravel(), minlength=counts.shape[-1]) for layer in pinned])
     assert np.array_equal(counts, expected), "the training step did not route as it was told"
 
 
 def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Loss, gradients, and the adapter after one step: the product's own training step with AdamW."""
+    """Loss, gradients, and the adapter after one step of jaxmoe's own training step with AdamW."""
     assert model.lora_config is not None
     spec = jaxmoe.train.step.Model(model.config, model.lora_config, case.dtype)
     rate = optax.constant_schedule(case.learning_rate)

@@ -2,9 +2,10 @@
 
     python -m tests.parity.large DIR [--layers 48] [--preset qwen3-30b-a3b] [--device cuda] [--seed 0]
 
-One shard per layer, so that a model of fewer layers is the same files under another index (`first_layers`). Scales are
-such that nothing is degenerate: logits with a standard deviation of at least 2, router logits of about 2, and residual
-branches that add about as much as the stream holds. The experts are written fused, as transformers has them in memory.
+There is one shard per layer, so that a model of fewer layers is the same files with another index (`first_layers`). The
+scales keep the model from being degenerate: logits have a standard deviation of at least 2, router logits of about 2,
+and each residual branch adds about as much as the stream holds. The experts are written fused, as transformers holds
+them in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from jaxmoe.presets import PRESETS
 from peers.make_checkpoint import hf_shapes, write_tokenizer
 
 _GAINS = {"lm_head": 2.5, "mlp.gate": 2.0, "down_proj": 2.0}
-_WRITERS = 8  # layers on their way to the disk at a time; 1.3 GB each in the full shape
+_WRITERS = 8  # layers being written at a time; 1.3 GB each in the full shape
 _OUTER = "model-outer.safetensors"
 
 
@@ -60,8 +61,10 @@ def write_large(
 
 
 def first_layers(source: pathlib.Path, folder: pathlib.Path, layers: int) -> pathlib.Path:
-    """The first `layers` layers of a checkpoint of `write_large`, by hard links to its shards: a folder must
-    not point outside itself."""
+    """The first `layers` layers of a checkpoint of `write_large`, as hard links to its shards.
+
+    Symbolic links would not do: a folder must not point outside itself.
+    """
     config = Qwen3MoeConfig.from_pretrained(source).replace(num_hidden_layers=layers)
     folder.mkdir(parents=True)
     weight_map = {name: _shard(name) for name in hf_shapes(config, "fused")}

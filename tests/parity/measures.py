@@ -16,7 +16,7 @@ _CHUNK = 32  # tokens at a time: a vocabulary of 151,936 in float64 is 39 MB
 
 
 class LogitErrors(NamedTuple):
-    """How far logits are from expected ones; KL(expected || found) in nats per token, agreements as shares."""
+    """How far logits are from the expected ones; KL(expected || found) in nats per token, agreements as shares."""
 
     max_abs: float
     relative: float
@@ -26,8 +26,10 @@ class LogitErrors(NamedTuple):
 
 
 class Flip(NamedTuple):
-    """A token whose experts differ from the reference's: `lost` were the reference's choice, `gained` replace them;
-    `margin` is by how much the reference's last chosen router logit beats the first one left out."""
+    """A token whose experts differ from the reference's: `gained` replace `lost`, which the reference chose.
+
+    `margin` is the reference's last chosen router logit minus the first one left out.
+    """
 
     slot: int
     row: int
@@ -46,8 +48,10 @@ def relative_error(found: Any, expected: Any) -> float:
 
 
 def logit_errors(found: np.ndarray, expected: np.ndarray) -> LogitErrors:
-    """Compares logits [tokens, V]; the share in `top10` is that of the expected ten most probable tokens which are
-    among the ten found."""
+    """Compares logits [tokens, V].
+
+    `top10` is the share of the ten most probable expected tokens that are among the ten found.
+    """
     ten = min(10, found.shape[-1])
 
     def part(rows: slice) -> tuple[float, float, float, NDArray[np.float64], int, float]:
@@ -70,13 +74,13 @@ def kl_divergence(expected: NDArray[np.float64], found: NDArray[np.float64]) -> 
     """KL(softmax(expected) || softmax(found)) over the last axis, in nats."""
     p, q = (x - x.max(-1, keepdims=True) for x in (expected, found))
     p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
-    # sum of p (log p - log q) plus sum(q) - sum(p), which is zero: every term is then at least zero, and no two
-    # large ones cancel
+    # sum of p (log p - log q), plus sum(q) - sum(p), which is zero: so every term is at least zero, and no large ones
+    # cancel
     return (np.exp(p) * (np.expm1(q - p) - (q - p))).sum(-1)
 
 
 def margins(router_logits: np.ndarray, k: int) -> NDArray[np.float64]:
-    """By how much the k-th largest router logit [..., E] beats the next one; infinite where all are chosen."""
+    """The k-th largest router logit [..., E] minus the next one; infinite if all are chosen."""
     logits = np.asarray(router_logits, np.float64)
     if k >= logits.shape[-1]:
         return np.full(logits.shape[:-1], np.inf)
@@ -85,7 +89,7 @@ def margins(router_logits: np.ndarray, k: int) -> NDArray[np.float64]:
 
 
 def differing(found: np.ndarray, expected: np.ndarray) -> NDArray[np.bool_]:
-    """[...], true where the chosen experts [..., k] differ as sets."""
+    """Boolean [...]: whether the chosen experts [..., k] differ as sets."""
     return (np.sort(found, -1) != np.sort(expected, -1)).any(-1)
 
 
@@ -104,7 +108,7 @@ def flips(found: np.ndarray, expected: np.ndarray, router_logits: np.ndarray) ->
 def gap_errors(found: np.ndarray, expected: np.ndarray) -> NDArray[np.float64]:
     """[...]: the largest error of the difference of any two of a token's router logits [..., E].
 
-    A choice of experts can only flip where its margin is at most this.
+    A choice of experts can only flip if its margin is at most this.
     """
     error = np.asarray(found, np.float64) - np.asarray(expected, np.float64)
     return error.max(-1) - error.min(-1)

@@ -1,7 +1,7 @@
-"""What is to be run, as every process reads it: cases, where their arrays lie, and how arrays are written.
+"""The plan that every process reads: which cases to run, and how and where their arrays are written.
 
-A plan is a folder: `plan.json`, then `arrays/CASE/SIDE.RUN.safetensors` from the sides and `SIDE.json` with what each
-of them ran on.
+A plan is a folder with `plan.json`. The sides add `arrays/CASE/SIDE.RUN.safetensors`, and `SIDE.json` with the versions
+and the device that each ran on.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class Case:
     Attributes:
         name: a word that files and reports use.
         checkpoint: a folder in HF form, in 16 or 32 bit.
-        dtype: what the sides compute in; the oracle rounds the weights to it and computes in float64.
+        dtype: the dtype in which the sides compute; the oracle rounds the weights to it and computes in float64.
         batch: a file of `write_batch`.
         quantized: a folder with the same model in bitsandbytes' NF4, one key per expert; the sides read its bytes.
         adapter: a PEFT folder, applied in every run.
-        runs: of "free", "pinned" (the oracle's experts, each side's own weights), "gradients" (pinned; needs an
-            adapter) and "trace" (free, every operation of every layer recorded).
-        faults: negative controls that jaxmoe runs as well, from `tests.parity.faults`.
-        flip_bound: entry of the tolerance table for the margin above which no choice may flip; None takes what
+        runs: some of "free", "pinned" (the oracle's experts, each side's own weights), "gradients" (pinned; needs an
+            adapter) and "trace" (free, with every operation of every layer recorded).
+        faults: negative controls from `tests.parity.faults` that jaxmoe also runs.
+        flip_bound: entry of the tolerance table for the margin above which no choice may flip; None: the bound that
             transformers needs in the same run.
-        pinned_kl: entry of the tolerance table that jaxmoe's pinned KL is held to in 16 bit; None: only reported.
+        pinned_kl: entry of the tolerance table that limits jaxmoe's pinned KL in 16 bit; None: it is only reported.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Plan:
     sides: tuple[str, ...] = field(default=SIDES)
 
     def write(self) -> None:
-        """Puts the plan into its folder."""
+        """Writes the plan into its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
             "device": self.device,
@@ -88,7 +88,7 @@ class Plan:
         return cls(folder, raw["device"], cases, raw["command"], tuple(raw["sides"]))
 
     def path(self, case: Case, side: str, run: str) -> pathlib.Path:
-        """Where one side's arrays of one run lie."""
+        """The file with one side's arrays of one run."""
         return self.folder / "arrays" / case.name / f"{side}.{run}.safetensors"
 
     def save(self, case: Case, side: str, run: str, arrays: Mapping[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Plan:
         return load_file(self.path(case, side, run))
 
     def oracle_experts(self, case: Case) -> np.ndarray | None:
-        """The oracle's choice [Ls, B, T, k], which a pinned run is given; None without one."""
+        """The oracle's choice [Ls, B, T, k], to which a run is pinned; None if there is none."""
         return self.load(case, "exact", "free").get("selected") if self.has(case, "exact", "free") else None
 
     def has(self, case: Case, side: str, run: str) -> bool:
@@ -111,8 +111,8 @@ class Plan:
 
 
 def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-    """Writes a safetensors file, beside its place first."""
-    # safetensors writes a view's base in its own order, so every array has to be contiguous
+    """Writes a safetensors file: first under a temporary name, then it is renamed."""
+    # safetensors writes the memory of a view in its own order, so every array must be contiguous
     whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(whole, beside)
@@ -120,7 +120,7 @@ def write_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
 
 
 def write_batch(path: pathlib.Path, batch: Batch) -> pathlib.Path:
-    """Writes a batch for the sides; without padding, which transformers is told of in other ways than documents."""
+    """Writes a batch for the sides. It has no padding, because transformers handles that differently from documents."""
     assert batch.valid.all(), "expected a batch without padding"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_arrays(path, batch._asdict())
@@ -133,7 +133,7 @@ def read_batch(path: str) -> Batch:
 
 
 def run_cases(plan: Plan, side: str, run: Callable[[Case], None]) -> int:
-    """Runs every case; one that fails is reported with its traceback and does not keep the others from running.
+    """Runs every case; if one fails, its traceback is printed and the others still run.
 
     Returns the number of failed cases.
     """

@@ -2,7 +2,7 @@
 
     python -m tests.parity.report RESULTS.json [RESULTS.json ...] --out DIR [--title TEXT]
 
-Nothing is computed here but shares and maxima of what the results hold.
+Nothing is computed here except shares and maxima of the results.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Paragraph:
 class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    summary: str = ""  # what stands in its place until it is opened, for long ones
+    summary: str = ""  # for long blocks: the line that is shown until the block is opened
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _flip_table(results: list[Result]) -> Table:
 
 
 def _binned(histogram: dict[str, list[float]], edges: Sequence[float]) -> list[float]:
-    """A fine histogram's counts in coarser bins, by the fine bins' lower ends."""
+    """A fine histogram's counts summed into coarser bins, by the fine bins' lower ends."""
     lower, counts = np.asarray(histogram["edges"][:-1]), np.asarray(histogram["counts"])
     return [float(counts[(lower >= a * 0.999) & (lower < b * 0.999)].sum()) for a, b in itertools.pairwise(edges)]
 

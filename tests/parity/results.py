@@ -1,6 +1,7 @@
 """From arrays to results: figures and checks of every case, one folder of files, one line per failure.
 
-`results.json` holds all that a report shows, `flips.csv.gz` every choice of experts that differs from the oracle's.
+`results.json` holds everything that a report shows. `flips.csv.gz` holds every choice of experts that differs from the
+oracle's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RESULTS, FLIPS = "results.json", "flips.csv.gz"
 
 
 def evaluate(plan: Plan, case: Case) -> dict[str, Any]:
-    """Figures, checks, missed faults and flips of one case whose arrays are there."""
+    """Figures, checks, missed faults and flips of one case whose arrays exist."""
     figures = compare_case(plan, case)
     compared = figures["experts"] and "transformers" in figures["runs"]
     limit, source = flip_bound(figures, case) if compared else (0.0, "")
@@ -38,14 +39,14 @@ def evaluate(plan: Plan, case: Case) -> dict[str, Any]:
 
 
 def failures(result: dict[str, Any]) -> list[str]:
-    """One line for each check of a case that failed and each fault that nothing caught; missed goals are none."""
+    """One line for each failed check of a case and each fault that was not caught; missed goals are not listed."""
     checks = [Check(**{k: v for k, v in c.items() if k != "passed"}) for c in result["checks"]]
     lines = [str(check) for check in checks if not check.passed and not check.goal]
     return lines + [f"FAILED: planted fault not caught: {fault}" for fault in result["uncaught"]]
 
 
 def finish(plan: Plan, title: str, bisect: bool = True) -> int:
-    """Evaluates every case, looks for the cause of what failed, writes results and report; 1 where something failed."""
+    """Evaluates every case, finds the cause of failures, writes results and report; returns 1 if something failed."""
     results, failed = [], False
     for case in plan.cases:
         result = evaluate(plan, case)
@@ -60,9 +61,9 @@ def finish(plan: Plan, title: str, bisect: bool = True) -> int:
             result["bisection"] = explain(plan, case, result)
         failed |= bool(lines)
         results.append(result)
-        write_results(plan, results)  # after each, for one that is stopped
+        write_results(plan, results)  # after each case, in case the run is stopped
     if importlib.util.find_spec("matplotlib") is None:
-        # a machine with a GPU may lack it; the results are all that the report needs, here or elsewhere
+        # a machine with a GPU may lack it; the report can be made from the results elsewhere
         log(
             "parity", f"no matplotlib: python -m tests.parity.report {plan.folder / RESULTS} --out DIR makes the report"
         )
@@ -99,7 +100,7 @@ def write_flips(results: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def main() -> int:
-    """Prints what failed in results that were written before; 1 where anything did."""
+    """Prints the failures in existing results; returns 1 if there are any."""
     failed = 0
     for path in map(pathlib.Path, sys.argv[1:]):
         for result in json.loads(path.read_text(encoding="utf-8"))["cases"]:

@@ -1,4 +1,4 @@
-"""The fixed suites behind `make parity` and `make parity-gpu`: which cases, on what, and the report over them.
+"""The fixed suites of `make parity` and `make parity-gpu`: their cases, their models, and the report.
 
 python -m tests.parity.suite demo  --device cpu|gpu --out DIR    the checkpoint in this repository
 python -m tests.parity.suite deep  --checkpoint DIR --device cpu|gpu --out DIR    `examples/pretrain/run.sh deep`
@@ -95,21 +95,30 @@ def large_cases(checkpoint: pathlib.Path, folder: pathlib.Path, layers: int, len
 
 
 def quantize(selected: list[Case], device: Device) -> None:
-    """Makes the NF4 folders that the cases name."""
+    """Writes the NF4 folders that the cases name."""
     pairs = {case.quantized: case.checkpoint for case in selected if case.quantized is not None}
     engine.quantize([(source, target) for target, source in pairs.items()], "bfloat16", device)
 
 
 def main() -> int:
-    """Parses the command line, runs a suite and writes its report; 1 where a check failed."""
+    """Parses the command line, runs a suite and writes its report; returns 1 if a check failed."""
     parser = argparse.ArgumentParser(description="Runs one of the fixed parity suites.")
     parser.add_argument("suite", choices=("demo", "deep", "large"))
-    parser.add_argument("--checkpoint", type=pathlib.Path, help="the deep model or the large one")
+    parser.add_argument("--checkpoint", type=pathlib.Path, help="checkpoint of the deep or the large model")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
-    parser.add_argument("--parallel", type=int, default=1, help="sides that run at the same time")
-    parser.add_argument("--layers", type=int, default=12, help="of the large model in NF4 and with an adapter")
-    parser.add_argument("--bisect", action=argparse.BooleanOptionalAction, default=True, help="explain what fails")
+    parser.add_argument(
+        "--parallel", type=int, default=1, help="number of sides that run at the same time (default: 1)"
+    )
+    parser.add_argument(
+        "--layers", type=int, default=12, help="layers of the large model in NF4 and with an adapter (default: 12)"
+    )
+    parser.add_argument(
+        "--bisect",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="find the operation that makes a check fail",
+    )
     parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens of the large model's prompt")
     args = parser.parse_args()
     checkpoint: pathlib.Path | None = args.checkpoint or (CHECKPOINT if args.suite == "demo" else None)

@@ -3,8 +3,8 @@
     python -m tests.parity.torch_side transformers|torch_ref PLAN
     python -m tests.parity.torch_side quantize SOURCE TARGET DTYPE DEVICE [SOURCE TARGET ...]
 
-The two differ in how a model is loaded and in whose loss is differentiated; hooks, batches and files are the same code.
-Both are taken as they come: attention and experts by the implementation that each picks by itself.
+The two differ in how a model is loaded and in which loss is differentiated; hooks, batches and files are the same code.
+Each chooses its own default implementation of attention and experts.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Side:
         raise NotImplementedError
 
     def loss(self, model: Any, inputs: dict[str, Any], labels: torch.Tensor, aux_coefficient: float) -> torch.Tensor:
-        """Mean cross-entropy of labels that are shifted already, plus the weighted load-balancing loss."""
+        """Mean cross-entropy of labels that are already shifted, plus the weighted load-balancing loss."""
         raise NotImplementedError
 
 
@@ -55,7 +55,7 @@ class Transformers(Side):
     name = "transformers"
 
     def load(self, case: Case, device: str) -> Any:
-        """By `from_pretrained`; 4-bit weights decoded beforehand, since transformers holds no experts in 4 bit."""
+        """Uses `from_pretrained`; 4-bit weights are decoded first, because transformers has no experts in 4 bit."""
         dtype = getattr(torch, case.dtype)
         if case.quantized is None:
             options = {"dtype": dtype, "device_map": device}
@@ -73,14 +73,14 @@ class Transformers(Side):
         return PeftModel.from_pretrained(model, str(case.adapter), is_trainable=True)
 
     def loss(self, model: Any, inputs: dict[str, Any], labels: torch.Tensor, aux_coefficient: float) -> torch.Tensor:
-        """From the logits, since the model shifts labels without regard to documents."""
+        """Computes it from the logits, because the model shifts labels across document boundaries."""
         out = model(**inputs, output_router_logits=True)
         loss = F.cross_entropy(out.logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         return loss if out.aux_loss is None else loss + aux_coefficient * out.aux_loss
 
 
 def _aligned(checkpoint: str, dtype: torch.dtype) -> bool:
-    """Whether rows of the experts' weights start at multiples of 16 bytes: torch's grouped matmul takes no others."""
+    """Whether lines of the experts' weights start at multiples of 16 bytes, as torch's grouped matmul requires."""
     config = AutoConfig.from_pretrained(checkpoint)
     return all(width * dtype.itemsize % 16 == 0 for width in (config.hidden_size, config.moe_intermediate_size))
 
@@ -91,7 +91,7 @@ class TorchRef(Side):
     name = "torch_ref"
 
     def load(self, case: Case, device: str) -> Any:
-        """By its own `from_pretrained`, from the 4-bit folder where there is one."""
+        """Uses its own `from_pretrained`, with the 4-bit folder if there is one."""
         from torch_ref import FastQwen3MoeModel
 
         folder = case.quantized or case.checkpoint
@@ -99,7 +99,7 @@ class TorchRef(Side):
         return FastQwen3MoeModel.from_pretrained(folder, dtype=case.dtype, device_map=device, **options)[0]
 
     def adapt(self, model: Any, case: Case) -> Any:
-        """`get_peft_model`, filled with the folder's weights."""
+        """Uses `get_peft_model`, then copies the folder's weights."""
         from torch_ref import FastQwen3MoeModel
 
         settings = json.loads((pathlib.Path(str(case.adapter)) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ class TorchRef(Side):
         return FastQwen3MoeModel.for_inference(adapted)
 
     def loss(self, model: Any, inputs: dict[str, Any], labels: torch.Tensor, aux_coefficient: float) -> torch.Tensor:
-        """The model's own, which never holds all logits."""
+        """The model's own loss, which never holds all logits."""
         from torch_ref import FastQwen3MoeModel
 
         model.get_base_model().router_aux_loss_coef = aux_coefficient
@@ -137,7 +137,7 @@ def fill(model: Any, weights: Weights) -> None:
 
 
 class Recorder:
-    """Sees every router's output and, where experts are pinned, replaces its choice and leaves it its own weights."""
+    """Records every router's output. If experts are pinned, it replaces the choice but keeps the router's weights."""
 
     def __init__(self, routers: list[Any], pinned: np.ndarray | None, device: str) -> None:
         self.routers = routers
@@ -146,7 +146,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[Recorder]:
-        """In place while the block runs."""
+        """Installs the hooks while the block runs."""
         handles = [router.register_forward_hook(self._hook(slot)) for slot, router in enumerate(self.routers)]
         try:
             yield self
@@ -170,7 +170,7 @@ class Recorder:
         return hook
 
     def arrays(self, batch: Batch) -> dict[str, np.ndarray]:
-        """router_logits [Ls, B, T, E], the router's own choice and what was used, and the routing weights."""
+        """router_logits [Ls, B, T, E], the router's own choice, the experts used, and the routing weights."""
         if not self.records:
             return {}
         names = ("router_logits", "chosen", "selected", "weights")
@@ -182,13 +182,13 @@ class Recorder:
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """On the host, floats as float32."""
+    """The array on the host, floats as float32."""
     tensor = tensor.detach()
     return (tensor.float() if tensor.is_floating_point() else tensor.int()).cpu().numpy()
 
 
 def inputs_of(batch: Batch, device: str) -> dict[str, Any]:
-    """Token ids and positions; with neither a mask nor a cache, restarting positions stand for packed documents."""
+    """Token ids and positions; without a mask and a cache, restarting positions mean packed documents."""
     ids, positions = (torch.from_numpy(a.astype(np.int64)).to(device) for a in batch[:2])
     return {"input_ids": ids, "position_ids": positions, "use_cache": False}
 
@@ -261,7 +261,7 @@ def main() -> int:
             run_case(plan, side, case)
         finally:
             gc.collect()
-            torch.cuda.empty_cache()  # the next model needs the room
+            torch.cuda.empty_cache()  # the next model needs the memory
 
     failed = run_cases(plan, side.name, run)
     write_environment(plan, side.name)

@@ -1,8 +1,8 @@
 """Records every operation of a one-layer model, under the same names in all three implementations.
 
 Arrays are [tokens, features]; `selected` and `weights` are [tokens, k]. Stock modules are hooked; torch_ref and jaxmoe
-bypass modules, so the functions that they call are wrapped instead. Where one kernel norms and rotates queries and
-keys, there is no `q_norm` and no `k_norm`.
+bypass modules, so the functions that they call are wrapped instead. If one kernel norms and rotates queries and keys,
+there is no `q_norm` and no `k_norm`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OPERATIONS = (
 
 
 def torch_trace(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """One forward pass of transformers or torch_ref, whichever this process holds; in layer 0."""
+    """Records one forward pass of layer 0, in transformers or torch_ref, whichever this process has loaded."""
     import torch
     from transformers.models.qwen3_moe import modeling_qwen3_moe as hf
 
@@ -96,7 +96,7 @@ def torch_trace(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
 def _recorded_by_module(
     owner: Any, function: str, names: dict[int, str], record: Callable[[str, Any], None]
 ) -> Iterator[None]:
-    """torch_ref's `function(module, x)`, its results recorded under the module's name."""
+    """torch_ref's `function(module, x)`, with its results recorded under the module's name."""
     original = getattr(owner, function)
 
     def recording(module: Any, x: Any) -> Any:
@@ -132,15 +132,15 @@ _CALLS = {
     "decoder.rms_norm": ("input_layernorm", "post_attention_layernorm", "norm"),
     "rotary.rms_norm": ("q_norm", "k_norm"),
     "rotary.apply_rotary": ("q_rotary", "k_rotary"),
-    "norm_rotary.norm_rotary": ("q_rotary", "k_rotary"),  # instead of both where its kernel runs
+    "norm_rotary.norm_rotary": ("q_rotary", "k_rotary"),  # instead of both if its kernel runs
     "decoder.causal_attention": ("attention",),
     "linear.linear": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "linear.finish_linear": ("q_proj", "k_proj", "v_proj", "o_proj"),  # instead of `linear` where a weight is 4-bit
+    "linear.finish_linear": ("q_proj", "k_proj", "v_proj", "o_proj"),  # instead of `linear` if a weight is 4-bit
 }
 
 
 def jax_trace(model: Any, batch: Any) -> dict[str, np.ndarray]:
-    """One forward pass of jaxmoe, recorded from inside the compiled program."""
+    """Records one forward pass of jaxmoe, from inside the compiled program."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import io_callback

@@ -1,11 +1,12 @@
-"""Judges the figures of a case: what has to hold, whether it does, and whether each planted fault was caught.
+"""Judges the figures of a case: what must hold, whether it does, and whether each planted fault was caught.
 
-Float32 is held to transformers' own float32: the same numbers to rounding, layer by layer. In 16 bit both frameworks
-round, each in its own places, so both are held to the float64 oracle, and no side may be further from it than
-transformers is: running free, and pinned to the oracle's experts. Choices of experts may flip only where the margin is
-within what transformers' own router logits are off by, pinned: in a pinned run every router sees what the oracle's
-experts gave, so a flip there is the work of rounding alone. (Running free, a first flip changes what all later layers
-see, and the flips that follow have any margin.)
+In float32 each side is compared with transformers in float32: the numbers must agree up to rounding, layer by layer.
+In 16 bit the frameworks round in different places, so each side is compared with the float64 oracle. No side may be
+further from it than transformers is, neither free nor pinned to the oracle's experts.
+
+A choice of experts may flip only if its margin is within the error of transformers' own router logits. This is checked
+in pinned runs: there every router sees the output of the oracle's experts, so only rounding can cause a flip. In a free
+run the first flip changes what all later layers see, and the flips that follow may have any margin.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ JUDGED = ("torch_ref", "jaxmoe")
 
 @dataclass(frozen=True)
 class Check:
-    """`found <= limit`, said of one side's run; a goal is reported and does not fail the suite."""
+    """`found <= limit` for one side's run; a missed goal is reported but does not fail the suite."""
 
     side: str
     run: str
@@ -35,7 +36,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """False for what is not a number, too."""
+        """Also False if the value is not a number."""
         return self.found <= self.limit
 
     def __str__(self) -> str:
@@ -44,14 +45,14 @@ class Check:
 
 
 def judge(figures: dict[str, Any], case: Case) -> list[Check]:
-    """Every check of a case, faults aside."""
+    """Every check of a case, except those of planted faults."""
     checks: list[Check] = []
     for side in ("transformers", *JUDGED):
         runs = figures["runs"].get(side, {}) | ({"gradients": {}} if side in figures["gradients"] else {})
         missing = [run for run in case.runs if run not in runs and run != "trace"]
         checks += [Check(side, run, "runs that ended without arrays", 1.0, 0.0) for run in missing]
     if any(check.side == "transformers" for check in checks):
-        return checks  # nothing to judge by
+        return checks  # nothing to compare with
     for side in JUDGED:
         for run in figures["runs"].get(side, {}):
             if "+" not in run:
@@ -62,13 +63,13 @@ def judge(figures: dict[str, Any], case: Case) -> list[Check]:
 
 
 def judge_run(figures: dict[str, Any], case: Case, side: str, run: str) -> list[Check]:
-    """The checks of one forward pass; that of a planted fault is judged as a free one."""
+    """The checks of one forward pass; one with a planted fault is judged as a free run."""
     rules = _float32 if figures["dtype"] == "float32" else _sixteen_bit
     return list(rules(figures, case, side, run))
 
 
 def uncaught(figures: dict[str, Any], case: Case) -> list[str]:
-    """The planted faults with which every check passes."""
+    """The planted faults that no check caught."""
     missed = []
     for fault in case.faults:
         if f"free+{fault}" not in figures["runs"].get("jaxmoe", {}):
@@ -81,7 +82,7 @@ def uncaught(figures: dict[str, Any], case: Case) -> list[str]:
 
 
 def flip_bound(figures: dict[str, Any], case: Case) -> tuple[float, str]:
-    """The margin above which no choice may flip, and where it is from."""
+    """The margin above which no choice may flip, and where the bound comes from."""
     if case.flip_bound is not None:
         return bound(case.flip_bound), f"tolerance table, {case.flip_bound}"
     stock = figures["runs"]["transformers"]
@@ -109,7 +110,7 @@ def _sixteen_bit(figures: dict[str, Any], case: Case, side: str, run: str) -> It
     goal = _a_goal(figures, side)
     check = lambda what, value, limit, goal=False: Check(side, run, f"{what}, against float64", value, limit, goal)
     if base == "free":
-        # a few flips make most of it, on either side: the difference is judged against its standard error over tokens
+        # A few flips make up most of the KL, on either side: the difference is judged by its standard error.
         difference = np.asarray(found["kl_by_token"]) - np.asarray(stock["kl_by_token"])
         limit = 2 * float(difference.std() / np.sqrt(difference.size))
         yield check("KL above transformers' own (limit: 2 standard errors)", float(difference.mean()), limit)
@@ -121,7 +122,7 @@ def _sixteen_bit(figures: dict[str, Any], case: Case, side: str, run: str) -> It
                 value, limit = (sum(x[what]) / len(x[what]) for x in (found, stock))
                 text = f"relative error of {what}, mean of layers (limit: from transformers' own)"
                 yield check(text, value, ratio * limit, goal)
-        if not figures["adapter"]:  # a random adapter, a third of each weight, makes another model of it
+        if not figures["adapter"]:  # a random adapter, a third of each weight in size, changes the model
             # torch_ref rounds where transformers does
             reported = side != "jaxmoe" or case.pinned_kl is None
             yield check("KL in nats per token", found["kl"], bound(case.pinned_kl or "parity_pinned_kl"), reported)
@@ -130,8 +131,11 @@ def _sixteen_bit(figures: dict[str, Any], case: Case, side: str, run: str) -> It
 
 
 def _a_goal(figures: dict[str, Any], side: str) -> bool:
-    """Torch_ref rounds its adapters' low-rank rows to 16 bit, for speed, where PEFT keeps them in float32. That it then
-    ends further from float64 than PEFT (gradients by up to 10 %) is reported as a missed goal wherever it happens."""
+    """Whether the check is only a goal, as it is for torch_ref with adapters.
+
+    For speed it rounds its adapters' low-rank rows to 16 bit, while PEFT keeps them in float32. So it can be further
+    from float64 than PEFT (gradients by up to 10 %), which is reported as a missed goal.
+    """
     return side == "torch_ref" and bool(figures["adapter"])
 
 

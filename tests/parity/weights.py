@@ -1,7 +1,7 @@
 """A checkpoint in HF form as torch tensors, read by key; NF4 decoded by the formula, without bitsandbytes.
 
-It shares no code with `convert` or `torch_ref`: the float64 oracle reads through it, and so does stock transformers
-where the weights are 4-bit, which it cannot load for experts.
+It shares no code with `convert` or `torch_ref`. The float64 oracle reads through it. So does stock transformers if the
+weights are 4-bit, because it cannot load 4-bit experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STATE = "quant_state.bitsandbytes__nf4"
 
 
 class Weights:
-    """The tensors of a folder, in `dtype` on `device` when asked for."""
+    """The tensors of a folder; each is read when it is requested, in `dtype` on `device`."""
 
     def __init__(self, folder: str | pathlib.Path, dtype: torch.dtype, device: str) -> None:
         folder = pathlib.Path(folder)
@@ -41,14 +41,14 @@ class Weights:
         return iter(self._files)
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor `key`, decoded where it is quantised, rounded to `dtype` once."""
+        """The tensor `key`, decoded if it is quantised, rounded to `dtype` once."""
         tensor = self.stored(key)
         if f"{key}.{_STATE}" in self:
             tensor = self._decoded(key, tensor)
         return tensor.to(self.dtype)
 
     def stored(self, key: str) -> Tensor:
-        """The tensor `key` as the file has it."""
+        """The tensor `key` as it is stored."""
         return self._files[key].get_tensor(key).to(self.device)
 
     def experts(self, layer: int, num_experts: int) -> tuple[Tensor, Tensor]:
