@@ -77,7 +77,7 @@ def main() -> None:
         results = []
         for batch in pack_in_order(text, args.batch_size):
             results.append(plain_step(params, *batch[:4], config=config, predictions=predictions))
-            results = results[-2:]  # as an evaluation does; the queue on the device stays full
+            results = results[-2:]  # as in an evaluation, so that the device's queue stays full
         jax.block_until_ready(results)
         return time.perf_counter() - start
 

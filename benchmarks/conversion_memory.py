@@ -58,7 +58,7 @@ def peak_of(command: list[str]) -> tuple[int, float]:
 
 
 def measure(depth: int, folder: pathlib.Path) -> bool:
-    """Converts a model of `depth` layers both ways, prints a line for each; whether both stayed below the bound."""
+    """Converts a model of `depth` layers both ways and prints a line for each; returns whether both met the bound."""
     config = model(depth)
     largest = max(elements(block_shapes(config, block)) for block in blocks_of(config)) * ITEM_BYTES
     total = elements({path: spec.shape for path, spec in parameter_specs(config).items()}) * ITEM_BYTES
@@ -68,7 +68,7 @@ def measure(depth: int, folder: pathlib.Path) -> bool:
     kept = True
     for name, src, dst in (("hf2jax", hf, jax), ("jax2hf", jax, back)):
         peak, seconds = peak_of([sys.executable, "-m", "convert", name, str(src), str(dst)])
-        shutil.rmtree(src)  # the next conversion needs the space
+        shutil.rmtree(src)  # the next conversion needs the disk space
         kept &= peak < bound
         print(
             f"{name}  {depth:>6} layers  {total / GIB:>9.2f} GiB  {largest / GIB:>13.2f} GiB  {bound / GIB:>5.2f} GiB"

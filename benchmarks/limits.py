@@ -38,8 +38,8 @@ def forward_flops(config: Qwen3MoeConfig, length: int, *, head: bool) -> float:
 def lora_step_flops(config: Qwen3MoeConfig, length: int) -> float:
     """Operations per token of a LoRA step: forward, and backward for the activations (frozen weights have no gradient).
 
-    Recomputation and the adapters' own products do not count. Attention's backward pass counts twice its forward pass:
-    recomputing the logits is the kernel's choice, the mathematics does not need it.
+    Recomputation and the adapters' own products do not count. Attention's backward pass counts as twice its forward
+    pass: a kernel may recompute the logits, but the mathematics does not need it.
     """
     matrices = 2 * (_matrices(config) + _head(config))
     return 2 * matrices + 3 * _attention(config, length)

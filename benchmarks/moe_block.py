@@ -54,7 +54,7 @@ def measure(config: Qwen3MoeConfig, tokens: int, skew: float, peers: list[str]) 
     def block(x: Any, gate: Any, gate_up: Any, down: Any) -> Any:
         routing = route(x, gate, num_experts_per_tok=config.num_experts_per_tok, norm_topk_prob=config.norm_topk_prob)
         out = sorted_experts(x, routing, ExpertWeights(gate_up, down, 0, False))
-        return out.astype(x.dtype), routing.experts  # as transformers' block gives it
+        return out.astype(x.dtype), routing.experts  # as transformers' block returns it
 
     @jax.jit
     def both(x: Any, gate: Any, gate_up: Any, down: Any, cotangent: Any) -> Any:

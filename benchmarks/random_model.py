@@ -57,7 +57,7 @@ def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
 
 
 def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
-    """Transformers' model in bfloat16 on the GPU (without one, the CPU); memory holds it once."""
+    """Transformers' model in bfloat16 on the GPU (without one, on the CPU); only one copy is ever in memory."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""The model that a benchmark measures: flags for a published shape, with fewer layers or tiny widths on request."""
+"""Flags for the model that a benchmark measures: a published shape, with fewer layers or tiny widths on request."""
 
 from __future__ import annotations
 

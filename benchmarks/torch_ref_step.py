@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def measure_apart(side: str, argv: list[str]) -> list[dict[str, Any]]:
-    """`measure` in a process of its own; its messages are shown."""
+    """Runs `measure` in its own process and shows its messages."""
     command = [sys.executable, "-m", "benchmarks.torch_ref_step", *argv, "--side", side]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -363,7 +363,7 @@ class RandomReader:
 
 
 def adapted(label: str, base: Any) -> tuple[Any, dict[str, Any]]:
-    """(the model with adapters on attention, the two ways to run its step)."""
+    """Returns the model with adapters on attention, and the two ways to run its step."""
     from torch_ref import FastQwen3MoeModel
     from torch_ref.lora import ATTENTION
 

@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_apart(side: str, targets: str, argv: list[str]) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Runs `measure` in its own process."""
     command = [sys.executable, "-m", "benchmarks.train_cpu", *argv, "--side", side, "--targets", targets]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

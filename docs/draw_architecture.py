@@ -1,7 +1,7 @@
 """Draws docs/architecture.svg, the picture of the rooms: `python -m docs.draw_architecture`.
 
-The rooms and the arrows are those of `tests/test_walls.py`, which holds them against every import. An arrow goes from a
-room to a room that it uses; an arrow that others already imply is left out. Only the places are set here.
+The rooms and the arrows are those of `tests/test_walls.py`, which checks them against every import. An arrow goes from
+a room to a room that it uses; an arrow that others already imply is left out. Only the positions are set here.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ PLACES = {
     "parameters": (2.2, 7),
 }
 BARS = {"cli": "cli: flags, errors and progress of every command", "base": "config, lora, presets, errors"}
-"""Rooms that nearly every other one uses: drawn as bars at the bottom, without arrows."""
+"""Rooms that nearly every other room uses: drawn as bars at the bottom, without arrows."""
 LABELS = {"metrics": "routing/metrics", "nf4": "nf4 codec, stack", "recode": "nf4/recode"}
-"""How a room is called in the picture, where that is not its name."""
+"""A room's label in the picture, if it differs from its name."""
 
 
 def arrows(uses: Mapping[str, set[str]]) -> list[tuple[str, str]]:
-    """(room, room that it uses), without those that follow from others."""
+    """Pairs (room, room that it uses), without those that follow from others."""
 
     def below(room: str) -> set[str]:
         return set().union(*({used} | below(used) for used in uses[room] & set(PLACES)))

@@ -1,8 +1,8 @@
-"""What the site has beside docs/: a hook of mkdocs (mkdocs.yml), for `make docs`.
+"""The pages of the site that are not in docs/: a hook of mkdocs (mkdocs.yml), for `make docs`.
 
-Pages that lie elsewhere in the repository are added under their own paths, README.md as the front page. The API
-reference is written from `REFERENCE`. A link to a source file leads to a page that shows the file. So every link of the
-repository works in the site, and the strict build checks it.
+Pages from elsewhere in the repository are added under their own paths, README.md as the front page. The API reference
+is made from `REFERENCE`. A link to a source file leads to a page that shows the file. So every link of the repository
+works in the site, and the strict build checks it.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ REFERENCE = {
         "Captured routing on disk.",
         ["captures.Capture", "captures.CaptureWriter", "captures.tokenizer_digest"],
     ),
-    "The trusted side": ("PyTorch.", ["torch_ref.FastQwen3MoeModel", "torch_ref.FastQwen3Model"]),
+    "The reference in PyTorch": ("PyTorch.", ["torch_ref.FastQwen3MoeModel", "torch_ref.FastQwen3Model"]),
 }
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _CODE = {".py": "python", ".sh": "bash", ".toml": "toml", ".yml": "yaml", ".json": "json"}
-_shown: set[str] = set()  # paths of the source files that some page links to
+_shown: set[str] = set()  # paths of the source files to which pages link
 
 
-@event_priority(100)  # before mkdocs-jupyter, which takes the notebooks that are there
+@event_priority(100)  # before mkdocs-jupyter, which uses the notebooks that it finds then
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages outside docs/, the reference, and a page for each source file that a page links to."""
     places = (str(ROOT), config.site_dir, config.use_directory_urls)
@@ -82,7 +82,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turns the page's links, which are those of the repository, into those of the site."""
+    """Turns the page's links within the repository into links within the site."""
     here = page.file.src_uri
     if here.startswith("source/") or here == "reference.md" or here.endswith(".ipynb"):
         return markdown
@@ -101,7 +101,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def reference() -> str:
     """The API reference, one heading for each group of names."""
-    parts = ["# API reference\n\nThe public names. Everything else may move.\n"]
+    parts = ["# API reference\n\nThese names are public. Everything else may move.\n"]
     for title, (text, names) in REFERENCE.items():
         parts.append(f"## {title}\n\n{text}\n\n" + "\n".join(f"::: {name}\n" for name in names))
     return "\n".join(parts)
@@ -120,7 +120,7 @@ def _of_site(path: str) -> str:
 
 
 def _target(page: str, link: str) -> str | None:
-    """What a link on `page` leads to, as a path in the repository; None for what lies outside of it."""
+    """The target of a link on `page`, as a path in the repository; None if the target is outside it."""
     if "://" in link or link.startswith("mailto:"):
         return None
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), link))

@@ -94,7 +94,13 @@ def clear(output: pathlib.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs all steps and prints the result."""
     parser = ArgumentParser(description="Convert, fine-tune, generate, export and reload a small Qwen3-MoE.")
-    parser.add_argument("--checkpoint", type=pathlib.Path, default=CHECKPOINT, metavar="DIR", help="HF folder")
+    parser.add_argument(
+        "--checkpoint",
+        type=pathlib.Path,
+        default=CHECKPOINT,
+        metavar="DIR",
+        help="HF folder of the model (default: the demo checkpoint)",
+    )
     parser.add_argument(
         "--output",
         type=pathlib.Path,

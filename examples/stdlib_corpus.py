@@ -48,7 +48,7 @@ def is_held_out(name: str) -> bool:
 
 
 def is_test(name: str) -> bool:
-    """Whether the module `name` belongs to the library's own tests: code to learn, without docstrings to ask for."""
+    """Whether the module `name` belongs to the library's own tests, whose docstrings are not used as chats."""
     return not _TEST_FOLDERS.isdisjoint(name.split("/"))
 
 

@@ -42,7 +42,7 @@ def execute(name: str, timeout: int = 600) -> Any:
         record_timing=False,
     )
     client.execute()
-    # Other metadata differs from machine to machine and says nothing.
+    # Other metadata differs from machine to machine and is irrelevant.
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"], "language_info": {"name": "python"}}
     return notebook
 

@@ -1,4 +1,4 @@
-"""What jaxmoe is tested and measured with: tiny random models, and the same models in transformers and PEFT.
+"""Tools to test and measure jaxmoe: tiny random models, and the same models in transformers and PEFT.
 
-Tests and benchmarks use it; wheels do not contain it.
+Tests and benchmarks use them; wheels do not contain them.
 """

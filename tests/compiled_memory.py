@@ -1,7 +1,7 @@
-"""What a compiled training step holds: `python -m tests.compiled_memory CASE` prints the bytes for Qwen3-30B-A3B.
+"""The memory of a compiled training step: `python -m tests.compiled_memory CASE` prints the bytes for Qwen3-30B-A3B.
 
-A process of its own, so that it compiles with the flags of `python -m jaxmoe.train`. CASE is a JSON list: adapters on
-(null: none), sequences, tokens per sequence, recomputation policy, packed, quantised.
+It is a separate process, so that it compiles with the flags of `python -m jaxmoe.train`. CASE is a JSON list: adapters
+on (null: none), sequences, tokens per sequence, recomputation policy, packed, quantised.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def lora_of(targets: str | None) -> LoraConfig | None:
 
 
 def compiled_memory(case: tuple[Any, ...], config: Qwen3MoeConfig, dtype: str) -> Any:
-    """What XLA says of the compiled train step of a `Case` on this device; no array of it is made."""
+    """XLA's figures for the compiled training step of a `Case` on this device; no array is allocated."""
     targets, sequences, length, remat, packed, quantize = case
     lora = lora_of(targets)
     struct = jax.ShapeDtypeStruct

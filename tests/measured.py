@@ -1,7 +1,7 @@
-"""Prints the worst error that each bound of `tests/tolerances.py` met: `python -m pytest -p tests.measured tests/...`.
+"""The worst error under each bound of `tests/tolerances.py`: `python -m pytest -p tests.measured tests/...`.
 
-A plugin of pytest, for whoever revises the table. Errors above their bound are left out: they are planted faults, or
-fail their test anyway.
+A plugin of pytest, for revising the table. Errors above their bound are left out: they come from planted faults, or
+they fail their test anyway.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Recorded(float):
         self.note(error)
         return float(self) > error
 
-    def __lt__(self, other: Any) -> Any:  # a margin above a bound is no error
+    def __lt__(self, other: Any) -> Any:  # a margin above a bound is not an error
         return float(self) < other
 
     def __le__(self, other: Any) -> Any:
@@ -108,7 +108,7 @@ def _assert_allclose(actual: Any, desired: Any, rtol: float = 1e-7, atol: float 
 
 
 def pytest_configure() -> None:
-    """Puts the recording in place, before a test module imports `bound`."""
+    """Installs the recording, before a test module imports `bound`."""
     replaced: Any = tolerances, np, np.testing, pytest
     replaced[0].bound = _Recorded
     replaced[1].allclose = _allclose
@@ -117,7 +117,7 @@ def pytest_configure() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table of what was measured, beside what the table of tolerances says."""
+    """Prints the measured errors beside those in the table of tolerances."""
     terminalreporter.section("worst errors")
     for name, worst in sorted(WORST.items()):
         limit, known, _ = tolerances.TOLERANCES[name]

@@ -51,7 +51,7 @@ def forward(
     """The forward pass over `input_ids` [B, T]; `params` and `adapters` are flat dictionaries of stacked arrays.
 
     Segment 0 is padding; a token attends to earlier tokens of its own segment. `pinned` [Ls, B, T, k] replaces the
-    choice of experts, not their weights, so that two runs can be compared although they differ in a near-tie.
+    choice of experts, not their weights, so that two runs can be compared even if they differ in a near-tie.
     """
     B, T = input_ids.shape
     positions = np.tile(np.arange(T), (B, 1)) if position_ids is None else position_ids

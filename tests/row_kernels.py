@@ -1,4 +1,4 @@
-"""Helpers for the tests of the one-pass kernels: random operands, a pretended GPU, a step of a small model."""
+"""Helpers for the tests of the one-pass kernels: random operands, a simulated GPU, a step of a small model."""
 
 from __future__ import annotations
 

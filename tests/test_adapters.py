@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: round trips, merging, and that the real PEFT reads what is written."""
+"""Adapters in PEFT's format: round trips, merging, and reading of the written files by PEFT itself."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def peft_model(base: pathlib.Path, adapter: pathlib.Path) -> Any:
 
 
 def merged_state(base: pathlib.Path, lora: LoraConfig, adapters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Our merge, under the names that transformers has in memory."""
+    """Our merge, under the names that transformers uses in memory."""
     source = read_hf(base)
     state = {}
     for block in source.blocks():
@@ -206,7 +206,7 @@ def test_adapters_that_peft_made_are_read(settings: dict[str, Any], tmp_path: pa
 
 
 def old_form(folder: pathlib.Path, config: Qwen3MoeConfig, rank: int = 2, **settings: Any) -> dict[str, np.ndarray]:
-    """An adapter as PEFT wrote it with transformers 4: every expert projection is a module of its own."""
+    """An adapter as PEFT wrote it with transformers 4: every expert projection is a separate module."""
     rng = np.random.default_rng(3)
     D, F = config.hidden_size, config.moe_intermediate_size
     tensors = {}
@@ -255,7 +255,7 @@ def test_the_form_of_transformers_4_has_the_same_delta(use_rslora: bool, tmp_pat
             pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(base), tmp_path / "old"
         )
         assert largest_merge_error(base, model, lora, adapters) <= bound("merge_fp32")
-    # and it goes out in the form of transformers 5
+    # and it is written in the form of transformers 5
     write_peft(tmp_path / "new", TINY, lora, adapters)
     assert same(read_peft(tmp_path / "new", TINY)[1], adapters)
 

@@ -1,4 +1,4 @@
-"""Attention in query blocks against `layers.attention` with an explicit mask: value and gradients."""
+"""Attention in chunks of queries against attention with an explicit mask: value and gradients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def errors(length, batch, window, padded):
     @partial(jax.jit, static_argnums=0)
     def run(function, query, key, value):
         with jax.default_matmul_precision("highest"):
-            # What padding gets is read by nobody.
+            # The results at padding are never read.
             out, pull = jax.vjp(lambda *args: jnp.where(valid, function(*args), 0), query, key, value)
             return out, pull(cotangent)
 
@@ -82,7 +82,7 @@ def test_the_comparison_sees_a_planted_fault(monkeypatch):
 
 
 def test_padding_alone_stays_finite():
-    """A row without a single token: values and gradients are finite, so that no NaN reaches its neighbours' sums."""
+    """A sequence without tokens: values and gradients are finite, so that no NaN reaches other sequences' sums."""
     ones = jnp.ones((1, 70, 2, 8))
     value, pull = jax.vjp(lambda q, k, v: causal_attention(q, k, v, jnp.zeros((1, 70), jnp.int32)), ones, ones, ones)
     assert all(bool(jnp.isfinite(a).all()) for a in (value, *pull(ones)))

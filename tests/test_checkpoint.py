@@ -1,4 +1,4 @@
-"""Converted folders, converted adapters and training states: exact, and every kind of damage is noticed."""
+"""Converted folders, converted adapters and training states: they are exact, and every kind of damage is detected."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_damaged_folder_is_one_line(damage: str, converted: pathlib.Path, tmp_
 
 
 def test_a_missing_chunk_is_never_zeros(converted: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Zarr fills missing chunks with zeros unless told not to; that must not pass without checksums either."""
+    """By default Zarr fills missing chunks with zeros; that must be an error, even without checksums."""
     shutil.copytree(converted, tmp_path / "jax")
     chunk(tmp_path / "jax" / "layers" / "00001", "attention.q_proj").unlink()
     with pytest.raises(UserError, match="layers/00001"):
@@ -139,7 +139,7 @@ def test_checksums_are_compared_only_on_request(converted: pathlib.Path, tmp_pat
 
 
 def test_blocks_are_dropped_before_the_next_is_made(converted: pathlib.Path) -> None:
-    """Memory is bounded by one layer: the reader keeps no reference to what it has handed out."""
+    """Memory is bounded by one layer: the reader keeps no reference to the blocks that it has returned."""
     import gc
     import weakref
 

@@ -1,4 +1,4 @@
-"""Reading config.json: what both generations of transformers write and mean, and a clear error for everything else."""
+"""Reading config.json: the forms that transformers 4 and 5 write, and a clear error for everything else."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def frequencies_agree(name: str) -> bool:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_rotary_frequencies_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert frequencies_agree(name)
-    # Negative control: another base in what the product has read.
+    # Negative control: another rotary base in the config that jaxmoe has read.
     read = Qwen3MoeConfig.from_hf.__func__
 
     def misread(cls: type[Qwen3MoeConfig], raw: dict[str, Any]) -> Qwen3MoeConfig:
@@ -196,7 +196,7 @@ def test_no_value_of_any_field_escapes_as_another_error(value: Any) -> None:
 
 
 def refusal(raw: dict[str, Any]) -> str:
-    """The message that a config is refused with; empty where it is taken, and then comes back from its own words."""
+    """The error message for a config; empty if it is accepted, and then `to_hf` must read back as the same."""
     try:
         config = Qwen3MoeConfig.from_hf(raw)
     except ConfigError as error:

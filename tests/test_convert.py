@@ -1,4 +1,4 @@
-"""Converting whole checkpoints: exact round trips, dtypes, and every bad input one by one."""
+"""Converting whole checkpoints: exact round trips, dtypes, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_the_config_of_transformers_4_keeps_its_spelling(tmp_path: pathlib.Path)
 
 
 def test_a_merge_on_the_way_out(tmp_path: pathlib.Path) -> None:
-    """jax2hf --adapter: the targeted weights change by the delta, all others not by a bit."""
+    """jax2hf --adapter: the targeted weights change by the delta; no bit of the others changes."""
     src = make_checkpoint(tmp_path / "hf", MIXED)
     lora = LoraConfig(r=2, alpha=4.0, targets=("q_proj", "experts.down_proj"))
     adapters = random_adapters(MIXED, lora)
@@ -249,7 +249,7 @@ def edit_json(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[p
 
 
 def edit_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[pathlib.Path], None]:
-    """Changes the header of the last shard and leaves the bytes of its tensors."""
+    """Changes the header of the last shard but not the bytes of its tensors."""
 
     def apply(folder: pathlib.Path) -> None:
         file = sorted(folder.glob("*.safetensors"))[-1]
@@ -298,7 +298,7 @@ def shift(header: dict[str, Any], by: int) -> None:
 
 SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
-# what is done to a checkpoint of two shards, and what the one line has to say
+# what is done to a checkpoint of two shards, and what the one-line error must say
 BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("hf",)),
     "no weights": (remove("model.safetensors.index.json"), ("model.safetensors",)),
@@ -386,7 +386,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The checkpoint that is damaged below, which converts as long as it is whole."""
+    """The checkpoint that is damaged below; undamaged, it converts."""
     folder = tmp_path_factory.mktemp("sound")
     hf2jax(make_checkpoint(folder / "hf", TINY, shards=2), folder / "jax")
     return folder / "hf"
@@ -439,7 +439,7 @@ def test_the_command_line(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("direction", ["hf2jax", "jax2hf"])
 def test_a_full_disk_leaves_nothing(direction: str, tmp_path: pathlib.Path) -> None:
-    """The process may not write files above a few KiB, which fails as a full disk does: in the middle of a write."""
+    """The process may not write files above a few KiB, so a write fails in the middle, as on a full disk."""
     pytest.importorskip("resource")
     src = make_checkpoint(tmp_path / "hf", TINY, shards=2)
     hf2jax(src, tmp_path / "jax")
@@ -494,7 +494,7 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path: pathlib.Path) -> 
 
 
 def test_the_hub_cache_may_link_to_its_blobs(tmp_path: pathlib.Path) -> None:
-    """A snapshot in the hub's cache holds links to ../../blobs; those are read, other ways out are not."""
+    """A snapshot in the hub's cache holds links to ../../blobs; those are followed, other links out are not."""
     src = make_checkpoint(tmp_path / "hf", TINY)
     snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
     snapshot.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""How packed rows are handed to cuDNN: its two calls are replaced by a slow reading of the same packed layout.
+"""How packed sequences are passed to cuDNN: its two calls are replaced by a slow reading of the same packed layout.
 
 The stand-in finds the sequences from lengths and offsets alone, keeps the log-sum-exp by sequence as cuDNN does, and
 leaves NaN wherever cuDNN would write nothing.
@@ -21,7 +21,7 @@ B, N, K, H = 2, 4, 2, 16
 
 
 def _sequences(lengths, offsets, total):
-    """[(row, its tokens)] of the sequences, in the order in which JAX hands them to cuDNN."""
+    """[(line of the batch, its tokens)] of the documents, in the order in which JAX passes them to cuDNN."""
     lengths, offsets = np.asarray(lengths), np.asarray(offsets)
     assert offsets.shape == (lengths.shape[0], lengths.shape[1] + 1)
     assert (offsets[:, -1] == -1).all()
@@ -89,7 +89,7 @@ def backward(query, key, value, group, window, log_sum, out, d_out):
         for s, (b, here) in enumerate(_sequences(lengths, offsets, T)):
             operands = query[b, here], key[b, here], value[b, here]
             found, sums, weights = _dense(*operands, window)
-            # What was saved is what belongs to this sequence.
+            # What was saved belongs to this sequence.
             limit = bound("attention_saved_fp32" if out.dtype == np.float32 else "attention_saved_bf16")
             np.testing.assert_allclose(np.float64(out[b, here]), found, rtol=limit, atol=limit)
             limit = bound("attention_saved_fp32")
@@ -116,7 +116,7 @@ CASES = {
 
 @partial(jax.jit, static_argnames=("window", "variant"))
 def values_and_gradients(query, key, value, cotangent, segments, window, variant):
-    """Of cuDNN's path and of the masked oracle; one compilation serves all cases of a window and a `variant`."""
+    """Results of cuDNN's path and of the masked oracle; compiled once for all cases of a window and a `variant`."""
     valid = (segments > 0)[..., None, None]
 
     def masked(query, key, value):
@@ -173,7 +173,7 @@ def gpu(monkeypatch):
 
 
 def test_packed_rows_are_tried_before_they_are_taken(gpu):
-    """The small case runs while something else is traced, passes, and refuses a gradient in the wrong place."""
+    """The small case runs while something else is traced. It passes, and fails if a gradient is in the wrong place."""
     query, key = jnp.zeros((B, 8, N, H), jnp.bfloat16), jnp.zeros((B, 8, K, H), jnp.bfloat16)
     ids = jnp.ones((B, 8), jnp.int32)
 
@@ -192,7 +192,7 @@ def test_packed_rows_are_tried_before_they_are_taken(gpu):
     cudnn._packed_unsupported.cache_clear()
     gpu.setattr(cudnn, "_backward", misplaced)
     assert "from the oracle, expected at most 2e-02" in str(cudnn.unsupported(query, key, ids))
-    assert cudnn.unsupported(query, key) is None  # plain rows are another call
+    assert cudnn.unsupported(query, key) is None  # plain sequences use another call
 
     def fails(*operands):
         raise NotImplementedError("packed layout: no such engine\nand more")
@@ -220,7 +220,7 @@ def test_what_cudnn_does_not_take(dtype, heads, what):
 
 @pytest.mark.parametrize("segments", [None, "packed"])
 def test_jax_s_private_functions_are_called_as_they_are_declared(segments, monkeypatch):
-    """Traced, not run: a version of JAX that declares them otherwise is found without a GPU."""
+    """Traced, not run: so a version of JAX that declares the calls differently is found without a GPU."""
     monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(cudnn.fused, "check_compute_capability", lambda capability: True)
     query, key = (jax.ShapeDtypeStruct((2, 96, heads, 64), jnp.bfloat16) for heads in (8, 2))

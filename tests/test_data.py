@@ -23,8 +23,8 @@ from peers.make_checkpoint import write_tokenizer
 
 VOCAB = 320
 
-# A template that does with thoughts what Qwen3's does: turns before the last question lose theirs, the last turn always
-# has one, be it empty, and tool results are the user's.
+# A template that treats thoughts as Qwen3's does: turns before the last question lose their thoughts, the last turn
+# always has one, even if empty, and tool results belong to the user.
 HYBRID = """\
 {%- set ns = namespace(question=-1) -%}
 {%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.question = loop.index0 -%}{%- endif -%}{%- endfor -%}
@@ -283,7 +283,7 @@ def test_bad_line_is_named(name: str, tokenizer: Any, tmp_path: pathlib.Path) ->
 
 
 def test_an_earlier_lines_error_goes_first(tokenizer: Any, tmp_path: pathlib.Path) -> None:
-    """Although texts are encoded, and token ids seen, many lines later."""
+    """The error names the right line, although texts are encoded, and token ids seen, many lines later."""
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"text": 7}\n')
     with pytest.raises(UserError, match=r"data\.jsonl:1: expected token ids below"):
@@ -352,7 +352,7 @@ def numbered(lengths: list[int], splittable: bool = True) -> list[Record]:
 
 
 def check_packing(lengths: list[int], seq_length: int, seed: int, pack: bool) -> None:
-    """One epoch: every token that has a predecessor is predicted once, and no sequence mixes up its documents."""
+    """One epoch: every token that has a predecessor is predicted once, and no sequence mixes its documents."""
     documents, lost = cut(numbered(lengths), seq_length)
     assert lost.truncated == 0
     sequences = Sequences(documents, seq_length, seed=seed, pack=pack, epochs=1)
@@ -495,7 +495,7 @@ def test_hold_out() -> None:
 
 
 def test_nothing_is_said_about_pytorch_where_there_is_none(tmp_path: pathlib.Path) -> None:
-    """A user of jaxmoe needs none, and an error is one line; transformers, imported plainly, does say something."""
+    """jaxmoe needs no PyTorch, and an error is one line; transformers by itself does print a warning."""
     write_tokenizer(tmp_path)
 
     def said(load: str) -> str:

@@ -1,4 +1,4 @@
-"""Sort-based dispatch against the dense oracle, and what its schedule promises, on fresh random inputs."""
+"""Sort-based dispatch against the dense oracle, and the properties of its schedule, on fresh random inputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxmoe.ops.router import Routing, expert_counts, load_balancing_loss, route
 from jaxmoe.ops.schedule import make_schedule
 from tests.tolerances import bound
 
-# (M, D, F, E, k): one token; k = E; one expert; more experts than rows; several tiles an expert; odd sizes
+# (M, D, F, E, k): one token; k = E; one expert; more experts than rows; several tiles per expert; odd sizes
 SHAPES = [(1, 8, 4, 4, 2), (9, 8, 4, 3, 3), (20, 8, 4, 1, 1), (3, 12, 20, 40, 2), (200, 16, 8, 5, 2)]
 SKEWS = ("random", "last experts", "reversed", "ties")
 
@@ -53,7 +53,7 @@ def make_case(shape, skew, seed):
 
 
 def run(experts, x, weights, stacks, adapters, routing):
-    """One number that depends on every output, differentiable in all but the routing's choice."""
+    """One number that depends on every output, differentiable in everything except the choice of experts."""
     pairs = [Adapter(a, b, scale) for (a, b), scale in zip(adapters, (0.5, 2.0), strict=True)]
     y = experts(x, routing._replace(weights=weights), ExpertWeights(stacks[0], stacks[1], 0, True), *pairs)
     return weighted_sum(y), y
@@ -74,16 +74,16 @@ NUDGE = 2.0**-20  # relative, uniform: some units in the last place
 
 
 def nudged(tree, seed):
-    """Every number a little off, as rounding leaves them."""
+    """The arrays with every number slightly off, as rounding would make them."""
     rng = np.random.default_rng([seed, 1])
     return jax.tree.map(lambda a: np.asarray(a * (1 + NUDGE * rng.uniform(-1, 1, np.shape(a))), np.float32), tree)
 
 
 def relative_error(found, expected, elsewhere):
-    """L2 error over the norm, or over what the terms that make it up amount to, where they cancel.
+    """L2 error over the norm, or over the size of the terms if they cancel.
 
-    Of one token a gradient may be a hundredth of its terms, and rounding is relative to those: `elsewhere` is the
-    result for inputs that are off by rounding, and moves as much as rounding may.
+    A gradient of one token may be a hundredth of its terms, and rounding is relative to the terms. `elsewhere` is the
+    result for inputs that are off by rounding; it differs by as much as rounding may cause.
     """
     scale = max(np.linalg.norm(expected), np.linalg.norm(elsewhere - expected) / NUDGE)
     return np.linalg.norm(np.asarray(found) - expected) / (scale if scale > 0 else 1)
@@ -176,7 +176,7 @@ def test_schedule_places_every_row_once(shape, skew, seed):
 
 @pytest.mark.parametrize("shape", [(1, 8, 4, 4, 2), (200, 16, 8, 5, 2)])
 def test_stack_of_layers_is_indexed_in_place(shape):
-    """The layer picked by `offset` from a stack of three gives what the layer alone gives, gradient of x included."""
+    """The layer that `offset` selects from a stack of three gives the same as the layer alone, as does x's gradient."""
     x, routing, stacks, _ = make_case(shape, "random", 11)
     three = tuple(np.concatenate([np.full_like(s, np.nan), s, np.full_like(s, np.nan)]) for s in stacks)
 
@@ -191,7 +191,7 @@ def test_stack_of_layers_is_indexed_in_place(shape):
 
 
 def largest_intermediate(function, *arguments):
-    """Most elements of any value that the traced function makes, in loops and branches too; arguments not counted."""
+    """The size, in elements, of the largest value that the traced function computes, also in loops and branches."""
 
     def walk(jaxpr):
         for equation in jaxpr.eqns:

@@ -1,4 +1,4 @@
-"""The documentation says what is there: links, paths, names, commands and flags of README, CONTRIBUTING and docs/."""
+"""What the documentation names exists: links, paths, names, commands and flags of README, CONTRIBUTING and docs/."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def anchors(text: str) -> set[str]:
 
 
 def broken_links(page: str, text: str) -> list[str]:
-    """Relative links that lead nowhere."""
+    """Relative links without a target."""
     broken = []
     for link in _LINK.findall(_FENCE.sub("", text)):
         if "://" in link or link.startswith("mailto:"):

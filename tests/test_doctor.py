@@ -1,4 +1,4 @@
-"""The doctor's report, and the memory forecast against counts by hand and against what XLA allocates."""
+"""The doctor's report, and the memory forecast against counts by hand and against XLA's allocations."""
 
 from __future__ import annotations
 
@@ -161,8 +161,8 @@ def test_a_small_compiled_step_holds_what_is_forecast(case: tuple[Any, ...]) -> 
     assert 0.5 < temporaries / used.temp_size_in_bytes < 2
 
 
-# Case (adapters on, sequences, tokens a sequence, policy, packed, quantised) -> GiB of arguments and temporaries of the
-# step that XLA compiles for Qwen3-30B-A3B, H100, jax 0.11.2, 2026-11-26. The peaks that `benchmarks.train_step`
+# Case (adapters on, sequences, tokens per sequence, policy, packed, quantised) -> GiB of arguments and temporaries of
+# the step that XLA compiles for Qwen3-30B-A3B, H100, jax 0.11.2, 2026-11-26. The peaks that `benchmarks.train_step`
 # measures on an H200 are within 0.5 %.
 HELD = {
     ("attention", 2, 4096, "fast", False, None): 78.83,
@@ -189,7 +189,7 @@ HELD = {
 
 @pytest.mark.parametrize(("case", "held"), HELD.items(), ids=str)
 def test_the_forecast_is_a_little_above_what_a_step_held(case: tuple[Any, ...], held: float) -> None:
-    """Against the record of another day, which needs no GPU; the next test compiles."""
+    """Against recorded figures, so that no GPU is needed; the next test compiles."""
     plan = forecast_of(case, PRESETS["qwen3-30b-a3b"], "bfloat16", attention="cudnn", experts="mosaic")
     assert 1 <= plan.total / 2**30 / held < 1.04
 
@@ -208,9 +208,9 @@ def test_the_forecast_is_a_little_above_what_a_step_held(case: tuple[Any, ...], 
     ids=str,
 )
 def test_the_forecast_is_a_little_above_what_a_compiled_step_holds(case: tuple[Any, ...]) -> None:
-    """The step is compiled for this GPU; nothing of it is allocated, so any card will do.
+    """The step is compiled for this GPU but never allocated, so any card can be used.
 
-    In a process of its own, with the flags of `python -m jaxmoe.train` and not those of the suite.
+    It is compiled in its own process, with the flags of `python -m jaxmoe.train` and not those of the suite.
     """
     config = PRESETS["qwen3-30b-a3b"]
     flags = ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION")
@@ -232,12 +232,12 @@ def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
 def test_the_forecast_names_the_attention_of_this_device() -> None:
     options = doctor.DoctorConfig(model="qwen3-30b-a3b", dtype="float32")
     parts = {part.name for part in doctor.forecast(options)["training"].parts}
-    assert "one layer, blocks" in parts  # cuDNN takes no float32
+    assert "one layer, blocks" in parts  # cuDNN does not support float32
 
 
 @pytest.mark.parametrize(("remat", "tokens"), [("low-memory", 1024), ("offload", 512)])
 def test_a_step_holds_the_logits_that_are_forecast(remat: memory.Remat, tokens: int) -> None:
-    """Of so many tokens at a time, and of no more; the vocabulary's size is no other dimension's."""
+    """The number of tokens whose logits exist at a time; no other dimension has the size of the vocabulary."""
     assert memory.loss_chunk(remat) == tokens
     params = jax.eval_shape(lambda: init_parameters(SMALL, jax.random.key(0)))
     adapters = jax.eval_shape(lambda: init_adapters(SMALL, LORA, jax.random.key(0)))

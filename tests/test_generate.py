@@ -1,4 +1,4 @@
-"""Sampling, streaming, and the command; tests/test_parity_generation.py holds greedy text to transformers."""
+"""Sampling, streaming, and the command; tests/test_parity_generation.py compares greedy text with transformers."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def expected(kept, temperature=1.0):
         ({"top_k": 2}, [1, 3], 1.0),
         ({"top_k": 1}, [1], 1.0),
         ({"top_p": 0.6}, [1, 3], 1.0),  # 0.4 < 0.6 <= 0.65
-        ({"top_p": 0.3}, [1], 1.0),  # the first token stays although its own mass exceeds top_p
-        ({"top_k": 3, "top_p": 0.5}, [1, 3], 1.0),  # mass is counted after top-k: 0.4 / 0.85 < 0.5
+        ({"top_p": 0.3}, [1], 1.0),  # the first token stays although its probability alone exceeds top_p
+        ({"top_k": 3, "top_p": 0.5}, [1, 3], 1.0),  # top_p applies to the probabilities after top-k: 0.4 / 0.85 < 0.5
         ({"temperature": 2.0, "top_k": 3}, [1, 3, 4], 2.0),
     ],
 )

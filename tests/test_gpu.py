@@ -57,14 +57,14 @@ def test_logits_and_routing_equal_the_cpu():
         equal = (np.sort(chosen[..., :-1]) == np.sort(expected_chosen[..., :-1])).all(-1)
         assert equal[clear].all()
         same &= equal
-    # A token reads those before it. This text has one exact tie, at token 524 of the first row.
+    # A token reads those before it. This text has one exact tie, at token 524 of the first sequence.
     comparable = np.logical_and.accumulate(same, axis=1)
     assert comparable.mean() > 0.9
     assert relative_error(gpu[comparable], cpu[comparable]) <= bound("gpu_fp32")
 
 
 def _most_probable(logits, k):
-    """The k most probable experts [..., k] and their probabilities, the lowest index first where they tie."""
+    """The k most probable experts [..., k] and their probabilities; ties go to the lowest index."""
     probabilities = np.asarray(jax.nn.softmax(logits))
     experts = oracle.top_k(probabilities, k)
     return experts, np.take_along_axis(probabilities, experts, axis=-1)
@@ -92,7 +92,7 @@ def test_adapter_gradients_equal_the_cpu():
         return found.loss, found.gradients
 
     (gpu_loss, gpu), (cpu_loss, cpu) = on("gpu", run), on("cpu", run)
-    assert cpu_loss < 5  # a model that still predicts (noise gives 12): its routing is not decided by rounding errors
+    assert cpu_loss < 5  # the model still predicts (noise would give 12), so rounding errors do not decide its routing
     assert gpu_loss == pytest.approx(cpu_loss, rel=bound("gpu_fp32"))
     assert set(gpu) == {f"{path}.lora_{x}" for path in _paths() for x in "AB"}
     assert max(relative_error(gpu[name], cpu[name]) for name in cpu) <= bound("gpu_gradients_fp32")
@@ -114,7 +114,7 @@ def test_greedy_text_equals_the_cpu():
 
 @pytest.mark.parametrize("swapped", [False, True], ids=["right", "gate and up swapped"])
 def test_bf16_experts_at_full_width(swapped):
-    """One layer of Qwen3-30B-A3B's experts, value and gradient of x, against float32 over the tokens' own experts."""
+    """One layer of Qwen3-30B-A3B's experts, value and gradient of x, against float32 over each token's experts."""
     M, D, F, E, k = 512, 2048, 768, 128, 8
     keys = jax.random.split(jax.random.key(0), 4)
     x, gate_up, down, gate = (

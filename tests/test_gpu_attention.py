@@ -1,4 +1,4 @@
-"""cuDNN's attention on the GPU against the masked oracle in float32: value and gradients, packed rows and padding."""
+"""cuDNN's attention on the GPU against the masked oracle in float32: value and gradients, packing and padding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 
 
 def runs(length, lengths, left=0, right=0):
-    """One row of segment ids: documents of about `lengths` tokens, padding on the left and on the right."""
+    """The segment ids of one sequence: documents of about `lengths` tokens, padding on the left and on the right."""
     rng = np.random.default_rng(length)
     row = np.zeros(length, np.int32)
     at, number = left, 1
@@ -30,7 +30,7 @@ def runs(length, lengths, left=0, right=0):
     return row
 
 
-# rows of segment ids, window
+# segment ids of each sequence, window
 CASES = {
     "plain": (np.ones((2, 1024), np.int32), None),
     "odd length": (np.ones((2, 333), np.int32), None),
@@ -88,7 +88,7 @@ def test_other_heads(shape):
 
 
 def test_keys_repeated_for_each_head_give_the_same(monkeypatch):
-    """What JAX before 0.11.2 needs in packed rows."""
+    """What JAX before 0.11.2 needs for packed sequences."""
     monkeypatch.setattr(cudnn, "_GROUPED_PACKING", False)
     assert max(errors(*CASES["more documents than one call takes"])) <= bound("gpu_attention_bf16")
 
@@ -98,7 +98,7 @@ def test_blocks_in_bfloat16():
 
 
 def test_the_comparison_sees_a_planted_fault(monkeypatch):
-    # First without: cuDNN is tried on a small case once a process, and would be refused with the fault in place.
+    # First without the fault: once per process cuDNN is tried on a small case, which would fail with the fault.
     assert max(errors(*CASES["two documents"])) <= bound("gpu_attention_bf16")
     original = cudnn._run_index
     monkeypatch.setattr(cudnn, "_run_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))

@@ -1,4 +1,4 @@
-"""Gradients through the model object are those of transformers for every parameter; asking for a frozen one raises."""
+"""Gradients through the model object equal transformers' for every parameter; a frozen one raises an error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def model_of(name: str, lora: LoraConfig | None = None) -> Qwen3MoeForCausalLM:
 
 
 def loss_of(logits: Any, ids: Any, library: Any) -> Any:
-    """A loss in which every logit counts, and none like another."""
+    """A loss in which every logit has a different weight."""
     weights = np.cos(np.arange(np.prod(logits.shape), dtype=np.float32)).reshape(logits.shape)
     return (logits * library.asarray(weights)).mean()
 
@@ -152,7 +152,7 @@ def test_weights_in_nf4_are_frozen(shared_tmp: Any) -> None:
 
 @pytest.mark.parametrize("trainable", ["none", "adapters"])
 def test_the_pure_function_never_gives_a_silent_zero(trainable: Any) -> None:
-    """Its options say what will be differentiated; another gradient raises."""
+    """The options say what can be differentiated; asking for another gradient raises an error."""
     model = model_of("plain", LORA)
     ids = random_tokens(model.config, 1, 12)
     tokens = Tokens(*map(jnp.asarray, (ids, np.arange(12)[None], np.ones_like(ids))))
@@ -175,7 +175,7 @@ def test_a_frozen_head_raises() -> None:
 
 
 def test_a_bias_on_the_router_logits_has_a_gradient() -> None:
-    """Against a difference quotient, with the experts held where they are."""
+    """Against a difference quotient, with the choice of experts fixed."""
     model = model_of("plain")
     ids = random_tokens(model.config, 1, 12)
     chosen = model(ids, output_router_logits=True).router_logits

@@ -1,4 +1,4 @@
-"""Which settings make a run the same run: every field says so, and runs of earlier versions still continue."""
+"""Which settings identify a run: every field says whether it does, and runs of earlier versions still continue."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ RECORDED: dict[str, Any] = {
 
 
 def unclassified(settings: type) -> list[str]:
-    """Fields that do not say how they enter the identity."""
+    """Fields that do not say whether they belong to the identity."""
 
     def classified(kind: Any) -> bool:
         return kind in (VALUE, APART) or (isinstance(kind, tuple) and bool(kind) and all(map(str.isidentifier, kind)))
@@ -101,7 +101,7 @@ def unclassified(settings: type) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Forgetful(TrainConfig):
-    """Settings with a field that was added without a thought of the identity."""
+    """Settings with a field that does not say whether it belongs to the identity."""
 
     dropout: float = field(default=0.0, metadata={"help": "share of activations to drop"})
 
@@ -128,7 +128,7 @@ def test_an_entry_that_nobody_works_out_is_noticed() -> None:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with a run in `out` that died after its first step."""
+    """A folder with a run in `out` that was killed after its first step."""
     base = tmp_path_factory.mktemp("stopped")
     make_checkpoint(base / "model", CONFIG)
     write_records(base / "data.jsonl", range(36))

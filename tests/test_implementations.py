@@ -1,4 +1,4 @@
-"""Which implementation is taken: by device, by operands, by force; the devices are made up."""
+"""Which implementation is chosen, by device, by operands or by force; the devices are simulated."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
     attention, experts = fallbacks(config, "float32")
     assert "found float32" in attention
     *_, odd = fallbacks(config.replace(moe_intermediate_size=72), "bfloat16")
-    if experts != odd:  # else both say that jax is too old for the kernel
+    if experts != odd:  # otherwise both say that jax is too old for the kernel
         assert "found float32" in experts and "multiples of 16, found 72" in odd
         assert "experts" not in "".join(fallbacks(config, "bfloat16"))
-    on(monkeypatch, CPU)  # where nothing else was to be expected
+    on(monkeypatch, CPU)  # where nothing else is expected
     assert not fallbacks(config, "float32")
 
 
@@ -124,7 +124,7 @@ def test_unknown_names_are_errors(monkeypatch):
 
 
 def test_a_compiled_function_follows_the_force(monkeypatch):
-    """JAX would otherwise run what it traced before."""
+    """Otherwise JAX would run the function as it was traced before."""
     on(monkeypatch, HOPPER)
 
     @jax.jit

@@ -1,7 +1,7 @@
 """The Hopper kernels against float64 products row by row: compiled on a GPU, elsewhere in JAX's interpreter.
 
 The interpreter runs the kernel's own program (copies, barriers, wgmma, the loops of each warpgroup) on a CPU and looks
-for races between its threads. It needs jax 0.11 or newer; `make test-kernels` makes an environment that has it.
+for races between its threads. It needs jax 0.11 or newer; `make test-kernels` creates an environment with it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def skewed(M: int, E: int, k: int, seed: int, empty: int = 0) -> np.ndarray:
 
 
 def by_rows(x, weight, schedule, transposed, offset=0):
-    """Float64 products of the rows that have a place, and which rows those are."""
+    """Float64 products of the rows that are placed, and which rows those are."""
     placed = np.flatnonzero(np.asarray(schedule.source) >= 0)
     tile = len(schedule.source) // len(schedule.tile_expert)
     experts = np.asarray(schedule.tile_expert)[placed // tile] + offset
@@ -83,7 +83,7 @@ if on_gpu:
     }
 
 
-# Columns of left and right, and of these those that the result is of: an adapter's rank on either side, or all.
+# Columns of left and right, and the columns that the result uses: an adapter's rank on either side, or all.
 OUTER_SIZES: list[tuple[int, int, tuple[int, int] | None]] = [
     *((A, C, None) for A, C in [(64, 64), (64, 32), (64, 160), (64, 256), (128, 64), (192, 160), (320, 64)]),
     (64, 192, (16, 192)),
@@ -154,7 +154,7 @@ def test_a_wrong_group_is_seen_through_swiglu() -> None:
     ids=str,
 )
 def test_any_tiles_give_the_same(name: str, tiles: tuple[int, tuple[int, ...], int]) -> None:
-    """Columns, heights and slots only say how the work is cut."""
+    """Columns, heights and slots only say how the work is divided."""
     from jaxmoe.ops.kernels.grouped_matmul.hopper import Tiles
 
     assert matmul_error(name, True, True, tiles=Tiles(*tiles)) <= bound("kernel_bf16")
@@ -190,7 +190,7 @@ def test_the_sum_of_several_products(low_rank: bool) -> None:
     found = run(x, weight, blocks, jnp.int32(E), others=others)
     placed = np.asarray(schedule.source) >= 0
     assert relative_error(np.asarray(found, np.float64)[placed], expected) <= bound("kernel_bf16")
-    alone = run(x, weight, blocks, jnp.int32(E))  # the fault: the others are forgotten
+    alone = run(x, weight, blocks, jnp.int32(E))  # the fault: the others are left out
     assert relative_error(np.asarray(alone, np.float64)[placed], expected) > 100 * bound("kernel_bf16")
 
 
@@ -311,7 +311,7 @@ def test_blocks_cover_every_routed_row_once(
         assert (owner[own] == -1).all()  # no row twice
         owner[own] = expert
     heights = [blocks.height[:used][blocks.group[:used] == expert] for expert in range(E)]
-    assert all(np.ptp(own) <= 1 for own in heights if len(own))  # equal but for one unit
+    assert all(np.ptp(own) <= 1 for own in heights if len(own))  # equal to within one unit
     placed = schedule.source >= 0
     assert placed.sum() == M * k
     assert (owner[placed] == experts.reshape(-1)[schedule.source[placed]]).all()
@@ -321,7 +321,7 @@ def test_blocks_cover_every_routed_row_once(
 
 
 def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: bool, fault: bool = False) -> Any:
-    """Output of a layer's experts with adapters, where it is differentiated and where not, and all gradients."""
+    """Output of a layer's experts with adapters, with and without differentiation, and all gradients."""
     M, D, F, E, k = shape
     rng = np.random.default_rng(5)
 

@@ -45,7 +45,7 @@ def test_stacks_hold_the_blocks(form, tmp_path):
 
 
 class Watched:
-    """A checkpoint of ones that counts its readers and the layers that are alive."""
+    """A checkpoint of ones that counts its readers and the layers in memory."""
 
     quantization: Quantization | None = None
     layout: Layout = "fused"

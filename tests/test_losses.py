@@ -1,4 +1,4 @@
-"""Losses as objects: one that the product does not know is handed to the step, with and without accumulation."""
+"""Losses as objects: a loss from outside jaxmoe is passed to the step, with and without accumulation."""
 
 from __future__ import annotations
 
@@ -55,8 +55,10 @@ class PairPreference:
 
 
 class RelativeNorm:
-    """Sum of |h|^3 over the batch, divided by the sum of h^2 over the whole batch, which has no gradient: a loss that
-    is wrong unless it is given that total."""
+    """Sum of |h|^3 over the batch, divided by the sum of h^2 over the whole batch, which has no gradient.
+
+    The loss is wrong unless it receives that total.
+    """
 
     needs: Mapping[str, Total] = {"norms": lambda outputs, batch: jnp.sum(outputs.hidden**2)}
 
@@ -88,7 +90,7 @@ def distance(found: dict[str, Any], expected: dict[str, Any]) -> float:
 
 
 def plainly() -> tuple[Any, Any, Any]:
-    """(loss, share of pairs that are preferred, gradients), from all logits and by the formula."""
+    """(loss, share of pairs with the right preference, gradients), from all logits and by the formula."""
     model, frozen, adapters, sequences = setting()
 
     def loss(adapters: Any) -> Any:
@@ -132,7 +134,7 @@ def test_accumulation_is_exact_for_each_of_several_losses() -> None:
     whole, split = run(objective, 1), run(objective, 2)
     assert float(split.loss) == pytest.approx(float(whole.loss), rel=bound("accumulation"))
     assert distance(split.gradients, whole.gradients) <= bound("accumulation")
-    # Each loss has its part in the gradients.
+    # Each loss contributes to the gradients.
     for left_out in range(len(objective)):
         rest = [term for index, term in enumerate(objective) if index != left_out]
         assert distance(run(tuple(rest), 1).gradients, whole.gradients) > 100 * bound("accumulation")

@@ -1,7 +1,7 @@
 """Adapters in 16-bit models: A and B count in full, on every path that multiplies them, forwards and backwards.
 
-Rounding the low-rank rows is noise that differs from token to token; rounding A or B would be another adapter. So what
-is compared is the matrix that a path applies, by least squares over many rows, which averages the noise away.
+Rounding the low-rank rows adds noise that differs from token to token; rounding A or B would change the adapter. So the
+tests compare the matrix that a path applies. Least squares over many rows find it and average the noise away.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def by_blocks(
     low_weight: Any = None,
     tiles: Any = None,
 ) -> Any:
-    """What the kernel computes, from its own list of work: blocks of rows, in float32, rounded once."""
+    """What the kernel computes, from its own list of work: tiles of rows, in float32, rounded once."""
     assert not swiglu
     out = np.zeros((x.shape[0], weight.shape[1 if transposed else 2]), np.float32)
     product = "mi,oi->mo" if transposed else "mi,io->mo"
@@ -55,13 +55,13 @@ def by_blocks(
         for factor, stack in ((x, weight), *others):
             out[own] += jnp.einsum(product, factor[own].astype(jnp.float32), stack[layer].astype(jnp.float32))
         if low is not None:
-            assert low.shape[1] % 64 == 0  # what the kernel takes
+            assert low.shape[1] % 64 == 0  # what the kernel supports
             out[own] += jnp.einsum(product, low[own].astype(jnp.float32), low_weight[group].astype(jnp.float32))
     return jnp.asarray(out).astype(x.dtype)
 
 
 def outer_by_groups(left: Any, right: Any, first: Any, count: Any, *, columns: tuple[int, int]) -> Any:
-    """What the kernel of the gradients computes, and the sizes that it takes."""
+    """What the kernel of the gradients computes, and the sizes that it supports."""
     assert left.shape[1] % 64 == 0 and right.shape[1] % 16 == 0 and right.shape[1] >= 64
     assert all(size % 16 == 0 for size in columns)
     groups = [slice(16 * int(f), 16 * int(f + n)) for f, n in zip(first, count, strict=True)]
@@ -71,7 +71,7 @@ def outer_by_groups(left: Any, right: Any, first: Any, count: Any, *, columns: t
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels replaced by plain products: what is tested is what goes in and what is made of it."""
+    """The kernels replaced by plain products: the tests check their inputs and what is made of their results."""
     monkeypatch.setattr(hopper, "default_tiles", lambda columns, rows=128, swiglu=False: Tiles((rows // 2, rows)))
     monkeypatch.setattr(hopper, "grouped_matmul", by_blocks)
     monkeypatch.setattr(hopper, "grouped_outer", outer_by_groups)
@@ -93,7 +93,7 @@ def by_projection(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def by_experts(products: Any) -> Callable[..., jax.Array]:
     def run(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        """One of two experts has all rows, in an order of its own."""
+        """One of two experts has all rows, in its own order."""
         schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 16, products.span_rows(ROWS, 2))
         adapter = Factors(jnp.stack([b[: a.shape[0], :1] @ a[:1], a]), jnp.stack([b + 1, b]))
         stack = jnp.zeros((2, OUT, INNER), x.dtype)
@@ -196,7 +196,7 @@ def test_nothing_is_split_in_float32() -> None:
 
 
 def test_the_terms_survive_compilation() -> None:
-    """XLA may drop a conversion to 16 bits and back; then the second term would be zero."""
+    """XLA may remove a conversion to 16 bits and back; then the second term would be zero."""
     a = draw(4, INNER)
     high, low = jnp.split(jax.jit(lambda a: low_rank.split_high_low(a, jnp.bfloat16, 0))(a).astype(jnp.float32), 2)
     assert relative_error(high, a) > 1e-4
@@ -206,7 +206,7 @@ def test_the_terms_survive_compilation() -> None:
 @pytest.mark.parametrize("rank", [*RANKS, 64, 72])
 @pytest.mark.parametrize("adapter_first", [True, False], ids=["A", "B"])
 def test_gradients_of_experts_adapters_fit_the_kernel(adapter_first: bool, rank: int, kernel: None) -> None:
-    """Any rank, on either side: by the kernel's sizes and by the loop the same."""
+    """Any rank, on either side: the kernel's sizes and the loop give the same."""
     schedule = make_schedule(jnp.arange(60, dtype=jnp.int32).reshape(-1, 1) % 3, 4, 16)
     rows = jnp.arange(len(schedule.source))[:, None]
     placed = jnp.where(schedule.source[:, None] >= 0, 1, 0)
@@ -215,11 +215,11 @@ def test_gradients_of_experts_adapters_fit_the_kernel(adapter_first: bool, rank:
     found, expected = (each.outer(left, right, schedule) for each in (hopper.HOPPER, xla.XLA))
     assert found.shape == (4, left.shape[1], right.shape[1])
     assert relative_error(found, expected) <= bound("kernel_fp32_sums")
-    assert not np.asarray(expected[3]).any()  # nobody's expert
+    assert not np.asarray(expected[3]).any()  # rows of no expert
 
 
 def test_low_rank_rows_are_kept_with_the_projections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A policy that keeps queries, keys and values keeps x A^T too: one product less in the backward pass."""
+    """A policy that saves queries, keys and values also saves x A^T: one product less in the backward pass."""
 
     def linear(self: Any, x: jax.Array, stack: jax.Array, layer: Any, *, transposed: bool, **_: Any) -> jax.Array:
         return x @ (stack[0].T if transposed else stack[0])

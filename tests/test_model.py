@@ -1,4 +1,4 @@
-"""The model as an object, the chunked loss, and what the compiled step keeps in memory."""
+"""The model as an object, the chunked loss, and the memory of the compiled step."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def test_segment_ids_exclude_an_attention_mask(folder):
 
 
 def noisy_adapters(config):
-    """B is zero at first, and adding a constant to a router's logits changes nothing: so all are random."""
+    """All adapters are random: B is zero at first, and a constant added to a router's logits changes nothing."""
     adapters = init_adapters(config, LORA, jax.random.key(0))
     return {p: a + 0.1 * jax.random.normal(jax.random.key(n), a.shape) for n, (p, a) in enumerate(adapters.items())}
 
 
 def gradients_of(loaded, remat, unroll=False):
-    """Gradients of all adapters of two rows."""
+    """Gradients of all adapters, for two sequences."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, loaded.config.vocab_size, (2, 24)))
     positions = jnp.broadcast_to(jnp.arange(24), ids.shape)
     adapters = noisy_adapters(loaded.config)
@@ -137,7 +137,7 @@ def test_what_is_kept_changes_no_gradient(remat, folder):
 
 @pytest.mark.parametrize("remat", ["fast", "low-memory"])
 def test_unrolled_layers_change_no_gradient(remat, folder):
-    """One layer behind the other, whatever their kinds, gives what the scan gives; nothing is left of its loop."""
+    """Layers one after the other, whatever their kinds, give what the scan gives; no loop is left in the program."""
     loaded = Qwen3MoeForCausalLM.from_pretrained(folder)
     scanned, adapters = gradients_of(loaded, remat)
     unrolled, _ = gradients_of(loaded, remat, unroll=True)
@@ -166,7 +166,7 @@ def test_what_else_the_unrolled_layers_give(folder):
 
 
 def one_document_rows(folder, packed: bool, documents: int = 1):
-    """Hidden states of the tokens, and gradients of a loss over them, of rows with padding behind the tokens."""
+    """Hidden states of the tokens, and gradients of a loss over them, for sequences with padding after the tokens."""
     loaded = Qwen3MoeForCausalLM.from_pretrained(folder)
     lengths = np.asarray([30, 17, 1])[:, None]
     index = np.broadcast_to(np.arange(30), (3, 30))
@@ -186,7 +186,7 @@ def one_document_rows(folder, packed: bool, documents: int = 1):
 
 
 def test_rows_of_one_document_need_no_segments(folder):
-    """Causality keeps what lies behind a row's end from its tokens, and statistics leave padding out."""
+    """Causality keeps what follows a sequence's end from its tokens, and statistics leave padding out."""
     (_, apart), gradients = one_document_rows(folder, packed=True)
     (_, joined), other_gradients = one_document_rows(folder, packed=False)
     equal(apart, joined)
@@ -275,7 +275,7 @@ def temporaries(config, remat, unroll=False) -> int:
 
 @pytest.mark.parametrize(("remat", "unroll"), [("low-memory", False), ("fast", False), ("fast", True)])
 def test_no_temporary_holds_a_layers_experts(remat, unroll, monkeypatch):
-    """Frozen experts are indexed where they lie: neither copied by the loops nor saved for the backward pass."""
+    """Frozen experts are indexed in place: neither copied by the loops nor saved for the backward pass."""
     # Compiled, never run: wide enough that a GPU's matmul workspace (32 MiB) is small beside a layer.
     config = TINY.replace(hidden_size=1024, moe_intermediate_size=512, num_experts=64, mlp_only_layers=())
     down_proj = 4 * config.num_experts * config.moe_intermediate_size * config.hidden_size  # the smaller stack
@@ -293,7 +293,7 @@ def test_no_temporary_holds_a_layers_experts(remat, unroll, monkeypatch):
 
 
 def test_no_recomputation_still_keeps_no_copy_of_the_weights():
-    """With remat "fast" what is dear is kept, but not the slices of frozen attention weights, which are no results."""
+    """Remat "fast" saves results that are expensive to recompute, but not the slices of frozen attention weights."""
     config = TINY.replace(hidden_size=1024, head_dim=256, num_hidden_layers=12, num_experts=2, moe_intermediate_size=8)
     config = config.replace(num_experts_per_tok=1, mlp_only_layers=())
     attention = sum(math.prod(s.shape) for path, s in parameter_specs(config).items() if path.endswith("_proj")) * 4

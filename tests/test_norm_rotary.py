@@ -1,4 +1,4 @@
-"""The kernel `norm_rotary` against the operations that it replaces, and the model with it and without.
+"""The kernel `norm_rotary` against the operations that it replaces, and the model with and without it.
 
 Without a GPU the kernel runs in Pallas' interpreter.
 """
@@ -32,7 +32,7 @@ HEADS = [(2, 8, 4, 128), (1, 16, 6, 64), (3, 32, 1, 32)]
 
 
 def rotary_errors(shape: tuple[int, ...], dtype: Any, turn: float = 1.0) -> list[float]:
-    """Of the output and of the gradient; `turn` plants the fault of another angle."""
+    """Relative errors of the output and of the gradient; `turn` plants the fault of another angle."""
     x, d_out = (draw(key, *shape).astype(dtype) for key in (0, 1))
     weight = (1 + 0.1 * draw(2, shape[-1])).astype(dtype)
     angles = 3 * draw(3, *shape[:2], shape[-1] // 2)
@@ -66,7 +66,7 @@ def test_heads_that_it_does_not_take() -> None:
 
 @pytest.fixture
 def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU the device is made up, and the kernel runs in the interpreter."""
+    """Without a GPU the device is simulated, and the kernel runs in the interpreter."""
     if INTERPRETED:
         made_up_gpu(monkeypatch)
         kernel = norm_rotary.norm_rotary
@@ -77,14 +77,14 @@ def test_the_model_with_the_kernel(kernel_runs: None) -> None:
     """Loss and gradients of adapters, in float32, where rounding moves no token to other experts."""
     sizes = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256}
     (none, expected), (calls, found) = (step(sizes, {"norm_rotary": name}) for name in ("xla", "triton"))
-    # Queries and keys: forwards, again and backwards.
+    # Queries and keys: forward, recomputed and backward.
     assert (none, calls) == (0, 6)
     errors = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
     assert max(errors) <= bound("norm_rotary_model_fp32")
 
 
 def test_the_parity_suite_sees_through_the_kernel(kernel_runs: None) -> None:
-    """Its trace has the kernel's results under the names of the operations; a norm left out is left out there too."""
+    """The trace has the kernel's results under the operations' names; a norm that is left out is missing there, too."""
     config = config_of("plain").replace(head_dim=64, num_hidden_layers=1)
     params = init_parameters(config, jax.random.key(0))
     one_layer = SimpleNamespace(params=params, adapters={}, config=config, lora_config=None)

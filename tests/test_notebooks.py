@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom and answer their question; those that are committed carry their output."""
+"""The notebooks run from top to bottom and answer their question; the committed notebooks contain their output."""
 
 from __future__ import annotations
 

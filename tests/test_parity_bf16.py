@@ -1,9 +1,9 @@
-"""In bfloat16 the product is at least as close to a float64 run as transformers is, with 8 experts per token.
+"""In bfloat16 jaxmoe is at least as close to a float64 run as transformers is, with 8 experts per token.
 
-Where all 8 of 8 experts are chosen there is no routing to differ in, and whole prompts are compared. Where 8 of 32 are,
-near-ties fall either way in both frameworks: then the errors are compared over the rows in which nobody's choice
-differs from the float64 run's, and the number of choices that differ is compared as well. Weights are rounded to
-bfloat16 first, for the oracle too.
+If all 8 of 8 experts are chosen, the routing cannot differ, and whole prompts are compared. If 8 of 32 are chosen,
+near-ties fall either way in both frameworks. Then the errors are compared over the tokens for which every side makes
+the float64 run's choice, and the number of other choices is compared as well. Weights are rounded to bfloat16 first,
+for the oracle too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from tests import oracle
 from tests.parity import CHECKPOINT, Batch, ProductOutput, checkpoint_batch, make_batch, product, relative_error
 from tests.tolerances import bound
 
-# transformers' most exact ways on a CPU: eager adds the k experts' outputs one by one in bfloat16, grouped_mm does not.
+# transformers' most exact settings on a CPU: eager adds the k experts' outputs one by one in bfloat16, grouped_mm does
+# not.
 WAYS = (("eager", "eager"), ("sdpa", "eager"), ("sdpa", "grouped_mm"))
 CASES = {
     "every_expert": {"600 tokens": [[600]], "packed": [[48], [13, 1, 34], [-3, 45]]},
@@ -69,12 +70,12 @@ def check(name: str, layout: str, found: ProductOutput) -> None:
     differs = [(np.sort(run.selected) != np.sort(exact.selected)).any(-1) & valid for run in (found, *runs)]
     flips = [d.sum() for d in differs]
     assert flips[0] <= min(flips[1:])
-    # The stream between layers is not rounded: hardly any of it happens to be a bfloat16 number. (The embeddings, its
-    # first state, and what the last norm gives are.)
+    # The stream between layers is not rounded: few of its numbers happen to be bfloat16 numbers. (The embeddings, its
+    # first state, and the last norm's output are.)
     stream = found.hidden[1:-1][:, valid]
     assert (stream.astype(ml_dtypes.bfloat16) == stream).mean() < 0.01
     same = ~np.any(differs, axis=(0, 1, 3))
-    assert same.sum() >= len(same) / 8  # enough rows to judge by
+    assert same.sum() >= len(same) / 8  # enough tokens to judge by
     valid &= same[:, None]
     for what in ("logits", "hidden", "router_logits"):
         expected = getattr(exact, what)[..., valid, :]
@@ -88,7 +89,7 @@ def test_at_least_as_exact_as_transformers(name: str, layout: str) -> None:
 
 
 def test_at_least_as_exact_on_the_trained_checkpoint() -> None:
-    """With routing left free: every error, flips of near-ties included, over 4 x 300 tokens of Python."""
+    """With free routing: every error, including that of flipped near-ties, over 4 x 300 tokens of Python."""
     batch = checkpoint_batch(300)
     config = Qwen3MoeConfig.from_pretrained(CHECKPOINT)
     params = {
@@ -119,7 +120,7 @@ def stream_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
     """The residual stream rounded at each sum, as transformers does."""
 
     layer, attention = jaxmoe.model.decoder.decoder_layer, jaxmoe.model.decoder.attention
-    # A conversion to 16 bits and back would be dropped by XLA on a GPU, and the fault with it.
+    # On a GPU XLA would remove a conversion to 16 bits and back, and the fault with it.
     rounded = lambda h: jax.lax.reduce_precision(h, exponent_bits=8, mantissa_bits=7)
 
     def rounded_layer(h: Any, *arguments: Any) -> Any:

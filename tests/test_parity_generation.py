@@ -1,4 +1,4 @@
-"""Greedy generation against transformers token by token, a batch against its rows alone, the cache against none."""
+"""Greedy generation against transformers token by token, a batch against single prompts, with and without the cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peers.reference import Reference
 from tests.parity import Batch, product
 
 NEW_TOKENS = 24
-# One shape of cache for all: lengths that end within a bucket, at its edge, and one past a sliding window.
+# One cache shape for all: lengths that end within a bucket and at its edge, and one beyond a sliding window.
 LENGTHS = (5, 1, 32, 17)
 NAMES = ("plain", "top_8_of_32", "sparse_step_2", "rope_yarn_v4", "sliding_window")
 
@@ -44,7 +44,7 @@ def check(name: str) -> None:
     """The parity that this module asserts, negative controls included."""
     found = generator(name).generate(prompts_of(name), NEW_TOKENS)
     assert found == expected(name)
-    # A model stuck on one token would agree with anything.
+    # A model that repeats one token would agree trivially.
     assert len({token for row in found for token in row}) > 10
 
 
@@ -73,7 +73,7 @@ def test_a_batch_equals_its_prompts_alone() -> None:
 
 @pytest.mark.parametrize("name", ["plain", "sparse_step_2", "sliding_window"])
 def test_the_cache_equals_no_cache(name: str) -> None:
-    """Each token is the most probable one after all tokens before it, run at once without a cache."""
+    """Each token is the most probable one after all tokens before it, which run at once without a cache."""
     config = config_of(name)
     for prompt, continuation in zip(
         prompts_of(name), generator(name).generate(prompts_of(name), NEW_TOKENS), strict=True

@@ -23,7 +23,7 @@ from peers.reference import Reference
 from tests.parity import COMPILER_OPTIONS, Batch, make_batch, product, relative_error
 from tests.tolerances import bound
 
-# A coefficient at which the load-balancing loss carries weight in the router's gradient.
+# With this coefficient the load-balancing loss matters in the router's gradient.
 AUX_COEFFICIENT = 0.5
 OBJECTIVE = jaxmoe.train.loss.next_token_objective(AUX_COEFFICIENT)
 LAYOUT = [[48], [-3, 30, 15]]
@@ -71,7 +71,7 @@ def training_batch(batch: Batch) -> TrainingBatch:
 
 
 def run_product(name: str, lora: LoraConfig, remat: Remat) -> tuple[float, dict[str, np.ndarray]]:
-    """(loss, gradients) of the training step's own function, compiled anew."""
+    """(loss, gradients) of the training step's own function, compiled again."""
     config = config_of(name)
     model = jaxmoe.train.step.Model(config, lora, remat=remat)
 
@@ -89,7 +89,7 @@ def run_product(name: str, lora: LoraConfig, remat: Remat) -> tuple[float, dict[
 
 @functools.cache
 def product_gradients(name: str, remat: Remat = "low-memory") -> tuple[float, dict[str, np.ndarray]]:
-    """`run_product` with adapters on everything, once for all tests that leave the product as it is."""
+    """`run_product` with adapters on everything, once for all tests that do not change jaxmoe."""
     return run_product(name, lora_of(name), remat)
 
 
@@ -98,7 +98,7 @@ def check(name: str, found: tuple[float, dict[str, np.ndarray]]) -> None:
     (loss, gradients), (expected_loss, expected) = found, reference(name)
     assert loss == pytest.approx(expected_loss, rel=bound("parity_loss"))
     assert set(gradients) == set(expected) == set(lora_specs(config_of(name), lora_of(name)))
-    # Layer by layer, since a later layer's larger gradient would hide an earlier one's error.
+    # Layer by layer, because a later layer's larger gradient would hide an earlier one's error.
     errors = {
         (path, layer): relative_error(gradients[path][layer], expected[path][layer])
         for path in expected

@@ -48,8 +48,10 @@ def reference(name: str) -> Reference:
 
 
 def distance(name: str, batch: Batch, found: Any, expected: Any) -> float:
-    """The largest of the relative errors of logits, every layer's hidden states and router logits, over valid tokens;
-    fails when a token whose choice is clear goes to other experts."""
+    """The largest relative error of logits, every layer's hidden states and router logits, over valid tokens.
+
+    Fails if a token with a clear choice goes to other experts.
+    """
     valid = batch.valid
     errors = [relative_error(found.logits[valid], expected.logits[valid])]
     errors += [relative_error(f[valid], e[valid]) for f, e in zip(found.hidden, expected.hidden, strict=True)]
@@ -93,12 +95,12 @@ def test_forward_equals_the_float64_oracle(name: str) -> None:
     exact = oracle.forward(config_of(name), parameters(name), *batch)
     found = product(config_of(name), parameters(name), batch)
     assert distance(name, batch, found, exact) <= bound("oracle_fp32")
-    # Two witnesses that share no code: an error in the oracle would otherwise only show where the product repeats it.
+    # The two references share no code, so an error in the oracle is found even if jaxmoe repeats it.
     assert distance(name, batch, reference(name).forward(*batch), exact) <= bound("oracle_fp32")
 
 
 def test_trained_checkpoint_equals_transformers() -> None:
-    """Both read the folder themselves; 600 tokens of Python a row, one row padded."""
+    """Both read the folder themselves; 600 tokens of Python per sequence, one sequence padded."""
     batch = checkpoint_batch()
     batch.segment_ids[0, 500:] = 0
     model = Qwen3MoeForCausalLM.from_pretrained(CHECKPOINT, dtype="float32")
@@ -116,7 +118,7 @@ def test_trained_checkpoint_equals_transformers() -> None:
         clear = batch.valid & (oracle.top_k_margin(wanted, k) > bound("routing_margin"))
         assert (np.sort(oracle.top_k(np.asarray(logits), k))[clear] == np.sort(chosen)[clear]).all()
     assert float(out.aux_loss) == pytest.approx(theirs.load_balancing_loss(*batch), rel=bound("load_balancing_loss"))
-    # Trained: far better than the log of the vocabulary's size, 7.6 nats.
+    # The model is trained: its loss is far below the log of the vocabulary's size, 7.6 nats.
     shifted = out.logits[:, :-1] - jax.nn.logsumexp(out.logits[:, :-1], axis=-1, keepdims=True)
     assert -np.take_along_axis(np.asarray(shifted), batch.input_ids[:, 1:, None], axis=-1).mean() < 5
 
@@ -130,7 +132,7 @@ def test_adapted_forward_equals_peft(name: str) -> None:
     expected = Reference(CONFIGS[name], parameters(name), lora=lora, adapters=adapters).forward(*batch)
     found = product(config, parameters(name), batch, lora=lora, adapters=adapters)
     assert distance(name, batch, found, expected) <= bound("parity_fp32")
-    # Negative control: without its adapters the model is another one.
+    # Negative control: without its adapters the model differs.
     base = product(config, parameters(name), batch)
     assert relative_error(base.logits[batch.valid], expected.logits[batch.valid]) > 0.1
 

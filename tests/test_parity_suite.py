@@ -1,4 +1,4 @@
-"""The parity suite as a user runs it, three sides in processes of their own: the demo checkpoint and odd ones."""
+"""The parity suite as a user runs it, each of three sides in its own process: the demo checkpoint and unusual ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.parity.suite import trained_cases
 from tests.parity.weights import Weights
 from tests.tolerances import bound
 
-# Each runs free in float32, with these faults planted; some in 16 bit too.
+# Each runs free in float32, with these planted faults; some also run in 16 bit.
 ODD: dict[str, tuple[str, ...]] = {
     "plain_v4": (
         "gate and up swapped",
@@ -48,7 +48,7 @@ SIXTEEN_BIT = ("top_8_of_32_unnormalised",)
 
 
 def demo_cases(folder: pathlib.Path) -> list[Case]:
-    """The demo checkpoint in float32, bfloat16 and NF4, and with adapters: what two cores do in two minutes.
+    """The demo checkpoint in float32, bfloat16 and NF4, and with adapters: as much as two cores can do in two minutes.
 
     `make parity` has more: pinned runs in float32, all faults, training in bfloat16.
     """
@@ -69,7 +69,7 @@ def demo_cases(folder: pathlib.Path) -> list[Case]:
 
 
 def odd_cases(folder: pathlib.Path) -> list[Case]:
-    """Checkpoints that transformers wrote, config.json in the words of 4 or 5; one packed row of 600 tokens."""
+    """Checkpoints that transformers wrote, config.json in the form of 4 or 5; one packed sequence of 600 tokens."""
     out = []
     for name, faults in ODD.items():
         checkpoint = str(cases.write_odd_checkpoint(folder / name, name))
@@ -82,7 +82,7 @@ def odd_cases(folder: pathlib.Path) -> list[Case]:
 
 @pytest.mark.long
 def test_three_sides_agree_and_every_fault_is_caught(tmp_path: pathlib.Path) -> None:
-    """In one plan, since the sides' processes take a while to start."""
+    """In one plan, because the sides' processes start slowly."""
     plan = Plan(tmp_path, "cpu", (*demo_cases(tmp_path), *odd_cases(tmp_path)))
     engine.run(plan)
     results = [evaluate(plan, case) for case in plan.cases]
@@ -90,7 +90,7 @@ def test_three_sides_agree_and_every_fault_is_caught(tmp_path: pathlib.Path) -> 
     assert not failed, "\n".join(failed)
     # NF4 has the ninth.
     assert len({fault for r in results for fault in r["faults"]}) == (9 if BITSANDBYTES else 8)
-    # The report holds every case, and stands alone.
+    # The report holds every case, and is self-contained.
     write_results(plan, results)
     page = write_report([tmp_path / RESULTS], tmp_path / "report", "Parity").read_text(encoding="utf-8")
     assert all(case.name in page for case in plan.cases)
@@ -98,7 +98,7 @@ def test_three_sides_agree_and_every_fault_is_caught(tmp_path: pathlib.Path) -> 
 
 
 def test_bisection_names_the_operation(tmp_path: pathlib.Path) -> None:
-    """A planted fault is traced to the operation that it changes, by a case of one layer and one row."""
+    """A planted fault is traced to the operation that it changes, in a case of one layer and one sequence."""
     fault = "rotary base 10 % off"
     folder = cases.write_odd_checkpoint(tmp_path / "model", "plain")
     batch = str(write_batch(tmp_path / "batch", cases.random_batch(config_of("plain"), rows=2, length=64)))
@@ -114,7 +114,7 @@ def test_bisection_names_the_operation(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["plain_v4", "top_8_of_32_unnormalised", "sparse_step_2", "rope_yarn_v4", "tied"])
 def test_the_two_oracles_agree(name: str, tmp_path: pathlib.Path) -> None:
-    """The one that streams a checkpoint, and the page of NumPy; they share only the rotary frequencies."""
+    """The two oracles, one that streams a checkpoint and one in NumPy; they share only the rotary frequencies."""
     folder = cases.write_odd_checkpoint(tmp_path / name, name)
     config, batch = config_of(name), make_batch(config_of(name), [[48], [13, 1, 34]])
     exact = oracle.forward(config, random_parameters(config), *batch)
@@ -133,7 +133,7 @@ def test_weights_decode_as_bitsandbytes_does(tmp_path: pathlib.Path) -> None:
     from safetensors.torch import save_file
 
     matrix = torch.randn(48, 80, generator=torch.Generator().manual_seed(0))
-    # as one row, since bitsandbytes decodes no rows of half a block on CPUs
+    # flattened, since bitsandbytes on CPUs decodes no rows of half a block
     packed, state = quantize_4bit(matrix.view(1, -1), compress_statistics=True, quant_type="nf4")
     tensors = {"w": packed} | {f"w.{name}": value for name, value in state.as_dict(packed=True).items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -150,7 +150,7 @@ def test_measures() -> None:
     log_p, log_q = (np.log(oracle.softmax(x)) for x in (p, q))
     plain = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     assert measures.kl_divergence(p, q) == pytest.approx(plain, rel=bound("measures_fp64"))
-    # Where the plain sum has lost all digits, this one has them: KL is half the variance of a small difference.
+    # The plain sum has lost all digits here; this one has not: KL is half the variance of a small difference.
     small = 1e-9 * rng.standard_normal((5, 40))
     mean = (np.exp(log_p) * small).sum(-1, keepdims=True)
     half_variance = (np.exp(log_p) * (small - mean) ** 2).sum(-1) / 2
@@ -169,7 +169,7 @@ def test_flips_and_gaps() -> None:
     assert (flip.slot, flip.row, flip.token, flip.lost, flip.gained) == (0, 0, 0, (1,), (2,))
     assert flip.margin == pytest.approx(0.1)
     assert measures.gap_errors(noisy, logits) == pytest.approx(0.2)  # no flip can have a wider margin
-    assert not measures.differing(expected[..., ::-1], expected).any()  # order is no difference
+    assert not measures.differing(expected[..., ::-1], expected).any()  # the order does not count
     assert np.isinf(measures.margins(logits, 4)).all()
 
 
@@ -186,7 +186,7 @@ def test_the_command_refuses_bad_input(run_module: Callable, tmp_path: pathlib.P
 
 
 def test_results_are_json(tmp_path: pathlib.Path) -> None:
-    """Figures of a model without routing, too, can be written and read."""
+    """Figures of a model without routing can also be written and read."""
     folder = cases.write_odd_checkpoint(tmp_path / "model", "all_dense")
     batch = str(write_batch(tmp_path / "batch", cases.random_batch(config_of("all_dense"), rows=1, length=16)))
     case = Case("dense", str(folder), "float32", batch, runs=("free",))
@@ -195,7 +195,7 @@ def test_results_are_json(tmp_path: pathlib.Path) -> None:
     write_results(plan, [evaluate(plan, case)])
     (result,) = json.loads((plan.folder / RESULTS).read_text())["cases"]
     assert max(result["figures"]["runs"]["transformers"]["free"]["exact"]["hidden"]) <= bound("parity_fp32")
-    assert [line for line in failures(result) if "without arrays" in line]  # two sides are missing, and said to be
+    assert [line for line in failures(result) if "without arrays" in line]  # two sides are missing, and reported
 
 
 def test_odd_configurations_are_enough() -> None:

@@ -1,4 +1,4 @@
-"""What long jobs show: lines elsewhere than on a terminal, a bar on one, nothing that stays."""
+"""The progress of long jobs: a bar on a terminal, erased at the end, and lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others build on: the public names, from where the documents say, the commands, and annotations that resolve."""
+"""The public interface: names under their documented modules, commands, and annotations that resolve."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_console_scripts_name_functions() -> None:
 
 
 def modules() -> Iterator[str]:
-    """Every module of the packages that can be imported here; found by its file, so that collecting imports none."""
+    """Every module of the packages that can be imported here; found by file, so that collecting tests imports none."""
     for path in sorted(path for package in CHECKED_PACKAGES for path in (ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

@@ -1,4 +1,4 @@
-"""NF4: the codec against bitsandbytes bit for bit, the model against that of its decoded weights, and the files."""
+"""NF4: the codec against bitsandbytes bit for bit, the model against one with the decoded weights, and the files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from tests.tolerances import bound
 DTYPES = ("float32", "bfloat16", "float16")
 # whole blocks, a short last block, more than one block of the second quantisation, an odd number of elements
 SHAPES = ((64, 64), (48, 36), (5, 13), (257, 192), (3, 33), (300, 130))
-# rows are whole blocks, without which bitsandbytes' AVX-512 code reads the wrong block maxima
+# matrix rows are whole blocks; otherwise bitsandbytes' AVX-512 code reads the wrong block maxima
 MIXED = TINY.replace(
     num_hidden_layers=4, mlp_only_layers=(1,), hidden_size=64, moe_intermediate_size=64, intermediate_size=128
 )
@@ -56,7 +56,7 @@ MIXED = TINY.replace(
 
 @pytest.fixture
 def bnb() -> Iterator[Any]:
-    """bitsandbytes' functions; what it compiles runs eagerly, which gives the same numbers sooner."""
+    """bitsandbytes' functions; compiled parts run eagerly, which gives the same numbers sooner."""
     pytest.importorskip("bitsandbytes")
     import bitsandbytes.functional
     import torch
@@ -97,7 +97,7 @@ def assert_same_bits(found: Any, expected: np.ndarray) -> None:
 
 
 def halves_to_even(rounded: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """`rounded` float16, with what lies half-way between two of them rounded to the even one.
+    """`rounded` in float16, with values half-way between two numbers rounded to the even one.
 
     The CPU code in bitsandbytes' CUDA library rounds such values away from zero; that of its CPU library and its CUDA
     kernels round them to even.
@@ -147,7 +147,7 @@ def swap_nibbles(patch: pytest.MonkeyPatch) -> None:
 
 
 def lose_the_last_bit(patch: pytest.MonkeyPatch) -> None:
-    """What a fused multiply-add would do to the blocks' scales."""
+    """The effect that a fused multiply-add would have on the blocks' scales."""
     exact = dequantize._decode_absmax
     patch.setattr(dequantize, "_decode_absmax", lambda *arrays: jnp.nextafter(exact(*arrays), jnp.inf))
 
@@ -180,7 +180,7 @@ def test_ties_go_to_the_lower_code(bnb: Any) -> None:
 
 
 def test_the_second_quantisation(bnb: Any) -> None:
-    """The table is bitsandbytes'; the codes are the nearest, from which its CPU encoder strays to the neighbour."""
+    """The table is bitsandbytes'. The codes are the nearest ones; its CPU encoder sometimes picks the neighbour."""
     assert_same_bits(dynamic_map(), bnb.create_dynamic_map().numpy())
     x = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32)
     _, state = bnb.quantize_4bit(to_torch(x, "float32"), quant_type="nf4", compress_statistics=True)
@@ -340,8 +340,10 @@ def temporary_bytes(remat: str, decode_first: bool) -> int:
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuBLAS's workspace, 32 MiB, is larger than this model")
 @pytest.mark.parametrize("remat", ["low-memory", "fast"])
 def test_no_more_than_one_layer_is_ever_decoded(remat: str) -> None:
-    """The bound is one layer's weights, and as much again for the results of all layers, where those are kept (they are
-    half of it, the attention weights of all layers would exceed it); the control decodes the model beforehand."""
+    """The bound is one layer's weights, and as much again for the results of all layers if those are saved.
+
+    The results are half of that; all layers' attention weights would exceed it. The control decodes the model first.
+    """
     layer = sum(4 * math.prod(parameter_specs(WIDE)[path].shape[1:]) for path in nf4_candidates(WIDE))
     assert temporary_bytes(remat, decode_first=False) < layer * (2 if remat == "fast" else 1)
     assert temporary_bytes(remat, decode_first=True) > WIDE.num_hidden_layers * layer
@@ -524,7 +526,7 @@ def settings(**changes: Any) -> Callable[[pathlib.Path], None]:
     return lambda folder: edit_config(folder, lambda raw: raw["quantization_config"].update(changes))
 
 
-# what is done to a checkpoint in NF4, and what the one line has to say
+# what is done to a checkpoint in NF4, and what the one-line error must say
 BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     "no state": (edit_tensors(lambda t: t.pop(STATE)), (STATE, "missing tensor")),
     "no absmax": (edit_tensors(lambda t: t.pop(f"{KEY}.absmax")), (f"{KEY}.absmax", "missing tensor")),
@@ -586,7 +588,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The checkpoint that is damaged below, which converts as long as it is whole."""
+    """The checkpoint that is damaged below; undamaged, it converts."""
     folder = tmp_path_factory.mktemp("sound")
     hf2jax(make_checkpoint(folder / "hf", MIXED, dtype="bfloat16"), folder / "jax", quantize="nf4")
     main(["jax2hf", str(folder / "jax"), str(folder / "bnb")])

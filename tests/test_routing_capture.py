@@ -1,4 +1,4 @@
-"""Captures: what is written is what the model did, in one format from both frameworks, whatever the batches."""
+"""Captures record what the model did, in one format for both frameworks, whatever the batches."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_labels(text, tokenizer):
     assert text.domains == ("code", "mixed", "prose", "module")
     assert text.roles == ROLES
     stream = text.text
-    # positions restart with each context, contexts are no longer than the row, documents are whole
+    # positions restart with each context, contexts fit into a sequence, documents are whole
     assert (stream.position < LENGTH).all() and (np.diff(stream.document) >= 0).all()
     starts = stream.position == 0
     assert (stream.position[1:][~starts[1:]] == stream.position[:-1][~starts[1:]] + 1).all()
@@ -163,7 +163,7 @@ def test_a_capture_is_what_the_model_computed(model, text, captured):
     sums = np.zeros_like(captured.probability_sums())
     for layer, (experts, p) in enumerate(zip(chunk.top_experts, chunk.probabilities, strict=True)):
         np.add.at(sums[layer], experts, p)
-    # the sums hold what comes after the top 16 too
+    # the sums also include experts after the top 16
     assert (sums - captured.probability_sums()).max() / captured.tokens <= bound("capture_sums_fp32")
     assert captured.probability_sums().sum(-1) == pytest.approx([captured.tokens] * 6, rel=bound("capture_sums_fp32"))
 
@@ -282,7 +282,7 @@ def test_nothing_appears_when_the_writer_fails(tmp_path):
                 raise error
 
     wrong = tiny_arrays(5) | {"top_logits": tiny_arrays(4)["top_logits"]}
-    for times in (1, 8):  # more than the queue holds: a dead thread must not hang the caller
+    for times in (1, 8):  # more than the queue holds: a thread that has ended must not block the caller
         with pytest.raises(ValueError, match=r"top_logits: expected float32 \[2, 5, 8\], found float32 \[2, 4, 8\]"):
             write(wrong, times)
     with pytest.raises(KeyboardInterrupt):

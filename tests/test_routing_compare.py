@@ -1,4 +1,4 @@
-"""Comparing captures: token by token, against plain loops; what cannot be aligned is refused. The report's files."""
+"""Comparing captures token by token, against plain loops; refusing those that cannot be aligned; the report."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def text_of(seed: int = 0, seq_length: int = 40) -> LabelledText:
 
 
 def arrays_of(logits: np.ndarray, loss: np.ndarray) -> dict[str, np.ndarray]:
-    """A shard's arrays of router logits [Ls, n, E], formed here once more."""
+    """A shard's arrays for router logits [Ls, n, E], computed here independently."""
     order = np.argsort(-logits, axis=-1, kind="stable")
     total = np.logaddexp.reduce(logits, axis=-1)
     p = np.exp(logits - total[..., None])
@@ -69,7 +69,7 @@ def write(folder: pathlib.Path, labels: LabelledText, logits: np.ndarray, loss: 
 def logits() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
     ours = rng.normal(size=(3, N, 12))
-    # prose likes the last experts; the other capture differs by noise that grows with depth
+    # prose prefers the last experts; the other capture differs by noise that grows with depth
     ours[:, text_of().text.domain == 1, 8:] += 1.5
     return ours, ours + rng.normal(size=ours.shape) * np.array([0.0, 0.02, 0.3])[:, None, None]
 
@@ -191,7 +191,7 @@ def test_a_summary_is_the_sum_over_all_tokens(pair):
 
 
 class Page(HTMLParser):
-    """What a page refers to, and the numbers it carries."""
+    """The files that a page refers to, and the numbers in it."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

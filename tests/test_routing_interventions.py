@@ -1,4 +1,4 @@
-"""What a capture shows, a run can change: replay in evaluation, training and generation; removed and forced experts."""
+"""Changing the routing: replay in evaluation, training and generation; removed and forced experts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 class Letters:
-    """A tokenizer of 97 letters, with what this project's data needs of one."""
+    """A tokenizer of 97 letters, with the methods that this project's data code uses."""
 
     eos_token_id = 1
     chat_template = None
@@ -101,7 +101,7 @@ def test_replay_imposes_another_models_experts(model, labels, captured, tmp_path
     imposed = whole(capture(other, labels, tmp_path / "imposed", batch_size=2, replay=captured))
     assert not np.array_equal(theirs.experts, whole(captured).experts)
     assert np.array_equal(imposed.experts, whole(captured).experts)
-    # the weights are its own probabilities of the experts that it was given
+    # the weights are the model's own probabilities of the experts that were imposed
     p = np.take_along_axis(imposed.dense_probabilities(), imposed.experts.astype(int), -1)
     expected = p / p.sum(-1, keepdims=True) if config.norm_topk_prob else p
     assert np.allclose(imposed.weights, expected, rtol=bound("imposed_weights_fp32"), atol=0)
@@ -230,7 +230,7 @@ def test_training_replays_the_captured_experts_and_its_own_routing_changes_no_bi
     free, own = step(batch), step(replayed)
     for a, b in zip(jax.tree.leaves(free), jax.tree.leaves(own), strict=True):
         assert np.array_equal(a, b)
-    # With other experts it is another loss, and the gradients go to the experts that were replayed.
+    # Other experts give another loss, and the gradients go to the experts that were replayed.
     moved = step(replayed._replace(experts=np.where(replayed.experts < 0, -1, replayed.experts % 8).astype(np.int16)))
     assert abs(float(moved[0] - free[0])) > 1e-4
 

@@ -1,4 +1,4 @@
-"""Every metric on a case computed by hand, and against a plain loop over random routings."""
+"""Every metric on a case worked out by hand, and against a plain loop over random routings."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_locality_by_hand_and_by_loop():
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    """95 % intervals of a rate over 60 clusters that differ among themselves: 88 % to 99 % of 200 hold the truth."""
+    """95 % intervals of a rate over 60 clusters that differ: 88 % to 99 % of 200 intervals contain the true value."""
     rng = np.random.default_rng(0)
     held = 0
     for repeat in range(200):
@@ -241,7 +241,7 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_bootstrap_of_tokens_would_be_too_sure():
-    """Clusters whose tokens agree with each other: the interval must be that of clusters, four times as wide."""
+    """If the tokens of a cluster agree with each other, the interval must be the clusters', four times as wide."""
     flips = np.repeat([0, 1], 8)
     clusters = np.stack([flips * 16, np.full(16, 16)], axis=1)
     tokens = np.stack([np.repeat(flips, 16), np.ones(256)], axis=1)

@@ -1,4 +1,4 @@
-"""The reported tokens per second, against a made-up device that works on steps after they were started."""
+"""The reported tokens per second, against a simulated device that works on steps after they were started."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOKENS = 8192
 
 
 class Clock(threading.local):
-    """The time as each thread knows it: of the loop, and of the one that waits for the device."""
+    """The time of each thread: that of the loop, and that of the thread that waits for the device."""
 
     now = 0.0
 
@@ -40,7 +40,7 @@ class Clock(threading.local):
 
 
 class Late:
-    """An array that is there at a certain time: whoever fetches it earlier waits."""
+    """An array that is ready at a certain time: fetching it earlier waits."""
 
     def __init__(self, value: Any, ready: float, clock: Clock) -> None:
         self._value, self._ready, self._clock = np.asarray(value), ready, clock
@@ -51,8 +51,11 @@ class Late:
 
 
 class Device:
-    """Works on one step after the other. Starting one returns when at most `ahead` seconds of work are left: inf for a
-    device that queues everything, 0 for one that the host waits for."""
+    """A device that works on one step after the other.
+
+    Starting a step returns when at most `ahead` seconds of work are left: inf for a device that queues everything, 0
+    for one that the host waits for.
+    """
 
     def __init__(self, ahead: float, clock: Clock) -> None:
         self._ahead, self._clock, self._free = ahead, clock, 0.0
@@ -89,7 +92,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def reported(
     base: pathlib.Path, output: pathlib.Path, ahead: float, log_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> list[float | None]:
-    """The speed of each step, from a run with evaluations and saves whose steps are the device's."""
+    """The reported speed of each step, in a run with evaluations and saves on the simulated device."""
     clock = Clock()
     device = Device(ahead, clock)
 
@@ -160,7 +163,7 @@ def test_every_reported_speed_is_the_devices(
 def test_the_time_at_which_the_loop_looks_is_another(
     base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured by the loop itself, the last step is twice as fast, as are those before an evaluation."""
+    """If the loop itself measured the time, the last step and those before an evaluation would be twice as fast."""
 
     class Looked(Future[Arrived]):
         def __init__(self, numbers: Any) -> None:

@@ -79,7 +79,7 @@ def test_every_stage_is_named_in_a_compiled_step():
     text = compiled.as_text()
     assert text is not None
     found = {stages.stage_of(path) for path in stages.scopes(text).values()}
-    # Parts of the mixture may be fused into each other; the scope of the whole is then left.
+    # Parts of the mixture may be fused into each other; then only the scope of the whole remains.
     assert {stage for stage, _ in found} >= {"dot_product_attention", "attention", "router", "head", "optimizer"}
     assert {stage for stage, _ in found} & {"permute", "gate_up", "down", "combine"}
     assert {which for _, which in found} == {"forward", "recomputed", "backward"}
@@ -89,7 +89,7 @@ def test_every_stage_is_named_in_a_compiled_step():
     ("length", "step", "prefill"), [(2048, 54_200, 126_000), (4096, 46_500, 112_000), (8192, 36_200, 91_000)]
 )
 def test_limits_of_the_published_shape(length, step, prefill):
-    """Tokens a second at 790 TFLOP/s, worked out by hand from the shape."""
+    """Tokens per second at 790 TFLOP/s, worked out by hand from the shape."""
     config = PRESETS["qwen3-30b-a3b"]
     assert 790e12 / limits.lora_step_flops(config, length) == pytest.approx(step, rel=bound("published_limits"))
     assert 790e12 / limits.forward_flops(config, length, head=False) == pytest.approx(
@@ -102,7 +102,7 @@ def test_a_matmul_is_timed():
 
 
 def test_sides_take_turns(monkeypatch):
-    """On a clock that only the calls move: a round is every side's calls in a row, and each pays for its own alone."""
+    """On a clock that only calls advance: a round is every side's calls in a row, and each side's time is its own."""
     clock, order = [0.0], []
     monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: clock[0])
     monkeypatch.setattr("benchmarks.timing.time.sleep", lambda s: clock.__setitem__(0, clock[0] + s))
@@ -121,7 +121,7 @@ def test_sides_take_turns(monkeypatch):
 
     found = seconds_in_turn({"a": side("a", 1), "b": side("b", 3)}, queued=2, rounds=8, rest=100)
     assert found == {"a": 1.25, "b": 3.25}
-    # After one call each to warm up, either may be the first of a round: what ran before sets the card's clock.
+    # After one call each to warm up, either side may be first in a round: what ran before sets the card's clock.
     assert order[:2] == ["a", "b"]
     rounds = ["".join(order[start : start + 4]) for start in range(2, len(order), 4)]
     assert len(rounds) == 8

@@ -1,4 +1,4 @@
-"""The kernel `swiglu_gradient` against the operations that it replaces, and the model with it and without.
+"""The kernel `swiglu_gradient` against the operations that it replaces, and the model with and without it.
 
 Without a GPU the kernel runs in Pallas' interpreter.
 """
@@ -24,8 +24,10 @@ SHAPES = [(8, 64), (12, 192), (4, 128), (32, 768)]
 
 
 def errors(shape: tuple[int, int], dtype: Any, late: float = 0.0) -> list[float]:
-    """Of SwiGLU again, of the gradient of gate and up, of the weights'; `late` plants the fault of gates that are
-    shifted."""
+    """Relative errors of SwiGLU recomputed, of the gradient of gate and up, and of the weights' gradient.
+
+    `late` plants the fault of shifted gates.
+    """
     P, F = shape
     gate_up, d_hidden = (draw(key, P, width).astype(dtype) for key, width in ((0, 2 * F), (1, F)))
     weight = jax.random.uniform(jax.random.key(2), (P, 1))
@@ -68,8 +70,10 @@ def test_rows_that_it_does_not_take() -> None:
 
 
 def test_the_model_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients of adapters, in float32, where rounding moves no token to other experts. What a scan keeps
-    would be copied for the kernel, which is not taken there."""
+    """Loss and gradients of adapters, in float32, where rounding moves no token to other experts.
+
+    In a scan the saved results would have to be copied for the kernel, so it is not used there.
+    """
     if INTERPRETED:
         made_up_gpu(monkeypatch)
         interpreted = partial(swiglu_gradient.swiglu_gradient, interpret=True)

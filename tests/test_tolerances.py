@@ -1,4 +1,4 @@
-"""The table of tolerances: every bound is used, none is below what was measured, none stands elsewhere."""
+"""The table of tolerances: every bound is used, none is below its measured error, and there are none elsewhere."""
 
 from __future__ import annotations
 

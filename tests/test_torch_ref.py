@@ -36,7 +36,7 @@ def stock(name: str, **options: Any) -> Any:
 
 @contextlib.contextmanager
 def patched(model: Any, implementation: str = "loop") -> Iterator[None]:
-    """The product's forwards in place for `model`."""
+    """torch_ref's forwards, installed for `model`."""
     set_experts_implementation(model, implementation)
     FastQwen3MoeModel.pre_patch()
     try:
@@ -46,11 +46,11 @@ def patched(model: Any, implementation: str = "loop") -> Iterator[None]:
 
 
 def inputs_of(name: str, packed: bool) -> dict[str, Any]:
-    """Left-padded rows with a mask, or documents packed in a row, told by their positions."""
+    """Left-padded sequences with a mask, or packed documents, marked by their positions."""
     batch = make_batch(config_of(name), PACKED if packed else ROWS)
     ids = torch.from_numpy(batch.input_ids).long()
     if packed:
-        # with a cache transformers does not take restarting positions for documents
+        # with a cache transformers does not treat restarting positions as documents
         positions = torch.from_numpy(batch.position_ids).long()
         return {"input_ids": ids, "position_ids": positions, "use_cache": False}
     return {"input_ids": ids, "attention_mask": torch.from_numpy(batch.segment_ids).long()}
@@ -171,7 +171,7 @@ def test_decoding_with_the_cache_equals_one_pass(name: str, monkeypatch: pytest.
         return torch.cat(pieces, 1)
 
     assert distance(decode(), expected) <= bound("torch_ref_fp32")
-    norm = torch_ref.patch.rms_norm  # the fault of the original: no q/k norm once a cache is there
+    norm = torch_ref.patch.rms_norm  # the original's fault: no q/k norm with a cache
     monkeypatch.setattr(
         torch_ref.patch, "rms_norm", lambda module, x: x if x.ndim == 4 and x.shape[1] == 1 else norm(module, x)
     )
@@ -189,7 +189,7 @@ def test_generation_equals_transformers() -> None:
 
 
 def gradients(model: Any, name: str, packed: bool) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss, auxiliary loss included, and the gradient of every parameter."""
+    """Loss, including the auxiliary loss, and the gradient of every parameter."""
     model.train().requires_grad_(True).zero_grad(set_to_none=True)
     inputs = inputs_of(name, packed)
     labels = inputs["input_ids"].clone()

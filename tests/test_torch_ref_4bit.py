@@ -42,19 +42,19 @@ def encode(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
 
 
 def round_trip(weight: torch.Tensor) -> torch.Tensor:
-    """What 4 bit leaves of a weight; as one row, since on CPUs bitsandbytes decodes no rows of half a block."""
+    """A weight after 4-bit quantisation; flattened, since bitsandbytes on CPUs decodes no rows of half a block."""
     return bnb.dequantize_4bit(*encode(weight.flatten())).view(weight.shape)
 
 
 def is_packed(key: str, router: bool = False) -> bool:
-    """Whether the product keeps `key` in 4 bit; `router`: as transformers 4 did, the router too."""
+    """Whether torch_ref stores `key` in 4 bit; with `router`, the router too, as transformers 4 did."""
     return (".layers." in key and key.endswith("_proj.weight")) or (router and key.endswith("mlp.gate.weight"))
 
 
 def rewritten(
     source: pathlib.Path, target: pathlib.Path, change: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
 ) -> pathlib.Path:
-    """A copy of a checkpoint with every tensor replaced by what `change` makes of it."""
+    """A copy of a checkpoint with every tensor replaced by the result of `change`."""
     target.mkdir()
     for file in source.iterdir():
         if file.suffix != ".safetensors":
@@ -67,7 +67,7 @@ def rewritten(
 
 
 def decoded(source: pathlib.Path, target: pathlib.Path, router: bool = False) -> Any:
-    """Stock transformers with the weights that 4 bit leaves of `source`."""
+    """Stock transformers with the weights of `source` after 4-bit quantisation."""
     folder = rewritten(source, target, lambda k, t: {k: round_trip(t) if is_packed(k, router) else t})
     return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
 
@@ -105,7 +105,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
 
 
 def load(folder: pathlib.Path, **options: Any) -> Any:
-    """On the CPU in float32, also where there is a GPU: that is what the expected numbers come from."""
+    """On the CPU in float32, even if there is a GPU: the expected numbers come from the CPU."""
     settings: dict[str, Any] = {"attn_implementation": "eager", "device_map": "cpu", "dtype": "float32"}
     return Fast.from_pretrained(str(folder), **(settings | options))[0]
 

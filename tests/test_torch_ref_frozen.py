@@ -1,4 +1,4 @@
-"""torch_ref's backward passes under frozen weights: values, gradients, what is kept, how often a product is formed."""
+"""torch_ref's backward passes under frozen weights: values, gradients, what is saved, the number of products."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_attention_adapters_over_frozen_experts_equal_peft(implementation: str, 
 
 @pytest.mark.parametrize("num_items", [None, 7])
 def test_the_loss_under_a_frozen_head(num_items: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal to the plain loss, its head's product formed once a chunk."""
+    """Equal to the plain loss; the head's product is computed once per chunk."""
     monkeypatch.setattr(torch_ref.loss, "CHUNK", 16)
     head = nn.Linear(D, 97, bias=False).requires_grad_(False)
     calls: list[int] = []

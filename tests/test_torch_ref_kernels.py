@@ -114,7 +114,7 @@ def results(arguments: list[Any]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("fault", [None, "swiglu", "swiglu_backward", "combine"])
 def test_experts_with_kernels_and_without(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients; with a kernel at fault, the difference is seen."""
+    """Values and gradients; if a kernel is faulty, the test sees the difference."""
     arguments = experts_of(torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "unsupported_activations", lambda x: "switched off by the test")

@@ -37,14 +37,14 @@ def lora_of(name: str) -> LoraConfig:
 
 
 def targets_of(name: str) -> list[str]:
-    """The same in the words of torch_ref."""
+    """The same under torch_ref's names."""
     config = config_of(name)
     router = ["gate"] if config.sparse_layers else []
     return [*ATTENTION, "gate_proj", "up_proj", "down_proj", *router]
 
 
 def adapted(name: str, **options: Any) -> tuple[Reference, Any]:
-    """A model with the product's adapters, filled with random numbers."""
+    """A model with torch_ref's adapters, filled with random numbers."""
     reference = Reference(CONFIGS[name], random_parameters(config_of(name)))
     settings = {"r": 3, "lora_alpha": 5, "target_modules": targets_of(name)} | options
     model = Fast.get_peft_model(reference.model, **settings)
@@ -259,7 +259,7 @@ def test_dropout_acts_in_training_only() -> None:
         assert distance(model.train()(**inputs).logits, model(**inputs).logits) > 1e-3
         expected = plain.model.eval()(**inputs).logits
         assert distance(model.eval()(**inputs).logits, expected) <= bound("torch_ref_fp32")
-    for implementation in torch_ref.experts.IMPLEMENTATIONS:  # all of the input dropped: what is left is the base
+    for implementation in torch_ref.experts.IMPLEMENTATIONS:  # the whole input is dropped, so only the base remains
         dropped, adapters = adapted("plain", lora_dropout=1 - 1e-9, target_modules=["experts"])
         with patched(dropped.model, implementation), torch.no_grad():
             found = adapters.train()(**inputs).logits
@@ -315,7 +315,7 @@ def test_gradient_checkpointing(mode: bool | str) -> None:
 
 
 def applied_matrix(path: str, a: torch.Tensor, b: torch.Tensor) -> np.ndarray:
-    """What a bfloat16 path multiplies rows by, by least squares over so many that their own rounding averages out."""
+    """The matrix that a bfloat16 path applies to rows: least squares over so many that their rounding averages out."""
     x = torch.randn(4096, a.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
     if path == "linear map":
         layers = torch.nn.Sequential(torch.nn.Linear(a.shape[1], b.shape[0], bias=False, dtype=torch.bfloat16))

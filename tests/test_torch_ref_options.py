@@ -1,4 +1,4 @@
-"""What each option of torch_ref's `from_pretrained` means, and that a value which cannot be honoured is an error."""
+"""The meaning of each option of torch_ref's `from_pretrained`; a value that is not supported is an error."""
 
 from __future__ import annotations
 

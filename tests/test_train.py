@@ -1,4 +1,4 @@
-"""Training runs on a tiny model: resume, accumulation, what is trained and what is frozen, signals, every bad input."""
+"""Training runs on a tiny model: resume, accumulation, what is trained and frozen, signals, every kind of bad input."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def scratch(base: pathlib.Path, output: pathlib.Path, **changes: Any) -> TrainCo
 
 
 def metrics(output: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without the one number that no two runs share."""
+    """The lines of metrics.jsonl, without the one number that differs between equal runs."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
@@ -135,7 +135,7 @@ def crash_at(step: int) -> Callable[[dict[str, Any]], None]:
 
 @pytest.fixture(scope="module", params=[options, scratch], ids=["adapters", "from scratch"])
 def whole(request: pytest.FixtureRequest, base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """How a kind of run is set up, and its output when it never stops."""
+    """The settings of a kind of run, and its output if it never stops."""
     output = tmp_path_factory.mktemp("whole") / "out"
     train(request.param(base, output))
     return request.param, output
@@ -143,7 +143,7 @@ def whole(request: pytest.FixtureRequest, base: pathlib.Path, tmp_path_factory: 
 
 @pytest.fixture(scope="module")
 def crashed(whole: Any, base: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The same run after it died after step 4, with a checkpoint of step 3."""
+    """The same run, killed after step 4, with a checkpoint of step 3."""
     output = tmp_path_factory.mktemp("crashed") / "out"
     with pytest.raises(Crash):
         train(whole[0](base, output, save_every=3), crash_at(4))
@@ -152,7 +152,7 @@ def crashed(whole: Any, base: pathlib.Path, tmp_path_factory: pytest.TempPathFac
 
 
 def check_resume(whole: Any, crashed: pathlib.Path, base: pathlib.Path, output: pathlib.Path) -> None:
-    """A run that continues leaves what a run leaves that never stopped."""
+    """A resumed run writes the same output as one that never stopped."""
     setup, expected = whole
     shutil.copytree(crashed, output)
     summary = train(setup(base, output, resume=True))
@@ -299,7 +299,7 @@ def test_second_signal_is_the_systems() -> None:
 
 
 def random_batch(config: Qwen3MoeConfig, rows: int, length: int, seed: int = 0) -> Batch:
-    """Sequences of two documents and padding, with another number of learned tokens in each."""
+    """Sequences of two documents and padding, with a different number of learned tokens in each."""
     rng = np.random.default_rng(seed)
     place = np.arange(length)
     segment_ids = np.stack([1 + (place >= length // 2) - 2 * (place >= length - i) for i in range(rows)])
@@ -328,7 +328,7 @@ def adapted(config: Qwen3MoeConfig, lora: LoraConfig) -> tuple[Model, dict[str, 
 
 @functools.cache
 def in_one_batch() -> Any:
-    """What is trained, the rows, and loss, statistics and gradients of all rows in one batch."""
+    """The trained arrays, the sequences, and loss, statistics and gradients of all sequences in one batch."""
     model, frozen, adapters = adapted(CONFIG, LoraConfig(r=2, targets=("q_proj", "gate")))
     rows = random_batch(CONFIG, 4, 24)
     return (model, frozen, adapters), rows, in_micro_batches(1, rows, model, frozen, adapters)
@@ -445,11 +445,11 @@ def test_learning_rate(schedule: Any, expected: list[float]) -> None:
     assert float(at_once(0)) == 2.0
 
 
-# --- what comes out
+# --- output
 
 
 def test_another_run_starts_where_one_ended(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """The written adapter, the merged model and the full model have the held-out loss that the run ended with."""
+    """The written adapter, the merged model and the full model have the run's final held-out loss."""
     setup, output = whole
     before, last = (metrics(output)[i]["eval_loss"] for i in (0, -1))
     assert last < 0.95 * before, "what the run learned has to show, or else nothing is compared"
@@ -515,7 +515,7 @@ def test_loss_that_is_not_finite(base: pathlib.Path, tmp_path: pathlib.Path, mon
 def test_steps_are_compiled_while_weights_are_read(
     base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before any weight is there, and from then on there is nothing left to compile; a failed read leaves nothing."""
+    """The step is compiled before any weight is read, and nothing is compiled later; a failed read leaves nothing."""
     compiled: list[CompiledSteps] = []
     start, read = CompiledSteps.__init__, prepare.load_stacks
 

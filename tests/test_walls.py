@@ -1,4 +1,4 @@
-"""Who may import whom: the rooms of the project and their walls, held by every import in it.
+"""What may import what: the rooms of the project and their walls, checked for every import.
 
 A new module needs one word in `MODULES`. A new room needs a line there and one in `USES`. Everything is read from the
 source: imports inside functions count, and so does the `__init__` of a package that an import loads. Imports that only
@@ -120,7 +120,7 @@ STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
     ". cli cli.arguments cli.commands cli.progress config environment errors lazy lora memory parameters presets",
 )
-# Pure functions over arrays: whoever has arrays can use them. Held inside functions too.
+# Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}
 
 
@@ -156,10 +156,10 @@ class Sources:
         return self._homes[package]
 
     def own(self, module: str, *, loaded_only: bool = False) -> set[str]:
-        """The project's modules that `module` imports, those included that define a name which a package re-exports.
+        """The project's modules that `module` imports, including those that define a name that a package re-exports.
 
-        An import of a submodule runs the `__init__` of its packages; a package that `module` lies in itself is not
-        named for that.
+        An import of a submodule runs the `__init__` of its packages. A package that contains `module` is not
+        listed for that.
         """
         found = set()
         for name, deferred in self.imports(module):
@@ -218,14 +218,14 @@ def project() -> Sources:
             lines = [
                 line for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).split("\n")
             ]
-            # IPython's own commands are no Python
+            # IPython's own commands are not Python
             code[f"{package}.{path.stem}"] = "\n".join(re.sub(r"^(\s*)[!%].*", r"\1pass", line) for line in lines)
     return Sources(code, packages)
 
 
 @functools.cache
 def faults() -> set[str]:
-    """What the three checks find in the repository as it is: nothing, where their tests pass."""
+    """What the three checks find in the repository: nothing, if their tests pass."""
     return {*unlisted(project()), *violations(project()), *circles(project())}
 
 
@@ -238,7 +238,7 @@ def room_of(module: str) -> str | None:
 
 
 def unlisted(sources: Sources) -> list[str]:
-    """What to change in `MODULES` so that it names each module of the listed packages once."""
+    """The changes to `MODULES` that are needed so that it names each module of the listed packages once."""
     there = {module for module in sources.code if module.split(".")[0] in LISTED}
     rooms = {module: [room for room, modules in MODULES.items() if module in modules] for module in there}
     found = []
@@ -351,7 +351,7 @@ def test_no_circle_of_imports() -> None:
 
 
 def test_the_table_is_in_order() -> None:
-    """A room uses only rooms above it, so no circle over rooms can be written down; every exception is needed."""
+    """A room uses only rooms above it in the list, so rooms cannot form a circle; every exception is needed."""
     order = [*MODULES, *OTHERS]
     assert [*USES] == order
     assert [

@@ -1,4 +1,4 @@
-"""What is set for XLA: the user's flags stay, the cache lies where it should, nothing on a CPU."""
+"""Settings for XLA: the user's flags stay, the cache is in the right folder, and nothing is set on a CPU."""
 
 from __future__ import annotations
 

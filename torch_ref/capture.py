@@ -113,7 +113,7 @@ class _Routers:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The recorded arrays, stacked over the layers."""
-        assert len(self._records) == len(self._modules), "every router runs once a forward pass"
+        assert len(self._records) == len(self._modules), "every router runs once per forward pass"
         return {name: np.stack([record[name] for record in self._records]) for name in self._records[0]}
 
     def _record(self, module: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:

@@ -92,7 +92,7 @@ def norm_rotary(
     TILE: tl.constexpr,
     HALF: tl.constexpr,
 ) -> None:
-    """`rows` counts heads of tokens; the entries of the tables repeat after `positions` tokens."""
+    """`rows` is the number of tokens times heads; the entries of the tables repeat after `positions` tokens."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
     column = tl.arange(0, HALF)[None, :]
     inside = (row < rows) & (column < HALF)

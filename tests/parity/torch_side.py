@@ -80,7 +80,7 @@ class Transformers(Side):
 
 
 def _aligned(checkpoint: str, dtype: torch.dtype) -> bool:
-    """Whether lines of the experts' weights start at multiples of 16 bytes, as torch's grouped matmul requires."""
+    """Whether rows of the experts' matrices start at multiples of 16 bytes, as torch's grouped matmul requires."""
     config = AutoConfig.from_pretrained(checkpoint)
     return all(width * dtype.itemsize % 16 == 0 for width in (config.hidden_size, config.moe_intermediate_size))
 
