@@ -1,7 +1,7 @@
 """Loading a checkpoint from memory-backed disk to the device, beside transformers: `python -m benchmarks.load`.
 
 Writes a random checkpoint of a published shape in HF form, or uses a given folder, and loads it once per side, each
-side in a process of its own. The time runs from the call until the weights are on the device, without imports. Host
+side in its own process. The time runs from the call until the weights are on the device, without imports. Host
 memory is the peak anonymous memory of the process; the mapped checkpoint is page cache and does not count. With
 `--converted` jaxmoe also loads the converted folder.
 """

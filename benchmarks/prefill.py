@@ -1,6 +1,6 @@
 """Prefill on a GPU, from all tokens to the last token's logits, beside transformers: `python -m benchmarks.prefill`.
 
-Each side runs in a process of its own, with random weights of a published shape and the same token ids and routers.
+Each side runs in its own process, with random weights of a published shape and the same token ids and routers.
 "of limit" is the share of the speed of a plain matmul, measured in the same process, that the operations of the forward
 pass reach. Operations of the logits do not count: only the last token of each sequence has logits.
 """

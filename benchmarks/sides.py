@@ -1,4 +1,4 @@
-"""Sides of a comparison, each measured in a process of its own."""
+"""Sides of a comparison, each measured in its own process."""
 
 from __future__ import annotations
 

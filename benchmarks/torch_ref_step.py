@@ -1,6 +1,6 @@
 """A LoRA step of torch_ref on one GPU beside transformers + PEFT: `python -m benchmarks.torch_ref_step`.
 
-Each side runs in a process of its own, one after the other, since a GPU holds one 61 GB model. All sides use random
+Each side runs in its own process, one after the other, since a GPU holds one 61 GB model. All sides use random
 weights of Qwen3-30B-A3B's shape, made on the device, the same tokens, adapters on attention, and AdamW. The table shows
 the median time of a step, the peak of allocated memory and the first loss: sides with the same loss have done the same
 work. Below it are the milliseconds of one step by kind of kernel, from torch's profiler.

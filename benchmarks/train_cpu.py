@@ -1,6 +1,6 @@
 """LoRA training throughput on a CPU beside transformers + PEFT: `python -m benchmarks.train_cpu`.
 
-Each side runs in a process of its own, with the same checkpoint, adapters, batches, optimizer and number of cores, in
+Each side runs in its own process, with the same checkpoint, adapters, batches, optimizer and number of cores, in
 float32 and, unless the table says so, without recomputation. PEFT runs once with each of transformers' implementations
 of the experts. The table also shows the loss after the warm-up: sides with the same loss have done the same work.
 """

@@ -1,6 +1,6 @@
 """One LoRA training step on a GPU beside transformers + PEFT and Unsloth: `python -m benchmarks.train_step`.
 
-Each side runs in a process of its own, with random weights of a published shape, the same token ids and routers, rank
+Each side runs in its own process, with random weights of a published shape, the same token ids and routers, rank
 16 and AdamW; the optimizer's time counts. "of limit" is the share of the speed of a plain matmul, measured in the same
 process, that the operations of a step reach; recomputed operations do not count.
 """
@@ -87,7 +87,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
         ids = random_model.token_ids(config, case.batch, case.length, index)
         return Batch(ids[:, :-1].reshape(shape), ids[:, 1:].reshape(shape), weights, segments, positions)
 
-    # Compiled before the weights are made, as in training: XLA tries out products on buffers of its own.
+    # Compiled before the weights are made, as in training: XLA tries out products on its own buffers.
     start = time.perf_counter()
     step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
     compiled = step.lower(shapes, state, batch(0)).compile()

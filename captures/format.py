@@ -136,7 +136,7 @@ class Chunk:
 
     @cached_property
     def margin(self) -> Float32[np.ndarray, "Ls n"]:
-        """Probability of the k-th expert minus that of the next: how far the choice is from another; 1 if k = E."""
+        """Probability of the k-th expert minus that of the next: the margin of the choice; 1 if k = E."""
         k = self.model.num_experts_per_tok
         if k == self.model.num_experts:
             return np.ones(self.log_sum_exp.shape, np.float32)

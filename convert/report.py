@@ -80,7 +80,7 @@ def _facts(array: np.ndarray) -> tuple[tuple[int, ...], str, int]:
 
 
 def _nf4(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str, Any]:
-    """What a report says of NF4, and the number of parameters, which then differs from that of stored elements."""
+    """What a report says of NF4, and the number of parameters, which is then not the number of stored elements."""
     if quantization is None:
         return {}
     nested = "double quantisation" if quantization.nested else "float32 block maxima"

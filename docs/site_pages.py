@@ -53,7 +53,10 @@ REFERENCE = {
         "Captured routing on disk.",
         ["captures.Capture", "captures.CaptureWriter", "captures.tokenizer_digest"],
     ),
-    "The reference in PyTorch": ("PyTorch.", ["torch_ref.FastQwen3MoeModel", "torch_ref.FastQwen3Model"]),
+    "The reference in PyTorch": (
+        "transformers' models with patched forwards, LoRA and 4-bit weights.",
+        ["torch_ref.FastQwen3MoeModel", "torch_ref.FastQwen3Model"],
+    ),
 }
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _CODE = {".py": "python", ".sh": "bash", ".toml": "toml", ".yml": "yaml", ".json": "json"}

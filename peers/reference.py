@@ -159,7 +159,7 @@ class Reference:
     ) -> tuple[float, dict[str, np.ndarray]]:
         """Mean cross-entropy plus the weighted load-balancing loss, and its gradients under the paths of `jaxmoe`.
 
-        `labels` [B, T] are already shifted, -100 where there is none; `aux_coef` is the configuration's by default.
+        `labels` [B, T] are already shifted, -100 where a token has none; `aux_coef` is the configuration's by default.
         """
         self.model.zero_grad(set_to_none=True)
         out = self._run(input_ids, position_ids, segment_ids)
@@ -324,7 +324,7 @@ def _unpack(matrix: torch.Tensor, path: str, experts: int) -> torch.Tensor:
 
 
 def _visible(segment_ids: np.ndarray, window: int | None) -> np.ndarray:
-    """Boolean [B, T, S]: which keys a query sees, of its own document; padding sees itself."""
+    """Boolean [B, T, S]: which keys of its own document a query sees; padding sees itself."""
     T = segment_ids.shape[1]
     distance = np.arange(T)[:, None] - np.arange(T)[None, :]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)

@@ -289,7 +289,7 @@ def test_the_table_of_adapter_targets_names_what_transformers_has() -> None:
 
 
 def test_torch_ref_adapts_the_targets_of_the_table() -> None:
-    """torch_ref has a list of its own, since it does not import jaxmoe."""
+    """torch_ref has its own list, because it does not import jaxmoe."""
     from torch_ref import lora as reference
 
     parameters = {*reference._EXPERTS, *reference._DENSE, reference._ROUTER}

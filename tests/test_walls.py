@@ -158,8 +158,8 @@ class Sources:
     def own(self, module: str, *, loaded_only: bool = False) -> set[str]:
         """The project's modules that `module` imports, including those that define a name that a package re-exports.
 
-        An import of a submodule runs the `__init__` of its packages. A package that contains `module` is not
-        listed for that.
+        An import of a submodule also runs the `__init__` of its packages. A package that contains `module` is
+        not listed for that.
         """
         found = set()
         for name, deferred in self.imports(module):

@@ -48,8 +48,8 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:
     """Mean over labelled tokens (or sum / `num_items`) of -log softmax(head(hidden))[label], in nats, float32.
 
-    The logits of `CHUNK` tokens exist at a time; a trained head computes them again in the backward pass. The result is
-    that of transformers' `ForCausalLMLoss`, which is NaN if no token has a label. `labels` must be shifted already.
+    The logits of `CHUNK` tokens exist at a time; a trained head computes them again in the backward pass. The result
+    equals transformers' `ForCausalLMLoss`, which is NaN if no token has a label. `labels` must be shifted already.
     """
 
     def chunk_loss(rows: Tensor, targets: Tensor) -> Tensor:

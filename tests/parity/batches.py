@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     @property
     def labels(self) -> np.ndarray:
-        """[B, T] next token of the same document, -100 where there is none."""
+        """[B, T]: the next token of the same document, -100 if there is none."""
         labels = np.full_like(self.input_ids, -100)
         follows = self.valid[:, 1:] & (self.segment_ids[:, 1:] == self.segment_ids[:, :-1])
         labels[:, :-1] = np.where(follows, self.input_ids[:, 1:], -100)

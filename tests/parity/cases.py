@@ -33,7 +33,7 @@ def write_random_adapter(
 
 def write_odd_checkpoint(folder: pathlib.Path, name: str) -> pathlib.Path:
     """The configuration `name` with random weights, written by transformers itself; config.json stays as it is in
-    `peers.configs`, in the words of transformers 4 or 5."""
+    `peers.configs`, in the form of transformers 4 or 5."""
     from peers.reference import Reference
 
     Reference(CONFIGS[name], random_parameters(config_of(name))).model.save_pretrained(folder)
