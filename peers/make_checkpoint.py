@@ -42,6 +42,8 @@ def hf_shapes(config: Qwen3MoeConfig, layout: str = "per_expert") -> dict[str, t
 
     `layout` is "per_expert", as checkpoints on disk, or "fused", as transformers 5 holds experts in memory.
     """
+    if layout not in ("per_expert", "fused"):
+        raise ValueError(f"layout: expected per_expert or fused, found {layout!r}")
     c = config
     D, H = c.hidden_size, c.head_dim
     Q, KV = c.num_attention_heads * H, c.num_key_value_heads * H

@@ -14,6 +14,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxmoe.ops import experts as dispatch
 from jaxmoe.ops.experts import ExpertWeights, dense_experts, sorted_experts
+from jaxmoe.ops.implementations import OPERATIONS, default_device, forced
 from jaxmoe.ops.kernels.grouped_matmul import xla
 from jaxmoe.ops.low_rank import Adapter
 from jaxmoe.ops.router import Routing, expert_counts, load_balancing_loss, route
@@ -24,8 +25,25 @@ from tests.tolerances import bound
 SHAPES = [(1, 8, 4, 4, 2), (9, 8, 4, 3, 3), (20, 8, 4, 1, 1), (3, 12, 20, 40, 2), (200, 16, 8, 5, 2)]
 SKEWS = ("random", "last experts", "reversed", "ties")
 
-examples = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# One fixture serves all examples of a test.
+UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+examples = settings(max_examples=30, deadline=None, suppress_health_check=UNCHECKED)
 cases = given(st.sampled_from(SHAPES), st.sampled_from(SKEWS), st.integers(0, 2**31))
+
+
+# The entries of the registry that run here, in float32: a new one is compared without another line.
+GROUPED_MATMULS = {
+    name: entry.load()
+    for name, entry in OPERATIONS["grouped_matmul"].items()
+    if entry.unsupported(default_device()) is None and entry.load().unsupported("float32") is None
+}
+
+
+@pytest.fixture(params=GROUPED_MATMULS)
+def grouped_matmul(request):
+    """Each of them in turn, selected by name."""
+    with forced(grouped_matmul=request.param):
+        yield GROUPED_MATMULS[request.param]
 
 
 routed = jax.jit(route, static_argnames=("num_experts_per_tok", "norm_topk_prob"))
@@ -105,8 +123,23 @@ def worst_error(shape, skew, seed):
 @example((1, 8, 4, 4, 2), "random", 1177)  # the gradients of the routing weights nearly cancel
 @cases
 @examples
-def test_equals_the_oracle(shape, skew, seed):
+def test_equals_the_oracle(grouped_matmul, shape, skew, seed):
     assert worst_error(shape, skew, seed) <= bound("dispatch_fp32")
+
+
+def test_the_comparison_sees_another_expert(grouped_matmul, monkeypatch):
+    """A planted fault that fits every implementation: each row times the weights of another expert."""
+    kind = type(grouped_matmul)
+    matmul = kind.matmul
+
+    def wrong(self, x, weight, *where, **options):
+        return matmul(self, x, jnp.roll(weight, 1, axis=0), *where, **options)
+
+    case = ((200, 16, 8, 5, 2), "random", 7)
+    assert worst_error(*case) <= bound("dispatch_fp32")
+    monkeypatch.setattr(kind, "matmul", wrong)
+    jax.clear_caches()
+    assert worst_error(*case) > 100 * bound("dispatch_fp32")
 
 
 def swapped_gate_and_up(gate_up):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.ops import attention_cudnn as cudnn
 from jaxmoe.ops.attention_chunked import chunk_length
+from jaxmoe.ops.implementations import OPERATIONS
 from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
-from jaxmoe.ops.kernels.grouped_matmul.xla import XLA
 from jaxmoe.ops.schedule import make_schedule
 from jaxmoe.parameters import parameter_specs
 from jaxmoe.presets import PRESETS
@@ -123,8 +123,9 @@ def test_bytes_are_those_of_real_arrays() -> None:
 def test_padded_rows_bound_what_dispatch_lays_out(tokens: int, num_experts: int) -> None:
     k = min(8, num_experts)
     experts = jax.ShapeDtypeStruct((tokens, k), jnp.int32)
-    tiles: Any = {"tiled": XLA.tile_rows(tokens * k, num_experts), "mosaic": memory.MOSAIC_ROWS}
-    for implementation, tile in tiles.items():
+    assert {*get_args(memory.Experts)} == {*OPERATIONS["grouped_matmul"]}
+    for implementation in get_args(memory.Experts):
+        tile = OPERATIONS["grouped_matmul"][implementation].load().tile_rows(tokens * k, num_experts)
         schedule = jax.eval_shape(partial(make_schedule, num_experts=num_experts, tile=tile), experts)
         bound = memory.padded_rows(tokens * k, num_experts, implementation)
         assert schedule.source.size <= bound <= 2 * max(schedule.source.size, 8)
