@@ -215,9 +215,8 @@ class Reference:
         self.model = model.eval()
         self.model.requires_grad_(False)
         self.config = model.config
-        self.sparse = [
-            i for i, layer in enumerate(model.model.layers) if isinstance(layer.mlp, hf.Qwen3MoeSparseMoeBlock)
-        ]
+        # Whatever the block's class: it may stand in for transformers' own.
+        self.sparse = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
         self.routers = [model.model.layers[i].mlp.gate for i in self.sparse]
 
     def _add_adapters(self, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:
