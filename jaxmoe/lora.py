@@ -76,7 +76,7 @@ LORA_TARGETS: dict[str, LoraTarget] = {
 # A group's name -> the targets that it stands for.
 LORA_GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(name for name, target in LORA_TARGETS.items() if target.group == group)
-    for group in ("attention", "router", "experts", "dense")
+    for group in dict.fromkeys(target.group for target in LORA_TARGETS.values())
 }
 
 

@@ -78,7 +78,9 @@ def run_product(name: str, lora: LoraConfig, remat: Remat) -> tuple[float, dict[
     @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def run(frozen, trainable, batch):
         found = jaxmoe.train.step.loss_and_gradients(model, frozen, trainable, batch, OBJECTIVE)
-        aux = jaxmoe.train.step.load_balancing_loss(*found.stats) if config.sparse_layers else 0.0
+        stats, aux = found.stats, 0.0
+        if config.sparse_layers:
+            aux = jaxmoe.train.step.load_balancing_loss(stats.counts, stats.prob_sums, stats.tokens)
         return found.loss + AUX_COEFFICIENT * aux, found.gradients
 
     arrays = random_parameters(config), random_adapters(config, lora)

@@ -1,6 +1,6 @@
 """JSONL files -> records: token ids and loss weights.
 
-A line holds one record of one of three kinds: `{"messages": [...]}` (optionally with `"tools"`), rendered by the
+A line holds one record of one of these kinds: `{"messages": [...]}` (optionally with `"tools"`), rendered by the
 checkpoint's own chat template with the loss on the assistant's turns; `{"prompt": ..., "completion": ...}` with the
 loss on the completion; `{"text": ...}` with the loss on every token.
 """
@@ -88,7 +88,7 @@ def tokenize_record(raw: Any, tokenizer: Any) -> Record:
     tokenizer itself adds none (Qwen3 has no beginning-of-text token).
 
     Raises:
-        UserError: not a record of one of the three kinds, or one without a token to learn.
+        UserError: not a record of a known kind, or one without a token to learn.
     """
     return next(_encode([_draft(raw, tokenizer)], tokenizer))
 

@@ -55,6 +55,7 @@ def label(raw: Any, tokenizer: Any, domain: str) -> Document:
     elif "prompt" in raw:
         names = ["completion" if weight else "prompt" for weight in record.weights]
     else:
+        assert "text" in raw, f"roles of this kind of record are unknown: {', '.join(raw)}"
         names = ["text"] * len(record.tokens)
     return Document(record.tokens, np.asarray([ROLES.index(name) for name in names], np.int32), domain)
 

@@ -204,9 +204,12 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
             trainable = jax.tree.map(jnp.add, state.trainable, updates)
+        aux = jnp.zeros(())
+        if model.config.sparse_layers:
+            aux = load_balancing_loss(stats.counts, stats.prob_sums, stats.tokens)
         metrics = StepMetrics(
             loss=loss,
-            aux_loss=load_balancing_loss(*stats) if model.config.sparse_layers else jnp.zeros(()),
+            aux_loss=aux,
             grad_norm=optax.tree.norm(gradients),
             learning_rate=jnp.asarray(rate(state.step), jnp.float32),
             tokens=stats.tokens,

@@ -71,7 +71,9 @@ def compiled_forward(config: Qwen3MoeConfig, lora: LoraConfig | None, compiler_o
             options=Options(lora=lora, router_logits=True, layer_inputs=True),
             control=control,
         )
-        aux = load_balancing_loss(*out.stats) if config.sparse_layers else jnp.zeros(())
+        stats, aux = out.stats, jnp.zeros(())
+        if config.sparse_layers:
+            aux = load_balancing_loss(stats.counts, stats.prob_sums, stats.tokens)
         return decoder.logits_of(out.hidden, decoder.head_weight(params, config)), out, aux
 
     return run
