@@ -1,4 +1,4 @@
-"""cuDNN's attention on the GPU against the masked oracle in float32: value and gradients, packed rows and padding."""
+"""cuDNN's attention on the GPU against the masked oracle in float32: value, gradients, packing and padding."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_other_heads(shape):
 
 
 def test_keys_repeated_for_each_head_give_the_same(monkeypatch):
-    """What JAX before 0.11.2 needs in packed rows."""
+    """What JAX before 0.11.2 needs in packed sequences."""
     monkeypatch.setattr(cudnn, "_GROUPED_PACKING", False)
     assert max(errors(*CASES["more documents than one call takes"])) <= bound("gpu_attention_bf16")
 
