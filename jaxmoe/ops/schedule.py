@@ -25,7 +25,7 @@ from jaxmoe.ops.contraction import PRECISION
 
 
 class Spans(NamedTuple):
-    """Runs of tiles of one group that a kernel takes at once: each span's first tile, its number of tiles, and its
+    """Adjacent tiles of one group, which a kernel runs together: each span's first tile, its number of tiles, and its
     group; only the first `used` spans exist."""
 
     first: Int[Array, " spans"]

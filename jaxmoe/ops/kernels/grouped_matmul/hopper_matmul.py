@@ -203,7 +203,7 @@ class _Program:
             def multiply_slot(slot: Array) -> None:
                 rows = self.rows.at[slot, pl.ds(0, height)].transpose((1, 0))
                 for n, acc in enumerate(sums):
-                    # With SwiGLU the slot holds all of the gate, then all of up; a consumer takes 64 columns of each.
+                    # With SwiGLU the slot holds all of the gate, then all of up; a consumer uses 64 columns of each.
                     at = self.warpgroup * 64 + n * plan.tile_columns if plan.swiglu else self._product(n)
                     columns = pl.ds(at, 64)
                     if plan.transposed:
