@@ -176,7 +176,7 @@ class RopeParameters:
         unknown = set(scaling) - allowed[kind]
         if unknown:
             raise ConfigError(
-                f"rope_parameters: expected the values of rope_type {kind!r}, found also {', '.join(sorted(unknown))}"
+                f"rope_parameters: expected the values of rope_type {kind!r}, also found {', '.join(sorted(unknown))}"
             )
         # yarn divides by the logarithm of the base, which must not be zero
         check_number("rope_theta", theta, above=1 if kind == "yarn" else 0)
@@ -188,9 +188,9 @@ class RopeParameters:
 
     @staticmethod
     def _checked_yarn(scaling: dict[str, Any], max_position_embeddings: Any) -> dict[str, Any]:
-        """The values of yarn without nulls. A wrong value is an error, also where transformers only warns."""
+        """The values of yarn without nulls. A wrong value is an error, even where transformers only warns."""
         check_integer("max_position_embeddings", max_position_embeddings, at_least=1)
-        # transformers takes the ratio of the two context lengths for a null factor; an absent factor is an error.
+        # For a null factor transformers uses the ratio of the two context lengths; an absent factor is an error.
         ratio = "factor" in scaling and scaling["factor"] is None
         scaling = {key: value for key, value in scaling.items() if value is not None}
         context = scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
@@ -326,7 +326,7 @@ class Qwen3MoeConfig:
         if head_dim is None:
             if width % heads:
                 raise ConfigError(
-                    f"head_dim: expected a value, since hidden_size {width} is no multiple of {heads} heads; found none"
+                    f"head_dim: expected a value, since {heads} heads do not divide hidden_size {width}; found none"
                 )
             head_dim = width // heads
         values["head_dim"] = head_dim
@@ -386,7 +386,7 @@ class Qwen3MoeConfig:
         return out
 
     def replace(self, **changes: Any) -> Qwen3MoeConfig:
-        """A copy with some fields changed, checked anew."""
+        """A copy with some fields changed; its values are checked again."""
         return replace(self, **changes)
 
 
@@ -394,7 +394,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The JSON object in the file `path`.
 
     Raises:
-        ConfigError: the file is missing, or holds something else.
+        ConfigError: the file is missing or does not hold a JSON object.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

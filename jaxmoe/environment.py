@@ -1,4 +1,4 @@
-"""Which versions are installed: what a report, a run's record or a capture says of where its numbers come from."""
+"""Which versions are installed, so that reports, runs and captures can record where their numbers come from."""
 
 from __future__ import annotations
 

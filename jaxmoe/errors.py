@@ -1,4 +1,4 @@
-"""The errors that a user can mend (a wrong option, a bad file), and two checks that raise them."""
+"""The errors that a user can fix (a wrong option, a bad file), and two checks that raise them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """LoRA: the settings of a model's adapters, and the one table of the weights that can have an adapter.
 
-Standard library only. Everything that translates between our names, our stacks and PEFT's names reads `LORA_TARGETS`.
-The letters of its shapes are those of the dimension key in `jaxmoe.config`.
+Standard library only. All code that translates between the names here, the stacks and PEFT's names reads
+`LORA_TARGETS`. The letters in its shapes are those of the dimension key in `jaxmoe.config`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class LayerKinds(Protocol):
 class LoraTarget:
     """One weight of a decoder layer that an adapter can be added to.
 
-    `stack` and `parameter` say where the weight lies here (`jaxmoe.parameters`), `shape` what one layer of it is.
-    `peft_module` is the module whose name stands in the keys of a PEFT adapter; the two expert weights share the module
-    `mlp.experts`. `peft_parameter` is what PEFT's `target_parameters` has to name; None where PEFT's `target_modules`
-    can name the module.
+    `stack` and `parameter` locate the weight in `jaxmoe.parameters`; `shape` is the shape of one layer of it.
+    `peft_module` is the module named in the keys of a PEFT adapter; the two expert weights share the module
+    `mlp.experts`. `peft_parameter` is the name to list in PEFT's `target_parameters`; None where PEFT's
+    `target_modules` can name the module.
     """
 
     group: str
@@ -58,9 +58,9 @@ def _dense(name: str, shape: str) -> LoraTarget:
     return LoraTarget("dense", "dense", name, shape, f"mlp.{name}", f"mlp.{name}.weight")
 
 
-# Our name -> the weight. Attention and dense MLPs bear the names of transformers' modules; `gate` is the router. The
-# router is no nn.Linear in transformers 5, so PEFT has to be told of it as a parameter. Dense MLPs are nn.Linear, but
-# PEFT takes their module names for those of the experts in transformers 4 and would wrap the experts instead.
+# Target name -> the weight. Attention and dense MLPs have the names of transformers' modules; `gate` is the router. The
+# router is not an nn.Linear in transformers 5, so PEFT has to be told of it as a parameter. Dense MLPs are nn.Linear,
+# but PEFT mistakes their module names for those of the experts in transformers 4 and would wrap the experts instead.
 LORA_TARGETS: dict[str, LoraTarget] = {
     "q_proj": _attention("q_proj", "N*H D"),
     "k_proj": _attention("k_proj", "K*H D"),

@@ -30,8 +30,8 @@ ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each traine
 # Recomputation policies, from the one that saves most results for the backward pass to the one that saves least.
 Remat = Literal["fast", "balanced", "low-memory", "offload"]
 ROOM = 0.9  # share of a device's memory that a forecast may fill: an estimate that is 10 % too low still fits
-Attention = Literal["cudnn", "blocks"]  # of `jaxmoe.ops.implementations.OPERATIONS`
-Experts = Literal["mosaic", "tiled"]  # the grouped matmul's, there
+Attention = Literal["cudnn", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
+Experts = Literal["mosaic", "tiled"]  # names of the grouped matmul there
 CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_RUNS
 MOSAIC_ROWS = 16  # the kernel pads an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 
@@ -86,11 +86,11 @@ class Workload:
         batch_size: sequences of a micro-batch.
         seq_length: tokens per sequence; in generation prompt and answer together.
         dtype: of the frozen parameters and of the computation. Trained parameters are float32.
-        accumulation: micro-batches per step. Several need memory for a sum beside the gradients of one.
+        accumulation: micro-batches per step. Several need memory for a sum, in addition to the gradients of one.
         quantize: "nf4" holds the frozen parameters in 4 bits.
         remat: the recomputation policy.
         attention: the implementation that runs on the device (`jaxmoe.ops.attention.implementation`).
-        experts: that of the experts' products (`jaxmoe.ops.experts.implementation`).
+        experts: the implementation of the experts' products (`jaxmoe.ops.experts.implementation`).
         packed: a sequence may hold several documents.
     """
 
@@ -125,7 +125,7 @@ class Workload:
 def training_forecast(work: Workload) -> Forecast:
     """The forecast of one step of AdamW."""
     config, lora = work.config, work.lora
-    # The loop over tiles has not been measured on a GPU. The forecast assumes the gradients of all results at once.
+    # The loop over tiles has not been measured on a GPU. The forecast assumes that all gradients exist at once.
     times = 2 if work.experts == "tiled" else 1
     layer = times * layer_bytes(work) + adapted_bytes(work) + attention_bytes(work, training=True)
     parameters = parameter_count(config)
@@ -163,8 +163,8 @@ def training_forecasts(work: Workload) -> dict[Remat, Forecast]:
 def choose_remat(forecasts: Mapping[Remat, Forecast], available: int | None) -> Remat:
     """The fastest policy whose forecast leaves a tenth of the `available` bytes free; "low-memory" if none does.
 
-    If the available memory is unknown (None), "low-memory". Never "offload": it uses the host's memory, so the user has
-    to ask for it.
+    If the available memory is unknown (None), the choice is "low-memory". It is never "offload": that policy uses the
+    host's memory, so the user has to ask for it.
     """
     *faster, frugal, _ = get_args(Remat)
     return next((p for p in faster if available is not None and forecasts[p].total <= ROOM * available), frugal)
@@ -234,7 +234,7 @@ def layer_input_bytes(config: Qwen3MoeConfig, tokens: int) -> int:
 
 
 def kept_bytes(work: Workload) -> int:
-    """Bytes of the results that the policy saves in all layers beside their inputs."""
+    """Bytes of the results that the policy saves in all layers besides their inputs."""
     if work.remat in ("low-memory", "offload"):
         return 0
     config, lora, tokens, sparse = work.config, work.lora, work.tokens, len(work.config.sparse_layers)
@@ -268,7 +268,7 @@ def adapted_bytes(work: Workload) -> int:
 
 
 def attention_bytes(work: Workload, *, training: bool) -> int:
-    """Bytes of the temporaries of attention, beside its operands and its result.
+    """Bytes of the temporaries of attention, not counting its operands and its result.
 
     `jaxmoe.ops.attention_chunked` holds the logits and probabilities of a chunk of queries, and in training their
     gradients. cuDNN's backward pass holds float32 gradients of whole sequences, once for each document of a call.
@@ -281,7 +281,7 @@ def attention_bytes(work: Workload, *, training: bool) -> int:
 
 
 def query_chunk(seq_length: int) -> int:
-    """Queries of a chunk of attention, as `jaxmoe.ops.attention_chunked.chunk_length`."""
+    """Queries per chunk of attention, as in `jaxmoe.ops.attention_chunked.chunk_length`."""
     return min(max(64, -(-seq_length // 8)), 1024)
 
 

@@ -1,10 +1,10 @@
 """Every parameter of the model and of its adapters: path, shape, logical axes and initialiser, declared together.
 
 Standard library only, so that `convert` can check a checkpoint without loading a model. Shapes are in the letters of
-the dimension key (`jaxmoe.config`). Weights lie as transformers holds them in memory: [out, in], and experts as one
-array [E, out, in]. Layers of one kind are stacked along a leading axis: `attention` [L, ...] holds every decoder layer,
-`sparse` [Ls, ...] and `dense` [Ld, ...] hold the MLPs of their kind. Nothing is transposed on the way from a checkpoint
-to the device, so NF4 blocks, which follow the flat [out, in] order, stay whole.
+the dimension key (`jaxmoe.config`). Weights are laid out as transformers holds them in memory: [out, in], and experts
+as one array [E, out, in]. Layers of one kind are stacked along a leading axis: `attention` [L, ...] holds every decoder
+layer, `sparse` [Ls, ...] and `dense` [Ld, ...] hold the MLPs of their kind. Nothing is transposed on the way from a
+checkpoint to the device, so NF4 blocks, which follow the flat [out, in] order, stay whole.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxmoe.lora import LORA_TARGETS, LoraConfig
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
 # The 256 values of the second quantisation: one table for the whole model, a parameter of the top level.
 NESTED_QUANT_MAP = "nested_quant_map"
-# How many matrices a parameter holds, one below the other. HF stores each by itself, and NF4 quantises each by itself.
+# How many matrices a parameter holds, one below the other. HF stores, and NF4 quantises, each separately.
 _MATRICES = {"sparse.gate_up_proj": 2}
 
 

@@ -191,15 +191,15 @@ def test_packed_rows_are_tried_before_they_are_taken(gpu):
 
     cudnn._packed_unsupported.cache_clear()
     gpu.setattr(cudnn, "_backward", misplaced)
-    assert "from the oracle, expected at most 2e-02" in str(cudnn.unsupported(query, key, ids))
-    assert cudnn.unsupported(query, key) is None  # plain sequences use another call
+    assert "expected an error of at most 2e-02" in str(cudnn.unsupported(query, key, ids))
+    assert cudnn.unsupported(query, key) is None  # plain sequences are another call
 
     def fails(*operands):
         raise NotImplementedError("packed layout: no such engine\nand more")
 
     cudnn._packed_unsupported.cache_clear()
     gpu.setattr(cudnn, "_forward", fails)
-    assert cudnn.unsupported(query, key, ids) == "cannot run packed rows here: packed layout: no such engine"
+    assert cudnn.unsupported(query, key, ids) == "cannot run packed sequences here: packed layout: no such engine"
 
 
 def test_each_group_covers_its_own_runs():
@@ -211,7 +211,7 @@ def test_each_group_covers_its_own_runs():
 
 @pytest.mark.parametrize(
     ("dtype", "heads", "what"),
-    [(jnp.float32, 64, "takes 16-bit"), (jnp.bfloat16, 160, "heads of up to"), (jnp.bfloat16, 20, "steps of 8")],
+    [(jnp.float32, 64, "needs 16-bit"), (jnp.bfloat16, 160, "at most 128"), (jnp.bfloat16, 20, "multiple of 8")],
 )
 def test_what_cudnn_does_not_take(dtype, heads, what):
     query = jnp.zeros((1, 4, 2, heads), dtype)

@@ -263,7 +263,7 @@ BAD_LINES = {
     ),
     "no assistant": (
         b'{"messages": [{"role": "user", "content": "a"}]}',
-        "messages: expected at least one message of the assistant, found none",
+        "messages: expected at least one message from the assistant, found none",
     ),
     "empty answer": (
         b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',

@@ -62,7 +62,7 @@ def test_operands_rule_out(monkeypatch):
     full, half = (jax.ShapeDtypeStruct((1, 64, 4, 128), dtype) for dtype in ("float32", "bfloat16"))
     selected = choose("attention", full, full)
     assert selected.name == "blocks"
-    assert "cudnn takes 16-bit floats, found float32" in selected.reason
+    assert "cudnn needs 16-bit floats, found float32" in selected.reason
     monkeypatch.setattr(attention_cudnn.fused, "check_cudnn_version", lambda: 91200)
     assert choose("attention", half, half).name == "cudnn"
 
@@ -86,7 +86,7 @@ def test_forcing_what_cannot_run_is_an_error(monkeypatch):
         choose("grouped_matmul")
     on(monkeypatch, HOPPER)
     monkeypatch.setenv("JAXMOE_ATTENTION", "cudnn")
-    with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: cudnn cannot run here: takes 16-bit floats"):
+    with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: cudnn cannot run here: needs 16-bit floats"):
         choose("attention", *[jax.ShapeDtypeStruct((1, 64, 4, 128), "float32")] * 2)
 
 
@@ -94,8 +94,8 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
     config = PRESETS["qwen3-30b-a3b"]
     on(monkeypatch, AMPERE)
     attention, experts = fallbacks(config, "bfloat16")
-    assert attention.startswith("attention: the slow fallback runs: pure JAX by chunks of queries")
-    assert experts.startswith("experts: the slow fallback runs: pure JAX loop")
+    assert attention.startswith("attention uses the slow fallback: pure JAX in chunks of queries")
+    assert experts.startswith("experts uses the slow fallback: pure JAX loop")
     assert "mosaic needs an NVIDIA GPU of compute capability 9.x, found NVIDIA A100" in experts
     dense = config.replace(mlp_only_layers=tuple(range(config.num_hidden_layers)))
     assert fallbacks(dense, "bfloat16") == [attention]

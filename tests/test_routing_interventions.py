@@ -239,7 +239,7 @@ def test_training_data_that_was_not_captured_is_refused_before_training(model, t
     segments, found = training
     replay = Replay(found, model.config, Letters())
     other = segments[0]._replace(inputs=segments[0].inputs[::-1].copy())
-    with pytest.raises(UserError, match=r"replay: expected all training data in .*, 1 segments are missing"):
+    with pytest.raises(UserError, match=r"replay: expected all training data in .*, 1 documents are missing"):
         replay.check([*segments, other])
     with pytest.raises(UserError, match="replay: expected 2 MoE layers with 2 of 8 experts, found"):
         Replay(found, config_of("mlp_only_layers"), Letters())

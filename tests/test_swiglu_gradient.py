@@ -86,5 +86,5 @@ def test_the_model_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (scanned, without) == (0, 0) and with_kernel > 0
     apart = [relative_error(a, b) for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
     assert max(apart) <= bound("swiglu_gradient_model_fp32")
-    with pytest.raises(UserError, match="triton cannot run here: would be handed a copy of what a scan keeps"):
+    with pytest.raises(UserError, match="triton cannot run here: needs unrolled layers, found a scan over them"):
         step(sizes, choices | {"swiglu_gradient": "triton"})

@@ -236,7 +236,7 @@ def test_resume_refuses_another_run(name: str, whole: Any, base: pathlib.Path, t
     if name == "model":
         changes = {"model": make_checkpoint(tmp_path / "model", CONFIG, seed=1)}
     before = weights(output), metrics(output)
-    with pytest.raises(UserError, match=f"^{name}: expected, to resume .*found") as caught:
+    with pytest.raises(UserError, match=f"^{name}: to resume .*expected .*found") as caught:
         train(setup(base, output, resume=True, **changes))
     assert "\n" not in str(caught.value)
     assert before == (weights(output), metrics(output))

@@ -1,1 +1,1 @@
-"""What every command shares: flags, one-line errors, progress, and what is set for XLA."""
+"""What every command shares: flags, one-line errors, progress, and settings for XLA."""

@@ -1,7 +1,7 @@
 """What every command of the project shares: flags from a dataclass, one-line errors, exit codes. Standard library only.
 
-Exit codes: 0 done; 2 for the user's mistakes and bad input, with one line on stderr; 130 after Ctrl-C. Any other
-exception keeps its traceback: it is a bug.
+Exit codes: 0 on success; 2 for a user error or bad input, with one line on stderr; 130 after Ctrl-C; 141 if the reader
+closes the pipe. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("prog", program_name())
-        # An abbreviation that works today is ambiguous once a flag is added.
+        # A new flag could make an abbreviation ambiguous.
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
@@ -50,12 +50,13 @@ class ArgumentParser(argparse.ArgumentParser):
 def add_dataclass_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
     """Adds one flag for each field of the dataclass `cls`: `learning_rate` becomes `--learning-rate`.
 
-    A field's type decides how its text is read: str, int, float, pathlib.Path; bool gives `--flag` and `--no-flag`;
-    `Literal[...]` gives choices; `tuple[X, ...]` a comma-separated list; `X | None` reads as X. A field without a
-    default is required. `field(metadata=...)` may hold "help" and "metavar"; {"flag": False} leaves the field out.
+    The type of a field decides how the flag's text is read. str, int, float and pathlib.Path are read directly; bool
+    becomes `--flag` and `--no-flag`; `Literal[...]` becomes choices; `tuple[X, ...]` is a list separated by
+    commas; `X | None` is read as X. A field without a default is a required flag. `field(metadata=...)` may hold "help"
+    and "metavar"; {"flag": False} leaves the field out.
 
     Raises:
-        TypeError: a field has another type.
+        TypeError: a field has a type that no flag can hold.
     """
     hints = typing.get_type_hints(cls)
     for field in _flag_fields(cls):
@@ -75,17 +76,17 @@ def add_dataclass_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
 
 
 def dataclass_from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
-    """Builds the dataclass `cls` from what a parser with its flags has parsed."""
+    """Builds the dataclass `cls` from the arguments parsed with its flags."""
     return cls(**{field.name: getattr(arguments, field.name) for field in _flag_fields(cls)})
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls `main` and exits: 0 or what it returns; `UserError` and `OSError` give one line on stderr and code 2."""
+    """Calls `main` and exits with its result; on `UserError` and `OSError`, with one line on stderr and code 2."""
     try:
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails when it flushes
         sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
         named = error.filename is not None and error.strerror is not None

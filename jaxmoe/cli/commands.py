@@ -1,6 +1,7 @@
 """Entry points of the console scripts: `jaxmoe-train`, `-generate`, `-convert`, `-doctor` and `-routing`.
 
-They do what `python -m jaxmoe.train`, `python -m convert` and so on do, also in a folder that hides a module's name.
+They do the same as `python -m jaxmoe.train`, `python -m convert` and so on, and also work in a folder that holds a
+module of the same name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Notices: what a command tells its user beside its result and its progress, through the logger `jaxmoe`."""
+"""Notices: a command's messages besides its result and its progress, sent through the logger `jaxmoe`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOGGER = "jaxmoe"
 
 
 class _Handler(logging.Handler):
-    """Prints the bare message; a progress bar or a test may replace the stream at any time, so it is looked up then."""
+    """Prints the bare message. The stream is looked up each time, because a progress bar or a test may replace it."""
 
     def __init__(self, on_stderr: bool) -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def shown_notices(*, on_stderr: bool = False) -> Iterator[None]:
-    """Shows notices of level INFO and above as plain lines, on standard output unless that is for the result.
+    """Shows notices of level INFO and above as plain lines: on standard error if `on_stderr`, else on standard output.
 
-    A program that has given the logger a handler of its own keeps it, and nothing is shown here.
+    If the program has already given the logger a handler, that handler stays and nothing is shown here.
     """
     logger = logging.getLogger(LOGGER)
     if logger.handlers:

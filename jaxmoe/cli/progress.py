@@ -10,11 +10,11 @@ from typing import Any
 
 INTERVAL = 5.0  # seconds between two lines of a job
 
-Show = Callable[[int, int, str], None]  # done, of how much, in words
+Show = Callable[[int, int, str], None]  # done, total, description
 
 
 class _Bar:
-    """The terminal's form: a bar of rich, on standard output or standard error, with columns from `fields`."""
+    """The form for a terminal: a progress bar of rich with these columns, on standard output or standard error."""
 
     def __init__(self, *columns: Any, on_stderr: bool = False, transient: bool = False, **task: Any) -> None:
         from rich.console import Console
@@ -35,16 +35,16 @@ class _Bar:
 
 
 def _line(text: str, *, on_stderr: bool = False) -> None:
-    """The plain form: one line at once."""
+    """The form for anything else: prints one line and flushes it."""
     print(text, file=sys.stderr if on_stderr else sys.stdout, flush=True)
 
 
 @contextmanager
 def progress(what: str, *, on_stderr: bool = False) -> Iterator[Show]:
-    """Gives a function to call as often as one likes; it shows a bar, which is gone when the job is done, or a line
-    every few seconds.
+    """Yields a function that reports progress and may be called as often as needed.
 
-    A bar is on standard error. Lines are on standard output, unless that is for the command's result (`on_stderr`).
+    On a terminal it shows a bar on standard error, which disappears when the job is done. Elsewhere it prints a line
+    every few seconds: on standard error if `on_stderr` (standard output is for the result), else on standard output.
     """
     if sys.stderr.isatty():
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -69,7 +69,7 @@ def progress(what: str, *, on_stderr: bool = False) -> Iterator[Show]:
 
 @contextmanager
 def reading_weights(*, on_stderr: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """`progress` for the `on_layer` of what reads a checkpoint."""
+    """`progress` as an `on_layer` callback for reading a checkpoint."""
     with progress("reading the weights", on_stderr=on_stderr) as show:
         yield lambda done, total: show(done, total, f"{done} of {total} layers")
 
@@ -80,7 +80,7 @@ class TrainingProgress:
 
     def __init__(self, total: int, done: int) -> None:
         self._total = total
-        self._start: tuple[float, int] | None = None  # time and step from which on the pace is measured
+        self._start: tuple[float, int] | None = None  # time and step from which the pace is measured
         self._bar = None
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -98,7 +98,7 @@ class TrainingProgress:
             self._bar = _Bar(*columns, total=total, completed=done, loss="-", speed="-")
 
     def step(self, numbers: dict[str, Any], *, logged: bool) -> None:
-        """Shows one finished step; `numbers` as in metrics.jsonl."""
+        """Shows one finished step; `numbers` are those of metrics.jsonl."""
         if self._start is None:
             self._start = time.perf_counter(), numbers["step"]  # the first step is mostly compilation
         start, first = self._start
@@ -122,7 +122,7 @@ class TrainingProgress:
             _line(text)
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Restores the terminal."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Interventions on the router: experts that are removed, forced or biased, by layer; and the flags that say which.
+"""Interventions on the router (experts removed, forced or biased, by layer), and the flags that specify them.
 
 An intervention names layers by their index in the model.
 """
@@ -37,10 +37,11 @@ class Intervention:
     bias: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
 
     def control(self, config: Qwen3MoeConfig) -> RoutingControl | None:
-        """The arrays [Ls, E] that the forward pass takes; None if nothing changes.
+        """The arrays [Ls, E] for the forward pass; None if nothing changes.
 
         Raises:
-            UserError: a layer without experts, an expert that does not exist or is both removed and forced, too many.
+            UserError: a layer without experts, an expert that does not exist or is both removed and forced, or too many
+                experts.
         """
         E, k = config.num_experts, config.num_experts_per_tok
         slots = {layer: slot for slot, layer in enumerate(config.sparse_layers)}
@@ -57,7 +58,7 @@ class Intervention:
         for layer, experts in self.force.items():
             if both := sorted(set(experts) & set(self.ablate.get(layer, ()))):
                 raise UserError(
-                    f"force: expected experts that are not removed, found {both[0]} in layer {layer} in both"
+                    f"force: expected experts that are not removed, found {both[0]} in layer {layer}, which is removed"
                 )
             selection[slots[layer], list(experts)] = 1
             if len(set(experts)) > k:
@@ -76,7 +77,7 @@ class Intervention:
                     raise UserError(f"{name}: expected an expert below {E}, found {wrong[0]} in layer {layer}")
 
     def describe(self) -> dict[str, Any]:
-        """The JSON values for a manifest; parts that are empty are left out."""
+        """The JSON values for a manifest; empty parts are left out."""
         experts = {
             name: {str(layer): list(chosen) for layer, chosen in part.items()}
             for name, part in (("ablate", self.ablate), ("force", self.force))
@@ -86,7 +87,7 @@ class Intervention:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags `--ablate`, `--force` and `--bias`; `intervention` reads what they parsed."""
+    """Adds the flags `--ablate`, `--force` and `--bias`; `intervention` reads their values."""
     for flag, metavar, text in (
         ("--ablate", "LAYER:E,...", "remove experts; LAYER is a number, a range such as 3-5, or all"),
         ("--force", "LAYER:E,...", "make every token use these experts"),
@@ -96,10 +97,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def intervention(arguments: argparse.Namespace, config: Qwen3MoeConfig) -> Intervention:
-    """The intervention that the flags ask for; each may be given several times.
+    """The intervention that the flags describe; each flag may be repeated.
 
     Raises:
-        UserError: a value that is not in the flag's form.
+        UserError: a value in another form than the flag expects.
     """
     ablate: dict[int, tuple[int, ...]] = {}
     force: dict[int, tuple[int, ...]] = {}

@@ -1,8 +1,8 @@
 """Routing replay: tokens get the experts that an earlier run chose for them.
 
 In training, `Replay` adds the captured experts to each batch. Training then differentiates through the experts that
-generation used, however much the router has moved or rounded since. In generation, `experts_by_position` gives the
-captured experts of each prompt.
+generation used, even if the router has since changed or rounds differently. In generation, `experts_by_position`
+returns the captured experts of each prompt.
 
 Source: rollout routing replay (Ma et al. 2025, arXiv 2510.11370).
 """
@@ -36,10 +36,10 @@ def check_experts(capture: Capture, config: Qwen3MoeConfig) -> None:
 
 
 class Replay:
-    """The captured experts by text: a context of the batch is found by its tokens, wherever it was packed.
+    """Looks up captured experts by text: a context in a batch is found by its tokens, wherever it was packed.
 
     A context of a batch matches a captured context that begins with the same tokens, since a causal model's routing
-    does not depend on what follows. It holds all captured experts: Ls k bytes per token.
+    does not depend on what follows. All captured experts are held in memory: Ls k bytes per token.
     """
 
     def __init__(self, capture: Capture, config: Qwen3MoeConfig, tokenizer: Any) -> None:
@@ -51,21 +51,21 @@ class Replay:
         self.digest: str = capture.text["digest"]
         self._experts = capture.read_experts()
         text = capture.read_text()
-        # Big-endian bytes: sorted, the contexts that begin with given tokens are neighbours.
+        # Big-endian bytes: after sorting, contexts that begin with the same tokens are neighbours.
         self._contexts = sorted((_key(text.token[part]), part.start) for part in text.contexts())
 
-    def check(self, segments: Iterable[Document]) -> None:
-        """Raises UserError unless every segment was captured; called before training starts."""
-        missing = [segment for segment in segments if self._find(segment.inputs) is None]
+    def check(self, documents: Iterable[Document]) -> None:
+        """Raises UserError unless every document was captured; called before training starts."""
+        missing = [document for document in documents if self._find(document.inputs) is None]
         if missing:
             first = missing[0].inputs[:8].tolist()
             raise UserError(
-                f"replay: expected all training data in {self._folder}, {len(missing)} segments are missing; the first "
-                f"begins with the tokens {first} (was the capture made with the same --seq-length?)"
+                f"replay: expected all training data in {self._folder}, {len(missing)} documents are missing; the "
+                f"first begins with the tokens {first} (was the capture made with the same --seq-length?)"
             )
 
     def on(self, batch: Batch) -> Batch:
-        """The batch with the captured experts; -1, the model's own choice, at padding."""
+        """The batch with the captured experts; at padding they are -1 (the model chooses)."""
         layers, _, k = self._experts.shape
         ids, segments = (a.reshape(-1, a.shape[-1]) for a in (batch.input_ids, batch.segment_ids))
         experts: Int16[np.ndarray, "B T Ls k"] = np.full((*ids.shape, layers, k), -1, np.int16)
@@ -73,7 +73,7 @@ class Replay:
             for number in range(1, int(numbers.max()) + 1):
                 place = np.flatnonzero(numbers == number)
                 start = self._find(ids[sequence, place])
-                assert start is not None, "check() has seen every segment"
+                assert start is not None, "check() has seen every document"
                 experts[sequence, place] = self._experts[:, start : start + len(place)].swapaxes(0, 1)
         return batch._replace(experts=experts.reshape(*batch.input_ids.shape, layers, k))
 

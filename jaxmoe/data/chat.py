@@ -40,7 +40,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
 def _auto_tokenizer() -> Any:
     """Transformers' `AutoTokenizer`, imported on first use because the import is slow.
 
-    While it is imported, transformers warns if PyTorch is missing. No PyTorch is needed here, so the warning is off.
+    While it is imported, transformers warns if PyTorch is missing. PyTorch is not needed here, so the warning is off.
     """
     quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(quiet)
@@ -59,7 +59,7 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece
     """A conversation as the tokenizer's chat template renders it, in pieces; the assistant's turns have weight 1.
 
     Raises:
-        UserError: messages of another form, no chat template, or nothing to learn.
+        UserError: malformed messages, no chat template, or nothing to learn.
     """
     _check_messages(messages, tools)
     if not tokenizer.chat_template:
@@ -109,7 +109,7 @@ def _check_messages(messages: Any, tools: Any) -> None:
         if message["role"] == "assistant" and not message.get("content") and not calls:
             raise UserError(f"{where}: expected an answer, found an empty one")
     if all(message["role"] != "assistant" for message in messages):
-        raise UserError("messages: expected at least one message of the assistant, found none")
+        raise UserError("messages: expected at least one message from the assistant, found none")
 
 
 def assistant_spans(
@@ -118,11 +118,12 @@ def assistant_spans(
     """The rendered conversation, and the character range of every assistant turn in it.
 
     A turn starts where the generation prompt ends, as in generation, and ends with the special token that closes it. A
-    thought that the template keeps belongs to the turn. Rendering the conversation up to each turn cannot find the
-    turns: Qwen3's template writes an empty thought into the last turn and strips the thoughts of turns before the last
-    question, so the rendering of a prefix is no prefix of the whole. Instead the whole is rendered once more for each
-    turn, with the answer replaced by a character that occurs nowhere else. The text before and after that character
-    must be the same in the true rendering.
+    thought that the template keeps belongs to the turn.
+
+    Rendering the conversation up to each turn would not find the turns. Qwen3's template writes an empty thought into
+    the last turn and strips the thoughts of turns before the last question, so the rendering of a prefix is not a
+    prefix of the whole. Instead, the whole is rendered once more for each turn, with the answer replaced by a character
+    that occurs nowhere else. The text before and after that character must be the same in the true rendering.
 
     Raises:
         UserError: the chat template rejects the messages, or its turns cannot be found in this way.
@@ -172,7 +173,7 @@ def _apply_template(tokenizer: Any, messages: Sequence[dict[str, Any]], **option
 
 
 def text_field(raw: dict[str, Any], key: str, *, empty: bool = True, where: str = "") -> str:
-    """The string `raw[key]`; raises UserError for anything else, and unless `empty` for an empty string."""
+    """The string `raw[key]`; raises UserError for anything else, and for an empty string unless `empty`."""
     value = raw.get(key)
     if not isinstance(value, str):
         raise UserError(f"{where}{key}: expected a string, found {kind_of(value)}")

@@ -1,9 +1,9 @@
 """Records -> documents -> packed sequences -> batches.
 
 A document is a record, or a piece of a long one, that fits into one sequence. A sequence is one line of a batch:
-several documents, one after the other, then padding. Which documents share a sequence, and the order of the sequences,
-is a pure function of (records, seed, epoch). The batch of a step is a pure function of (records, seed, step), so a run
-that resumes at a step sees the same batches as one that never stopped.
+several documents, one after the other, then padding. Which documents share a sequence, and in which order the sequences
+come, depends only on (records, seed, epoch). The batch of a step depends only on (records, seed, step), so a run that
+resumes at a step sees the same batches as one that never stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int16, Int32
 from jaxmoe.data.records import Record
 from jaxmoe.errors import UserError
 
-_WINDOW = 1024  # documents; enough to fill sequences, few enough that every epoch packs other documents together
+_WINDOW = 1024  # documents; enough to fill sequences, few enough that every epoch packs different documents together
 
 
 class Document(NamedTuple):
@@ -69,8 +69,8 @@ class Batch(NamedTuple):
 def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut]:
     """Records -> documents of at most `seq_length` tokens.
 
-    A text that is longer becomes consecutive documents in which each of its tokens is predicted once (a document's
-    first tokens see no earlier ones); a conversation or a prompt with its completion is truncated at its end. Tokens
+    A longer text becomes consecutive documents in which each token is predicted once (the first tokens of a document
+    see none before it). A longer conversation, or a longer prompt with its completion, is truncated at its end. Tokens
     after the last one to learn are left out. A record without a token to learn is dropped.
     """
     documents: list[Document] = []
@@ -144,7 +144,7 @@ class Sequences:
 
     @property
     def packed(self) -> bool:
-        """Whether a sequence may hold several documents; never if the two shortest do not fit into one sequence."""
+        """Whether a sequence may hold several documents; False if the two shortest do not fit into one."""
         return self._pack and sum(sorted(self._lengths)[:2]) <= self.seq_length and len(self._lengths) > 1
 
     def epoch(self, epoch: int) -> list[list[int]]:

@@ -123,10 +123,10 @@ def digest(records: Iterable[Record]) -> str:
 
 
 def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
-    """(`FILE:LINE`, parsed JSON, bytes of the file up to its end) for every line that is not blank.
+    """(`FILE:LINE`, parsed JSON, bytes of the file up to the line's end) for every line that is not blank.
 
     Raises:
-        UserError: the file is missing, or a line is no UTF-8 or no JSON.
+        UserError: the file is missing, or a line is not UTF-8 or not JSON.
     """
     if not path.is_file():
         raise UserError(
@@ -152,7 +152,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
 
 
 class _Draft(NamedTuple):
-    """A record whose text is not yet encoded. Each piece is encoded separately, because in generation, too, a prompt is
+    """A record whose text is not yet encoded. Each piece is encoded separately, as in generation, where a prompt is
     encoded before its answer exists."""
 
     pieces: list[Piece]

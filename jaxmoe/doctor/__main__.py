@@ -69,7 +69,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
                 f"{remat} {memory.format_bytes(size)}" for remat, size in plan["training_by_remat"].items()
             )
             lines += [
-                f"    by --remat: {totals}",
+                f"    for each --remat: {totals}",
                 "    --remat auto picks the first policy (never offload) that leaves 10 % of the memory free",
             ]
     return lines

@@ -103,7 +103,7 @@ def load_config(model: str) -> Qwen3MoeConfig:
 
 
 def stored_in(model: str) -> Literal["nf4"] | None:
-    """The form in which the checkpoint of `model` stores its weights, by its config.json; None: not quantised."""
+    """The form in which the checkpoint of `model` stores its weights, as its config.json says; None: not quantised."""
     if model in PRESETS:
         return None
     path = pathlib.Path(model)
@@ -155,12 +155,12 @@ def _implementations(config: Qwen3MoeConfig, dtype: str) -> Any:
 
 
 def report(options: DoctorConfig) -> dict[str, Any]:
-    """The whole report: versions, devices, problems, and, as far as known, operations and the forecast."""
+    """The whole report: versions, devices, problems, and, where known, operations and the forecast."""
     found: dict[str, Any] = {"versions": versions(), "devices": [], "problems": []}
     try:
         found["devices"] = devices()
         found["operations"] = operations()
-    except RuntimeError as error:  # raised by JAX if a driver or plugin does not fit
+    except RuntimeError as error:  # raised by JAX if a driver or plugin does not match
         found["problems"].append(f"JAX finds no device: {' '.join(str(error).split())}")
     on_gpu = any(device["platform"] == "gpu" for device in found["devices"])
     if found["devices"] and not on_gpu and shutil.which("nvidia-smi"):

@@ -1,1 +1,1 @@
-"""Figures as data, their files, and the HTML page that shows them; nothing here knows a model or a capture."""
+"""Figures as data, their files, and the HTML page that shows them; nothing here depends on a model or a capture."""

@@ -1,7 +1,7 @@
 """Figures as data: four kinds of picture and a table.
 
-A figure holds its numbers. It gives them as the lines of a CSV file, draws them with matplotlib, and packs them for the
-HTML page, whose script draws the same numbers in the browser. A figure with several pages shows one page at a time.
+A figure holds its numbers. It writes them as the lines of a CSV file, draws them with matplotlib, and packs them for
+the HTML page, whose script draws the same numbers in the browser. A figure with several pages shows one page at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LAST = 65534  # the largest step; 65535 stands for NaN
 
 @dataclass(frozen=True)
 class Figure:
-    """What all kinds have. `key` names the files; `caption` says in a sentence or two how to read the figure."""
+    """What all kinds share. `key` names the files; `caption` says in a sentence or two how to read the figure."""
 
     key: str
     title: str

@@ -26,9 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder")
     add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
-    add("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; repeat it for a batch")
+    add("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be repeated")
     add("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default: 256)")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="largest number of new tokens (default: 256)")
     add("--temperature", type=float, metavar="X", help="0 is greedy (default: from generation_config.json)")
     add("--top-k", type=int, metavar="N", help="0 means no limit (default: from generation_config.json)")
     add("--top-p", type=float, metavar="X", help="1 means no limit (default: from generation_config.json)")

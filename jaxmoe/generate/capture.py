@@ -33,16 +33,16 @@ def capture_generation(
 ) -> list[list[int]]:
     """Generates as `Generator.generate` does and writes the routing of every token that the model reads.
 
-    The last token of a sequence is generated but never read: it has no routing, and the capture only names it as what
-    follows. A captured sequence is therefore what training on prompt and answer reads, and `--replay` of the capture
-    covers it. All router logits are kept: a generation has few tokens.
+    The last token of a sequence is generated but never read. It has no routing; the capture only stores it as the next
+    token of the one before it. A captured sequence is therefore what training on prompt and answer reads, so `--replay`
+    of the capture covers it. All router logits are kept: a generation has few tokens.
 
     Args:
         generator: the model.
         prompts: token ids, one list per sequence.
         max_new_tokens: the largest number of tokens generated per sequence.
         folder: the capture to write, new or empty; None writes none.
-        tokenizer: its digest (`captures.tokenizer_digest`).
+        tokenizer: the tokenizer's digest (`captures.tokenizer_digest`).
         sampling: how tokens are chosen.
         stop_tokens: ids that end a sequence.
         control: biases, forced and removed experts, [Ls, E].
@@ -94,7 +94,7 @@ def _probability_sums(arrays: Mapping[str, np.ndarray], model: Model) -> np.ndar
 
 
 def _text_of(prompt: Sequence[int], output: Sequence[int], index: int) -> Text:
-    """What the model has read of sequence `index`, and the token that follows each."""
+    """The tokens of sequence `index` that the model has read, and the token that follows each."""
     tokens = np.asarray([*prompt, *output], np.int32)
     n = max(len(tokens) - 1, 0)
     roles = [ROLES.index("prompt")] * len(prompt) + [ROLES.index("generated")] * len(output)

@@ -34,7 +34,7 @@ class Weights(NamedTuple):
 
 
 class SamplingArrays(NamedTuple):
-    """The numbers of `Sampling` as arrays: changing one compiles nothing."""
+    """The numbers of `Sampling` as arrays: changing one does not recompile anything."""
 
     seed: UInt32[Array, ""]
     temperature: Float[Array, ""]
@@ -73,7 +73,7 @@ class Program:
 class RoutingLog:
     """The routing of one call of `Generator.generate`, on the device, with `keep_logits` router logits per token.
 
-    `steps` holds the routing of the prompts [Ls, B, T, ...], then that of every token fed back [Ls, B, 1, ...].
+    `steps` holds the routing of the prompts [Ls, B, T, ...], then of every token fed back [Ls, B, 1, ...].
     """
 
     keep_logits: int
@@ -101,13 +101,13 @@ def _next_token(weights: Weights, hidden: Float[Array, "B D"], sampling: Samplin
     if program.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     key = jax.random.fold_in(jax.random.key(sampling.seed), draws)
-    # Keys depend on the sequence's index, not on the batch size: alone or first in a batch, a prompt draws the same.
+    # Keys depend on the sequence's index, not on the batch size: a prompt draws the same alone as first in a batch.
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(hidden.shape[0]))
     return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def _control_at(control: RoutingControl | None, positions: Int[Array, "B T"]) -> RoutingControl | None:
-    """`control` with its experts, given for whole sequences [Ls, B, S, k], cut to those of the `positions`."""
+    """`control` with its experts, given for whole sequences [Ls, B, S, k], reduced to the given `positions`."""
     if control is None or control.experts is None:
         return control
     return control._replace(experts=jnp.take_along_axis(control.experts, positions[None, :, :, None], axis=2))

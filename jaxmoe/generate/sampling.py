@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy, or drawn with temperature, top-k and top-p; and what a checkpoint asks for."""
+"""How the next token is chosen (greedy, or drawn with temperature, top-k and top-p), and a checkpoint's defaults."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def generation_defaults(folder: pathlib.Path) -> tuple[Sampling, tuple[int, ...]
     stop = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     if not raw.get("do_sample", False):
         return GREEDY, stop
-    # What the file leaves out has transformers' defaults.
+    # Fields that the file leaves out have transformers' defaults.
     defaults = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
     given = {name: raw[name] for name in defaults if raw.get(name) is not None}
     return Sampling(**defaults | given), stop

@@ -1,4 +1,4 @@
-"""Token ids become text as they arrive."""
+"""Decodes token ids into text as they arrive."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class TextStream:
         self._written = 0
 
     def put(self, token: int) -> None:
-        """Takes the next token and writes the characters that are now complete."""
+        """Adds the next token and writes the characters that are now complete."""
         self._tokens.append(token)
         text = self._text()
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):

@@ -19,14 +19,14 @@ from jaxmoe.ops.router import CapturedRouting, RoutingControl
 
 
 class KVCache(NamedTuple):
-    """Keys (after norm and rotation) and values of every layer; slot s of a sequence holds its position s."""
+    """Keys (after norm and rotation) and values of every layer; slot s holds the sequence's position s."""
 
     key: Float[Array, "L B S K H"]
     value: Float[Array, "L B S K H"]
 
 
 class NewTokens(NamedTuple):
-    """T new tokens a sequence, at positions start .. start + T - 1; the first `length` of them are real.
+    """T new tokens per sequence, at positions start .. start + T - 1; the first `length` of them are real.
 
     Without `start` the sequences begin here, at position 0.
     """
@@ -52,11 +52,11 @@ def forward_cached(
     options: Options = Options(),  # noqa: B008 - frozen
     control: RoutingControl | None = None,
 ) -> tuple[Float[Array, "B T D"], KVCache, CapturedRouting | None]:
-    """The decoder over new tokens, against and into the cache: (hidden states, cache, captured routing).
+    """Runs the decoder over new tokens, which read and extend the cache: (hidden states, cache, captured routing).
 
-    Sequences that begin here attend by `causal_attention`, and the cache is only written. What a token after a
-    sequence's end writes lies where no query looks before a later call has overwritten it. Positions must stay below
-    the cache's S.
+    Sequences that begin here attend with `causal_attention`, and the cache is only written. Tokens after a sequence's
+    end write to slots that no query reads until a later call has overwritten them. Positions must stay below the
+    cache's S.
     """
     input_ids, start, length = new
     B, T = input_ids.shape
@@ -73,7 +73,7 @@ def forward_cached(
 
     def attend(query: Array, key: Array, value: Array, layer: Array, cache: KVCache) -> tuple[Array, KVCache]:
         if start is None:
-            # What follows a sequence's end comes after every real token: causality alone excludes it.
+            # Padding comes after every real token, so causality alone excludes it.
             out = causal_attention(query, key, value, None, config.sliding_window)
             pairs = (cache.key, key), (cache.value, value)
             return out, KVCache(*(whole_sequences(*pair, layer) for pair in pairs))

@@ -42,11 +42,11 @@ class CausalLMOutput(NamedTuple):
 class Qwen3MoeForCausalLM(nnx.Module):
     """The model as an object: named parameters with logical axes, loading, and a call like transformers'.
 
-    `weights` and `lora_weights` are nested `nnx.Dict`s of `nnx.Param` and `nnx.LoRAParam`; `params` and `adapters` give
-    the flat dictionaries of arrays that the pure functions take. Hot loops use those, never the object.
+    `weights` and `lora_weights` are nested `nnx.Dict`s of `nnx.Param` and `nnx.LoRAParam`. `params` and `adapters` are
+    the same arrays as flat dictionaries, which the pure functions expect. Hot loops use those, never the object.
 
-    `nnx.grad` of a loss through a call gives the gradient of every parameter that it asks for. What `freeze` names, and
-    weights in NF4, are frozen: asking for their gradient is an error.
+    `nnx.grad` of a loss that calls the model returns the gradient of every parameter that it is asked for. Parameters
+    named by `freeze` and weights in NF4 are frozen: asking for their gradient is an error.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         return _flatten(self.lora_weights, self._lora_specs())
 
     def freeze(self, *names: str) -> None:
-        """Declares parameters frozen: a gradient that is asked for raises, until `unfreeze`.
+        """Freezes parameters: asking for their gradient is an error until `unfreeze`.
 
         Args:
             names: paths in this object or beginnings of them: "weights", "weights.attention", "weights.sparse.gate",
@@ -90,7 +90,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         self.frozen = nnx.static(self.frozen | self._paths(names))
 
     def unfreeze(self, *names: str) -> None:
-        """Takes back `freeze`, for all parameters if no name is given; names and errors as there."""
+        """Undoes `freeze`, for all parameters if no name is given; names and errors are the same."""
         self.frozen = nnx.static(self.frozen - self._paths(names or ("weights", "lora_weights")))
 
     def _paths(self, names: Iterable[str]) -> frozenset[str]:
@@ -127,10 +127,10 @@ class Qwen3MoeForCausalLM(nnx.Module):
             quantize: "nf4" holds projections, dense MLPs and experts in NF4 with double quantisation; None keeps the
                 checkpoint's form. Weights that are in NF4 already keep their bytes.
             adapter: a PEFT adapter's folder or a converted one.
-            on_layer: called after each layer, with the number of layers read so far and that of all.
+            on_layer: called after each layer, with the number of layers read so far and the total.
 
         Raises:
-            UserError: a broken or unfitting folder; the message names the file, what was expected and what was found.
+            UserError: a broken or unsuitable folder; the message names the file, what was expected and what was found.
         """
         config, source = open_checkpoint(path, dtype, quantize)
         params = load_stacks(config, source, on_layer=on_layer)
@@ -152,14 +152,14 @@ class Qwen3MoeForCausalLM(nnx.Module):
             input_ids: token ids.
             attention_mask: 1 for tokens, 0 for padding; on either side.
             position_ids: by default 0, 1, ... (transformers' default: padding on the left counts).
-            segment_ids: packed sequences: 0 padding, 1, 2, ... documents; excludes `attention_mask`.
+            segment_ids: for packed sequences: 0 for padding, 1, 2, ... for documents; excludes `attention_mask`.
             output_router_logits: also return router logits and the load-balancing loss over unpadded tokens.
             output_hidden_states: also return each layer's input and, last, the normed output, as transformers does.
             routing_control: replays recorded experts ([Ls, B, T, k]) or biases the router logits ([Ls, E]).
 
         Raises:
-            ValueError: both `attention_mask` and `segment_ids`, or a document in several pieces; while differentiating,
-                a gradient of a frozen parameter is asked for.
+            ValueError: both `attention_mask` and `segment_ids`, or a document in several pieces. Also, while
+                differentiating, if the gradient of a frozen parameter is asked for.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         if segment_ids is not None and attention_mask is not None:
@@ -194,7 +194,7 @@ def _packed(segments: np.ndarray) -> bool:
     """Whether some sequence is more than one document with padding after it.
 
     Raises:
-        ValueError: a segment that is in several pieces: attention takes each piece for a segment of its own.
+        ValueError: a segment in several pieces, which attention would treat as several segments.
     """
     packed = False
     for row, ids in enumerate(segments):
@@ -217,7 +217,7 @@ class _Call(NamedTuple):
 
 
 class _Differentiable(NamedTuple):
-    """The results of a call that have a gradient, beside the logits."""
+    """The results of a call, besides the logits, that have a gradient."""
 
     hidden: Array
     prob_sums: Array
@@ -231,8 +231,8 @@ def _run(
 ) -> tuple[tuple[Array, _Differentiable], tuple[Array, Array]]:
     """((logits, other results with a gradient), (rows per expert, valid tokens)).
 
-    The gradient rule sees which parameters a gradient is asked for and runs the forward pass that forms exactly those;
-    without any, weights stay in their stacks and nothing is kept.
+    The gradient rule sees which gradients are asked for and runs the forward pass that computes exactly those. If none
+    is asked for, weights stay in their stacks and nothing is saved.
     """
     return _jitted(params, adapters, control, tokens, config=call.config, options=call.options)
 
@@ -242,12 +242,12 @@ def _run_forward(call: _Call, params: Any, adapters: Any, control: Any, tokens: 
     asked = {f"weights.{path}" for path in trained}
     asked |= {f"lora_weights.{path}" for path, array in adapters.items() if is_perturbed(array)}
     if frozen := sorted(asked & call.frozen):
-        raise ValueError(f"{frozen[0]}: frozen, expected no gradient to be asked for, found one")
+        raise ValueError(f"{frozen[0]}: frozen, but its gradient was asked for")
     params, adapters, control, tokens = map(values_of, (params, adapters, control, tokens))
     quantization = Quantization.of(params)
     for path in sorted(trained):
         if quantization and path.rpartition(".")[0] in quantization.paths:
-            raise ValueError(f"weights.{path}: frozen (NF4), expected no gradient to be asked for, found one")
+            raise ValueError(f"weights.{path}: frozen (NF4), but its gradient was asked for")
     options = replace(call.options, trainable=frozenset(trained))
 
     def run(trained: Params, adapters: Params, control: RoutingControl | None) -> Any:
@@ -288,7 +288,7 @@ def _nest(arrays: Mapping[str, Array], specs: Mapping[str, ParameterSpec], kind:
             if parent not in node:
                 node[parent] = nnx.Dict({})
             node = node[parent]
-        # The axes are a record here, not an instruction.
+        # The axes are only recorded here; nothing acts on them.
         node[name] = kind(arrays[path], out_sharding=specs[path].axes, eager_sharding=False)
     return root
 

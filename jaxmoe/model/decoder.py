@@ -4,7 +4,7 @@ Letters: B batch, T query length, D model width, N query heads, K key/value head
 experts, k experts per token, L layers (Ls sparse).
 
 A pure function over a flat dictionary of stacked parameters (`jaxmoe.parameters` lists them). `layer` is one layer's
-view of them; how the layers are iterated, what is recomputed, and in what form weights lie is not decided here
+view of them. How the layers are iterated, what is recomputed and how weights are stored is decided elsewhere
 (`jaxmoe.model.layer_loop`, `jaxmoe.model.layer`).
 """
 
@@ -57,7 +57,7 @@ class Context(NamedTuple):
 
 
 class RoutingRecord(NamedTuple):
-    """What one layer keeps of its routing; zeros for a dense layer."""
+    """What one layer records of its routing; zeros for a dense layer."""
 
     counts: Int[Array, " E"]
     prob_sums: Float[Array, " E"]

@@ -21,7 +21,7 @@ def init_parameters(config: Qwen3MoeConfig, key: Array, dtype: Any = jnp.float32
 
 
 def init_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh adapters: A uniform, B zero, so that the adapted model starts as the base."""
+    """Fresh adapters: A uniform, B zero, so that the adapted model starts equal to the base."""
     return _draw_all(lora_specs(config, lora), key, dtype, 0.0)
 
 

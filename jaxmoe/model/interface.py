@@ -26,19 +26,19 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """How a forward pass runs and what it keeps; static under jit.
+    """How a forward pass runs and what it saves and returns; static under jit.
 
     Attributes:
         lora: the adapters' config; None without adapters.
         trainable: which parameters will be differentiated: "none", "adapters", "all", or a set of paths of weights
-            (then adapters as well). Asking for another gradient is an error.
-        remat: what the backward pass recomputes. "low-memory" keeps one [B, T, D] per layer, "offload" keeps that in
-            the host's memory, "fast" keeps all results that are expensive to recompute, "balanced" the same without the
-            experts' products. No policy keeps a copy of a frozen weight.
-        unroll: compiles the layers one by one instead of one for all, and saves what a scan copies. For a frozen model,
-            whose weights need no slice.
-        packed: a sequence may hold several documents. False promises one document per sequence, with padding after it
-            or none: causality alone then keeps them apart, and a GPU need not ask at every layer.
+            (then adapters as well). Asking for any other gradient is an error.
+        remat: which results are saved for the backward pass; the rest is recomputed. "low-memory" saves one [B, T, D]
+            per layer, "offload" saves it in the host's memory, "fast" saves all results that are expensive to
+            recompute, "balanced" the same without the experts' products. No policy saves a copy of a frozen weight.
+        unroll: compiles every layer separately instead of one for all, which avoids the copies that a scan makes. For a
+            frozen model, whose weights need no slice.
+        packed: a sequence may hold several documents. False promises one document per sequence, optionally followed by
+            padding. Causality alone then keeps the two apart, and a GPU need not check at every layer.
         router_logits: also return all router logits.
         layer_inputs: also return each layer's input.
         keep_logits: also return the routing of each token with this many of its largest router logits (0: none).

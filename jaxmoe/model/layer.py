@@ -1,4 +1,4 @@
-"""One layer's view of the stacked parameters, by dotted path: whatever their form, a layer asks for what it needs."""
+"""One layer's view of the stacked parameters, by dotted path, whatever the form in which they are stored."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LayerIndex(NamedTuple):
 
     @classmethod
     def of(cls, config: Qwen3MoeConfig) -> LayerIndex:
-        """Those of all layers, NumPy arrays [L]."""
+        """The indices of all layers, NumPy arrays [L]."""
         sparse, dense = config.sparse_layers, config.dense_layers
         layers = range(config.num_hidden_layers)
         slots = [sparse.index(i) if i in sparse else dense.index(i) for i in layers]
@@ -56,7 +56,7 @@ class LayerIndex(NamedTuple):
 
 
 class ModelStacks(NamedTuple):
-    """The parameters and adapters of all layers, in the form in which the loop over layers wants them."""
+    """The parameters and adapters of all layers, in the form that the loop over layers needs."""
 
     config: Qwen3MoeConfig
     weights: Stacks
@@ -67,8 +67,11 @@ class ModelStacks(NamedTuple):
 
     @classmethod
     def of(cls, params: Params, adapters: Params, config: Qwen3MoeConfig, options: Options) -> ModelStacks:
-        """Arrays that get a gradient are scanned over, so that each layer's gradient is written once; frozen ones stay
-        whole. The experts' two stacks are of one kind."""
+        """Decides which arrays the loop scans over.
+
+        Arrays with a gradient are scanned over, so that each layer's gradient is written once; frozen ones stay whole.
+        The experts' two stacks are always treated alike.
+        """
         trained = {path for path in params if "." in path and options.trains(path)}
         if trained & set(_EXPERTS):
             trained |= set(_EXPERTS)
@@ -84,7 +87,7 @@ class ModelStacks(NamedTuple):
         return cls(config, weights, adapter_stacks, scales, experts, params["embed_tokens"].dtype)
 
     def layer(self, index: LayerIndex, sliced: Params, sliced_adapters: Params) -> Layer:
-        """The layer `index`, given its slices of what is scanned over."""
+        """The layer `index`, given its slices of the scanned arrays."""
         stacks = self._replace(
             weights=self.weights._replace(sliced=sliced), adapters=self.adapters._replace(sliced=sliced_adapters)
         )
@@ -119,7 +122,7 @@ class Layer:
         return self.weight(path), self.eps, path in self.stacks.weights.whole
 
     def linear_maps(self, *paths: str) -> list[LinearMap]:
-        """Linear maps with bias and adapter; a frozen weight is passed as its whole stack, and read where it lies."""
+        """Linear maps with bias and adapter; a frozen weight is passed as its whole stack, and read in place."""
         return [self._linear_map(path) for path in paths]
 
     def adapter(self, path: str) -> Adapter | None:
@@ -168,7 +171,7 @@ def _split(stacks: Mapping[str, Any], config: Qwen3MoeConfig, sliced: set[str]) 
     whole = {path: stack for path, stack in stacks.items() if path not in sliced}
     if not (config.sparse_layers and config.dense_layers):
         return Stacks({path: stacks[path] for path in stacks if path in sliced}, whole)
-    # Mixed kinds: a layer of the other kind carries an unused slot, whose gradient is zero.
+    # In a model with both kinds of MLP, a layer of the other kind carries an unused slot, whose gradient is zero.
     layers, slots, is_sparse = LayerIndex.of(config)
     slot_of = {"attention": layers, "sparse": np.where(is_sparse, slots, 0), "dense": np.where(is_sparse, 0, slots)}
     return Stacks({path: stacks[path][slot_of[path.split(".")[0]]] for path in stacks if path in sliced}, whole)

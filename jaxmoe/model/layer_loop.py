@@ -1,6 +1,6 @@
-"""The loop over layers: a scan or unrolled, and what of each layer is kept for the backward pass.
+"""The loop over layers, as a scan or unrolled, and which results each layer saves for the backward pass.
 
-One scan runs over all layers. Its body picks each layer's weights by index, so a kind of layer is compiled once,
+One scan runs over all layers. Its body picks each layer's weights by index, so each kind of layer is compiled once,
 whatever the depth. Unrolling trades that for speed.
 """
 
@@ -22,12 +22,12 @@ from jaxmoe.model.layer import Layer, LayerIndex, ModelStacks
 from jaxmoe.ops import kept
 from jaxmoe.ops.linear import layer_slice
 
-# (residual stream, cache, layer) -> (residual stream, cache, what to return of the layer)
+# (residual stream, cache, layer) -> (residual stream, cache, what to return from the layer)
 Step = Callable[[Array, Any, Layer], tuple[Array, Any, Any]]
 
-# What each recomputation policy keeps of a layer beside its input; "offload" keeps the input itself in the host's
-# memory. The backward pass computes the rest again. A layer's slice of a frozen weight is never kept (it would hold the
-# model twice), nor are elementwise results (norms, rotary, SwiGLU), which are not worth their memory.
+# The results that each recomputation policy saves in a layer, besides the layer's input; "offload" saves the input
+# itself in the host's memory. The backward pass computes the rest again. A layer's slice of a frozen weight is never
+# saved, since that would hold the model twice. Elementwise results (norms, rotary, SwiGLU) are not worth their memory.
 _BALANCED = frozenset(
     {
         kept.ATTENTION_UPDATE,
@@ -67,7 +67,7 @@ def run_layers(
         return (out, cache), (record, h if options.layer_inputs else None)
 
     if options.trainable != "none":
-        # A scan keeps the two passes apart; one long program would merge what is recomputed with the first results.
+        # A scan keeps the two passes apart; in one long program XLA would merge recomputation and first computation.
         body = jax.checkpoint(body, policy=_policy(options.remat), prevent_cse=options.unroll)
     xs = (LayerIndex.of(config), stacks.weights.sliced, stacks.adapters.sliced)
     loop = _unrolled if options.unroll else jax.lax.scan
@@ -92,9 +92,9 @@ def _policy(remat: Remat) -> Callable[..., Any]:
 
 
 def _unrolled(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) -> tuple[Any, Any]:
-    """As `jax.lax.scan`, one layer after the other in one program.
+    """Like `jax.lax.scan`, but one layer after the other in one program.
 
-    A scan copies what a layer keeps for its backward pass into a stack, and out of it again; here it stays where it is.
+    A scan copies a layer's saved results into a stack, and out of it again; here they stay in place.
     """
     leaves, structure = jax.tree.flatten(xs)
     indices = _hidden_constants(np.arange(len(leaves[0])))
@@ -111,13 +111,13 @@ def _unrolled(body: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs: Any) 
 
 
 def _hidden_constants(values: np.ndarray) -> list[Array]:
-    """Indices hidden from constant folding: with constants every layer's slice would be its own kernel to compile."""
+    """Indices hidden from constant folding: with constants, each layer's slice would be its own kernel."""
     return jax.lax.optimization_barrier([jnp.asarray(value) for value in values])
 
 
 @jax.custom_vjp
 def _unstack(stack: Array, indices: list[Array]) -> list[Array]:
-    """The layers of a stack. Their gradients are stacked once; each slice's own gradient would be a whole stack."""
+    """The layers of a stack. Their gradients are stacked once; differentiating each slice would form a whole stack."""
     return [layer_slice(stack, index) for index in indices]
 
 

@@ -19,7 +19,7 @@ from jaxmoe.store.converted import is_converted, read_converted
 def open_checkpoint(
     path: str | pathlib.Path, dtype: str | None = None, quantize: str | None = None
 ) -> tuple[Qwen3MoeConfig, Checkpoint]:
-    """The checkpoint in a folder, HF form or converted, its weights not yet read; arguments and errors as of
+    """Opens the checkpoint in a folder, HF form or converted, without reading its weights; arguments and errors as in
     `Qwen3MoeForCausalLM.from_pretrained`."""
     source = read_converted(path, dtype) if is_converted(path) else read_hf(path, dtype)
     if quantize is not None:
@@ -31,7 +31,7 @@ def load_adapter(path: str | pathlib.Path, config: Qwen3MoeConfig) -> tuple[Lora
     """The adapter in a folder, PEFT's form or converted, in float32.
 
     Raises:
-        UserError: a broken adapter, or one of another model.
+        UserError: a broken adapter, or one for another model.
     """
     lora, arrays = read_adapter(path, config)[1:] if is_adapter(path) else read_peft(path, config)
     return lora, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}

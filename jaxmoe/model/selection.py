@@ -10,18 +10,18 @@ from jaxmoe.ops.implementations import Choice
 
 
 def selected_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
-    """The names of the implementations of "attention" and of the "experts"' products, as `jaxmoe.memory` takes them."""
+    """The names of the implementations of "attention" and of the "experts"' products, for `jaxmoe.memory`."""
     return {what: choice.name for what, choice in _choices(config, dtype).items()}
 
 
 def fallbacks(config: Qwen3MoeConfig, dtype: str) -> list[str]:
-    """A line for each of the two that runs on the slow fallback, and why, if the default device is a GPU."""
+    """If the default device is a GPU, a line for each of the two that uses the slow fallback, with the reason."""
     if implementations.default_device().platform != "gpu":
         return []
     choices = _choices(config, dtype)
     slow = {"attention": "blocks"} | ({"experts": "tiled"} if config.sparse_layers else {})
     return [
-        f"{what}: the slow fallback runs: {choices[what].reason}"
+        f"{what} uses the slow fallback: {choices[what].reason}"
         for what, fallback in slow.items()
         if choices[what].name == fallback
     ]

@@ -1,14 +1,14 @@
 """The codec of NF4: float matrices to bytes and back, in NumPy, with the bytes of bitsandbytes.
 
 A matrix is cut, in row-major order, into blocks of 64. A block is stored as its largest magnitude (absmax) and 4 bits
-an element, an index into `NF4_TABLE`, two in a byte with the even element in the high half. Double quantisation stores
-absmax - mean(absmax) in 8 bits, blocks of 256, an index into `dynamic_map()`. Source: Dettmers et al. 2023 (QLoRA);
+an element, an index into `NF4_TABLE`; a byte holds two, the even element in the high half. Double quantisation stores
+absmax - mean(absmax) as 8-bit indices into `dynamic_map()`, in blocks of 256. Source: Dettmers et al. 2023 (QLoRA);
 bitsandbytes 0.50, `functional.py` and `backends/default/ops.py`.
 
-Decoding gives the bits of bitsandbytes for float32, bfloat16 and float16. Encoding gives the 4-bit codes and the absmax
-of its CPU backend. For the second quantisation only decoding is the same: bitsandbytes' own 8-bit encoders differ from
-each other (a table with 65,536 entries on a CPU, a search on CUDA), and so do their sums for the mean. This encoder
-takes the exact mean and the nearest value. So quantise once and share the bytes.
+Decoding reproduces the bits of bitsandbytes for float32, bfloat16 and float16. Encoding reproduces the 4-bit codes and
+the absmax of its CPU backend. For the second quantisation only decoding is the same: bitsandbytes' own 8-bit encoders
+differ from each other (a table with 65,536 entries on a CPU, a search on CUDA), and so do their sums for the mean. This
+encoder uses the exact mean and the nearest value. So quantise once and share the bytes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class NF4(NamedTuple):
 
 @functools.cache
 def dynamic_map() -> np.ndarray:
-    """The 256 float32 values of the second quantisation, ascending, as bitsandbytes' `create_dynamic_map` gives them.
+    """The 256 float32 values of the second quantisation, ascending, as bitsandbytes' `create_dynamic_map` returns them.
 
     Seven decades, from 1e-6 to 1, with 1, 2, ... 64 values of each sign (Dettmers 2016). The grid is rounded as
     torch.linspace rounds it: in float32, by fused multiply-add from the nearer end.
@@ -98,8 +98,8 @@ def dynamic_map() -> np.ndarray:
 def encode(matrix: np.ndarray, nested_quant_map: np.ndarray | None = None) -> NF4:
     """Quantises one float matrix of any shape; all of it is one sequence of blocks, the last of which may be short.
 
-    The nearest value of the table is taken, the lower one of two that are equally near. `nested_quant_map`, float32
-    [256] such as `dynamic_map()`, asks for double quantisation.
+    Each element becomes the nearest value of the table, or the lower of two that are equally near. `nested_quant_map`,
+    float32 [256] such as `dynamic_map()`, asks for double quantisation.
     """
     flat = np.ascontiguousarray(matrix).reshape(-1)
     absmax = np.empty(-(-flat.size // NF4_BLOCK), np.float32)

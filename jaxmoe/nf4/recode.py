@@ -80,7 +80,8 @@ def quantized(source: Checkpoint, form: str = "nf4") -> Checkpoint:
 
 
 def dequantized(source: Checkpoint) -> Checkpoint:
-    """The checkpoint with its NF4 weights decoded, while it is read, into the dtypes that they were made from."""
+    """The checkpoint with its NF4 weights decoded, while it is read, to the dtypes that they had before
+    quantisation."""
     quantization = source.quantization
     if quantization is None:
         return source

@@ -21,14 +21,14 @@ _PAIRS = NF4_TABLE[np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class NF4Stack:
-    """Frozen weights [groups, out, in] in NF4; `stack[group]` gives them in `dtype`, decoded anew each time.
+    """Frozen weights [groups, out, in] in NF4; `stack[group]` returns them in `dtype`, decoded each time.
 
     A group is a layer, or an expert of a layer, and holds the codes of one matrix or of several that follow each other.
     The fields are those of `jaxmoe.nf4.codec.NF4`, codes uint8 [groups, matrices, bytes] and so on, and the table
     float32 [256]. `shape` and `dtype` are those of the weights.
     """
 
-    # JAX puts placeholders here while it takes trees apart, so no annotation of arrays would hold.
+    # JAX stores placeholders here while it flattens trees, so annotations of arrays would not hold.
     codes: Any
     absmax: Any
     nested_absmax: Any
@@ -80,8 +80,8 @@ def _decode(codes: Array, absmax: Array, elements: int, dtype: Any) -> Array:
 
 def _decode_absmax(absmax: Array, nested_absmax: Array, offset: Array, table: Array) -> Array:
     outer = jnp.repeat(nested_absmax, NF4_NESTED_BLOCK, axis=-1)[..., : absmax.shape[-1]]
-    # The bound changes no finite number. It stands between product and sum so that no compiler makes one multiply-add
-    # of them, whose last bit would differ; an optimization barrier is gone by the time that LLVM looks.
+    # The bound changes no finite number. It separates product and sum so that no compiler fuses them into one
+    # multiply-add, whose last bit would differ. An optimization barrier would not help: it is gone before LLVM runs.
     product = jnp.minimum(_look_up(table, absmax) * outer, jnp.finfo(jnp.float32).max)
     return product + offset[..., None]
 

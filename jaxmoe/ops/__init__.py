@@ -1,1 +1,1 @@
-"""One operation a file: its oracle first, then its implementations."""
+"""One operation per file: its oracle first, then its implementations."""

@@ -27,7 +27,7 @@ def causal_attention(
 
     A segment is a contiguous run of equal ids. Segment 0 is padding: no token sees it, and its own output is finite and
     meaningless. Without `segments` each sequence is one segment. The backward pass needs the operands, the output and
-    the log-sum-exp; the last two bear names for recomputation policies (`jaxmoe.ops.kept`).
+    the log-sum-exp; the last two have names for recomputation policies (`jaxmoe.ops.kept`).
     """
     if sliding_window is not None and sliding_window >= query.shape[1]:
         sliding_window = None

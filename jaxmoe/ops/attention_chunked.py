@@ -1,8 +1,8 @@
 """Causal attention in pure JAX, a chunk of queries at a time: runs anywhere and in any dtype.
 
 A chunk sees only the keys that causality and the window allow, so half of the work is never done, and the logits of one
-chunk fit a cache: on a CPU this runs three times as fast as `jax.nn.dot_product_attention`, which forms all of
-[B, N, T, T]. The backward pass recomputes each chunk's probabilities from the saved log-sum-exp (Dao et al. 2022,
+chunk fit into a cache. On a CPU this runs three times as fast as `jax.nn.dot_product_attention`, which forms logits of
+size [B, N, T, T]. The backward pass recomputes each chunk's probabilities from the saved log-sum-exp (Dao et al. 2022,
 algorithm 4); nothing of size [T, T] is saved for it.
 """
 
@@ -22,8 +22,8 @@ from jaxmoe.ops.contraction import product
 from jaxmoe.ops.kept import ATTENTION_LOG_SUM, ATTENTION_OUT
 
 _MASKED = -1e30  # finite, so that a query that sees nothing gets a mean and not a NaN
-_CHUNKS = 8  # each is compiled on its own, for a chunk's keys have a static length
-SHORTEST, LONGEST = 64, 1024  # queries of a chunk: more chunks only where eight would hold too many logits
+_CHUNKS = 8  # each is compiled separately, because a chunk's keys have a static length
+SHORTEST, LONGEST = 64, 1024  # queries per chunk; more chunks only where eight would hold too many logits
 
 
 def chunk_length(length: int) -> int:
@@ -40,18 +40,18 @@ def _chunks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
         yield slice(start, stop), slice(first, stop)
 
 
-def _rows(heads: Array, rows: slice) -> Array:
+def _select(heads: Array, queries: slice) -> Array:
     """A chunk of [B, K, G, T, x], a group's query heads one after the other: [B, K, G * t, x]."""
     B, K, *_, width = heads.shape
-    return heads[..., rows, :].reshape(B, K, -1, width)
+    return heads[..., queries, :].reshape(B, K, -1, width)
 
 
-def _logits(query: Array, key: Array, segments: Array, rows: slice, keys: slice, window: int | None) -> Array:
+def _logits(query: Array, key: Array, segments: Array, queries: slice, keys: slice, window: int | None) -> Array:
     """Masked logits [B, K, G * t, s] of one chunk, float32."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
-    mask = attention_mask(index[:, rows], index[:, keys], segments[:, rows], segments[:, keys], window)
+    mask = attention_mask(index[:, queries], index[:, keys], segments[:, queries], segments[:, keys], window)
     mask = jnp.tile(mask, (1, query.shape[2], 1))[:, None]
-    logits = product("bkrh,bksh->bkrs", _rows(query, rows), key[:, :, keys]) * query.shape[-1] ** -0.5
+    logits = product("bkrh,bksh->bkrs", _select(query, queries), key[:, :, keys]) * query.shape[-1] ** -0.5
     return jnp.where(mask, logits, _MASKED)
 
 
@@ -93,8 +93,8 @@ def _attend(query: Array, key: Array, value: Array, segments: Array, window: int
 def _attend_forward(query: Array, key: Array, value: Array, segments: Array, window: int | None):
     *lead, _, _ = query.shape
     outs, log_sums = [], []
-    for rows, keys in _chunks(query.shape[3], window):
-        logits = _logits(query, key, segments, rows, keys, window)
+    for queries, keys in _chunks(query.shape[3], window):
+        logits = _logits(query, key, segments, queries, keys, window)
         largest = jnp.max(logits, axis=-1, keepdims=True)
         weights = jnp.exp(logits - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -113,17 +113,17 @@ def _attend_backward(window: int | None, residuals: tuple[Array, ...], d_out: Ar
     shared = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_query = []
     d_key, d_value = (jnp.zeros(a.shape, jnp.float32) for a in (key, value))
-    for rows, keys in _chunks(query.shape[3], window):
-        logits = _logits(query, key, segments, rows, keys, window)
-        probabilities = jnp.exp(logits - _rows(log_sum, rows))
-        d_rows = _rows(d_out, rows)
-        d_probabilities = product("bkrh,bksh->bkrs", d_rows, value[:, :, keys])
-        d_logits = probabilities * (d_probabilities - _rows(shared, rows)) * H**-0.5
+    for queries, keys in _chunks(query.shape[3], window):
+        logits = _logits(query, key, segments, queries, keys, window)
+        probabilities = jnp.exp(logits - _select(log_sum, queries))
+        d_selected = _select(d_out, queries)
+        d_probabilities = product("bkrh,bksh->bkrs", d_selected, value[:, :, keys])
+        d_logits = probabilities * (d_probabilities - _select(shared, queries)) * H**-0.5
         d_logits, probabilities = d_logits.astype(query.dtype), probabilities.astype(query.dtype)
         d_chunk = product("bkrs,bksh->bkrh", d_logits, key[:, :, keys])
         d_query.append(d_chunk.astype(query.dtype).reshape(*lead, -1, H))
-        d_key = d_key.at[:, :, keys].add(product("bkrs,bkrh->bksh", d_logits, _rows(query, rows)))
-        d_value = d_value.at[:, :, keys].add(product("bkrs,bkrh->bksh", probabilities, d_rows))
+        d_key = d_key.at[:, :, keys].add(product("bkrs,bkrh->bksh", d_logits, _select(query, queries)))
+        d_value = d_value.at[:, :, keys].add(product("bkrs,bkrh->bksh", probabilities, d_selected))
     return jnp.concatenate(d_query, axis=3), d_key.astype(key.dtype), d_value.astype(value.dtype), None
 
 

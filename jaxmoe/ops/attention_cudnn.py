@@ -1,17 +1,18 @@
-"""Causal attention by cuDNN's flash attention, packed rows included: forward, backward, and what it cannot take.
+"""Causal attention by cuDNN's flash attention, forward and backward, also for packed sequences.
 
-cuDNN knows no segment ids, but a packed layout: the offset and the length of each sequence in a row. Segments here are
-contiguous, so a row is a list of runs of equal ids. Runs of padding (segment 0) are sequences as well: all tokens are
-then covered, nothing is left unwritten, and no token of another segment sees them.
+cuDNN has no segment ids. It has a packed layout instead: the offset and the length of each part of a sequence.
+Segments here are contiguous, so a sequence is a list of runs of equal ids, and each run becomes one of cuDNN's parts.
+Runs of padding (segment 0) are parts as well: all tokens are then covered, nothing is left unwritten, and no token of
+another segment sees them.
 
-The layout takes a fixed number of sequences a row (`MAX_RUNS`), and its log-sum-exp has that many rows of length T for
-each row of the batch, most of it unused. So runs are taken `MAX_RUNS` at a time, in a loop as long as the batch needs,
-and the log-sum-exp is gathered into [B, N, T]. Rows that are one run, the usual case of long contexts, take cuDNN's
-plain causal attention.
+A call has a fixed number of parts per sequence (`MAX_RUNS`). Its log-sum-exp has that many lines of length T for each
+sequence, most of them unused. So runs are handled `MAX_RUNS` at a time, in a loop as long as the batch needs, and the
+log-sum-exp is gathered into [B, N, T]. Sequences that are one run, the usual case of long contexts, use cuDNN's plain
+causal attention.
 
 `jax.nn.dot_product_attention` does not expose the offsets; the functions used here are private to JAX
 (jax/_src/cudnn/fused_attention_stablehlo.py), and neither JAX nor cuDNN promises much about the packed layout. So
-packed rows are taken only where a small case, run once in a process, gives the oracle's values and gradients
+packed sequences are only used where a small case, run once in a process, agrees with the oracle in values and gradients
 (`packed_error`).
 """
 
@@ -33,8 +34,8 @@ from jaxmoe.ops.kept import ATTENTION_LOG_SUM, ATTENTION_OUT
 
 fused: Any = fused_attention_stablehlo  # untyped
 
-# The backward pass has a workspace in float32 for each sequence of a call, as long as the row: 4.0 GiB at 2 x 4096
-# with 16 of them, held by every step, for the compiler cannot know that its rows will be single runs.
+# The backward pass has a float32 workspace of length T for each part: 4.0 GiB at 2 x 4096 with 16 parts. Every step
+# holds it, because the compiler cannot know that its sequences will be single runs.
 MAX_RUNS = 4
 
 _LAYOUT = fused.AttentionLayout.BTNH.value
@@ -46,11 +47,11 @@ _SCORE_MOD = "score_mod" in inspect.signature(fused._dot_product_attention_bwd_r
 
 
 def unsupported(query: Any, key: Any, segments: Array | None = None) -> str | None:
-    """Why cuDNN cannot take these operands, or None; on a GPU, runs a small case the first time with `segments`."""
+    """Why cuDNN cannot run on these operands, or None; on a GPU, the first call with `segments` runs a small case."""
     if query.dtype not in (jnp.bfloat16, jnp.float16) or key.dtype != query.dtype:
-        return f"takes 16-bit floats, found {query.dtype}"
+        return f"needs 16-bit floats, found {query.dtype}"
     if query.shape[-1] > 128 or query.shape[-1] % 8:
-        return f"takes heads of up to 128 in steps of 8, found {query.shape[-1]}"
+        return f"needs a head size of at most 128 that is a multiple of 8, found {query.shape[-1]}"
     try:
         fused.check_cudnn_version()
     except RuntimeError:
@@ -60,26 +61,28 @@ def unsupported(query: Any, key: Any, segments: Array | None = None) -> str | No
     return _packed_unsupported(query.shape[2] // key.shape[2], query.shape[3], query.dtype.name)
 
 
-_CHECK_BOUND = 2e-2  # relative L2; rounding to bfloat16 gives 4e-3, a sequence in the wrong place more than 1
+_CHECK_BOUND = 2e-2  # relative L2; rounding to bfloat16 gives 4e-3, a segment in the wrong place more than 1
 
 
 @cache
 def _packed_unsupported(groups: int, head_dim: int, dtype: str) -> str | None:
-    # In a thread of its own, for this is called while something else is being traced here.
+    # In a separate thread, because this is called while another function is being traced in this one.
     with ThreadPoolExecutor(1) as pool:
         try:
             error = pool.submit(packed_error, groups, head_dim, dtype).result()
-        except Exception as failure:  # whatever JAX, XLA or cuDNN raises, packed rows are not for it
-            return f"cannot run packed rows here: {(str(failure).splitlines() or [type(failure).__name__])[0][:200]}"
+        except Exception as failure:  # whatever JAX, XLA or cuDNN raises, packing is unsupported
+            return (
+                f"cannot run packed sequences here: {(str(failure).splitlines() or [type(failure).__name__])[0][:200]}"
+            )
     if error <= _CHECK_BOUND:
         return None
-    return f"gives packed rows here that are {error:.1e} from the oracle, expected at most {_CHECK_BOUND:.0e}"
+    return f"is wrong on packed sequences here: expected an error of at most {_CHECK_BOUND:.0e}, found {error:.1e}"
 
 
 def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
-    """The largest relative L2 error of output and gradients on packed rows, against masked attention in float32.
+    """The largest relative L2 error of output and gradients on packed sequences, against masked attention in float32.
 
-    One row has more runs than one call takes, the other two documents between padding.
+    One sequence has more runs than one call can handle; the other has two documents between padding.
     """
     T, K = 4 * MAX_RUNS, 2
     index = jnp.broadcast_to(jnp.arange(T), (2, T))
@@ -110,28 +113,28 @@ def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
 
 
 class _Group(NamedTuple):
-    """`MAX_RUNS` runs of each row, as cuDNN takes them, and which tokens they cover."""
+    """`MAX_RUNS` runs of each sequence in the form for cuDNN, and which tokens they cover."""
 
-    lengths: Int[Array, "B runs"]  # -1 where a row has fewer runs
+    lengths: Int[Array, "B runs"]  # -1 where a sequence has fewer runs
     offsets: Int[Array, "B runs+1"]
     covered: Array  # [B, T]
-    sequence: Int[Array, "B T"]  # which of cuDNN's sequences a covered token belongs to
-    place: Int[Array, "B T"]  # its place in there
+    part: Int[Array, "B T"]  # which of cuDNN's parts, counted over the batch, a covered token belongs to
+    place: Int[Array, "B T"]  # its place in that part
 
 
 def _run_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Which run of equal ids each token belongs to, counted from 0 in each row."""
+    """Which run of equal ids each token belongs to, counted from 0 in each sequence."""
     changes = segments[:, 1:] != segments[:, :-1]
     return jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
 def _group(run: Int[Array, "B T"], number: Array | int, size: int) -> _Group:
-    """The runs number * size, ..., of each row."""
+    """The runs number * size, ..., of each sequence."""
     rank = number * size + jnp.arange(size + 1)
     starts = jnp.sum(run[:, :, None] < rank, axis=1, dtype=jnp.int32)
     lengths = starts[:, 1:] - starts[:, :-1]
     exists = lengths > 0
-    # JAX moves the sequences that exist to the front, those of all rows together.
+    # JAX moves the parts that exist to the front, those of all sequences together.
     count = jnp.sum(exists, axis=1)
     first = jnp.cumsum(count) - count
     local = run - number * size
@@ -149,7 +152,7 @@ def _group(run: Int[Array, "B T"], number: Array | int, size: int) -> _Group:
 
 
 def _operands(query: Array, key: Array, value: Array, group: _Group | None) -> tuple[Any, ...]:
-    """The operands of a call: no bias, lengths and offsets where the rows are packed, no page table, no score_mod."""
+    """The operands of a call: no bias, lengths and offsets if packed, no page table, no score_mod."""
     unused = jnp.zeros(0, query.dtype)
     both = (unused,) * 4 if group is None else (group.lengths, group.lengths, group.offsets, group.offsets)
     return query, key, value, unused, *both, unused, unused, *[()] * _SCORE_MOD
@@ -163,7 +166,7 @@ def _static(query: Array, window: int | None) -> tuple[Any, ...]:
 
 
 def _forward(query: Array, key: Array, value: Array, group: _Group | None, window: int | None) -> tuple[Array, Array]:
-    """(output, log-sum-exp) as cuDNN gives them: of a group only what it covers, the log-sum-exp by sequence."""
+    """(output, log-sum-exp) as cuDNN returns them: of a group only what it covers, the log-sum-exp by part."""
     out, log_sum = fused._dot_product_attention(*_operands(query, key, value, group), *_static(query, window))
     return out, log_sum
 
@@ -186,16 +189,16 @@ def _backward(
 
 
 def _max_runs(length: int) -> int:
-    return max(2, min(MAX_RUNS, length))  # JAX takes one run for the plain layout
+    return max(2, min(MAX_RUNS, length))  # JAX treats one run as the plain layout
 
 
 def _by_head(key: Array, query: Array) -> Array:
-    """Keys or values as the packed layout takes them: repeated for each query head where JAX knows no groups there."""
+    """Keys or values for the packed layout: repeated for each query head if JAX does not support groups there."""
     return key if _GROUPED_PACKING else jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
 
 
 def _of_group(d_key: Array, key: Array) -> Array:
-    """The gradient of what `_by_head` was given."""
+    """The gradient of the operand of `_by_head`."""
     if d_key.shape == key.shape:
         return d_key
     B, T, K, H = key.shape
@@ -207,7 +210,7 @@ def _where_covered(group: _Group, new: Array, old: Array) -> Array:
 
 
 def _fold_groups(run: Array, step: Any, start: Any) -> Any:
-    """Folds `step(group, carry)` over as many groups as the row with the most runs needs."""
+    """Folds `step(group, carry)` over as many groups as the sequence with the most runs needs."""
     size = _max_runs(run.shape[1])
     groups = jnp.max(run[:, -1]) // size + 1
     return jax.lax.fori_loop(0, groups, lambda number, carry: step(_group(run, number, size), carry), start)
@@ -217,8 +220,8 @@ def _packed_forward(query: Array, key: Array, value: Array, run: Array, window: 
     key, value = _by_head(key, query), _by_head(value, query)
 
     def step(group: _Group, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        out, by_sequence = _forward(query, key, value, group, window)
-        log_sum = by_sequence[group.sequence, :, group.place]  # [B, T, N]
+        out, by_part = _forward(query, key, value, group, window)
+        log_sum = by_part[group.part, :, group.place]  # [B, T, N]
         log_sum = jnp.where(group.covered[:, None], log_sum.swapaxes(1, 2), carry[1])
         return _where_covered(group, out, carry[0]), log_sum
 
@@ -235,12 +238,10 @@ def _packed_backward(
 
     def step(group: _Group, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         # The inverse of the gather above; a token that is not covered is written nowhere.
-        sequence = jnp.where(group.covered, group.sequence, B * size)
-        by_sequence = jnp.zeros((B * size, N, T), jnp.float32)
-        by_sequence = by_sequence.at[sequence, :, group.place].set(
-            log_sum.swapaxes(1, 2), mode="drop", unique_indices=False
-        )
-        gradients = _backward(query, keys, values, group, window, by_sequence, out, d_out)
+        part = jnp.where(group.covered, group.part, B * size)
+        by_part = jnp.zeros((B * size, N, T), jnp.float32)
+        by_part = by_part.at[part, :, group.place].set(log_sum.swapaxes(1, 2), mode="drop", unique_indices=False)
+        gradients = _backward(query, keys, values, group, window, by_part, out, d_out)
         gradients = gradients[0], _of_group(gradients[1], key), _of_group(gradients[2], value)
         d_query, d_key, d_value = (_where_covered(group, *pair) for pair in zip(gradients, carry, strict=True))
         return d_query, d_key, d_value

@@ -1,4 +1,4 @@
-"""Attention with a mask for every pair of tokens: the oracle of `causal_attention`, and what decoding runs."""
+"""Attention with a mask for every pair of tokens: the oracle of `causal_attention`, also used for decoding."""
 
 from __future__ import annotations
 

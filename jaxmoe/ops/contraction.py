@@ -1,8 +1,9 @@
 """Contractions: every sum in float32, at full precision for float32 operands (never TF32).
 
-An operation's result is rounded to the activations' dtype once, at its end. transformers rounds more often in bfloat16
-(after the normalisation, each rotary product, each factor of SwiGLU, each sum of the residual stream, which is float32
-here), so this package is closer to the exact result. In float32 both compute the same thing up to the order of sums.
+An operation's result is rounded to the activations' dtype once, at its end. In bfloat16, transformers rounds more
+often: after the normalisation, each rotary product, each factor of SwiGLU, and each sum of the residual stream (float32
+here). This package is therefore closer to the exact result. In float32 both compute the same thing up to the order of
+sums.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ product = partial(jnp.einsum, precision=PRECISION, preferred_element_type=jnp.fl
 def contract(x: Float[Array, "*batch inner"], weight: Float[Array, "out inner"]) -> Float[Array, "*batch out"]:
     """Forms x W^T in float32.
 
-    The backward pass rounds the cotangent to x's dtype before it multiplies: where the result was rounded to that dtype
-    that changes nothing, and a product of float32 with bfloat16 would run outside the tensor cores.
+    The backward pass rounds the cotangent to x's dtype before it multiplies. Where the result was rounded to that
+    dtype, this changes nothing; and a product of float32 with bfloat16 would run outside the tensor cores.
     """
     y: Array = product("...i,oi->...o", x, weight)
     return y

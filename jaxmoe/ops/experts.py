@@ -1,8 +1,8 @@
 """The mixture of experts: sort by expert, grouped matmul, un-permute by gather, weigh, sum over k.
 
-`dense_experts` is the oracle, `sorted_experts` what runs. The mixture has its own backward pass (`_mixture`). It keeps
-x and the product of gate and up, and nothing else as large. The gathered rows are a gather away, and the experts'
-outputs are not needed, since
+`dense_experts` is the oracle, `sorted_experts` the implementation. The mixture has its own backward pass (`_mixture`).
+It saves x and the product of gate and up, and nothing else of that size. The gathered rows are cheap to gather again.
+The experts' outputs are not needed, since
 
     d w_row = <d out, y_row> = <a_row, W_down^T d out>,    a = silu(gate) * up,
 
@@ -34,9 +34,9 @@ from jaxmoe.ops.swiglu import swiglu_of_product
 class ExpertWeights(NamedTuple):
     """The fused experts of one layer inside a stack of groups (layers * experts): group = offset + expert.
 
-    `gate_up_proj` [groups, 2F, D] (rows :F gate, F: up) and `down_proj` [groups, D, F] may hold all layers: the layer
-    is picked by `offset`, and no slice of it is copied. `trainable` says whether they get a gradient. Frozen ones may
-    be in NF4: an expert is decoded when it is multiplied, forwards and backwards.
+    `gate_up_proj` [groups, 2F, D] (rows :F gate, F: up) and `down_proj` [groups, D, F] may hold all layers: `offset`
+    selects the layer, and no slice of it is copied. `trainable` says whether they get a gradient. Frozen ones may be in
+    NF4: an expert is decoded when it is multiplied, forwards and backwards.
     """
 
     gate_up_proj: Array | NF4Stack
@@ -57,7 +57,7 @@ def dense_experts(
     gate_up_adapter: Adapter | None = None,
     down_adapter: Adapter | None = None,
 ) -> Float[Array, "M D"]:
-    """The oracle of `sorted_experts` for small sizes: every expert computes every token; unchosen ones weigh zero."""
+    """The oracle of `sorted_experts` for small sizes: every expert computes every token; unchosen ones count zero."""
     M, E = routing.logits.shape
     layer = partial(jax.lax.dynamic_slice_in_dim, start_index=weights.offset, slice_size=E)
 
@@ -87,7 +87,8 @@ def sorted_experts(
     """The mixture's output sum_k w_k down_k(silu(gate_k x) * up_k x), float32, by sort-based dispatch.
 
     Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products join the base's before it is rounded.
-    `in_scan` says that this is a step of a scan that will be differentiated: what it keeps is then a slice of a stack.
+    `in_scan` says that this is a step of a scan that will be differentiated: its saved results are then slices of a
+    stack.
     """
     num_experts = routing.logits.shape[-1]
     widths = *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]
@@ -105,8 +106,8 @@ def sorted_experts(
 
 
 class _Plan(NamedTuple):
-    """What is decided while tracing: the products' implementation, whether the stacks get gradients, and whether what
-    is kept for the backward pass lies in a scan's stack."""
+    """What is decided while tracing: the products' implementation, whether the stacks get gradients, and whether the
+    results saved for the backward pass lie in a scan's stack."""
 
     products: GroupedMatmul
     trainable: bool
@@ -134,7 +135,7 @@ def _mixture(
     schedule: Schedule,
     plan: _Plan,
 ) -> Array:
-    """The forward pass without differentiation: nothing is kept, so SwiGLU is part of the product of gate and up."""
+    """The forward pass without differentiation: nothing is saved, so SwiGLU is part of the product of gate and up."""
     with jax.named_scope("permute"):
         rows = permute(x, schedule)
     with jax.named_scope("gate_up"):
@@ -194,12 +195,12 @@ def _mixture_forward(x, weights, stacks, offset, adapters, schedule, plan: _Plan
 def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
     x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, schedule = residuals
     with jax.named_scope("combine"):
-        d_rows = permute(d_out.astype(x.dtype), schedule)  # not yet weighed
+        d_rows = permute(d_out.astype(x.dtype), schedule)  # not yet weighted
         weight_of_row = row_weights(weights, schedule)
     with jax.named_scope("down"):
         d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule, plan.products)
     with jax.named_scope("swiglu"):
-        # At padding the weight is zero, and with it everything that follows: no sum over rows needs a mask.
+        # At padding the weight is zero, and so is everything that follows: no sum over rows needs a mask.
         again = plan.trainable or adapters[1] is not None
         gradient = choose("swiglu_gradient", gate_up, plan.in_scan).value
         hidden, d_gate_up, d_weight_of_row = gradient(gate_up, d_hidden, weight_of_row, with_hidden=again)
@@ -235,7 +236,7 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
 
 
 def _adapter_gradient(outer: Any, rows: Array, low: Any, d_y: Array, d_low: Any, adapter: Factors) -> Factors:
-    """The sums dA = dLow^T rows and dB = dY^T low; of each pair of factors one is zero at padding."""
+    """The sums dA = dLow^T rows and dB = dY^T low; at padding one factor of each pair is zero."""
     d_a: Array = outer(d_low, rows)
     d_b: Array = outer(d_y, low)
     return Factors(d_a.astype(adapter.a.dtype), d_b.astype(adapter.b.dtype))

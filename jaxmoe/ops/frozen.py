@@ -1,4 +1,4 @@
-"""Frozen operands: a gradient that is asked for and not formed is an error, never a silent zero."""
+"""Frozen operands: asking for a gradient that is not computed is an error, never a silent zero."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def define_vjp(
     backward: Callable[..., Any],
     frozen: Mapping[int, str] | Callable[..., Mapping[int, str]],
 ) -> None:
-    """As `function.defvjp(forward, backward)`, for a `jax.custom_vjp` some of whose arguments are frozen.
+    """Like `function.defvjp(forward, backward)`, for a `jax.custom_vjp` some of whose arguments are frozen.
 
     Args:
         function: the `jax.custom_vjp`.
-        forward: its rule, which takes plain values.
-        backward: its rule, which takes plain cotangents and returns None for a frozen argument.
+        forward: its forward rule, for plain values.
+        backward: its backward rule, for plain cotangents; it returns None for a frozen argument.
         frozen: positions of frozen arguments and what to call them, or a function of the arguments that returns these.
 
     Raises:
@@ -33,7 +33,7 @@ def define_vjp(
         names = frozen(*values) if callable(frozen) else frozen
         for position, name in names.items():
             if is_perturbed(arguments[position]):
-                raise ValueError(f"{name}: frozen, expected no gradient to be asked for, found one")
+                raise ValueError(f"{name}: frozen, but its gradient was asked for")
         return forward(*values)
 
     def plain_backward(*arguments: Any) -> Any:

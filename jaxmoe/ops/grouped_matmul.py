@@ -1,4 +1,4 @@
-"""Grouped matmul: rows laid out by expert, times the expert's own matrix; what each implementation of it offers."""
+"""Grouped matmul (rows sorted by expert, times the expert's own matrix), and what each implementation has to offer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class LowRankTerm(NamedTuple):
 
 @runtime_checkable
 class GroupedMatmul(Protocol):
-    """One implementation of the grouped products, with its numbers."""
+    """One implementation of the grouped products, with its sizes."""
 
-    rank_multiple: int  # what an adapter's rank is padded to
-    min_linear_rows: int | None  # rows from which `linear` pays; None: it has no `linear`
+    rank_multiple: int  # an adapter's rank is padded to a multiple of this
+    min_linear_rows: int | None  # `linear` is faster from this many rows on; None: it has no `linear`
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
         """Why it cannot run on 16-bit or float32 rows of these widths, or None."""

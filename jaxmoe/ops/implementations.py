@@ -67,7 +67,7 @@ def default_device() -> Device:
     device: Any = jax.config.values["jax_default_device"] or jax.local_devices()[0]
     if isinstance(device, str):  # the configuration also accepts a platform's name
         device = jax.local_devices(backend=device)[0]
-    capability = getattr(device, "compute_capability", None)  # "9.0"; other platforms lack it or give something else
+    capability = getattr(device, "compute_capability", None)  # "9.0"; other platforms lack it or return something else
     try:
         major, minor = (int(part) for part in str(capability).split("."))
     except ValueError:
@@ -101,7 +101,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.attention_cudnn:CUDNN",
         ),
         "blocks": Implementation(
-            "pure JAX by chunks of queries, causal half only, exact for packed sequences",
+            "pure JAX in chunks of queries, causal half only, exact for packed sequences",
             _anywhere,
             "jaxmoe.ops.attention_chunked:CHUNKED",
         ),
@@ -146,7 +146,7 @@ def _check(operation: str, name: str, source: str) -> None:
 def forced(**names: str) -> Iterator[None]:
     """Selects the named implementations inside the context, whatever the environment says.
 
-    JAX does not know that a trace depends on the choice, so its caches of compiled functions are dropped on both ends.
+    JAX does not know that a trace depends on the choice, so its caches of compiled functions are cleared at both ends.
 
     Raises:
         UserError: no such operation, or no such implementation of it.
@@ -165,7 +165,7 @@ def forced(**names: str) -> Iterator[None]:
 
 
 def _demanded(operation: str) -> tuple[str, str] | None:
-    """(name, who demands it), or None; the context overrides the environment."""
+    """(name, where it is demanded), or None; the context overrides the environment."""
     if (name := _forced.get().get(operation)) is not None:
         return name, f"forced {operation}"
     variable = f"JAXMOE_{operation.upper()}"
@@ -180,7 +180,7 @@ def choose(operation: str, *operands: Any) -> Choice:
 
     Args:
         operation: a key of `OPERATIONS`.
-        operands: what its implementations' `unsupported` takes; without any, only the device decides.
+        operands: the arguments of its implementations' `unsupported`; without any, only the device decides.
 
     Raises:
         UserError: the environment or `forced` names an implementation that does not exist or cannot run here.
@@ -196,7 +196,7 @@ def choose(operation: str, *operands: Any) -> Choice:
         name, source = demand
         if (why := unsupported(choices[name])) is not None:
             raise UserError(f"{source}: {name} cannot run here: {why}")
-        return Choice(name, f"{choices[name].what}; by {source}", choices[name].load())
+        return Choice(name, f"{choices[name].what}; selected by {source}", choices[name].load())
     passed = []
     for name, implementation in choices.items():
         why = unsupported(implementation)

@@ -10,4 +10,4 @@ ATTENTION_LOG_SUM = "attention_log_sum"  # the log-sum-exp of each query's logit
 ATTENTION_UPDATE = "attention_update"  # what attention adds to the residual stream
 ROUTING = "routing"  # router logits, experts and weights; the rest of the routing follows from them
 SCHEDULE = "expert_schedule"  # the row layout, small and made by a sort
-GATE_UP = "gate_up_product"  # the product of gate and up, [P, 2F], the largest result of a layer, and low-rank rows
+GATE_UP = "gate_up_product"  # the product of gate and up, [P, 2F], the largest result of a layer; and low-rank rows

@@ -1,4 +1,4 @@
-"""Linear maps with a bias and an adapter, whatever form their weight lies in."""
+"""Linear maps with a bias and an adapter, whatever form their weight is stored in."""
 
 from __future__ import annotations
 

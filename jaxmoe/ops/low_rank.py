@@ -35,7 +35,7 @@ class Factors(NamedTuple):
         return self.a.shape[-2]
 
     def terms(self, dtype: Any, multiple: int = 1) -> tuple[Array, Array]:
-        """A and B as products in `dtype` take them (`split_high_low`), their rank padded to a multiple."""
+        """A and B in the form that products in `dtype` need (`split_high_low`), their rank padded to a multiple."""
         a, b = split_high_low(self.a, dtype, -2), split_high_low(self.b, dtype, -1)
         return pad_to_multiple(a, -2, multiple), pad_to_multiple(b, -1, multiple)
 
@@ -48,16 +48,16 @@ def pad_to_multiple(array: Float[Array, "..."], axis: int, multiple: int) -> Flo
 
 
 def split_high_low(weight: Float[Array, "..."], dtype: Any, axis: int) -> Float[Array, "..."]:
-    """An adapter's matrix as two 16-bit terms along the rank's `axis`: the rounded matrix, then what rounding left.
+    """An adapter's matrix as two 16-bit terms along the rank's `axis`: the rounded matrix, then the rounding error.
 
-    An adapter rounded to 16 bits is another adapter: its gradients were 1.7 times as far from float64 as those of PEFT,
-    which multiplies adapters in float32. Two terms hold 16 of float32's 24 bits, and the products stay on the tensor
-    cores. With a `dtype` of float32 the matrix is returned as it is.
+    Rounding an adapter to 16 bits changes it: its gradients were 1.7 times as far from float64 as those of PEFT, which
+    multiplies adapters in float32. Two terms hold 16 of float32's 24 bits, and the products stay on the tensor cores.
+    With a `dtype` of float32 the matrix is returned unchanged.
     """
     if dtype == jnp.float32:
         return weight
     kept = jnp.finfo(dtype)
-    # XLA may drop a conversion there and back; it must carry out this one.
+    # XLA may drop a conversion to another dtype and back; it must carry out this one.
     rounded = jax.lax.reduce_precision(weight, kept.nexp, kept.nmant)
     return jnp.concatenate([rounded, weight - rounded], axis).astype(dtype)
 

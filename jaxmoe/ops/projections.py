@@ -25,14 +25,14 @@ from jaxmoe.ops.low_rank import Adapter, Factors, fold, pad_to_multiple, split_h
 
 
 def unsupported(x: Float[Array, "*batch inner"], stacks: Sequence[Any]) -> str | None:
-    """Why `frozen_linears` cannot run on this device for these sizes, or would not pay; None if it can."""
+    """Why `frozen_linears` cannot run on this device for these sizes, or would not be faster; None if it can."""
     if any(isinstance(stack, NF4Stack) for stack in stacks):
         return "needs weights that are not in NF4"
     rows = x.size // x.shape[-1]
     selected = choose("grouped_matmul", x.dtype)
     least = selected.value.min_linear_rows
     if least is None:
-        return f"the grouped matmul runs on {selected.name}, which has none"
+        return f"needs a grouped matmul that offers `linear`, found {selected.name}"
     if rows < least or rows % 8:
         return f"needs a multiple of 8 rows, at least {least}, found {rows}"
     for stack in stacks:
@@ -80,7 +80,7 @@ def _terms(pairs: Sequence[Factors], dtype: Any) -> Array:
 
 
 def _low_rows(x: Array, pairs: Sequence[Factors]) -> list[Array]:
-    """The rows x A^T of every adapter, which a policy keeps with the projections that they are part of."""
+    """The rows x A^T of every adapter, which a policy saves with the projections that they are part of."""
     ranks = [a.shape[0] for a, _ in pairs]
     rows = _split(_dot("mi,ri->mr", x, _terms(pairs, x.dtype)), [2 * r for r in ranks], 1)
     folded = [fold(part, r).astype(x.dtype) for part, r in zip(rows, ranks, strict=True)]

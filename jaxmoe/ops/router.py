@@ -26,10 +26,11 @@ class Routing(NamedTuple):
 class RoutingControl(NamedTuple):
     """What a caller imposes on the routing; every field may be None.
 
-    `experts` replays a recorded choice, -1 in a token's first slot leaves that token free; `logit_bias` is added to the
-    router logits before the softmax; `selection` is 1 for an expert that is among the k of every token, -1 for one that
-    nobody gets, and leaves the probabilities as they are. The weights are always the model's own probabilities of the
-    experts that are used. For all MoE layers fields are [Ls, B, T, k] and [Ls, E]; for one, [M, k] and [E].
+    `experts` replays a recorded choice; -1 in a token's first slot lets the model choose for that token. `logit_bias`
+    is added to the router logits before the softmax. `selection` is 1 for an expert that every token uses and -1 for
+    one that no token uses; it leaves the probabilities unchanged. The weights are always the model's own probabilities
+    of the experts that are used. Fields for all MoE layers are [Ls, B, T, k] and [Ls, E]; for one layer, [M, k] and
+    [E].
     """
 
     experts: Int[Array, "Ls B T k"] | Int[Array, "M k"] | None = None
@@ -72,7 +73,7 @@ def route(
 
     Ties go to the lowest index. transformers' `Qwen3MoeTopKRouter` rounds the logits to the model's dtype first; here
     they stay float32, so that in bfloat16 fewer tokens are routed by a rounding error. A LoRA on the router is added to
-    the weight before the product, as PEFT does for a parameter. `control` is that of one layer.
+    the weight before the product, as PEFT does for a parameter. `control` is for this one layer.
     """
     if adapter is not None:
         delta = jnp.einsum("er,rd->ed", adapter.lora_B, adapter.lora_A, precision=PRECISION)
@@ -84,12 +85,12 @@ def route(
     probabilities = jax.nn.softmax(logits, axis=-1)
     scores = jax.lax.stop_gradient(probabilities)
     if control is not None and control.selection is not None:
-        # Probabilities are within 0 and 1: what is forced comes first, what is removed last.
+        # Probabilities are between 0 and 1, so forced experts come first and removed ones last.
         scores = scores + 2.0 * control.selection
     experts: Array = jax.lax.top_k(scores, num_experts_per_tok)[1]
     if control is not None and control.experts is not None:
         experts = jnp.where(control.experts[:, :1] < 0, experts, control.experts)
-    # The weights are read at the experts that are kept, so that the backward pass does not sort again.
+    # The weights are read at the indices of the saved experts, so that the backward pass does not sort again.
     experts = checkpoint_name(experts, ROUTING)
     weights = jnp.take_along_axis(probabilities, experts, axis=-1)
     if norm_topk_prob:
@@ -107,7 +108,7 @@ def no_routing(tokens: int, num_experts: int, num_experts_per_tok: int) -> Routi
 def captured_routing(routing: Routing, top: int) -> CapturedRouting:
     """Reduces M tokens' routing to what a capture keeps, with the `top` largest logits.
 
-    The order is that of the probabilities, as the choice itself: where two logits give one probability, the lower
+    The order is that of the probabilities, like the choice itself: where two logits give one probability, the lower
     expert comes first.
     """
     small = jnp.uint8 if routing.logits.shape[-1] <= 256 else jnp.uint16

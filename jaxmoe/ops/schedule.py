@@ -25,7 +25,7 @@ from jaxmoe.ops.contraction import PRECISION
 
 
 class Spans(NamedTuple):
-    """Runs of tiles of one group that a kernel takes at once: each span's first tile, its number of tiles, and its
+    """Adjacent tiles of one group, which a kernel runs together: each span's first tile, its number of tiles, and its
     group; only the first `used` spans exist."""
 
     first: Int[Array, " spans"]
@@ -37,8 +37,8 @@ class Spans(NamedTuple):
 class Schedule(NamedTuple):
     """Where every routed row lies, and which expert each tile of rows belongs to (P = tiles * tile positions).
 
-    `first_tile` and `tile_count` say the same by expert. `spans` says it as a GPU kernel reads it, by the most rows
-    that a span may have; it is made here, once for all products of a layer.
+    `first_tile` and `tile_count` hold the same information by expert. `spans` holds it in the form that a GPU kernel
+    reads, keyed by the largest number of rows in a span; it is made once for all products of a layer.
     """
 
     destination: Int[Array, "M k"]
@@ -65,8 +65,8 @@ def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, span_
     flat = experts.reshape(-1).astype(jnp.int32)
     tiles = rows // tile + min(num_experts, rows)
 
-    # In pieces of about as many rows as there are pieces: within a piece rows are compared with each other, and of the
-    # pieces before it the rows of each expert are counted.
+    # In pieces of about as many rows as there are pieces. Within a piece, rows are compared with each other; of the
+    # pieces before it, only the rows of each expert are counted.
     length = 1 << rows.bit_length() // 2
     pieces = jnp.pad(flat, (0, -rows % length), constant_values=num_experts).reshape(-1, length)
     count = partial(jnp.sum, dtype=jnp.int32)
@@ -116,7 +116,7 @@ def _spans(first_tile: Int[Array, " E"], tile_count: Int[Array, " E"], tiles: in
 def _rows_at(x: Shaped[Array, "rows D"], index: Int[Array, "*places"]) -> Shaped[Array, "*places D"]:
     """Rows of x. The indices are a schedule's, all in bounds, so none is checked.
 
-    Only for gathers that stand alone: XLA made one that it fused with a sum, as in `combine`, forty times slower.
+    Only for gathers that stand alone: fused with a sum, as in `combine`, this gather became forty times slower.
     """
     return x.at[index].get(mode="promise_in_bounds")
 

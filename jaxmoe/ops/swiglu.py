@@ -1,4 +1,4 @@
-"""SwiGLU, the activation of every MLP, and its gradient for rows that a router weighs."""
+"""SwiGLU, the activation of every MLP, and its gradient for rows with router weights."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Plain:
     ) -> tuple[Float[Array, "P F"], Float[Array, "P F2"], Float[Array, " P"]]:
         """(SwiGLU again, the gradient of gate and up, that of each row's weight in float32).
 
-        `d_hidden` is the gradient of a row's unweighted result: `weight` times it reaches SwiGLU, and its product with
-        SwiGLU's output, summed over the row, is the gradient of `weight`.
+        `d_hidden` is the gradient of `weight` * SwiGLU. `weight` times it is the gradient of SwiGLU's output. Its
+        product with SwiGLU's output, summed over the row, is the gradient of `weight`.
         """
         hidden, pull = jax.vjp(swiglu_of_product, gate_up)
         d_weight = jnp.sum(hidden.astype(jnp.float32) * d_hidden.astype(jnp.float32), axis=-1)

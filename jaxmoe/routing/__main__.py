@@ -46,7 +46,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         help="text or JSONL records; may be repeated",
     )
     text.add_argument("--text", type=pathlib.Path, metavar="DIR", help="the text of this capture, token by token")
-    add("--seq-length", type=int, default=1024, metavar="N", help="tokens per context at most (default: 1024)")
+    add("--seq-length", type=int, default=1024, metavar="N", help="most tokens per context (default: 1024)")
     add("--max-tokens", type=int, metavar="N", help="stop after the record that reaches this many tokens")
     add("--batch-size", type=int, default=8, metavar="N", help="sequences per step (default: 8)")
 
@@ -161,7 +161,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         any_layer = found.flipped_tokens
         print(f"{found.a.folder} against {found.b.folder}: {found.tokens:,} tokens")
         print(
-            f"{any_layer.value:.3%} of tokens [{any_layer.low:.3%}, {any_layer.high:.3%}] have other experts "
+            f"{any_layer.value:.3%} of tokens [{any_layer.low:.3%}, {any_layer.high:.3%}] use different experts "
             "in at least one layer"
         )
         print(

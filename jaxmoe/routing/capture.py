@@ -127,7 +127,7 @@ def capture_step(
 ) -> dict[str, Array]:
     """Runs the model over the first four arrays of a `PackedBatch`.
 
-    Returns the arrays of a shard (`captures.format`); padding is among them.
+    Returns the arrays of a shard (`captures.format`); padding included.
     """
     input_ids, position_ids, segment_ids, following = tokens
     out = forward(
@@ -219,7 +219,7 @@ def _check_text(labels: LabelledText, config: Qwen3MoeConfig) -> None:
 
 
 def _check_replay(replay: Capture, labels: LabelledText, config: Qwen3MoeConfig) -> None:
-    """Refuses a capture of another text or of a model with other experts."""
+    """Raises UserError for a capture of another text or of a model with other experts."""
     check_experts(replay, config)
     recorded = replay.read_text()
     same = all(
@@ -231,7 +231,7 @@ def _check_replay(replay: Capture, labels: LabelledText, config: Qwen3MoeConfig)
 
 
 def _replayed_experts(replay: Capture, batch: PackedBatch) -> Int32[np.ndarray, "Ls B T k"]:
-    """The captured experts of a batch; -1, the model's own choice, at padding."""
+    """The captured experts of a batch; at padding they are -1 (the model chooses)."""
     chunk = replay.read(batch.part.start, batch.part.stop)
     layers, _, k = chunk.experts.shape
     experts = np.full((layers, batch.input_ids.size, k), -1, np.int32)

@@ -47,7 +47,7 @@ class LayerDrift(NamedTuple):
 
 
 class Flip(NamedTuple):
-    """One token with other experts: its place, the layer, its margin in A (probability), and both sets of experts."""
+    """A token with different experts: its place, the layer, its margin in A (probability), and both sets of experts."""
 
     token: int
     layer: int

@@ -368,7 +368,7 @@ def bootstrap(
     """Percentile interval of `statistic(sum over clusters)`, resampling whole clusters with replacement.
 
     Tokens of one text are not independent, so whole texts (or blocks of text) are drawn. `clusters` holds the additive
-    sums of each, for instance (flips, tokens); `statistic` takes their total [*sums]. The bounds of a single cluster
+    sums of each, for instance (flips, tokens). `statistic` uses their total [*sums]. The bounds of a single cluster
     are NaN.
 
     Source: Efron 1979; for clusters Davison and Hinkley 1997, section 3.8.

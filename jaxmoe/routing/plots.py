@@ -322,7 +322,7 @@ def drift(found: Comparison) -> Lines:
     tokens = found.flipped_tokens
     caption = (
         f"{found.b.name} against {found.a.name}, token by token, with 95 % intervals. {tokens.value:.2%} of "
-        f"{found.tokens:,} tokens have other experts in at least one layer."
+        f"{found.tokens:,} tokens use different experts in at least one layer."
     )
     layers = np.asarray(found.a.model.layers)
     return Lines(f"drift-{found.b.name}", f"Drift by layer: {found.b.name}", caption, "layer", "", layers, series)

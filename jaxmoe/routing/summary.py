@@ -11,7 +11,7 @@ from captures import Capture
 from jaxmoe.routing import metrics
 
 CHUNK = 8192
-# How many token ids have their experts counted, the most frequent ones: a table of all would be [V, Ls, E].
+# Experts are counted for this many token ids, the most frequent ones: a table for all would be [V, Ls, E].
 FREQUENT = 256
 
 

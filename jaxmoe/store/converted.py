@@ -56,7 +56,7 @@ def write_converted(
         for block in source.blocks():
             items[item_name(block.layer)] = write_item(folder / item_name(block.layer), block.arrays)
             on_block(block, source.config.num_hidden_layers)
-            del block  # or this name would hold it while the next one is made
+            del block  # else this name would keep it alive while the next one is made
         source_form = {"layout": source.layout, "stored_tied_head": source.stored_tied_head}
         manifest: dict[str, Any] = {"source": source_form, "items": items}
         version = _VERSION

@@ -40,7 +40,7 @@ def read_manifest(path: pathlib.Path, kind: str, versions: tuple[int, ...]) -> d
     """Reads a manifest.
 
     Raises:
-        UserError: the file is missing or no JSON object, or its kind or version differs.
+        UserError: the file is missing or not a JSON object, or its kind or version differs.
     """
     raw = read_json(path)
     if raw.get("format") != kind:
@@ -67,7 +67,7 @@ def check_entries(
 ) -> dict[str, np.dtype]:
     """Checks a manifest's entries for one item against the expected shapes and returns the dtypes by name.
 
-    `fixed` gives the dtypes of arrays that allow only one; every other dtype must be a float.
+    `fixed` names the dtypes of arrays that allow only one; every other dtype must be a float.
 
     Raises:
         UserError: a missing or unexpected entry, or one with another shape or dtype.
@@ -124,7 +124,7 @@ def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def _wait_for_stragglers(path: pathlib.Path) -> None:
-    """Waits until the writes that were running when one failed have ended: until no new file appears beside `path`."""
+    """After a failed write, waits for those that ran at the same time, until no new file appears beside `path`."""
     before = None
     while (now := sorted(map(str, path.parent.glob(f"{path.name}*/**/*")))) != before:
         before = now
@@ -165,16 +165,17 @@ def read_item(
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message of one line; its type where it has no text."""
+    """The first line of an error's text, for a message of one line; its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 class _Silence:
-    """While a call of Orbax runs: its log lines are dropped, and so are stray tracebacks.
+    """Drops Orbax's log lines and stray tracebacks while a call of Orbax runs.
 
-    Orbax raises what it logs. It logs through absl's logger, as other libraries do, so only lines from Orbax's own
-    files are dropped. When one array fails, Orbax stops listening to the others, and tensorstore prints a traceback for
-    each of them through `sys.unraisablehook`. Calls in several threads overlap: the last one to end restores both.
+    Orbax also raises the errors that it logs. It logs through absl's logger, as other libraries do, so only lines from
+    Orbax's own files are dropped. When one array fails, Orbax stops listening to the others, and tensorstore prints a
+    traceback for each of them through `sys.unraisablehook`. Calls in several threads overlap: the last one to end
+    restores both.
     """
 
     def __init__(self) -> None:
@@ -212,7 +213,7 @@ _SILENCE = _Silence()
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[Any]:
-    """Yields the module `orbax.checkpoint`, which prints nothing of its own within the block.
+    """Yields the module `orbax.checkpoint`, which prints nothing within the block.
 
     It is imported here because it loads JAX, which conversion and forecasts can do without.
     """

@@ -1,6 +1,6 @@
 """Loads a checkpoint's layers into stacks on the device.
 
-Several threads read layers: they copy (a layer's experts lie in hundreds of tensors), decompress and compare
+Several threads read layers: they copy (a layer's experts fill hundreds of tensors), decompress and compare
 checksums, all in NumPy and C code that releases Python's lock. One thread sends each layer to the device when it is
 ready. The host holds at most `READERS` + 1 layers, whatever the size of the model.
 """
@@ -46,7 +46,7 @@ def load_stacks(
     `on_layer` is called after each layer.
 
     Raises:
-        UserError: what `source.block` raises. Reads that are running then are finished; no other is started.
+        UserError: as `source.block`. Reads that are already running finish; no new one starts.
     """
     shapes = stack_shapes(config, source).items()
     params = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}

@@ -126,7 +126,7 @@ def _leaf_text(name: str, shape: list[int], dtype: str) -> str:
 
 
 def _placed(value: np.ndarray, like: Any) -> Any:
-    """`value` as a jax.Array with the sharding of `like`; as NumPy if `like` is no JAX array."""
+    """`value` as a jax.Array with the sharding of `like`; as NumPy if `like` is not a JAX array."""
     import jax
 
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):

@@ -1,8 +1,9 @@
-"""LoRA fine-tuning, and training of all parameters, of a Qwen3-MoE model: `python -m jaxmoe.train --help`.
+"""LoRA fine-tuning or full training of a Qwen3-MoE model: `python -m jaxmoe.train`.
 
 The output folder holds the adapter in PEFT's form (`adapter_model.safetensors`, `adapter_config.json`), or the model in
-`model/` if all parameters are trained; `metrics.jsonl`, `tensorboard/`, `checkpoints/` (Orbax) and `train_config.json`.
-A run that stops, by a signal or a crash, continues with `--resume` as if it had never stopped; on CPU, bit for bit.
+`model/` if all parameters are trained. It also holds `metrics.jsonl`, `tensorboard/`, `checkpoints/` (Orbax) and
+`train_config.json`. A run that stops, by a signal or a crash, continues with `--resume` as if it had never stopped; on
+CPU, bit for bit.
 """
 
 from __future__ import annotations

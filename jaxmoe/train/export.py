@@ -33,8 +33,8 @@ def export_adapter(
 def export_model(
     target: pathlib.Path, tokenizer: pathlib.Path, config: Qwen3MoeConfig, params: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes all parameters in HF form, cast once to the config's dtype (float32 without one), with the tokenizer's
-    files of the folder `tokenizer`; an earlier `target` is replaced."""
+    """Writes all parameters in HF form, cast once to the config's dtype (float32 without one), with the tokenizer files
+    from the folder `tokenizer`; an earlier `target` is replaced."""
     from convert.hf2jax import companion_files
     from convert.jax2hf import write_hf
 

@@ -1,6 +1,6 @@
-"""What makes two runs the same run: a run may only continue, with `--resume`, as what it has been.
+"""The identity of a run: the entries that must be the same for `--resume` to continue it.
 
-The identity stands in `train_config.json`. Each field of `TrainConfig` says how it enters it.
+The identity is stored in `train_config.json`. Each field of `TrainConfig` says how it enters the identity.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def entries_by_value() -> list[str]:
 
 
 def entries_to_work_out() -> set[str]:
-    """The entries that hold what fields of TrainConfig come to."""
+    """The entries whose values are worked out from fields of TrainConfig."""
     kinds = (each.metadata["identity"] for each in dataclasses.fields(TrainConfig))
     return {entry for kind in kinds if kind not in (VALUE, APART) for entry in kind}
 
 
 def identity_of(settings: TrainConfig, worked_out: Mapping[str, Any]) -> Identity:
-    """The identity without the entry "model", which takes weights (`model_content`)."""
+    """The identity without the entry "model", which needs the weights (`model_content`)."""
     expected = entries_to_work_out() - {"model"}
     assert set(worked_out) == expected, f"expected the entries {sorted(expected)}, found {sorted(worked_out)}"
     return {**worked_out, **{name: getattr(settings, name) for name in entries_by_value()}}
@@ -47,7 +47,7 @@ def identity_of(settings: TrainConfig, worked_out: Mapping[str, Any]) -> Identit
 def model_content(config: Qwen3MoeConfig, params: Params) -> list[Any]:
     """The entry "model": its config, and SHA-256 over the first and last vector of every parameter.
 
-    That tells two models of one shape apart and needs no pass over the weights.
+    This tells two models of one shape apart without a pass over all weights.
     """
 
     @jax.jit
@@ -84,8 +84,8 @@ def check_same_run(output: pathlib.Path, previous: Mapping[str, Any], identity: 
         if before != after:
             shown = f"{before!r}, found {after!r}"
             if name in CONTENT:
-                shown = "the content that it had, found different content"
-            raise UserError(f"{name}: expected, to resume {output}, {shown}")
+                shown = "the same content as before, found different content"
+            raise UserError(f"{name}: to resume {output}, expected {shown}")
 
 
 def write_run_file(settings: TrainConfig, identity: Mapping[str, Any]) -> None:

@@ -46,7 +46,7 @@ _log = logging.getLogger("jaxmoe")
 
 
 def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lambda numbers: None) -> dict[str, Any]:
-    """Trains and writes the output folder; `on_step` gets each step's numbers, as they stand in metrics.jsonl.
+    """Trains and writes the output folder; `on_step` gets each step's numbers, as in metrics.jsonl.
 
     Returns:
         steps, loss (of the last step), eval_loss_before and eval_loss (None without held-out records), seconds,
@@ -122,8 +122,8 @@ def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> 
 class CompiledSteps:
     """The training step and, if the run evaluates, the evaluation step, compiled while the weights are read.
 
-    They are compiled from shapes alone: reading the weights takes longest, and XLA, which tries products on buffers of
-    its own, need not find room for them beside all the weights.
+    They are compiled from shapes alone, while the slow reading of the weights goes on. XLA tries products on its own
+    buffers, and this way it need not find room for them next to all the weights.
     """
 
     def __init__(self, plan: Plan, optimizer: optax.GradientTransformation, rate: optax.Schedule) -> None:
@@ -143,7 +143,7 @@ class CompiledSteps:
         return self._pool.submit(copy_context().run, lambda: step.lower(*shapes).compile())
 
     def cancel(self) -> None:
-        """Cancels what has not begun; a process that ends waits for the rest."""
+        """Cancels compilations that have not begun; the process waits for the others before it ends."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -159,14 +159,14 @@ class CompiledSteps:
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM; after that, a second one of either kind ends the process at once."""
+    """Records the first SIGINT or SIGTERM; after that, a second one of either kind ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        """Sets the handlers; Python allows them in the main thread only, elsewhere nothing is noted."""
+        """Sets the handlers; Python allows them in the main thread only, elsewhere nothing is recorded."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
@@ -180,7 +180,7 @@ class Signals:
     def _note(self, number: int, frame: object) -> None:
         self.received = number
         for each in self._before:
-            # The system's own action needs no interpreter: it also ends a process that waits for the device.
+            # The system's default action needs no interpreter: it also ends a process that waits for the device.
             signal.signal(each, signal.SIG_DFL)
 
 

@@ -24,7 +24,7 @@ from jaxmoe.ops.router import load_balancing_loss
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a forward pass over B sequences of T tokens hands to a loss; all logits are never among it.
+    """What a forward pass over B sequences of T tokens hands to a loss; it never includes the logits of all tokens.
 
     `hidden` are the states after the final norm and `head` the output projection, both in the model's dtype; `router`
     holds the router's statistics. The last two are for `cross_entropy`: how many tokens' logits may exist at a time,
@@ -43,7 +43,7 @@ Total = Callable[[Outputs, Batch], PyTree]  # what one micro-batch adds to a tot
 
 @runtime_checkable
 class Loss(Protocol):
-    """A loss that is a sum over a batch divided by the batch's weight, and that micro-batches therefore add up to.
+    """A loss that is a sum over a batch divided by the batch's weight, so that micro-batches add up to it.
 
     `needs` names the totals over the whole batch that the loss reads, and says what each micro-batch adds to them. If
     the batch has several micro-batches, a first forward pass collects the totals; with one there is no such pass.
@@ -105,7 +105,7 @@ def _router_total(outputs: Outputs, batch: Batch) -> RouterStats:
 
 
 class LoadBalancing:
-    """How unevenly the routers load their experts (`jaxmoe.ops.router.load_balancing_loss`); k if evenly.
+    """How unevenly the routers load their experts (`jaxmoe.ops.router.load_balancing_loss`); k if even.
 
     The loss is E * sum_e f_e P_e, a product of two means over the whole batch: f_e (routed rows, without a gradient)
     and P_e (probabilities). The sum of the micro-batches' own products would be another loss. With f_e known from the
@@ -138,9 +138,9 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Weighted sum over tokens of -log softmax(hidden head^T)[label], in nats, float32.
 
-    The logits (float32) of `chunk` tokens exist at a time. Divide by the sum of the weights for the mean. A token of
-    weight 0 contributes nothing, whatever its label. With `frozen_head` the head gets no gradient, and the forward pass
-    also computes the gradient of `hidden` (up to the factor that the backward pass brings), so that the logits are
+    Only the logits (float32) of `chunk` tokens exist at a time. Divide by the sum of the weights for the mean. A token
+    of weight 0 contributes nothing, whatever its label. With `frozen_head` the head gets no gradient, and the forward
+    pass also computes the gradient of `hidden` (up to the factor that the backward pass brings), so that the logits are
     computed once.
     """
     tokens = hidden.shape[0]
@@ -163,11 +163,12 @@ def _chunk_loss(hidden: Array, labels: Array, weights: Array, head: Array) -> Ar
 
 
 def log_sum_exp(logits: Float[Array, "M V"]) -> Float[Array, " M"]:
-    """Log-sum-exp over each token's logits, which must be finite, in one pass: a partial sum is carried together with
-    the largest logit so far, which it is relative to.
+    """Log-sum-exp over each token's logits, which must be finite, in one pass.
+
+    A partial sum is carried together with the largest logit so far, to which it is relative.
 
     For a GPU: `jax.nn.logsumexp` reads the logits twice and takes 442 us; this takes 233 (1,024 x 151,936, H100). On a
-    CPU XLA does not vectorise such a sum, and it is six times slower.
+    CPU, XLA does not vectorise this sum, which is then six times slower.
     """
 
     def add(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -48,7 +48,7 @@ class MetricsLog:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                self.notice = f"TensorBoard files are not written: tensorboardX is not installed ({METRICS_FILE} is)"
+                self.notice = f"tensorboardX is not installed: no TensorBoard files, only {METRICS_FILE}"
             else:
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_to + 1 if kept else None)
 

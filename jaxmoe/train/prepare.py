@@ -1,7 +1,7 @@
 """Everything a run needs, read and checked before anything is written: `prepare` makes the plan of the run.
 
-Cheap checks come first. Of the weights the plan holds only shapes and a function that reads them, since the steps are
-compiled while that function works.
+Cheap checks come first. The plan holds only the shapes of the weights and a function that reads them, since the steps
+are compiled while that function works.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaxmoe.train.loss import Objective, next_token_objective
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model
 
-_UNROLLING_PAYS = 3000  # steps of Qwen3-30B-A3B on an H200 that save the time that compiling its layers takes
+_UNROLLING_PAYS = 3000  # steps of Qwen3-30B-A3B on an H200 that save as much time as compiling its layers takes
 
 
 class Weights(NamedTuple):
@@ -57,8 +57,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """The sequences to train on and to evaluate on (None: no evaluation); `digests` are those entries of the identity
-    that tell the content apart."""
+    """The sequences to train on and to evaluate on (None: no evaluation); `digests` are the identity's
+    entries for their content."""
 
     sequences: Sequences
     held_out: Sequences | None
@@ -84,7 +84,7 @@ class Plan:
     total_steps: int
     warmup_steps: int
     notices: list[str]
-    identity: Identity  # without the entry "model", which takes weights
+    identity: Identity  # without the entry "model", which needs the weights
 
     @property
     def model(self) -> Model:
@@ -191,18 +191,18 @@ def _read_data(settings: TrainConfig, config: Qwen3MoeConfig) -> Data:
     elif settings.eval_fraction is not None:
         records, held_out_records = hold_out(records, settings.eval_fraction)
     epochs = None if settings.max_steps is not None else settings.epochs or 1
-    segments, lost = cut(records, settings.seq_length)
+    documents, lost = cut(records, settings.seq_length)
     notices = lost.notices(settings.seq_length)
     replay = None
     if settings.replay is not None:
         replay = Replay(Capture.open(settings.replay), config, tokenizer)
-        replay.check(segments)
-    sequences = Sequences(segments, settings.seq_length, seed=settings.seed, pack=settings.pack, epochs=epochs)
+        replay.check(documents)
+    sequences = Sequences(documents, settings.seq_length, seed=settings.seed, pack=settings.pack, epochs=epochs)
     held_out = None
     if held_out_records:
-        segments, lost = cut(held_out_records, settings.seq_length)
+        documents, lost = cut(held_out_records, settings.seq_length)
         notices += [f"held-out: {line}" for line in lost.notices(settings.seq_length)]
-        held_out = Sequences(segments, settings.seq_length, pack=settings.pack, shuffle=False, epochs=1)
+        held_out = Sequences(documents, settings.seq_length, pack=settings.pack, shuffle=False, epochs=1)
     digests = {
         "data": digest(records),
         "eval_data": digest(held_out_records),
@@ -221,7 +221,7 @@ def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int) -> list[Record]:
 
 
 def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> Source:
-    """The model of the settings; `lora` is the configuration of new adapters, if there are to be some."""
+    """The model of the settings; `lora` is the configuration of new adapters, if any."""
     key = jax.random.key(settings.seed)
     if settings.from_scratch is not None:
         draw = partial(jax.jit(init_parameters, static_argnums=(0, 2)), config, key, jnp.dtype("float32"))
@@ -281,7 +281,7 @@ def _with_remat(
 
 
 def _about_unrolling(settings: TrainConfig, steps: int, on_gpu: bool) -> list[str]:
-    """What `--unroll-layers` costs, or would save in a run that is long enough for it."""
+    """The cost of `--unroll-layers`, or its gain for a run that is long enough."""
     if settings.unroll_layers:
         return ["--unroll-layers: compiling every layer takes about one more minute before the first step"]
     if on_gpu and steps >= _UNROLLING_PAYS and not settings.trains_all and settings.remat != "offload":

@@ -14,11 +14,11 @@ Schedule = Literal["cosine", "linear", "constant"]
 # How a field enters the identity of a run, which a resumed run must share (`jaxmoe.train.identity`). A field's metadata
 # holds "identity": VALUE, APART, or `entries(...)`.
 VALUE = "value"  # an entry of the field's name holds the field's value
-APART = "apart"  # not at all: where files go, what is reported and when; the weights do not depend on it
+APART = "apart"  # in no entry: where files go, what is reported and when; the weights do not depend on it
 
 
 def entries(*names: str) -> tuple[str, ...]:
-    """The field decides these entries, and they hold what it comes to: content that is read, a default worked out."""
+    """These entries hold what the field resolves to, such as the content of a file or a default that is worked out."""
     return names
 
 
@@ -118,7 +118,7 @@ class TrainConfig:
     seq_length: int = field(default=1024, metadata={"help": "tokens per sequence", "identity": VALUE})
     pack: bool = field(
         default=True,
-        metadata={"help": "pack several records into a sequence (each sees only itself)", "identity": VALUE},
+        metadata={"help": "pack several records into a sequence (each record sees only itself)", "identity": VALUE},
     )
     max_grad_norm: float = field(
         default=1.0,
@@ -155,17 +155,17 @@ class TrainConfig:
     remat: Literal["auto", "fast", "balanced", "low-memory", "offload"] = field(
         default="auto",
         metadata={
-            "help": "which results of the forward pass are saved for the backward pass; fast: all that are expensive "
-            "to recompute, balanced: these without the experts' products, low-memory: each layer's input; auto: the "
+            "help": "which results of the forward pass are saved for the backward pass. fast: all that are expensive "
+            "to recompute; balanced: the same without the experts' products; low-memory: each layer's input; auto: the "
             "first of these whose forecast fits into the device's memory; offload: each layer's input, in the host's "
-            "memory, and half as many logits at a time",
+            "memory, with half as many logits at a time",
             "identity": entries("remat"),
         },
     )
     unroll_layers: bool = field(
         default=False,
         metadata={
-            "help": "unroll the layers: about one more minute of compiling, on a GPU steps 4 to 5 % faster; for runs "
+            "help": "unroll the layers: about one more minute of compiling, steps 4 to 5 % faster on a GPU; for runs "
             "of thousands of steps, only with LoRA training",
             "identity": entries("unroll_layers"),
         },
@@ -192,20 +192,20 @@ class TrainConfig:
     eval_every: int | None = field(
         default=None,
         metadata={
-            "help": "evaluate every so many steps (always before the first and after the last)",
+            "help": "evaluate every N steps (always before the first and after the last)",
             "identity": APART,
         },
     )
     save_every: int | None = field(
         default=None,
-        metadata={"help": "save a checkpoint every so many steps (always after the last)", "identity": APART},
+        metadata={"help": "save a checkpoint every N steps (always after the last)", "identity": APART},
     )
     keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints to keep", "identity": APART})
     resume: bool = field(
         default=False,
         metadata={"help": "continue from the last checkpoint in --output, if there is one", "identity": APART},
     )
-    log_every: int = field(default=10, metadata={"help": "log every so many steps", "identity": APART})
+    log_every: int = field(default=10, metadata={"help": "log every N steps", "identity": APART})
     tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard files", "identity": APART})
     merge: bool = field(
         default=False,

@@ -1,4 +1,4 @@
-"""Tokens per second of a run whose steps the device works on after they were started.
+"""Tokens per second of a run whose steps are started ahead and finish later on the device.
 
 A loop that starts steps ahead cannot tell when one is done: starting a step may return at once, or wait until the
 device has worked through most of it. So a thread waits for each step's numbers and notes the time.
@@ -35,12 +35,12 @@ class Arrivals:
         return Arrived(fetched, time.perf_counter())
 
     def close(self) -> None:
-        """Ends the thread after what it waits for."""
+        """Ends the thread once all expected numbers have arrived."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Speed:
-    """Tokens per second since a mark: the last report, or the end of what interrupted the steps.
+    """Tokens per second since a mark: the last report, or the end of an interruption.
 
     The first step, which may wait for the compiler, sets the first mark and has no speed.
     """
@@ -50,7 +50,7 @@ class Speed:
         self._tokens = 0
 
     def completed(self, when: float, tokens: int) -> float | None:
-        """The speed up to a step of so many tokens that was completed at `when` (seconds)."""
+        """The speed up to a step of `tokens` tokens that was completed at `when` (seconds)."""
         if self._mark is None:
             self.restart(when)
             return None
@@ -58,5 +58,5 @@ class Speed:
         return self._tokens / max(when - self._mark, 1e-9)
 
     def restart(self, when: float) -> None:
-        """Sets the mark at `when`, the time of a completed step or at which steps go on after an interruption."""
+        """Sets the mark at `when`: the time of a completed step, or of the end of an interruption."""
         self._mark, self._tokens = when, 0

@@ -1,6 +1,6 @@
 """One training step and one evaluation step, as pure functions; `jaxmoe.train.loop` compiles and calls them.
 
-Trained are either the adapters of a frozen model or all of its parameters. Frozen parameters are an argument that is
+Either the adapters of a frozen model or all of its parameters are trained. Frozen parameters are an argument that is
 never differentiated: they have neither gradients nor optimizer state.
 """
 
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
 class StepMetrics(NamedTuple):
     """Numbers of one step, on the device: the objective's first loss (nats for next tokens), load-balancing loss
     (before its coefficient), gradient norm before clipping, learning rate, tokens that are not padding, routed rows
-    per MoE layer and expert, and what the losses report beside their values."""
+    per MoE layer and expert, and what the losses report besides their values."""
 
     loss: Float[Array, ""]
     aux_loss: Float[Array, ""]
@@ -48,7 +48,7 @@ class StepMetrics(NamedTuple):
 
 
 class LossAndGradients(NamedTuple):
-    """What `loss_and_gradients` computes; `metrics` are what the losses report beside their values."""
+    """What `loss_and_gradients` computes; `metrics` are what the losses report besides their values."""
 
     loss: Float[Array, ""]
     stats: RouterStats
@@ -57,11 +57,11 @@ class LossAndGradients(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What the forward pass needs beside arrays.
+    """What the forward pass needs besides arrays.
 
-    With `lora` adapters are trained, in float32, and `dtype` is that of the frozen parameters; without it all
-    parameters are trained, and computed in `dtype` from float32 masters. `packed` says whether a sequence may hold
-    several documents, `unroll` whether a training step compiles each layer by itself.
+    With `lora`, adapters are trained in float32, and `dtype` is the dtype of the frozen parameters. Without it, all
+    parameters are trained, and the model computes in `dtype` from float32 master weights. `packed` says whether a
+    sequence may hold several documents, `unroll` whether a training step compiles each layer separately.
     """
 
     config: Qwen3MoeConfig
@@ -144,9 +144,9 @@ def loss_and_gradients(
 ) -> LossAndGradients:
     """The objective's first loss, router statistics and the objective's gradients over a batch [accumulation, B, T].
 
-    Micro-batches give what the same sequences give in one batch: each loss's sum is divided by the weight of the whole
-    batch, and totals over the whole batch that a loss needs are collected in a first forward pass. With one micro-batch
-    the totals are its own, without that pass.
+    Several micro-batches yield the same result as one batch of the same sequences. Each loss's sum is divided by the
+    weight of the whole batch, and totals over the whole batch that a loss needs are collected in a first forward pass.
+    With one micro-batch the totals are its own, without that pass.
 
     Raises:
         ValueError: two losses report a number of the same name.

@@ -1,8 +1,8 @@
 """RMSNorm and rotation of queries and keys in one pass over memory; XLA needs two passes forwards and two backwards.
 
 A Pallas kernel in Triton, for any NVIDIA GPU; each program handles a few heads. It computes `apply_rotary(rms_norm(x))`
-of `jaxmoe.ops` and its gradient in float32 and rounds once, at the end. On an H200 it makes a LoRA step of
-Qwen3-30B-A3B, 359 ms without it, 8 ms shorter.
+of `jaxmoe.ops` and its gradient in float32 and rounds once, at the end. On an H200 it shortens a LoRA step of
+Qwen3-30B-A3B by 8 ms, from 359 ms.
 """
 
 from __future__ import annotations

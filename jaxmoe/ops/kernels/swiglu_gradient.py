@@ -1,7 +1,7 @@
 """The gradients of SwiGLU and of its rows' routing weights in one pass over memory; XLA needs two or three.
 
 A Pallas kernel in Triton, for any NVIDIA GPU; each program handles a few rows. It is faster only if the product of gate
-and up is an array of its own: out of the stack that a scan saves, XLA would copy it first.
+and up is a separate array: XLA would first copy it out of the stack that a scan saves.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def swiglu_gradient(
 
     Args:
         gate_up: gate in the first F columns, up in the others.
-        d_hidden: the gradient of each row's weighted output, `weight` * SwiGLU. SwiGLU receives `weight` times it; its
-            product with SwiGLU's output, summed over the row, is the gradient of `weight`.
+        d_hidden: the gradient of `weight` * SwiGLU. `weight` times it is the gradient of SwiGLU's output. Its product
+            with SwiGLU's output, summed over the row, is the gradient of `weight`.
         weight: of each row, float32.
         with_hidden: also compute SwiGLU's output again.
         interpret: run in Pallas' interpreter, without a GPU.
@@ -96,7 +96,7 @@ class OnePass:
 
     def unsupported(self, gate_up: Any, in_scan: bool) -> str | None:
         """Why it cannot run on these rows [P, 2F]; `in_scan`: they are part of a stack that a scan saves."""
-        return "would be handed a copy of what a scan keeps" if in_scan else unsupported(gate_up)
+        return "needs unrolled layers, found a scan over them" if in_scan else unsupported(gate_up)
 
     def __call__(
         self, gate_up: Array, d_hidden: Array, weight: Array, *, with_hidden: bool

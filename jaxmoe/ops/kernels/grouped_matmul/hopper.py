@@ -1,4 +1,4 @@
-"""Grouped matmul for Hopper in Pallas Mosaic GPU: rows sorted by group, each multiplied with its group's matrix.
+"""Grouped matmul for Hopper in Pallas Mosaic GPU: rows sorted by group, each multiplied by its group's matrix.
 
     grouped_matmul   out[rows of a block] = x[rows of the block] @ W[group of the block]     (or W^T)
     grouped_outer    out[group] = sum over the group's rows of left[row]^T right[row]        (weight gradients)
@@ -13,8 +13,8 @@ there.
 
 One block's life in `grouped_matmul`:
 
-1. A thread block runs on each multiprocessor from start to end and takes the items of work that fall to it: a block of
-   rows times a tile of columns. Its producer warpgroup reads the block's first row and its group from the list.
+1. A thread block runs on each multiprocessor from start to end and works on its share of the items: an item is a block
+   of rows times a tile of columns. Its producer warpgroup reads the block's first row and its group from the list.
 2. The producer walks along the contraction in steps of 64. For each step it waits until a slot of the ring is free and
    then starts copies (TMA) of the block's rows and of the group's weights into it. It runs ahead by as many steps as
    the ring has slots.
@@ -25,7 +25,7 @@ One block's life in `grouped_matmul`:
 
 The product is formed transposed, out^T = W x^T. wgmma's first dimension must be 64: that is columns of the output. The
 rows are its second dimension, which may be any multiple of 8, so padding costs 8 rows per group on average; rows on the
-first dimension would cost 32. There is code for a few heights, and a block runs in the lowest that holds it.
+first dimension would cost 32. There is code for a few heights; a block runs in the lowest one that holds it.
 
 The weights of all layers are passed as one stack, [layers * E, out, in]. The group's index plus an offset selects the
 matrix, and no slice is copied.
@@ -88,7 +88,7 @@ def grouped_matmul(
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "P out"]:
-    """Multiplies each block of rows with its group's matrix. Sums are float32 and rounded once.
+    """Multiplies each block of rows by its group's matrix. Sums are float32 and rounded once.
 
     Args:
         x: rows sorted by group, bfloat16 or float16.
@@ -102,7 +102,7 @@ def grouped_matmul(
         low: left factor of a low-rank term that is also added; its rank is a multiple of 64.
         low_weight: its right factor, laid out like `weight` with `rank` for `inner`; the offset is not added to its
             group.
-        tiles: `default_tiles` for blocks of at most 128 rows by default. `swiglu` takes no higher blocks.
+        tiles: `default_tiles` for blocks of at most 128 rows by default. `swiglu` supports no higher blocks.
         interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
 
     Raises:
@@ -148,8 +148,8 @@ def grouped_outer(
         right: rows sorted by group, of the same dtype.
         first: each group's first row, in units of 16 rows.
         count: each group's number of rows with its padding, in units of 16; a group without rows gets zeros.
-        columns: (a, c), the columns of `left` and `right` that the result covers; multiples of 16, all by default. For
-            an adapter's rank, which is padded to 64 for the tensor cores.
+        columns: (a, c), the columns of `left` and `right` that the result covers; multiples of 16, all by default. Used
+            for an adapter's rank, which is padded to 64 for the tensor cores.
         dtype: of the result.
         tiles: `default_outer_tiles` by default.
         interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
@@ -213,7 +213,7 @@ class Hopper:
         return None
 
     def tile_rows(self, routed_rows: int, num_experts: int) -> int:
-        """16 for any load: the kernel takes several tiles at once."""
+        """16 for any load: the kernel works on several tiles at once."""
         return TILE_ROWS
 
     def span_rows(self, routed_rows: int, num_experts: int) -> tuple[int, ...]:
@@ -243,7 +243,7 @@ class Hopper:
         )
 
     def outer(self, left: Array, right: Array, schedule: Schedule) -> Array:
-        """As `GroupedMatmul.outer`; the operands are padded to what the kernel takes."""
+        """As `GroupedMatmul.outer`; the operands are padded to sizes that the kernel supports."""
         a, c = left.shape[1], right.shape[1]
         columns = a + -a % TILE_ROWS, c + -c % TILE_ROWS
         left = jnp.pad(left, ((0, 0), (0, -a % 64)))

@@ -1,7 +1,7 @@
 """The program of `hopper.grouped_matmul`: producer, consumer and epilogue. `hopper.py` explains how they work together.
 
 An item of work is one tile of columns of one block of rows. Items are numbered block by block, so that the columns of a
-block follow each other and its rows stay in the L2 cache. Multiprocessor m of n takes the items m, m + n, m + 2n, ...
+block follow each other and its rows stay in the L2 cache. Multiprocessor m of n runs the items m, m + n, m + 2n, ...
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Plan:
     Attributes:
         transposed: the weights are [groups, out, inner], else [groups, inner, out].
         swiglu: the result is silu(gate) * up of the product's two halves.
-        columns: of the result, which has half of the product's with `swiglu`.
+        columns: of the result; with `swiglu` half of the product's.
         depths: of each pair of operands, the width that is contracted.
-        with_offset: the first so many pairs add the offset to the group; the low-rank pair does not.
+        with_offset: this many pairs, from the first, add the offset to the group; the low-rank pair does not.
         tiles: how the work is cut.
     """
 
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def pair_steps(self) -> list[int]:
-        """Steps of the ring that each pair takes in one item."""
+        """Steps of the ring that each pair needs in one item."""
         return [pl.cdiv(depth, DEPTH) for depth in self.depths]
 
     @property
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def stored_columns(self) -> int:
-        """Columns of the array that the kernel writes: whole pieces of 64, the surplus is cut off afterwards."""
+        """Columns of the array that the kernel writes: whole pieces of 64; the surplus is cut off afterwards."""
         return pl.cdiv(self.columns, 64) * 64
 
     @property
@@ -156,12 +156,12 @@ class _Program:
         self.ring.drain(self.share.turns * plan.steps)
 
     def _load(self, pair: tuple[Any, Any], source: _Source, start: Array, k: Array) -> None:
-        """Copies step k of a pair: DEPTH columns of the rows, and of the weights what they are multiplied with."""
+        """Copies step k of a pair: DEPTH columns of the rows, and the weights that multiply them."""
         plan, (left, matrix) = self.plan, pair
         slot = self.ring.wait_until_free(start + k)
         filled = self.ring.filled.at[slot]
         depth = pl.ds(k * DEPTH, DEPTH)
-        # The copy is as high as the highest block. A lower block's copy brings rows of the next one, which go unused.
+        # The copy is as high as the highest block. With a lower block it also brings unused rows of the next.
         plgpu.copy_gmem_to_smem(left.at[pl.ds(source.row, plan.highest), depth], self.rows.at[slot], filled)
         width = plan.tile_columns
         if plan.swiglu:
@@ -203,7 +203,7 @@ class _Program:
             def multiply_slot(slot: Array) -> None:
                 rows = self.rows.at[slot, pl.ds(0, height)].transpose((1, 0))
                 for n, acc in enumerate(sums):
-                    # With SwiGLU the slot holds all of the gate, then all of up; a consumer takes 64 columns of each.
+                    # With SwiGLU the slot holds all of the gate, then all of up; a consumer uses 64 columns of each.
                     at = self.warpgroup * 64 + n * plan.tile_columns if plan.swiglu else self._product(n)
                     columns = pl.ds(at, 64)
                     if plan.transposed:
@@ -261,7 +261,7 @@ class _Program:
         return lax.rem(item, jnp.int32(self.plan.column_tiles)) * self.plan.tile_columns
 
     def _place(self, item: Array) -> tuple[Array, Array]:
-        """First row and number of rows of an item's block, in units of 16; past the last item those of some block."""
+        """First row and number of rows of an item's block, in units of 16; past the last item, of any block."""
         last = self.work.first.shape[0] - 1
         block = jnp.minimum(lax.div(item, jnp.int32(self.plan.column_tiles)), last)
         return self.work.first[block], self.work.height[block]
@@ -289,7 +289,7 @@ def run(
 
     x, weight = pairs[0]
     columns, _, slots = plan.tiles
-    # wgmma wants both operands in the same swizzle.
+    # wgmma needs both operands in the same swizzle.
     widths = plan.depths if plan.transposed else (*plan.depths, weight.shape[2])
     swizzle = swizzle_bytes(*widths)
     weights_shape = (slots, columns, DEPTH) if plan.transposed else (slots, DEPTH, columns)

@@ -1,7 +1,7 @@
 """The program of `hopper.grouped_outer`: producer, consumer and epilogue. `hopper.py` explains how they work together.
 
-An item of work is one tile of one group's result. The contraction runs over the group's rows, so an item takes as many
-steps of the ring as its group has rows, DEPTH at a time. A group without rows takes none, and its result is zero.
+An item of work is one tile of one group's result. The contraction runs over the group's rows: each step of the ring
+covers DEPTH of them. A group without rows needs no step, and its result is zero.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class OuterPlan:
     def tile_rows(self) -> int:
         """Rows of the result (columns of `left`) in one item, 64 or 128.
 
-        With 128 each consumer takes 64 of them. A narrow `left` (an adapter's rank) has only 64: then the consumers
-        take half of the columns each.
+        With 128 each consumer computes 64 of them. A narrow `left` (an adapter's rank) has only 64: then each consumer
+        computes half of the columns.
         """
         return 64 if self.left_columns == 64 else 128
 
@@ -149,8 +149,8 @@ class _Program:
         pieces, height, width = staging.shape
         rows = min(height, out.shape[0])  # the result may have fewer: an adapter's rank
         result = acc.astype(out.dtype)
-        # A piece past the end of `out` is left out. TMA would drop it. But if `out` is only one piece wide, Mosaic
-        # removes that dimension of size one and with it the piece's position: it would overwrite the first piece.
+        # A piece past the end of `out` is left out. TMA would drop it, except where `out` is only one piece wide: there
+        # Mosaic removes that dimension of size one and with it the piece's position. It would overwrite the first.
         across = range(0, min(acc.shape[1], out.shape[-1]), width)
         corners = [(i, j) for i in range(0, acc.shape[0], height) for j in across]
 
@@ -165,7 +165,7 @@ class _Program:
                     place = pl.ds(row + i, rows), pl.ds(column + j, width)
                     plgpu.copy_smem_to_gmem(staging.at[buffer, pl.ds(0, rows)], out.at[place])
 
-        # Of two consumers that share the columns of such a narrow `out`, only the first one writes.
+        # Of two consumers that share the columns of a narrow `out`, only the first one writes.
         pl.when(column == 0)(write) if out.shape[-1] == width else write()
 
     def _for_each_item(self, item: Callable[[Array, Array, Array, Array], Array]) -> Any:
@@ -185,7 +185,7 @@ class _Program:
 
 
 def _steps(units: Array) -> Array:
-    """Steps of the ring for so many rows, which are given in units of 16."""
+    """Steps of the ring for this many rows, in units of 16."""
     return lax.div(units + (_UNITS - 1), jnp.asarray(_UNITS, units.dtype))
 
 

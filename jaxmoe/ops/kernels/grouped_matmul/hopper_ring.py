@@ -52,7 +52,7 @@ class Ring:
     def drain(self, steps: Array) -> None:
         """Producer: waits until everything that was filled in `steps` steps has been read.
 
-        A thread block must not end while one of its barriers is waited for half-way.
+        A thread block must not end before every wait on its barriers is complete.
         """
 
         @pl.loop(jnp.maximum(steps - self.slots, 0), steps)
@@ -125,8 +125,8 @@ def launch(
 ) -> Callable[..., Array]:
     """The kernel `name`: a function of the operands that returns `out`.
 
-    `program(refs, ring)` is its body; `refs` are the operands, the output and `scratch`. A slot of the ring takes
-    `copies` copies.
+    `program(refs, ring)` is its body; `refs` are the operands, the output and `scratch`. A slot of the ring is filled
+    by `copies` copies.
     """
 
     def body(*refs: Any) -> None:

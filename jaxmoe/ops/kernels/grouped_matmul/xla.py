@@ -30,11 +30,11 @@ def grouped_matmul(
     low: Float[Array, "P rank"] | None = None,
     low_weight: Float[Array, "low_groups c d"] | None = None,
 ) -> Float[Array, "P out"]:
-    """Each tile of rows times weight[offset + its group], summed in float32, rounded once; unused tiles give zeros.
+    """Each tile of rows times weight[offset + its group], summed in float32, rounded once; unused tiles yield zeros.
 
     `weight` is [groups, out, inner] and contracted over `inner` if `transposed`, else [groups, inner, out]. A low-rank
-    term low @ low_weight[group], laid out alike, is added before rounding. An expert in NF4 is decoded when one of its
-    tiles is multiplied.
+    term low @ low_weight[group], with the same layout, is added before rounding. An expert in NF4 is decoded when one
+    of its tiles is multiplied.
     """
     tiles = tile_group.shape[0]
     tile = x.shape[0] // tiles
@@ -122,7 +122,7 @@ class Xla:
         return min(128, max(8, 1 << (mean.bit_length() - 1) >> 1))
 
     def span_rows(self, routed_rows: int, num_experts: int) -> tuple[int, ...]:
-        """None: it reads tiles."""
+        """Empty: it reads tiles, not spans."""
         return ()
 
     def matmul(
@@ -147,11 +147,11 @@ class Xla:
         where = schedule.tile_expert, schedule.tiles_used, schedule.first_tile.shape[0]
         if 4 * right.shape[1] > left.shape[1]:
             return grouped_outer(left, right, *where)
-        # With the narrow side, an adapter's rank, in front the loop takes half the time on a CPU.
+        # On a CPU the loop takes half the time with the narrow side, an adapter's rank, in front.
         return grouped_outer(right, left, *where).swapaxes(1, 2)
 
     def linear(self, *_: Any, **__: Any) -> Array:
-        """It has none: a plain product reads a weight once already."""
+        """Not offered: a plain product already reads a weight only once."""
         raise AssertionError("min_linear_rows is None")
 
 
