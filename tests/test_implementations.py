@@ -95,7 +95,7 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
     on(monkeypatch, AMPERE)
     attention, experts = fallbacks(config, "bfloat16")
     assert attention.startswith("attention uses the slow fallback: pure JAX in chunks of queries")
-    assert experts.startswith("experts uses the slow fallback: pure JAX loop")
+    assert experts.startswith("the experts use the slow fallback: pure JAX loop")
     assert "mosaic needs an NVIDIA GPU of compute capability 9.x, found NVIDIA A100" in experts
     dense = config.replace(mlp_only_layers=tuple(range(config.num_hidden_layers)))
     assert fallbacks(dense, "bfloat16") == [attention]

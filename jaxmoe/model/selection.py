@@ -19,10 +19,12 @@ def fallbacks(config: Qwen3MoeConfig, dtype: str) -> list[str]:
     if implementations.default_device().platform != "gpu":
         return []
     choices = _choices(config, dtype)
-    slow = {"attention": "blocks"} | ({"experts": "tiled"} if config.sparse_layers else {})
+    slow = {"attention": ("blocks", "attention uses")}
+    if config.sparse_layers:
+        slow["experts"] = "tiled", "the experts use"
     return [
-        f"{what} uses the slow fallback: {choices[what].reason}"
-        for what, fallback in slow.items()
+        f"{subject} the slow fallback: {choices[what].reason}"
+        for what, (fallback, subject) in slow.items()
         if choices[what].name == fallback
     ]
 
