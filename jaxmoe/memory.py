@@ -32,7 +32,7 @@ Remat = Literal["fast", "balanced", "low-memory", "offload"]
 ROOM = 0.9  # share of a device's memory that a forecast may fill: an estimate that is 10 % too low still fits
 Attention = Literal["cudnn", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "tiled"]  # names of the grouped matmul there
-CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_RUNS
+CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_PIECES
 MOSAIC_ROWS = 16  # the kernel pads an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 
 

@@ -135,7 +135,7 @@ def errors(segments, window, variant, monkeypatch):
     monkeypatch.setattr(cudnn, "_forward", forward)
     monkeypatch.setattr(cudnn, "_backward", backward)
     monkeypatch.setattr(cudnn, "_GROUPED_PACKING", variant != "repeated")
-    monkeypatch.setattr(cudnn, "MAX_RUNS", 4)
+    monkeypatch.setattr(cudnn, "MAX_PIECES", 4)
     segments = jnp.asarray(segments, jnp.int32)
     T = segments.shape[1]
     rng = np.random.default_rng(0)
@@ -155,8 +155,8 @@ def test_keys_repeated_for_each_query_head(monkeypatch):
 
 
 def test_the_comparison_sees_a_planted_fault(monkeypatch):
-    original = cudnn._run_index
-    monkeypatch.setattr(cudnn, "_run_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
+    original = cudnn._piece_index
+    monkeypatch.setattr(cudnn, "_piece_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
     assert max(errors(CASES["documents"], None, "planted fault", monkeypatch)) > 1e-2
 
 
@@ -204,8 +204,8 @@ def test_packed_rows_are_tried_before_they_are_taken(gpu):
 
 def test_each_group_covers_its_own_runs():
     segments = jnp.asarray(CASES["many documents"], jnp.int32)
-    run = cudnn._run_index(segments)
-    covered = [np.asarray(cudnn._group(run, number, 4).covered) for number in range(15)]
+    piece = cudnn._piece_index(segments)
+    covered = [np.asarray(cudnn._group(piece, number, 4).covered) for number in range(15)]
     assert (np.sum(covered, axis=0) == 1).all()
 
 

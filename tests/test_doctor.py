@@ -224,7 +224,7 @@ def test_the_forecast_is_a_little_above_what_a_compiled_step_holds(case: tuple[A
 
 
 def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
-    assert memory.CUDNN_SEQUENCES == cudnn.MAX_RUNS
+    assert memory.CUDNN_SEQUENCES == cudnn.MAX_PIECES
     assert memory.MOSAIC_ROWS == HOPPER.tile_rows(1, 1) == HOPPER.tile_rows(65536, 128)
     for length in (1, 64, 600, 4096, 8192, 8193, 65536):
         assert memory.query_chunk(length) == chunk_length(length)

@@ -18,7 +18,7 @@ from tests.tolerances import bound
 pytestmark = pytest.mark.gpu
 
 
-def runs(length, lengths, left=0, right=0):
+def pieces(length, lengths, left=0, right=0):
     """The segment ids of one sequence: documents of about `lengths` tokens, padding on the left and on the right."""
     rng = np.random.default_rng(length)
     row = np.zeros(length, np.int32)
@@ -34,13 +34,13 @@ def runs(length, lengths, left=0, right=0):
 CASES = {
     "plain": (np.ones((2, 1024), np.int32), None),
     "odd length": (np.ones((2, 333), np.int32), None),
-    "two documents": (np.stack([runs(1024, 400), runs(1024, 700)]), None),
-    "more documents than one call takes": (np.stack([runs(1024, 20), runs(1024, 300)]), None),
-    "padding on both sides": (np.stack([runs(777, 90, left=100), runs(777, 2000, right=301)]), None),
-    "a row of padding": (np.stack([runs(512, 100), np.zeros(512, np.int32)]), None),
+    "two documents": (np.stack([pieces(1024, 400), pieces(1024, 700)]), None),
+    "more documents than one call takes": (np.stack([pieces(1024, 20), pieces(1024, 300)]), None),
+    "padding on both sides": (np.stack([pieces(777, 90, left=100), pieces(777, 2000, right=301)]), None),
+    "a row of padding": (np.stack([pieces(512, 100), np.zeros(512, np.int32)]), None),
     "window": (np.ones((2, 1024), np.int32), 100),
-    "window and documents": (np.stack([runs(1024, 300), runs(1024, 40)]), 100),
-    "a few tokens": (np.stack([runs(17, 3), runs(17, 40)]), None),
+    "window and documents": (np.stack([pieces(1024, 300), pieces(1024, 40)]), 100),
+    "a few tokens": (np.stack([pieces(17, 3), pieces(17, 40)]), None),
 }
 
 
@@ -100,8 +100,8 @@ def test_blocks_in_bfloat16():
 def test_the_comparison_sees_a_planted_fault(monkeypatch):
     # First without the fault: once per process cuDNN is tried on a small case, which would fail with the fault.
     assert max(errors(*CASES["two documents"])) <= bound("gpu_attention_bf16")
-    original = cudnn._run_index
-    monkeypatch.setattr(cudnn, "_run_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
+    original = cudnn._piece_index
+    monkeypatch.setattr(cudnn, "_piece_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
     assert max(errors(*CASES["two documents"])) > 10 * bound("gpu_attention_bf16")
 
 

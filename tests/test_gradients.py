@@ -19,6 +19,7 @@ from jaxmoe.ops.router import RoutingControl
 from jaxmoe.parameters import layer_paths
 from jaxmoe.train.loss import cross_entropy
 from peers.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
+from peers.make_checkpoint import TINY, make_checkpoint
 from peers.reference import Reference
 from tests.parity import relative_error
 from tests.tolerances import bound
@@ -134,8 +135,6 @@ def test_a_frozen_parameter_raises_and_the_others_are_as_before() -> None:
 
 
 def test_weights_in_nf4_are_frozen(shared_tmp: Any) -> None:
-    from peers.make_checkpoint import TINY, make_checkpoint
-
     folder = make_checkpoint(shared_tmp / "gradients-nf4", TINY)
     model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype="float32", quantize="nf4")
     ids = random_tokens(model.config, 1, 12)
@@ -192,3 +191,47 @@ def test_a_bias_on_the_router_logits_has_a_gradient() -> None:
     direction = 1e-2 * jnp.sign(gradient)
     measured = (loss(direction) - loss(-direction)) / 2e-2
     assert float(measured) == pytest.approx(float(jnp.abs(gradient).sum()), rel=bound("difference_quotient"))
+
+
+def test_recomputation_and_loops_around_a_call_change_nothing() -> None:
+    """`jax.checkpoint` around the loss, and a scan over micro-batches whose gradient is taken outside."""
+    model = model_of("plain")
+    ids = random_tokens(model.config, 2, 12)
+
+    def loss(params: Any, ids: Any) -> jax.Array:
+        return jnp.mean(jnp.sin(Qwen3MoeForCausalLM(model.config, params)(ids).logits))
+
+    def in_turn(params: Any) -> jax.Array:
+        return jax.lax.scan(lambda total, one: (total + loss(params, one[None]), None), 0.0, jnp.asarray(ids))[0] / 2
+
+    expected = jax.grad(loss)(model.params, ids)
+    for found in (jax.grad(jax.checkpoint(loss))(model.params, ids), jax.grad(in_turn)(model.params)):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert relative_error(a, b) <= bound("oracle_fp32")
+
+
+def test_what_is_frozen_stays_frozen_in_copies_and_under_jit() -> None:
+    model = model_of("plain", LORA)
+    ids = random_tokens(model.config, 1, 12)
+    model.freeze("weights")
+    assert nnx.merge(*nnx.split(model)).frozen == nnx.clone(model).frozen == model.frozen != frozenset()
+    with pytest.raises(ValueError, match=r"^weights\.attention\.input_layernorm: frozen"):
+        nnx.jit(nnx.grad(lambda model: loss_of(model(ids).logits, ids, jnp)))(model)
+
+
+def test_an_experts_stack_beside_one_in_nf4_raises(shared_tmp: Any) -> None:
+    """Both are read by one kernel, so one cannot be trained while the other is in NF4."""
+    folder = make_checkpoint(shared_tmp / "gradients-half-nf4", TINY)
+    plain = Qwen3MoeForCausalLM.from_pretrained(folder, dtype="float32")
+    packed = Qwen3MoeForCausalLM.from_pretrained(folder, dtype="float32", quantize="nf4")
+    kept = {path: array for path, array in packed.params.items() if not path.startswith("sparse.gate_up_proj.")}
+    mixed = kept | {"sparse.gate_up_proj": plain.params["sparse.gate_up_proj"]}
+    ids = random_tokens(plain.config, 1, 12)
+
+    def loss(array: jax.Array) -> jax.Array:
+        params = mixed | {"sparse.gate_up_proj": array}
+        return loss_of(Qwen3MoeForCausalLM(plain.config, params)(ids).logits, ids, jnp)
+
+    assert np.isfinite(loss(mixed["sparse.gate_up_proj"]))
+    with pytest.raises(ValueError, match=r"^sparse\.down_proj: frozen \(NF4\)"):
+        jax.grad(loss)(mixed["sparse.gate_up_proj"])

@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 
 from jaxmoe.ops.experts import ExpertWeights, sorted_experts
+from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.kernels.grouped_matmul import xla as tiled
 from jaxmoe.ops.low_rank import Adapter
 from jaxmoe.ops.router import route
-from jaxmoe.ops.schedule import make_schedule
+from jaxmoe.ops.schedule import Spans, make_schedule
 from tests.parity import relative_error
 from tests.tolerances import bound
 
@@ -73,13 +74,13 @@ CASES = {
     "one token": (1, 4, 2, 0, 64, 64),
     "narrow": (90, 4, 2, 0, 64, 32),
     "one expert": (150, 1, 1, 0, 64, 128),
-    "two blocks": (256, 1, 1, 0, 64, 128),
+    "two spans": (256, 1, 1, 0, 64, 128),
 }
 if on_gpu:
     CASES |= {
         "Qwen3-30B-A3B up": (1024, 128, 8, 5, 2048, 1536),
         "Qwen3-30B-A3B down": (1024, 128, 8, 0, 768, 2048),
-        "two blocks and a half": (300, 3, 2, 0, 208, 352),
+        "two spans and a half": (300, 3, 2, 0, 208, 352),
     }
 
 
@@ -111,13 +112,13 @@ def matmul_error(name: str, transposed: bool, low_rank: bool, shift: int = 0, **
     if low_rank:
         low, low_weight = normal(rng, P, 64), normal(rng, E, *((out, 64) if transposed else (64, out)))
         expected = expected + by_rows(low, low_weight, schedule, transposed)[0]
-        options |= {"low": low, "low_weight": low_weight}
+        options["low"] = LowRankTerm(low, low_weight)
     if options.get("swiglu"):
         gate, up = np.split(np.asarray(jnp.asarray(expected, jnp.bfloat16), np.float64), 2, axis=-1)
         expected = gate / (1 + np.exp(-gate)) * up
-    blocks = schedule.spans[most]
+    spans = schedule.spans[most]
     run = partial(kernel.grouped_matmul, transposed=transposed, interpret=interpreter(), **options)
-    found = run(x, weight, blocks._replace(group=(blocks.group + shift) % E), jnp.int32(E))
+    found = run(x, weight, spans._replace(group=(spans.group + shift) % E), jnp.int32(E))
     return float(relative_error(np.asarray(found, np.float64)[placed], expected))
 
 
@@ -145,8 +146,8 @@ def test_a_wrong_group_is_seen_through_swiglu() -> None:
 @pytest.mark.parametrize(
     ("name", "tiles"),
     [
-        ("two blocks", (128, (128,), 2)),
-        ("two blocks", (256, (128,), 4)),
+        ("two spans", (128, (128,), 2)),
+        ("two spans", (256, (128,), 4)),
         ("one expert", (128, (16, 48, 128), 3)),
         ("one expert", (128, (80, 96), 3)),
         ("wide", (256, (16, 48, 64), 4)),
@@ -162,8 +163,8 @@ def test_any_tiles_give_the_same(name: str, tiles: tuple[int, tuple[int, ...], i
 
 @needs_kernels
 @pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
-@pytest.mark.parametrize("name", ["one expert", "two blocks", "odd widths"])
-def test_higher_blocks_give_the_same(name: str, transposed: bool) -> None:
+@pytest.mark.parametrize("name", ["one expert", "two spans", "odd widths"])
+def test_higher_spans_give_the_same(name: str, transposed: bool) -> None:
     from jaxmoe.ops.kernels.grouped_matmul.hopper import LARGE, default_tiles
 
     assert matmul_error(name, transposed, True, tiles=default_tiles(CASES[name][-1], LARGE)) <= bound("kernel_bf16")
@@ -183,14 +184,14 @@ def test_the_sum_of_several_products(low_rank: bool) -> None:
     if low_rank:
         low, low_weight = normal(rng, len(schedule.source), 64), normal(rng, E, 64, out)
         expected = expected + by_rows(low, low_weight, schedule, False)[0]
-        options = {"low": low, "low_weight": low_weight}
+        options = {"low": LowRankTerm(low, low_weight)}
     (x, weight), *others = pairs
     run = partial(kernel.grouped_matmul, transposed=False, interpret=interpreter(), **options)
-    blocks = schedule.spans[kernel.SMALL]
-    found = run(x, weight, blocks, jnp.int32(E), others=others)
+    spans = schedule.spans[kernel.SMALL]
+    found = run(x, weight, spans, jnp.int32(E), others=others)
     placed = np.asarray(schedule.source) >= 0
     assert relative_error(np.asarray(found, np.float64)[placed], expected) <= bound("kernel_bf16")
-    alone = run(x, weight, blocks, jnp.int32(E))  # the fault: the others are left out
+    alone = run(x, weight, spans, jnp.int32(E))  # the fault: the others are left out
     assert relative_error(np.asarray(alone, np.float64)[placed], expected) > 100 * bound("kernel_bf16")
 
 
@@ -236,8 +237,8 @@ def test_grouped_outer_equals_the_groups_products(A: int, C: int, columns: tuple
             {"others": [(32, 48, jnp.float16)]},
             r"others\[0\]: expected bfloat16 or float16 on both sides, found float16",
         ),
-        ({"low": (32, 64), "low_weight": None}, "low_weight: expected an array together with low, found None"),
-        ({"low": (32, 32), "low_weight": (2, 128, 32)}, "low: expected a multiple of 64 columns, found 32"),
+        ({"low": [(32, 64), (2, 128, 128)]}, "low: expected 128 columns, as its weight has, found 64"),
+        ({"low": [(32, 32), (2, 128, 32)]}, "low: expected a multiple of 64 columns, found 32"),
         ({"swiglu": True, "transposed": False, "weight": (4, 64, 128)}, "swiglu: expected a transposed weight"),
         ({"swiglu": True, "tiles": (128, (128,), 2)}, "swiglu: expected tiles of 256 columns, found 128"),
     ],
@@ -252,15 +253,17 @@ def test_what_the_matmul_does_not_take(change: dict[str, Any], message: str) -> 
         return jnp.zeros(sizes, jnp.bfloat16 if len(sizes) == len(shape) else shape[-1])
 
     given: dict[str, Any] = {"x": (32, 64), "weight": (4, 128, 64), "transposed": True} | change
-    for name in {"x", "weight", "low", "low_weight"} & set(given):
-        given[name] = given[name] and zeros(*given[name])
+    for name in ("x", "weight"):
+        given[name] = zeros(*given[name])
+    if "low" in given:
+        given["low"] = LowRankTerm(*(zeros(*shape) for shape in given["low"]))
     given["others"] = [(zeros(*left), zeros(4, 128, 48)) for left in given.get("others", ())]
     if "tiles" in given:
         given["tiles"] = kernel.Tiles(*given["tiles"])
     none = jnp.zeros(2, jnp.int32)
-    blocks = kernel.Blocks(none, none, none, jnp.int32(0))
+    spans = Spans(none, none, none, jnp.int32(0))
     with pytest.raises(ValueError, match=f"^{message}"):
-        kernel.grouped_matmul(blocks=blocks, interpret=interpreter(), **given)
+        kernel.grouped_matmul(spans=spans, interpret=interpreter(), **given)
 
 
 @needs_kernels
@@ -293,24 +296,24 @@ def test_what_the_outer_product_does_not_take(left: tuple[int, ...], right: tupl
     st.booleans(),
     st.sampled_from([128, 256]),
 )
-def test_blocks_cover_every_routed_row_once(
+def test_spans_cover_every_routed_row_once(
     M: int, shape: tuple[int, int], seed: int, one_sided: bool, rows: int
 ) -> None:
-    """The kernel's work list, as plain arrays: which rows, which expert, how many blocks."""
+    """The kernel's work list, as plain arrays: which rows, which expert, how many spans."""
     E, k = shape
     experts = np.tile(np.arange(k, dtype=np.int32), (M, 1)) if one_sided else skewed(M, E, k, seed)
     schedule = jax.device_get(scheduled(jnp.asarray(experts), E, 16, (128, 256)))
-    blocks = schedule.spans[rows]
-    used = int(blocks.used)
-    assert used <= len(blocks.first)
+    spans = schedule.spans[rows]
+    used = int(spans.used)
+    assert used <= len(spans.first)
     assert used == sum(-(-size // rows) for size in np.bincount(experts.reshape(-1), minlength=E))
     owner = np.full(len(schedule.source), -1)
-    for first, height, expert in zip(*(part[:used] for part in blocks[:3]), strict=True):
+    for first, height, expert in zip(*(part[:used] for part in spans[:3]), strict=True):
         assert 0 < height <= rows // 16
         own = slice(16 * first, 16 * (first + height))
         assert (owner[own] == -1).all()  # no row twice
         owner[own] = expert
-    heights = [blocks.height[:used][blocks.group[:used] == expert] for expert in range(E)]
+    heights = [spans.height[:used][spans.group[:used] == expert] for expert in range(E)]
     assert all(np.ptp(own) <= 1 for own in heights if len(own))  # equal to within one unit
     placed = schedule.source >= 0
     assert placed.sum() == M * k

@@ -31,32 +31,32 @@ class Tiles(NamedTuple):
     heights: tuple[int, ...]
 
 
-def by_blocks(
+def by_spans(
     x: Any,
     weight: Any,
-    blocks: Spans,
+    spans: Spans,
     offset: Any = 0,
     *,
     transposed: bool,
     swiglu: bool = False,
     others: Any = (),
     low: Any = None,
-    low_weight: Any = None,
     tiles: Any = None,
 ) -> Any:
     """What the kernel computes, from its own list of work: tiles of rows, in float32, rounded once."""
     assert not swiglu
     out = np.zeros((x.shape[0], weight.shape[1 if transposed else 2]), np.float32)
     product = "mi,oi->mo" if transposed else "mi,io->mo"
-    for first, height, group in zip(*(np.asarray(part)[: int(blocks.used)] for part in blocks[:3]), strict=True):
+    for first, height, group in zip(*(np.asarray(part)[: int(spans.used)] for part in spans[:3]), strict=True):
         assert 0 < 16 * height <= tiles.heights[-1]
         own = slice(16 * first, 16 * (first + height))
         layer = int(offset) + group
         for factor, stack in ((x, weight), *others):
             out[own] += jnp.einsum(product, factor[own].astype(jnp.float32), stack[layer].astype(jnp.float32))
         if low is not None:
-            assert low.shape[1] % 64 == 0  # what the kernel supports
-            out[own] += jnp.einsum(product, low[own].astype(jnp.float32), low_weight[group].astype(jnp.float32))
+            rows, matrices = low
+            assert rows.shape[1] % 64 == 0  # what the kernel supports
+            out[own] += jnp.einsum(product, rows[own].astype(jnp.float32), matrices[group].astype(jnp.float32))
     return jnp.asarray(out).astype(x.dtype)
 
 
@@ -73,7 +73,7 @@ def outer_by_groups(left: Any, right: Any, first: Any, count: Any, *, columns: t
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels replaced by plain products: the tests check their inputs and what is made of their results."""
     monkeypatch.setattr(hopper, "default_tiles", lambda columns, rows=128, swiglu=False: Tiles((rows // 2, rows)))
-    monkeypatch.setattr(hopper, "grouped_matmul", by_blocks)
+    monkeypatch.setattr(hopper, "grouped_matmul", by_spans)
     monkeypatch.setattr(hopper, "grouped_outer", outer_by_groups)
     monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (9, 0)))
     monkeypatch.setattr(hopper.Hopper, "unsupported", lambda self, dtype, *widths: None)

@@ -100,7 +100,9 @@ class Qwen3MoeForCausalLM(nnx.Module):
         for name in names:
             matching = {path for path in known if path == name or path.startswith(f"{name}.")}
             if not matching and name != "lora_weights":
-                raise ValueError(f"freeze: expected a path in the model such as 'weights.attention', found {name!r}")
+                raise ValueError(
+                    f"parameters: expected a path in the model such as 'weights.attention', found {name!r}"
+                )
             found |= matching
         return frozenset(found)
 

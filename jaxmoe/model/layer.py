@@ -71,11 +71,17 @@ class ModelStacks(NamedTuple):
 
         Arrays with a gradient are scanned over, so that each layer's gradient is written once; frozen ones stay whole.
         The experts' two stacks are always treated alike.
+
+        Raises:
+            ValueError: a weight in NF4 is to be trained, or one of the experts' stacks while the other is in NF4.
         """
         trained = {path for path in params if "." in path and options.trains(path)}
         if trained & set(_EXPERTS):
             trained |= set(_EXPERTS)
-        weights = _split(_layer_stacks(params, config), config, trained)
+        stacks = _layer_stacks(params, config)
+        if quantized := [path for path in sorted(trained) if isinstance(stacks[path], NF4Stack)]:
+            raise ValueError(f"{quantized[0]}: frozen (NF4), but it or the experts' other stack is to be trained")
+        weights = _split(stacks, config, trained)
         experts = {
             path: stack if isinstance(stack, NF4Stack) else stack.reshape(-1, *stack.shape[2:])
             for path in _EXPERTS

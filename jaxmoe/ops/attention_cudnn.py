@@ -1,14 +1,14 @@
 """Causal attention by cuDNN's flash attention, forward and backward, also for packed sequences.
 
-cuDNN has no segment ids. It has a packed layout instead: the offset and the length of each part of a sequence.
-Segments here are contiguous, so a sequence is a list of runs of equal ids, and each run becomes one of cuDNN's parts.
-Runs of padding (segment 0) are parts as well: all tokens are then covered, nothing is left unwritten, and no token of
+cuDNN has no segment ids. It has a packed layout instead: the offset and the length of each part of a sequence. Segments
+here are contiguous, so a sequence is a list of pieces of equal ids, and each piece becomes one of cuDNN's parts. Pieces
+of padding (segment 0) are parts as well: all tokens are then covered, nothing is left unwritten, and no token of
 another segment sees them.
 
-A call has a fixed number of parts per sequence (`MAX_RUNS`). Its log-sum-exp has that many lines of length T for each
-sequence, most of them unused. So runs are handled `MAX_RUNS` at a time, in a loop as long as the batch needs, and the
-log-sum-exp is gathered into [B, N, T]. Sequences that are one run, the usual case of long contexts, use cuDNN's plain
-causal attention.
+A call has a fixed number of parts per sequence (`MAX_PIECES`). Its log-sum-exp has that many lines of length T for each
+sequence, most of them unused. So pieces are handled `MAX_PIECES` at a time, in a loop as long as the batch needs, and
+the log-sum-exp is gathered into [B, N, T]. Sequences that are one piece, the usual case of long contexts, use cuDNN's
+plain causal attention.
 
 `jax.nn.dot_product_attention` does not expose the offsets; the functions used here are private to JAX
 (jax/_src/cudnn/fused_attention_stablehlo.py), and neither JAX nor cuDNN promises much about the packed layout. So
@@ -35,8 +35,8 @@ from jaxmoe.ops.kept import ATTENTION_LOG_SUM, ATTENTION_OUT
 fused: Any = fused_attention_stablehlo  # untyped
 
 # The backward pass has a float32 workspace of length T for each part: 4.0 GiB at 2 x 4096 with 16 parts. Every step
-# holds it, because the compiler cannot know that its sequences will be single runs.
-MAX_RUNS = 4
+# holds it, because the compiler cannot know that its sequences will be single pieces.
+MAX_PIECES = 4
 
 _LAYOUT = fused.AttentionLayout.BTNH.value
 _SEED, _DROPOUT, _BIAS = 42, 0.0, (False, False)  # constants of the private functions' signatures
@@ -82,9 +82,9 @@ def _packed_unsupported(groups: int, head_dim: int, dtype: str) -> str | None:
 def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
     """The largest relative L2 error of output and gradients on packed sequences, against masked attention in float32.
 
-    One sequence has more runs than one call can handle; the other has two documents between padding.
+    One sequence has more pieces than one call can handle; the other has two documents between padding.
     """
-    T, K = 4 * MAX_RUNS, 2
+    T, K = 4 * MAX_PIECES, 2
     index = jnp.broadcast_to(jnp.arange(T), (2, T))
     segments = jnp.stack([index[0] // 3 + 1, jnp.where((index[0] < 5) | (index[0] > T - 9), 0, index[0] // 40 + 1)])
     keys = jax.random.split(jax.random.key(0), 4)
@@ -113,35 +113,35 @@ def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
 
 
 class _Group(NamedTuple):
-    """`MAX_RUNS` runs of each sequence in the form for cuDNN, and which tokens they cover."""
+    """`MAX_PIECES` pieces of each sequence in the form for cuDNN, and which tokens they cover."""
 
-    lengths: Int[Array, "B runs"]  # -1 where a sequence has fewer runs
-    offsets: Int[Array, "B runs+1"]
+    lengths: Int[Array, "B pieces"]  # -1 where a sequence has fewer pieces
+    offsets: Int[Array, "B pieces+1"]
     covered: Array  # [B, T]
     part: Int[Array, "B T"]  # which of cuDNN's parts, counted over the batch, a covered token belongs to
     place: Int[Array, "B T"]  # its place in that part
 
 
-def _run_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Which run of equal ids each token belongs to, counted from 0 in each sequence."""
+def _piece_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Which piece of equal ids each token belongs to, counted from 0 in each sequence."""
     changes = segments[:, 1:] != segments[:, :-1]
     return jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
-def _group(run: Int[Array, "B T"], number: Array | int, size: int) -> _Group:
-    """The runs number * size, ..., of each sequence."""
+def _group(piece: Int[Array, "B T"], number: Array | int, size: int) -> _Group:
+    """The pieces number * size, ..., of each sequence."""
     rank = number * size + jnp.arange(size + 1)
-    starts = jnp.sum(run[:, :, None] < rank, axis=1, dtype=jnp.int32)
+    starts = jnp.sum(piece[:, :, None] < rank, axis=1, dtype=jnp.int32)
     lengths = starts[:, 1:] - starts[:, :-1]
     exists = lengths > 0
     # JAX moves the parts that exist to the front, those of all sequences together.
     count = jnp.sum(exists, axis=1)
     first = jnp.cumsum(count) - count
-    local = run - number * size
+    local = piece - number * size
     covered = (local >= 0) & (local < size)
     local = jnp.clip(local, 0, size - 1)
-    place = jnp.arange(run.shape[1]) - jnp.take_along_axis(starts, local, axis=1)
-    none = jnp.full((run.shape[0], 1), -1, jnp.int32)
+    place = jnp.arange(piece.shape[1]) - jnp.take_along_axis(starts, local, axis=1)
+    none = jnp.full((piece.shape[0], 1), -1, jnp.int32)
     return _Group(
         jnp.where(exists, lengths, -1),
         jnp.concatenate([jnp.where(exists, starts[:, :-1], -1), none], axis=1),
@@ -188,8 +188,8 @@ def _backward(
     return d_query, d_key, d_value
 
 
-def _max_runs(length: int) -> int:
-    return max(2, min(MAX_RUNS, length))  # JAX treats one run as the plain layout
+def _max_pieces(length: int) -> int:
+    return max(2, min(MAX_PIECES, length))  # JAX treats one piece as the plain layout
 
 
 def _by_head(key: Array, query: Array) -> Array:
@@ -209,14 +209,14 @@ def _where_covered(group: _Group, new: Array, old: Array) -> Array:
     return jnp.where(group.covered[:, :, None, None], new, old)
 
 
-def _fold_groups(run: Array, step: Any, start: Any) -> Any:
-    """Folds `step(group, carry)` over as many groups as the sequence with the most runs needs."""
-    size = _max_runs(run.shape[1])
-    groups = jnp.max(run[:, -1]) // size + 1
-    return jax.lax.fori_loop(0, groups, lambda number, carry: step(_group(run, number, size), carry), start)
+def _fold_groups(piece: Array, step: Any, start: Any) -> Any:
+    """Folds `step(group, carry)` over as many groups as the sequence with the most pieces needs."""
+    size = _max_pieces(piece.shape[1])
+    groups = jnp.max(piece[:, -1]) // size + 1
+    return jax.lax.fori_loop(0, groups, lambda number, carry: step(_group(piece, number, size), carry), start)
 
 
-def _packed_forward(query: Array, key: Array, value: Array, run: Array, window: int | None) -> tuple[Array, Array]:
+def _packed_forward(query: Array, key: Array, value: Array, piece: Array, window: int | None) -> tuple[Array, Array]:
     key, value = _by_head(key, query), _by_head(value, query)
 
     def step(group: _Group, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -226,14 +226,14 @@ def _packed_forward(query: Array, key: Array, value: Array, run: Array, window: 
         return _where_covered(group, out, carry[0]), log_sum
 
     B, T, N, _ = query.shape
-    return _fold_groups(run, step, (jnp.zeros_like(query), jnp.zeros((B, N, T), jnp.float32)))
+    return _fold_groups(piece, step, (jnp.zeros_like(query), jnp.zeros((B, N, T), jnp.float32)))
 
 
 def _packed_backward(
-    query: Array, key: Array, value: Array, run: Array, window: int | None, log_sum: Array, out: Array, d_out: Array
+    query: Array, key: Array, value: Array, piece: Array, window: int | None, log_sum: Array, out: Array, d_out: Array
 ) -> tuple[Array, Array, Array]:
     B, T, N, _ = query.shape
-    size = _max_runs(T)
+    size = _max_pieces(T)
     keys, values = _by_head(key, query), _by_head(value, query)
 
     def step(group: _Group, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -246,7 +246,7 @@ def _packed_backward(
         d_query, d_key, d_value = (_where_covered(group, *pair) for pair in zip(gradients, carry, strict=True))
         return d_query, d_key, d_value
 
-    return _fold_groups(run, step, (jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)))
+    return _fold_groups(piece, step, (jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)))
 
 
 def causal_attention(
@@ -256,34 +256,34 @@ def causal_attention(
     segments: Int[Array, "B T"] | None,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """As `jaxmoe.ops.attention.causal_attention`; a token of segment 0 attends to those of its own run of padding."""
-    run = None if segments is None else _run_index(segments)
-    return _attend(query, key, value, run, window)
+    """As `jaxmoe.ops.attention.causal_attention`; a token of segment 0 attends to those of its own piece of padding."""
+    piece = None if segments is None else _piece_index(segments)
+    return _attend(query, key, value, piece, window)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query: Array, key: Array, value: Array, run: Array | None, window: int | None) -> Array:
-    return _attend_forward(query, key, value, run, window)[0]
+def _attend(query: Array, key: Array, value: Array, piece: Array | None, window: int | None) -> Array:
+    return _attend_forward(query, key, value, piece, window)[0]
 
 
-def _attend_forward(query: Array, key: Array, value: Array, run: Array | None, window: int | None):
+def _attend_forward(query: Array, key: Array, value: Array, piece: Array | None, window: int | None):
     plain = partial(_forward, query, key, value, None, window)
-    if run is None:
+    if piece is None:
         out, log_sum = plain()
     else:
-        packed = partial(_packed_forward, query, key, value, run, window)
-        out, log_sum = jax.lax.cond(jnp.max(run) == 0, plain, packed)
+        packed = partial(_packed_forward, query, key, value, piece, window)
+        out, log_sum = jax.lax.cond(jnp.max(piece) == 0, plain, packed)
     out, log_sum = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(log_sum, ATTENTION_LOG_SUM)
-    return out, (query, key, value, run, out, log_sum)
+    return out, (query, key, value, piece, out, log_sum)
 
 
 def _attend_backward(window: int | None, residuals: tuple[Any, ...], d_out: Array):
-    query, key, value, run, out, log_sum = residuals
+    query, key, value, piece, out, log_sum = residuals
     plain = partial(_backward, query, key, value, None, window, log_sum, out, d_out)
-    if run is None:
+    if piece is None:
         return *plain(), None
-    packed = partial(_packed_backward, query, key, value, run, window, log_sum, out, d_out)
-    return *jax.lax.cond(jnp.max(run) == 0, plain, packed), None
+    packed = partial(_packed_backward, query, key, value, piece, window, log_sum, out, d_out)
+    return *jax.lax.cond(jnp.max(piece) == 0, plain, packed), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

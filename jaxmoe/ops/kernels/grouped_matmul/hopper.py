@@ -1,22 +1,21 @@
 """Grouped matmul for Hopper in Pallas Mosaic GPU: rows sorted by group, each multiplied by its group's matrix.
 
-    grouped_matmul   out[rows of a block] = x[rows of the block] @ W[group of the block]     (or W^T)
-    grouped_outer    out[group] = sum over the group's rows of left[row]^T right[row]        (weight gradients)
+    grouped_matmul   out[rows of a span] = x[rows of the span] @ W[group of the span]     (or W^T)
+    grouped_outer    out[group] = sum over the group's rows of left[row]^T right[row]     (weight gradients)
 
 This file has the two public functions and the checks of their arguments. `hopper_tiles` says how the work is cut,
 `hopper_ring` has what both kernels share, `hopper_matmul` and `hopper_outer` have the programs.
 
 Row layout, made by `jaxmoe.ops.schedule.make_schedule`: the rows of a group are contiguous, and each group begins and
-ends at a multiple of 16 rows. A block (a span of the schedule) is part of a group: at most 128 or 256 rows, a multiple
-of 16. The blocks of a group have nearly equal heights. Rows outside all blocks are not written; the output is undefined
-there.
+ends at a multiple of 16 rows. A span of the schedule is part of a group: at most 128 or 256 rows, a multiple of 16. The
+spans of a group have nearly equal heights. Rows outside all spans are not written; the output is undefined there.
 
-One block's life in `grouped_matmul`:
+One span's life in `grouped_matmul`:
 
-1. A thread block runs on each multiprocessor from start to end and works on its share of the items: an item is a block
-   of rows times a tile of columns. Its producer warpgroup reads the block's first row and its group from the list.
+1. A thread block runs on each multiprocessor from start to end and works on its share of the items: an item is a span
+   of rows times a tile of columns. Its producer warpgroup reads the span's first row and its group from the list.
 2. The producer walks along the contraction in steps of 64. For each step it waits until a slot of the ring is free and
-   then starts copies (TMA) of the block's rows and of the group's weights into it. It runs ahead by as many steps as
+   then starts copies (TMA) of the span's rows and of the group's weights into it. It runs ahead by as many steps as
    the ring has slots.
 3. Two consumer warpgroups wait until the slot is filled and multiply (wgmma) into float32 accumulators, each its own
    columns. They hand the slot back one step later, when its products are certain to have ended.
@@ -25,7 +24,7 @@ One block's life in `grouped_matmul`:
 
 The product is formed transposed, out^T = W x^T. wgmma's first dimension must be 64: that is columns of the output. The
 rows are its second dimension, which may be any multiple of 8, so padding costs 8 rows per group on average; rows on the
-first dimension would cost 32. There is code for a few heights; a block runs in the lowest one that holds it.
+first dimension would cost 32. There is code for a few heights; a span runs in the lowest one that holds it.
 
 The weights of all layers are passed as one stack, [layers * E, out, in]. The group's index plus an offset selects the
 matrix, and no slice is copied.
@@ -50,7 +49,6 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     LARGE,
     SMALL,
     TILE_ROWS,
-    Blocks,
     OuterTiles,
     Tiles,
     default_outer_tiles,
@@ -63,7 +61,6 @@ __all__ = [
     "LARGE",
     "SMALL",
     "TILE_ROWS",
-    "Blocks",
     "Hopper",
     "OuterTiles",
     "Tiles",
@@ -77,32 +74,30 @@ __all__ = [
 def grouped_matmul(
     x: Float[Array, "P inner"],
     weight: Float[Array, "groups a b"],
-    blocks: Blocks,
+    spans: Spans,
     offset: Any = 0,
     *,
     transposed: bool,
     swiglu: bool = False,
     others: Sequence[tuple[Array, Array]] = (),
-    low: Float[Array, "P rank"] | None = None,
-    low_weight: Float[Array, "low_groups c d"] | None = None,
+    low: LowRankTerm | None = None,
     tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Float[Array, "P out"]:
-    """Multiplies each block of rows by its group's matrix. Sums are float32 and rounded once.
+    """Multiplies each span of rows by its group's matrix. Sums are float32 and rounded once.
 
     Args:
         x: rows sorted by group, bfloat16 or float16.
         weight: [groups, out, inner] if `transposed` (x W^T), else [groups, inner, out] (x W).
-        blocks: which rows belong to which group.
+        spans: which rows belong to which group.
         offset: added to the group for `weight` and for the weights of `others`.
         transposed: the layout of all weights.
         swiglu: the product's first half is the gate, its second half is up, [groups, 2F, inner]. The result is
             silu(gate) * up, [P, F], of the rounded products. Needs `transposed`.
         others: more pairs like (x, weight), of any inner width; their products are added before rounding.
-        low: left factor of a low-rank term that is also added; its rank is a multiple of 64.
-        low_weight: its right factor, laid out like `weight` with `rank` for `inner`; the offset is not added to its
-            group.
-        tiles: `default_tiles` for blocks of at most 128 rows by default. `swiglu` supports no higher blocks.
+        low: a low-rank term that is also added, its rank a multiple of 64. Its weight is laid out like `weight` with
+            `rank` for `inner`; the offset is not added to its group.
+        tiles: `default_tiles` for spans of at most 128 rows by default. `swiglu` supports no higher spans.
         interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
 
     Raises:
@@ -113,9 +108,7 @@ def grouped_matmul(
     pairs = {"x": (x, weight)} | {f"others[{n}]": pair for n, pair in enumerate(others)}
     with_offset = len(pairs)
     if low is not None:
-        if low_weight is None:
-            raise ValueError("low_weight: expected an array together with low, found None")
-        pairs["low"] = (low, low_weight)
+        pairs["low"] = (low.rows, low.weight)
     plan = hopper_matmul.Plan(
         transposed=transposed,
         swiglu=swiglu,
@@ -125,7 +118,7 @@ def grouped_matmul(
         tiles=tiles,
     )
     _check_matmul(plan, pairs)
-    return hopper_matmul.run(plan, list(pairs.values()), blocks, offset, interpret)
+    return hopper_matmul.run(plan, list(pairs.values()), spans, offset, interpret)
 
 
 def grouped_outer(
@@ -237,9 +230,8 @@ class Hopper:
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
         rows = LARGE if large and LARGE in schedule.spans else SMALL
         tiles = default_tiles(weight.shape[1 if transposed else 2], rows, swiglu)
-        options: dict[str, Any] = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
         return grouped_matmul(
-            x, weight, schedule.spans[rows], offset, transposed=transposed, swiglu=swiglu, tiles=tiles, **options
+            x, weight, schedule.spans[rows], offset, transposed=transposed, swiglu=swiglu, low=low, tiles=tiles
         )
 
     def outer(self, left: Array, right: Array, schedule: Schedule) -> Array:
@@ -267,8 +259,7 @@ class Hopper:
         spans = Spans(units * index, jnp.full_like(index, units), jnp.zeros_like(index), jnp.int32(count))
         # Every span has full height (rows past the end are not written), so only one height is compiled.
         tiles = default_tiles(stack.shape[1 if transposed else 2])._replace(heights=(SMALL,))
-        options: dict[str, Any] = {"low": low.rows, "low_weight": low.weight} if low is not None else {}
-        return grouped_matmul(x, stack, spans, layer, transposed=transposed, others=others, tiles=tiles, **options)
+        return grouped_matmul(x, stack, spans, layer, transposed=transposed, others=others, low=low, tiles=tiles)
 
 
 # With at least so many rows per expert, and elements in its matrix, higher spans with fewer columns are faster.

@@ -1,7 +1,7 @@
 """The program of `hopper.grouped_matmul`: producer, consumer and epilogue. `hopper.py` explains how they work together.
 
-An item of work is one tile of columns of one block of rows. Items are numbered block by block, so that the columns of a
-block follow each other and its rows stay in the L2 cache. Multiprocessor m of n runs the items m, m + n, m + 2n, ...
+An item of work is one tile of columns of one span of rows. Items are numbered span by span, so that the columns of a
+span follow each other and its rows stay in the L2 cache. Multiprocessor m of n runs the items m, m + n, m + 2n, ...
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import (
     shared_memory,
     swizzle_bytes,
 )
-from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import DEPTH, TILE_ROWS, Blocks, Tiles
+from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import DEPTH, TILE_ROWS, Tiles
+from jaxmoe.ops.schedule import Spans
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Plan:
 
     @property
     def column_tiles(self) -> int:
-        """Items per block."""
+        """Items per span."""
         return pl.cdiv(self.columns, self.tile_columns)
 
     @property
@@ -81,12 +82,12 @@ class Plan:
 
     @property
     def highest(self) -> int:
-        """Rows of the highest block."""
+        """Rows of the highest span."""
         return self.tiles.heights[-1]
 
 
 class _Work(NamedTuple):
-    """References to the list of blocks, in units of 16 rows, and to the offset for the groups."""
+    """References to the list of spans, in units of 16 rows, and to the offset for the groups."""
 
     first: Any
     height: Any
@@ -104,7 +105,7 @@ class _Source(NamedTuple):
 
 
 class _Target(NamedTuple):
-    """Where a consumer writes: the block's first row, its number of rows (`least` or more), the first column."""
+    """Where a consumer writes: the span's first row, its number of rows (`least` or more), the first column."""
 
     row: Array
     rows: Array
@@ -145,8 +146,8 @@ class _Program:
         @pl.loop(0, self.share.turns)
         def _item(turn: Array) -> None:
             item = self.share.item(turn)
-            block, column = lax.div(item, jnp.int32(plan.column_tiles)), self._column(item)
-            row, group = work.first[block] * TILE_ROWS, work.group[block]
+            span, column = lax.div(item, jnp.int32(plan.column_tiles)), self._column(item)
+            row, group = work.first[span] * TILE_ROWS, work.group[span]
             step = turn * plan.steps
             for n, (pair, steps) in enumerate(zip(self.pairs, plan.pair_steps, strict=True)):
                 own = group + work.offset[0] if n < plan.with_offset else group
@@ -161,7 +162,7 @@ class _Program:
         slot = self.ring.wait_until_free(start + k)
         filled = self.ring.filled.at[slot]
         depth = pl.ds(k * DEPTH, DEPTH)
-        # The copy is as high as the highest block. With a lower block it also brings unused rows of the next.
+        # The copy is as high as the highest span. With a lower span it also brings unused rows of the next.
         plgpu.copy_gmem_to_smem(left.at[pl.ds(source.row, plan.highest), depth], self.rows.at[slot], filled)
         width = plan.tile_columns
         if plan.swiglu:
@@ -177,7 +178,7 @@ class _Program:
         """A consumer: for each item, computes 64 columns per product and hands them to the epilogue."""
         plan, heights = self.plan, self.plan.tiles.heights
 
-        # The next block's place is read from memory while this one is computed.
+        # The next span's place is read from memory while this one is computed.
         def turn(number: Array, place: tuple[Array, Array]) -> tuple[Array, Array]:
             item = self.share.item(number)
             following = self._place(item + self.share.stride)
@@ -236,8 +237,8 @@ class _Program:
     def _store(self, sums: Array, target: _Target) -> None:
         """Writes 64 columns through shared memory, 128 rows at a time.
 
-        `least` rows exist in every block that this code handles: they are written at once. Any others go out in units
-        of 16 rows, as far as the block reaches.
+        `least` rows exist in every span that this code handles: they are written at once. Any others go out in units
+        of 16 rows, as far as the span reaches.
         """
         staging = self.staging.at[self.warpgroup]
         for start in range(0, sums.shape[1], 128):
@@ -261,10 +262,10 @@ class _Program:
         return lax.rem(item, jnp.int32(self.plan.column_tiles)) * self.plan.tile_columns
 
     def _place(self, item: Array) -> tuple[Array, Array]:
-        """First row and number of rows of an item's block, in units of 16; past the last item, of any block."""
+        """First row and number of rows of an item's span, in units of 16; past the last item, of any span."""
         last = self.work.first.shape[0] - 1
-        block = jnp.minimum(lax.div(item, jnp.int32(self.plan.column_tiles)), last)
-        return self.work.first[block], self.work.height[block]
+        span = jnp.minimum(lax.div(item, jnp.int32(self.plan.column_tiles)), last)
+        return self.work.first[span], self.work.height[span]
 
     def _product(self, n: int) -> Array:
         """The column in a slot at which this consumer's product `n` begins, without SwiGLU."""
@@ -272,7 +273,7 @@ class _Program:
 
 
 def run(
-    plan: Plan, pairs: Sequence[tuple[Array, Array]], blocks: Blocks, offset: Any, interpret: Any
+    plan: Plan, pairs: Sequence[tuple[Array, Array]], spans: Spans, offset: Any, interpret: Any
 ) -> Float[Array, "P out"]:
     """Launches the kernel; `hopper.grouped_matmul` has checked the operands."""
 
@@ -284,8 +285,8 @@ def run(
         items = work.used[0] * plan.column_tiles
         share = _Share(lax.div(items - first + stride - 1, jnp.int32(stride)), first, stride)
         by_pair = list(zip(operands[::2], operands[1::2], strict=True))
-        block = _Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup)
-        run_warpgroups(block.produce, block.consume, warpgroup)
+        thread_block = _Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup)
+        run_warpgroups(thread_block.produce, thread_block.consume, warpgroup)
 
     x, weight = pairs[0]
     columns, _, slots = plan.tiles
@@ -302,5 +303,5 @@ def run(
     copies = 3 if plan.swiglu else 2  # SwiGLU's weights come in two pieces
     kernel = launch("grouped_matmul", program, out, scratch, slots=slots, copies=copies, interpret=interpret)
     as_array = partial(jnp.asarray, dtype=jnp.int32)
-    work = [*blocks[:3], as_array(blocks.used).reshape(1), as_array(offset).reshape(1)]
+    work = [*spans[:3], as_array(spans.used).reshape(1), as_array(offset).reshape(1)]
     return kernel(*work, *(array for pair in pairs for array in pair))[:, : plan.columns]

@@ -152,6 +152,5 @@ def launch(
 
 
 def _multiprocessors() -> int:
-    return (
-        jax.devices()[0].core_count if jax.default_backend() == "gpu" else 2
-    )  # the interpreter runs two thread blocks
+    # The interpreter runs two thread blocks.
+    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else 2

@@ -1,26 +1,21 @@
-"""How the Hopper kernels cut their work: the list of blocks, the sizes of tiles, and the fastest sizes measured."""
+"""How the Hopper kernels cut their work: the sizes of tiles and the fastest sizes measured."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxmoe.ops.schedule import Spans
-
 TILE_ROWS = 16  # the unit of the row layout: a group's first row and its number of rows are multiples of it
 DEPTH = 64  # how much of the contraction one slot of the ring holds
-SMALL, LARGE = 128, 256  # the two limits for the rows of a block
+SMALL, LARGE = 128, 256  # the two limits for the rows of a span
 _SHARED_BYTES = 232_448 - 1024  # shared memory of a Hopper multiprocessor, less what the barriers need
-
-
-Blocks = Spans  # the kernels' name for them: a block of rows is what a thread block multiplies at a time
 
 
 class Tiles(NamedTuple):
     """Tile sizes of `grouped_matmul`.
 
     `columns` of the product are computed at a time. `heights` lists the numbers of rows that the kernel has code for,
-    in rising order: a block is computed by the code of the next height, and no block may exceed the last. With a single
-    height every block must be that high. `slots` is the length of the ring.
+    in rising order: a span is computed by the code of the next height, and no span may exceed the last. With a single
+    height every span must be that high. `slots` is the length of the ring.
     """
 
     columns: int
@@ -41,8 +36,8 @@ class OuterTiles(NamedTuple):
 
 
 def default_tiles(columns: int, rows: int = SMALL, swiglu: bool = False) -> Tiles:
-    """The fastest tiles measured for a product of `columns` columns and blocks of at most `rows` rows (docs/log)."""
-    # Each height costs time to compile. Most blocks are slightly lower than the limit.
+    """The fastest tiles measured for a product of `columns` columns and spans of at most `rows` rows (docs/log)."""
+    # Each height costs time to compile. Most spans are slightly lower than the limit.
     heights = (96, 112, 128) if rows == SMALL else (192, 224, 240, 256)
     # 256 columns, unless the last tile would then be at least half empty.
     width = 256 if swiglu or (rows == SMALL and (columns - 1) % 256 >= 128) else 128
