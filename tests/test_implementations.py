@@ -141,3 +141,17 @@ def test_the_default_device_is_jax_s():
     assert default_device().platform == jax.local_devices()[0].platform
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         assert default_device() == CPU
+
+
+@pytest.mark.parametrize(("operation", "name"), [(o, n) for o, names in OPERATIONS.items() for n in names])
+def test_every_entry_of_the_registry_loads(operation, name):
+    entry = OPERATIONS[operation][name]
+    assert callable(entry.load().unsupported)
+    if name == list(OPERATIONS[operation])[-1]:  # the last one runs anywhere
+        assert entry.unsupported(CPU) is None
+
+
+def test_a_wrong_home_is_noticed():
+    entry = OPERATIONS["attention"]["blocks"]
+    with pytest.raises(AttributeError, match="CHUNCKED"):
+        entry._replace(home="jaxmoe.ops.attention_chunked:CHUNCKED").load()
