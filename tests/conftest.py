@@ -13,6 +13,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -27,6 +28,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Parallel workers share the cores: by default PyTorch starts as many threads as there are cores in each worker.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+# On a CPU nearly all of the suite's time goes to LLVM. Less optimisation reorders no sum. What one process has compiled,
+# the other workers and the commands that tests start find in a folder that lives as long as the session.
+COMPILATION_CACHE = None
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        COMPILATION_CACHE = tempfile.TemporaryDirectory(prefix="jax-cache-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILATION_CACHE.name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # Two frameworks share the GPU: preallocating most of its memory would leave none for PyTorch.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
