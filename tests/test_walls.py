@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import ROOT
 
 LISTED = ("jaxmoe", "convert", "captures", "torch_ref", "peers")  # every module of these is in a room below
-OTHERS = ("examples", "benchmarks", "notebooks", "tests")  # one room each, whatever modules it has
+OTHERS = ("examples", "benchmarks", "notebooks", "reliability", "tests")  # one room each, whatever modules it has
 
 
 def _under(package: str, names: str) -> set[str]:
@@ -93,7 +93,8 @@ USES: dict[str, set[str]] = {
     "examples": {*MODULES} - {"torch_ref", "peers"},
     "benchmarks": {*MODULES, "examples"},
     "notebooks": {*MODULES, "examples"} - {"torch_ref", "peers"},
-    "tests": {*MODULES, "benchmarks", "examples", "notebooks"},
+    "reliability": {*MODULES} - {"torch_ref"},
+    "tests": {*MODULES, "benchmarks", "examples", "notebooks", "reliability"},
 }
 
 # (module, module that its room may not use) -> why it does
@@ -106,7 +107,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("captures.format", "jaxmoe.store.files"): "an output folder appears whole or not at all",
 }
 
-_ABOVE = {"peers", "tests", "examples", "benchmarks", "notebooks"}
+_ABOVE = {"peers", "tests", "examples", "benchmarks", "notebooks", "reliability"}
 # package -> what no module of it imports, not even inside a function
 NEVER = {
     "jaxmoe": _ABOVE | {"torch", "torch_ref", "peft", "bitsandbytes"},
