@@ -30,13 +30,13 @@ def _under(package: str, names: str) -> set[str]:
 
 # room -> its modules. The rooms stand in order: a room uses only rooms above it.
 MODULES: dict[str, set[str]] = {
-    "base": _under("jaxmoe", ". config environment errors lazy lora presets"),
+    "base": _under("jaxmoe", ". config environment errors lazy lora presets stopping"),
     "parameters": _under("jaxmoe", "parameters"),
     "memory": _under("jaxmoe", "memory"),
     "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),
-    "store": _under("jaxmoe.store", ". adapter checkpoint converted files items loading train_state"),
+    "store": _under("jaxmoe.store", ". adapter checkpoint converted digest files items loading lock train_state"),
     "nf4": _under("jaxmoe.nf4", ". codec config stack"),
     "recode": _under("jaxmoe.nf4", "recode"),
     "convert": _under("convert", ". __main__ adapters hf2jax hub jax2hf names nf4 report safetensors_io"),
@@ -119,7 +119,8 @@ NEVER = {
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
-    ". cli cli.arguments cli.commands cli.progress config environment errors lazy lora memory parameters presets",
+    ". cli cli.arguments cli.commands cli.progress config environment errors lazy lora memory parameters presets"
+    " stopping",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}
