@@ -11,6 +11,9 @@
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
+# make kill N=100 SEED=0 JOBS=1   kill -9, SIGTERM and SIGINT at random moments of every command that writes
+# make full-disk N=84   a disk that is full from some write on, in every command that writes
+# make bit-flips N=300  flipped bits in training checkpoints; also with SEED and JOBS, as make kill
 # make clean      removes what the other targets made
 #
 # demo, test, lint, notebooks, docs, parity and bench create their own environment in .venv the first time: CPU builds,
@@ -133,6 +136,21 @@ bench-gpu:
 # As in test-gpu, with the packages of $(PYTHON), which must include bitsandbytes.
 bench-torch-gpu:
 	@$(PYTHON) -m benchmarks.torch_ref_step
+
+# Trials of docs/reliability.md: each prints tried, refused, accepted and wrong, and fails if anything was wrong.
+SEED ?= 0
+JOBS ?= 1
+TRIALS = JAX_PLATFORMS=cpu $(RUN) -m reliability.$(1) --seed $(SEED) --jobs $(JOBS) $(if $(N),--number $(N))
+
+.PHONY: kill full-disk bit-flips
+kill: $(INSTALLED)
+	@$(call TRIALS,kill)
+
+full-disk: $(INSTALLED)
+	@$(call TRIALS,full_disk)
+
+bit-flips: $(INSTALLED)
+	@$(call TRIALS,bit_flips)
 
 clean:
 	rm -rf $(VENV) $(KERNELS_VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmoe.errors import UserError
-from jaxmoe.store.files import output_folder
+from jaxmoe.store.files import os_error, output_folder
 
 FORMAT, VERSION = "jaxmoe-capture", 1
 MANIFEST = "manifest.json"
@@ -247,13 +247,18 @@ class CaptureWriter:
             self._output.__exit__(type(failure), failure, failure.__traceback__)
             raise failure
         if kind is None:
-            self._manifest["text"] |= {
-                "tokens": sum(s["tokens"] for s in self._shards),
-                "digest": self._digest.hexdigest(),
-            }
-            content = json.dumps(self._manifest | {"shards": self._shards}, indent=1) + "\n"
-            (self._folder / MANIFEST).write_text(content, encoding="utf-8")
+            try:
+                self._write_manifest()
+            except BaseException as failure:
+                self._output.__exit__(type(failure), failure, failure.__traceback__)
+                raise
         return self._output.__exit__(kind, error, trace)
+
+    def _write_manifest(self) -> None:
+        tokens = sum(shard["tokens"] for shard in self._shards)
+        self._manifest["text"] |= {"tokens": tokens, "digest": self._digest.hexdigest()}
+        content = json.dumps(self._manifest | {"shards": self._shards}, indent=1) + "\n"
+        (self._folder / MANIFEST).write_text(content, encoding="utf-8")
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -282,7 +287,10 @@ class CaptureWriter:
                 found = f"{shard[name].dtype} {list(shard[name].shape)}"
                 raise ValueError(f"capture {name}: expected {dtype} {list(shape)}, found {found}")
         file = f"routing-{len(self._shards):05d}.safetensors"
-        save_file(shard, self._folder / file)
+        try:
+            save_file(shard, self._folder / file)
+        except SafetensorError as error:  # the library's form of a full disk
+            raise os_error(self._folder / file, str(error)) from error
         self._shards.append({"file": file, "tokens": n})
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from jaxmoe import stopping
+
+if __name__ == "__main__":
+    stopping.watch()  # before the other imports, which take seconds
+
 import argparse
 import contextlib
 import ctypes
 import json
 import os
 import pathlib
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
 
 from convert.adapters import SETTINGS, read_peft, write_peft
 from convert.hf2jax import hf2jax
@@ -75,28 +78,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Orbax asks JAX for its devices. A conversion needs no GPU and must not occupy one. Set before JAX is first used.
     os.environ["JAX_PLATFORMS"] = "cpu"
     _give_memory_back()
-    with _cleanup_on_sigterm():
-        if args.command == "inspect":
-            report = inspect(args.path)
-            print(json.dumps(report, indent=2) if args.json else as_text(report))
-        elif args.command == "hf2jax":
-            src = local_folder(args.src)
-            with _progress(args.dst) as on_block:
-                hf2jax(src, args.dst, args.dtype, args.quantize, on_block)
-        elif args.command == "jax2hf":
-            size = parse_size(args.max_shard_size)
-            with _progress(args.dst) as on_block:
-                jax2hf(args.src, args.dst, args.adapter, size, args.dequantize, on_block)
-        elif args.command == "peft2jax":
-            src = local_folder(args.src)
-            config = Qwen3MoeConfig.from_pretrained(_base_model(src, args.model))
-            lora, adapters = read_peft(src, config, args.packing)
-            write_adapter(args.dst, config, lora, adapters)
-            print(f"{args.dst}: {len(adapters)} arrays")
-        else:
-            config, lora, adapters = read_adapter(args.src)
-            write_peft(args.dst, config, lora, adapters)
-            print(f"{args.dst}: {len(adapters)} arrays")
+    if args.command == "inspect":
+        report = inspect(args.path)
+        print(json.dumps(report, indent=2) if args.json else as_text(report))
+    elif args.command == "hf2jax":
+        src = local_folder(args.src)
+        with _progress(args.dst) as on_block:
+            hf2jax(src, args.dst, args.dtype, args.quantize, on_block)
+    elif args.command == "jax2hf":
+        size = parse_size(args.max_shard_size)
+        with _progress(args.dst) as on_block:
+            jax2hf(args.src, args.dst, args.adapter, size, args.dequantize, on_block)
+    elif args.command == "peft2jax":
+        src = local_folder(args.src)
+        config = Qwen3MoeConfig.from_pretrained(_base_model(src, args.model))
+        lora, adapters = read_peft(src, config, args.packing)
+        write_adapter(args.dst, config, lora, adapters)
+        print(f"{args.dst}: {len(adapters)} arrays")
+    else:
+        config, lora, adapters = read_adapter(args.src)
+        write_peft(args.dst, config, lora, adapters)
+        print(f"{args.dst}: {len(adapters)} arrays")
 
 
 def _base_model(adapter: pathlib.Path, given: str | None) -> pathlib.Path:
@@ -135,20 +137,6 @@ def _give_memory_back() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # C libraries other than glibc
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
-
-
-@contextlib.contextmanager
-def _cleanup_on_sigterm() -> Iterator[None]:
-    """Turns SIGTERM into SystemExit, so that an unfinished folder is removed."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

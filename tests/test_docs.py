@@ -22,6 +22,7 @@ PACKAGES = (
     "benchmarks",
     "examples",
     "notebooks",
+    "reliability",
     "tests",
     "docs",
 )

@@ -46,6 +46,8 @@ MODEL_CONFIG: dict[str, Any] = {
     "dtype": "float32",
     "use_sliding_window": False,
 }
+# The digest of all weights; version 0.1.0 had one of a few rows.
+WEIGHTS = "weights:0a9fccfbfac86e0c07922d539df0a25f9bce1a1cabd6939db56d206a29420b6b"
 RECORDED: dict[str, Any] = {
     "model": [MODEL_CONFIG, "fb18d20a13eb03f3bfdf2676267ac5e32912debd448220924257dc87a3c8c909"],
     "data": "3bf8384f924e9d302662390151e08da680c7651133e998e35044d7b8f0f8ff64",
@@ -140,7 +142,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def test_the_identity_is_written_as_it_always_was(stopped: pathlib.Path) -> None:
     written = json.loads((stopped / "out" / "train_config.json").read_text())
-    assert written["identity"] == json.loads(json.dumps(RECORDED))
+    assert written["identity"] == json.loads(json.dumps(RECORDED | {"model": [MODEL_CONFIG, WEIGHTS]}))
     assert set(written) == {"settings", "identity", "versions", "device"}
 
 

@@ -28,10 +28,11 @@ from jaxmoe.errors import UserError
 from jaxmoe.model import layer_loop
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.init import init_adapters, init_parameters
+from jaxmoe.stopping import Postponed
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import prepare
 from jaxmoe.train.__main__ import main
-from jaxmoe.train.loop import CompiledSteps, Signals, train
+from jaxmoe.train.loop import CompiledSteps, train
 from jaxmoe.train.loss import NextTokenCrossEntropy, Outputs, next_token_objective
 from jaxmoe.train.metrics import MetricsLog, expert_load
 from jaxmoe.train.settings import TrainConfig
@@ -168,8 +169,8 @@ def test_resume_is_bit_for_bit(whole: Any, crashed: pathlib.Path, base: pathlib.
 def forget_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     right = TrainCheckpoints.restore_latest
 
-    def restore(self: TrainCheckpoints, template: Any) -> Any:
-        found = right(self, template)
+    def restore(self: TrainCheckpoints, template: Any, which: str | None = None) -> Any:
+        found = right(self, template, which)
         return found if found is None else (found[0], found[1]._replace(optimizer=template.optimizer), found[2])
 
     monkeypatch.setattr(TrainCheckpoints, "restore_latest", restore)
@@ -287,7 +288,7 @@ def test_signal_saves_and_says_how_to_go_on(
 
 def test_second_signal_is_the_systems() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with Signals() as signals:
+    with Postponed() as signals:
         assert signals.received is None
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM

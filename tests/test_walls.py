@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import ROOT
 
 LISTED = ("jaxmoe", "convert", "captures", "torch_ref", "peers")  # every module of these is in a room below
-OTHERS = ("examples", "benchmarks", "notebooks", "tests")  # one room each, whatever modules it has
+OTHERS = ("examples", "benchmarks", "notebooks", "reliability", "tests")  # one room each, whatever modules it has
 
 
 def _under(package: str, names: str) -> set[str]:
@@ -30,13 +30,13 @@ def _under(package: str, names: str) -> set[str]:
 
 # room -> its modules. The rooms stand in order: a room uses only rooms above it.
 MODULES: dict[str, set[str]] = {
-    "base": _under("jaxmoe", ". config environment errors lazy lora presets"),
+    "base": _under("jaxmoe", ". config environment errors lazy lora presets stopping"),
     "parameters": _under("jaxmoe", "parameters"),
     "memory": _under("jaxmoe", "memory"),
     "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),
-    "store": _under("jaxmoe.store", ". adapter checkpoint converted files items loading train_state"),
+    "store": _under("jaxmoe.store", ". adapter checkpoint converted digest files items loading lock train_state"),
     "nf4": _under("jaxmoe.nf4", ". codec config stack"),
     "recode": _under("jaxmoe.nf4", "recode"),
     "convert": _under("convert", ". __main__ adapters hf2jax hub jax2hf names nf4 report safetensors_io"),
@@ -93,7 +93,8 @@ USES: dict[str, set[str]] = {
     "examples": {*MODULES} - {"torch_ref", "peers"},
     "benchmarks": {*MODULES, "examples"},
     "notebooks": {*MODULES, "examples"} - {"torch_ref", "peers"},
-    "tests": {*MODULES, "benchmarks", "examples", "notebooks"},
+    "reliability": {*MODULES} - {"torch_ref"},
+    "tests": {*MODULES, "benchmarks", "examples", "notebooks", "reliability"},
 }
 
 # (module, module that its room may not use) -> why it does
@@ -106,7 +107,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("captures.format", "jaxmoe.store.files"): "an output folder appears whole or not at all",
 }
 
-_ABOVE = {"peers", "tests", "examples", "benchmarks", "notebooks"}
+_ABOVE = {"peers", "tests", "examples", "benchmarks", "notebooks", "reliability"}
 # package -> what no module of it imports, not even inside a function
 NEVER = {
     "jaxmoe": _ABOVE | {"torch", "torch_ref", "peft", "bitsandbytes"},
@@ -118,7 +119,8 @@ NEVER = {
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
-    ". cli cli.arguments cli.commands cli.progress config environment errors lazy lora memory parameters presets",
+    ". cli cli.arguments cli.commands cli.progress config environment errors lazy lora memory parameters presets"
+    " stopping",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

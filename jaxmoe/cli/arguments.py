@@ -1,7 +1,7 @@
 """What every command of the project shares: flags from a dataclass, one-line errors, exit codes. Standard library only.
 
-Exit codes: 0 on success; 2 for a user error or bad input, with one line on stderr; 130 after Ctrl-C; 141 if the reader
-closes the pipe. Any other exception is a bug and keeps its traceback.
+Exit codes: 0 on success; 2 for a user error or bad input, with one line on stderr; 130 and 143 after SIGINT and SIGTERM
+(`jaxmoe.stopping`); 141 if the reader closes the pipe. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@ module of the same name.
 
 from __future__ import annotations
 
-from jaxmoe.cli.arguments import run
+from jaxmoe import stopping
 
 
 def train() -> None:
     """`jaxmoe-train`: see `jaxmoe.train`."""
+    stopping.watch()
+    from jaxmoe.cli.arguments import run
     from jaxmoe.train.__main__ import main
 
     run(main)
@@ -18,6 +20,8 @@ def train() -> None:
 
 def generate() -> None:
     """`jaxmoe-generate`: see `jaxmoe.generate`."""
+    stopping.watch()
+    from jaxmoe.cli.arguments import run
     from jaxmoe.generate.__main__ import main
 
     run(main)
@@ -25,13 +29,17 @@ def generate() -> None:
 
 def convert() -> None:
     """`jaxmoe-convert`: see `convert`."""
+    stopping.watch()
     from convert.__main__ import main
+    from jaxmoe.cli.arguments import run
 
     run(main)
 
 
 def doctor() -> None:
     """`jaxmoe-doctor`: see `jaxmoe.doctor`."""
+    stopping.watch()
+    from jaxmoe.cli.arguments import run
     from jaxmoe.doctor.__main__ import main
 
     run(main)
@@ -39,6 +47,8 @@ def doctor() -> None:
 
 def routing() -> None:
     """`jaxmoe-routing`: see `jaxmoe.routing`."""
+    stopping.watch()
+    from jaxmoe.cli.arguments import run
     from jaxmoe.routing.__main__ import main
 
     run(main)

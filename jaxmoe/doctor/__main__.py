@@ -5,6 +5,11 @@ With `--model` it adds a forecast of the memory that training and generation nee
 
 from __future__ import annotations
 
+from jaxmoe import stopping
+
+if __name__ == "__main__":
+    stopping.watch()  # before the other imports, which take seconds
+
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

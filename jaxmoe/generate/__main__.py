@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from jaxmoe import stopping
+
+if __name__ == "__main__":
+    stopping.watch()  # before the other imports, which take seconds
+
 import argparse
 import pathlib
 from collections.abc import Sequence

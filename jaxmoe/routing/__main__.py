@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from jaxmoe import stopping
+
+if __name__ == "__main__":
+    stopping.watch()  # before the other imports, which take seconds
+
 import argparse
 import csv
 import pathlib
@@ -13,6 +18,7 @@ from captures import Capture, tokenizer_digest
 from captures.format import DEFAULT_KEEP_LOGITS
 from jaxmoe.cli.arguments import ArgumentParser, program_name, run
 from jaxmoe.errors import UserError
+from jaxmoe.store.files import claimed, output_file
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -118,6 +124,11 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _capture(arguments: argparse.Namespace) -> None:
+    with claimed(arguments.out):
+        _capture_claimed(arguments)
+
+
+def _capture_claimed(arguments: argparse.Namespace) -> None:
     from jaxmoe.control.interventions import intervention
     from jaxmoe.routing.capture import capture
 
@@ -251,7 +262,7 @@ def _print_table(header: Sequence[str], body: Sequence[Sequence[Any]]) -> None:
 
 
 def _write_csv(path: pathlib.Path, header: Sequence[str], body: Sequence[Sequence[Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with output_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *body])
 
 

@@ -25,6 +25,7 @@ from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.router import RoutingControl
 from jaxmoe.routing import metrics
 from jaxmoe.routing.capture import PackedBatch, pack_in_order
+from jaxmoe.store.files import output_file
 
 Action = Literal["ablate", "force"]
 
@@ -186,7 +187,7 @@ def effects(
 
 def write_effects(found: Sequence[Effect], path: pathlib.Path) -> None:
     """Writes the table as CSV: a header, then one line per expert."""
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with output_file(path) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Effect._fields)
         writer.writerows(found)

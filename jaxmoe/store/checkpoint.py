@@ -7,8 +7,8 @@ is read (`jaxmoe.nf4.recode`) share this interface. Arrays are NumPy, bfloat16 a
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import ml_dtypes  # noqa: F401  (registers bfloat16, so that np.dtype("bfloat16") works)
@@ -32,6 +32,8 @@ class Block:
 
     layer: int | None
     arrays: dict[str, np.ndarray]
+    # Path -> SHA-256 of the array's bytes, for arrays that were compared with it when they were read.
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 @runtime_checkable

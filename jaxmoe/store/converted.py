@@ -121,7 +121,15 @@ class ConvertedCheckpoint:
 
     def block(self, layer: int | None) -> Block:
         """One layer, or the top level (None), checked against the manifest."""
-        return Block(layer, self._read(item_name(layer)))
+        item = item_name(layer)
+        arrays = read_item(self.path / item, self._items[item], self._verify)
+        digests = {name: entry["sha256"] for name, entry in self._items[item].items()} if self._verify else {}
+        if self._target is not None:
+            for name in arrays.keys() & self.dtypes.keys():
+                if arrays[name].dtype != self._target:
+                    digests.pop(name, None)
+                    arrays[name] = cast(f"{item}: {name}", arrays[name], self._target)
+        return Block(layer, arrays, digests)
 
     def blocks(self) -> Iterator[Block]:
         """The top level first, then every layer, each checked against the manifest."""
@@ -139,13 +147,6 @@ class ConvertedCheckpoint:
             arrays = read_item(self.path / item, entries, self._verify, partial=True)
             offsets[layer] = {name.removesuffix(suffix): array for name, array in arrays.items()}
         return offsets
-
-    def _read(self, item: str) -> dict[str, np.ndarray]:
-        arrays = read_item(self.path / item, self._items[item], self._verify)
-        if self._target is not None:
-            for name in arrays.keys() & self.dtypes.keys():
-                arrays[name] = cast(f"{item}: {name}", arrays[name], self._target)
-        return arrays
 
 
 def read_converted(path: str | os.PathLike[str], dtype: str | None = None, verify: bool = True) -> ConvertedCheckpoint:

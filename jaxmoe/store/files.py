@@ -1,45 +1,160 @@
-"""Output folders that appear whole or not at all."""
+"""Outputs that appear whole or not at all, one process at a time, and errors that name their file."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pathlib
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 
+from jaxmoe import stopping
 from jaxmoe.errors import UserError
+from jaxmoe.store.lock import SUFFIX, InUse, output_lock
+
+_UNFINISHED = ".jaxmoe-unfinished-"
+_LEFTOVER = re.compile(rf"\.(?P<output>.+)(?:{re.escape(_UNFINISHED)}\w{{8}}|{re.escape(SUFFIX)})", re.DOTALL)
+_live: set[pathlib.Path] = set()  # temporary folders of this process
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_OS_ERROR = re.compile(r"\bos[ _]error(?:_code)?[ =:']*(\d+)", re.IGNORECASE)
 
 
 @contextlib.contextmanager
 def output_folder(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `dst` and renames it to `dst` on success; after a failure nothing is left.
 
+    Meanwhile this process holds the lock of `dst`. What killed processes left beside it is removed.
+
     Raises:
-        UserError: `dst` exists and is not an empty folder.
+        UserError: `dst` exists and is not an empty folder, or another process writes it.
+        OSError: the disk is full, for example; it names a file in `dst`.
     """
     final = pathlib.Path(dst).resolve()
-    if final.exists() and not final.is_dir():
-        raise UserError(f"{dst}: expected a new or empty folder, found a file")
-    if final.is_dir() and any(final.iterdir()):
-        raise UserError(f"{dst}: expected a new or empty folder, found one with files in it")
-    new_parents = [parent for parent in final.parents if not parent.exists()]
-    final.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # A failure to clean up must not hide the failure before it.
-        temporary = tempfile.TemporaryDirectory(prefix=f".{final.name}-", dir=final.parent, ignore_cleanup_errors=True)
-        with temporary as outer:
+    with claimed(dst), unfinished_folder(final) as folder, naming_files({folder: pathlib.Path(dst)}):
+        yield folder
+        with stopping.uninterrupted():
+            folder.rename(final)
+
+
+@contextlib.contextmanager
+def claimed(dst: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock of an output folder, which must be new or empty. A command that works for long before it writes
+    the folder claims it first, so that it does not work in vain.
+
+    Raises:
+        UserError: `dst` exists and is not an empty folder, or another process writes it.
+    """
+    final = pathlib.Path(dst).resolve()
+    with output_lock(dst):
+        remove_leftovers(final.parent)
+        if final.exists() and not final.is_dir():
+            raise UserError(f"{dst}: expected a new or empty folder, found a file")
+        if final.is_dir() and any(file.name != SUFFIX for file in final.iterdir()):
+            raise UserError(f"{dst}: expected a new or empty folder, found one with files in it")
+        yield
+
+
+@contextlib.contextmanager
+def output_file(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Yields the path of a temporary file and puts it in the place of `dst` on success; a failure changes nothing.
+
+    Where `dst` is no ordinary file (a pipe, /dev/stdout), it is yielded itself.
+
+    Raises:
+        UserError: another process writes `dst`.
+        OSError: the disk is full, for example; it names `dst`.
+    """
+    final = pathlib.Path(dst).resolve()
+    if final.exists() and not final.is_file():
+        yield pathlib.Path(dst)
+        return
+    with output_lock(dst):
+        remove_leftovers(final.parent)
+        with unfinished_folder(final) as folder, naming_files({folder / final.name: pathlib.Path(dst)}):
+            yield folder / final.name
+            if final.exists():
+                shutil.copymode(final, folder / final.name)
+            with stopping.uninterrupted():
+                (folder / final.name).replace(final)
+
+
+@contextlib.contextmanager
+def unfinished_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A temporary folder beside `target`, which is always removed: at the end, by a signal, or by the next command that
+    writes beside it."""
+    outer = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}{_UNFINISHED}", dir=target.parent))
+    remove = partial(_remove_tree, outer)
+    with stopping.undone_by(remove):
+        _live.add(outer)
+        try:
             # The temporary folder is private; a folder inside it gets the permissions of the user's umask.
-            inner = pathlib.Path(outer) / "content"
+            inner = outer / "content"
             inner.mkdir()
             yield inner
-            inner.rename(final)
-    except BaseException:
-        for parent in new_parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        finally:
+            remove()
+            _live.discard(outer)
+
+
+def remove_leftovers(folder: pathlib.Path) -> None:
+    """Removes the temporary folders and lock files in `folder` whose processes are dead: their lock is free.
+
+    An error is no reason to stop: what cannot be removed stays.
+    """
+    present = set(folder.iterdir()) - _live if folder.is_dir() else set()
+    found = [path for path in present if _LEFTOVER.fullmatch(path.name)]
+    for path in sorted(found, key=lambda path: path.name.endswith(SUFFIX)):
+        match = _LEFTOVER.fullmatch(path.name)
+        assert match is not None
+        with contextlib.suppress(InUse, OSError), output_lock(folder / match["output"]):
+            if not path.name.endswith(SUFFIX):
+                _remove_tree(path)
+
+
+def _remove_tree(folder: pathlib.Path) -> None:
+    """Removes a folder into which other threads may still write; a failure must not hide the failure before it."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def naming_files(places: Mapping[pathlib.Path, pathlib.Path]) -> Iterator[None]:
+    """Errors of the operating system within the block name a file that the user knows.
+
+    `places` maps a temporary path to the user's: a path below the first is shown below the second. An error of the disk
+    that names no file gets the second path of the first entry.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.strerror is None:
+            raise
+        if error.filename is None:
+            if error.errno not in _OF_THE_DISK:
+                raise
+            raise OSError(error.errno, error.strerror, str(next(iter(places.values())))) from error
+        for temporary, known in places.items():
+            path = pathlib.Path(os.fsdecode(error.filename))
+            if path.is_relative_to(temporary):
+                raise OSError(error.errno, error.strerror, str(known / path.relative_to(temporary))) from error
         raise
+
+
+def os_error(path: pathlib.Path, text: str) -> OSError:
+    """The error of the operating system that a library describes in `text`, about the file or folder `path`."""
+    found = _OS_ERROR.search(text)
+    if found is None:
+        return OSError(errno.EIO, f"cannot be written: {text}", str(path))
+    number = int(found[1])
+    return OSError(number, os.strerror(number), str(path))
 
 
 def write_files(folder: pathlib.Path, files: Mapping[str, pathlib.Path | bytes]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import logging
 import pathlib
@@ -25,6 +24,8 @@ import numpy as np
 
 from jaxmoe.config import DTYPES, read_json
 from jaxmoe.errors import UserError
+from jaxmoe.store.digest import checksum
+from jaxmoe.store.files import os_error
 
 # Every core compresses a chunk at the same time and holds its compressed copy, so small chunks need less memory.
 _CHUNK_BYTES = 16 * 2**20
@@ -87,11 +88,6 @@ def check_entries(
     return dtypes
 
 
-def checksum(array: np.ndarray) -> str:
-    """SHA-256 of the array's bytes in C order."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
-
-
 def write_item(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Writes one Orbax item and returns its entries for the manifest.
 
@@ -116,14 +112,14 @@ def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         try:
             checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
         except ValueError as error:
-            _wait_for_stragglers(path)
+            wait_for_stragglers(path)
             # tensorstore reports a failing disk as a ValueError, with the cause in its text.
-            raise OSError(f"{path.name}: cannot be written: {first_line(error)}") from error
+            raise os_error(path, first_line(error, 3000)) from error
         finally:
             checkpointer.close()
 
 
-def _wait_for_stragglers(path: pathlib.Path) -> None:
+def wait_for_stragglers(path: pathlib.Path) -> None:
     """After a failed write, waits for those that ran at the same time, until no new file appears beside `path`."""
     before = None
     while (now := sorted(map(str, path.parent.glob(f"{path.name}*/**/*")))) != before:
@@ -164,9 +160,9 @@ def read_item(
     return arrays
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, length: int = 300) -> str:
     """The first line of an error's text, for a message of one line; its type if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:length]
 
 
 class _Silence:

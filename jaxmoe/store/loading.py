@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.parameters import layer_paths, stored_specs
 from jaxmoe.store.checkpoint import Block, Checkpoint
+from jaxmoe.store.digest import WeightsDigest
 
 READERS = 4
 OnLayer = Callable[[int, int], None]  # layers on the device, layers in all
@@ -39,11 +40,15 @@ def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.Sh
 
 
 def load_stacks(
-    config: Qwen3MoeConfig, source: Checkpoint, readers: int = READERS, on_layer: OnLayer = lambda *_: None
+    config: Qwen3MoeConfig,
+    source: Checkpoint,
+    readers: int = READERS,
+    on_layer: OnLayer = lambda *_: None,
+    digest: WeightsDigest | None = None,
 ) -> dict[str, Array]:
     """Path -> array on the default device, for every array of the checkpoint; layers are stacked.
 
-    `on_layer` is called after each layer.
+    `on_layer` is called after each layer. `digest` collects what the weights are, in threads of its own.
 
     Raises:
         UserError: as `source.block`. Reads that are already running finish; no new one starts.
@@ -51,11 +56,13 @@ def load_stacks(
     shapes = stack_shapes(config, source).items()
     params = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}
     # The top level first: it holds NF4's table, which a checkpoint that is recoded needs for its layers.
-    params |= {path: jnp.asarray(value) for path, value in source.block(None).arrays.items()}
+    read = partial(_read, source, digest)
+    top = read(None)
+    params |= {path: jnp.asarray(value) for path, value in top.arrays.items()}
     pool = ThreadPoolExecutor(readers, thread_name_prefix="read-layer")
     try:
         todo = iter(range(config.num_hidden_layers))
-        reading: deque[Future[Block]] = deque(pool.submit(source.block, layer) for layer in islice(todo, readers))
+        reading: deque[Future[Block]] = deque(pool.submit(read, layer) for layer in islice(todo, readers))
         while reading:
             block = reading.popleft().result()
             assert block.layer is not None
@@ -64,9 +71,20 @@ def load_stacks(
                 params[path] = _fill(params[path], block.arrays[path], slot)
             # The transfers read the host's arrays until they end. Without the wait, layers would pile up on the host.
             jax.block_until_ready([params[path] for path, _ in slots])
+            if digest is not None:
+                digest.wait(block)
             on_layer(block.layer + 1, config.num_hidden_layers)
             del block
-            reading.extend(pool.submit(source.block, layer) for layer in islice(todo, 1))
+            reading.extend(pool.submit(read, layer) for layer in islice(todo, 1))
     finally:
         pool.shutdown(cancel_futures=True)
+    if digest is not None:
+        digest.wait(top)
     return params
+
+
+def _read(source: Checkpoint, digest: WeightsDigest | None, layer: int | None) -> Block:
+    block = source.block(layer)
+    if digest is not None:
+        digest.add(block)
+    return block

@@ -2,102 +2,201 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxmoe.errors import UserError
-from jaxmoe.store.items import first_line, quiet_orbax
+from jaxmoe.store.digest import checksums
+from jaxmoe.store.files import os_error
+from jaxmoe.store.items import first_line, quiet_orbax, wait_for_stragglers
 
-_VERSION = 1
+_VERSION = 2
+_WITHOUT_CHECKSUMS = 1  # what earlier versions wrote
+_TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
 class TrainCheckpoints:
     """The last `keep` states of a training run in the folder `directory`, one Orbax step each.
 
-    A state is any pytree of arrays and numbers. The names of its leaves are stored too, so that a state with another
-    structure is refused. A checkpoint appears whole or not at all: if a run is killed while it saves, the earlier
-    checkpoints stay intact.
+    A state is any pytree of arrays and numbers. The name, shape, dtype and SHA-256 of each leaf are stored too, and
+    compared when the state is restored. A checkpoint appears whole or not at all: if a run is killed while it saves,
+    the earlier checkpoints stay intact.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
         self.directory = pathlib.Path(directory).resolve()
+        self.notice: str | None = None  # what `restore` could not verify
+        self._remove_unfinished()
         with quiet_orbax() as ocp:
             # Not asynchronous: on a CPU the next step may overwrite memory that a background thread still reads.
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
     def latest_step(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
-        """Writes `state` and `metadata` (any JSON value) as the checkpoint of `step`, which must be new; returns when
-        it is on disk.
+        """Writes `state` and `metadata` (any JSON value) as the checkpoint of `step`; returns when it is on disk.
+
+        Checkpoints of the same or later steps are removed first: they are those that the run did not resume from.
 
         Raises:
             OSError: the disk is full or fails. Older checkpoints stay intact.
         """
         leaves = _named_leaves(state)
-        entries = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
+        digests = checksums(np.asarray(leaf) for _, leaf in leaves)
+        entries = [
+            [name, list(np.shape(leaf)), str(_dtype(leaf)), digest]
+            for (name, leaf), digest in zip(leaves, digests, strict=True)
+        ]
+        content = {"version": _VERSION, "leaves": entries, "metadata": dict(metadata)}
         try:
             with quiet_orbax() as ocp:
+                for later in self.steps():
+                    if later >= step:
+                        self._manager.delete(later)
                 items = ocp.args.Composite(
                     state=ocp.args.PyTreeSave({str(i): leaf for i, (_, leaf) in enumerate(leaves)}),
-                    metadata=ocp.args.JsonSave({"version": _VERSION, "leaves": entries, "metadata": dict(metadata)}),
+                    metadata=ocp.args.JsonSave(content | {"sha256": _content_digest(content)}),
                 )
                 self._manager.save(step, args=items, force=True)
         except ValueError as error:
+            self._remove_unfinished()
             if "os_error_code" not in str(error):  # tensorstore's mark for errors of the operating system
                 raise
-            raise OSError(f"{self.directory / str(step)}: cannot be written: {first_line(error)}") from error
+            raise os_error(self.directory / str(step), first_line(error, 3000)) from error
+        except OSError as error:
+            self._remove_unfinished()
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, os.strerror(error.errno), str(self.directory / str(step))) from error
 
-    def restore_latest(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest (step, state, metadata), or None if there is no checkpoint.
+    def _remove_unfinished(self) -> None:
+        """Removes what a killed run, or a save that failed, left behind: this process alone writes here."""
+        if any(self.directory.glob(_TEMPORARY)):
+            wait_for_stragglers(self.directory / "*.orbax-checkpoint-tmp")
+        for folder in self.directory.glob(_TEMPORARY):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def chosen_step(self, which: str | None) -> int | None:
+        """The step that `--resume-from` names: a number, "previous" (the one before the newest), or None (the newest).
+
+        Raises:
+            UserError: there is no such checkpoint.
+        """
+        steps = self.steps()
+        if which is None:
+            return max(steps, default=None)
+        if which == "previous":
+            if len(steps) < 2:
+                raise UserError(
+                    f"resume_from: expected two checkpoints or more in {self.directory}, found {len(steps)}"
+                )
+            return steps[-2]
+        if int(which) not in steps:
+            found = ", ".join(map(str, steps)) or "none"
+            raise UserError(
+                f"resume_from: expected a step with a checkpoint in {self.directory} ({found}), found {which}"
+            )
+        return int(which)
+
+    def restore_latest(self, template: Any, which: str | None = None) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest (step, state, metadata), or that of `which` (`chosen_step`); None if there is no checkpoint.
 
         The state has the structure, dtypes and placement of `template`, whose leaves are arrays or
         `jax.ShapeDtypeStruct`. Leaves that are NumPy arrays in `template` are NumPy arrays in the state.
 
         Raises:
-            UserError: the checkpoint is damaged, or its leaves differ from those of `template`.
+            UserError: the checkpoint is damaged, or its leaves differ from those of `template`. The message names the
+                checkpoint before it, if there is one.
         """
-        import jax
-
-        step = self.latest_step()
+        step = self.chosen_step(which)
         if step is None:
             return None
+        try:
+            return step, *self._restore(step, template)
+        except UserError as error:
+            older = [each for each in self.steps() if each < step]
+            way_out = "no older checkpoint is left: start again in a new folder"
+            if older:
+                way_out = f"--resume-from {older[-1]} continues from the checkpoint before it"
+            raise UserError(f"{error}; {way_out}") from error
+
+    def _restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
+        import jax
+
         leaves = _named_leaves(template)
         with quiet_orbax() as ocp:
-            stored = self._restore(step, metadata=ocp.args.JsonRestore())
-            self._check_leaves(step, leaves, stored)
+            stored = self._read(step, metadata=ocp.args.JsonRestore())
+            digests = self._check_leaves(step, leaves, stored)
             restore_args = {str(i): ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(leaves))}
-            arrays = self._restore(step, state=ocp.args.PyTreeRestore(restore_args=restore_args))
-        values = [_placed(arrays[str(i)], leaf) for i, (_, leaf) in enumerate(leaves)]
-        return step, jax.tree.unflatten(jax.tree.structure(template), values), stored["metadata"]
+            arrays = self._read(step, state=ocp.args.PyTreeRestore(restore_args=restore_args))
+        values = [arrays[str(i)] for i in range(len(leaves))]
+        self._check_values(step, leaves, values, digests)
+        placed = [_placed(value, leaf) for value, (_, leaf) in zip(values, leaves, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(template), placed), stored["metadata"]
 
-    def _check_leaves(self, step: int, leaves: list[tuple[str, Any]], stored: Any) -> None:
-        where = self.directory / str(step)
-        version = stored.get("version") if isinstance(stored, dict) else None
-        if version != _VERSION:
-            raise UserError(f"{where}: version: expected {_VERSION}, found {version!r}")
+    def _check_leaves(self, step: int, leaves: list[tuple[str, Any]], stored: Any) -> list[str] | None:
+        """Compares the leaves with those of the template; returns their checksums, None if none were stored."""
+        where = self._path(step)
+        content = dict(stored) if isinstance(stored, dict) else {}
+        digest, version = content.pop("sha256", None), content.get("version")
+        if version not in (_WITHOUT_CHECKSUMS, _VERSION):
+            raise UserError(f"{where}: version: expected {_WITHOUT_CHECKSUMS} or {_VERSION}, found {version!r}")
+        if version == _VERSION and digest != _content_digest(content):
+            raise UserError(f"{where}: metadata: expected the checksum that it names, found another")
+        entries, length = content.get("leaves"), 4 if version == _VERSION else 3
+        well_formed = isinstance(entries, list) and all(isinstance(e, list) and len(e) == length for e in entries)
+        if not well_formed or not isinstance(content.get("metadata"), dict):
+            raise UserError(f"{where}: metadata: expected leaves and metadata, found others")
         expected = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
-        for want, found in zip(expected, stored["leaves"], strict=False):
-            if want != found:
-                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {_leaf_text(*found)}")
-        if len(expected) != len(stored["leaves"]):
-            raise UserError(f"{where}: expected {len(expected)} arrays, found {len(stored['leaves'])}")
+        for want, found in zip(expected, entries, strict=False):
+            if want != found[:3]:
+                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {_leaf_text(*found[:3])}")
+        if len(expected) != len(entries):
+            raise UserError(f"{where}: expected {len(expected)} arrays, found {len(entries)}")
+        if version == _WITHOUT_CHECKSUMS:
+            self.notice = f"{where}: an earlier version wrote this checkpoint without checksums; it was not verified"
+            return None
+        return [digest for *_, digest in entries]
 
-    def _restore(self, step: int, **item: Any) -> Any:
+    def _check_values(
+        self, step: int, leaves: list[tuple[str, Any]], values: list[np.ndarray], digests: list[str] | None
+    ) -> None:
+        where = self._path(step)
+        for (name, leaf), value in zip(leaves, values, strict=True):
+            want, found = ((list(np.shape(each)), str(_dtype(each))) for each in (leaf, value))
+            if want != found:
+                raise UserError(f"{where}: expected {_leaf_text(name, *want)}, found {_leaf_text(name, *found)}")
+        if digests is None:
+            return
+        for (name, _), want, found in zip(leaves, digests, checksums(values), strict=True):
+            if want != found:
+                raise UserError(f"{where}: {name}: expected SHA-256 {str(want)[:16]}..., found {found[:16]}...")
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self.directory / str(step)
+
+    def _read(self, step: int, **item: Any) -> Any:
         """One item of a checkpoint: its name, and Orbax's options for it."""
         try:
             with quiet_orbax() as ocp:
                 (value,) = self._manager.restore(step, args=ocp.args.Composite(**item)).values()
         except Exception as error:
             # As in `read_item`, the type depends on the layer that meets the damage.
-            raise UserError(f"{self.directory / str(step)}: cannot be read: {first_line(error)}") from error
+            raise UserError(f"{self._path(step)}: cannot be read: {first_line(error)}") from error
         return value
 
     def wait(self) -> None:
@@ -109,6 +208,10 @@ class TrainCheckpoints:
         """Releases the folder; call it once, after the last save."""
         with quiet_orbax():
             self._manager.close()
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

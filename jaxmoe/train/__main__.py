@@ -8,6 +8,11 @@ CPU, bit for bit.
 
 from __future__ import annotations
 
+from jaxmoe import stopping
+
+if __name__ == "__main__":
+    stopping.watch()  # before the other imports, which take seconds
+
 import argparse
 import math
 import signal

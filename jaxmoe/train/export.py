@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from jaxmoe import stopping
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.parameters import layer_paths, top_level_paths
 from jaxmoe.store.checkpoint import Block, cast
 from jaxmoe.store.converted import is_converted, read_converted
+from jaxmoe.store.files import naming_files, unfinished_folder
 
 
 def export_adapter(
@@ -23,11 +24,11 @@ def export_adapter(
     """Writes `adapter_model.safetensors` and `adapter_config.json`, PEFT's own form, into the folder `output`."""
     from convert.adapters import write_peft
 
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=output) as draft:
-        folder = pathlib.Path(draft) / "adapter"
-        write_peft(folder, config, lora, adapters)
-        for file in folder.iterdir():
-            file.replace(output / file.name)
+    with unfinished_folder(output / "adapter") as draft, naming_files({draft / "adapter": output}):
+        write_peft(draft / "adapter", config, lora, adapters)
+        with stopping.uninterrupted():
+            for file in (draft / "adapter").iterdir():
+                file.replace(output / file.name)
 
 
 def export_model(

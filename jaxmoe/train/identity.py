@@ -5,10 +5,12 @@ The identity is stored in `train_config.json`. Each field of `TrainConfig` says 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +21,13 @@ from jaxmoe import environment
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
+from jaxmoe.store import digest
+from jaxmoe.store.files import output_file
+from jaxmoe.store.lock import SUFFIX
 from jaxmoe.train.settings import APART, VALUE, TrainConfig
 
 RUN_FILE = "train_config.json"
+FILES_OF_A_START = {RUN_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", "checkpoints"}
 CONTENT = ("model", "data", "eval_data")  # entries that hold digests, which tell a user nothing
 Identity = dict[str, Any]  # entry -> what JSON can hold
 
@@ -44,11 +50,9 @@ def identity_of(settings: TrainConfig, worked_out: Mapping[str, Any]) -> Identit
     return {**worked_out, **{name: getattr(settings, name) for name in entries_by_value()}}
 
 
-def model_content(config: Qwen3MoeConfig, params: Params) -> list[Any]:
-    """The entry "model": its config, and SHA-256 over the first and last vector of every parameter.
-
-    This tells two models of one shape apart without a pass over all weights.
-    """
+def _content_of_ends(config: Qwen3MoeConfig, params: Params) -> list[Any]:
+    """The entry "model" of runs from before digests over all weights: its config, and SHA-256 over the first and last
+    vector of every parameter."""
 
     @jax.jit
     def ends(params: Params) -> Params:
@@ -60,8 +64,23 @@ def model_content(config: Qwen3MoeConfig, params: Params) -> list[Any]:
     return [config.to_hf(), total.hexdigest()]
 
 
+def model_content(config: Qwen3MoeConfig, params: Params, weights: str | None, previous: Identity | None) -> list[Any]:
+    """The entry "model": its config, and the digest of all weights; in the form of the `previous` run if it has an
+    older one.
+
+    `weights` is the digest that was formed while `params` were read, None for random weights.
+    """
+    before = None if previous is None else previous.get("model")
+    if isinstance(before, list) and len(before) == 2 and not str(before[1]).startswith(digest.PREFIX):
+        return _content_of_ends(config, params)
+    return [config.to_hf(), weights or digest.of_parameters(params)]
+
+
 def previous_identity(settings: TrainConfig) -> Identity | None:
-    """The identity of the run that --resume continues, or None if the output folder is new or empty.
+    """The identity of the run that --resume continues, or None if the output folder is new or as good as new.
+
+    A run that saved no checkpoint and no result holds nothing to continue, so without --resume another one may start in
+    its folder.
 
     Raises:
         UserError: the folder holds something else, or --resume is missing.
@@ -69,11 +88,36 @@ def previous_identity(settings: TrainConfig) -> Identity | None:
     output = settings.output
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: expected a folder, found a file")
-    if not output.exists() or not any(output.iterdir()):
+    if _is_empty(output):
         return None
-    if not settings.resume:
+    if not settings.resumes:
+        if _holds_nothing_to_continue(output):
+            return None
         raise UserError(f"{output}: expected a new or empty folder, or --resume; found a folder with files in it")
     return read_json(output / RUN_FILE).get("identity", {})
+
+
+def _is_empty(output: pathlib.Path) -> bool:
+    return not output.exists() or all(file.name == SUFFIX for file in output.iterdir())
+
+
+def _holds_nothing_to_continue(output: pathlib.Path) -> bool:
+    """Whether the folder holds the files of a run that ended before its first checkpoint, and no others."""
+    names = {file.name for file in output.iterdir()} - {SUFFIX}
+    checkpoints = output / "checkpoints"
+    return names <= FILES_OF_A_START and RUN_FILE in names and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def remove_start(output: pathlib.Path) -> None:
+    """Removes what a run wrote that ended before its first checkpoint; its folder stays if it holds anything else."""
+    for name in FILES_OF_A_START:
+        path = output / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        output.rmdir()
 
 
 def check_same_run(output: pathlib.Path, previous: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -101,4 +145,5 @@ def write_run_file(settings: TrainConfig, identity: Mapping[str, Any]) -> None:
         "versions": environment.versions(("python", *packages)),
         "device": str(jax.devices()[0].device_kind),
     }
-    (settings.output / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with output_file(settings.output / RUN_FILE) as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

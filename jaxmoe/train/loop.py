@@ -5,10 +5,10 @@ A run that stops, by a signal or a crash, continues with `--resume` as if it had
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import signal
-import threading
+import pathlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,14 +20,19 @@ import jax
 import numpy as np
 import optax
 
+from jaxmoe import stopping
 from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import TrainingProgress, reading_weights
 from jaxmoe.data.packing import Batch
 from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
+from jaxmoe.stopping import Postponed
+from jaxmoe.store.digest import WeightsDigest, combined
+from jaxmoe.store.files import naming_files, remove_leftovers
+from jaxmoe.store.lock import output_lock
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.export import export_adapter, export_merged, export_model
-from jaxmoe.train.identity import check_same_run, model_content, previous_identity, write_run_file
+from jaxmoe.train.identity import check_same_run, model_content, previous_identity, remove_start, write_run_file
 from jaxmoe.train.metrics import MetricsLog, expert_load
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
 from jaxmoe.train.settings import TrainConfig
@@ -60,6 +65,13 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
 
 
 def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    with output_lock(settings.output), naming_files({settings.output: settings.output}):
+        remove_leftovers(settings.output.resolve().parent)
+        remove_leftovers(settings.output)
+        return _train_locked(settings, on_step)
+
+
+def _train_locked(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     started = time.perf_counter()
     previous = previous_identity(settings)
     plan = prepare(settings, previous)
@@ -77,21 +89,45 @@ def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> 
     )
     compiled = CompiledSteps(plan, optimizer, rate)
     try:
-        with reading_weights() as on_layer:
-            frozen, trainable = plan.source.load(on_layer)
+        frozen, trainable, weights = _read_weights(plan)
     except BaseException:
         compiled.cancel()
         raise
-    identity = {"model": model_content(plan.model.config, frozen or trainable)} | plan.identity
+    model = model_content(plan.model.config, frozen or trainable, weights, previous)
+    identity = {"model": model} | plan.identity
     if previous is not None:
         check_same_run(settings.output, previous, identity)
     state = initial_state(trainable, optimizer)
+    with Start(settings.output, new=previous is None) as start:
+        if previous is None:
+            remove_start(settings.output)
+            settings.output.mkdir(exist_ok=True)
+            write_run_file(settings, identity)
+        state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, start)
+    if stopped_by is None:
+        _export(plan, state.trainable)
+    return summary | {"seconds": time.perf_counter() - started, "stopped_by": stopped_by}
 
-    if previous is None:
-        settings.output.mkdir(parents=True, exist_ok=True)
-        write_run_file(settings, identity)
+
+def _read_weights(plan: Plan) -> tuple[Params, Params, str | None]:
+    """The frozen and the trainable arrays, and the digest of what was read; None for random weights."""
+    with reading_weights() as on_layer, WeightsDigest() as digest:
+        weights = plan.source.load(on_layer, digest)
+        return *weights, combined(digest.parts()) if plan.source.from_folder else None
+
+
+def _run(
+    plan: Plan,
+    frozen: Params,
+    state: TrainState,
+    compiled: CompiledSteps,
+    on_step: Callable[[dict[str, Any]], None],
+    start: Start,
+) -> tuple[TrainState, int | None, dict[str, Any]]:
+    """Restores the state and trains: (state, the signal that ended the run early, summary)."""
+    settings = plan.settings
     checkpoints = TrainCheckpoints(settings.output / "checkpoints", keep=settings.keep_checkpoints)
-    restored = checkpoints.restore_latest(state)
+    restored = checkpoints.restore_latest(state, settings.resume_from)
     first, before = 0, None
     if restored is not None:
         first, state, saved = restored
@@ -100,23 +136,44 @@ def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> 
     progress = TrainingProgress(plan.total_steps, first)
     arrivals = Arrivals()
     try:
-        for notice in [*plan.notices, *([log.notice] if log.notice else [])]:
+        for notice in [*plan.notices, *filter(None, (log.notice, checkpoints.notice))]:
             _log.info(notice)
-        if settings.resume:
+        if settings.resumes:
             _log.info(f"continuing at step {first}" if restored else "no checkpoint yet: starting at step 0")
-        loop = Loop(plan, frozen, compiled, Recorders(checkpoints, log, progress, arrivals), on_step)
-        with Signals() as signals:
-            loop.summary |= {"steps": first, "eval_loss_before": before}
-            state, stopped_by = loop.train(state, first, signals)
+        loop = Loop(plan, frozen, compiled, Recorders(checkpoints, log, progress, arrivals, start), on_step)
+        loop.summary |= {"steps": first, "eval_loss_before": before}
+        state, stopped_by = loop.train(state, first)
     finally:
         arrivals.close()
         progress.close()
         log.close()
         checkpoints.close()
-    summary = loop.summary | {"seconds": time.perf_counter() - started, "stopped_by": stopped_by}
-    if stopped_by is None:
-        _export(plan, state.trainable)
-    return summary
+    return state, stopped_by, loop.summary
+
+
+class Start:
+    """The output folder of a new run until its first step is done: what ends the run before removes the folder's
+    content, so that it does not refuse the next run."""
+
+    def __init__(self, output: pathlib.Path, *, new: bool) -> None:
+        self._begun = contextlib.ExitStack()
+        self._remove = partial(remove_start, output)
+        self._new = new
+
+    def __enter__(self) -> Start:
+        if self._new:
+            self._begun.enter_context(stopping.undone_by(self._remove))
+        return self
+
+    def is_over(self) -> None:
+        """The first step is done."""
+        self._new = False
+        self._begun.close()
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._new:
+            self._remove()
+        self._begun.close()
 
 
 class CompiledSteps:
@@ -158,32 +215,6 @@ class CompiledSteps:
         return self._evaluate.result()
 
 
-class Signals:
-    """Records the first SIGINT or SIGTERM; after that, a second one of either kind ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        """Sets the handlers; Python allows them in the main thread only, elsewhere nothing is recorded."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Restores the handlers."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: object) -> None:
-        self.received = number
-        for each in self._before:
-            # The system's default action needs no interpreter: it also ends a process that waits for the device.
-            signal.signal(each, signal.SIG_DFL)
-
-
 class Recorders(NamedTuple):
     """Where a run's state and numbers go, and the thread that waits for the numbers."""
 
@@ -191,6 +222,7 @@ class Recorders(NamedTuple):
     log: MetricsLog
     progress: TrainingProgress
     arrivals: Arrivals
+    start: Start
 
 
 class Loop:
@@ -206,23 +238,35 @@ class Loop:
         on_step: Callable[[dict[str, Any]], None],
     ) -> None:
         self._plan, self._frozen, self._compiled = plan, frozen, compiled
-        self._checkpoints, self._log, self._progress, self._arrivals = recorders
+        self._checkpoints, self._log, self._progress, self._arrivals, self._start = recorders
         self._on_step = on_step
         self._speed = Speed()
         self.summary: dict[str, Any] = {"steps": 0, "loss": None, "eval_loss_before": None, "eval_loss": None}
 
-    def train(self, state: TrainState, first: int, signals: Signals) -> tuple[TrainState, int | None]:
-        """Trains from step `first`; returns the state and the signal that ended the run early, if one did."""
-        settings, total = self._plan.settings, self._plan.total_steps
+    def train(self, state: TrainState, first: int) -> tuple[TrainState, int | None]:
+        """Trains from step `first`; returns the state and the signal that ended the run early, if one did.
+
+        A signal that comes before the first step ends the process: there is nothing to save.
+        """
+        total = self._plan.total_steps
         evaluates = self._plan.data.held_out is not None
         if first == 0 and evaluates:
             before = self._evaluate(state)
             self.summary["eval_loss_before"] = self.summary["eval_loss"] = before
             self._log.write({"step": 0, "eval_loss": before})
             self._progress.say(f"step 0/{total}  held-out loss {before:.4f}")
+        train_step = self._compiled.train_step
+        with Postponed() as signals:
+            return self._steps(train_step, state, first, signals)
+
+    def _steps(
+        self, train_step: Any, state: TrainState, first: int, signals: Postponed
+    ) -> tuple[TrainState, int | None]:
+        settings, total = self._plan.settings, self._plan.total_steps
+        evaluates = self._plan.data.held_out is not None
         pending: tuple[int, Future[Arrived]] | None = None
         for step in range(first + 1, total + 1):
-            state, metrics = self._compiled.train_step(self._frozen, state, self._plan.batch(step - 1))
+            state, metrics = train_step(self._frozen, state, self._plan.batch(step - 1))
             arrival = self._arrivals.expect(metrics)
             if pending is not None:
                 self._report(*pending)
@@ -257,6 +301,7 @@ class Loop:
         metrics, when = arrival.result()
         speed = self._speed.completed(when, int(metrics.tokens))
         self._check_finite(step, metrics)
+        self._start.is_over()
         numbers: dict[str, Any] = {
             "step": step,
             "loss": float(metrics.loss),

@@ -30,6 +30,7 @@ from jaxmoe.model.interface import Params
 from jaxmoe.model.opening import load_adapter, open_checkpoint
 from jaxmoe.model.selection import fallbacks, selected_implementations
 from jaxmoe.parameters import Quantization
+from jaxmoe.store.digest import WeightsDigest
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
 from jaxmoe.train.identity import Identity, identity_of
 from jaxmoe.train.loss import Objective, next_token_objective
@@ -52,7 +53,8 @@ class Source:
 
     model: Model
     shapes: Weights
-    load: Callable[[OnLayer], Weights]
+    load: Callable[[OnLayer, WeightsDigest], Weights]  # the digest collects what is read from a checkpoint
+    from_folder: bool = True  # False: random weights, of which the digest collects nothing
 
 
 @dataclass(frozen=True)
@@ -226,17 +228,17 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     if settings.from_scratch is not None:
         draw = partial(jax.jit(init_parameters, static_argnums=(0, 2)), config, key, jnp.dtype("float32"))
         model = Model(config, None, settings.dtype or "float32")
-        return Source(model, Weights({}, jax.eval_shape(draw)), lambda _: Weights({}, draw()))
+        return Source(model, Weights({}, jax.eval_shape(draw)), lambda *_: Weights({}, draw()), False)
     assert settings.model is not None
     dtype = "float32" if settings.full else settings.dtype
     checkpoint_config, checkpoint = open_checkpoint(settings.model, dtype, settings.quantize)
     shapes = stack_shapes(checkpoint_config, checkpoint)
-    read = lambda on_layer: load_stacks(checkpoint_config, checkpoint, on_layer=on_layer)
+    read = lambda on_layer, digest: load_stacks(checkpoint_config, checkpoint, on_layer=on_layer, digest=digest)
     if settings.full:
         if checkpoint.quantization is not None:
             raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
         model = Model(config, None, settings.dtype or "float32")
-        return Source(model, Weights({}, shapes), lambda on_layer: Weights({}, read(on_layer)))
+        return Source(model, Weights({}, shapes), lambda *how: Weights({}, read(*how)))
     if settings.merge and checkpoint.quantization is not None:
         raise UserError("merge: expected weights to merge into, found NF4; merge with python -m convert afterwards")
     if settings.adapter is not None:
@@ -247,7 +249,7 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         adapters = partial(jax.jit(init_adapters, static_argnums=(0, 1)), config, lora, key)
     model = Model(config, lora, str(shapes["embed_tokens"].dtype))
     shapes = Weights(shapes, jax.eval_shape(adapters))
-    return Source(model, shapes, lambda on_layer: Weights(read(on_layer), adapters()))
+    return Source(model, shapes, lambda *how: Weights(read(*how), adapters()))
 
 
 def _with_remat(

@@ -205,6 +205,15 @@ class TrainConfig:
         default=False,
         metadata={"help": "continue from the last checkpoint in --output, if there is one", "identity": APART},
     )
+    resume_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "as --resume, from an older checkpoint: its step, or previous for the one before the newest; the "
+            "later ones are removed when the next one is saved",
+            "metavar": "STEP",
+            "identity": APART,
+        },
+    )
     log_every: int = field(default=10, metadata={"help": "log every N steps", "identity": APART})
     tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard files", "identity": APART})
     merge: bool = field(
@@ -215,6 +224,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_ranges(self)
         _check_combinations(self)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run may continue another one."""
+        return self.resume or self.resume_from is not None
 
     @property
     def trains_all(self) -> bool:
@@ -238,6 +252,8 @@ def _check_ranges(settings: TrainConfig) -> None:
 
 
 def _check_combinations(settings: TrainConfig) -> None:
+    if (step := settings.resume_from) is not None and step != "previous" and not (step.isascii() and step.isdigit()):
+        raise UserError(f"resume_from: expected a step or previous, found {step!r}")
     if settings.epochs is not None and settings.max_steps is not None:
         raise UserError("epochs and max_steps: expected one of them, found both")
     if settings.eval_data is not None and settings.eval_fraction is not None:

@@ -1,0 +1,139 @@
+"""Ends the process on SIGINT and SIGTERM at any moment, from the first import to the last line; nothing half-written
+stays.
+
+Python calls a signal handler in the main thread, between two of its own instructions. While that thread compiles, the
+handler waits for minutes; and what it raises may be caught by any code that happens to run. So a thread of its own
+receives the signals. It undoes what the process has begun to write, prints one line, and ends the process.
+
+`watch` starts that thread; only commands call it. Without it, signals do what the program around has decided.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE = 10.0  # seconds to wait for a block of `uninterrupted`, which takes milliseconds
+
+
+class _State:
+    """What this process has begun and not finished."""
+
+    def __init__(self) -> None:
+        self.watching = False
+        self.postponed: Postponed | None = None
+        self.undo: list[Callable[[], object]] = []
+        self.guard = threading.RLock()
+
+
+_state = _State()
+
+
+def watch() -> None:
+    """From now on SIGINT and SIGTERM end the process with exit code 130 or 143. Call it in the main thread, first."""
+    if _state.watching:
+        return
+    _state.watching = True
+    if os.name == "nt":  # no pipe can wake a thread there
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: _arrived(number))
+        return
+    receiver, sender = os.pipe()
+    os.set_blocking(sender, False)
+    signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, _leave_to_the_thread)
+    threading.Thread(target=_receive, args=(receiver,), name="signals", daemon=True).start()
+
+
+@contextlib.contextmanager
+def undone_by(undo: Callable[[], object]) -> Iterator[None]:
+    """If a signal ends the process within the block, `undo` is called first, in another thread; otherwise never."""
+    with _state.guard:
+        _state.undo.append(undo)
+    try:
+        yield
+    finally:
+        with _state.guard:
+            _state.undo.remove(undo)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within the block no signal ends the process. The block must be short: a rename, or a few."""
+    with _state.guard:
+        yield
+
+
+class Postponed:
+    """Within its block the first SIGINT or SIGTERM is only noted in `received`; a second one ends the process.
+
+    It also works in programs that do not call `watch`, in the main thread; a second signal then has the system's
+    default action.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Postponed:
+        """Begins to note signals."""
+        if _state.watching:
+            _state.postponed = self
+        elif threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Restores what signals did before."""
+        _state.postponed = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        for each in SIGNALS:
+            # The system's default action needs no interpreter: it also ends a process that waits for the device.
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """A handler that does nothing. Without one in Python, the interpreter would not write to the pipe."""
+
+
+def _receive(receiver: int) -> None:
+    while numbers := os.read(receiver, 64):
+        for number in numbers:
+            if number in SIGNALS:
+                _arrived(number)
+
+
+def _arrived(number: int) -> None:
+    postponed = _state.postponed
+    if postponed is not None and postponed.received is None:
+        postponed.received = number
+    else:
+        _end(number)
+
+
+def _end(number: int) -> None:
+    """Undoes what is unfinished, last things first, and ends the process. The guard is never released again."""
+    _state.guard.acquire(timeout=_PATIENCE)
+    undone = bool(_state.undo)
+    while _state.undo:
+        with contextlib.suppress(Exception):
+            _state.undo.pop()()
+    words = f"{signal.Signals(number).name}: stopped"
+    if undone:
+        words += "; what it had begun to write was removed"
+    with contextlib.suppress(OSError, ValueError):
+        shown = "\x1b[?25h\n" if os.isatty(2) else ""  # a progress bar hides the cursor
+        os.write(2, f"{shown}{words}\n".encode())
+    os._exit(128 + number)

@@ -1,0 +1,82 @@
+"""Full disks: `python -m reliability.full_disk --number 84 --seed 0 --jobs 4`.
+
+Each trial runs a command whose disk is full from some write on: a small library that is loaded before the C library
+(`full_disk.c`, built with the system's compiler) lets that write and all later ones fail with "No space left on
+device". The command must end with one line that names the file, exit code 2 and no half-written output.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+
+from reliability import commands
+from reliability.trials import Outcome, run_trials
+
+_SOURCE = pathlib.Path(__file__).with_name("full_disk.c")
+
+
+def prepare(shared: pathlib.Path) -> None:
+    """Makes what all commands read, the library, and the number of writes of each command."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        raise SystemExit("full_disk: needs Linux and a C compiler named cc")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shared / "full.so", _SOURCE, "-ldl"], check=True)
+    commands.prepare(shared)
+    for kind in commands.KINDS:
+        target = shared / f"counted-{kind}" / "out"
+        counts = shared / f"count-{kind}"
+        _run(kind, shared, target, {"COUNT_IN": str(counts)})
+
+
+def _run(
+    kind: str, shared: pathlib.Path, output: pathlib.Path, more: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    output.parent.mkdir(exist_ok=True)
+    settings = {"LD_PRELOAD": str(shared / "full.so"), "FAIL_IN": str(output.parent)}
+    return subprocess.run(
+        commands.command(kind, shared, output),
+        cwd=commands.ROOT,
+        env=commands.environment(shared) | settings | more,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Random) -> Outcome:
+    """Runs one command on a disk that is full from one of its writes on."""
+    kind = commands.KINDS[index % len(commands.KINDS)]
+    writes = (shared / f"count-{kind}").stat().st_size
+    fails = rng.randint(1, writes)
+    output = own / "disk" / "out"
+    done = _run(kind, shared, output, {"FAIL_FROM": str(fails)})
+    text = f"write {fails} of {writes}: exit code {done.returncode}: {done.stderr}"
+    if commands.stray(own):
+        return Outcome("wrong", kind, f"{text}left behind: {commands.stray(own)}")
+    if done.returncode == 0:  # the failing write was not needed: the name of a lock's owner, for example
+        same = commands.result(kind, output) == commands.result(kind, shared / kind)
+        return Outcome("accepted" if same else "wrong", kind, text)
+    lines = done.stderr.splitlines()
+    named = len(lines) == 1 and str(output) in lines[0] and "No space left on device" in lines[0]
+    if done.returncode != 2 or not named:
+        return Outcome("wrong", kind, text)
+    if kind != "train" and output.exists():
+        return Outcome("wrong", kind, f"{text}half-written: {sorted(output.rglob('*'))[:3]}")
+    if kind == "train":
+        resume = ["--resume"] if output.exists() else []
+        command = commands.command(kind, shared, output, *resume)
+        again = subprocess.run(
+            command, cwd=commands.ROOT, env=commands.environment(shared), capture_output=True, text=True, check=False
+        )
+        if again.returncode or commands.result(kind, output) != commands.result(kind, shared / kind):
+            return Outcome("wrong", kind, f"{text}then, with room: {again.stderr}")
+    return Outcome("refused", kind)
+
+
+if __name__ == "__main__":
+    sys.exit(run_trials(trial, prepare, description=str(__doc__), number=84))

@@ -1,0 +1,88 @@
+"""Kills at random moments: `python -m reliability.kill --number 100 --seed 0 --jobs 4`.
+
+Each trial starts a command that writes, sends kill -9, SIGTERM or SIGINT after a random time, and checks what is left.
+Then it runs the command again (training with --resume), whose result must have the bits of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+from reliability.commands import KINDS, ROOT, command, environment, prepare, result, stray
+from reliability.trials import Outcome, run_trials
+
+_START = 0.15  # seconds: before, the interpreter itself starts
+_LIMIT = 300.0
+
+
+def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Random) -> Outcome:
+    """Kills one command, runs it again, compares."""
+    kind = KINDS[index % len(KINDS)]
+    number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+    name, output = f"{kind}, {number.name}", own / "out"
+    code, stderr, finished = _killed(kind, shared, output, number, _moment(rng, output, kind))
+    if not finished and number != signal.SIGKILL:
+        if code != 128 + number or len(stderr.splitlines()) != 1:
+            return Outcome("wrong", name, f"exit code {code}, expected {128 + number}: {stderr}")
+        if stray(own):
+            return Outcome("wrong", name, f"left behind: {stray(own)}")
+        if output.exists() and kind != "train":
+            if result(kind, output) != result(kind, shared / kind):
+                return Outcome("wrong", name, "a folder with other content")
+    if not (finished or (output.exists() and kind != "train")):
+        more = ["--resume"] if output.exists() else []
+        done = subprocess.run(
+            command(kind, shared, output, *more),
+            cwd=ROOT,
+            env=environment(shared),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return Outcome("wrong", name, f"the next run: exit code {done.returncode}: {done.stderr}")
+        if stray(own):
+            return Outcome("wrong", name, f"left behind by the next run: {stray(own)}")
+    if result(kind, output) != result(kind, shared / kind):
+        return Outcome("wrong", name, "other bits than an undisturbed run")
+    return Outcome("accepted" if finished else "refused", name)
+
+
+def _moment(rng: random.Random, output: pathlib.Path, kind: str) -> float:
+    """When to kill: any time; half of the time for training, after its first checkpoint has begun to be written."""
+    return -rng.uniform(0.0, 1.0) if kind == "train" and rng.random() < 0.5 else rng.uniform(_START, 8.0)
+
+
+def _killed(
+    kind: str, shared: pathlib.Path, output: pathlib.Path, number: signal.Signals, moment: float
+) -> tuple[int, str, bool]:
+    """(exit code, standard error, whether the command had ended before); a negative moment counts from the first
+    checkpoint."""
+    process = subprocess.Popen(
+        command(kind, shared, output),
+        cwd=ROOT,
+        env=environment(shared),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    begun = time.monotonic()
+    while moment < 0 and process.poll() is None and time.monotonic() - begun < _LIMIT:
+        if (output / "checkpoints").exists() and any((output / "checkpoints").iterdir()):
+            break
+        time.sleep(0.002)
+    try:
+        process.wait(abs(moment))
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+    _, stderr = process.communicate(timeout=_LIMIT)
+    return process.returncode, stderr, process.returncode == 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_trials(trial, prepare, description=str(__doc__), number=100))
