@@ -194,8 +194,10 @@ class Reference:
         with torch.no_grad():
             return float(self._load_balancing_loss(self._run(input_ids, position_ids, segment_ids), segment_ids))
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: int, stop_token: int | None = None) -> list[list[int]]:
-        """Greedy continuations of one left-padded batch, each cut after its stop token."""
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, stop_token: int | None = None, **settings: Any
+    ) -> list[list[int]]:
+        """Greedy continuations of one left-padded batch, each cut after its stop token; `settings` go to `generate`."""
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -207,6 +209,7 @@ class Reference:
             num_beams=1,
             eos_token_id=stop_token,
             pad_token_id=0,
+            **settings,
         )
         tails = [row[longest:].tolist() for row in out]
         return [t[: t.index(stop_token) + 1] if stop_token in t else t for t in tails]

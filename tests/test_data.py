@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pathlib
 import subprocess
@@ -19,6 +20,7 @@ from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records, tokenize_record
 from jaxmoe.errors import UserError
+from jaxmoe.routing.text import read_documents
 from peers.make_checkpoint import write_tokenizer
 
 VOCAB = 320
@@ -55,6 +57,14 @@ HYBRID = """\
 THINKING = HYBRID.replace(
     "{{- '<|im_start|>assistant\\n' -}}{%- endif -%}", "{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
 )
+# As in Qwen3-Coder: the arguments of a call are written one by one.
+CODER = """\
+{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\\n' + (m.content or '') -}}
+{%- for c in m.tool_calls or [] -%}{%- set call = c.function or c -%}{{- '<f=' + call.name + '>' -}}
+{%- for key, value in call.arguments | items -%}{{- key ~ '=' ~ value ~ ';' -}}{%- endfor -%}
+{%- endfor -%}{{- '<|im_end|>\\n' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
 MARKED = """\
 {%- for m in messages -%}
 {{- '<|im_start|>' + m.role + '\\n' -}}
@@ -110,6 +120,18 @@ WITH_TOOL = {
         {"role": "assistant", "content": "7"},
     ]
 }
+
+
+def with_calls(*calls: dict[str, Any]) -> dict[str, Any]:
+    turn = {"role": "assistant", "content": "", "tool_calls": list(calls)}
+    return {"messages": [{"role": "user", "content": "Q"}, turn, {"role": "assistant", "content": "A"}]}
+
+
+def call_of(arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+CALLED = ["<f=f>x=3;y=[1];<f=f><|im_end|>", "A<|im_end|>"]
 MASKS = {
     "plain": (None, conversation(("user", "hi"), ("assistant", "yo")), ["yo<|im_end|>"]),
     "plain turns": (
@@ -146,8 +168,14 @@ MASKS = {
         conversation(("user", "a"), ("assistant", "b"), ("assistant", "c")),
         ["b<|im_end|>", "c<|im_end|>"],
     ),
+    "calls with objects": (CODER, with_calls(call_of({"x": 3, "y": [1]}), call_of({})), CALLED),
+    "calls with strings": (CODER, with_calls(call_of('{"x": 3, "y": [1]}'), call_of("")), CALLED),
+    "calls without a function": (CODER, with_calls(call_of('{"x": 3, "y": [1]}')["function"], call_of("{}")), CALLED),
     "completion": (None, {"prompt": "1+1=", "completion": "2"}, ["2<|im_end|>"]),
+    "completion with its end": (None, {"prompt": "1+1=", "completion": "2<|im_end|>"}, ["2<|im_end|>"]),
     "text": (None, {"text": "a\nb"}, ["a\nb<|im_end|>"]),
+    "text with its end": (None, {"text": "a<|im_end|>\n"}, ["a<|im_end|>\n"]),
+    "text with an end inside": (None, {"text": "a<|im_end|>b"}, ["a<|im_end|>b<|im_end|>"]),
 }
 
 
@@ -163,7 +191,7 @@ def test_mask(name: str, tokenizer: Any) -> None:
     check_mask(name, tokenizer)
 
 
-@pytest.mark.parametrize("name", ["plain", "empty thought", "tool calls", "opened thought"])
+@pytest.mark.parametrize("name", ["plain", "empty thought", "tool calls", "opened thought", "calls with strings"])
 def test_mask_of_a_shifted_span_is_noticed(name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = chat.assistant_spans
 
@@ -225,6 +253,14 @@ def test_no_template(tokenizer: Any) -> None:
         tokenize_record(conversation(("user", "a"), ("assistant", "b")), tokenizer)
 
 
+@pytest.mark.parametrize("arguments", ["x=3", "[1]", "3", '{"x": 3'])
+def test_arguments_that_are_no_object_stay_text(arguments: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = CODER.replace("call.arguments | items", "[['text', call.arguments]]")
+    raw = with_calls(call_of(arguments))
+    assert learned(tokenize_record(raw, tokenizer), tokenizer)[0] == f"<f=f>text={arguments};<|im_end|>"
+    assert raw == with_calls(call_of(arguments)), "the record itself is not changed"
+
+
 BAD_LINES = {
     "not JSON": (b"{", "expected JSON, found"),
     "not UTF-8": (b'{"text": "\xff"}', "expected UTF-8, found byte 0xff at byte 11"),
@@ -234,6 +270,16 @@ BAD_LINES = {
     "no key": (b"{}", "expected the keys .*; found none"),
     "unknown key": (b'{"text": "a", "id": 1}', 'found "text", "id"'),
     "mixed keys": (b'{"text": "a", "messages": []}', 'found "text", "messages"'),
+    "ShareGPT": (b'{"conversations": [], "id": 1}', "ShareGPT's form: write .messages.*"),
+    "messages of ShareGPT": (
+        b'{"messages": [{"from": "human", "value": "a"}]}',
+        "message 1: expected the keys .*'from'; ShareGPT's form: .from. is .role.",
+    ),
+    "Alpaca": (b'{"instruction": "a", "input": "", "output": "b"}', "Alpaca's form: write .prompt. "),
+    "preferences": (b'{"prompt": "a", "chosen": "b", "rejected": "c"}', "pairs of answers"),
+    "other names": (b'{"question": "a", "answer": "b"}', 'write "prompt" .question. and "completion" .answer.'),
+    "columns beside messages": (b'{"messages": [], "id": 1}', 'only "tools" may stand beside "messages"'),
+    "columns beside a pair": (b'{"prompt": "a", "completion": "b", "id": 1}', "leave the other columns than"),
     "half a pair": (b'{"prompt": "a"}', 'found "prompt"'),
     "text of another type": (b'{"text": ["a"]}', "text: expected a string, found a list"),
     "empty text": (b'{"text": ""}', "text: expected text, found an empty string"),
@@ -329,6 +375,58 @@ def test_bad_file(tokenizer: Any, tmp_path: pathlib.Path) -> None:
         UserError, match=r"data\.jsonl:1: expected token ids below the model's vocab_size 258, found 258"
     ):
         read_records(path, tokenizer, 258)
+
+
+FORMS = {
+    "a.json": (b'\n [\n  {"text": "a"}\n]', r"a JSON array \(convert it: jq -c '\.\[\]' .*a\.json > data\.jsonl\)"),
+    "b.json": (b'\xef\xbb\xbf[{"text": "a"}]', "a JSON array"),
+    "c.json": (b'{\r\n  "text": "a"\r\n}', "JSON that goes over several lines"),
+    "a.jsonl.gz": (gzip.compress(b"{}"), r"gzip-compressed data \(convert it: gunzip --keep "),
+    "a.zst": (b"\x28\xb5\x2f\xfd", "zstd-compressed data"),
+    "a.parquet": (b"PAR1\x15\x04", "a Parquet file .*from_parquet"),
+    "a.arrow": (b"ARROW1\0\0", "an Arrow file .*from_file"),
+    "a.zip": (b"PK\x03\x04", "a zip archive"),
+    "a.csv": (b"text,label\na,b\n", "a table of text .*from_csv"),
+    "a.txt": ('{"text": "a"}'.encode("utf-16"), "UTF-16 text .*iconv"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_other_files_are_named(name: str, tokenizer: Any, tmp_path: pathlib.Path) -> None:
+    content, message = FORMS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{name}: expected a JSONL file \(one record a line\), found {message}"):
+        read_records(tmp_path / name, tokenizer, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dataset_info.json", "a datasets folder .*load_from_disk"),
+        ("dataset_dict.json", "a datasets folder .*train"),
+        ("data/train-00000.parquet", "a folder of Parquet files .*load_dataset"),
+    ],
+)
+def test_other_folders_are_named(name: str, message: str, tokenizer: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"expected a JSONL file, found a folder: {message}"):
+        read_records(tmp_path, tokenizer, VOCAB)
+
+
+def test_a_name_of_the_hub(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"file not found: owner/name \(a data set of the hub .*load_dataset"):
+        read_records("owner/name", tokenizer, VOCAB)
+
+
+def test_captures_name_other_files(tokenizer: Any, tmp_path: pathlib.Path) -> None:
+    """A capture reads any text, but .json as records, and nothing that is not text."""
+    for name in ("a.parquet", "a.json"):
+        (tmp_path / name).write_bytes(FORMS[name][0])
+        with pytest.raises(UserError, match=f"{name}: expected a .*found {FORMS[name][1]}"):
+            next(read_documents([tmp_path / name], tokenizer, VOCAB))
+    (tmp_path / "a.csv").write_bytes(FORMS["a.csv"][0])
+    assert next(read_documents([tmp_path / "a.csv"], tokenizer, VOCAB)).domain == "a"
 
 
 def test_bad_tokenizer(tmp_path: pathlib.Path) -> None:
@@ -474,8 +572,14 @@ def test_long_records() -> None:
     assert documents[0].labels.tolist() == [1, 2, 3, 4], "nothing is computed after the last learned token"
     assert len(lost.notices(10)) == 2
 
+    later = Record(np.arange(40, dtype=np.int32), (np.arange(40) > 30).astype(np.float32), False)
+    message = r"within seq_length 10: in all 2 records .* \(after 15 tokens in the shortest, 30 in the longest\)"
+    with pytest.raises(UserError, match=f"expected at least one record with a token to learn, found none {message}"):
+        cut([answer_too_late, later], 10)
+    with pytest.raises(UserError, match="found none in 1 records"):
+        cut([Record(np.arange(9, dtype=np.int32), np.zeros(9, np.float32), True)], 10)
     with pytest.raises(UserError, match="expected at least one record with a token to learn, found none"):
-        Sequences(cut([answer_too_late], 10)[0], 10)
+        Sequences([], 10)
 
 
 def test_hold_out() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import shutil
 
@@ -16,7 +15,7 @@ from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.errors import UserError
 from jaxmoe.generate.__main__ import main
 from jaxmoe.generate.engine import Generator
-from jaxmoe.generate.sampling import Sampling, generation_defaults, sample
+from jaxmoe.generate.sampling import Sampling, SamplingArrays, sample
 from jaxmoe.generate.stream import TextStream
 from tests.conftest import ROOT
 from tests.tolerances import bound
@@ -28,7 +27,8 @@ PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
 def drawn(temperature=1.0, top_k=0, top_p=1.0, draws=4000):
     """Share of each token among many draws from `PROBABILITIES`."""
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES).astype(jnp.float32), (draws, 5))
-    tokens = sample(logits, jax.random.split(jax.random.key(0), draws), temperature, top_k, top_p)
+    arrays = SamplingArrays.of(Sampling(temperature, top_k, top_p))
+    tokens = sample(logits, jax.random.split(jax.random.key(0), draws), arrays)
     return np.bincount(tokens, minlength=5) / draws
 
 
@@ -103,17 +103,6 @@ def test_stream_never_writes_half_a_character():
     stream.end()
     assert "".join(pieces) == text
     assert len(pieces) > 5 and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-
-
-def test_defaults_come_from_the_generation_config(tmp_path):
-    assert generation_defaults(tmp_path) == (Sampling(), ())
-    file = tmp_path / "generation_config.json"
-    file.write_text(
-        json.dumps({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [7, 9]})
-    )
-    assert generation_defaults(tmp_path) == (Sampling(0.6, 20, 0.95), (7, 9))
-    file.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "eos_token_id": 7}))
-    assert generation_defaults(tmp_path) == (Sampling(), (7,))
 
 
 def test_command_streams_one_prompt_and_lists_several(capsys):

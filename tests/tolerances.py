@@ -147,6 +147,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "measures_fp64": Tolerance(1e-12, 5.2e-16, "the parity suite's measures against plain sums, relative"),
     "measures_small_kl": Tolerance(1e-5, 2.3e-7, "KL of differences of 1e-9 against half their variance, relative"),
     "torch_ref_loss": Tolerance(1e-6, 2.0e-8, "torch_ref's loss over another number of items, relative"),
+    "processed_scores": Tolerance(1e-6, None, "scores of the next token against transformers' processors, relative"),
+    "p_value_of_draws": Tolerance(1e-6, None, "below it, draws do not follow a distribution (chi-square)"),
     # the parity suite (tests/parity): both sides against transformers in float32, against float64 in 16 bit
     "parity_model_kl": Tolerance(1e-10, 6.5e-12, "float32: mean KL of the whole model, nats per token"),
     "parity_model_fp32": Tolerance(

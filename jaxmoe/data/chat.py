@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmoe.data.forms import unread_message
 from jaxmoe.errors import UserError
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -62,8 +64,7 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece
         UserError: malformed messages, no chat template, or nothing to learn.
     """
     _check_messages(messages, tools)
-    if not tokenizer.chat_template:
-        raise UserError("messages: expected a tokenizer with a chat template, found none")
+    check_template(tokenizer, "messages", 'use records with "text", or "prompt" and "completion"')
     pieces: list[Piece] = []
     if isinstance(tokenizer.chat_template, str) and _GENERATION_TAG.search(tokenizer.chat_template):
         # The template marks what the assistant generates; transformers turns the marks into a mask.
@@ -84,6 +85,24 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece
     return pieces
 
 
+def prompt_tokens(messages: Sequence[dict[str, Any]], tokenizer: Any, arguments: Mapping[str, Any]) -> list[int]:
+    """Token ids of a conversation that the assistant is to continue; `arguments` are passed to the chat template.
+
+    Raises:
+        UserError: the chat template rejects the messages or the arguments.
+    """
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return _apply_template(tokenizer, messages, **arguments, **options)
+
+
+def check_template(tokenizer: Any, where: str, otherwise: str) -> None:
+    """Raises UserError if the tokenizer has no chat template; the message starts with `where`, and `otherwise` is a way
+    to do without one."""
+    if not tokenizer.chat_template:
+        way_out = f"put a chat_template.jinja into the model's folder, or {otherwise}"
+        raise UserError(f"{where}: expected a tokenizer with a chat template, found none; {way_out}")
+
+
 def _check_messages(messages: Any, tools: Any) -> None:
     if not isinstance(messages, list):
         raise UserError(f"messages: expected a list, found {kind_of(messages)}")
@@ -96,7 +115,8 @@ def _check_messages(messages: Any, tools: Any) -> None:
         if not isinstance(message, dict):
             raise UserError(f"{where}: expected an object, found {kind_of(message)}")
         if unknown := sorted(set(message) - _MESSAGE_KEYS):
-            raise UserError(f"{where}: expected the keys {', '.join(sorted(_MESSAGE_KEYS))}; found {unknown[0]!r}")
+            known = ", ".join(sorted(_MESSAGE_KEYS))
+            raise UserError(f"{where}: expected the keys {known}; found {unknown[0]!r}{unread_message(message)}")
         if message.get("role") not in ROLES:
             raise UserError(f"{where}: expected a role of {', '.join(ROLES)}; found {message.get('role')!r}")
         calls = message.get("tool_calls")
@@ -167,9 +187,32 @@ def _apply_template(tokenizer: Any, messages: Sequence[dict[str, Any]], **option
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(list(messages), **options)
+        return tokenizer.apply_chat_template([_with_call_objects(message) for message in messages], **options)
     except (TemplateError, TypeError, ValueError) as error:
         raise UserError(f"chat template: cannot render these messages: {error}") from None
+
+
+def _with_call_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with the arguments of its tool calls as objects, which templates iterate over.
+
+    OpenAI's form has them as a string of JSON. A string that holds no object stays as it is.
+    """
+    if not message.get("tool_calls"):
+        return message
+    return message | {"tool_calls": [_with_argument_object(call) for call in message["tool_calls"]]}
+
+
+def _with_argument_object(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_argument_object(call["function"])}
+    text = call.get("arguments")
+    if not isinstance(text, str):
+        return call
+    try:
+        arguments = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        return call
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def text_field(raw: dict[str, Any], key: str, *, empty: bool = True, where: str = "") -> str:

@@ -72,7 +72,11 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
     A longer text becomes consecutive documents in which each token is predicted once (the first tokens of a document
     see none before it). A longer conversation, or a longer prompt with its completion, is truncated at its end. Tokens
     after the last one to learn are left out. A record without a token to learn is dropped.
+
+    Raises:
+        UserError: every record is longer than `seq_length` before its first token to learn.
     """
+    records = list(records)
     documents: list[Document] = []
     split = truncated = dropped = 0
     for record in records:
@@ -90,7 +94,21 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
         for start in range(0, length, seq_length):
             piece = slice(start, min(start + seq_length, length))
             documents.append(Document(inputs[piece], labels[piece], weights[piece]))
+    if records and not documents:
+        raise UserError(_nothing_fits(records, seq_length))
     return documents, Cut(split, truncated, dropped)
+
+
+def _nothing_fits(records: Sequence[Record], seq_length: int) -> str:
+    """Why no record has a token to learn, with the lengths that a user needs to choose another `seq_length`."""
+    message = "data: expected at least one record with a token to learn, found none"
+    first = [int(learned[0]) + 1 for r in records if len(learned := np.flatnonzero(r.weights[1:]))]
+    if not first:
+        return f"{message} in {len(records)} records"
+    return (
+        f"{message} within seq_length {seq_length}: in all {len(records)} records the answer comes later "
+        f"(after {min(first) - 1} tokens in the shortest, {max(first) - 1} in the longest); raise --seq-length"
+    )
 
 
 def pack(lengths: Sequence[int], seq_length: int, rng: np.random.Generator) -> list[list[int]]:

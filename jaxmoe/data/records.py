@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from jaxmoe.data import forms
 from jaxmoe.data.chat import Piece, conversation_pieces, kind_of, text_field
 from jaxmoe.errors import UserError
 
@@ -84,8 +85,8 @@ def read_records(
 def tokenize_record(raw: Any, tokenizer: Any) -> Record:
     """One parsed JSON value -> tokens and loss weights.
 
-    The chat template adds the special tokens of a conversation, and `eos_token` follows texts and completions. The
-    tokenizer itself adds none (Qwen3 has no beginning-of-text token).
+    The chat template adds the special tokens of a conversation, and `eos_token` follows texts and completions
+    that do not end in it. The tokenizer itself adds none (Qwen3 has no beginning-of-text token).
 
     Raises:
         UserError: not a record of a known kind, or one without a token to learn.
@@ -126,12 +127,14 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
     """(`FILE:LINE`, parsed JSON, bytes of the file up to the line's end) for every line that is not blank.
 
     Raises:
-        UserError: the file is missing, or a line is not UTF-8 or not JSON.
+        UserError: the file is missing or of another form, or a line is not UTF-8 or not JSON.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: expected a JSONL file, found {forms.unread_folder(path)}")
     if not path.is_file():
-        raise UserError(
-            f"{path}: expected a JSONL file, found a folder" if path.is_dir() else f"file not found: {path}"
-        )
+        raise UserError(forms.missing_file(path))
+    if form := forms.unread_file(path):
+        raise UserError(f"{path}: expected a JSONL file (one record a line), found {form}")
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -147,7 +150,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
                 continue
             try:
                 yield where, json.loads(text), end
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, or too deep
                 raise UserError(f"{where}: expected JSON, found {error}") from None
 
 
@@ -165,16 +168,24 @@ def _draft(raw: Any, tokenizer: Any) -> _Draft:
     keys = set(raw)
     if "messages" in keys and keys <= {"messages", "tools"}:
         return _Draft(conversation_pieces(raw["messages"], raw.get("tools"), tokenizer))
-    end = ([tokenizer.eos_token_id], 1.0)
     if keys == {"prompt", "completion"}:
         prompt, completion = text_field(raw, "prompt"), text_field(raw, "completion", empty=False)
-        return _Draft([(prompt, 0.0), (completion, 1.0), end])
+        return _Draft([(prompt, 0.0), *_ended(completion, tokenizer)])
     if keys == {"text"}:
-        return _Draft([(text_field(raw, "text", empty=False), 1.0), end], splittable=True)
+        return _Draft(_ended(text_field(raw, "text", empty=False), tokenizer), splittable=True)
+    found = ", ".join(json.dumps(key) for key in raw) or "none"
+    form = forms.unread_record(keys)
     raise UserError(
         'expected the keys "messages" (and "tools"), "prompt" and "completion", or "text"; '
-        f"found {', '.join(json.dumps(key) for key in raw) or 'none'}"
+        f"found {found}{f' ({form})' if form else ''}"
     )
+
+
+def _ended(text: str, tokenizer: Any) -> list[Piece]:
+    """The learned text with `eos_token` after it, unless the text already ends in it."""
+    if text.rstrip().endswith(tokenizer.eos_token):
+        return [(text, 1.0)]
+    return [(text, 1.0), ([tokenizer.eos_token_id], 1.0)]
 
 
 def _encode(drafts: Sequence[_Draft], tokenizer: Any) -> Iterator[Record]:

@@ -9,21 +9,25 @@ if __name__ == "__main__":
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli import xla
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.cli.progress import reading_weights
 from jaxmoe.control import interventions
-from jaxmoe.errors import UserError
+from jaxmoe.generate import prompts
 from jaxmoe.generate.capture import capture_generation
 from jaxmoe.generate.engine import Generator
-from jaxmoe.generate.sampling import Sampling, generation_defaults
+from jaxmoe.generate.sampling import Sampling
+from jaxmoe.generate.settings import generation_defaults, without_effect
 from jaxmoe.generate.stream import TextStream
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+
+_MAX_NEW_TOKENS = 256
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,12 +35,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder")
     add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
-    add("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be repeated")
-    add("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="largest number of new tokens (default: 256)")
-    add("--temperature", type=float, metavar="X", help="0 is greedy (default: from generation_config.json)")
-    add("--top-k", type=int, metavar="N", help="0 means no limit (default: from generation_config.json)")
-    add("--top-p", type=float, metavar="X", help="1 means no limit (default: from generation_config.json)")
+    prompts.add_arguments(parser)
+    own = "(default: from generation_config.json)"
+    limit = f"largest number of new tokens (default: from generation_config.json, else {_MAX_NEW_TOKENS})"
+    add("--max-new-tokens", type=int, metavar="N", help=limit)
+    add("--temperature", type=float, metavar="X", help=f"0 is greedy {own}")
+    add("--top-k", type=int, metavar="N", help=f"0 means no limit {own}")
+    add("--top-p", type=float, metavar="X", help=f"1 means no limit {own}")
+    add("--min-p", type=float, metavar="X", help=f"0 means no limit {own}")
+    add("--repetition-penalty", type=float, metavar="X", help=f"1 means none {own}")
+    add("--no-generation-config", action="store_true", help="greedy unless flags say otherwise")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random draws (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
@@ -53,34 +61,64 @@ def main(argv: Sequence[str] | None = None) -> None:
     from jaxmoe.data.chat import load_tokenizer
 
     tokenizer = load_tokenizer(args.model)
-    sampling, stop = generation_defaults(args.model)
-    stop = tuple({*stop, tokenizer.eos_token_id})
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    sampling = replace(sampling, **{name: value for name, value in given.items() if value is not None})
+    defaults = generation_defaults(args.model, use_file=not args.no_generation_config)
+    sampling = _with_flags(defaults.sampling, args)
+    max_new_tokens = defaults.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+    settings = Settings(
+        _MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        sampling,
+        _stop_tokens(defaults.stop_tokens, tokenizer, args.chat),
+    )
+    token_ids, notices = prompts.encode_prompts(args, tokenizer)
 
-    prompts = [_encode(tokenizer, text, args.chat) for text in args.prompt]
     with reading_weights(on_stderr=True) as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, args.quantize, args.adapter, on_layer)
     generator = Generator(model)
+    generator.check(token_ids, settings.max_new_tokens)
+    for line in (*defaults.notices, *notices, *_unused(sampling)):
+        print(line, file=sys.stderr)
     if args.capture or args.replay or args.ablate or args.force or args.bias:
-        outputs = _generate_with_routing(generator, prompts, sampling, stop, args, tokenizer)
-    elif len(prompts) == 1:
+        outputs = _generate_with_routing(generator, token_ids, settings, args, tokenizer)
+    elif len(token_ids) == 1:
         stream = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
-        generator.generate(prompts, args.max_new_tokens, sampling, stop, lambda _, token: stream.put(token))
+        generator.generate(token_ids, *settings, lambda _, token: stream.put(token))
         stream.end()
         print()
         return
     else:
-        outputs = generator.generate(prompts, args.max_new_tokens, sampling, stop)
+        outputs = generator.generate(token_ids, *settings)
     for text, tokens in zip(args.prompt, outputs, strict=True):
         print(f"--- {text}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")
 
 
+class Settings(NamedTuple):
+    """What every way of generating is told."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    stop_tokens: tuple[int, ...]
+
+
+def _with_flags(sampling: Sampling, args: argparse.Namespace) -> Sampling:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    given = {name: getattr(args, name) for name in names}
+    return replace(sampling, **{name: value for name, value in given.items() if value is not None})
+
+
+def _stop_tokens(stated: tuple[int, ...], tokenizer: Any, chat: bool) -> tuple[int, ...]:
+    """The checkpoint's stop tokens; the tokenizer's end of text if it states none, and at the end of a chat's turn."""
+    return stated if stated and not chat else tuple(dict.fromkeys((*stated, tokenizer.eos_token_id)))
+
+
+def _unused(sampling: Sampling) -> list[str]:
+    names = ", ".join(without_effect(sampling))
+    return [f"without effect at temperature 0 (--temperature X draws tokens): {names}"] if names else []
+
+
 def _generate_with_routing(
     generator: Generator,
-    prompts: list[list[int]],
-    sampling: Sampling,
-    stop: Sequence[int],
+    token_ids: list[list[int]],
+    settings: Settings,
     args: argparse.Namespace,
     tokenizer: Any,
 ) -> list[list[int]]:
@@ -88,26 +126,17 @@ def _generate_with_routing(
     changes = interventions.intervention(args, generator.config)
     return capture_generation(
         generator,
-        prompts,
-        args.max_new_tokens,
+        token_ids,
+        settings.max_new_tokens,
         args.capture,
         tokenizer=tokenizer_digest(tokenizer),
-        sampling=sampling,
-        stop_tokens=stop,
+        sampling=settings.sampling,
+        stop_tokens=settings.stop_tokens,
         control=changes.control(generator.config),
         replay=Capture.open(args.replay) if args.replay else None,
         description=changes.describe(),
         source={"model": str(args.model), "adapter": str(args.adapter) if args.adapter else None},
     )
-
-
-def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
-    if not chat:
-        return tokenizer(text)["input_ids"]
-    if not tokenizer.chat_template:
-        raise UserError("chat: expected a tokenizer with a chat template, found none")
-    message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
 
 
 if __name__ == "__main__":

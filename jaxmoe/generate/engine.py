@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.generate.sampling import GREEDY, Sampling, sample
+from jaxmoe.generate.processors import History, Processors, process
+from jaxmoe.generate.sampling import GREEDY, Sampling, SamplingArrays, sample
 from jaxmoe.model.cache import KVCache, NewTokens, empty_cache, forward_cached
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import head_weight, logits_of
@@ -33,31 +34,19 @@ class Weights(NamedTuple):
     adapters: Params
 
 
-class SamplingArrays(NamedTuple):
-    """The numbers of `Sampling` as arrays: changing one does not recompile anything."""
-
-    seed: UInt32[Array, ""]
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
-
-    @classmethod
-    def of(cls, sampling: Sampling) -> SamplingArrays:
-        """The scalars, on the device."""
-        return cls(
-            jnp.uint32(sampling.seed % 2**32),
-            jnp.float32(sampling.temperature),
-            jnp.int32(sampling.top_k),
-            jnp.float32(sampling.top_p),
-        )
-
-
 class Step(NamedTuple):
     """One step of the decode loop: the token and position of each sequence, and how many tokens were drawn before."""
 
     token: Int[Array, " B"]
     position: Int[Array, " B"]
     draws: UInt32[Array, ""]
+
+
+class Choice(NamedTuple):
+    """How the next token is chosen, as arrays; without `processors` the scores are the logits."""
+
+    sampling: SamplingArrays
+    processors: Processors | None
 
 
 @dataclass(frozen=True)
@@ -95,15 +84,25 @@ def _forward(weights: Weights, new: NewTokens, cache: KVCache, control: RoutingC
     )
 
 
-def _next_token(weights: Weights, hidden: Float[Array, "B D"], sampling: SamplingArrays, draws, program: Program):
-    """The token after each sequence's `hidden`; `draws` counts the tokens drawn before."""
+def _next_token(
+    weights: Weights,
+    hidden: Float[Array, "B D"],
+    choice: Choice,
+    history: History | None,
+    length: Int[Array, " B"],
+    draws: UInt32[Array, ""],
+    program: Program,
+):
+    """The token after each sequence's `hidden`, its `length` tokens so far; `draws` counts the tokens drawn before."""
     logits = logits_of(hidden, head_weight(weights.params, program.config))
+    if choice.processors is not None:
+        logits = process(logits, choice.processors, history, length, draws)
     if program.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    key = jax.random.fold_in(jax.random.key(sampling.seed), draws)
+    key = jax.random.fold_in(jax.random.key(choice.sampling.seed), draws)
     # Keys depend on the sequence's index, not on the batch size: a prompt draws the same alone as first in a batch.
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(hidden.shape[0]))
-    return sample(logits, keys, sampling.temperature, sampling.top_k, sampling.top_p)
+    return sample(logits, keys, choice.sampling)
 
 
 def _control_at(control: RoutingControl | None, positions: Int[Array, "B T"]) -> RoutingControl | None:
@@ -114,19 +113,23 @@ def _control_at(control: RoutingControl | None, positions: Int[Array, "B T"]) ->
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def _prefill(weights, ids, lengths, cache, sampling, control, *, program: Program):
-    """The prompts `ids` [B, T]: (first token of each sequence [B], cache, routing or None)."""
+def _prefill(weights, ids, lengths, cache, choice: Choice, control, *, program: Program):
+    """The prompts `ids` [B, T]: (first token of each sequence [B], cache, history or None, routing or None)."""
     hidden, cache, routing = _forward(weights, NewTokens(ids, None, lengths), cache, control, program)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _next_token(weights, last, sampling, jnp.uint32(0), program), cache, routing
+    history = History.of(choice.processors, ids, lengths, cache.key.shape[2], program.config.vocab_size)
+    token = _next_token(weights, last, choice, history, lengths, jnp.uint32(0), program)
+    return token, cache, history, routing
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="cache")
-def _decode(weights, step: Step, cache, sampling, control, *, program: Program):
-    """One token of each sequence: (next tokens [B], cache, routing or None)."""
+@partial(jax.jit, static_argnames="program", donate_argnames=("cache", "history"))
+def _decode(weights, step: Step, cache, history: History | None, choice: Choice, control, *, program: Program):
+    """One token of each sequence: (next tokens [B], cache, history or None, routing or None)."""
     new = NewTokens(step.token[:, None], step.position, jnp.ones_like(step.position))
     hidden, cache, routing = _forward(weights, new, cache, control, program)
-    return _next_token(weights, hidden[:, 0], sampling, step.draws, program), cache, routing
+    history = None if history is None else history.with_token(step.token, step.position)
+    token = _next_token(weights, hidden[:, 0], choice, history, step.position + 1, step.draws, program)
+    return token, cache, history, routing
 
 
 def _bucket(length: int, smallest: int = 32) -> int:
@@ -176,7 +179,8 @@ class Generator:
         Args:
             prompts: token ids, one list per sequence, of any lengths.
             max_new_tokens: the largest number of tokens generated per sequence.
-            sampling: how tokens are chosen; greedy by default.
+            sampling: how tokens are chosen; greedy by default. What it says about the text so far is about each
+                prompt and its continuation, never about padding.
             stop_tokens: ids that end a sequence; the stop token is part of the result.
             on_token: called with (sequence, token id) as soon as the token is known.
             control: what is imposed on the routing. Its experts [Ls, B, S, k] apply by position; where they are -1,
@@ -186,7 +190,7 @@ class Generator:
         Raises:
             UserError: no prompt, an empty one, a token id outside the vocabulary, or `max_new_tokens` below 1.
         """
-        self._check(prompts, max_new_tokens)
+        self.check(prompts, max_new_tokens)
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         slots = _bucket(int(lengths.max()) + max_new_tokens)
         ids = np.zeros((len(prompts), min(_bucket(int(lengths.max())), slots)), np.int32)
@@ -194,12 +198,15 @@ class Generator:
             ids[sequence, : len(prompt)] = prompt
 
         keep_logits = 0 if routing is None else routing.keep_logits
-        program = Program(self.config, Options(lora=self.lora, keep_logits=keep_logits), sampling.temperature == 0)
+        program = Program(self.config, Options(lora=self.lora, keep_logits=keep_logits), sampling.greedy)
         control = _for_all_slots(control, slots)
-        arrays = SamplingArrays.of(sampling)
+        processors = Processors.of(sampling, stop_tokens, self.config.vocab_size, max_new_tokens)
+        choice = Choice(SamplingArrays.of(sampling), processors)
         dtype = self.params["embed_tokens"].dtype
         cache: KVCache = empty_cache(self.config, len(prompts), slots, dtype)
-        token, cache, step_routing = _prefill(self.weights, ids, lengths, cache, arrays, control, program=program)
+        token, cache, history, step_routing = _prefill(
+            self.weights, ids, lengths, cache, choice, control, program=program
+        )
         if routing is not None and step_routing is not None:
             routing.steps.append(step_routing)
         outputs: list[list[int]] = [[] for _ in prompts]
@@ -210,7 +217,9 @@ class Generator:
             if step < max_new_tokens:
                 # The next step is queued before this one's token is read: the device never waits for the host.
                 following = Step(token, jnp.asarray(lengths + (step - 1)), jnp.uint32(step))
-                token, cache, step_routing = _decode(self.weights, following, cache, arrays, control, program=program)
+                token, cache, history, step_routing = _decode(
+                    self.weights, following, cache, history, choice, control, program=program
+                )
                 if routing is not None and step_routing is not None:
                     routing.steps.append(step_routing)
             for sequence, value in enumerate(np.asarray(ready).tolist()):
@@ -225,7 +234,8 @@ class Generator:
                 break
         return outputs
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Raises UserError for arguments that `generate` refuses."""
         if not prompts:
             raise UserError("prompts: expected at least one, found none")
         if max_new_tokens < 1:

@@ -1,8 +1,8 @@
 """Text and record files -> the labelled stream of tokens that a capture runs on.
 
-A `.jsonl` file holds training records (`jaxmoe.data.records`), each optionally with a "domain"; any other file is one
-text. A record without a domain gets its file's name without the ending. The tokens are exactly those that training
-sees, so that training can replay a captured routing.
+A `.jsonl` or `.json` file holds training records (`jaxmoe.data.records`), each optionally with a "domain"; any other
+file is one text. A record without a domain gets its file's name without the ending. The tokens are exactly those that
+training sees, so that training can replay a captured routing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from captures import ROLES, LabelledText, Text, tokenizer_digest
+from jaxmoe.data import forms
 from jaxmoe.data.chat import assistant_spans
 from jaxmoe.data.records import Record, read_lines, tokenize_record
 from jaxmoe.errors import UserError
@@ -101,11 +102,13 @@ def read_text(
 
 def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
     """(where, record without its domain, domain)."""
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".json"):
         if path.is_dir():
-            raise UserError(f"{path}: expected a text or JSONL file, found a folder")
+            raise UserError(f"{path}: expected a text or JSONL file, found {forms.unread_folder(path)}")
         if not path.is_file():
-            raise UserError(f"file not found: {path}")
+            raise UserError(forms.missing_file(path))
+        if form := forms.binary_file(path):
+            raise UserError(f"{path}: expected a text or JSONL file, found {form}")
         try:
             yield str(path), {"text": path.read_text(encoding="utf-8")}, path.stem
         except UnicodeDecodeError as error:
