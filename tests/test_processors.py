@@ -175,7 +175,7 @@ def test_the_last_token_is_forced() -> None:
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_restricted_scores_equal_transformers(name: str) -> None:
-    settings = {"temperature": 1.0} | DRAWS[name]
+    settings: dict[str, Any] = {"temperature": 1.0} | DRAWS[name]
     check_scores(settings, 0)
     if name != "temperature":
         assert np.isneginf(our_scores(settings, TEXTS, 0, logits_of_a_step())).any()
@@ -203,6 +203,7 @@ def test_padding_is_not_part_of_the_history() -> None:
     assert history is not None and history.seen is not None and history.tokens is not None
     assert [np.flatnonzero(row).tolist() for row in history.seen] == [[3, 4], [5]]
     later = history.with_token(jnp.asarray([6, 1]), jnp.asarray([3, 1]))
+    assert later.seen is not None and later.tokens is not None
     assert [np.flatnonzero(row).tolist() for row in later.seen] == [[3, 4, 6], [1, 5]]
     assert later.tokens.tolist() == [[3, 4, 3, 6, 0, 0, 0, 0], [5, 1, 0, 0, 0, 0, 0, 0]]
 
@@ -260,7 +261,7 @@ def probabilities_of(scores: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_draws_follow_the_distribution_of_transformers(name: str) -> None:
-    settings = {"temperature": 1.0} | DRAWS[name]
+    settings: dict[str, Any] = {"temperature": 1.0} | DRAWS[name]
     row = logits_of_a_step()[0]
     scores = their_scores({"top_k": 0, "do_sample": True, **settings}, TEXTS[0], len(TEXTS[0]), row)
     changed = our_scores({k: v for k, v in settings.items() if k == "repetition_penalty"}, TEXTS, 0, logits_of_a_step())
@@ -274,7 +275,8 @@ def test_draws_follow_the_distribution_of_transformers(name: str) -> None:
 
 def test_text_follows_the_distribution_of_transformers(generator: Generator) -> None:
     """The whole path: one prompt in every sequence of a batch, the first token of each, over several seeds."""
-    prompt, settings = PROMPTS[2], {"temperature": 1.5, "top_k": 30, "min_p": 0.3, "repetition_penalty": 4.0}
+    prompt = PROMPTS[2]
+    settings: dict[str, Any] = {"temperature": 1.5, "top_k": 30, "min_p": 0.3, "repetition_penalty": 4.0}
     draw = lambda seed: generator.generate([prompt] * 512, 1, Sampling(**settings, seed=seed))
     tokens = np.asarray([draw(seed) for seed in range(4)]).reshape(-1)
     logits = reference().forward(np.asarray([prompt])).logits[0, -1]

@@ -41,6 +41,8 @@ class Processors(NamedTuple):
     `stop` marks the stop tokens; `last_draw` is the number of the last token if no stop token comes before.
     """
 
+    stop: Bool[Array, " V"]
+    last_draw: UInt32[Array, ""]
     sequence_bias: Biased | None = None
     repetition_penalty: Float[Array, ""] | None = None
     no_repeat_ngram_size: Int[Array, ""] | None = None
@@ -51,8 +53,6 @@ class Processors(NamedTuple):
     decay: Decay | None = None
     suppressed: Bool[Array, " V"] | None = None
     suppressed_at_begin: Bool[Array, " V"] | None = None
-    stop: Bool[Array, " V"] | None = None
-    last_draw: UInt32[Array, ""] | None = None
 
     @classmethod
     def of(
@@ -64,7 +64,10 @@ class Processors(NamedTuple):
         penalty, decay = sampling.repetition_penalty, sampling.exponential_decay_length_penalty
         stop_alone = {(token,) for token in stop_tokens}
         bad_words = [ids for ids in sampling.bad_words_ids if ids not in stop_alone]
+        stop, last_draw = _mask(stop_tokens, vocab_size), jnp.uint32(max_new_tokens - 1)
         found = cls(
+            stop,
+            last_draw,
             sequence_bias=_biased(list(dict(sampling.sequence_bias).items())),
             repetition_penalty=None if penalty == 1 else jnp.float32(penalty),
             no_repeat_ngram_size=count(sampling.no_repeat_ngram_size),
@@ -76,9 +79,7 @@ class Processors(NamedTuple):
             suppressed=mask(sampling.suppress_tokens),
             suppressed_at_begin=mask(sampling.begin_suppress_tokens),
         )
-        if all(part is None for part in found):
-            return None
-        return found._replace(stop=_mask(stop_tokens, vocab_size), last_draw=jnp.uint32(max_new_tokens - 1))
+        return found if any(part is not None for part in found[2:]) else None
 
     @property
     def read_order(self) -> bool:
@@ -142,6 +143,7 @@ def process(
     if p.sequence_bias is not None:
         scores = scores + _bias_of(p.sequence_bias, tokens, length, scores)
     if p.repetition_penalty is not None:
+        assert seen is not None
         penalised = jnp.where(scores < 0, scores * p.repetition_penalty, scores / p.repetition_penalty)
         scores = jnp.where(seen, penalised, scores)
     if p.no_repeat_ngram_size is not None:

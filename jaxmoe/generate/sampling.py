@@ -112,8 +112,9 @@ def check_settings(values: Mapping[str, Any]) -> None:
             check_count(name, value)
         elif name in _TOKEN_IDS:
             check_token_ids(name, value)
-        elif name == "seed" and (isinstance(value, bool) or not isinstance(value, int)):
-            raise UserError(f"seed: expected a whole number, found {value!r}")
+        elif name == "seed":
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise UserError(f"seed: expected a whole number, found {value!r}")
         elif name == "bad_words_ids":
             for ids in value:
                 check_token_ids(name, ids, empty=False)

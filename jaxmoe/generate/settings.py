@@ -141,7 +141,9 @@ def _sampling(given: Mapping[str, Any]) -> Sampling:
         decay = given["exponential_decay_length_penalty"]
         values["exponential_decay_length_penalty"] = tuple(decay) if isinstance(decay, list) else decay
     check_settings(values)  # the temperature too, even if it is not used
-    return Sampling(**values if do_sample else values | {"temperature": 0.0})
+    if not do_sample:
+        values["temperature"] = 0.0
+    return Sampling(**values)
 
 
 def _notices(given: Mapping[str, Any], path: pathlib.Path) -> Iterator[str]:
