@@ -19,7 +19,7 @@ def output_folder(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     Raises:
         UserError: `dst` exists and is not an empty folder.
     """
-    final = pathlib.Path(dst).resolve()
+    final = pathlib.Path(os.path.realpath(dst))  # unlike Path.resolve, it has no error for links in a circle
     if final.exists() and not final.is_dir():
         raise UserError(f"{dst}: expected a new or empty folder, found a file")
     if final.is_dir() and any(final.iterdir()):
@@ -52,3 +52,16 @@ def write_files(folder: pathlib.Path, files: Mapping[str, pathlib.Path | bytes])
             (folder / name).write_bytes(content)
         else:
             shutil.copyfile(content, folder / name)
+
+
+def refuse_links_out(folder: pathlib.Path) -> None:
+    """Raises UserError if a link in `folder`, one of the folders that this package writes, leads out of it.
+
+    The package writes no links, so such a link is somebody else's: it would make a command read any file of the user.
+    """
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
+                raise UserError(f"{path}: expected a file of this folder, found a link that leads out of it")

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
+from jaxmoe.store.files import refuse_links_out
 from jaxmoe.store.items import first_line, quiet_orbax
 
 _VERSION = 1
@@ -70,6 +71,7 @@ class TrainCheckpoints:
         if step is None:
             return None
         leaves = _named_leaves(template)
+        refuse_links_out(self.directory / str(step))
         with quiet_orbax() as ocp:
             stored = self._restore(step, metadata=ocp.args.JsonRestore())
             self._check_leaves(step, leaves, stored)
@@ -84,9 +86,11 @@ class TrainCheckpoints:
         if version != _VERSION:
             raise UserError(f"{where}: version: expected {_VERSION}, found {version!r}")
         expected = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
+        if not isinstance(stored.get("leaves"), list) or not isinstance(stored.get("metadata"), dict):
+            raise UserError(f"{where}: expected leaves and metadata, found {shown(stored)}")
         for want, found in zip(expected, stored["leaves"], strict=False):
             if want != found:
-                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {_leaf_text(*found)}")
+                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {shown(found)}")
         if len(expected) != len(stored["leaves"]):
             raise UserError(f"{where}: expected {len(expected)} arrays, found {len(stored['leaves'])}")
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxmoe import environment
 from jaxmoe.config import Qwen3MoeConfig, read_json
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.model.interface import Params
 from jaxmoe.train.settings import APART, VALUE, TrainConfig
 
@@ -73,7 +73,10 @@ def previous_identity(settings: TrainConfig) -> Identity | None:
         return None
     if not settings.resume:
         raise UserError(f"{output}: expected a new or empty folder, or --resume; found a folder with files in it")
-    return read_json(output / RUN_FILE).get("identity", {})
+    identity = read_json(output / RUN_FILE).get("identity", {})
+    if not isinstance(identity, dict):
+        raise UserError(f"{output / RUN_FILE}: identity: expected an object, found {shown(identity)}")
+    return identity
 
 
 def check_same_run(output: pathlib.Path, previous: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
