@@ -22,7 +22,8 @@ import numpy as np
 from convert.names import block_shapes
 from convert.safetensors_io import inside, read_header, write_file
 from jaxmoe.config import Qwen3MoeConfig, read_json
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, is_finite, shown
+from jaxmoe.limited import first_match
 from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets
 from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
 from jaxmoe.store.checkpoint import Block, cast
@@ -106,14 +107,17 @@ def _check_settings(path: pathlib.Path, raw: dict[str, Any]) -> None:
     for name, expected in (("peft_type", ("LORA",)), ("task_type", ("CAUSAL_LM", None)), ("bias", ("none", None))):
         if raw.get(name) not in expected:
             raise UserError(f"{where}: {name}: expected {expected[0]!r}, found {raw.get(name)!r}")
+    if not isinstance(base := raw.get("base_model_name_or_path"), str | None):
+        raise UserError(f"{where}: base_model_name_or_path: expected a text, found {shown(base)}")
     if (start := raw.get("init_lora_weights", True)) not in _PLAIN_STARTS:
         raise UserError(f"{where}: init_lora_weights: {start!r} changes the base weights, which is not supported")
     for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(name) or {}, dict):
-            raise UserError(f"{where}: {name}: expected a JSON object, found {raw[name]!r}")
+        pattern = raw.get(name) or {}
+        if not isinstance(pattern, dict) or not all(map(is_finite, pattern.values())):
+            raise UserError(f"{where}: {name}: expected a JSON object of numbers, found {shown(raw[name])}")
     for name in ("r", "lora_alpha"):
-        if isinstance(raw.get(name), bool) or not isinstance(raw.get(name), int | float):
-            raise UserError(f"{where}: {name}: expected a number, found {raw.get(name)!r}")
+        if not is_finite(raw.get(name)):
+            raise UserError(f"{where}: {name}: expected a number, found {shown(raw.get(name))}")
     for name, value in raw.items():
         if value and name not in _HARMLESS | _USED:
             raise UserError(f"{where}: {name}: expected this option to be off, found {value!r} (not supported)"[:300])
@@ -172,17 +176,12 @@ def _alpha(where: str, raw: dict[str, Any], names: Sequence[str], rank: int) -> 
 
     def pick(pattern: str, default: float) -> float:
         # As in PEFT's `get_pattern_key`, the first pattern that matches the end of a name counts.
-        for expression, value in (raw.get(pattern) or {}).items():
-            for name in names:
-                try:
-                    matches = re.match(rf"(.*\.)?({expression})$", name)
-                except re.error as error:
-                    raise UserError(
-                        f"{SETTINGS}: {pattern}: expected a regular expression, found {expression!r}: {error}"
-                    ) from None
-                if matches:
-                    return value
-        return default
+        given = raw.get(pattern) or {}
+        try:
+            index = first_match(tuple(given), names)
+        except UserError as error:
+            raise UserError(f"{SETTINGS}: {pattern}: {error}") from None
+        return default if index is None else list(given.values())[index]
 
     if (expected := pick("rank_pattern", raw["r"])) != rank:
         raise UserError(f"{where}: expected rank {expected}, as {SETTINGS} says, found {rank}")

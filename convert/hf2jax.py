@@ -47,6 +47,7 @@ class HFCheckpoint:
         raw = read_json(inside(path, "config.json"))
         self.config = Qwen3MoeConfig.from_hf(raw)
         self.layout: Layout = find_layout(self._tensors)
+        self._check_count()
         self._target = np.dtype(_known(dtype)) if dtype else None
         self._rows = {layer: list(rows(self.config, layer, self.layout)) for layer in blocks_of(self.config)}
         settings = raw.get("quantization_config")
@@ -56,6 +57,17 @@ class HFCheckpoint:
         self._nested_quant_map: np.ndarray | None = None
         self.stored_dtypes = self._check_tensors()
         self.dtypes = {name: self._target or stored for name, stored in self.stored_dtypes.items()}
+
+    def _check_count(self) -> None:
+        """Compares how many tensors the config asks for with how many there are, before their names are formed."""
+        per_layer = 3 * self.config.num_experts if self.layout == "per_expert" else 2
+        least = self.config.num_hidden_layers + per_layer * len(self.config.sparse_layers)
+        if len(self._tensors) < least:
+            raise UserError(
+                f"{self.path}: expected at least {least:,} tensors for num_hidden_layers "
+                f"{self.config.num_hidden_layers:,} and num_experts {self.config.num_experts:,}, "
+                f"found {len(self._tensors):,}"
+            )
 
     def _every_row(self) -> Iterator[Row]:
         return (row for block in self._rows.values() for row in block)

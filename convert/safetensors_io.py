@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from jaxmoe.config import read_json
-from jaxmoe.errors import UserError
+from jaxmoe.errors import ConfigError, UserError, shown
+from jaxmoe.json_text import parse_json, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -74,7 +74,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise UserError(f"expected each key once, found {key!r} twice")
+            raise ConfigError(f"expected each key once, found {key!r} twice")
         seen[key] = value
     return seen
 
@@ -96,14 +96,16 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
             )
         encoded = stream.read(length)
     try:
-        header = json.loads(encoded.decode("utf-8"), object_pairs_hook=_unique)
-    except UserError as error:
-        raise UserError(f"{file}: safetensors header: {error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        text = encoded.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise UserError(f"{file}: expected a JSON header, found {error}") from None
-    if not isinstance(header, dict):
+    header = parse_json(text, f"{file}: safetensors header", _unique)
+    if not isinstance(header, dict) or not text.startswith("{"):
         raise UserError(f"{file}: expected a JSON object as header, found {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not texts:
+        raise UserError(f"{file}: __metadata__: expected an object of texts, found {shown(metadata)}")
     spans = sorted((*_span(file, name, entry), name) for name, entry in header.items())
     end, base = 0, 8 + length
     for start, stop, name in spans:
@@ -127,10 +129,10 @@ def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
     """The offsets of a tensor, checked against its dtype and shape."""
     try:
         code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
             raise ValueError
     except (TypeError, KeyError, ValueError):
-        raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {entry!r}"[:300]) from None
+        raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {shown(entry)}") from None
     if not isinstance(code, str) or code not in _ITEM_BYTES:
         raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {code!r}")
     if stop - start != math.prod(shape) * _ITEM_BYTES[code]:

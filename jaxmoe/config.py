@@ -16,13 +16,13 @@ Dimension key. Each letter has one meaning in all code, comments and docstrings 
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jaxmoe.errors import ConfigError, check_integer, check_number
+from jaxmoe.json_text import read_json
 from jaxmoe.lora import LoraConfig, expand_targets
 
 __all__ = [
@@ -104,6 +104,9 @@ _IGNORED_HF_FIELDS = frozenset(
 )
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Far above every model; a file that asks for more would only cost time and memory before it is refused.
+_AT_MOST = {"num_hidden_layers": 1_000, "num_experts": 65_536}
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,9 @@ class Qwen3MoeConfig:
         ).split():
             check_integer(name, getattr(self, name), at_least=1)
         check_integer("num_experts", self.num_experts, at_least=0)
+        for name, most in _AT_MOST.items():
+            if (value := getattr(self, name)) > most:
+                raise ConfigError(f"{name}: expected at most {most:,}, found {value}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads ({self.num_key_value_heads}), "
@@ -285,10 +291,11 @@ class Qwen3MoeConfig:
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Indices of the layers whose MLP is a mixture of experts, as transformers' `Qwen3MoeDecoderLayer` decides."""
+        dense = frozenset(self.mlp_only_layers)
         return tuple(
             i
             for i in range(self.num_hidden_layers)
-            if i not in self.mlp_only_layers and self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0
+            if i not in dense and self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0
         )
 
     @property
@@ -388,20 +395,3 @@ class Qwen3MoeConfig:
     def replace(self, **changes: Any) -> Qwen3MoeConfig:
         """A copy with some fields changed; its values are checked again."""
         return replace(self, **changes)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in the file `path`.
-
-    Raises:
-        ConfigError: the file is missing or does not hold a JSON object.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"file not found: {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path}: expected JSON, found {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw

@@ -15,9 +15,11 @@ from typing import Any
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli import xla
-from jaxmoe.cli.arguments import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, finite_number, run, whole_number
 from jaxmoe.cli.progress import reading_weights
+from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
+from jaxmoe.data.chat import load_tokenizer, render_chat, text_field
 from jaxmoe.errors import UserError
 from jaxmoe.generate.capture import capture_generation
 from jaxmoe.generate.engine import Generator
@@ -33,11 +35,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
     add("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; may be repeated")
     add("--chat", action="store_true", help="put each prompt into the checkpoint's chat template")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="largest number of new tokens (default: 256)")
-    add("--temperature", type=float, metavar="X", help="0 is greedy (default: from generation_config.json)")
-    add("--top-k", type=int, metavar="N", help="0 means no limit (default: from generation_config.json)")
-    add("--top-p", type=float, metavar="X", help="1 means no limit (default: from generation_config.json)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the random draws (default: 0)")
+    add(
+        "--max-new-tokens",
+        type=whole_number,
+        default=256,
+        metavar="N",
+        help="largest number of new tokens (default: 256)",
+    )
+    add("--temperature", type=finite_number, metavar="X", help="0 is greedy (default: from generation_config.json)")
+    add("--top-k", type=whole_number, metavar="N", help="0 means no limit (default: from generation_config.json)")
+    add("--top-p", type=finite_number, metavar="X", help="1 means no limit (default: from generation_config.json)")
+    add("--seed", type=whole_number, default=0, metavar="N", help="seed of the random draws (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
     add("--capture", type=pathlib.Path, metavar="DIR", help="write the routing of every token to this new folder")
@@ -50,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints each prompt's continuation; a single one is printed token by token."""
     args = _parser().parse_args(argv)
     xla.configure()
-    from jaxmoe.data.chat import load_tokenizer
-
+    Qwen3MoeConfig.from_pretrained(args.model)  # before anything else in the folder is read
     tokenizer = load_tokenizer(args.model)
     sampling, stop = generation_defaults(args.model)
     stop = tuple({*stop, tokenizer.eos_token_id})
@@ -102,12 +109,14 @@ def _generate_with_routing(
 
 
 def _encode(tokenizer: Any, text: str, chat: bool) -> list[int]:
+    text_field({"prompt": text}, "prompt")
     if not chat:
         return tokenizer(text)["input_ids"]
     if not tokenizer.chat_template:
         raise UserError("chat: expected a tokenizer with a chat template, found none")
     message = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+    rendered = render_chat(tokenizer, message, add_generation_prompt=True)
+    return tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
 
 
 if __name__ == "__main__":

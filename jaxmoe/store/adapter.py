@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, is_finite, shown
 from jaxmoe.lora import LoraConfig
 from jaxmoe.parameters import lora_specs
-from jaxmoe.store.files import output_folder
+from jaxmoe.store.files import output_folder, refuse_links_out
 from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
 
 ADAPTER_MANIFEST = "adapter.json"
@@ -51,12 +51,21 @@ def read_adapter(
         UserError: a damaged folder, or shapes that do not fit `config`, which by default is the first config.
     """
     path = pathlib.Path(path)
+    refuse_links_out(path)
     manifest = read_manifest(path / ADAPTER_MANIFEST, _KIND, (_VERSION,))
     raw = manifest.get("lora")
     known = {field.name for field in fields(LoraConfig)}
     if not isinstance(raw, dict) or set(raw) != known or not isinstance(manifest.get("model"), dict):
-        raise UserError(f"{path / ADAPTER_MANIFEST}: lora, model: expected {', '.join(sorted(known))}, found {raw!r}")
-    lora = LoraConfig(**{name: _tuples(value) for name, value in raw.items()})
+        raise UserError(
+            f"{path / ADAPTER_MANIFEST}: lora, model: expected {', '.join(sorted(known))}, found {shown(raw)}"
+        )
+    try:
+        lora = LoraConfig(**{name: _tuples(value) for name, value in raw.items()})
+        numbers = [lora.scale(target) * lora.rank(target) for target in lora.targets]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{path / ADAPTER_MANIFEST}: lora: {error}") from None
+    if not all(map(is_finite, numbers)) or type(lora.use_rslora) is not bool:
+        raise UserError(f"{path / ADAPTER_MANIFEST}: lora: expected finite scales, found {shown(raw)}")
     own = Qwen3MoeConfig.from_hf(manifest["model"])
     shapes = {name: spec.shape for name, spec in lora_specs(config or own, lora).items()}
     check_entries(f"{path / ADAPTER_MANIFEST}: arrays", manifest.get("arrays"), shapes)

@@ -25,7 +25,7 @@ from jaxmoe.parameters import (
     top_level_paths,
 )
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
-from jaxmoe.store.files import output_folder, write_files
+from jaxmoe.store.files import output_folder, refuse_links_out, write_files
 from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
 
 MANIFEST = "manifest.json"
@@ -72,6 +72,7 @@ class ConvertedCheckpoint:
 
     def __init__(self, path: pathlib.Path, dtype: str | None, verify: bool) -> None:
         self.path, self._verify = path, verify
+        refuse_links_out(path)
         self.config = Qwen3MoeConfig.from_pretrained(path)
         manifest = read_manifest(path / MANIFEST, _KIND, (_VERSION, _NF4_VERSION))
         self._items: dict[str, Any] = manifest.get("items") or {}

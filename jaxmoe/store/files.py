@@ -34,7 +34,7 @@ def output_folder(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         UserError: `dst` exists and is not an empty folder, or another process writes it.
         OSError: the disk is full, for example; it names a file in `dst`.
     """
-    final = pathlib.Path(dst).resolve()
+    final = pathlib.Path(os.path.realpath(dst))
     with claimed(dst), unfinished_folder(final) as folder, naming_files({folder: pathlib.Path(dst)}):
         yield folder
         with stopping.uninterrupted():
@@ -49,7 +49,7 @@ def claimed(dst: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         UserError: `dst` exists and is not an empty folder, or another process writes it.
     """
-    final = pathlib.Path(dst).resolve()
+    final = pathlib.Path(os.path.realpath(dst))
     with output_lock(dst):
         remove_leftovers(final.parent)
         if final.exists() and not final.is_dir():
@@ -69,7 +69,7 @@ def output_file(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         UserError: another process writes `dst`.
         OSError: the disk is full, for example; it names `dst`.
     """
-    final = pathlib.Path(dst).resolve()
+    final = pathlib.Path(os.path.realpath(dst))
     if final.exists() and not final.is_file():
         yield pathlib.Path(dst)
         return
@@ -167,3 +167,16 @@ def write_files(folder: pathlib.Path, files: Mapping[str, pathlib.Path | bytes])
             (folder / name).write_bytes(content)
         else:
             shutil.copyfile(content, folder / name)
+
+
+def refuse_links_out(folder: pathlib.Path) -> None:
+    """Raises UserError if a link in `folder`, one of the folders that this package writes, leads out of it.
+
+    The package writes no links, so such a link is somebody else's: it would make a command read any file of the user.
+    """
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            if os.path.islink(path) and not os.path.realpath(path).startswith(root + os.sep):
+                raise UserError(f"{path}: expected a file of this folder, found a link that leads out of it")

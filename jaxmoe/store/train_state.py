@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.store.digest import checksums
-from jaxmoe.store.files import os_error
+from jaxmoe.store.files import os_error, refuse_links_out
 from jaxmoe.store.items import first_line, quiet_orbax, wait_for_stragglers
 
 _VERSION = 2
@@ -138,6 +138,7 @@ class TrainCheckpoints:
         import jax
 
         leaves = _named_leaves(template)
+        refuse_links_out(self.directory / str(step))
         with quiet_orbax() as ocp:
             stored = self._read(step, metadata=ocp.args.JsonRestore())
             digests = self._check_leaves(step, leaves, stored)
@@ -164,7 +165,7 @@ class TrainCheckpoints:
         expected = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
         for want, found in zip(expected, entries, strict=False):
             if want != found[:3]:
-                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {_leaf_text(*found[:3])}")
+                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {shown(found[:3])}")
         if len(expected) != len(entries):
             raise UserError(f"{where}: expected {len(expected)} arrays, found {len(entries)}")
         if version == _WITHOUT_CHECKSUMS:
