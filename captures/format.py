@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxmoe.errors import UserError
-from jaxmoe.store.files import os_error, output_folder
+from jaxmoe.store.files import check_links, os_error, output_folder
 
 FORMAT, VERSION = "jaxmoe-capture", 1
 MANIFEST = "manifest.json"
@@ -327,12 +327,13 @@ class Capture:
         """Opens a capture: reads and checks its manifest.
 
         Raises:
-            UserError: no capture, another version, or a broken manifest.
+            UserError: no capture, another version, a broken manifest, or a link that leads out of the folder.
         """
         folder = pathlib.Path(folder)
         path = folder / MANIFEST
         if not path.is_file():
             raise UserError(f"{folder}: expected a capture (a folder with {MANIFEST}), found none")
+        check_links(folder)
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if (raw["format"], raw["version"]) != (FORMAT, VERSION):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxmoe.errors import UserError
+from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
@@ -27,6 +28,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     """
     if not pathlib.Path(folder).is_dir():
         raise UserError(f"folder not found: {folder} (expected one with a tokenizer)")
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: expected a tokenizer ({NEEDED}), found none")
     try:
         tokenizer = _auto_tokenizer().from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
