@@ -75,7 +75,9 @@ class HFCheckpoint:
             expected.update(key for name in quantized for key in companions(name, self.quantization.nested))
         found = set(self._tensors) - ({"lm_head.weight"} if self.stored_tied_head else set())
         if missing := sorted(expected - found):
-            raise UserError(f"{self.path}: missing tensor {missing[0]} ({len(missing)} missing in all)")
+            under = [name for name in sorted(found) if name.endswith(f".{missing[0]}")]
+            instead = f", found {under[0]}" if under else ""
+            raise UserError(f"{self.path}: missing tensor {missing[0]} ({len(missing)} missing in all){instead}")
         if unexpected := sorted(found - expected):
             raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected in all)")
 

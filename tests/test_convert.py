@@ -483,6 +483,14 @@ def test_an_empty_folder_may_be_filled(tmp_path: pathlib.Path) -> None:
     assert read_converted(tmp_path / "out").config == read_hf(src).config
 
 
+def test_a_prefix_before_every_name_is_shown(tmp_path: pathlib.Path) -> None:
+    """As torch.compile, PEFT and wrappers for images leave it."""
+    src = make_checkpoint(tmp_path / "hf", TINY)
+    edit_tensors(lambda t: [t.update({f"_orig_mod.{name}": t.pop(name)}) for name in list(t)])(src)
+    with pytest.raises(UserError, match=r"missing tensor lm_head\.weight .*, found _orig_mod\.lm_head\.weight$"):
+        read_hf(src)
+
+
 def test_values_that_float16_cannot_hold_are_refused(tmp_path: pathlib.Path) -> None:
     src = make_checkpoint(tmp_path / "hf", TINY)
     edit_tensors(lambda t: t["model.layers.1.mlp.gate.weight"].__setitem__((0, 0), 1e6))(src)
