@@ -109,8 +109,8 @@ class RopeParameters:
         if not isinstance(kind, str) or kind not in allowed:
             raise ConfigError(f"rope_type: expected one of {', '.join(allowed)}, found {kind!r}")
         if kind == "default":
-            # transformers ignores scaling values of the default type, with a warning. Here only neutral ones are ignored:
-            # those that would have no effect in another type either.
+            # transformers ignores scaling values of the default type, with a warning. Here only neutral ones are
+            # ignored: those that would have no effect in another type either.
             neutral = {"factor": 1, "attention_factor": 1, "original_max_position_embeddings": max_position_embeddings}
             scaling = {key: value for key, value in scaling.items() if value not in (None, neutral.get(key))}
         unknown = set(scaling) - allowed[kind]
