@@ -451,7 +451,7 @@ def test_a_termination_leaves_nothing(tmp_path: pathlib.Path) -> None:
     src = make_checkpoint(tmp_path / "hf", TINY.replace(num_hidden_layers=48, hidden_size=256))
     command = [sys.executable, "-m", "convert", "hf2jax", str(src), str(tmp_path / "out")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not list(tmp_path.glob(".out-*/content/layers/*")):
+        while process.poll() is None and not list(tmp_path.glob(".out.*/content/layers/*")):
             time.sleep(0.01)
         process.terminate()
         assert process.stderr is not None
