@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 
 from jaxmoe.errors import UserError, check_integer, shown
 from jaxmoe.json_text import read_json
-from jaxmoe.store.files import os_error, output_folder, refuse_links_out
+from jaxmoe.store.files import check_links, os_error, output_folder
 
 FORMAT, VERSION = "jaxmoe-capture", 1
 MANIFEST = "manifest.json"
@@ -336,13 +336,13 @@ class Capture:
         """Opens a capture: reads and checks its manifest.
 
         Raises:
-            UserError: no capture, another version, or a broken manifest.
+            UserError: no capture, another version, a broken manifest, or a link that leads out of the folder.
         """
         folder = pathlib.Path(folder)
         path = folder / MANIFEST
         if not path.is_file():
             raise UserError(f"{folder}: expected a capture (a folder with {MANIFEST}), found none")
-        refuse_links_out(folder)
+        check_links(folder)
         raw = read_json(path)
         try:
             if (raw["format"], raw["version"]) != (FORMAT, VERSION):

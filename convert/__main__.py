@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("hf2jax", "Converts an HF checkpoint into a converted folder.", "HF folder or hub id")
     sub.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its dtype)")
     sub.add_argument("--quantize", choices=("nf4",), help="store projections, dense MLPs and experts in 4 bits")
+    sub.add_argument("--strict", action="store_true", help="refuse a config.json with unknown fields")
     sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
     sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, PEFT or converted")
     sub.add_argument(
@@ -83,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(report, indent=2) if args.json else as_text(report))
     elif args.command == "hf2jax":
         src = local_folder(args.src)
+        if args.strict:
+            _refuse_unknown_fields(src / "config.json")
         with _progress(args.dst) as on_block:
             hf2jax(src, args.dst, args.dtype, args.quantize, on_block)
     elif args.command == "jax2hf":
@@ -99,6 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, lora, adapters = read_adapter(args.src)
         write_peft(args.dst, config, lora, adapters)
         print(f"{args.dst}: {len(adapters)} arrays")
+
+
+def _refuse_unknown_fields(path: pathlib.Path) -> None:
+    """Raises UserError if the config.json `path` has fields that are accepted without --strict, such as stamps."""
+    if unknown := Qwen3MoeConfig.unknown_fields(read_json(path)):
+        raise UserError(f"{path}: --strict: expected only known fields, found {', '.join(unknown)}")
 
 
 def _base_model(adapter: pathlib.Path, given: str | None) -> pathlib.Path:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.names import block_shapes
-from convert.safetensors_io import inside, read_header, write_file
+from convert.safetensors_io import read_header, write_file
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError, is_finite, shown
 from jaxmoe.limited import first_match
@@ -80,7 +80,7 @@ def read_peft(
         raise UserError(f"file not found: {path / WEIGHTS}{pickled}")
     raw = read_json(path / SETTINGS)
     _check_settings(path, raw)
-    tensors = {name: tensor.read() for name, tensor in read_header(inside(path, WEIGHTS)).items()}
+    tensors = {name: tensor.read() for name, tensor in read_header(path / WEIGHTS).items()}
     pairs = _pairs(path, config, raw, tensors, packing)
     targets = expand_targets(list({target for target, _ in pairs}))
     lora = LoraConfig(

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert.adapters import SETTINGS, WEIGHTS
 from convert.hf2jax import read_hf
-from convert.safetensors_io import Tensor, inside, open_folder, read_header
+from convert.safetensors_io import Tensor, open_folder, read_header
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.memory import parameter_count
 from jaxmoe.parameters import Quantization
@@ -48,7 +48,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _report("converted adapter", asdict(lora) | {"model": _model(config)}, entries, checksums="verified")
     more: dict[str, Any] = {}
     if (path / SETTINGS).is_file():
-        tensors = read_header(inside(path, WEIGHTS)).values()
+        tensors = read_header(path / WEIGHTS).values()
         settings = {key: value for key, value in read_json(path / SETTINGS).items() if value not in (None, {}, [])}
         kind, summary = "PEFT adapter", settings
     else:

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxmoe.errors import ConfigError, UserError, shown
 from jaxmoe.json_text import parse_json, read_json
+from jaxmoe.store.files import is_file, named_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -141,19 +142,6 @@ def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
     return start, stop
 
 
-def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of the file `name` in `folder`; raises UserError if it lies elsewhere.
-
-    If `folder` is a snapshot in the hub's cache, symbolic links may lead to the blobs of that cache.
-    """
-    path = folder / name
-    root = folder.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if pathlib.PurePath(name).name != name or not any(path.resolve().is_relative_to(allowed) for allowed in roots):
-        raise UserError(f"{folder}: expected a file in this folder, found {name!r}, which is outside it")
-    return path
-
-
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     """Name -> tensor over `model.safetensors`, or over the shards that `model.safetensors.index.json` lists.
 
@@ -166,21 +154,21 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
             f"{folder}: expected a folder, found a file" if folder.exists() else f"folder not found: {folder}"
         )
     single, index = folder / SINGLE, folder / INDEX
-    if not index.exists():
-        if single.exists():
-            return read_header(inside(folder, SINGLE))
+    if not is_file(index):
+        if is_file(single):
+            return read_header(single)
         pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
         found = f"only {pickles[0]} (pickles can run code and are not read)" if pickles else "neither"
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: expected weight_map, key -> file, found {type(weight_map).__name__}")
-    if single.exists() and SINGLE not in weight_map.values():
+    if is_file(single) and SINGLE not in weight_map.values():
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found both")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
-        shard = inside(folder, name)
-        if not shard.is_file():
+        shard = named_in(folder, name)
+        if not is_file(shard):
             raise UserError(f"file not found: {shard} (named in {INDEX})")
         for key, tensor in read_header(shard).items():
             if key in tensors:

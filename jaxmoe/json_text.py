@@ -56,9 +56,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: expected at most {MAX_FILE >> 20} MiB of JSON, found {size >> 20} MiB")
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"file not found: {path}") from None
+        found = "expected a file, found a broken link"
+        raise ConfigError(f"{path}: {found}" if path.is_symlink() else f"file not found: {path}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path}: expected a file, found a folder") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -31,7 +31,7 @@ from jaxmoe.generate.__main__ import main as generate
 from jaxmoe.json_text import MAX_DEPTH, parse_json, read_json
 from jaxmoe.routing import report
 from jaxmoe.store.converted import read_converted, write_converted
-from jaxmoe.store.files import output_folder, refuse_links_out
+from jaxmoe.store.files import check_links, output_folder
 from jaxmoe.store.items import check_stored_array, read_item, write_item
 from jaxmoe.train.metrics import MetricsLog
 from peers.configs import random_adapters
@@ -310,10 +310,10 @@ def test_links_out_of_our_folders_are_refused(hf, tmp_path):
     inner = tmp_path / "jax" / "layers" / "00000"
     inside = tmp_path / "jax" / "again"
     inside.symlink_to("config.json")
-    refuse_links_out(tmp_path / "jax")
+    check_links(tmp_path / "jax")
     for target, place in ((tmp_path / "elsewhere", inner / "x"), (hf / "config.json", tmp_path / "jax" / "y")):
         place.symlink_to(target)
-        with pytest.raises(UserError, match=f"{place}: expected a file of this folder, found a link that leads out"):
+        with pytest.raises(UserError, match=f"{place}: expected a file of this folder, found a link to "):
             read_converted(tmp_path / "jax")
         place.unlink()
 

@@ -30,7 +30,11 @@ def _under(package: str, names: str) -> set[str]:
 
 # room -> its modules. The rooms stand in order: a room uses only rooms above it.
 MODULES: dict[str, set[str]] = {
-    "base": _under("jaxmoe", ". config environment errors json_text lazy limited limited_worker lora presets stopping"),
+    "base": _under(
+        "jaxmoe",
+        ". config environment errors json_text lazy limited limited_worker lora other_fields presets stopping"
+        " tokenizer_files",
+    ),
     "parameters": _under("jaxmoe", "parameters"),
     "memory": _under("jaxmoe", "memory"),
     "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
@@ -104,7 +108,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("jaxmoe.train.export", "convert.hf2jax"): "writes what a run trained as an HF folder: reads the base model",
     ("jaxmoe.train.export", "convert.jax2hf"): "the same: writes the folder",
     ("jaxmoe.train.export", "convert.adapters"): "the same: merges the adapter, or writes it in PEFT's form",
-    ("captures.format", "jaxmoe.store.files"): "an output folder appears whole or not at all; no link leads out of it",
+    ("captures.format", "jaxmoe.store.files"): "a folder appears whole or not at all, and no link leads out of it",
 }
 
 _ABOVE = {"peers", "tests", "examples", "benchmarks", "notebooks", "reliability"}
@@ -120,7 +124,7 @@ NEVER = {
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
     ". cli cli.arguments cli.commands cli.progress config environment errors json_text lazy limited lora memory"
-    " parameters presets stopping",
+    " other_fields parameters presets stopping tokenizer_files",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

@@ -13,6 +13,7 @@ from typing import Any
 from jaxmoe import limited
 from jaxmoe.errors import UserError
 from jaxmoe.json_text import read_json
+from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
@@ -36,6 +37,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"folder not found: {folder} (expected one with a tokenizer)")
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: expected a tokenizer ({NEEDED}), found none")
     for file in (folder / "tokenizer_config.json", folder / "config.json"):
         if file.is_file() and "auto_map" in read_json(file):
             _log.warning(f"{file}: auto_map: ignored, because code from a checkpoint never runs")

@@ -14,7 +14,7 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError, is_finite, shown
 from jaxmoe.lora import LoraConfig
 from jaxmoe.parameters import lora_specs
-from jaxmoe.store.files import output_folder, refuse_links_out
+from jaxmoe.store.files import check_links, output_folder
 from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
 
 ADAPTER_MANIFEST = "adapter.json"
@@ -48,10 +48,11 @@ def read_adapter(
     `verify` compares checksums.
 
     Raises:
-        UserError: a damaged folder, or shapes that do not fit `config`, which by default is the first config.
+        UserError: a damaged folder, a link that leads out of it, or shapes that do not fit `config`, which by default
+            is the first config.
     """
     path = pathlib.Path(path)
-    refuse_links_out(path)
+    check_links(path)
     manifest = read_manifest(path / ADAPTER_MANIFEST, _KIND, (_VERSION,))
     raw = manifest.get("lora")
     known = {field.name for field in fields(LoraConfig)}

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError, shown
 from jaxmoe.store.digest import checksums
-from jaxmoe.store.files import os_error, refuse_links_out
+from jaxmoe.store.files import check_links, os_error
 from jaxmoe.store.items import first_line, quiet_orbax, wait_for_stragglers
 
 _VERSION = 2
@@ -31,7 +31,7 @@ class TrainCheckpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
-        self.directory = pathlib.Path(directory).resolve()
+        self.directory = pathlib.Path(os.path.realpath(directory))
         self.notice: str | None = None  # what `restore` could not verify
         self._remove_unfinished()
         with quiet_orbax() as ocp:
@@ -119,12 +119,13 @@ class TrainCheckpoints:
         `jax.ShapeDtypeStruct`. Leaves that are NumPy arrays in `template` are NumPy arrays in the state.
 
         Raises:
-            UserError: the checkpoint is damaged, or its leaves differ from those of `template`. The message names the
-                checkpoint before it, if there is one.
+            UserError: the checkpoint is damaged, its leaves differ from those of `template`, or a link leads out of the
+                folder. For a damaged one, the message names the checkpoint before it, if there is one.
         """
         step = self.chosen_step(which)
         if step is None:
             return None
+        check_links(self.directory)
         try:
             return step, *self._restore(step, template)
         except UserError as error:
@@ -138,7 +139,6 @@ class TrainCheckpoints:
         import jax
 
         leaves = _named_leaves(template)
-        refuse_links_out(self.directory / str(step))
         with quiet_orbax() as ocp:
             stored = self._read(step, metadata=ocp.args.JsonRestore())
             digests = self._check_leaves(step, leaves, stored)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from captures import Capture
 from jaxmoe.cli.progress import progress
-from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config
 from jaxmoe.control.replay import Replay
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
@@ -162,7 +162,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
     if settings.from_scratch is not None:
-        return Qwen3MoeConfig.from_hf(read_json(settings.from_scratch))
+        return read_config(settings.from_scratch)[0]
     assert settings.model is not None
     if not settings.model.is_dir():
         raise UserError(f"{settings.model}: expected a model folder, found none")
