@@ -415,7 +415,7 @@ def test_a_wrong_half_would_be_noticed(tmp_path: pathlib.Path) -> None:
     """Negative control: gate and up exchanged in the file."""
     lora = SERVED["even"]
     write_peft(tmp_path / "peft", SMALL, lora, random_adapters(SMALL, lora), "per-expert")
-    rename = lambda key: key.replace("gate_proj", "x").replace("up_proj", "gate_proj").replace("x", "up_proj")
+    rename = lambda key: key.replace("gate_proj", "#").replace("up_proj", "gate_proj").replace("#", "up_proj")
     rewritten(tmp_path / "peft", tmp_path / "swapped", rename)
     expected = by_projection(SMALL, lora, random_adapters(SMALL, lora))
     assert largest_difference(as_vllm(SMALL, tmp_path / "swapped"), expected) > 100 * bound("merge_fp32")
