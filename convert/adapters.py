@@ -155,8 +155,7 @@ def _pairs(
     modules: Modules,
     layout: AdapterLayout | None,
 ) -> dict[tuple[str, int], Pair]:
-    """(target, layer) -> its adapter. One whose A and B are zero throughout has no effect and no gradient, as if it
-    did not exist, and is left out; the layouts for inference servers fill up with such adapters."""
+    """(target, layer) -> its adapter; void ones are left out unless all are."""
     pairs: dict[tuple[str, int], Pair] = {}
     experts: dict[int, dict[str, dict[int, Pair]]] = {}
     check_layout(str(file), {module: halves["A"].ndim for (_, module), halves in modules.items()}, layout)
@@ -178,7 +177,7 @@ def _pairs(
             if pairs.setdefault((target, layer), pair) is not pair:
                 forms = "those of transformers 4 and of transformers 5"
                 raise UserError(f"{file}: layers.{layer}: {target}: expected one form of adapter, found {forms}")
-    return {key: pair for key, pair in pairs.items() if pair.a.any() or pair.b.any()} or pairs
+    return {key: pair for key, pair in pairs.items() if not pair.is_void} or pairs
 
 
 def _pair(where: str, settings: PeftSettings, names: list[str], a: np.ndarray, b: np.ndarray) -> Pair:

@@ -53,6 +53,14 @@ class Pair:
         """The adapter's rank r."""
         return self.a.shape[-2]
 
+    @property
+    def is_void(self) -> bool:
+        """Whether A and B are zero throughout: without effect and without gradient, as if there were no adapter.
+
+        The layouts for inference servers fill up with such adapters.
+        """
+        return not self.a.any() and not self.b.any()
+
     def padded(self, rank: int) -> Pair:
         """The same product with the given, larger rank: zero rows of A and zero columns of B."""
         extra = rank - self.rank
@@ -217,12 +225,15 @@ def join_halves(settings: PeftSettings, gate: Pair | None, up: Pair | None) -> P
     return Pair(np.concatenate([gate.a, up.a], 1), b, alpha)
 
 
-def split_halves(a: np.ndarray, b: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def split_halves(pair: Pair) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The inverse of `join_halves`: an adapter of experts.gate_up_proj -> A and B of gate_proj and of up_proj.
 
     Both have the whole A. If B is block diagonal, as `join_halves` makes it, each has its half of A.
     """
+    a, b = pair.a, pair.b
     F, half = b.shape[1] // 2, a.shape[1] // 2
+    if pair.part != "both":
+        return {f"{pair.part}_proj": (a, b[:, :F] if pair.part == "gate" else b[:, F:])}
     gate, up = b[:, :F], b[:, F:]
     diagonal = not gate[..., half:].any() and not up[..., :half].any() and gate.any() and up.any()
     if diagonal and 2 * half == a.shape[1]:
@@ -239,6 +250,7 @@ def fuse(
         UserError: an expert without an adapter while others have one, or a wrong shape.
     """
     each = {name: stack_experts(where, config, settings, name, pairs) for name, pairs in found.items()}
+    each = {name: pair for name, pair in each.items() if not pair.is_void} or each
     targets: dict[str, Pair] = {}
     if "gate_proj" in each or "up_proj" in each:
         targets[GATE_UP] = join_halves(settings, each.get("gate_proj"), each.get("up_proj"))

@@ -77,7 +77,7 @@ def _matrices(
         elif layout == "stacked":
             yield f"{layer}.mlp.{target}", (pair.a, pair.b, scale)
         else:
-            halves = split_halves(pair.a, pair.b) if target == GATE_UP else {"down_proj": (pair.a, pair.b)}
+            halves = split_halves(pair) if target == GATE_UP else {"down_proj": (pair.a, pair.b)}
             for name, (a, b) in halves.items():
                 for expert in range(a.shape[0]):
                     yield f"{layer}.{EXPERTS}.{expert}.{name}", (a[expert], b[expert], scale)

@@ -403,6 +403,8 @@ def test_servers_rebuild_each_experts_delta(case: str, layout: Any, tmp_path: pa
     for choice in (None, layout):
         lora_2, arrays = read_peft(tmp_path / "peft", SMALL, choice)
         assert largest_difference(deltas(SMALL, lora_2, arrays), deltas(SMALL, lora, adapters)) <= bound("merge_fp32")
+        assert lora_2.targets == lora.targets
+        assert lora_2.gate_up_parts == (lora.gate_up_parts if layout == "per-expert" else ())
     with pytest.raises(UserError, match="layout"):
         read_peft(tmp_path / "peft", SMALL, "stacked" if layout == "per-expert" else "per-expert")
     make_checkpoint(tmp_path / "base", SMALL)
