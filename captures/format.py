@@ -32,8 +32,9 @@ from jaxtyping import Float32, Int32, Integer
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxmoe.errors import UserError
-from jaxmoe.store.files import os_error, output_folder
+from jaxmoe.errors import UserError, check_integer, shown
+from jaxmoe.json_text import read_json
+from jaxmoe.store.files import check_links, os_error, output_folder
 
 FORMAT, VERSION = "jaxmoe-capture", 1
 MANIFEST = "manifest.json"
@@ -44,6 +45,8 @@ DEFAULT_KEEP_LOGITS = 16
 ROLES = ("text", "prompt", "completion", "template", "system", "user", "assistant", "tool", "generated")
 
 _TEXT = {name: np.dtype(np.int32) for name in ("token", "document", "position", "domain", "role", "next")}
+# The safetensors library's names of the dtypes that a shard holds.
+_CODES = {np.dtype(np.int32): "I32", np.dtype(np.float32): "F32", np.dtype(np.uint8): "U8", np.dtype(np.uint16): "U16"}
 _PREDICTIONS = {"predicted": np.dtype(np.int32), "loss": np.dtype(np.float32)}
 
 
@@ -63,8 +66,14 @@ class Model:
     vocab_size: int
 
     def __post_init__(self) -> None:
+        for name in ("num_experts", "num_experts_per_tok", "vocab_size"):
+            check_integer(name, getattr(self, name), at_least=1)
+        if type(self.norm_topk_prob) is not bool:
+            raise UserError(f"norm_topk_prob: expected true or false, found {shown(self.norm_topk_prob)}")
         if not self.layers:
             raise UserError("layers: expected a model with mixture-of-experts layers, found none")
+        for layer in self.layers:
+            check_integer("layers", layer, at_least=0)
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UserError(f"num_experts_per_tok: expected 1 to {self.num_experts}, found {self.num_experts_per_tok}")
 
@@ -327,24 +336,29 @@ class Capture:
         """Opens a capture: reads and checks its manifest.
 
         Raises:
-            UserError: no capture, another version, or a broken manifest.
+            UserError: no capture, another version, a broken manifest, or a link that leads out of the folder.
         """
         folder = pathlib.Path(folder)
         path = folder / MANIFEST
         if not path.is_file():
             raise UserError(f"{folder}: expected a capture (a folder with {MANIFEST}), found none")
+        check_links(folder)
+        raw = read_json(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
             if (raw["format"], raw["version"]) != (FORMAT, VERSION):
                 raise UserError(f"{path}: expected {FORMAT} {VERSION}, found {raw['format']} {raw['version']}")
             model = Model(**raw["model"] | {"layers": tuple(raw["model"]["layers"])})
-            shards = tuple((str(shard["file"]), int(shard["tokens"])) for shard in raw["shards"])
-            keep_logits = int(raw["top"])
-            needed = ("tokenizer", "digest", "domains", "roles", "seq_length", "tokens")
-            text = {name: raw["text"][name] for name in needed}
-            known = raw["source"], raw["control"]
-        except UserError:
-            raise
+            shards = tuple(
+                (str(shard["file"]), check_integer("tokens", shard["tokens"], at_least=1)) for shard in raw["shards"]
+            )
+            keep_logits = check_integer("top", raw["top"], at_least=1)
+            text = _checked_text(raw["text"])
+            known = (
+                _checked_object("source", raw["source"]),
+                raw["control"] and _checked_object("control", raw["control"]),
+            )
+        except UserError as error:
+            raise error if str(error).startswith(str(path)) else UserError(f"{path}: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{path}: expected the manifest of a capture, found a broken one ({reason})") from None
@@ -405,6 +419,9 @@ class Capture:
             for name in pieces[0]
         }
         text = Text(**{name: joined.pop(name) for name in Text._fields})
+        self._check_text(text)
+        for name in ("experts", "top_experts"):
+            self._check_range(name, joined[name], 0, self.model.num_experts)
         predictions = {name: joined.pop(name, None) for name in _PREDICTIONS}
         return Chunk(self.model, text, **joined, **predictions)
 
@@ -415,6 +432,7 @@ class Capture:
             with self._file(file) as shard:
                 self._same_layout(file, shard, tokens)
                 parts.append(shard.get_tensor("experts"))
+                self._check_range("experts", parts[-1], 0, self.model.num_experts)
         return np.concatenate(parts, axis=1)
 
     def labelled_text(self) -> LabelledText:
@@ -429,7 +447,25 @@ class Capture:
             with self._file(file) as shard:
                 self._same_layout(file, shard, tokens)
                 parts.append(Text(*(shard.get_tensor(name) for name in Text._fields)))
-        return Text(*map(np.concatenate, zip(*parts, strict=True)))
+        text = Text(*map(np.concatenate, zip(*parts, strict=True)))
+        self._check_text(text)
+        return text
+
+    def _check_text(self, text: Text) -> None:
+        """Raises UserError for a label that the manifest's lists do not have, or a token beyond the vocabulary."""
+        vocabulary = self.model.vocab_size
+        self._check_range("token", text.token, 0, vocabulary)
+        self._check_range("next", text.next, -1, vocabulary)
+        self._check_range("document", text.document, 0, 2**31)
+        self._check_range("position", text.position, 0, self.text["seq_length"])
+        self._check_range("domain", text.domain, 0, len(self.text["domains"]))
+        self._check_range("role", text.role, 0, len(self.text["roles"]))
+
+    def _check_range(self, name: str, array: np.ndarray, least: int, end: int) -> None:
+        low, high = int(array.min()), int(array.max())
+        if low < least or high >= end:
+            found = low if low < least else high
+            raise UserError(f"{self.folder}: {name}: expected values from {least} to {end - 1}, found {found}")
 
     def probability_sums(self) -> Float32[np.ndarray, "Ls E"]:
         """Router probabilities summed over all tokens."""
@@ -455,10 +491,13 @@ class Capture:
         if found != set(expected):
             odd = sorted(found ^ set(expected))[0]
             raise UserError(f"{self.folder / file}: {odd}: {'unexpected' if odd in found else 'missing'}")
-        for name, (_, shape) in expected.items():
-            if tuple(shard.get_slice(name).get_shape()) != shape:
-                actual = shard.get_slice(name).get_shape()
+        for name, (dtype, shape) in expected.items():
+            found_slice = shard.get_slice(name)
+            actual, code = found_slice.get_shape(), found_slice.get_dtype()
+            if tuple(actual) != shape:
                 raise UserError(f"{self.folder / file}: {name}: expected shape {list(shape)}, found {actual}")
+            if code != _CODES[dtype]:
+                raise UserError(f"{self.folder / file}: {name}: expected {_CODES[dtype]}, found {code}")
         return list(expected)
 
     def _file(self, file: str) -> Any:
@@ -468,6 +507,26 @@ class Capture:
             raise UserError(f"file not found: {self.folder / file} (a shard of the capture)") from None
         except SafetensorError as error:
             raise UserError(f"{self.folder / file}: expected a safetensors file, found {error}") from None
+
+
+def _checked_object(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: expected an object, found {shown(value)}")
+    return value
+
+
+def _checked_text(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says about the text, with the types that readers rely on."""
+    text = {name: raw[name] for name in ("tokenizer", "digest", "domains", "roles", "seq_length", "tokens")}
+    for name in ("seq_length", "tokens"):
+        check_integer(name, text[name], at_least=1)
+    for name in ("tokenizer", "digest"):
+        if not isinstance(text[name], str):
+            raise UserError(f"{name}: expected a text, found {shown(text[name])}")
+    for name in ("domains", "roles"):
+        if not isinstance(text[name], list) or not text[name] or not all(isinstance(one, str) for one in text[name]):
+            raise UserError(f"{name}: expected a list of names, found {shown(text[name])}")
+    return text
 
 
 def _axis(name: str) -> Literal[0, 1]:

@@ -21,6 +21,7 @@ from convert.adapters import SETTINGS, read_peft, write_peft
 from convert.hf2jax import hf2jax
 from convert.hub import local_folder
 from convert.jax2hf import jax2hf, parse_size
+from convert.peft_experts import LAYOUTS
 from convert.report import as_text, inspect, size_text
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.cli.progress import progress
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("hf2jax", "Converts an HF checkpoint into a converted folder.", "HF folder or hub id")
     sub.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its dtype)")
     sub.add_argument("--quantize", choices=("nf4",), help="store projections, dense MLPs and experts in 4 bits")
+    sub.add_argument("--strict", action="store_true", help="refuse a config.json with unknown fields")
     sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
     sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, PEFT or converted")
     sub.add_argument(
@@ -56,12 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("peft2jax", "Converts a PEFT adapter into a converted adapter.", "PEFT adapter folder or hub id")
     sub.add_argument("--model", metavar="DIR", help="base model, HF or converted (default: the one named in SRC)")
     sub.add_argument(
+        "--layout",
         "--packing",
-        choices=("peft", "unsloth"),
-        default="peft",
-        help="layout of the experts' lora_B; unsloth: as Unsloth wrote it before September 2026 (default: peft)",
+        choices=LAYOUTS,
+        help="layout of the experts' tensors (default: names, shapes and PEFT's version tell); peft: as PEFT writes "
+        "it, 0.19 and later if no version is given; unsloth: lora_B as Unsloth wrote it before September 2026",
     )
-    command("jax2peft", "Converts a converted adapter into a PEFT adapter.", "converted adapter folder")
+    sub = command("jax2peft", "Converts a converted adapter into a PEFT adapter.", "converted adapter folder")
+    sub.add_argument(
+        "--layout",
+        choices=("peft", "per-expert", "stacked"),
+        default="peft",
+        help="layout of the experts' tensors; per-expert: what vLLM and SGLang load, one adapter per expert and "
+        "projection; stacked: one 3-D tensor per layer, for SGLang (default: peft)",
+    )
     sub = commands.add_parser("inspect", help="Shows what a folder holds.", description="Shows what a folder holds.")
     sub.add_argument("path", metavar="PATH", help="HF checkpoint, converted folder, PEFT adapter or converted adapter")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -83,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(report, indent=2) if args.json else as_text(report))
     elif args.command == "hf2jax":
         src = local_folder(args.src)
+        if args.strict:
+            _refuse_unknown_fields(src / "config.json")
         with _progress(args.dst) as on_block:
             hf2jax(src, args.dst, args.dtype, args.quantize, on_block)
     elif args.command == "jax2hf":
@@ -92,13 +104,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.command == "peft2jax":
         src = local_folder(args.src)
         config = Qwen3MoeConfig.from_pretrained(_base_model(src, args.model))
-        lora, adapters = read_peft(src, config, args.packing)
+        lora, adapters = read_peft(src, config, args.layout)
         write_adapter(args.dst, config, lora, adapters)
         print(f"{args.dst}: {len(adapters)} arrays")
     else:
         config, lora, adapters = read_adapter(args.src)
-        write_peft(args.dst, config, lora, adapters)
+        write_peft(args.dst, config, lora, adapters, args.layout)
         print(f"{args.dst}: {len(adapters)} arrays")
+
+
+def _refuse_unknown_fields(path: pathlib.Path) -> None:
+    """Raises UserError if the config.json `path` has fields that are accepted without --strict, such as stamps."""
+    if unknown := Qwen3MoeConfig.unknown_fields(read_json(path)):
+        raise UserError(f"{path}: --strict: expected only known fields, found {', '.join(unknown)}")
 
 
 def _base_model(adapter: pathlib.Path, given: str | None) -> pathlib.Path:

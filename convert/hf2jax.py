@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -12,17 +13,18 @@ import numpy as np
 
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
 from convert.nf4 import companions, find_quantization, read_matrix, settings_of
-from convert.safetensors_io import CODES, inside, open_folder
-from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
+from convert.safetensors_io import CODES, open_folder
+from jaxmoe.config import DTYPES, read_config
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import NF4
 from jaxmoe.nf4.recode import Recoded, quantized
 from jaxmoe.parameters import NESTED_QUANT_MAP
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
 from jaxmoe.store.converted import write_converted
+from jaxmoe.store.files import is_file
+from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
 
-# The files of a checkpoint that are copied as they are, and the two sets of files that a tokenizer can consist of.
-_TOKENIZER_FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+# The files of a checkpoint that are copied as they are.
 _COMPANIONS = (
     "tokenizer.json",
     "vocab.json",
@@ -44,9 +46,9 @@ class HFCheckpoint:
         self.path = path
         # Before the config: for a folder of pickles, that is the error to report.
         self._tensors = open_folder(path)
-        raw = read_json(inside(path, "config.json"))
-        self.config = Qwen3MoeConfig.from_hf(raw)
+        self.config, raw = read_config(path / "config.json")
         self.layout: Layout = find_layout(self._tensors)
+        self._check_count()
         self._target = np.dtype(_known(dtype)) if dtype else None
         self._rows = {layer: list(rows(self.config, layer, self.layout)) for layer in blocks_of(self.config)}
         settings = raw.get("quantization_config")
@@ -56,6 +58,17 @@ class HFCheckpoint:
         self._nested_quant_map: np.ndarray | None = None
         self.stored_dtypes = self._check_tensors()
         self.dtypes = {name: self._target or stored for name, stored in self.stored_dtypes.items()}
+
+    def _check_count(self) -> None:
+        """Compares how many tensors the config asks for with how many there are, before their names are formed."""
+        per_layer = 3 * self.config.num_experts if self.layout == "per_expert" else 2
+        least = self.config.num_hidden_layers + per_layer * len(self.config.sparse_layers)
+        if len(self._tensors) < least:
+            raise UserError(
+                f"{self.path}: expected at least {least:,} tensors for num_hidden_layers "
+                f"{self.config.num_hidden_layers:,} and num_experts {self.config.num_experts:,}, "
+                f"found {len(self._tensors):,}"
+            )
 
     def _every_row(self) -> Iterator[Row]:
         return (row for block in self._rows.values() for row in block)
@@ -74,7 +87,9 @@ class HFCheckpoint:
             expected.update(key for name in quantized for key in companions(name, self.quantization.nested))
         found = set(self._tensors) - ({"lm_head.weight"} if self.stored_tied_head else set())
         if missing := sorted(expected - found):
-            raise UserError(f"{self.path}: missing tensor {missing[0]} ({len(missing)} missing in all)")
+            under = [name for name in sorted(found) if name.endswith(f".{missing[0]}")]
+            instead = f", found {under[0]}" if under else ""
+            raise UserError(f"{self.path}: missing tensor {missing[0]} ({len(missing)} missing in all){instead}")
         if unexpected := sorted(found - expected):
             raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected in all)")
 
@@ -176,12 +191,16 @@ def _known(dtype: str) -> str:
 def companion_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """Name -> file, for the files of the tokenizer and the generation config in the folder `path`.
 
+    A notice says if there is no tokenizer: only commands that read or write text need one.
+
     Raises:
-        UserError: no tokenizer, or a file that lies outside the folder.
+        UserError: a file is a broken link.
     """
-    found = {name: inside(path, name) for name in _COMPANIONS if (path / name).is_file()}
-    if not any(found.keys() >= set(form) for form in _TOKENIZER_FORMS):
-        raise UserError(f"{path}: expected a tokenizer (tokenizer.json, or vocab.json and merges.txt), found none")
+    found = {name: path / name for name in _COMPANIONS if is_file(path / name)}
+    if not has_tokenizer(path):
+        logging.getLogger("jaxmoe").warning(
+            "%s: no tokenizer (%s); commands that read or write text will need one", path, NEEDED
+        )
     return found
 
 

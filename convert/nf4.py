@@ -19,7 +19,8 @@ import numpy as np
 from convert.names import Row
 from convert.safetensors_io import Tensor
 from jaxmoe.config import DTYPES, Qwen3MoeConfig
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
+from jaxmoe.json_text import parse_json
 from jaxmoe.nf4.codec import NF4, NF4_TABLE
 from jaxmoe.nf4.config import is_nf4
 from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK, Quantization, nf4_candidates
@@ -38,9 +39,9 @@ def find_quantization(
         UserError: another quantisation than NF4 by bitsandbytes, or a config and tensors that contradict each other.
     """
     if settings is not None and not is_nf4(settings):
-        shown = json.dumps(settings)[:200]
+        found = shown(settings)
         raise UserError(
-            f"{where}: quantization_config: expected NF4 as bitsandbytes writes it, found {shown} (not supported)"
+            f"{where}: quantization_config: expected NF4 as bitsandbytes writes it, found {found} (not supported)"
         )
     for key in tensors:
         _, mark, kind = key.partition(_STATE)
@@ -121,19 +122,16 @@ def read_matrix(row: Row, tensors: Mapping[str, Tensor], nested: bool) -> tuple[
 
 
 def _read_state(tensor: Tensor, row: Row, nested: bool) -> dict[str, Any]:
-    try:
-        state = json.loads(tensor.read_as("U8", (tensor.data.size,)).tobytes())
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise UserError(f"{tensor.name}: expected a JSON text, found other bytes") from None
+    state = parse_json(tensor.read_as("U8", (tensor.data.size,)).tobytes(), tensor.name)
     wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": None, "shape": list(row.shape)}
     if nested:
         wanted |= {"nested_blocksize": NF4_NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": None}
     if not isinstance(state, dict) or set(state) != set(wanted):
-        raise UserError(f"{tensor.name}: expected {', '.join(wanted)}, found {json.dumps(state)[:200]}")
+        raise UserError(f"{tensor.name}: expected {', '.join(wanted)}, found {shown(state)}")
     for name, value in wanted.items():
         if value is not None and state[name] != value:
             raise UserError(f"{tensor.name}: {name}: expected {value}, found {state[name]!r}")
-    if state["dtype"] not in DTYPES:
+    if not isinstance(state["dtype"], str) or state["dtype"] not in DTYPES:
         raise UserError(f"{tensor.name}: dtype: expected one of {', '.join(DTYPES)}, found {state['dtype']!r}")
     if nested and not (isinstance(state["nested_offset"], float) and math.isfinite(state["nested_offset"])):
         raise UserError(f"{tensor.name}: nested_offset: expected a number, found {state['nested_offset']!r}")

@@ -7,14 +7,13 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from convert.adapters import SETTINGS, WEIGHTS
 from convert.hf2jax import read_hf
-from convert.safetensors_io import Tensor, inside, open_folder, read_header
+from convert.safetensors_io import Tensor, open_folder, read_header
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.memory import parameter_count
 from jaxmoe.parameters import Quantization
@@ -45,10 +44,10 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     if is_adapter(path):
         config, lora, arrays = read_adapter(path)
         entries = [(name, *_facts(array)) for name, array in arrays.items()]
-        return _report("converted adapter", asdict(lora) | {"model": _model(config)}, entries, checksums="verified")
+        return _report("converted adapter", lora.to_dict() | {"model": _model(config)}, entries, checksums="verified")
     more: dict[str, Any] = {}
     if (path / SETTINGS).is_file():
-        tensors = read_header(inside(path, WEIGHTS)).values()
+        tensors = read_header(path / WEIGHTS).values()
         settings = {key: value for key, value in read_json(path / SETTINGS).items() if value not in (None, {}, [])}
         kind, summary = "PEFT adapter", settings
     else:

@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from jaxmoe.config import read_json
-from jaxmoe.errors import UserError
+from jaxmoe.errors import ConfigError, UserError, shown
+from jaxmoe.json_text import parse_json, read_json
+from jaxmoe.store.files import is_file, named_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -74,7 +75,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise UserError(f"expected each key once, found {key!r} twice")
+            raise ConfigError(f"expected each key once, found {key!r} twice")
         seen[key] = value
     return seen
 
@@ -96,14 +97,16 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
             )
         encoded = stream.read(length)
     try:
-        header = json.loads(encoded.decode("utf-8"), object_pairs_hook=_unique)
-    except UserError as error:
-        raise UserError(f"{file}: safetensors header: {error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        text = encoded.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise UserError(f"{file}: expected a JSON header, found {error}") from None
-    if not isinstance(header, dict):
+    header = parse_json(text, f"{file}: safetensors header", _unique)
+    if not isinstance(header, dict) or not text.startswith("{"):
         raise UserError(f"{file}: expected a JSON object as header, found {type(header).__name__}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not texts:
+        raise UserError(f"{file}: __metadata__: expected an object of texts, found {shown(metadata)}")
     spans = sorted((*_span(file, name, entry), name) for name, entry in header.items())
     end, base = 0, 8 + length
     for start, stop, name in spans:
@@ -127,29 +130,16 @@ def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
     """The offsets of a tensor, checked against its dtype and shape."""
     try:
         code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
             raise ValueError
     except (TypeError, KeyError, ValueError):
-        raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {entry!r}"[:300]) from None
+        raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {shown(entry)}") from None
     if not isinstance(code, str) or code not in _ITEM_BYTES:
         raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {code!r}")
     if stop - start != math.prod(shape) * _ITEM_BYTES[code]:
         nbytes = math.prod(shape) * _ITEM_BYTES[code]
         raise UserError(f"{file}: {name}: expected {nbytes} bytes for {code} {shape}, found offsets {start} to {stop}")
     return start, stop
-
-
-def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of the file `name` in `folder`; raises UserError if it lies elsewhere.
-
-    If `folder` is a snapshot in the hub's cache, symbolic links may lead to the blobs of that cache.
-    """
-    path = folder / name
-    root = folder.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if pathlib.PurePath(name).name != name or not any(path.resolve().is_relative_to(allowed) for allowed in roots):
-        raise UserError(f"{folder}: expected a file in this folder, found {name!r}, which is outside it")
-    return path
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -164,21 +154,21 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
             f"{folder}: expected a folder, found a file" if folder.exists() else f"folder not found: {folder}"
         )
     single, index = folder / SINGLE, folder / INDEX
-    if not index.exists():
-        if single.exists():
-            return read_header(inside(folder, SINGLE))
+    if not is_file(index):
+        if is_file(single):
+            return read_header(single)
         pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
         found = f"only {pickles[0]} (pickles can run code and are not read)" if pickles else "neither"
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: expected weight_map, key -> file, found {type(weight_map).__name__}")
-    if single.exists() and SINGLE not in weight_map.values():
+    if is_file(single) and SINGLE not in weight_map.values():
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found both")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
-        shard = inside(folder, name)
-        if not shard.is_file():
+        shard = named_in(folder, name)
+        if not is_file(shard):
             raise UserError(f"file not found: {shard} (named in {INDEX})")
         for key, tensor in read_header(shard).items():
             if key in tensors:

@@ -1,7 +1,7 @@
 """The configuration of a Qwen3-MoE model, as a frozen dataclass; standard library only.
 
-The fields of `Qwen3MoeConfig` have the names of transformers' `Qwen3MoeConfig`. Reading is strict: a field that this
-package does not know and that could change the computation is an error. `LoraConfig` and `expand_targets` come from
+The fields of `Qwen3MoeConfig` have the names of transformers' `Qwen3MoeConfig`. A field that Qwen3-MoE does not have
+and that would change the computation is an error (`jaxmoe.other_fields`). `LoraConfig` and `expand_targets` come from
 `jaxmoe.lora`.
 
 Dimension key. Each letter has one meaning in all code, comments and docstrings of the project:
@@ -16,14 +16,16 @@ Dimension key. Each letter has one meaning in all code, comments and docstrings 
 
 from __future__ import annotations
 
-import json
+import logging
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from jaxmoe.errors import ConfigError, check_integer, check_number
+from jaxmoe.json_text import read_json
 from jaxmoe.lora import LoraConfig, expand_targets
+from jaxmoe.other_fields import check_other_fields, unknown_fields
 
 __all__ = [
     "DTYPES",
@@ -33,77 +35,16 @@ __all__ = [
     "Qwen3MoeConfig",
     "RopeParameters",
     "expand_targets",
+    "read_config",
     "read_json",
 ]
 
 MODEL_TYPE = "qwen3_moe"
 
-# Fields of config.json that do not change what the model computes: bookkeeping, generation defaults of transformers 4,
-# and tensor-parallel plans. They stay in the folder's own config.json.
-_IGNORED_HF_FIELDS = frozenset(
-    {
-        "_attn_implementation_autoset",
-        "_name_or_path",
-        "add_cross_attention",
-        "architectures",
-        "auto_map",
-        "begin_suppress_tokens",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "eos_token_id",
-        "exponential_decay_length_penalty",
-        "finetuning_task",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "id2label",
-        "is_decoder",
-        "is_encoder_decoder",
-        "keys_to_ignore_at_inference",
-        "label2id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "output_scores",
-        "pad_token_id",
-        "prefix",
-        "problem_type",
-        "quantization_config",  # read by `convert.nf4`
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict",
-        "return_dict_in_generate",
-        "sep_token_id",
-        "suppress_tokens",
-        "task_specific_params",
-        "temperature",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "top_k",
-        "top_p",
-        "torchscript",
-        "transformers_version",
-        "transformers.js_config",
-        "typical_p",
-        "use_bfloat16",
-        "use_cache",
-    }
-)
-
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Far above every model; a file that asks for more would only cost time and memory before it is refused.
+_AT_MOST = {"num_hidden_layers": 1_000, "num_experts": 65_536}
 
 
 @dataclass(frozen=True)
@@ -171,8 +112,10 @@ class RopeParameters:
         if not isinstance(kind, str) or kind not in allowed:
             raise ConfigError(f"rope_type: expected one of {', '.join(allowed)}, found {kind!r}")
         if kind == "default":
-            # transformers ignores scaling values of the default type, with a warning. Here only nulls are ignored.
-            scaling = {key: value for key, value in scaling.items() if value is not None}
+            # transformers ignores scaling values of the default type, with a warning. Here only neutral ones are
+            # ignored: those that would have no effect in another type either.
+            neutral = {"factor": 1, "attention_factor": 1, "original_max_position_embeddings": max_position_embeddings}
+            scaling = {key: value for key, value in scaling.items() if value not in (None, neutral.get(key))}
         unknown = set(scaling) - allowed[kind]
         if unknown:
             raise ConfigError(
@@ -253,6 +196,9 @@ class Qwen3MoeConfig:
         ).split():
             check_integer(name, getattr(self, name), at_least=1)
         check_integer("num_experts", self.num_experts, at_least=0)
+        for name, most in _AT_MOST.items():
+            if (value := getattr(self, name)) > most:
+                raise ConfigError(f"{name}: expected at most {most:,}, found {value}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads ({self.num_key_value_heads}), "
@@ -285,10 +231,11 @@ class Qwen3MoeConfig:
     @property
     def sparse_layers(self) -> tuple[int, ...]:
         """Indices of the layers whose MLP is a mixture of experts, as transformers' `Qwen3MoeDecoderLayer` decides."""
+        dense = frozenset(self.mlp_only_layers)
         return tuple(
             i
             for i in range(self.num_hidden_layers)
-            if i not in self.mlp_only_layers and self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0
+            if i not in dense and self.num_experts > 0 and (i + 1) % self.decoder_sparse_step == 0
         )
 
     @property
@@ -302,8 +249,16 @@ class Qwen3MoeConfig:
         """Reads the dictionary in a config.json written by transformers 4 or 5.
 
         Raises:
-            ConfigError: another model type, an unknown field, a wrong value, or values that contradict each other.
+            ConfigError: another model type, a wrong value, values that contradict each other, or a field of another
+                architecture whose value changes what the model computes.
         """
+        config, others = cls._read(raw)
+        check_other_fields(config, others)
+        return config
+
+    @classmethod
+    def _read(cls, raw: Mapping[str, Any]) -> tuple[Qwen3MoeConfig, dict[str, Any]]:
+        """The config, and the fields of `raw` that it does not have."""
         raw = dict(raw)
         kind = raw.pop("model_type", None)
         if kind != MODEL_TYPE:
@@ -348,7 +303,7 @@ class Qwen3MoeConfig:
             if layer_types != [kind] * check_integer("num_hidden_layers", layers, at_least=1):
                 raise ConfigError(f"layer_types: expected {kind!r} for each of {layers} layers, found {layer_types!r}")
         dtypes = [raw.pop(name, None) for name in ("dtype", "torch_dtype")]
-        dtypes = [dtype for dtype in dtypes if dtype not in (None, "auto")]
+        dtypes = [_dtype_name(dtype) for dtype in dtypes if dtype not in (None, "auto")]
         if len(dtypes) > 1 and dtypes[0] != dtypes[1]:
             raise ConfigError(f"dtype and torch_dtype: expected the same, found {dtypes[0]!r} and {dtypes[1]!r}")
         values["dtype"] = dtypes[0] if dtypes else None
@@ -357,21 +312,22 @@ class Qwen3MoeConfig:
         )
         for name in ("rope_parameters", "rope_scaling", "rope_theta"):
             raw.pop(name, None)
-        if raw.pop("pruned_heads", None) or raw.pop("is_decoder", None):
-            raise ConfigError("pruned_heads, is_decoder: expected neither, found one that is set (not supported)")
-        unknown = sorted(set(raw) - _IGNORED_HF_FIELDS)
-        if unknown:
-            raise ConfigError(f"config.json: unknown field {unknown[0]!r} (all unknown fields: {', '.join(unknown)})")
         for name, value in values.items():
             default = getattr(cls, name)
             if isinstance(default, bool) and not isinstance(value, bool):
                 raise ConfigError(f"{name}: expected true or false, found {value!r}")
-        return cls(**values)
+        return cls(**values), raw
+
+    @classmethod
+    def unknown_fields(cls, raw: Mapping[str, Any]) -> tuple[str, ...]:
+        """The fields of a config.json that are accepted although neither this model nor a sister architecture has them,
+        such as the stamps of the tool that saved it; errors as in `from_hf`."""
+        return unknown_fields(cls._read(raw)[1])
 
     @classmethod
     def from_pretrained(cls, path: str | pathlib.Path) -> Qwen3MoeConfig:
         """Reads `config.json` in the folder `path` (an HF folder or a converted one)."""
-        return cls.from_hf(read_json(pathlib.Path(path) / "config.json"))
+        return read_config(pathlib.Path(path) / "config.json")[0]
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary that transformers 5 writes for this model."""
@@ -390,18 +346,26 @@ class Qwen3MoeConfig:
         return replace(self, **changes)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in the file `path`.
+def _dtype_name(dtype: Any) -> Any:
+    """The name of a dtype; some tools write "torch.bfloat16" where transformers writes "bfloat16"."""
+    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+
+
+# (file, fields) of the notices that this process has given
+_LISTED: set[tuple[str, tuple[str, ...]]] = set()
+
+
+def read_config(path: pathlib.Path) -> tuple[Qwen3MoeConfig, dict[str, Any]]:
+    """The config in the file `path`, and the JSON object that it holds. Unknown fields are listed in one notice.
 
     Raises:
-        ConfigError: the file is missing or does not hold a JSON object.
+        ConfigError: what `read_json` and `Qwen3MoeConfig.from_hf` raise.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"file not found: {path}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of too many digits, or too deep
-        raise ConfigError(f"{path}: expected JSON, found {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-    return raw
+    raw = read_json(path)
+    config = Qwen3MoeConfig.from_hf(raw)
+    unknown = Qwen3MoeConfig.unknown_fields(raw)
+    if unknown and (str(path), unknown) not in _LISTED:
+        _LISTED.add((str(path), unknown))
+        # A warning, so that it is shown where no handler is installed.
+        logging.getLogger("jaxmoe").warning("%s: unknown fields, kept but not used: %s", path, ", ".join(unknown))
+    return config, raw

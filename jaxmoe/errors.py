@@ -18,19 +18,41 @@ class ConfigError(UserError):
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> int:
-    """Returns `value`, or raises ConfigError with `name` unless it is a whole number of at least `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{name}: expected a whole number of at least {at_least}, found {value!r}")
+    """Returns `value`, or raises ConfigError with `name` unless it is a whole number of at least `at_least`.
+
+    A number beyond 63 bits is refused too: no array has such an axis.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**63:
+        raise ConfigError(f"{name}: expected a whole number of at least {at_least}, found {shown(value)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """`repr(value)`, at most 300 characters of it, for a message."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python writes no integer of thousands of digits
+        text = f"{type(value).__name__} of great size"
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def is_finite(value: Any) -> bool:
+    """Whether `value` is a number that a float can hold; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_number(name: str, value: Any, *, at_least: float | None = None, above: float | None = None) -> None:
     """Raises ConfigError with `name` unless `value` is a finite number, at least `at_least` and above `above`."""
-    bad = isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)
+    bad = not is_finite(value)
     if not bad and at_least is not None and value < at_least:
         bad = True
     if not bad and above is not None and value <= above:
         bad = True
     if bad:
         bound = f" of at least {at_least}" if at_least is not None else f" above {above}" if above is not None else ""
-        raise ConfigError(f"{name}: expected a number{bound}, found {value!r}")
+        raise ConfigError(f"{name}: expected a number{bound}, found {shown(value)}")

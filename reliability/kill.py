@@ -31,9 +31,8 @@ def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Rando
             return Outcome("wrong", name, f"exit code {code}, expected {128 + number}: {stderr}")
         if stray(own):
             return Outcome("wrong", name, f"left behind: {stray(own)}")
-        if output.exists() and kind != "train":
-            if result(kind, output) != result(kind, shared / kind):
-                return Outcome("wrong", name, "a folder with other content")
+        if output.exists() and kind != "train" and result(kind, output) != result(kind, shared / kind):
+            return Outcome("wrong", name, "a folder with other content")
     if not (finished or (output.exists() and kind != "train")):
         more = ["--resume"] if output.exists() else []
         done = subprocess.run(

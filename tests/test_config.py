@@ -108,8 +108,7 @@ ROPE_YARN = CONFIGS["rope_yarn"]["rope_parameters"]
 REJECTED = {
     "another model type": ({"model_type": "qwen3"}, "model_type"),
     "no model type": ({"model_type": None}, "model_type"),
-    "unknown field": ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
-    "misspelt field": ({"num_expert_per_tok": 2}, "num_expert_per_tok"),
+    "a sister's field": ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
     "two numbers of experts": ({"num_experts": 4, "num_local_experts": 8}, "num_local_experts"),
     "more chosen than there are": ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
     "none chosen": ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
@@ -163,6 +162,10 @@ REJECTED = {
     "rope factor below one": ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor"),
     "rope foreign key": ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 1.0}}, "beta_fast"),
     "rope default with factor": ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "factor"),
+    "rope default with another context": (
+        {"rope_parameters": {"rope_type": "default", "original_max_position_embeddings": 7}},
+        "original_max_position_embeddings",
+    ),
     "rope partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "rope partial inside": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "yarn no factor": ({"rope_parameters": {k: v for k, v in ROPE_YARN.items() if k != "factor"}}, "factor"),
@@ -176,6 +179,15 @@ REJECTED = {
     "yarn mscale": ({"rope_parameters": {**ROPE_YARN, "mscale": "1"}}, "mscale"),
     "yarn truncate as text": ({"rope_parameters": {**ROPE_YARN, "truncate": "no"}}, "truncate"),
 }
+
+
+def test_neutral_scaling_of_the_default_type_is_accepted() -> None:
+    context = CONFIGS["plain"]["max_position_embeddings"]
+    scaling = {"rope_type": "default", "factor": 1.0, "original_max_position_embeddings": context, "beta_fast": None}
+    assert Qwen3MoeConfig.from_hf({**CONFIGS["plain"], "rope_parameters": scaling}).rope_parameters.to_hf() == {
+        "rope_theta": 10_000.0,
+        "rope_type": "default",
+    }
 
 
 @pytest.mark.parametrize("case", REJECTED)

@@ -432,8 +432,13 @@ def test_captures_name_other_files(tokenizer: Any, tmp_path: pathlib.Path) -> No
 def test_bad_tokenizer(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match="folder not found: "):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="expected a tokenizer, found none that can be loaded"):
+    with pytest.raises(UserError, match=r"expected a tokenizer \(tokenizer\.json, or .*\), found none"):
         load_tokenizer(tmp_path)
+    for broken in ("{", "{}"):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(UserError, match="expected a tokenizer, found none that can be loaded") as error:
+            load_tokenizer(tmp_path)
+        assert "\n" not in str(error.value)
     write_tokenizer(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))

@@ -227,6 +227,13 @@ def test_an_argument_that_the_template_does_not_read() -> None:
     assert notices == ["the chat template does not read enable_thinking, which has no effect"]
 
 
+@pytest.mark.parametrize("name", ["documents", "tokenizer", "template", "bos_token"])
+def test_arguments_of_any_name_reach_the_template(name: str) -> None:
+    words = ["--chat", "--template-arg", f'{name}=[{{"a": 1}}]']
+    found, notices = encoded(*words, template="{{ messages[0].content ~ " + name + "[0].a }}")
+    assert (found, notices) == (["q1"], [])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -241,7 +248,7 @@ def test_an_argument_that_the_template_does_not_read() -> None:
         (["--chat", "--template-arg", "messages=[]"], "found messages, which is not free"),
         (["--chat", "--template-arg", "tokenize=false"], "found tokenize, which is not free"),
         (["--chat", "--no-thinking", "--template-arg", "enable_thinking=true"], "one value of enable_thinking, found"),
-        (["--chat", "--template-arg", "tools=3"], "chat template: cannot render"),
+        (["--chat", "--template-arg", "tools=3"], "tools: expected a list of objects, found a number"),
     ],
 )
 def test_bad_prompt_flags(words: list[str], message: str) -> None:

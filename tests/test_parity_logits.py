@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +123,20 @@ def test_trained_checkpoint_equals_transformers() -> None:
     # The model is trained: its loss is far below the log of the vocabulary's size, 7.6 nats.
     shifted = out.logits[:, :-1] - jax.nn.logsumexp(out.logits[:, :-1], axis=-1, keepdims=True)
     assert -np.take_along_axis(np.asarray(shifted), batch.input_ids[:, 1:, None], axis=-1).mean() < 5
+
+
+def test_stamps_and_neutral_fields_change_no_logits(tmp_path: pathlib.Path) -> None:
+    """A folder as Unsloth saves it: stamps and the fields of Qwen3-Coder in config.json; both frameworks read it."""
+    stamps = {"unsloth_fixed": True, "unsloth_version": "2025.8.1", "pad_token_id": 5}
+    neutral = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True, "max_window_layers": 28}
+    raw = json.loads((CHECKPOINT / "config.json").read_text()) | stamps | neutral
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").symlink_to(CHECKPOINT / "model.safetensors")
+    batch = checkpoint_batch()
+    model = Qwen3MoeForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    found = np.asarray(model(batch.input_ids, attention_mask=batch.segment_ids).logits)
+    expected = Reference.from_pretrained(tmp_path).forward(*batch).logits
+    assert relative_error(found[batch.valid], expected[batch.valid]) <= bound("parity_fp32")
 
 
 @pytest.mark.parametrize("name", ["plain", "sparse_step_2", "top_8_of_32_unnormalised"])

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -260,15 +261,47 @@ def test_the_report_needs_no_network_and_its_files_hold_the_numbers(pair, tmp_pa
     )
 
 
-def test_text_cannot_leave_its_place_in_the_page(pair, tmp_path, monkeypatch):
-    """A token such as </script> is text to show, not a tag."""
+# What ends an element, a comment or a string in some state of an HTML or JavaScript parser.
+TERMINATORS = "</script><!--<script>--></SCRIPT ]]></title></td>\u2028\u2029&lt;\\u003c<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def hostile_page(pair, tmp_path_factory) -> pathlib.Path:
+    """A report whose tokens are all `TERMINATORS`."""
     from jaxmoe.routing import report
 
-    monkeypatch.setattr(report, "decoder", lambda *_: lambda token: "</script><script>alert(1)</script>")
-    write_report(list(pair[:1]), tmp_path / "report")
-    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
-    figures = json.loads(page.numbers)
-    assert next(f for f in figures if f["kind"] == "passage")["pieces"][0] == "</script><script>alert(1)</script>"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "decoder", lambda *_: lambda token: TERMINATORS)
+        patch.setattr(report, "save_all", lambda *_: None)
+        write_report(list(pair[:1]), tmp_path_factory.mktemp("hostile") / "report")
+    return tmp_path_factory.getbasetemp() / "hostile0" / "report" / "index.html"
+
+
+def test_text_cannot_leave_its_place_in_the_page(hostile_page):
+    """A token such as </script> is text to show, not a tag: in Python's parser and in one that follows HTML's rules."""
+    content = hostile_page.read_text(encoding="utf-8")
+    html5lib = pytest.importorskip("html5lib", reason="html5lib is not installed")
+    tree = html5lib.parse(content, namespaceHTMLElements=False)
+    scripts = list(tree.iter("script"))
+    assert [script.get("id") for script in scripts] == ["figures", None] and not list(tree.iter("img"))
+    for numbers in (Page(content).numbers, scripts[0].text):
+        figures = json.loads(numbers)
+        assert next(f for f in figures if f["kind"] == "passage")["pieces"][0] == TERMINATORS
+    # The control: without the escape the parser loses the figures.
+    broken = html5lib.parse(content.replace("\\u003c", "<"), namespaceHTMLElements=False)
+    assert next(broken.iter("script")).text != scripts[0].text
+
+
+def test_a_browser_draws_every_figure(hostile_page):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    options += [f"--user-data-dir={hostile_page.parent / 'browser'}", "--dump-dom", hostile_page.as_uri()]
+    done = subprocess.run([browser, *options], capture_output=True, text=True, timeout=120, check=True)
+    figures = json.loads(Page(hostile_page.read_text(encoding="utf-8")).numbers)
+    assert done.stdout.count("<section id=") == len(figures) > 0
+    assert "<img" not in done.stdout
 
 
 def test_the_command_line(pair, run_module: Callable[..., subprocess.CompletedProcess[str]], tmp_path):

@@ -127,7 +127,14 @@ class FastQwen3Model:
             return load_4bit(cls.model_class, model_name, config, dtype, device_map, token, attn_implementation)
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         return cls.model_class.from_pretrained(
-            model_name, config=config, dtype=dtype, token=token, device_map=device_map, **attention
+            model_name,
+            config=config,
+            dtype=dtype,
+            token=token,
+            device_map=device_map,
+            use_safetensors=True,  # a pickle can run code
+            trust_remote_code=False,  # nor does a checkpoint's own generation loop run
+            **attention,
         )
 
     @staticmethod

@@ -1,13 +1,16 @@
 """What every command of the project shares: flags from a dataclass, one-line errors, exit codes. Standard library only.
 
 Exit codes: 0 on success; 2 for a user error or bad input, with one line on stderr; 130 and 143 after SIGINT and SIGTERM
-(`jaxmoe.stopping`); 141 if the reader closes the pipe. Any other exception is a bug and keeps its traceback.
+(`jaxmoe.stopping`); 141 if the reader closes the pipe. Any other exception is a bug and keeps its traceback. No command
+reads standard input or asks anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import pathlib
@@ -24,6 +27,7 @@ T = TypeVar("T")
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+MAX_MESSAGE = 2000  # characters of an error's line
 
 
 def program_name() -> str:
@@ -82,6 +86,7 @@ def dataclass_from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits with its result; on `UserError` and `OSError`, with one line on stderr and code 2."""
+    _prepare_streams()
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -93,9 +98,29 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _fail(f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__)
     except UserError as error:
         _fail(str(error))
+    except MemoryError as error:
+        _fail(f"out of memory: {error}" if str(error) else "out of memory")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Makes standard output and error safe to print to: closed ones go nowhere, and no character is too much for them.
+
+    Python sets a stream that is closed to None; its number would go to the next file that is opened.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            with contextlib.suppress(OSError):
+                opened = os.open(os.devnull, os.O_WRONLY)
+                if opened != number:
+                    os.dup2(opened, number)
+                    os.close(opened)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _fail(message: str) -> NoReturn:
@@ -104,7 +129,8 @@ def _fail(message: str) -> NoReturn:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
 
 
 def _flag_fields(cls: type) -> list[dataclasses.Field[Any]]:
@@ -137,8 +163,8 @@ def _reader(kind: Any, name: str) -> tuple[Callable[[str], Any], str]:
         return lambda text: tuple(read(item.strip()) for item in text.split(",") if item.strip()), f"{metavar},..."
     simple: dict[Any, tuple[Callable[[str], Any], str]] = {
         str: (str, "TEXT"),
-        int: (_integer, "N"),
-        float: (_number, "X"),
+        int: (whole_number, "N"),
+        float: (finite_number, "X"),
         pathlib.Path: (pathlib.Path, "PATH"),
     }
     if kind not in simple:
@@ -153,14 +179,19 @@ def _choice(text: str, choices: Sequence[Any]) -> Any:
     raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, choices))}; found {text!r}")
 
 
-def _integer(text: str) -> int:
+def whole_number(text: str) -> int:
+    """The whole number in a flag's text, of at most 63 bits; a type for `add_argument`."""
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^63, found {text}")
+    return value
 
 
-def _number(text: str) -> float:
+def finite_number(text: str) -> float:
+    """The finite number in a flag's text; a type for `add_argument`."""
     try:
         value = float(text)
     except ValueError:

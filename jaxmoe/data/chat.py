@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import logging
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxmoe import limited
 from jaxmoe.data.forms import unread_message
-from jaxmoe.errors import UserError
+from jaxmoe.errors import ConfigError, UserError
+from jaxmoe.json_text import parse_json, read_json
+from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
@@ -18,43 +22,75 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # The end of a generation prompt that opens a thought. Templates of thinking models leave it out of earlier turns.
 _OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
 
+_log = logging.getLogger("jaxmoe")
+
 Piece = tuple[str | list[int], float]  # text or token ids, and the loss weight of each of its tokens
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:
     """The tokenizer in a model folder (HF or converted), loaded with transformers' `AutoTokenizer`.
 
+    Code that the folder brings (`auto_map`) never runs; a notice says that it was ignored.
+
     Raises:
         UserError: the folder holds no tokenizer, or one without an end-of-text token.
     """
-    if not pathlib.Path(folder).is_dir():
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
         raise UserError(f"folder not found: {folder} (expected one with a tokenizer)")
+    if not has_tokenizer(folder):
+        raise UserError(f"{folder}: expected a tokenizer ({NEEDED}), found none")
+    for file in (folder / "tokenizer_config.json", folder / "config.json"):
+        if file.is_file() and "auto_map" in read_json(file):
+            _log.warning(f"{file}: auto_map: ignored, because code from a checkpoint never runs")
     try:
-        tokenizer = _auto_tokenizer().from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with _quiet_transformers():
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            usable = isinstance(tokenizer.get_vocab(), dict) and tokenizer("a") is not None
+            eos = tokenizer.eos_token_id
+    except BaseException as error:
+        # The type depends on the file that is broken; a panic of the tokenizers library is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{folder}: expected a tokenizer, found none that can be loaded ({reason[0]})") from None
-    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: expected a tokenizer, found none that can be loaded ({reason[0][:300]})") from None
+    assert usable
+    if eos is None:
         raise UserError(f"{folder}: expected a tokenizer with an eos_token, found none")
+    _check_templates(folder, tokenizer.chat_template)
     return tokenizer
 
 
-def _auto_tokenizer() -> Any:
-    """Transformers' `AutoTokenizer`, imported on first use because the import is slow.
+def _check_templates(folder: pathlib.Path, templates: Any) -> None:
+    """Raises UserError unless the tokenizer has no chat template, one, or several with names."""
+    named = templates if isinstance(templates, dict) else {"chat_template": templates}
+    for name, template in named.items():
+        if template is not None and not isinstance(template, str):
+            raise UserError(f"{folder}: {name}: expected a chat template as text, found {kind_of(template)}")
 
-    While it is imported, transformers warns if PyTorch is missing. PyTorch is not needed here, so the warning is off.
-    """
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Drops transformers' warnings: that PyTorch is missing, which is not needed, and advice on broken tokenizers."""
     quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(quiet)
     os.environ[quiet] = "1"
+    logger = logging.getLogger("transformers")
+    logger.addFilter(_nothing)
     try:
-        from transformers import AutoTokenizer
+        yield
     finally:
+        logger.removeFilter(_nothing)
         if before is None:
             del os.environ[quiet]
         else:
             os.environ[quiet] = before
-    return AutoTokenizer
 
 
 def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece]:
@@ -67,12 +103,8 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece
     check_template(tokenizer, "messages", 'use records with "text", or "prompt" and "completion"')
     pieces: list[Piece] = []
     if isinstance(tokenizer.chat_template, str) and _GENERATION_TAG.search(tokenizer.chat_template):
-        # The template marks what the assistant generates; transformers turns the marks into a mask.
-        encoded = _apply_template(
-            tokenizer, messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        learned = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        pieces = [([token], weight) for token, weight in learned]
+        # The template marks what the assistant generates; each of its tokens is learned.
+        pieces = _marked_pieces(render_chat(tokenizer, messages, tools=tools), tokenizer)
     else:
         text, spans = assistant_spans(messages, tools, tokenizer)
         at = 0
@@ -91,8 +123,10 @@ def prompt_tokens(messages: Sequence[dict[str, Any]], tokenizer: Any, arguments:
     Raises:
         UserError: the chat template rejects the messages or the arguments.
     """
-    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    return _apply_template(tokenizer, messages, **arguments, **options)
+    for name in ("tools", "documents"):
+        _check_objects(arguments.get(name), name)
+    rendered = render_chat(tokenizer, messages, **arguments, add_generation_prompt=True)
+    return tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
 
 
 def check_template(tokenizer: Any, where: str, otherwise: str) -> None:
@@ -108,8 +142,7 @@ def _check_messages(messages: Any, tools: Any) -> None:
         raise UserError(f"messages: expected a list, found {kind_of(messages)}")
     if not messages:
         raise UserError("messages: expected at least one message, found none")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise UserError(f"tools: expected a list of objects, found {kind_of(tools)}")
+    _check_objects(tools, "tools")
     for number, message in enumerate(messages, start=1):
         where = f"message {number}"
         if not isinstance(message, dict):
@@ -130,6 +163,11 @@ def _check_messages(messages: Any, tools: Any) -> None:
             raise UserError(f"{where}: expected an answer, found an empty one")
     if all(message["role"] != "assistant" for message in messages):
         raise UserError("messages: expected at least one message from the assistant, found none")
+
+
+def _check_objects(values: Any, name: str) -> None:
+    if values is not None and not (isinstance(values, list) and all(isinstance(value, dict) for value in values)):
+        raise UserError(f"{name}: expected a list of objects, found {kind_of(values)}")
 
 
 def assistant_spans(
@@ -180,16 +218,50 @@ def assistant_spans(
 
 
 def _render(messages: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any, **options: Any) -> str:
-    return _apply_template(tokenizer, messages, tools=tools, tokenize=False, **options)
+    return render_chat(tokenizer, messages, tools=tools, **options).text
 
 
-def _apply_template(tokenizer: Any, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
-    from jinja2 import TemplateError
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    /,
+    *,
+    tools: list[Any] | None = None,
+    add_generation_prompt: bool = False,
+    **variables: Any,
+) -> limited.Rendered:
+    """The messages in the tokenizer's chat template, as `apply_chat_template` of transformers renders them.
 
+    The template is code from the checkpoint: it is rendered in a second process, with limits of time, memory and text
+    (`jaxmoe.limited`). `variables` are passed to the template, such as `enable_thinking`; the messages, the tools and
+    `add_generation_prompt` stay what they are.
+
+    Raises:
+        UserError: no template, or one that fails or exceeds a limit.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = (template.get("tool_use") if tools is not None else None) or template.get("default")
+    if not template:
+        raise UserError("chat template: expected a tokenizer with one, found none")
+    special = {name: _plain_tokens(token) for name, token in tokenizer.special_tokens_map.items()}
+    given = {"messages": [_for_template(message) for message in messages], "tools": tools}
+    given |= {"add_generation_prompt": add_generation_prompt}
     try:
-        return tokenizer.apply_chat_template([_with_call_objects(message) for message in messages], **options)
-    except (TemplateError, TypeError, ValueError) as error:
+        return limited.render(template, special | {"documents": None} | variables | given)
+    except UserError as error:
         raise UserError(f"chat template: cannot render these messages: {error}") from None
+
+
+def _plain_tokens(token: Any) -> Any:
+    return [str(each) for each in token] if isinstance(token, list | tuple) else str(token)
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as transformers passes it on: without empty fields, and a thought under both of its names."""
+    message = {key: value for key, value in _with_call_objects(message).items() if value is not None}
+    thought = message.get("reasoning_content")
+    return message if thought is None else {"thinking": thought, **message}
 
 
 def _with_call_objects(message: dict[str, Any]) -> dict[str, Any]:
@@ -209,10 +281,21 @@ def _with_argument_object(call: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(text, str):
         return call
     try:
-        arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
+        arguments = parse_json(text, "arguments") if text.strip() else {}
+    except ConfigError:
         return call
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _marked_pieces(rendered: limited.Rendered, tokenizer: Any) -> list[Piece]:
+    """The tokens of the whole text, one per piece; a token that touches a marked range has weight 1."""
+    encoded = tokenizer(rendered.text, add_special_tokens=False)
+    weights = [0.0] * len(encoded["input_ids"])
+    for start, end in rendered.generated:
+        first, last = (encoded.char_to_token(at) for at in (start, end - 1)) if start < end else (None, None)
+        if first is not None and last is not None:
+            weights[first : last + 1] = [1.0] * (last + 1 - first)
+    return [([token], weight) for token, weight in zip(encoded["input_ids"], weights, strict=True)]
 
 
 def text_field(raw: dict[str, Any], key: str, *, empty: bool = True, where: str = "") -> str:

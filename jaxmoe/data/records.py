@@ -20,7 +20,9 @@ from jaxtyping import Float32, Int32
 from jaxmoe.data import forms
 from jaxmoe.data.chat import Piece, conversation_pieces, kind_of, text_field
 from jaxmoe.errors import UserError
+from jaxmoe.json_text import parse_json
 
+MAX_LINE = 16 * 2**20  # bytes; a record of this length has some four million tokens
 _TOGETHER = 2**20  # bytes of a file whose texts are encoded in one call: enough for many cores, little memory
 
 
@@ -137,8 +139,11 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
         raise UserError(f"{path}: expected a JSONL file (one record a line), found {form}")
     end = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        # A line is read only up to the limit: a file without line ends must not fill the memory.
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             where = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where}: expected a line of at most {MAX_LINE >> 20} MiB, found a longer one")
             end += len(line)
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -148,10 +153,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
                 ) from None
             if not text.strip():
                 continue
-            try:
-                yield where, json.loads(text), end
-            except (ValueError, RecursionError) as error:  # not JSON, a number of too many digits, or too deep
-                raise UserError(f"{where}: expected JSON, found {error}") from None
+            yield where, parse_json(text, where), end
 
 
 class _Draft(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxmoe import __version__, environment, memory
-from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config, read_json
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.config import is_nf4
 from jaxmoe.presets import PRESETS
@@ -98,7 +98,7 @@ def load_config(model: str) -> Qwen3MoeConfig:
     if path.is_dir():
         return Qwen3MoeConfig.from_pretrained(path)
     if path.is_file():
-        return Qwen3MoeConfig.from_hf(read_json(path))
+        return read_config(path)[0]
     raise UserError(f"model: expected a folder, a config.json or one of {', '.join(PRESETS)}; found {model!r}")
 
 

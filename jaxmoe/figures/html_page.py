@@ -17,8 +17,9 @@ def page(title: str, header: Sequence[str], body: Iterable[Sequence[Any]], figur
     Style, script and numbers are part of the file. All text is escaped.
     """
     asset = lambda name: files("jaxmoe.figures").joinpath("page", name).read_text(encoding="utf-8")
-    # Inside a script element only "</" could end it.
-    numbers = json.dumps([figure.page() for figure in figures], allow_nan=False).replace("</", "<\\/")
+    numbers = json.dumps([figure.page() for figure in figures], allow_nan=False)  # all of it ASCII
+    # "</script" ends a script element, and "<!--<script>" hides its end.
+    numbers = numbers.replace("<", "\\u003c")
     title = html.escape(title)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     cells = ("".join(f"<td>{html.escape(str(cell))}</td>" for cell in line) for line in body)

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli import xla
-from jaxmoe.cli.arguments import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, finite_number, run, whole_number
 from jaxmoe.cli.progress import reading_weights
+from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
+from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.generate import prompts
 from jaxmoe.generate.capture import capture_generation
 from jaxmoe.generate.engine import Generator
@@ -38,14 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     prompts.add_arguments(parser)
     own = "(default: from generation_config.json)"
     limit = f"largest number of new tokens (default: from generation_config.json, else {_MAX_NEW_TOKENS})"
-    add("--max-new-tokens", type=int, metavar="N", help=limit)
-    add("--temperature", type=float, metavar="X", help=f"0 is greedy {own}")
-    add("--top-k", type=int, metavar="N", help=f"0 means no limit {own}")
-    add("--top-p", type=float, metavar="X", help=f"1 means no limit {own}")
-    add("--min-p", type=float, metavar="X", help=f"0 means no limit {own}")
-    add("--repetition-penalty", type=float, metavar="X", help=f"1 means none {own}")
+    add("--max-new-tokens", type=whole_number, metavar="N", help=limit)
+    add("--temperature", type=finite_number, metavar="X", help=f"0 is greedy {own}")
+    add("--top-k", type=whole_number, metavar="N", help=f"0 means no limit {own}")
+    add("--top-p", type=finite_number, metavar="X", help=f"1 means no limit {own}")
+    add("--min-p", type=finite_number, metavar="X", help=f"0 means no limit {own}")
+    add("--repetition-penalty", type=finite_number, metavar="X", help=f"1 means none {own}")
     add("--no-generation-config", action="store_true", help="greedy unless flags say otherwise")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the random draws (default: 0)")
+    add("--seed", type=whole_number, default=0, metavar="N", help="seed of the random draws (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
     add("--capture", type=pathlib.Path, metavar="DIR", help="write the routing of every token to this new folder")
@@ -58,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Prints each prompt's continuation; a single one is printed token by token."""
     args = _parser().parse_args(argv)
     xla.configure()
-    from jaxmoe.data.chat import load_tokenizer
-
+    Qwen3MoeConfig.from_pretrained(args.model)  # before anything else in the folder is read
     tokenizer = load_tokenizer(args.model)
     defaults = generation_defaults(args.model, use_file=not args.no_generation_config)
     sampling = _with_flags(defaults.sampling, args)

@@ -20,6 +20,7 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.generate.processors import History, Processors, process
 from jaxmoe.generate.sampling import GREEDY, Sampling, SamplingArrays, sample
+from jaxmoe.memory import device_bytes, format_bytes
 from jaxmoe.model.cache import KVCache, NewTokens, empty_cache, forward_cached
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import head_weight, logits_of
@@ -241,6 +242,18 @@ class Generator:
         if max_new_tokens < 1:
             raise UserError(f"max-new-tokens: expected at least 1, found {max_new_tokens}")
         vocabulary = self.config.vocab_size
+        longest = max(map(len, prompts))
+        config, positions = self.config, len(prompts) * (longest + max_new_tokens)
+        if longest + max_new_tokens >= 2**31 // 2:
+            raise UserError(f"max-new-tokens: expected less than {2**30:,} tokens in all, found {max_new_tokens:,}")
+        width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        needed = positions * width * self.params["embed_tokens"].dtype.itemsize
+        available = device_bytes(jax.local_devices()[0])
+        if available is not None and needed > available:
+            raise UserError(
+                f"max-new-tokens: the KV cache for {positions:,} tokens needs {format_bytes(needed)}, "
+                f"the device has {format_bytes(available)}"
+            )
         for index, prompt in enumerate(prompts):
             if not len(prompt):
                 raise UserError(f"prompt {index}: expected at least one token, found none")

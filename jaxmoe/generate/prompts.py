@@ -8,11 +8,11 @@ import json
 import re
 from typing import Any, NoReturn
 
-from jaxmoe.data.chat import check_template, prompt_tokens
+from jaxmoe.data.chat import check_template, prompt_tokens, text_field
 from jaxmoe.errors import UserError
 
 _THINKING = "enable_thinking"
-# Parameters of `apply_chat_template` that reach the template; the command sets the others itself.
+# Parameters of transformers' `apply_chat_template` that reach the template; a value of another one would not.
 _FREE = {"tools", "documents"}
 _OWN = {"messages", "self", "kwargs", "tokenizer_kwargs"}
 
@@ -32,8 +32,13 @@ def encode_prompts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[
     """The token ids of every prompt, and notices for the user.
 
     Raises:
-        UserError: flags of `--chat` without it, a bad `--template-arg`, no chat template, or one that fails.
+        UserError: text that is not Unicode, flags of `--chat` without it, a bad `--template-arg`, no chat template, or
+            one that fails.
     """
+    for text in arguments.prompt:
+        text_field({"prompt": text}, "prompt")
+    if arguments.system is not None:
+        text_field({"system": arguments.system}, "system")
     if not arguments.chat:
         for flag in ("system", "no_thinking", "template_arg"):
             if getattr(arguments, flag) not in (None, False, []):

@@ -16,7 +16,7 @@ from typing import Any
 
 from captures import Capture, tokenizer_digest
 from captures.format import DEFAULT_KEEP_LOGITS
-from jaxmoe.cli.arguments import ArgumentParser, program_name, run
+from jaxmoe.cli.arguments import ArgumentParser, program_name, run, whole_number
 from jaxmoe.errors import UserError
 from jaxmoe.store.files import claimed, output_file
 
@@ -52,9 +52,9 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         help="text or JSONL records; may be repeated",
     )
     text.add_argument("--text", type=pathlib.Path, metavar="DIR", help="the text of this capture, token by token")
-    add("--seq-length", type=int, default=1024, metavar="N", help="most tokens per context (default: 1024)")
-    add("--max-tokens", type=int, metavar="N", help="stop after the record that reaches this many tokens")
-    add("--batch-size", type=int, default=8, metavar="N", help="sequences per step (default: 8)")
+    add("--seq-length", type=whole_number, default=1024, metavar="N", help="most tokens per context (default: 1024)")
+    add("--max-tokens", type=whole_number, metavar="N", help="stop after the record that reaches this many tokens")
+    add("--batch-size", type=whole_number, default=8, metavar="N", help="sequences per step (default: 8)")
 
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
     kept = f"router logits kept per token, the largest ones (default: {DEFAULT_KEEP_LOGITS})"
-    add("--top", type=int, default=DEFAULT_KEEP_LOGITS, metavar="N", help=kept)
+    add("--top", type=whole_number, default=DEFAULT_KEEP_LOGITS, metavar="N", help=kept)
     add("--full-logits", action="store_true", help="keep the router logits of all experts")
     add("--no-predictions", action="store_true", help="leave out each token's loss and its predicted next token")
     add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same text")
@@ -97,6 +97,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, labelled text) that the flags name."""
     from jaxmoe.cli.progress import reading_weights
+    from jaxmoe.config import Qwen3MoeConfig
     from jaxmoe.data.chat import load_tokenizer
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
     from jaxmoe.routing.text import read_text
@@ -104,15 +105,15 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     for name in ("seq_length", "batch_size", "max_tokens"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"{name.replace('_', '-')}: expected at least 1, found {value}")
+    vocabulary = Qwen3MoeConfig.from_pretrained(
+        arguments.model
+    ).vocab_size  # before anything else in the folder is read
     tokenizer = load_tokenizer(arguments.model)
     if arguments.text is not None:
         labels = Capture.open(arguments.text).labelled_text()
         if labels.tokenizer != tokenizer_digest(tokenizer):
             raise UserError(f"{arguments.text}: expected a text made with the model's tokenizer, found another")
     else:
-        from jaxmoe.config import Qwen3MoeConfig
-
-        vocabulary = Qwen3MoeConfig.from_pretrained(arguments.model).vocab_size
         labels = read_text(arguments.data, tokenizer, vocabulary, arguments.seq_length, arguments.max_tokens)
     with reading_weights() as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(

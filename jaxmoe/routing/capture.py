@@ -51,7 +51,8 @@ class PackedBatch(NamedTuple):
 def pack_in_order(labels: LabelledText, batch_size: int) -> Iterator[PackedBatch]:
     """Fills sequences with contexts in the order of the stream; a context that does not fit begins the next sequence.
 
-    All batches have one shape, so that one program is compiled; the last batch may have empty sequences.
+    All batches have one shape, so that one program is compiled; the last batch may have empty sequences. A batch has no
+    more than `batch_size` sequences, and no more than there are.
 
     Raises:
         UserError: a context longer than `labels.seq_length`.
@@ -68,6 +69,7 @@ def pack_in_order(labels: LabelledText, batch_size: int) -> Iterator[PackedBatch
             used = 0
         sequences[-1].append(context)
         used += n
+    batch_size = min(batch_size, len(sequences))
     for first in range(0, len(sequences), batch_size):
         batch = sequences[first : first + batch_size]
         ids, positions, segments, following = (np.zeros((batch_size, length), np.int32) for _ in range(4))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from captures import Capture, tokenizer_digest
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.figures.html_page import page
 from jaxmoe.figures.output import save_all
 from jaxmoe.routing import plots
 from jaxmoe.routing.compare import check_comparable, compare, compare_domains
 from jaxmoe.routing.summary import summarise
 from jaxmoe.store.files import output_folder
+
+MAX_INDEX, MAX_CELLS = 65_536, 2**20  # of a table of effects: its figure has a cell for every layer and expert
 
 
 def write_report(
@@ -103,8 +106,28 @@ def _about(capture: Capture) -> list[Any]:
 def _read_effects(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"file not found: {path}")
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: expected a CSV file, found another ({error})") from None
     if not lines or not {"layer", "expert", "change"} <= set(lines[0]):
         raise UserError(f"{path}: expected the columns layer, expert and change, found another table")
+    for number, line in enumerate(lines, start=2):
+        for name, most in (("layer", MAX_INDEX), ("expert", MAX_INDEX), ("change", None)):
+            text = line[name]
+            if not isinstance(text, str) or not _is_number(text, most):
+                kind = "a finite number" if most is None else f"a whole number below {most}"
+                raise UserError(f"{path}:{number}: {name}: expected {kind}, found {shown(text)}")
+    cells = len({line["layer"] for line in lines}) * (1 + max(int(line["expert"]) for line in lines))
+    if cells > MAX_CELLS:
+        raise UserError(f"{path}: expected a table of at most {MAX_CELLS:,} layers times experts, found {cells:,}")
     return lines
+
+
+def _is_number(text: str, most: int | None) -> bool:
+    """Whether the text is a finite number, or a whole one from 0 to below `most`."""
+    try:
+        return math.isfinite(float(text)) if most is None else 0 <= int(text) < most
+    except ValueError:
+        return False

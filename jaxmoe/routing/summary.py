@@ -8,9 +8,11 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from captures import Capture
+from jaxmoe.errors import UserError
 from jaxmoe.routing import metrics
 
 CHUNK = 8192
+MAX_BYTES = 4 * 2**30  # of the tables over pairs of experts; 94 layers of 512 experts need a tenth
 # Experts are counted for this many token ids, the most frequent ones: a table for all would be [V, Ls, E].
 FREQUENT = 256
 
@@ -71,6 +73,11 @@ def summarise(capture: Capture) -> Summary:
     Streams through the capture (twice if it holds predictions); needs about 16 E^2 bytes per layer.
     """
     layers, E = len(capture.model.layers), capture.model.num_experts
+    if (needed := 16 * layers * E * E) > MAX_BYTES:
+        raise UserError(
+            f"{capture.folder}: expected pairs of experts that fit into {MAX_BYTES >> 30} GiB, found {E:,} experts in "
+            f"{layers} layers, which need {needed >> 30:,} GiB"
+        )
     text = capture.read_text()
     domains, roles = len(capture.text["domains"]), len(capture.text["roles"])
     edges = _position_edges(int(text.position.max()) + 1)

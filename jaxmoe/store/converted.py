@@ -25,7 +25,7 @@ from jaxmoe.parameters import (
     top_level_paths,
 )
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
-from jaxmoe.store.files import output_folder, write_files
+from jaxmoe.store.files import check_links, output_folder, write_files
 from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
 
 MANIFEST = "manifest.json"
@@ -72,6 +72,7 @@ class ConvertedCheckpoint:
 
     def __init__(self, path: pathlib.Path, dtype: str | None, verify: bool) -> None:
         self.path, self._verify = path, verify
+        check_links(path)
         self.config = Qwen3MoeConfig.from_pretrained(path)
         manifest = read_manifest(path / MANIFEST, _KIND, (_VERSION, _NF4_VERSION))
         self._items: dict[str, Any] = manifest.get("items") or {}
@@ -153,8 +154,8 @@ def read_converted(path: str | os.PathLike[str], dtype: str | None = None, verif
     """Opens a converted folder. `dtype` casts every weight that is not in NF4; `verify` compares checksums.
 
     Raises:
-        UserError: the manifest or the config is damaged, or they do not agree. Reading a block raises it for a missing
-            or damaged item.
+        UserError: the manifest or the config is damaged, they do not agree, or a link leads out of the folder. Reading
+            a block raises it for a missing or damaged item.
     """
     return ConvertedCheckpoint(pathlib.Path(path), dtype, verify)
 

@@ -1,4 +1,9 @@
-"""Outputs that appear whole or not at all, one process at a time, and errors that name their file."""
+"""Folders on disk: outputs that appear whole or not at all, one process at a time; which links are followed; and errors
+that name their file.
+
+In a model folder or an adapter that someone else made, any file may be a link to anywhere: caches of the hub consist of
+links. In a folder that this package wrote, a link that leads out of it is an error.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +29,44 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _OS_ERROR = re.compile(r"\bos[ _]error(?:_code)?[ =:']*(\d+)", re.IGNORECASE)
 
 
+def is_file(path: pathlib.Path) -> bool:
+    """Whether `path` is a file, or a link to one.
+
+    Raises:
+        UserError: `path` is a link that leads to nothing, or in a circle.
+    """
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: expected a file, found a broken link (to {os.readlink(path)})")
+    return path.is_file()
+
+
+def named_in(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """The path of the file in `folder` that the content of another file names.
+
+    Raises:
+        UserError: `name` is not the plain name of a file.
+    """
+    if name in ("", ".", "..") or "\0" in name or pathlib.PurePath(name).name != name:
+        raise UserError(f"{folder}: expected the name of a file in this folder, found {name!r}, which is outside it")
+    return folder / name
+
+
+def check_links(folder: str | os.PathLike[str]) -> None:
+    """Checks a folder that this package wrote. The folder itself may be a link.
+
+    Raises:
+        UserError: a link in it leads out of it.
+    """
+    root = pathlib.Path(os.path.realpath(folder))  # unlike Path.resolve, it has no error for links in a circle
+    for parent, folders, files in os.walk(root):
+        for path in (pathlib.Path(parent, name) for name in (*folders, *files)):
+            target = os.path.realpath(path) if path.is_symlink() else path
+            if not pathlib.Path(target).is_relative_to(root):
+                raise UserError(
+                    f"{path}: expected a file of this folder, found a link to {target}, which is outside it"
+                )
+
+
 @contextlib.contextmanager
 def output_folder(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `dst` and renames it to `dst` on success; after a failure nothing is left.
@@ -34,7 +77,7 @@ def output_folder(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         UserError: `dst` exists and is not an empty folder, or another process writes it.
         OSError: the disk is full, for example; it names a file in `dst`.
     """
-    final = pathlib.Path(dst).resolve()
+    final = pathlib.Path(os.path.realpath(dst))
     with claimed(dst), unfinished_folder(final) as folder, naming_files({folder: pathlib.Path(dst)}):
         yield folder
         with stopping.uninterrupted():
@@ -49,7 +92,7 @@ def claimed(dst: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         UserError: `dst` exists and is not an empty folder, or another process writes it.
     """
-    final = pathlib.Path(dst).resolve()
+    final = pathlib.Path(os.path.realpath(dst))
     with output_lock(dst):
         remove_leftovers(final.parent)
         if final.exists() and not final.is_dir():
@@ -69,7 +112,7 @@ def output_file(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         UserError: another process writes `dst`.
         OSError: the disk is full, for example; it names `dst`.
     """
-    final = pathlib.Path(dst).resolve()
+    final = pathlib.Path(os.path.realpath(dst))
     if final.exists() and not final.is_file():
         yield pathlib.Path(dst)
         return

@@ -11,11 +11,12 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import math
 import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -23,12 +24,13 @@ import ml_dtypes  # noqa: F401  (registers bfloat16, so that np.dtype("bfloat16"
 import numpy as np
 
 from jaxmoe.config import DTYPES, read_json
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.store.digest import checksum
-from jaxmoe.store.files import os_error
+from jaxmoe.store.files import check_links, os_error
 
 # Every core compresses a chunk at the same time and holds its compressed copy, so small chunks need less memory.
 _CHUNK_BYTES = 16 * 2**20
+_MOST_COMPRESSED = 40_000  # zstd writes at least four bytes for every 128 KiB
 
 
 def write_manifest(path: pathlib.Path, kind: str, version: int, content: Mapping[str, Any]) -> None:
@@ -78,9 +80,9 @@ def check_entries(
     for name, shape in shapes.items():
         entry = entries[name]
         if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "sha256"}:
-            raise UserError(f"{where}: {name}: expected shape, dtype and sha256, found {entry!r}")
-        if entry["shape"] != list(shape):
-            raise UserError(f"{where}: {name}: expected shape {list(shape)}, found {entry['shape']}")
+            raise UserError(f"{where}: {name}: expected shape, dtype and sha256, found {shown(entry)}")
+        if entry["shape"] != list(shape) or not isinstance(entry["sha256"], str):
+            raise UserError(f"{where}: {name}: expected shape {list(shape)} and its sha256, found {shown(entry)}")
         if entry["dtype"] not in ((fixed[name],) if name in fixed else DTYPES):
             expected = fixed.get(name, "a float dtype")
             raise UserError(f"{where}: {name}: expected {expected}, found {entry['dtype']!r}")
@@ -137,6 +139,9 @@ def read_item(
     """
     if not path.is_dir():
         raise UserError(f"folder not found: {path}")
+    check_links(path)
+    for name, entry in entries.items():
+        check_stored_array(path / name, entry["shape"], entry["dtype"])
     with quiet_orbax() as ocp:
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
         restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in entries}
@@ -158,6 +163,32 @@ def read_item(
         if verify and (found := checksum(array)) != entry["sha256"]:
             raise UserError(f"{path}: {name}: expected SHA-256 {entry['sha256'][:16]}..., found {found[:16]}...")
     return arrays
+
+
+def check_stored_array(path: pathlib.Path, shape: Sequence[int], dtype: str) -> None:
+    """Compares an array in a folder of Orbax (a zarr array) with what is expected, before memory is taken for it.
+
+    Raises:
+        UserError: another shape or dtype, chunks that are missing, or files too small to hold so many elements.
+    """
+    raw = read_json(path / ".zarray")
+    if raw.get("shape") != list(shape):
+        raise UserError(f"{path / '.zarray'}: shape: expected {list(shape)}, found {shown(raw.get('shape'))}")
+    chunks = raw.get("chunks")
+    if (
+        not isinstance(chunks, list)
+        or len(chunks) != len(shape)
+        or not all(type(n) is int and 1 <= n <= max(size, 1) for n, size in zip(chunks, shape, strict=True))
+    ):
+        raise UserError(f"{path / '.zarray'}: chunks: expected sizes within {list(shape)}, found {shown(chunks)}")
+    files = [file for file in path.iterdir() if not file.name.startswith(".")]
+    wanted = math.prod(-(-size // n) for size, n in zip(shape, chunks, strict=True))
+    if len(files) < wanted:
+        raise UserError(f"{path}: expected {wanted:,} files with chunks of the array, found {len(files):,}")
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    stored = sum(file.stat().st_size for file in files)
+    if nbytes > stored * _MOST_COMPRESSED:
+        raise UserError(f"{path}: expected chunks that can hold {nbytes:,} bytes, found files of {stored:,} bytes")
 
 
 def first_line(error: BaseException, length: int = 300) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.store.digest import checksums
-from jaxmoe.store.files import os_error
+from jaxmoe.store.files import check_links, os_error
 from jaxmoe.store.items import first_line, quiet_orbax, wait_for_stragglers
 
 _VERSION = 2
@@ -31,7 +31,7 @@ class TrainCheckpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
-        self.directory = pathlib.Path(directory).resolve()
+        self.directory = pathlib.Path(os.path.realpath(directory))
         self.notice: str | None = None  # what `restore` could not verify
         self._remove_unfinished()
         with quiet_orbax() as ocp:
@@ -119,12 +119,13 @@ class TrainCheckpoints:
         `jax.ShapeDtypeStruct`. Leaves that are NumPy arrays in `template` are NumPy arrays in the state.
 
         Raises:
-            UserError: the checkpoint is damaged, or its leaves differ from those of `template`. The message names the
-                checkpoint before it, if there is one.
+            UserError: the checkpoint is damaged, its leaves differ from those of `template`, or a link leads out of the
+                folder. For a damaged one, the message names the checkpoint before it, if there is one.
         """
         step = self.chosen_step(which)
         if step is None:
             return None
+        check_links(self.directory)
         try:
             return step, *self._restore(step, template)
         except UserError as error:
@@ -164,7 +165,7 @@ class TrainCheckpoints:
         expected = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
         for want, found in zip(expected, entries, strict=False):
             if want != found[:3]:
-                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {_leaf_text(*found[:3])}")
+                raise UserError(f"{where}: expected {_leaf_text(*want)}, found {shown(found[:3])}")
         if len(expected) != len(entries):
             raise UserError(f"{where}: expected {len(expected)} arrays, found {len(entries)}")
         if version == _WITHOUT_CHECKSUMS:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxmoe import environment
 from jaxmoe.config import Qwen3MoeConfig, read_json
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.model.interface import Params
 from jaxmoe.store import digest
 from jaxmoe.store.files import output_file
@@ -94,7 +94,10 @@ def previous_identity(settings: TrainConfig) -> Identity | None:
         if _holds_nothing_to_continue(output):
             return None
         raise UserError(f"{output}: expected a new or empty folder, or --resume; found a folder with files in it")
-    return read_json(output / RUN_FILE).get("identity", {})
+    identity = read_json(output / RUN_FILE).get("identity", {})
+    if not isinstance(identity, dict):
+        raise UserError(f"{output / RUN_FILE}: identity: expected an object, found {shown(identity)}")
+    return identity
 
 
 def _is_empty(output: pathlib.Path) -> bool:

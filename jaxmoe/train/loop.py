@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -66,7 +67,7 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
 
 def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     with output_lock(settings.output), naming_files({settings.output: settings.output}):
-        remove_leftovers(settings.output.resolve().parent)
+        remove_leftovers(pathlib.Path(os.path.realpath(settings.output)).parent)
         remove_leftovers(settings.output)
         return _train_locked(settings, on_step)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from captures import Capture
 from jaxmoe.cli.progress import progress
-from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_json
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config
 from jaxmoe.control.replay import Replay
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
@@ -140,7 +140,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     if previous is None or settings.unroll_layers:  # a resumed run cannot change it
         notices += _about_unrolling(settings, total_steps, jax.default_backend() == "gpu")
     worked_out = data.digests | {
-        "lora": dataclasses.asdict(model.lora) | {"base_model_name_or_path": None} if model.lora else None,
+        "lora": model.lora.to_dict() | {"base_model_name_or_path": None} if model.lora else None,
         "dtype": model.dtype,
         "remat": model.remat,
         "unroll_layers": settings.unroll_layers or None,  # runs from before this flag have no such entry
@@ -162,7 +162,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
     if settings.from_scratch is not None:
-        return Qwen3MoeConfig.from_hf(read_json(settings.from_scratch))
+        return read_config(settings.from_scratch)[0]
     assert settings.model is not None
     if not settings.model.is_dir():
         raise UserError(f"{settings.model}: expected a model folder, found none")

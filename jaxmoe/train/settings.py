@@ -246,6 +246,9 @@ def _check_ranges(settings: TrainConfig) -> None:
             value = getattr(settings, name)
             if value is not None and not value >= least:
                 raise UserError(f"{name}: expected at least {least}, found {value!r}")
+    for name in "seed max_steps warmup_steps epochs".split():
+        if (value := getattr(settings, name)) is not None and value >= 2**31:  # steps are counted in 32 bits
+            raise UserError(f"{name}: expected less than {2**31:,}, found {value:,}")
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(settings, name) < 1:
             raise UserError(f"{name}: expected a number from 0 to below 1, found {getattr(settings, name)!r}")

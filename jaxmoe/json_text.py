@@ -1,0 +1,72 @@
+"""The one place where JSON that others wrote is parsed: no text makes it fail with anything but a one-line error."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from jaxmoe.errors import ConfigError
+
+MAX_FILE = 100 * 2**20  # bytes; the index of the largest published checkpoint has a tenth of this
+MAX_DEPTH = 100  # lists and objects inside each other; errors must be able to show any part of a value
+
+
+def parse_json(
+    text: str | bytes, where: object, unique: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None
+) -> Any:
+    """The value in a JSON text; `unique`, if given, makes the objects from their pairs.
+
+    Raises:
+        ConfigError: no UTF-8, no JSON, or JSON with numbers or nesting beyond any use. The message starts with `where`.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ConfigError(f"{where}: expected JSON at most {MAX_DEPTH} levels deep, found more") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except ValueError as error:  # also UnicodeDecodeError, and an integer of thousands of digits
+        raise ConfigError(f"{where}: expected JSON, found {error}") from None
+    openings = (text.count("[") + text.count("{")) if isinstance(text, str) else (text.count(b"[") + text.count(b"{"))
+    if openings > MAX_DEPTH and _depth_above(value, MAX_DEPTH):
+        raise ConfigError(f"{where}: expected JSON at most {MAX_DEPTH} levels deep, found more")
+    return value
+
+
+def _depth_above(value: Any, limit: int) -> bool:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(limit):
+        items = (item for each in level for item in (each.values() if isinstance(each, dict) else each))
+        level = [item for item in items if isinstance(item, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Raises:
+        ConfigError: the file is missing or does not hold a JSON object.
+    """
+    try:
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise ConfigError(f"{path}: expected at most {MAX_FILE >> 20} MiB of JSON, found {size >> 20} MiB")
+        content = path.read_bytes()
+    except FileNotFoundError:
+        found = "expected a file, found a broken link"
+        raise ConfigError(f"{path}: {found}" if path.is_symlink() else f"file not found: {path}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: expected a file, found a folder") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected JSON, found {error}") from None
+    raw = parse_json(text, path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw

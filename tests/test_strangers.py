@@ -1,0 +1,347 @@
+"""Files from strangers: their code never runs, they cannot ask for time or memory, and every error is one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert.adapters import read_peft, write_peft
+from convert.hf2jax import read_hf
+from convert.safetensors_io import read_header
+from jaxmoe import limited
+from jaxmoe.cli import arguments as cli
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.data.chat import load_tokenizer, render_chat
+from jaxmoe.data.records import MAX_LINE, read_lines
+from jaxmoe.errors import ConfigError, UserError, check_integer, check_number, shown
+from jaxmoe.generate.__main__ import main as generate
+from jaxmoe.json_text import MAX_DEPTH, parse_json, read_json
+from jaxmoe.routing import report
+from jaxmoe.store.converted import read_converted, write_converted
+from jaxmoe.store.files import check_links, output_folder
+from jaxmoe.store.items import check_stored_array, read_item, write_item
+from jaxmoe.train.metrics import MetricsLog
+from peers.configs import random_adapters
+from peers.make_checkpoint import TINY, make_checkpoint, write_tokenizer
+from tests.conftest import ROOT
+
+MODEL = TINY.replace(num_hidden_layers=1, num_experts=4)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return make_checkpoint(tmp_path_factory.mktemp("strangers") / "hf", MODEL)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    lora = LoraConfig(r=2, targets=("q_proj",))
+    folder = tmp_path_factory.mktemp("strangers") / "peft"
+    write_peft(folder, MODEL, lora, random_adapters(MODEL, lora))
+    return folder
+
+
+def copy(folder: pathlib.Path, to: pathlib.Path, **config: Any) -> pathlib.Path:
+    shutil.copytree(folder, to)
+    file = to / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return to
+
+
+# Code
+
+
+@pytest.mark.parametrize("config", [None, {}, {"model_type": "llama"}, {"model_type": "mine"}])
+def test_code_of_a_checkpoint_never_runs(config, tmp_path, monkeypatch, caplog):
+    write_tokenizer(tmp_path)
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    code += "from transformers import PreTrainedTokenizerFast as Mine\n"
+    (tmp_path / "mine.py").write_text(code)
+    mapped = {"auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"], "AutoConfig": "mine.Mine"}}
+    settings = tmp_path / "tokenizer_config.json"
+    raw = json.loads(settings.read_text()) | mapped | {"tokenizer_class": "Mine"}
+    settings.write_text(json.dumps(raw))
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config | mapped))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
+    with contextlib.suppress(UserError):
+        load_tokenizer(tmp_path)
+    assert "auto_map: ignored, because code from a checkpoint never runs" in caplog.text
+    assert not (tmp_path / "ran").exists()
+    assert sys.stdin.read() == "y\n" * 100  # nothing was asked
+
+
+def test_generation_checks_the_config_before_the_tokenizer(tmp_path):
+    write_tokenizer(tmp_path)
+    for content, found in ((None, "file not found: .*config.json"), ("{}", "model_type: expected 'qwen3_moe'")):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=found):
+            generate(["--model", str(tmp_path), "--prompt", "x"])
+
+
+# Time and memory
+
+TEMPLATES = {
+    "{{ 'a' * 10**11 }}": "more than 1 GiB of memory",
+    "{{ 'a' * 17000000 }}": "more than 16,777,216 characters",
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}": "1 GiB of memory",
+    "{{ 'x'.center(10**10) }}": "more than 1 GiB of memory",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}": "nested too deeply",
+    "{% for %}": "[Ee]xpected",
+    "{{ messages.x.y }}": "has no attribute",
+    "{{ raise_exception(messages) }}": "role",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_is_bounded(template, hf):
+    tokenizer = load_tokenizer(hf)
+    tokenizer.chat_template = template
+    start = time.monotonic()
+    with pytest.raises(UserError, match=rf"^chat template: cannot render these messages: .*({TEMPLATES[template]})"):
+        render_chat(tokenizer, [{"role": "user", "content": "a"}])
+    assert time.monotonic() - start < 20
+
+
+def test_time_is_bounded():
+    worker = limited._Worker(seconds=1)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    backtracks = {"task": "first_match", "patterns": ["(a+)+$x"], "names": ["a" * 60]}
+    for request in ({"task": "render", "template": loops, "variables": {}}, backtracks):
+        with pytest.raises(UserError, match="needs too much time or memory"):
+            worker.ask(request)
+    # The next one starts a new process.
+    assert worker.ask({"task": "first_match", "patterns": ["b", r".*\.q"], "names": ["a.q"]}) == 1
+    worker._end()
+
+
+def test_patterns_match_as_peft_matches_them():
+    for pattern, name in (("q", "a.q"), ("q", "aq"), ("a.q", "a.q"), ("a|b", "x.b"), (".*q", "zq"), ("^q", "q")):
+        found = limited.first_match([pattern], [name])
+        assert (found == 0) == bool(re.match(rf"(.*\.)?({pattern})$", name))
+    with pytest.raises(UserError, match="expected a regular expression, found '\\('"):
+        limited.first_match(["("], ["a"])
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_experts"])
+@pytest.mark.parametrize("value", [900, 60_000, 10**9, 10**30])
+def test_a_config_cannot_ask_for_more_than_there_is(name, value, hf, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=f"expected .*{name}|{name}: expected"):
+        read_hf(copy(hf, tmp_path / "hf", **{name: value}))
+    assert time.monotonic() - start < 5
+
+
+def test_a_long_line_is_not_read(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b'{"text": "' + b"a" * MAX_LINE + b'"}\n')
+    with pytest.raises(UserError, match=r"data.jsonl:1: expected a line of at most 16 MiB, found a longer one"):
+        list(read_lines(tmp_path / "data.jsonl"))
+
+
+def test_an_array_is_compared_before_memory_is_taken(tmp_path):
+    entries = write_item(tmp_path / "item", {"a": np.ones((3, 4), np.float32)})
+    check_stored_array(tmp_path / "item" / "a", [3, 4], "float32")
+    file = tmp_path / "item" / "a" / ".zarray"
+    raw = json.loads(file.read_text())
+    huge = {"shape": [2 * 10**11], "dtype": "float32", "sha256": ""}
+    for change, entry, found in (
+        ({"shape": [2 * 10**11]}, entries["a"], "shape: expected"),
+        ({"shape": [2 * 10**11], "chunks": [10**6]}, huge, "files with chunks"),
+        ({"shape": [2 * 10**11], "chunks": [2 * 10**11]}, huge, "expected chunks that can hold"),
+        ({"chunks": [0, 4]}, entries["a"], "chunks: expected"),
+        ({"chunks": 5}, entries["a"], "chunks: expected"),
+    ):
+        file.write_text(json.dumps(raw | change))
+        with pytest.raises(UserError, match=found):
+            read_item(tmp_path / "item", {"a": entry}, verify=True)
+
+
+@pytest.mark.parametrize("text", ["1" * 5000, str(2**63), "-" + "9" * 30, "1e3", ""])
+def test_a_whole_number_of_a_flag_has_63_bits(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a whole number"):
+        cli.whole_number(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999"])
+def test_a_number_of_a_flag_is_finite(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a finite number"):
+        cli.finite_number(text)
+
+
+# One line
+
+JSON_TEXTS = {
+    "deep lists": "[" * 100_000,
+    "deep objects": '{"a":' * 100_000,
+    "just too deep": "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
+    "a long integer": "1" * 5000,
+    "no JSON": "{",
+    "no UTF-8": b"\xff",
+}
+
+
+@pytest.mark.parametrize("name", JSON_TEXTS)
+def test_json_of_strangers(name):
+    with pytest.raises(ConfigError, match=r"^file\.json: expected JSON"):
+        parse_json(JSON_TEXTS[name], "file.json")
+
+
+def test_json_as_deep_as_allowed():
+    assert parse_json("[" * MAX_DEPTH + "]" * MAX_DEPTH, "x") != parse_json("[[1], {}]" + " " * 200, "x")
+    assert parse_json("[" + "{}," * 300 + "1]", "x")[-1] == 1
+
+
+def test_numbers_that_python_cannot_show_or_hold():
+    for value in (10**400, True, "1", None, float("nan"), 10**5000):
+        with pytest.raises(ConfigError, match="field: expected a number"):
+            check_number("field", value)
+        with pytest.raises(ConfigError, match="field: expected a whole number"):
+            check_integer("field", value, at_least=0)
+    assert len(shown("x" * 10**6)) == 300
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 3}'),
+        ("tokenizer_config.json", '{"chat_template": 3, "eos_token": "a"}'),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"model": ' + "[" * 100_000),
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'),
+    ],
+)
+def test_wrong_types_in_a_tokenizer_are_one_line(file, content, tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}[^\n]*$"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"r": 10**400},
+        {"r": "8"},
+        {"lora_alpha": True},
+        {"rank_pattern": {"q_proj": "x"}},
+        {"alpha_pattern": {"q_proj": 10**400}},
+        {"rank_pattern": ["q_proj"]},
+        {"peft_type": {"a": 1}},
+        {"base_model_name_or_path": 5},
+    ],
+)
+def test_wrong_types_in_an_adapter_are_one_line(change, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=rf"adapter_config\.json.*{next(iter(change))}"):
+        read_peft(tmp_path / "peft", MODEL)
+
+
+def test_a_bad_line_of_the_metrics_is_named(tmp_path):
+    for line, found in (
+        ('{"step": 1e400}', "expected an object with a step"),
+        ('{"loss": 1}', "expected an object with a step"),
+        ("[1]", "expected an object with a step"),
+        ("{", "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
+        ("a" * 2**21, "expected a line of at most"),
+    ):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n')
+        with pytest.raises(UserError, match=rf"metrics.jsonl:2: {found}"):
+            MetricsLog(tmp_path, keep_to=5, tensorboard=False)
+
+
+@pytest.mark.parametrize(
+    "line", ["a,1,0.5", "1,-1,0.5", "1,1,x", "1,1,nan", "1", "99999999999,1,0.5", "1," + "9" * 5000 + ",0", "1,65000,0"]
+)
+def test_a_bad_line_of_the_effects_is_named(line, tmp_path):
+    file = tmp_path / "effects.csv"
+    more = "".join(f"{layer},65000,0.1\n" for layer in range(20)) if line == "1,65000,0" else ""
+    file.write_text(f"layer,expert,change\n{line}\n{more}")
+    with pytest.raises(UserError, match=rf"{re.escape(str(file))}(:2)?: .*expected"):
+        report._read_effects(file)
+
+
+@pytest.mark.parametrize("metadata", [[], {"a": 1}, "x", None, {"a": ["x"]}])
+def test_metadata_that_the_library_refuses(metadata, tmp_path):
+    from safetensors import SafetensorError, safe_open
+
+    file = tmp_path / "x.safetensors"
+    header = json.dumps({"__metadata__": metadata, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    refused = False
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except SafetensorError:
+        refused = True
+    if refused:
+        with pytest.raises(UserError, match="__metadata__: expected an object of texts"):
+            read_header(file)
+    else:
+        assert set(read_header(file)) == {"a"}
+
+
+# Links
+
+
+def test_links_out_of_our_folders_are_refused(hf, tmp_path):
+    write_converted(tmp_path / "jax", read_hf(hf), {"config.json": hf / "config.json"})
+    read_converted(tmp_path / "jax")
+    inner = tmp_path / "jax" / "layers" / "00000"
+    inside = tmp_path / "jax" / "again"
+    inside.symlink_to("config.json")
+    check_links(tmp_path / "jax")
+    for target, place in ((tmp_path / "elsewhere", inner / "x"), (hf / "config.json", tmp_path / "jax" / "y")):
+        place.symlink_to(target)
+        with pytest.raises(UserError, match=f"{place}: expected a file of this folder, found a link to "):
+            read_converted(tmp_path / "jax")
+        place.unlink()
+
+
+def test_links_in_a_circle_are_one_line(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises((UserError, OSError)), output_folder(loop / "x"):
+        pass
+    with pytest.raises((UserError, OSError)):
+        Qwen3MoeConfig.from_pretrained(loop)
+    with pytest.raises((UserError, OSError)):
+        read_json(loop)
+    with pytest.raises((UserError, OSError)):
+        read_hf(loop)
+    with pytest.raises((UserError, OSError)):
+        read_peft(loop, MODEL)
+
+
+# Streams
+
+
+def test_closed_and_narrow_streams():
+    code = "from jaxmoe.cli.arguments import run\ndef main():\n    print('\\u4e2d', '\\udcff')\nrun(main)\n"
+    command = [sys.executable, "-S", "-c", code]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"\\u4e2d \\udcff\n", b"")
+    shell = ["sh", "-c", '"$0" -S -c "$1" >&- 2>&-', sys.executable, code]
+    closed = subprocess.run(shell, env=environment, check=False)
+    assert closed.returncode == 0
