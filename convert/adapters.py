@@ -21,12 +21,13 @@ import numpy as np
 
 from convert.names import block_shapes
 from convert.safetensors_io import read_header, write_file
+from convert.saved_modules import KEYS, merge_saved, read_saved, saved_settings, saved_tensors
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError, is_finite, shown
 from jaxmoe.limited import first_match
 from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets
 from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
-from jaxmoe.store.checkpoint import Block, cast
+from jaxmoe.store.checkpoint import Block, Checkpoint, cast
 from jaxmoe.store.files import output_folder
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
@@ -42,10 +43,12 @@ _OLD_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
 # Fields of adapter_config.json that do not change what a trained adapter computes.
 _HARMLESS = frozenset(
     """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
-    layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version
+    layers_pattern layers_to_transform loftq_config lora_ga_config megatron_core peft_type peft_version
     qalora_group_size revision runtime_config target_modules target_parameters task_type""".split()
 )
-_USED = frozenset("r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
+_USED = frozenset(
+    "r lora_alpha use_rslora lora_dropout rank_pattern alpha_pattern init_lora_weights bias modules_to_save".split()
+)
 # Initialisations that leave the base weights unchanged; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -60,16 +63,21 @@ class _Pair:
 
 
 def read_peft(
-    path: str | os.PathLike[str], config: Qwen3MoeConfig, packing: Packing = "peft"
+    path: str | os.PathLike[str],
+    config: Qwen3MoeConfig,
+    packing: Packing = "peft",
+    base: Checkpoint | None = None,
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Reads a PEFT adapter for the model `config` as the arrays of `lora_specs`; layers without an adapter get zeros.
+
+    Embeddings that are stored beside the adapter are dropped if they equal those of the checkpoint `base`.
 
     With transformers 4, PEFT has one adapter per expert and projection. The adapters of gate and up become one of rank
     2r with twice the alpha, whose B is block diagonal; its product is the same.
 
     Raises:
         UserError: another kind of adapter, a feature that changes the result and is not supported (DoRA, trained
-            biases, modules_to_save, ...), a tensor that is missing, unexpected or of the wrong shape, or ranks, scales
+            biases, ...), a tensor that is missing, unexpected or of the wrong shape, or ranks, scales
             or dtypes that differ between the layers of a target.
     """
     path = pathlib.Path(path)
@@ -81,7 +89,9 @@ def read_peft(
     raw = read_json(path / SETTINGS)
     _check_settings(path, raw)
     tensors = {name: tensor.read() for name, tensor in read_header(path / WEIGHTS).items()}
-    pairs = _pairs(path, config, raw, tensors, packing)
+    saved = read_saved(path, config, raw, tensors, base)
+    factors = {key: tensor for key, tensor in tensors.items() if key not in KEYS}
+    pairs = _pairs(path, config, raw, factors, packing)
     targets = expand_targets(list({target for target, _ in pairs}))
     lora = LoraConfig(
         r=raw["r"],
@@ -89,6 +99,9 @@ def read_peft(
         use_rslora=bool(raw.get("use_rslora")),
         targets=targets,
         base_model_name_or_path=raw.get("base_model_name_or_path"),
+        dropout=float(raw.get("lora_dropout") or 0.0),
+        modules_to_save=tuple(name for name in KEYS.values() if name in saved.arrays),
+        ensure_weight_tying=saved.tied,
     )
     ranks, alphas, arrays = [], [], {}
     for target in targets:
@@ -98,6 +111,7 @@ def read_peft(
         alphas += [(target, alpha)] if alpha != lora.alpha else []
         arrays |= _stack(config, target, layers)
     lora = replace(lora, rank_pattern=tuple(ranks), alpha_pattern=tuple(alphas))
+    arrays |= saved.arrays
     check_adapter(str(path), config, lora, arrays)
     return lora, arrays
 
@@ -115,8 +129,8 @@ def _check_settings(path: pathlib.Path, raw: dict[str, Any]) -> None:
         pattern = raw.get(name) or {}
         if not isinstance(pattern, dict) or not all(map(is_finite, pattern.values())):
             raise UserError(f"{where}: {name}: expected a JSON object of numbers, found {shown(raw[name])}")
-    for name in ("r", "lora_alpha"):
-        if not is_finite(raw.get(name)):
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        if not is_finite(raw.get(name, 0.0 if name == "lora_dropout" else None)):
             raise UserError(f"{where}: {name}: expected a number, found {shown(raw.get(name))}")
     for name, value in raw.items():
         if value and name not in _HARMLESS | _USED:
@@ -311,6 +325,7 @@ def write_peft(
                 a, b = a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
             key = f"base_model.model.model.layers.{layer}.{module}"
             tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    tensors |= saved_tensors(lora, arrays)
     with output_folder(dst) as folder:
         write_file(folder / WEIGHTS, tensors, {"format": "pt"})
         settings = json.dumps(_settings(lora), indent=2, sort_keys=True) + "\n"
@@ -324,6 +339,8 @@ def _settings(lora: LoraConfig) -> dict[str, Any]:
     def number(value: float) -> int | float:
         return int(value) if value == int(value) else value
 
+    parameters = [row for target in lora.targets if (row := LORA_TARGETS[target].peft_parameter)]
+
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -331,20 +348,25 @@ def _settings(lora: LoraConfig) -> dict[str, Any]:
         "r": lora.r,
         "lora_alpha": number(lora.alpha),
         "use_rslora": lora.use_rslora,
-        "lora_dropout": 0.0,  # PEFT refuses dropout on parameters
+        "lora_dropout": 0.0 if parameters else lora.dropout,  # PEFT refuses dropout on parameters
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "target_modules": [target for target in lora.targets if not LORA_TARGETS[target].peft_parameter],
-        "target_parameters": [row for target in lora.targets if (row := LORA_TARGETS[target].peft_parameter)],
+        "target_parameters": parameters,
         "rank_pattern": {name(target): rank for target, rank in lora.rank_pattern},
         "alpha_pattern": {name(target): number(alpha) for target, alpha in lora.alpha_pattern},
+        **saved_settings(lora),
     }
 
 
-def load_adapter(path: str | os.PathLike[str], config: Qwen3MoeConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(
+    path: str | os.PathLike[str], config: Qwen3MoeConfig, base: Checkpoint | None = None
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Reads the adapter in the folder `path`, PEFT or converted, for the model `config`: (its config, its arrays).
+
+    `base` is the model's checkpoint, as in `read_peft`.
 
     Raises:
         UserError: what `read_peft` or `read_adapter` raises.
@@ -352,14 +374,17 @@ def load_adapter(path: str | os.PathLike[str], config: Qwen3MoeConfig) -> tuple[
     if is_adapter(path):
         _, lora, arrays = read_adapter(path, config)
         return lora, arrays
-    return read_peft(path, config)
+    return read_peft(path, config, base=base)
 
 
 def merge(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> Block:
     """Replaces the weights in `block` by those with the layer's adapters merged, and returns `block`.
 
     W + scale * B A: product and sum in float32, one cast to the weight's dtype at the end; one expert at a time.
+    Weights that the adapter holds in full replace those of the top level.
     """
+    if block.layer is None:
+        merge_saved(config, block, lora, adapters)
     for target in lora.targets:
         path, layers = LORA_TARGETS[target].path, _layers_of(config, target)
         if block.layer not in layers:
