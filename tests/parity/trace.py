@@ -210,7 +210,7 @@ def jax_trace(model: Any, batch: Any) -> dict[str, np.ndarray]:
         def run(params: Any, adapters: Any, *arrays: Any) -> Any:
             options = Options(lora=model.lora_config)
             out = decoder.forward(params, adapters, Tokens(*arrays), config=model.config, options=options)
-            record("logits", decoder.logits_of(out.hidden, decoder.head_weight(params, model.config)))
+            record("logits", decoder.logits_of(out.hidden, decoder.head_weight(params)))
             return out.hidden
 
         run(model.params, model.adapters, *map(jnp.asarray, batch)).block_until_ready()
