@@ -13,6 +13,6 @@ _NO_PROXY = (
 # the end of a test's id -> the reason
 DIFFERENCES: dict[str, str] = {
     "TestTargetParameters::test_target_multiple_parameters_on_same_module": _NO_PROXY,
-    "TestTargetParameters::test_target_parameters_works_with_existing_parametrization": _NO_PROXY,
+    "TestTargetParameters::test_target_parameters_forward_under_autocast": _NO_PROXY,
     "TestTargetParameters::test_target_parameter_result_caching_works": _NO_PROXY,
 }
