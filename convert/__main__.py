@@ -21,6 +21,7 @@ from convert.adapters import SETTINGS, read_peft, write_peft
 from convert.hf2jax import hf2jax
 from convert.hub import local_folder
 from convert.jax2hf import jax2hf, parse_size
+from convert.peft_experts import LAYOUTS
 from convert.report import as_text, inspect, size_text
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.cli.progress import progress
@@ -57,12 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("peft2jax", "Converts a PEFT adapter into a converted adapter.", "PEFT adapter folder or hub id")
     sub.add_argument("--model", metavar="DIR", help="base model, HF or converted (default: the one named in SRC)")
     sub.add_argument(
+        "--layout",
         "--packing",
-        choices=("peft", "unsloth"),
-        default="peft",
-        help="layout of the experts' lora_B; unsloth: as Unsloth wrote it before September 2026 (default: peft)",
+        choices=LAYOUTS,
+        help="layout of the experts' tensors (default: names, shapes and PEFT's version tell); peft: as PEFT writes "
+        "it, 0.19 and later if no version is given; unsloth: lora_B as Unsloth wrote it before September 2026",
     )
-    command("jax2peft", "Converts a converted adapter into a PEFT adapter.", "converted adapter folder")
+    sub = command("jax2peft", "Converts a converted adapter into a PEFT adapter.", "converted adapter folder")
+    sub.add_argument(
+        "--layout",
+        choices=("peft", "per-expert", "stacked"),
+        default="peft",
+        help="layout of the experts' tensors; per-expert: what vLLM and SGLang load, one adapter per expert and "
+        "projection; stacked: one 3-D tensor per layer, for SGLang (default: peft)",
+    )
     sub = commands.add_parser("inspect", help="Shows what a folder holds.", description="Shows what a folder holds.")
     sub.add_argument("path", metavar="PATH", help="HF checkpoint, converted folder, PEFT adapter or converted adapter")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -95,12 +104,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.command == "peft2jax":
         src = local_folder(args.src)
         config = Qwen3MoeConfig.from_pretrained(_base_model(src, args.model))
-        lora, adapters = read_peft(src, config, args.packing)
+        lora, adapters = read_peft(src, config, args.layout)
         write_adapter(args.dst, config, lora, adapters)
         print(f"{args.dst}: {len(adapters)} arrays")
     else:
         config, lora, adapters = read_adapter(args.src)
-        write_peft(args.dst, config, lora, adapters)
+        write_peft(args.dst, config, lora, adapters, args.layout)
         print(f"{args.dst}: {len(adapters)} arrays")
 
 

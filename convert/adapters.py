@@ -1,346 +1,373 @@
 """Reads, writes and merges LoRA adapters in PEFT's format.
 
-In this package the adapter of an expert weight is A [E, r, in] and B [E, out, r]. PEFT packs A as [E*r, in], expert
-slowest, and B as [out, r*E], expert fastest (`ParamWrapper.get_delta_weight` in PEFT's lora/layer.py). If two
-parameters of a module have adapters, PEFT's keys name the inner one `base_layer`, so the shapes tell which parameter a
-pair of tensors belongs to.
+`convert.peft_settings` reads adapter_config.json, `convert.peft_experts` knows the layouts of the experts' tensors, and
+`convert.peft_served` writes what inference servers load.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from convert.names import block_shapes
+from convert.peft_experts import (
+    DOWN,
+    EXPERTS,
+    GATE_UP,
+    AdapterLayout,
+    Pair,
+    check_layout,
+    check_shapes,
+    fuse,
+    pack,
+    unpack,
+)
+from convert.peft_served import served
+from convert.peft_settings import MERGE, SETTINGS, PeftSettings
 from convert.safetensors_io import read_header, write_file
-from jaxmoe.config import Qwen3MoeConfig, read_json
-from jaxmoe.errors import UserError, is_finite, shown
-from jaxmoe.limited import first_match
-from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.errors import UserError
+from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets, layers_of
 from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
 from jaxmoe.store.checkpoint import Block, cast
 from jaxmoe.store.files import output_folder
 
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-# How lora_B of the experts is packed: as PEFT does, or [out, E*r] as Unsloth did before September 2026.
-Packing = Literal["peft", "unsloth"]
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model.model."
+# The PEFT version whose layout of experts is written. Without it, some shapes would not tell (`peft_experts.unpack`).
+_WRITTEN_VERSION = "0.19.0"
 
 # Module in a decoder layer -> its target, for modules with one weight. The two expert weights share a module.
-_EXPERTS = "mlp.experts"
-_TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if target.peft_module != _EXPERTS}
-_KEY = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
+_TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if target.peft_module != EXPERTS}
+# The adapter's own name may stand before the last word: lora_A.default.weight.
+_KEY = re.compile(r"(.*?)layers\.(\d+)\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_PREFIXES = (PREFIX, "base_model.model.", "model.", "")
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # of torch.compile and of data parallelism
 _OLD_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
+# What a key contains -> why it is not read, and the way out.
+_OTHER_TENSORS = {
+    "lora_embedding_": f"LoRA on embeddings is not supported; {MERGE}",
+    "lora_magnitude_vector": f"DoRA rescales the whole weight; {MERGE}",
+    "lm_head.lora_": f"LoRA on the output head is not supported; {MERGE}",
+    ".bias": f"trained biases are not read; {MERGE}",
+}
 
-# Fields of adapter_config.json that do not change what a trained adapter computes.
-_HARMLESS = frozenset(
-    """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode
-    layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core peft_type peft_version
-    qalora_group_size revision runtime_config target_modules target_parameters task_type""".split()
-)
-_USED = frozenset("r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
-# Initialisations that leave the base weights unchanged; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A, B and alpha of one target in one layer; the shapes are those of `lora_specs` without the layer axis."""
-
-    a: np.ndarray
-    b: np.ndarray
-    alpha: float
+Modules = dict[tuple[int, str], dict[str, np.ndarray]]
 
 
 def read_peft(
-    path: str | os.PathLike[str], config: Qwen3MoeConfig, packing: Packing = "peft"
+    path: str | os.PathLike[str], config: Qwen3MoeConfig, layout: AdapterLayout | None = None
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Reads a PEFT adapter for the model `config` as the arrays of `lora_specs`; layers without an adapter get zeros.
 
-    With transformers 4, PEFT has one adapter per expert and projection. The adapters of gate and up become one of rank
-    2r with twice the alpha, whose B is block diagonal; its product is the same.
+    `layout` is that of the experts' tensors; by default the names, the shapes and PEFT's version tell. With
+    transformers 4, PEFT has one adapter per expert and projection. The adapters of gate and up become one, whose rank
+    is the sum and whose B is block diagonal; its product is the same.
 
     Raises:
         UserError: another kind of adapter, a feature that changes the result and is not supported (DoRA, trained
-            biases, modules_to_save, ...), a tensor that is missing, unexpected or of the wrong shape, or ranks, scales
-            or dtypes that differ between the layers of a target.
+            biases, modules_to_save, ...), a tensor that is missing, unexpected or of the wrong shape, or experts whose
+            layout nothing tells.
     """
     path = pathlib.Path(path)
-    if not (path / SETTINGS).is_file():
-        raise UserError(f"{path}: expected a PEFT adapter, found no {SETTINGS}")
-    if not (path / WEIGHTS).is_file():
-        pickled = " (adapter_model.bin is a pickle and is not read)" if (path / "adapter_model.bin").exists() else ""
-        raise UserError(f"file not found: {path / WEIGHTS}{pickled}")
-    raw = read_json(path / SETTINGS)
-    _check_settings(path, raw)
-    tensors = {name: tensor.read() for name, tensor in read_header(path / WEIGHTS).items()}
-    pairs = _pairs(path, config, raw, tensors, packing)
-    targets = expand_targets(list({target for target, _ in pairs}))
+    settings = PeftSettings.read(path)
+    modules = _modules(path, config, _tensors(path))
+    pairs = _pairs(path / WEIGHTS, config, settings, modules, layout)
     lora = LoraConfig(
-        r=raw["r"],
-        alpha=float(raw["lora_alpha"]),
-        use_rslora=bool(raw.get("use_rslora")),
-        targets=targets,
-        base_model_name_or_path=raw.get("base_model_name_or_path"),
+        r=settings.raw["r"],
+        alpha=float(settings.raw["lora_alpha"]),
+        use_rslora=settings.use_rslora,
+        targets=expand_targets(list({target for target, _ in pairs})),
+        base_model_name_or_path=settings.raw.get("base_model_name_or_path"),
     )
-    ranks, alphas, arrays = [], [], {}
-    for target in targets:
-        layers = {layer: pair for (name, layer), pair in pairs.items() if name == target}
-        rank, alpha = _common(path, target, layers)
-        ranks += [(target, rank)] if rank != lora.r else []
-        alphas += [(target, alpha)] if alpha != lora.alpha else []
-        arrays |= _stack(config, target, layers)
-    lora = replace(lora, rank_pattern=tuple(ranks), alpha_pattern=tuple(alphas))
+    stacks = {target: _in_slots(path / WEIGHTS, config, target, pairs) for target in lora.targets}
+    lora = _with_patterns(lora, stacks)
+    arrays: dict[str, np.ndarray] = {}
+    for target, slots in stacks.items():
+        arrays |= _stack(target, lora.rank(target), slots)
     check_adapter(str(path), config, lora, arrays)
     return lora, arrays
 
 
-def _check_settings(path: pathlib.Path, raw: dict[str, Any]) -> None:
-    where = path / SETTINGS
-    for name, expected in (("peft_type", ("LORA",)), ("task_type", ("CAUSAL_LM", None)), ("bias", ("none", None))):
-        if raw.get(name) not in expected:
-            raise UserError(f"{where}: {name}: expected {expected[0]!r}, found {raw.get(name)!r}")
-    if not isinstance(base := raw.get("base_model_name_or_path"), str | None):
-        raise UserError(f"{where}: base_model_name_or_path: expected a text, found {shown(base)}")
-    if (start := raw.get("init_lora_weights", True)) not in _PLAIN_STARTS:
-        raise UserError(f"{where}: init_lora_weights: {start!r} changes the base weights, which is not supported")
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = raw.get(name) or {}
-        if not isinstance(pattern, dict) or not all(map(is_finite, pattern.values())):
-            raise UserError(f"{where}: {name}: expected a JSON object of numbers, found {shown(raw[name])}")
-    for name in ("r", "lora_alpha"):
-        if not is_finite(raw.get(name)):
-            raise UserError(f"{where}: {name}: expected a number, found {shown(raw.get(name))}")
-    for name, value in raw.items():
-        if value and name not in _HARMLESS | _USED:
-            raise UserError(f"{where}: {name}: expected this option to be off, found {value!r} (not supported)"[:300])
+def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    if not (path / WEIGHTS).is_file():
+        pickled = ""
+        if (path / "adapter_model.bin").exists():
+            pickled = (
+                " (adapter_model.bin is a pickle and is not read; PEFT's PeftModel.from_pretrained(...) and"
+                " save_pretrained(...) write it as safetensors)"
+            )
+        raise UserError(f"file not found: {path / WEIGHTS}{pickled}")
+    return {name: tensor.read() for name, tensor in read_header(path / WEIGHTS).items()}
 
 
-def _pairs(
-    path: pathlib.Path, config: Qwen3MoeConfig, raw: dict[str, Any], tensors: dict[str, np.ndarray], packing: Packing
-) -> dict[tuple[str, int], _Pair]:
-    """(target, layer) -> its A, B and alpha. Every tensor must belong to one."""
-    modules: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+def _modules(path: pathlib.Path, config: Qwen3MoeConfig, tensors: Mapping[str, np.ndarray]) -> Modules:
+    """(layer, module) -> its A and B. Every tensor must be one of them, and both must be there."""
+    file = path / WEIGHTS
+    modules: Modules = {}
+    names: set[str] = set()
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None or tensor.ndim != 2:
-            raise UserError(f"{path / WEIGHTS}: unexpected tensor {key} {list(tensor.shape)}")
-        modules.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor
+        match = _KEY.fullmatch(_WRAPPERS.sub("", key))
+        if match is None or tensor.ndim not in (2, 3):
+            raise UserError(f"{file}: {_about(key, tensor)}")
+        if match[1] not in _PREFIXES:
+            raise UserError(
+                f"{file}: {key}: expected names that start with {PREFIX}layers, found {match[1]}layers: the adapter "
+                f"was made for another model class; if its text model is this one, rename the tensors"
+            )
+        names.add(match[5] or "")
+        halves = modules.setdefault((int(match[2]), match[3]), {})
+        if match[4] in halves:
+            raise UserError(f"{file}: {key}: expected one tensor of this module, found two")
+        halves[match[4]] = tensor
     if not modules:
-        raise UserError(f"{path / WEIGHTS}: expected LoRA tensors, found none")
-    pairs: dict[tuple[str, int], _Pair] = {}
-    experts: dict[int, dict[tuple[int, str], _Pair]] = {}
+        raise UserError(f"{file}: expected LoRA tensors, found none")
+    if len(names) > 1:
+        shown = " and ".join(sorted(name or "none" for name in names))
+        raise UserError(f"{file}: expected one adapter, found the adapters {shown}; save one of them by itself")
     for (layer, module), halves in modules.items():
-        where = f"{path / WEIGHTS}: layers.{layer}.{module}"
+        where = f"{file}: layers.{layer}.{module}"
         if set(halves) != {"A", "B"}:
             raise UserError(f"{where}: expected lora_A and lora_B, found only lora_{next(iter(halves))}")
         if layer >= config.num_hidden_layers:
             raise UserError(f"{where}: expected a layer below {config.num_hidden_layers}, found {layer}")
-        a, b = halves["A"], halves["B"]
+    return modules
+
+
+def _about(key: str, tensor: np.ndarray) -> str:
+    """Why a tensor is not read."""
+    for part, reason in _OTHER_TENSORS.items():
+        if part in key:
+            return f"{key}: unexpected tensor: {reason}"
+    return f"unexpected tensor {key} {list(tensor.shape)}"
+
+
+def _pairs(
+    file: pathlib.Path,
+    config: Qwen3MoeConfig,
+    settings: PeftSettings,
+    modules: Modules,
+    layout: AdapterLayout | None,
+) -> dict[tuple[str, int], Pair]:
+    """(target, layer) -> its adapter; void ones are left out unless all are."""
+    pairs: dict[tuple[str, int], Pair] = {}
+    experts: dict[int, dict[str, dict[int, Pair]]] = {}
+    check_layout(str(file), {module: halves["A"].ndim for (_, module), halves in modules.items()}, layout)
+    for (layer, module), halves in modules.items():
+        where = f"{file}: layers.{layer}.{module}"
         if old := _OLD_EXPERT.fullmatch(module):
-            alpha = _alpha(where, raw, [f"model.layers.{layer}.{module}"], a.shape[0])
-            experts.setdefault(layer, {})[int(old[1]), old[2]] = _Pair(a, b, alpha)
+            pair = _pair(where, settings, [f"model.layers.{layer}.{module}"], halves["A"], halves["B"])
+            experts.setdefault(layer, {}).setdefault(old[2], {})[int(old[1])] = pair
             continue
-        if module in (_EXPERTS, f"{_EXPERTS}.base_layer"):
-            target, a, b = _unpack(where, config, layer, a, b, packing)
-        elif module in _TARGETS:
-            target = _TARGETS[module]
-        else:
-            raise UserError(f"{where}: expected {', '.join(_TARGETS)} or {_EXPERTS}, found {module}")
+        target, a, b = _located(where, config, settings, layer, module, halves, layout)
         if (target, layer) in pairs:
             raise UserError(f"{where}: expected one adapter per weight, found two for {target}")
         # Routers and dense MLPs may be targets as modules or as parameters, so a pattern may name either.
         names = [module] if module in _TARGETS else []
         names += [parameter] if (parameter := LORA_TARGETS[target].peft_parameter) else []
-        names = [f"model.layers.{layer}.{name}" for name in names]
-        pairs[target, layer] = _Pair(a, b, _alpha(where, raw, names, a.shape[-2]))
-    for layer, of_experts in experts.items():
-        for target, pair in _fuse(f"{path / WEIGHTS}: layers.{layer}.mlp.experts", config, raw, of_experts):
+        pairs[target, layer] = _pair(where, settings, [f"model.layers.{layer}.{name}" for name in names], a, b)
+    for layer, found in experts.items():
+        for target, pair in fuse(f"{file}: layers.{layer}.mlp.experts", config, settings, found).items():
             if pairs.setdefault((target, layer), pair) is not pair:
-                found = "those of transformers 4 and of transformers 5"
-                raise UserError(
-                    f"{path / WEIGHTS}: layers.{layer}: {target}: expected one form of adapter, found {found}"
-                )
-    return pairs
+                forms = "those of transformers 4 and of transformers 5"
+                raise UserError(f"{file}: layers.{layer}: {target}: expected one form of adapter, found {forms}")
+    return {key: pair for key, pair in pairs.items() if not pair.is_void} or pairs
 
 
-def _alpha(where: str, raw: dict[str, Any], names: Sequence[str], rank: int) -> float:
-    """The alpha of one weight, which patterns may call by any of `names`; raises UserError for another rank."""
-
-    def pick(pattern: str, default: float) -> float:
-        # As in PEFT's `get_pattern_key`, the first pattern that matches the end of a name counts.
-        given = raw.get(pattern) or {}
-        try:
-            index = first_match(tuple(given), names)
-        except UserError as error:
-            raise UserError(f"{SETTINGS}: {pattern}: {error}") from None
-        return default if index is None else list(given.values())[index]
-
-    if (expected := pick("rank_pattern", raw["r"])) != rank:
-        raise UserError(f"{where}: expected rank {expected}, as {SETTINGS} says, found {rank}")
-    return float(pick("alpha_pattern", raw["lora_alpha"]))
+def _pair(where: str, settings: PeftSettings, names: list[str], a: np.ndarray, b: np.ndarray) -> Pair:
+    rank, alpha = settings.rank_and_alpha(names)
+    if rank != a.shape[-2]:
+        raise UserError(f"{where}: expected rank {rank}, as {SETTINGS} says, found {a.shape[-2]}")
+    return Pair(a, b, alpha)
 
 
-def _unpack(
-    where: str, config: Qwen3MoeConfig, layer: int, a: np.ndarray, b: np.ndarray, packing: Packing
+def _located(
+    where: str,
+    config: Qwen3MoeConfig,
+    settings: PeftSettings,
+    layer: int,
+    module: str,
+    halves: Mapping[str, np.ndarray],
+    layout: AdapterLayout | None,
 ) -> tuple[str, np.ndarray, np.ndarray]:
-    """The packed tensors of an expert weight -> (target, A [E, r, in], B [E, out, r])."""
-    shapes = {name: shape for name, shape in block_shapes(config, layer).items() if len(shape) == 3}
-    for path, (experts, out, inner) in shapes.items():
-        if a.shape[1] != inner or b.shape[0] != out or a.shape[0] != b.shape[1] or a.shape[0] % experts:
-            continue
-        target = f"experts.{path.removeprefix('sparse.')}"
-        rank = a.shape[0] // experts
-        if packing == "unsloth":
-            unpacked = b.reshape(out, experts, rank).transpose(1, 0, 2)
-        else:
-            unpacked = b.reshape(out, rank, experts).transpose(2, 0, 1)
-        return target, a.reshape(experts, rank, inner), unpacked
-    expected = (
-        " or ".join(f"[{e}*r, {i}] and [{o}, r*{e}]" for e, o, i in shapes.values()) or "no experts in this layer"
+    """The target of a module, and its A and B as `lora_specs` has them, without the layer axis."""
+    a, b = halves["A"], halves["B"]
+    if module in _TARGETS and a.ndim == b.ndim == 2:
+        return _TARGETS[module], a, b
+    if module in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj") and a.ndim == b.ndim == 3:
+        name = module.removeprefix(f"{EXPERTS}.")
+        check_shapes(where, config, name, Pair(a, b, 0.0), (config.num_experts,))
+        return (GATE_UP if name == "gate_up_proj" else DOWN), a, b
+    packed = (EXPERTS, f"{EXPERTS}.base_layer", f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj")
+    if module in packed and a.ndim == b.ndim == 2:
+        return unpack(where, config, layer, module, halves, layout, settings)
+    raise UserError(
+        f"{where}: expected {', '.join(_TARGETS)} or {EXPERTS}, found {module} with lora_A {list(a.shape)}; adapters "
+        f"of other weights are not read: {MERGE}"
     )
-    raise UserError(f"{where}: expected {expected}, found {list(a.shape)} and {list(b.shape)}")
 
 
-def _fuse(
-    where: str, config: Qwen3MoeConfig, raw: dict[str, Any], found: dict[tuple[int, str], _Pair]
-) -> Iterator[tuple[str, _Pair]]:
-    """Adapters of each expert and projection (transformers 4) -> (target, adapter of all experts)."""
-    for target, names in (("experts.gate_up_proj", ("gate_proj", "up_proj")), ("experts.down_proj", ("down_proj",))):
-        wanted = [(expert, name) for expert in range(config.num_experts) for name in names]
-        present = [key for key in wanted if key in found]
-        if not present:
+def _in_slots(
+    file: pathlib.Path, config: Qwen3MoeConfig, target: str, pairs: Mapping[tuple[str, int], Pair]
+) -> list[Pair | None]:
+    """The adapters of a target in the order of its stack; None for layers without one."""
+    layers = layers_of(config, target)
+    for name, layer in pairs:
+        if name == target and layer not in layers:
+            raise UserError(f"{file}: layer {layer}: {target}: expected a layer with this weight, found one without it")
+    slots = [pairs.get((target, layer)) for layer in layers]
+    present = [pair for pair in slots if pair is not None]
+    for pair, layer in zip(slots, layers, strict=True):
+        if pair is None:
             continue
-        if present != wanted:
-            missing = next(key for key in wanted if key not in found)
-            raise UserError(
-                f"{where}: expected an adapter for {'.'.join(map(str, missing))}, as for the others, found none"
-            )
-        F, D = config.moe_intermediate_size, config.hidden_size
-        out, inner = (D, F) if names == ("down_proj",) else (F, D)
-        first = found[wanted[0]]
-        rank = first.a.shape[0]
-        for key in wanted:
-            pair = found[key]
-            shapes = (pair.a.shape, pair.b.shape)
-            kinds = (pair.alpha, pair.a.dtype.name, pair.b.dtype.name)
-            same = (first.alpha, first.a.dtype.name, first.b.dtype.name)
-            if shapes != ((rank, inner), (out, rank)) or kinds != same:
-                expected = f"A [{rank}, {inner}], B [{out}, {rank}], alpha and dtypes {same} as in the others"
-                raise UserError(f"{where}: {'.'.join(map(str, key))}: expected {expected}; found {shapes}, {kinds}")
-        n = len(names)
-        a = np.concatenate([found[key].a for key in wanted]).reshape(config.num_experts, n * rank, inner)
-        b = np.zeros((config.num_experts, n * out, n * rank), first.b.dtype)
-        for expert, name in wanted:
-            i = names.index(name)
-            b[expert, i * out : (i + 1) * out, i * rank : (i + 1) * rank] = found[expert, name].b
-        # The factor on the product, alpha / rank, or alpha / sqrt(rank) for rsLoRA, must not change with the rank.
-        yield target, _Pair(a, b, first.alpha * (math.sqrt(n) if raw.get("use_rslora") else n))
-    unknown = {expert for expert, _ in found if expert >= config.num_experts}
-    if unknown:
-        raise UserError(f"{where}: expected experts below {config.num_experts}, found {min(unknown)}")
+        for name, array, first, axis in (("lora_A", pair.a, present[0].a, -2), ("lora_B", pair.b, present[0].b, -1)):
+            if np.delete(array.shape, axis).tolist() != np.delete(first.shape, axis).tolist():
+                raise UserError(
+                    f"{file}: layer {layer}: {target}.{name}: expected {first.shape}, as in the first layer, found "
+                    f"{array.shape}"
+                )
+    return slots
 
 
-def _common(path: pathlib.Path, target: str, layers: dict[int, _Pair]) -> tuple[int, float]:
-    """Rank and alpha of a target. All its layers must have the same, because they are stacked."""
-    first_layer, first = next(iter(layers.items()))
-    rank = first.a.shape[-2]
-    for pair in layers.values():
-        for what, want, found in (
-            ("rank", rank, pair.a.shape[-2]),
-            ("alpha", first.alpha, pair.alpha),
-            ("dtype of lora_A", first.a.dtype, pair.a.dtype),
-            ("dtype of lora_B", first.b.dtype, pair.b.dtype),
-        ):
-            if want != found:
-                raise UserError(f"{path}: {target}: expected {what} {want}, as in layer {first_layer}, found {found}")
-    return rank, first.alpha
+def _with_patterns(lora: LoraConfig, stacks: Mapping[str, list[Pair | None]]) -> LoraConfig:
+    """`lora` with the ranks and alphas of the adapters, per target, and per layer where they differ."""
+    ranks, alphas, layer_ranks, layer_alphas = [], [], [], []
+    for target, slots in stacks.items():
+        each = tuple(pair.rank if pair else 0 for pair in slots)
+        ranks += [(target, max(each))] if max(each) != lora.r else []
+        layer_ranks += [(target, each)] if len(set(each)) > 1 else []
+        found = {pair.alpha for pair in slots if pair}
+        if len(found) > 1:
+            layer_alphas.append((target, tuple(pair.alpha if pair else lora.alpha for pair in slots)))
+        elif found != {lora.alpha}:
+            alphas.append((target, *found))
+    parts = tuple(pair.part if pair else "both" for pair in stacks.get(GATE_UP, []))
+    return replace(
+        lora,
+        rank_pattern=tuple(ranks),
+        alpha_pattern=tuple(alphas),
+        layer_ranks=tuple(layer_ranks),
+        layer_alphas=tuple(layer_alphas),
+        gate_up_parts=parts if set(parts) - {"both"} else (),
+    )
 
 
-def _layers_of(config: Qwen3MoeConfig, target: str) -> tuple[int, ...]:
-    stack = LORA_TARGETS[target].stack
-    every = {"attention": tuple(range(config.num_hidden_layers)), "sparse": config.sparse_layers}
-    return every.get(stack, config.dense_layers)
-
-
-def _stack(config: Qwen3MoeConfig, target: str, layers: dict[int, _Pair]) -> dict[str, np.ndarray]:
-    slots = {layer: slot for slot, layer in enumerate(_layers_of(config, target))}
-    path = LORA_TARGETS[target].path
+def _stack(target: str, rank: int, slots: list[Pair | None]) -> dict[str, np.ndarray]:
+    """The arrays of a target; a layer's rank is padded with zeros up to the largest. Their dtype is the widest."""
+    padded = [pair and pair.padded(rank) for pair in slots]
     out = {}
-    for name, part in (("lora_A", "a"), ("lora_B", "b")):
-        first = getattr(next(iter(layers.values())), part)
-        stacked = np.zeros((len(slots), *first.shape), first.dtype)
-        for layer, pair in layers.items():
-            array = getattr(pair, part)
-            if layer not in slots:
-                raise UserError(f"layer {layer}: {target}: expected a layer with this weight, found one without it")
-            if array.shape != first.shape:
-                raise UserError(f"layer {layer}: {target}.{name}: expected {first.shape}, found {array.shape}")
-            stacked[slots[layer]] = array
-        out[f"{path}.{name}"] = stacked
+    for name, arrays in (("lora_A", [p and p.a for p in padded]), ("lora_B", [p and p.b for p in padded])):
+        present = [array for array in arrays if array is not None]
+        dtype = present[0].dtype
+        for array in present:
+            dtype = np.promote_types(dtype, array.dtype)
+        stacked = np.zeros((len(slots), *present[0].shape), dtype)
+        for slot, array in enumerate(arrays):
+            if array is not None:
+                stacked[slot] = array
+        out[f"{LORA_TARGETS[target].path}.{name}"] = stacked
     return out
 
 
 def write_peft(
-    dst: str | os.PathLike[str], config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, Any]
+    dst: str | os.PathLike[str],
+    config: Qwen3MoeConfig,
+    lora: LoraConfig,
+    adapters: Mapping[str, Any],
+    layout: AdapterLayout = "peft",
 ) -> None:
     """Writes `adapters`, the arrays of `lora_specs`, as a PEFT adapter into `dst`, which must be new or empty.
+
+    `layout` is "peft" (what PEFT from 0.19 on writes), "per-expert" or "stacked" (`convert.peft_served`).
 
     Raises:
         UserError: other names or shapes, or `dst` is not empty.
     """
     arrays = {name: np.asarray(array) for name, array in adapters.items()}
     check_adapter("adapter", config, lora, arrays)
-    tensors: dict[str, np.ndarray] = {}
-    both = {"experts.gate_up_proj", "experts.down_proj"} <= set(lora.targets)
+    pairs = dict(_layers(config, lora, arrays))
+    if layout == "peft":
+        tensors, settings = dict(_peft_tensors(pairs)), _settings(config, lora)
+    else:
+        assert layout in ("per-expert", "stacked"), layout
+        tensors, settings = served(config, lora, pairs, layout)
+    with output_folder(dst) as folder:
+        write_file(
+            folder / WEIGHTS, {f"{PREFIX}layers.{key}": array for key, array in tensors.items()}, {"format": "pt"}
+        )
+        common = {"peft_type": "LORA", "peft_version": _WRITTEN_VERSION, "task_type": "CAUSAL_LM"}
+        common |= {"base_model_name_or_path": lora.base_model_name_or_path, "inference_mode": True, "bias": "none"}
+        common |= {"fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0}
+        text = json.dumps(common | settings, indent=2, sort_keys=True) + "\n"
+        (folder / SETTINGS).write_text(text, encoding="utf-8")
+
+
+def _layers(
+    config: Qwen3MoeConfig, lora: LoraConfig, arrays: Mapping[str, np.ndarray]
+) -> Iterator[tuple[tuple[str, int], Pair]]:
+    """((target, layer), adapter) of every layer that has one, without the padding of its rank."""
     for target in lora.targets:
         path = LORA_TARGETS[target].path
-        for slot, layer in enumerate(_layers_of(config, target)):
-            a, b = arrays[f"{path}.lora_A"][slot], arrays[f"{path}.lora_B"][slot]
-            module = LORA_TARGETS[target].peft_module
-            if module == _EXPERTS:
-                # PEFT wraps the module once per adapted parameter, gate_up_proj first: it is the inner layer.
-                module = f"{_EXPERTS}.base_layer" if both and target == "experts.gate_up_proj" else _EXPERTS
-                a, b = a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
-            key = f"base_model.model.model.layers.{layer}.{module}"
-            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-    with output_folder(dst) as folder:
-        write_file(folder / WEIGHTS, tensors, {"format": "pt"})
-        settings = json.dumps(_settings(lora), indent=2, sort_keys=True) + "\n"
-        (folder / SETTINGS).write_text(settings, encoding="utf-8")
+        for slot, layer in enumerate(layers_of(config, target)):
+            if rank := lora.layer_rank(target, slot):
+                a, b = arrays[f"{path}.lora_A"][slot], arrays[f"{path}.lora_B"][slot]
+                part = lora.layer_part(target, slot)
+                yield (target, layer), Pair(a[..., :rank, :], b[..., :rank], lora.layer_alpha(target, slot), part)
 
 
-def _settings(lora: LoraConfig) -> dict[str, Any]:
-    def name(target: str) -> str:
-        return re.escape(LORA_TARGETS[target].peft_parameter or target)
+def _peft_tensors(pairs: Mapping[tuple[str, int], Pair]) -> Iterator[tuple[str, np.ndarray]]:
+    """The keys below `layers` and the tensors, as PEFT writes them."""
+    for (target, layer), pair in pairs.items():
+        module, a, b = LORA_TARGETS[target].peft_module, pair.a, pair.b
+        if module == EXPERTS:
+            # PEFT wraps the module once per adapted parameter, gate_up_proj first: it is the inner layer.
+            module = f"{EXPERTS}.base_layer" if target == GATE_UP and (DOWN, layer) in pairs else EXPERTS
+            a, b = pack(a, b)
+        yield f"{layer}.{module}.lora_A.weight", a
+        yield f"{layer}.{module}.lora_B.weight", b
 
-    def number(value: float) -> int | float:
-        return int(value) if value == int(value) else value
 
+def _settings(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, Any]:
+    """What adapter_config.json says of ranks, alphas and targets, in PEFT's layout."""
+    modules, parameters = [], []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    by_layer = {target for target, _ in (*lora.layer_ranks, *lora.layer_alphas)}
+    for target in lora.targets:
+        parameter = LORA_TARGETS[target].peft_parameter
+        slots = dict(enumerate(layers_of(config, target)))
+        present = {slot: layer for slot, layer in slots.items() if lora.layer_rank(target, slot)}
+        where = {
+            slot: f"layers.{layer}.{parameter or LORA_TARGETS[target].peft_module}" for slot, layer in slots.items()
+        }
+        names = [parameter or target] if present == slots else [where[slot] for slot in present]
+        (parameters if parameter else modules).extend(names)
+        # A pattern of the whole target would hide those of its layers: PEFT takes the first that matches.
+        patterns = {slot: where[slot] for slot in present} if target in by_layer else {0: parameter or target}
+        for slot, name in patterns.items():
+            if (rank := lora.layer_rank(target, slot)) != lora.r:
+                ranks[re.escape(name)] = rank
+            if (alpha := lora.layer_alpha(target, slot)) != lora.alpha:
+                alphas[re.escape(name)] = _number(alpha)
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lora.base_model_name_or_path,
         "r": lora.r,
-        "lora_alpha": number(lora.alpha),
+        "lora_alpha": _number(lora.alpha),
         "use_rslora": lora.use_rslora,
-        "lora_dropout": 0.0,  # PEFT refuses dropout on parameters
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "target_modules": [target for target in lora.targets if not LORA_TARGETS[target].peft_parameter],
-        "target_parameters": [row for target in lora.targets if (row := LORA_TARGETS[target].peft_parameter)],
-        "rank_pattern": {name(target): rank for target, rank in lora.rank_pattern},
-        "alpha_pattern": {name(target): number(alpha) for target, alpha in lora.alpha_pattern},
+        "target_modules": modules,
+        "target_parameters": parameters,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
 
 
 def load_adapter(path: str | os.PathLike[str], config: Qwen3MoeConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
@@ -361,10 +388,11 @@ def merge(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapp
     W + scale * B A: product and sum in float32, one cast to the weight's dtype at the end; one expert at a time.
     """
     for target in lora.targets:
-        path, layers = LORA_TARGETS[target].path, _layers_of(config, target)
-        if block.layer not in layers:
+        path, layers = LORA_TARGETS[target].path, layers_of(config, target)
+        if block.layer not in layers or not lora.layer_rank(target, layers.index(block.layer)):
             continue
-        slot, scale = layers.index(block.layer), np.float32(lora.scale(target))
+        slot = layers.index(block.layer)
+        scale = np.float32(lora.scale(target, slot))
         base = block.arrays[path]
         a, b = adapters[f"{path}.lora_A"][slot], adapters[f"{path}.lora_B"][slot]
         name = f"layer {block.layer}: {path}"

@@ -7,7 +7,6 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -45,7 +44,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     if is_adapter(path):
         config, lora, arrays = read_adapter(path)
         entries = [(name, *_facts(array)) for name, array in arrays.items()]
-        return _report("converted adapter", asdict(lora) | {"model": _model(config)}, entries, checksums="verified")
+        return _report("converted adapter", lora.to_dict() | {"model": _model(config)}, entries, checksums="verified")
     more: dict[str, Any] = {}
     if (path / SETTINGS).is_file():
         tensors = read_header(path / WEIGHTS).values()

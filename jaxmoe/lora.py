@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 from jaxmoe.errors import ConfigError, check_integer, check_number
+
+GateUpPart = Literal["gate", "up", "both"]
+# Fields of `LoraConfig` that a stored config may lack; they then have their default.
+OPTIONAL_FIELDS = ("layer_ranks", "layer_alphas", "gate_up_parts")
 
 
 class LayerKinds(Protocol):
@@ -86,6 +90,12 @@ class LoraConfig:
 
     `targets` are keys of `LORA_TARGETS`. `rank_pattern` and `alpha_pattern` override `r` and `alpha` per target (an
     imported adapter may hold several ranks).
+
+    `layer_ranks` and `layer_alphas` override them per layer: one entry for each layer of the target's stack. The rank
+    of a target's arrays is then its largest one. In a layer of a smaller rank the further rows of A and columns of B
+    are zero, and in a layer without an adapter, of rank 0, all are. Both sides are zero, so their gradients are, and
+    training leaves them zero. `gate_up_parts` says, for each sparse layer, which half of experts.gate_up_proj has an
+    adapter: gate, up, or both. B is zero for the other half and is not trained there.
     """
 
     r: int = 16
@@ -95,6 +105,9 @@ class LoraConfig:
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     base_model_name_or_path: str | None = None
+    layer_ranks: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    layer_alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    gate_up_parts: tuple[GateUpPart, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -108,29 +121,88 @@ class LoraConfig:
             check_integer(f"LoRA rank {name}", rank, at_least=1)
         for name, alpha in (("alpha", self.alpha), *self.alpha_pattern):
             check_number(f"LoRA alpha {name}", alpha)
-        for pattern in (self.rank_pattern, self.alpha_pattern):
+        for pattern in (self.rank_pattern, self.alpha_pattern, self.layer_ranks, self.layer_alphas):
             for name, _ in pattern:
                 if name not in self.targets:
                     raise ConfigError(f"LoRA pattern: {name!r} is not among the targets {', '.join(self.targets)}")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        for name, ranks in self.layer_ranks:
+            for rank in ranks:
+                check_integer(f"LoRA rank of a layer of {name}", rank, at_least=0)
+            if max(ranks, default=0) != self.rank(name):
+                raise ConfigError(f"layer_ranks: {name}: expected at most {self.rank(name)}, found {max(ranks)}")
+        for name, alphas in self.layer_alphas:
+            for alpha in alphas:
+                check_number(f"LoRA alpha of a layer of {name}", alpha)
+        if unknown := set(self.gate_up_parts) - {"gate", "up", "both"}:
+            raise ConfigError(f"gate_up_parts: expected gate, up or both, found {min(unknown)!r}")
+        if self.gate_up_parts and "experts.gate_up_proj" not in self.targets:
+            raise ConfigError("gate_up_parts: only valid with the target experts.gate_up_proj")
 
     def rank(self, target: str) -> int:
-        """Rank r of one target."""
+        """Rank r of one target's arrays, the largest of its layers."""
         return dict(self.rank_pattern).get(target, self.r)
 
-    def scale(self, target: str) -> float:
-        """Factor on the low-rank product: alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023)."""
-        rank = self.rank(target)
-        alpha = dict(self.alpha_pattern).get(target, self.alpha)
+    def layer_rank(self, target: str, slot: int) -> int:
+        """Rank r in one layer, the `slot`-th of the target's stack; 0 without an adapter."""
+        ranks = dict(self.layer_ranks).get(target)
+        return self.rank(target) if ranks is None else ranks[slot]
+
+    def layer_alpha(self, target: str, slot: int) -> float:
+        """Alpha in one layer, the `slot`-th of the target's stack."""
+        alphas = dict(self.layer_alphas).get(target)
+        return dict(self.alpha_pattern).get(target, self.alpha) if alphas is None else alphas[slot]
+
+    def layer_part(self, target: str, slot: int) -> GateUpPart:
+        """Which half of experts.gate_up_proj has an adapter in a sparse layer; "both" for other targets."""
+        return self.gate_up_parts[slot] if self.gate_up_parts and target == "experts.gate_up_proj" else "both"
+
+    def scale(self, target: str, slot: int = 0) -> float:
+        """Factor on the low-rank product in one layer, the `slot`-th of the target's stack.
+
+        It is alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023); 0 in a layer without an adapter.
+        """
+        rank, alpha = self.layer_rank(target, slot), self.layer_alpha(target, slot)
+        if rank == 0:
+            return 0.0
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    def scales(self, target: str) -> float | tuple[float, ...]:
+        """The factor of all layers of the target's stack, or one for each layer where they differ."""
+        ranks, alphas = dict(self.layer_ranks).get(target, ()), dict(self.layer_alphas).get(target, ())
+        each = tuple(self.scale(target, slot) for slot in range(max(len(ranks), len(alphas), 1)))
+        return each[0] if len(set(each)) == 1 else each
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, without those of `OPTIONAL_FIELDS` that say nothing: some files have no such fields."""
+        return {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL_FIELDS}
+
     def check_against(self, config: LayerKinds) -> None:
-        """Raises ConfigError when a target names layers that the model does not have."""
+        """Raises ConfigError when a target names layers that the model does not have, or a field another number."""
         for name in self.targets:
             stack = LORA_TARGETS[name].stack
             if stack == "sparse" and not config.sparse_layers:
                 raise ConfigError(f"LoRA target {name!r}: the model has no mixture-of-experts layer")
             if stack == "dense" and not config.dense_layers:
                 raise ConfigError(f"LoRA target {name!r}: the model has no dense MLP layer")
+        for field, entries in (("layer_ranks", self.layer_ranks), ("layer_alphas", self.layer_alphas)):
+            for name, values in entries:
+                if len(values) != (layers := len(layers_of(config, name))):
+                    raise ConfigError(f"{field}: {name}: expected {layers} layers, found {len(values)}")
+        if self.gate_up_parts and len(self.gate_up_parts) != len(config.sparse_layers):
+            raise ConfigError(
+                f"gate_up_parts: expected {len(config.sparse_layers)} layers, found {len(self.gate_up_parts)}"
+            )
+
+
+def layers_of(config: LayerKinds, target: str) -> tuple[int, ...]:
+    """The indices of the layers that have the weight `target`, in the order of its stack."""
+    stack = LORA_TARGETS[target].stack
+    if stack == "attention":
+        return tuple(sorted((*config.sparse_layers, *config.dense_layers)))
+    return config.sparse_layers if stack == "sparse" else config.dense_layers
 
 
 def expand_targets(names: Sequence[str]) -> tuple[str, ...]:

@@ -315,7 +315,6 @@ DAMAGE = {
     "rank": (edit_settings(r=4), "expected rank 4"),
     "rank of no number": (edit_settings(r="8"), "r: expected"),
     "a broken pattern": (edit_settings(alpha_pattern={"q_proj(": 3}), "regular expression"),
-    "different alphas in a stack": (edit_settings(alpha_pattern={"layers.0.self_attn.q_proj": 9}), "alpha"),
     "unexpected tensor": (
         edit_tensors(lambda t: t.update({"base_model.model.lm_head.lora_A.weight": np.zeros((3, 32), np.float32)})),
         "unexpected tensor",
@@ -358,12 +357,6 @@ DAMAGE = {
             )
         ),
         "no experts in this layer",
-    ),
-    "dtypes mixed in a stack": (
-        edit_tensors(
-            lambda t: t.update({k: v.astype(np.float16) for k, v in t.items() if ".2.self_attn.k_proj.lora_A" in k})
-        ),
-        "dtype",
     ),
     "integers": (
         edit_tensors(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.lora import LORA_TARGETS
 from jaxmoe.model.interface import Params
 from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
 
@@ -21,8 +22,16 @@ def init_parameters(config: Qwen3MoeConfig, key: Array, dtype: Any = jnp.float32
 
 
 def init_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: Array, dtype: Any = jnp.float32) -> Params:
-    """Fresh adapters: A uniform, B zero, so that the adapted model starts equal to the base."""
-    return _draw_all(lora_specs(config, lora), key, dtype, 0.0)
+    """Fresh adapters: A uniform, B zero, so that the adapted model starts equal to the base.
+
+    Rows of A beyond a layer's rank are zero, as `LoraConfig.layer_ranks` says.
+    """
+    drawn = _draw_all(lora_specs(config, lora), key, dtype, 0.0)
+    for target, ranks in lora.layer_ranks:
+        path = f"{LORA_TARGETS[target].path}.lora_A"
+        used = jnp.arange(lora.rank(target)) < jnp.asarray(ranks)[:, None]  # [layers, r]
+        drawn[path] *= used.reshape(len(ranks), *[1] * (drawn[path].ndim - 3), -1, 1)
+    return drawn
 
 
 def _draw(spec: ParameterSpec, key: Array, dtype: Any, std: float) -> Array:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.lora import LORA_TARGETS
+from jaxmoe.lora import LORA_TARGETS, LoraConfig
 from jaxmoe.model.interface import Options, Params
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.experts import ExpertWeights
@@ -61,7 +62,7 @@ class ModelStacks(NamedTuple):
     config: Qwen3MoeConfig
     weights: Stacks
     adapters: Stacks
-    scales: Mapping[str, float]  # an adapter's path -> the factor on its product
+    scales: Mapping[str, float | Array]  # an adapter's path -> the factor on its product, or one per layer
     experts: Mapping[str, Array | NF4Stack]  # frozen expert stacks as [layers * E, out, in]; empty if they are trained
     dtype: Any  # of the operands of products
 
@@ -87,8 +88,8 @@ class ModelStacks(NamedTuple):
             for path in _EXPERTS
             if (stack := weights.whole.get(path)) is not None
         }
-        lora = options.lora
-        scales = {LORA_TARGETS[target].path: lora.scale(target) for target in lora.targets} if lora else {}
+        scales = _scales(options.lora)
+        adapters = _only_trained_parts(adapters, options.lora)
         adapter_stacks = _split(adapters, config, set(adapters) if options.trainable != "none" else set())
         return cls(config, weights, adapter_stacks, scales, experts, params["embed_tokens"].dtype)
 
@@ -136,7 +137,8 @@ class Layer:
         if path not in self.stacks.scales:
             return None
         a, b = (self.stacks.adapters.pick(f"{path}.lora_{x}", self._slot(path)) for x in "AB")
-        return Adapter(a, b, self.stacks.scales[path])
+        scale = self.stacks.scales[path]
+        return Adapter(a, b, scale if isinstance(scale, int | float) else scale[self._slot(path)])
 
     def experts(self) -> ExpertWeights:
         """The fused experts: the whole stack and this layer's offset in it, or this layer's slice if it is trained."""
@@ -155,6 +157,27 @@ class Layer:
         if path in weights.sliced:
             return LinearMap(weights.sliced[path], None, bias, self.adapter(path))
         return LinearMap(weights.whole[path], self._slot(path), bias, self.adapter(path))
+
+
+def _scales(lora: LoraConfig | None) -> dict[str, float | Array]:
+    """An adapter's path -> the factor on its product, or float32 factors [layers of the stack] where they differ."""
+    scales: dict[str, float | Array] = {}
+    if lora is None:
+        return scales
+    for target in lora.targets:
+        each = lora.scales(target)
+        scales[LORA_TARGETS[target].path] = jnp.asarray(each, jnp.float32) if isinstance(each, tuple) else each
+    return scales
+
+
+def _only_trained_parts(adapters: Params, lora: LoraConfig | None) -> Params:
+    """Where only gate or only up has an adapter, B is multiplied by zero in the other half, so it has no gradient."""
+    if lora is None or not lora.gate_up_parts:
+        return adapters
+    path = f"{LORA_TARGETS['experts.gate_up_proj'].path}.lora_B"
+    halves = np.asarray([[part != "up", part != "gate"] for part in lora.gate_up_parts], np.float32)
+    rows = np.repeat(halves, adapters[path].shape[-2] // 2, axis=1)
+    return {**adapters, path: adapters[path] * rows[:, None, :, None]}
 
 
 def _layer_stacks(params: Params, config: Qwen3MoeConfig) -> dict[str, Array | NF4Stack]:

@@ -16,7 +16,7 @@ class Adapter(NamedTuple):
 
     lora_A: Array
     lora_B: Array
-    scale: float
+    scale: float | Array
 
     def factors(self) -> Factors:
         """A and scale * B. Scaling in float32 costs no rounding."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError, is_finite, shown
-from jaxmoe.lora import LoraConfig
+from jaxmoe.lora import LORA_TARGETS, OPTIONAL_FIELDS, LoraConfig
 from jaxmoe.parameters import lora_specs
 from jaxmoe.store.files import check_links, output_folder
 from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
@@ -36,7 +36,7 @@ def write_adapter(
     with output_folder(dst) as folder:
         entries = write_item(folder / "adapter", arrays)
         model = config.to_hf()
-        content = {"lora": asdict(lora), "model": model, "arrays": entries}
+        content = {"lora": lora.to_dict(), "model": model, "arrays": entries}
         write_manifest(folder / ADAPTER_MANIFEST, _KIND, _VERSION, content)
 
 
@@ -56,7 +56,8 @@ def read_adapter(
     manifest = read_manifest(path / ADAPTER_MANIFEST, _KIND, (_VERSION,))
     raw = manifest.get("lora")
     known = {field.name for field in fields(LoraConfig)}
-    if not isinstance(raw, dict) or set(raw) != known or not isinstance(manifest.get("model"), dict):
+    required = known - set(OPTIONAL_FIELDS)
+    if not isinstance(raw, dict) or not required <= set(raw) <= known or not isinstance(manifest.get("model"), dict):
         raise UserError(
             f"{path / ADAPTER_MANIFEST}: lora, model: expected {', '.join(sorted(known))}, found {shown(raw)}"
         )
@@ -84,9 +85,17 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 def check_adapter(where: str, config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:
-    """Raises UserError, which starts with `where`, unless `adapters` has the names and shapes of `lora_specs`."""
+    """Raises UserError, which starts with `where`, unless `adapters` has the names and shapes of `lora_specs`, and
+    zeros beyond a layer's rank."""
     specs = lora_specs(config, lora)
     same_names(where, specs, adapters)
     for name, spec in specs.items():
         if adapters[name].shape != spec.shape:
             raise UserError(f"{where}: {name}: expected shape {spec.shape}, found {adapters[name].shape}")
+    for target, ranks in lora.layer_ranks:
+        a, b = (adapters[f"{LORA_TARGETS[target].path}.lora_{x}"] for x in "AB")
+        for slot, rank in enumerate(ranks):
+            if a[slot][..., rank:, :].any() or b[slot][..., rank:].any():
+                raise UserError(
+                    f"{where}: {target}: expected zeros beyond the rank {rank} of layer {slot} of its stack"
+                )

@@ -140,7 +140,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     if previous is None or settings.unroll_layers:  # a resumed run cannot change it
         notices += _about_unrolling(settings, total_steps, jax.default_backend() == "gpu")
     worked_out = data.digests | {
-        "lora": dataclasses.asdict(model.lora) | {"base_model_name_or_path": None} if model.lora else None,
+        "lora": model.lora.to_dict() | {"base_model_name_or_path": None} if model.lora else None,
         "dtype": model.dtype,
         "remat": model.remat,
         "unroll_layers": settings.unroll_layers or None,  # runs from before this flag have no such entry

@@ -1,0 +1,162 @@
+"""What a PEFT adapter's `adapter_config.json` says: which kinds are read, and the rank and alpha of each weight."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jaxmoe.errors import UserError, check_integer, check_number, shown
+from jaxmoe.json_text import read_json
+from jaxmoe.limited import first_match
+
+SETTINGS = "adapter_config.json"
+
+MERGE = "merge it with PEFT's merge_and_unload and convert the merged model"
+# peft_type -> why it is not read, and the way out. Every other type is refused with `MERGE`.
+_OTHER_TYPES = {
+    "XLORA": "X-LoRA mixes adapters anew for each token; convert one of its LoRA adapters instead",
+    **dict.fromkeys(
+        (
+            "PREFIX_TUNING",
+            "PROMPT_TUNING",
+            "P_TUNING",
+            "MULTITASK_PROMPT_TUNING",
+            "ADAPTION_PROMPT",
+            "CPT",
+            "CARTRIDGE",
+        ),
+        "it changes the input of the layers and no weight, so it cannot be merged; train a LoRA adapter instead",
+    ),
+}
+# Initialisation -> the way out. Each of them trains against a changed base, which the adapter does not hold.
+_CONVERT_TO_LORA = (
+    "write it as plain LoRA with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), or " + MERGE
+)
+_CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
+# Initialisations that leave the base weights unchanged.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Field -> the way out if it is set.
+_UNSUPPORTED = {
+    "use_dora": f"DoRA rescales the whole weight; {MERGE}",
+    "use_qalora": f"QALoRA pools the inputs; {MERGE}",
+    "lora_bias": f"adapters with a bias are not supported; {MERGE}",
+    "alora_invocation_tokens": "an activated LoRA changes only the tokens after its invocation; use it with PEFT",
+    "trainable_token_indices": f"single trained token embeddings are not supported; {MERGE}",
+    "layer_replication": "it repeats layers of the base; build that model first, e.g. with mergekit, and convert it",
+    "arrow_config": "Arrow mixes several adapters for each token; convert one of them instead",
+}
+# Fields that do not change what a trained adapter computes.
+_HARMLESS = frozenset(
+    """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out
+    inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config
+    megatron_core peft_type peft_version qalora_group_size revision runtime_config target_modules target_parameters
+    task_type""".split()
+)
+_USED = frozenset("r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
+
+
+@dataclass
+class PeftSettings:
+    """A checked `adapter_config.json` (`raw`), and the rank and alpha that it gives to each weight."""
+
+    path: pathlib.Path
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> PeftSettings:
+        """Reads and checks the file in `folder`.
+
+        Raises:
+            UserError: no such file, another kind of adapter, or a feature that changes the result and is not supported;
+                the message names the way out.
+        """
+        path = folder / SETTINGS
+        if not path.is_file():
+            raise UserError(f"{folder}: expected a PEFT adapter, found no {SETTINGS}")
+        raw = read_json(path)
+        for check in (_check_kind, _check_start, _check_numbers, _check_fields):
+            check(path, raw)
+        return cls(path, raw)
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the factor is alpha / sqrt(r) and not alpha / r."""
+        return bool(self.raw.get("use_rslora"))
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """The factor on the product of an adapter of this rank and alpha."""
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def alpha_for(self, scale: float, rank: int) -> float:
+        """The alpha with which an adapter of this rank has the factor `scale`."""
+        return scale * (math.sqrt(rank) if self.use_rslora else rank)
+
+    def rank_and_alpha(self, names: Sequence[str]) -> tuple[int, float]:
+        """Rank and alpha of the weight that patterns may call by any of `names`, such as
+        `model.layers.0.self_attn.q_proj`.
+
+        Raises:
+            UserError: a pattern that is no regular expression, or patterns that take too long to match.
+        """
+        rank = self._pick("rank_pattern", names, self.raw["r"])
+        return rank, float(self._pick("alpha_pattern", names, self.raw["lora_alpha"]))
+
+    def _pick(self, field_name: str, names: Sequence[str], default: Any) -> Any:
+        # As in PEFT's `get_pattern_key`, the first pattern that matches the end of a name counts.
+        given = self.raw.get(field_name) or {}
+        try:
+            index = first_match(tuple(given), names)
+        except UserError as error:
+            raise UserError(f"{self.path}: {field_name}: {error}") from None
+        return default if index is None else list(given.values())[index]
+
+
+def _check_kind(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
+    if not isinstance(base := raw.get("base_model_name_or_path"), str | None):
+        raise UserError(f"{path}: base_model_name_or_path: expected a text, found {shown(base)}")
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        way_out = _OTHER_TYPES.get(str(kind), MERGE)
+        raise UserError(f"{path}: peft_type: expected 'LORA', found {kind!r}: {way_out}")
+    if raw.get("task_type") not in ("CAUSAL_LM", None):
+        way_out = "its base is not a causal language model; set task_type to CAUSAL_LM if it is"
+        raise UserError(f"{path}: task_type: expected 'CAUSAL_LM', found {raw['task_type']!r}: {way_out}")
+    if raw.get("bias") not in ("none", None):
+        raise UserError(f"{path}: bias: expected 'none', found {raw['bias']!r}: trained biases are not read; {MERGE}")
+
+
+def _check_start(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
+    start = raw.get("init_lora_weights", True)
+    if start in _PLAIN_STARTS:
+        return
+    changes = str(start).lower().startswith(_CHANGED_BASES)
+    what = f"{start!r} trains against a changed base; {_CONVERT_TO_LORA}" if changes else f"{start!r}; {MERGE}"
+    raise UserError(f"{path}: init_lora_weights: expected a start that leaves the base unchanged, found {what}")
+
+
+def _check_numbers(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise UserError(f"{path}: {name}: expected a JSON object, found {shown(raw[name])}")
+    for where, rank in _values(raw, "r", "rank_pattern"):
+        check_integer(f"{path}: {where}", rank, at_least=1)
+    for where, alpha in _values(raw, "lora_alpha", "alpha_pattern"):
+        check_number(f"{path}: {where}", alpha)
+
+
+def _values(raw: Mapping[str, Any], name: str, pattern: str) -> Iterator[tuple[str, Any]]:
+    """The default of a setting and its values in a pattern, each with the place where it stands."""
+    yield name, raw.get(name)
+    for expression, value in (raw.get(pattern) or {}).items():
+        yield f"{pattern}[{expression!r}]", value
+
+
+def _check_fields(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
+    for name, value in raw.items():
+        if not value or name in _HARMLESS | _USED:
+            continue
+        way_out = _UNSUPPORTED.get(name, f"not supported; {MERGE}")
+        raise UserError(f"{path}: {name}: expected this option to be off, found {shown(value)}: {way_out}")
