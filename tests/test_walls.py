@@ -70,8 +70,8 @@ MODULES: dict[str, set[str]] = {
     "commands": _under("jaxmoe", "cli.commands doctor.__main__ generate.__main__ routing.__main__ train.__main__"),
     "torch_ref": _under(
         "torch_ref",
-        ". adapters capture checkpoint experts export kernels lora loss low_rank model patch quantize rotary"
-        " triton_programs",
+        ". adapters capture checkpoint derivatives experts export kernels lora loss low_rank model patch quantize"
+        " rotary triton_programs",
     ),
     "peers": _under("peers", ". configs make_checkpoint reference"),
 }
