@@ -10,6 +10,7 @@
 # make bench-gpu  the GPU benchmarks, with the packages of $(PYTHON): training step, prefill, MoE block, first step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
+# make peer-tests TRANSFORMERS=DIR PEFT=DIR   tests of transformers and PEFT on torch_ref's classes; docs/peer-tests.md
 # make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
 # make kill N=100 SEED=0 JOBS=1   kill -9, SIGTERM and SIGINT at random moments of every command that writes
 # make full-disk N=84   a disk that is full from some write on, in every command that writes
@@ -120,6 +121,10 @@ parity-gpu:
 	  for suite in $(SUITES); do for what in results.json flips.csv.gz report minimal; do \
 	    cp -r $(SCRATCH)/$$suite/$$what parity-output/$$suite-gpu/ 2>/dev/null; done; done; rm -rf $(SCRATCH); \
 	  $(PYTHON) -m tests.parity.results $(SUITES:%=parity-output/%-gpu/results.json); } $(verdict)
+
+.PHONY: peer-tests
+peer-tests: $(INSTALLED)
+	@$(RUN) -m tests.peer "$(TRANSFORMERS)" "$(PEFT)" $(verdict)
 
 bench: $(INSTALLED)
 	@JAX_PLATFORMS=cpu $(RUN) -m benchmarks.train_cpu

@@ -46,7 +46,7 @@ def plain_step(params, input_ids, position_ids, segment_ids, following, *, confi
     if not predictions:
         return out.hidden.astype(jnp.float32).sum(), out.stats.counts
     hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
-    return token_predictions(hidden, head_weight(params, config), following.reshape(-1)), out.stats.counts
+    return token_predictions(hidden, head_weight(params), following.reshape(-1)), out.stats.counts
 
 
 def main() -> None:

@@ -48,13 +48,13 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, 
         positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
         tokens = Tokens(ids, positions, jnp.ones_like(ids))
         out = forward(params, {}, tokens, config=config, options=Options(packed=False))
-        return logits_of(out.hidden[:, -1], head_weight(params, config)), out.stats.counts
+        return logits_of(out.hidden[:, -1], head_weight(params)), out.stats.counts
 
     def into_cache(params: Any, ids: Any) -> Any:
         cache = empty_cache(config, batch, length, jnp.bfloat16)
         lengths = jnp.full(batch, length, jnp.int32)
         hidden, cache, _ = forward_cached(params, {}, NewTokens(ids, None, lengths), cache, config=config)
-        return logits_of(hidden[:, -1], head_weight(params, config)), cache
+        return logits_of(hidden[:, -1], head_weight(params)), cache
 
     def ids_of(step: int) -> Any:
         return random_model.token_ids(config, batch, length, step)[:, :-1]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from convert.adapters import SETTINGS, read_peft, write_peft
-from convert.hf2jax import hf2jax
+from convert.hf2jax import hf2jax, read_hf
 from convert.hub import local_folder
 from convert.jax2hf import jax2hf, parse_size
 from convert.peft_experts import LAYOUTS
@@ -28,7 +28,8 @@ from jaxmoe.cli.progress import progress
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
 from jaxmoe.store.adapter import read_adapter, write_adapter
-from jaxmoe.store.checkpoint import Block
+from jaxmoe.store.checkpoint import Block, Checkpoint
+from jaxmoe.store.converted import is_converted, read_converted
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 
@@ -103,8 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             jax2hf(args.src, args.dst, args.adapter, size, args.dequantize, on_block)
     elif args.command == "peft2jax":
         src = local_folder(args.src)
-        config = Qwen3MoeConfig.from_pretrained(_base_model(src, args.model))
-        lora, adapters = read_peft(src, config, args.layout)
+        folder = _base_model(src, args.model)
+        config = Qwen3MoeConfig.from_pretrained(folder)
+        lora, adapters = read_peft(src, config, args.layout, _checkpoint(folder))
         write_adapter(args.dst, config, lora, adapters)
         print(f"{args.dst}: {len(adapters)} arrays")
     else:
@@ -126,6 +128,13 @@ def _base_model(adapter: pathlib.Path, given: str | None) -> pathlib.Path:
             f"{adapter / SETTINGS}: base_model_name_or_path: expected a model (or use --model), found {name!r}"
         )
     return local_folder(name, ("config.json",))
+
+
+def _checkpoint(folder: pathlib.Path) -> Checkpoint | None:
+    """The checkpoint in a model's folder; None if only its config is there, as for a model named by its hub id."""
+    if is_converted(folder):
+        return read_converted(folder)
+    return read_hf(folder) if any(folder.glob("*.safetensors")) else None
 
 
 @contextlib.contextmanager

@@ -31,11 +31,12 @@ from convert.peft_experts import (
 from convert.peft_served import served
 from convert.peft_settings import MERGE, SETTINGS, PeftSettings
 from convert.safetensors_io import read_header, write_file
+from convert.saved_modules import KEYS, merge_saved, read_saved, saved_settings, saved_tensors
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets, layers_of
 from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
-from jaxmoe.store.checkpoint import Block, cast
+from jaxmoe.store.checkpoint import Block, Checkpoint, cast
 from jaxmoe.store.files import output_folder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -62,22 +63,30 @@ Modules = dict[tuple[int, str], dict[str, np.ndarray]]
 
 
 def read_peft(
-    path: str | os.PathLike[str], config: Qwen3MoeConfig, layout: AdapterLayout | None = None
+    path: str | os.PathLike[str],
+    config: Qwen3MoeConfig,
+    layout: AdapterLayout | None = None,
+    base: Checkpoint | None = None,
 ) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Reads a PEFT adapter for the model `config` as the arrays of `lora_specs`; layers without an adapter get zeros.
 
-    `layout` is that of the experts' tensors; by default the names, the shapes and PEFT's version tell. With
+    `layout` is that of the experts' tensors; by default the names, the shapes and PEFT's version tell. Embeddings that
+    are stored beside the adapter are dropped if they equal those of the checkpoint `base`.
+
+    With
     transformers 4, PEFT has one adapter per expert and projection. The adapters of gate and up become one, whose rank
     is the sum and whose B is block diagonal; its product is the same.
 
     Raises:
         UserError: another kind of adapter, a feature that changes the result and is not supported (DoRA, trained
-            biases, modules_to_save, ...), a tensor that is missing, unexpected or of the wrong shape, or experts whose
+            biases, ...), a tensor that is missing, unexpected or of the wrong shape, or experts whose
             layout nothing tells.
     """
     path = pathlib.Path(path)
     settings = PeftSettings.read(path)
-    modules = _modules(path, config, _tensors(path))
+    tensors = _tensors(path)
+    saved = read_saved(path, config, settings.raw, tensors, base)
+    modules = _modules(path, config, {key: tensor for key, tensor in tensors.items() if key not in KEYS})
     pairs = _pairs(path / WEIGHTS, config, settings, modules, layout)
     lora = LoraConfig(
         r=settings.raw["r"],
@@ -85,12 +94,16 @@ def read_peft(
         use_rslora=settings.use_rslora,
         targets=expand_targets(list({target for target, _ in pairs})),
         base_model_name_or_path=settings.raw.get("base_model_name_or_path"),
+        dropout=float(settings.raw.get("lora_dropout") or 0.0),
+        modules_to_save=tuple(name for name in KEYS.values() if name in saved.arrays),
+        ensure_weight_tying=saved.tied,
     )
     stacks = {target: _in_slots(path / WEIGHTS, config, target, pairs) for target in lora.targets}
     lora = _with_patterns(lora, stacks)
     arrays: dict[str, np.ndarray] = {}
     for target, slots in stacks.items():
         arrays |= _stack(target, lora.rank(target), slots)
+    arrays |= saved.arrays
     check_adapter(str(path), config, lora, arrays)
     return lora, arrays
 
@@ -294,16 +307,24 @@ def write_peft(
     pairs = dict(_layers(config, lora, arrays))
     if layout == "peft":
         tensors, settings = dict(_peft_tensors(pairs)), _settings(config, lora)
+    elif lora.modules_to_save:
+        names = ", ".join(lora.modules_to_save)
+        raise UserError(
+            f"layout {layout}: expected an adapter of layers, found {names} trained in full, which servers do not "
+            f"load: merge it with `jax2hf --adapter`, or write it with --layout peft"
+        )
     else:
         assert layout in ("per-expert", "stacked"), layout
         tensors, settings = served(config, lora, pairs, layout)
+    named = {f"{PREFIX}layers.{key}": array for key, array in tensors.items()} | saved_tensors(lora, arrays)
     with output_folder(dst) as folder:
-        write_file(
-            folder / WEIGHTS, {f"{PREFIX}layers.{key}": array for key, array in tensors.items()}, {"format": "pt"}
-        )
+        write_file(folder / WEIGHTS, named, {"format": "pt"})
         common = {"peft_type": "LORA", "peft_version": _WRITTEN_VERSION, "task_type": "CAUSAL_LM"}
         common |= {"base_model_name_or_path": lora.base_model_name_or_path, "inference_mode": True, "bias": "none"}
-        common |= {"fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.0}
+        common |= {"fan_in_fan_out": False, "init_lora_weights": True}
+        # PEFT refuses dropout on parameters.
+        parameters = any(LORA_TARGETS[target].peft_parameter for target in lora.targets)
+        common |= {"lora_dropout": 0.0 if parameters else lora.dropout} | saved_settings(lora)
         text = json.dumps(common | settings, indent=2, sort_keys=True) + "\n"
         (folder / SETTINGS).write_text(text, encoding="utf-8")
 
@@ -370,8 +391,12 @@ def _number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def load_adapter(path: str | os.PathLike[str], config: Qwen3MoeConfig) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def load_adapter(
+    path: str | os.PathLike[str], config: Qwen3MoeConfig, base: Checkpoint | None = None
+) -> tuple[LoraConfig, dict[str, np.ndarray]]:
     """Reads the adapter in the folder `path`, PEFT or converted, for the model `config`: (its config, its arrays).
+
+    `base` is the model's checkpoint, as in `read_peft`.
 
     Raises:
         UserError: what `read_peft` or `read_adapter` raises.
@@ -379,14 +404,17 @@ def load_adapter(path: str | os.PathLike[str], config: Qwen3MoeConfig) -> tuple[
     if is_adapter(path):
         _, lora, arrays = read_adapter(path, config)
         return lora, arrays
-    return read_peft(path, config)
+    return read_peft(path, config, base=base)
 
 
 def merge(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> Block:
     """Replaces the weights in `block` by those with the layer's adapters merged, and returns `block`.
 
     W + scale * B A: product and sum in float32, one cast to the weight's dtype at the end; one expert at a time.
+    Weights that the adapter holds in full replace those of the top level.
     """
+    if block.layer is None:
+        merge_saved(config, block, lora, adapters)
     for target in lora.targets:
         path, layers = LORA_TARGETS[target].path, layers_of(config, target)
         if block.layer not in layers or not lora.layer_rank(target, layers.index(block.layer)):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from convert.hf2jax import companion_files, config_bytes
 from convert.names import Layout, block_shapes, blocks_of, rows
 from convert.nf4 import matrix_tensors
 from convert.safetensors_io import Planned, write_sharded
+from convert.saved_modules import merged_form
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import NF4
@@ -97,6 +100,13 @@ def _tensors(
         del block  # or this name would hold it while the next one is made
 
 
+def changed_config(content: bytes, changes: Mapping[str, Any]) -> bytes:
+    """The content of a config.json with `changes`; the same bytes if there are none."""
+    if not changes:
+        return content
+    return (json.dumps(json.loads(content) | changes, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def parse_size(text: str) -> int:
     """The number of bytes in "5GB", "300MB" (decimal units, as in transformers) or "2GiB" (binary units).
 
@@ -139,8 +149,10 @@ def jax2hf(
             f"{src}: adapter: expected weights that it can be merged into, found NF4 (--dequantize decodes them)"
         )
     source = dequantized(stored) if dequantize else stored
-    files = {"config.json": config_bytes(source, None), **companion_files(source.path)}
-    adapted = load_adapter(adapter, source.config) if adapter is not None else None
+    adapted = load_adapter(adapter, source.config, source) if adapter is not None else None
+    merged = merged_form(source, adapted[0] if adapted is not None else None)
+    config_file = changed_config(config_bytes(source, None), merged.config_changes)
+    files = {"config.json": config_file, **companion_files(source.path)}
 
     def blocks() -> Iterator[Block]:
         for block in source.blocks():
@@ -153,8 +165,8 @@ def jax2hf(
     form = HFForm(
         max_shard_size=max_shard_size,
         layout=source.layout,
-        stored_tied_head=source.stored_tied_head,
+        stored_tied_head=merged.stored_tied_head,
         quantization=source.quantization,
         nested_offsets={} if dequantize else stored.nested_offsets(),
     )
-    write_hf(dst, source.config, source.dtypes, blocks(), files, form)
+    write_hf(dst, merged.config, merged.dtypes, blocks(), files, form)

@@ -51,11 +51,13 @@ _UNSUPPORTED = {
 # Fields that do not change what a trained adapter computes.
 _HARMLESS = frozenset(
     """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out
-    inference_mode layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config
+    inference_mode layers_pattern layers_to_transform loftq_config lora_ga_config megatron_config
     megatron_core peft_type peft_version qalora_group_size revision runtime_config target_modules target_parameters
     task_type""".split()
 )
-_USED = frozenset("r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights bias".split())
+_USED = frozenset(
+    "r lora_alpha use_rslora lora_dropout rank_pattern alpha_pattern init_lora_weights bias modules_to_save".split()
+)
 
 
 @dataclass
@@ -145,6 +147,7 @@ def _check_numbers(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
         check_integer(f"{path}: {where}", rank, at_least=1)
     for where, alpha in _values(raw, "lora_alpha", "alpha_pattern"):
         check_number(f"{path}: {where}", alpha)
+    check_number(f"{path}: lora_dropout", raw.get("lora_dropout") or 0.0)
 
 
 def _values(raw: Mapping[str, Any], name: str, pattern: str) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,9 @@
-"""LoRA: the settings of a model's adapters, and the one table of the weights that can have an adapter.
+"""LoRA: the settings of a model's adapters, and the tables of the weights that an adapter can change.
 
-Standard library only. All code that translates between the names here, the stacks and PEFT's names reads
-`LORA_TARGETS`. The letters in its shapes are those of the dimension key in `jaxmoe.config`.
+Standard library only. An adapter adds low-rank factors to the weights of `LORA_TARGETS`, and may hold a weight of
+`SAVED_MODULES` in full, which then replaces the base's (PEFT's `modules_to_save`). All code that translates between the
+names here, the stacks and PEFT's names reads these tables. The letters in the shapes are those of the dimension key in
+`jaxmoe.config`.
 """
 
 from __future__ import annotations
@@ -15,16 +17,26 @@ from jaxmoe.errors import ConfigError, check_integer, check_number
 
 GateUpPart = Literal["gate", "up", "both"]
 # Fields of `LoraConfig` that a stored config may lack; they then have their default.
-OPTIONAL_FIELDS = ("layer_ranks", "layer_alphas", "gate_up_parts")
+OPTIONAL_FIELDS = (
+    "layer_ranks",
+    "layer_alphas",
+    "gate_up_parts",
+    "dropout",
+    "modules_to_save",
+    "ensure_weight_tying",
+)
 
 
 class LayerKinds(Protocol):
-    """What a model's config says about its layers: the indices of those with experts and of those with a dense MLP."""
+    """What adapters depend on in a model's config: the indices of the layers with experts and of those with a dense
+    MLP, and whether the head is the embedding."""
 
     @property
     def sparse_layers(self) -> tuple[int, ...]: ...
     @property
     def dense_layers(self) -> tuple[int, ...]: ...
+    @property
+    def tie_word_embeddings(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,11 @@ class LoraTarget:
     def path(self) -> str:
         """The weight's path in `parameter_specs`, for instance `attention.q_proj`."""
         return f"{self.stack}.{self.parameter}"
+
+    @property
+    def allows_dropout(self) -> bool:
+        """Whether PEFT can drop inputs of the adapter: on modules, not on parameters."""
+        return self.peft_parameter is None
 
 
 def _attention(name: str, shape: str) -> LoraTarget:
@@ -83,6 +100,10 @@ LORA_GROUPS: dict[str, tuple[str, ...]] = {
     for group in dict.fromkeys(target.group for target in LORA_TARGETS.values())
 }
 
+# A weight that an adapter can hold in full -> its module in transformers. The name is also the weight's path in
+# `jaxmoe.parameters` and in the dictionary of an adapter's arrays.
+SAVED_MODULES: dict[str, str] = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -96,6 +117,12 @@ class LoraConfig:
     are zero, and in a layer without an adapter, of rank 0, all are. Both sides are zero, so their gradients are, and
     training leaves them zero. `gate_up_parts` says, for each sparse layer, which half of experts.gate_up_proj has an
     adapter: gate, up, or both. B is zero for the other half and is not trained there.
+
+    In training, `dropout` is the probability that an element of an adapter's
+    x is dropped; the others are divided by 1 - `dropout`.
+
+    `modules_to_save`, keys of `SAVED_MODULES`, are trained and stored in full. In a model with a tied head,
+    `ensure_weight_tying` says that the head follows the embedding; without it, the adapter separates the two.
     """
 
     r: int = 16
@@ -108,6 +135,9 @@ class LoraConfig:
     layer_ranks: tuple[tuple[str, tuple[int, ...]], ...] = ()
     layer_alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
     gate_up_parts: tuple[GateUpPart, ...] = ()
+    dropout: float = 0.0
+    modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -126,6 +156,15 @@ class LoraConfig:
                 if name not in self.targets:
                     raise ConfigError(f"LoRA pattern: {name!r} is not among the targets {', '.join(self.targets)}")
         self._check_layers()
+        check_number("LoRA dropout", self.dropout)
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoRA dropout: expected a probability below 1, found {self.dropout}")
+        if self.modules_to_save != saved_modules(self.modules_to_save):
+            raise ConfigError(
+                f"modules_to_save: expected some of {', '.join(SAVED_MODULES)}, found {', '.join(self.modules_to_save)}"
+            )
+        if self.ensure_weight_tying and self.modules_to_save != ("embed_tokens",):
+            raise ConfigError("ensure_weight_tying: only valid with modules_to_save embed_tokens")
 
     def _check_layers(self) -> None:
         for name, ranks in self.layer_ranks:
@@ -179,8 +218,28 @@ class LoraConfig:
         """The fields by name, without those of `OPTIONAL_FIELDS` that say nothing: some files have no such fields."""
         return {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL_FIELDS}
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether the output projection is trained in full, as lm_head or as the embedding that it is tied to."""
+        return "lm_head" in self.modules_to_save or self.ensure_weight_tying
+
+    def unties_head(self, config: LayerKinds) -> bool:
+        """Whether the adapter separates the model's tied head from its embedding."""
+        return config.tie_word_embeddings and bool(self.modules_to_save) and not self.ensure_weight_tying
+
+    def check_dropout(self) -> None:
+        """Raises ConfigError when the adapter cannot be trained with its dropout."""
+        without = [name for name in self.targets if not LORA_TARGETS[name].allows_dropout]
+        if self.dropout and without:
+            raise ConfigError(
+                f"lora_dropout: expected 0 (PEFT drops inputs of attention's adapters only) or other targets than "
+                f"{', '.join(without)}; found {self.dropout}"
+            )
+
     def check_against(self, config: LayerKinds) -> None:
-        """Raises ConfigError when a target names layers that the model does not have, or a field another number."""
+        """Raises ConfigError when the adapter is for another kind of model, or for another number of layers."""
+        if self.ensure_weight_tying and not config.tie_word_embeddings:
+            raise ConfigError("ensure_weight_tying: the model's head is not tied to its embedding")
         for name in self.targets:
             stack = LORA_TARGETS[name].stack
             if stack == "sparse" and not config.sparse_layers:
@@ -219,3 +278,32 @@ def expand_targets(names: Sequence[str]) -> tuple[str, ...]:
             )
         chosen.update(LORA_GROUPS.get(name, (name,)))
     return tuple(target for target in LORA_TARGETS if target in chosen)
+
+
+def saved_modules(names: Sequence[str]) -> tuple[str, ...]:
+    """Names as in PEFT's `modules_to_save` (embed_tokens, model.embed_tokens, lm_head) -> keys of `SAVED_MODULES`.
+
+    Raises:
+        ConfigError: the name of another module.
+    """
+    chosen: set[str] = set()
+    for name in names:
+        found = [key for key, module in SAVED_MODULES.items() if name in (key, module)]
+        if not found:
+            raise ConfigError(
+                f"modules_to_save: expected some of {', '.join(SAVED_MODULES)} (other modules can be trained with "
+                f"--full, or merged with PEFT's merge_and_unload), found {name!r}"
+            )
+        chosen.update(found)
+    return tuple(name for name in SAVED_MODULES if name in chosen)
+
+
+def modules_to_save(names: Sequence[str], config: LayerKinds) -> dict[str, Any]:
+    """The fields of `LoraConfig` that train the modules `names` in full; a tied head stays tied.
+
+    Either name of a tied head then stands for the one weight, as with PEFT's `ensure_weight_tying`.
+    """
+    saved = saved_modules(names)
+    if saved and config.tie_word_embeddings:
+        return {"modules_to_save": ("embed_tokens",), "ensure_weight_tying": True}
+    return {"modules_to_save": saved}

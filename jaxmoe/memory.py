@@ -63,8 +63,13 @@ def parameter_count(config: Qwen3MoeConfig) -> int:
 
 
 def adapter_count(config: Qwen3MoeConfig, lora: LoraConfig) -> int:
-    """Number of parameters of the adapters."""
+    """Number of parameters of the adapters, the weights that they hold in full included."""
     return _count(lora_specs(config, lora))
+
+
+def saved_count(config: Qwen3MoeConfig, lora: LoraConfig | None) -> int:
+    """Number of parameters of the weights that the adapters hold in full."""
+    return len(lora.modules_to_save) * config.vocab_size * config.hidden_size if lora else 0
 
 
 def active_parameter_count(config: Qwen3MoeConfig) -> int:
@@ -133,7 +138,7 @@ def training_forecast(work: Workload) -> Forecast:
     logits = 2 * min(loss_chunk(work.remat), work.tokens) * config.vocab_size * FLOAT32
     if lora:
         trained = adapter_count(config, lora) * FLOAT32
-        stored = [*_frozen(work), Part("adapters", trained, True)]
+        stored = [*_frozen(work), Part("adapters", trained, True), *_saved_copy(work)]
     else:
         trained = parameters * FLOAT32
         stored = [Part("parameters", trained, True)]
@@ -192,6 +197,7 @@ def generation_forecast(work: Workload) -> Forecast:
         (
             *_frozen(work),
             *adapters,
+            *_saved_copy(work),
             Part("KV cache", 2 * config.num_hidden_layers * work.tokens * kv_width * work.size, True),
             Part("one layer at work", layer_bytes(work), False),
             Part(f"attention, {work.attention}", attention_bytes(work, training=False), False),
@@ -211,6 +217,12 @@ def _frozen(work: Workload) -> tuple[Part, ...]:
     weights = parameter_specs(config)
     largest = max(math.prod(weights[path].shape[1:]) for path in quantization.paths)
     return Part("parameters (nf4)", stored, True), Part("one decoded weight", largest * size, False)
+
+
+def _saved_copy(work: Workload) -> tuple[Part, ...]:
+    """The weights that the adapter holds in full, in `dtype`, which the forward pass uses; the adapter is float32."""
+    count = saved_count(work.config, work.lora)
+    return (Part(f"{work.dtype} copy of modules to save", count * work.size, True),) if count else ()
 
 
 def padded_rows(routed_rows: int, num_experts: int, experts: Experts) -> int:

@@ -10,7 +10,7 @@ checkpoint to the device, so NF4 blocks, which follow the flat [out, in] order, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
@@ -25,7 +25,8 @@ _MATRICES = {"sparse.gate_up_proj": 2}
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """Shape and logical axis names (same length), and how a fresh array is filled: normal, zeros, ones or uniform.
+    """Shape and logical axis names (same length), and how a fresh array is filled: normal, zeros, ones or uniform; base
+    copies the weight of the same path from the base model.
 
     `dtype` is None for arrays that have the model's dtype.
     """
@@ -141,7 +142,8 @@ def stored_specs(config: Qwen3MoeConfig, quantization: Quantization | None) -> d
 
 def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterSpec]:
     """Dotted path -> spec of every adapter array: `attention.q_proj.lora_A` -> [L, r, D], `.lora_B` -> [L, N*H, r];
-    experts have one A and B each: `sparse.gate_up_proj.lora_A` -> [Ls, E, r, D]."""
+    experts have one A and B each: `sparse.gate_up_proj.lora_A` -> [Ls, E, r, D]. A weight that the adapter holds in
+    full has the path and shape of the base's: `lm_head` -> [V, D]."""
     lora.check_against(config)
     base = parameter_specs(config)
     specs: dict[str, ParameterSpec] = {}
@@ -151,6 +153,8 @@ def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterS
         # As PEFT initialises them: A uniform (Kaiming, a = sqrt 5), B zero, so that the adapted model equals the base.
         specs[f"{path}.lora_A"] = ParameterSpec((*lead, rank, inner), (*lead_axes, "lora_rank", in_axis), "uniform")
         specs[f"{path}.lora_B"] = ParameterSpec((*lead, out, rank), (*lead_axes, out_axis, "lora_rank"), "zeros")
+    for name in lora.modules_to_save:
+        specs[name] = replace(base["embed_tokens"], init="base")  # the head has the embedding's shape
     return specs
 
 

@@ -269,9 +269,9 @@ def test_numbers_beyond_a_layers_rank_are_refused(tmp_path: pathlib.Path) -> Non
 
 def test_a_pattern_cannot_take_forever(tmp_path: pathlib.Path) -> None:
     write_peft(tmp_path / "peft", SMALL, LoraConfig(r=2), random_adapters(SMALL, LoraConfig(r=2)))
-    slow = rewritten(tmp_path / "peft", tmp_path / "slow", alpha_pattern={"(.*)" * 7 + r"\1z?(?<=9)q?": 3})
+    slow = rewritten(tmp_path / "peft", tmp_path / "slow", alpha_pattern={r"([a-z._\d]+)+!": 3})
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"alpha_pattern: .*second"):
+    with pytest.raises(UserError, match="alpha_pattern: needs too much time or memory"):
         read_peft(slow, SMALL)
     assert time.monotonic() - start < 15
 

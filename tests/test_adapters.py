@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -408,7 +409,9 @@ def test_dropout_is_accepted(tmp_path: pathlib.Path) -> None:
     adapters = random_adapters(config, lora)
     write_peft(tmp_path / "peft", config, lora, adapters)
     edit_settings(lora_dropout=0.1)(tmp_path / "peft")
-    assert same(read_peft(tmp_path / "peft", config)[1], adapters)
+    read, arrays = read_peft(tmp_path / "peft", config)
+    assert read == replace(lora, dropout=0.1)
+    assert same(arrays, adapters)
 
 
 def test_a_failing_write_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

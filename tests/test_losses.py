@@ -166,9 +166,9 @@ def test_a_first_pass_is_made_where_a_loss_needs_totals(
 ) -> None:
     right, traced = Model.run, []
 
-    def recorded(self: Model, *args: Any, train: bool) -> Outputs:
+    def recorded(self: Model, *args: Any, train: bool, **more: Any) -> Outputs:
         traced.append("train" if train else "first")
-        return right(self, *args, train=train)
+        return right(self, *args, train=train, **more)
 
     monkeypatch.setattr(Model, "run", recorded)
     model, frozen, adapters, sequences = setting()

@@ -253,7 +253,7 @@ def attend_to_padding(patch: pytest.MonkeyPatch) -> None:
 
 
 def untie_the_head(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(jaxmoe.model.decoder, "head_weight", lambda params, config: params["embed_tokens"][::-1])
+    patch.setattr(jaxmoe.model.decoder, "head_weight", lambda params: params["embed_tokens"][::-1])
 
 
 def count_padding(patch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -119,7 +120,8 @@ def skip_renormalisation(patch: pytest.MonkeyPatch) -> None:
 
 def forget_qk_norm(patch: pytest.MonkeyPatch) -> None:
     norm = torch_ref.patch.rms_norm
-    patch.setattr(torch_ref.patch, "rms_norm", lambda module, x: x if x.ndim == 4 else norm(module, x))
+    owner = modeling_qwen3_moe.Qwen3MoeRMSNorm
+    patch.setattr(owner, "forward", lambda module, x: x if x.ndim == 4 else norm(module, x))
 
 
 def drop_packing(patch: pytest.MonkeyPatch) -> None:
@@ -128,7 +130,7 @@ def drop_packing(patch: pytest.MonkeyPatch) -> None:
 
 
 def permute_an_expert(patch: pytest.MonkeyPatch) -> None:
-    stack_of = torch_ref.patch.stack_of
+    stack_of = torch_ref.experts.stack_of
 
     def wrong(experts: Any, name: str) -> Any:
         stack = stack_of(experts, name)
@@ -136,7 +138,7 @@ def permute_an_expert(patch: pytest.MonkeyPatch) -> None:
         order = [1, 0, *range(2, stack.shape[0])]
         return torch_ref.experts.DenseStack(stack.weight[order]) if name == "down_proj" else stack
 
-    patch.setattr(torch_ref.patch, "stack_of", wrong)
+    patch.setattr(torch_ref.experts, "stack_of", wrong)
 
 
 @pytest.mark.parametrize("implementation", torch_ref.experts.IMPLEMENTATIONS)
@@ -165,17 +167,19 @@ def test_decoding_with_the_cache_equals_one_pass(name: str, monkeypatch: pytest.
 
     def decode() -> torch.Tensor:
         cache = DynamicCache(config=model.config)
-        with torch.no_grad(), patched(model):
+        with torch.no_grad():
             pieces = [model(ids[:, :12], past_key_values=cache, use_cache=True).logits]
             pieces += [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(12, 20)]
         return torch.cat(pieces, 1)
 
-    assert distance(decode(), expected) <= bound("torch_ref_fp32")
-    norm = torch_ref.patch.rms_norm  # the original's fault: no q/k norm with a cache
-    monkeypatch.setattr(
-        torch_ref.patch, "rms_norm", lambda module, x: x if x.ndim == 4 and x.shape[1] == 1 else norm(module, x)
-    )
-    assert distance(decode(), expected) > bound("torch_ref_fp32")
+    def forgotten(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return x if x.ndim == 4 and x.shape[1] == 1 else torch_ref.patch.rms_norm(module, x)
+
+    with patched(model):
+        assert distance(decode(), expected) <= bound("torch_ref_fp32")
+        with monkeypatch.context() as patch:  # the original's fault: no q/k norm with a cache
+            patch.setattr(modeling_qwen3_moe.Qwen3MoeRMSNorm, "forward", forgotten)
+            assert distance(decode(), expected) > bound("torch_ref_fp32")
 
 
 def test_generation_equals_transformers() -> None:
@@ -251,8 +255,12 @@ def test_the_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch_ref.loss, "CHUNK", 32)
     ids = inputs_of("plain", packed=False)["input_ids"]
     with patched(model):
-        out = model(input_ids=ids, labels=ids)
-        assert out.logits is None and rows == [32, 32, 32]
+        assert model(input_ids=ids, labels=ids).logits.shape == (2, 48, 97)
+        rows.clear()
+        out = model(input_ids=ids, labels=ids, return_logits=False)
+        assert rows == [32, 32, 32]
+        FastQwen3MoeModel.for_training(model)
+        assert isinstance(model(input_ids=ids, labels=ids).logits, torch_ref.loss.NoLogits)
         assert model(input_ids=ids, labels=ids, return_logits=True).logits.shape == (2, 48, 97)
         assert model.eval()(input_ids=ids, labels=ids).logits.shape == (2, 48, 97)
         summed = model(input_ids=ids, labels=ids, num_items_in_batch=torch.tensor(10)).loss
@@ -265,7 +273,9 @@ def test_outputs_have_the_dtype_of_the_input(dtype: torch.dtype, implementation:
     model = stock("plain").to(dtype)
     x = torch.randn(2, 5, 48, dtype=dtype)
     with patched(model, implementation), torch.no_grad():
-        out, router_logits = model.model.layers[0].mlp(x)
+        block = model.model.layers[0].mlp
+        assert block(x).dtype == dtype
+        out, router_logits = torch_ref.patch.Qwen3MoeSparseMoeBlock_fast_forward(block, x)
         assert (out.dtype, router_logits.dtype) == (dtype, dtype)
         assert (out.shape, router_logits.shape) == ((2, 5, 48), (10, 8))
         assert model(torch.zeros(1, 3, dtype=torch.long)).logits.dtype == dtype
@@ -288,7 +298,7 @@ def test_training_under_autocast(implementation: str, dtype: torch.dtype) -> Non
     with patched(model, implementation):
         assert distance(gradient(), expected) <= bound("torch_ref_autocast")
         with torch.autocast("cpu", torch.bfloat16):
-            assert model.model.layers[0].mlp(torch.randn(1, 3, 48, dtype=dtype))[0].dtype == dtype
+            assert model.model.layers[0].mlp(torch.randn(1, 3, 48, dtype=dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize("name", ["top_8_of_32", "every_expert"])
@@ -306,7 +316,8 @@ def test_bfloat16_is_no_further_from_float64_than_transformers(name: str) -> Non
 @pytest.mark.parametrize("implementation", torch_ref.experts.IMPLEMENTATIONS)
 def test_buffers_are_written_in_place_without_gradients_only(implementation: str) -> None:
     model = stock("plain")
-    block, x = model.model.layers[0].mlp, torch.randn(2, 5, 48)
+    mlp, x = model.model.layers[0].mlp, torch.randn(2, 5, 48)
+    block = functools.partial(torch_ref.patch.Qwen3MoeSparseMoeBlock_fast_forward, mlp)
     temp_gate, temp_up = torch.full((10, 8), torch.nan), torch.full((20, 48), torch.nan)
     where = temp_gate.data_ptr(), temp_up.data_ptr()
     with patched(model, implementation):
@@ -315,10 +326,10 @@ def test_buffers_are_written_in_place_without_gradients_only(implementation: str
             out, router_logits = block(x, temp_gate, temp_up)
             assert router_logits.data_ptr() == temp_gate.data_ptr() == where[0] and temp_up.data_ptr() == where[1]
             assert torch.equal(out, expected) and torch.equal(temp_gate, logits)
-            experts = block.gate(x)[2].flatten().argsort(stable=True)
+            experts = mlp.gate(x)[2].flatten().argsort(stable=True)
             flat = x.view(10, 48)[experts // 2]
-            chosen = block.gate(x)[2].flatten()[experts]
-            rows = torch.einsum("rd,rfd->rf", flat, block.experts.gate_up_proj[chosen])
+            chosen = mlp.gate(x)[2].flatten()[experts]
+            rows = torch.einsum("rd,rfd->rf", flat, mlp.experts.gate_up_proj[chosen])
             assert distance(temp_up, rows) <= bound("torch_ref_fp32")
             with pytest.raises(ValueError, match=r"temp_up: expected \(20, 48\)"):
                 block(x, temp_gate, temp_up[:3])
@@ -349,7 +360,8 @@ def test_the_layer_returns_what_is_asked_for() -> None:
     cache = DynamicCache(config=model.config)
     with patched(model), torch.no_grad():
         tables = model.model.rotary_emb(x, positions)
-        sparse, dense = model.model.layers[1], model.model.layers[0]
+        fast = torch_ref.patch.Qwen3MoeDecoderLayer_fast_forward
+        sparse, dense = (functools.partial(fast, model.model.layers[i]) for i in (1, 0))
         assert len(sparse(x, None, positions, False, None, tables)) == 1
         hidden, weights, logits, present = sparse(
             x, None, positions, True, cache, tables, output_attentions=True, use_cache=True
@@ -367,9 +379,11 @@ def test_patching_is_undone_exactly() -> None:
         cls.pre_patch()
     patch = torch_ref.patch
     assert modeling_qwen3_moe.Qwen3MoeAttention.forward is patch.Qwen3Attention_fast_forward
-    assert modeling_qwen3_moe.Qwen3MoeSparseMoeBlock.forward is patch.Qwen3MoeSparseMoeBlock_fast_forward
+    assert modeling_qwen3_moe.Qwen3MoeSparseMoeBlock.forward is patch.moe_block_forward
+    assert modeling_qwen3_moe.Qwen3MoeExperts.forward is patch.Qwen3MoeExperts_fast_forward
+    assert modeling_qwen3_moe.Qwen3MoeRMSNorm.forward is patch.rms_norm
     assert modeling_qwen3_moe.Qwen3MoeMLP.forward is patch.fast_swiglu_inference
-    assert modeling_qwen3_moe.Qwen3MoeDecoderLayer.forward is patch.Qwen3MoeDecoderLayer_fast_forward
+    assert modeling_qwen3_moe.Qwen3MoeDecoderLayer.forward is patch.decoder_layer_forward
     assert modeling_qwen3_moe.Qwen3MoeModel.forward is patch.LlamaModel_fast_forward
     assert modeling_qwen3_moe.Qwen3MoeForCausalLM.forward is patch.CausalLM_fast_forward
     assert modeling_qwen3_moe.Qwen3MoeRotaryEmbedding is patch.LlamaRotaryEmbedding

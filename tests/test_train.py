@@ -152,12 +152,14 @@ def crashed(whole: Any, base: pathlib.Path, tmp_path_factory: pytest.TempPathFac
     return output
 
 
-def check_resume(whole: Any, crashed: pathlib.Path, base: pathlib.Path, output: pathlib.Path) -> None:
+def check_resume(
+    whole: Any, crashed: pathlib.Path, base: pathlib.Path, output: pathlib.Path, steps: int = STEPS
+) -> None:
     """A resumed run writes the same output as one that never stopped."""
     setup, expected = whole
     shutil.copytree(crashed, output)
     summary = train(setup(base, output, resume=True))
-    assert summary["steps"] == STEPS
+    assert summary["steps"] == steps
     assert metrics(output) == metrics(expected)
     assert weights(output) == weights(expected)
 
@@ -206,6 +208,34 @@ def test_resume_that_forgets_is_noticed(
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         check_resume(whole, crashed, base, tmp_path / "out")
+
+
+def test_modules_to_save_and_dropout(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """They are trained, resumed bit for bit, exported, and read again by a run that keeps both."""
+    setup = functools.partial(
+        options,
+        lora_targets=("attention",),
+        modules_to_save=("lm_head", "embed_tokens"),
+        lora_dropout=0.1,
+        accumulation=1,
+        max_steps=4,
+        merge=False,
+    )
+    train(setup(base, tmp_path / "whole"))
+    with pytest.raises(Crash):
+        train(setup(base, tmp_path / "crashed", save_every=2), crash_at(3))
+    with pytest.raises(UserError, match=r"^lora: to resume .*'dropout': 0\.1.*'dropout': 0\.2"):
+        train(setup(base, tmp_path / "crashed", resume=True, lora_dropout=0.2))
+    check_resume((setup, tmp_path / "whole"), tmp_path / "crashed", base, tmp_path / "out", steps=4)
+
+    last = metrics(tmp_path / "whole")[-1]["eval_loss"]
+    kept = {"modules_to_save": (), "lora_dropout": None, "adapter": tmp_path / "whole"}
+    again = setup(base, tmp_path / "again", **NO_LORA, **kept)
+    with pytest.raises(Crash):
+        train(again, crash_at(1))
+    assert abs(metrics(again.output)[0]["eval_loss"] - last) <= bound("reloaded_loss") * last
+    lora = json.loads((again.output / "train_config.json").read_text())["identity"]["lora"]
+    assert (lora["dropout"], lora["modules_to_save"]) == (0.1, ["embed_tokens", "lm_head"])
 
 
 @pytest.mark.parametrize("whole", [scratch], indirect=True, ids=["from scratch"])
@@ -664,6 +694,11 @@ BAD_FLAGS = {
     "two models": ("--from-scratch {tmp}/config.json", "model and from_scratch: expected one of them, found both"),
     "stray tokenizer": ("--tokenizer {tmp}", "tokenizer: only valid with from_scratch, which needs it; found it alone"),
     "full and merge": ("--full --merge", "adapter and merge: only valid with LoRA training"),
+    "dropout": ("--lora-dropout 1", "lora_dropout: expected a number from 0 to below 1, found 1.0"),
+    "dropout on experts": ("--lora-dropout 0.1 --lora-targets attention,experts", "lora_dropout: expected 0 .*experts"),
+    "full and dropout": ("--full --lora-dropout 0.1", "lora_dropout: only valid with LoRA training"),
+    "full and modules": ("--full --modules-to-save lm_head", "modules_to_save: expected none, since all parameters"),
+    "another module": ("--modules-to-save norm", "modules_to_save: expected some of embed_tokens, lm_head .*'norm'"),
     "full and rank": ("--full --lora-r 3", "lora_r: expected none, since all parameters are trained"),
     "full and unrolled": ("--full --unroll-layers", "unroll_layers: only valid with LoRA training"),
     "unrolled and offload": ("--unroll-layers --remat offload", "unroll_layers: only valid .* not with remat offload"),

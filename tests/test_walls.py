@@ -45,18 +45,22 @@ MODULES: dict[str, set[str]] = {
     "recode": _under("jaxmoe.nf4", "recode"),
     "convert": _under(
         "convert",
-        ". __main__ adapters hf2jax hub jax2hf names nf4 peft_experts peft_served peft_settings report safetensors_io",
+        ". __main__ adapters hf2jax hub jax2hf names nf4 peft_experts peft_served peft_settings report safetensors_io"
+        " saved_modules",
     ),
     "captures": _under("captures", ". format"),
     "ops": _under(
         "jaxmoe.ops",
-        ". attention attention_chunked attention_cudnn attention_masked contraction experts frozen grouped_matmul"
-        " implementations kept linear low_rank norm norm_rotary projections rotary router schedule swiglu"
-        " kernels kernels.norm_rotary kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
+        ". attention attention_chunked attention_cudnn attention_masked contraction embedding experts frozen"
+        " grouped_matmul implementations kept linear low_rank norm norm_rotary projections rotary router schedule"
+        " swiglu kernels kernels.norm_rotary kernels.swiglu_gradient kernels.grouped_matmul"
+        " kernels.grouped_matmul.hopper"
         " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer kernels.grouped_matmul.hopper_ring"
         " kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",
     ),
-    "model": _under("jaxmoe.model", ". cache causal_lm decoder init interface layer layer_loop opening selection"),
+    "model": _under(
+        "jaxmoe.model", ". adapted cache causal_lm decoder init interface layer layer_loop opening selection"
+    ),
     "data": _under("jaxmoe.data", ". chat forms packing records"),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "train": _under("jaxmoe.train", ". export identity loop loss metrics prepare settings speed step"),
@@ -66,8 +70,8 @@ MODULES: dict[str, set[str]] = {
     "commands": _under("jaxmoe", "cli.commands doctor.__main__ generate.__main__ routing.__main__ train.__main__"),
     "torch_ref": _under(
         "torch_ref",
-        ". adapters capture checkpoint experts export kernels lora loss low_rank model patch quantize rotary"
-        " triton_programs",
+        ". adapters capture checkpoint derivatives experts export kernels lora loss low_rank model patch quantize"
+        " rotary triton_programs",
     ),
     "peers": _under("peers", ". configs make_checkpoint reference"),
 }
@@ -111,6 +115,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("jaxmoe.train.export", "convert.hf2jax"): "writes what a run trained as an HF folder: reads the base model",
     ("jaxmoe.train.export", "convert.jax2hf"): "the same: writes the folder",
     ("jaxmoe.train.export", "convert.adapters"): "the same: merges the adapter, or writes it in PEFT's form",
+    ("jaxmoe.train.export", "convert.saved_modules"): "the same: what the merged folder looks like",
     ("captures.format", "jaxmoe.store.files"): "a folder appears whole or not at all, and no link leads out of it",
 }
 

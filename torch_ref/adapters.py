@@ -3,27 +3,48 @@
 PEFT casts activations to the adapter's float32, and adds an expert's delta to a copy of the whole stack. Here
 x A^T B^T is computed in the activations' dtype, with A and B split into high and low parts, and added to the product.
 The float32 weights and the files remain PEFT's.
+
+This holds for plain LoRA only: PEFT's own classes, on which nobody has put a hook or another forward. Everything else
+(DoRA, X-LoRA, AdaLoRA, batches with `adapter_names`, offloaded weights, ...) is called as a module.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from peft.tuners import lora as peft_lora
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook as _any_global_hook
 
 from torch_ref.experts import ExpertAdapter
 from torch_ref.low_rank import fold, split_high_low, unfold
 
 
-def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, with LoRA computed in x's dtype: W x + b + scale B A dropout(x).
+def called_alone(module: Any) -> bool:
+    """Whether a call of `module` runs its class's forward and nothing else: no hook, no forward of its own."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+        or _any_global_hook()
+    )
 
-    PEFT's own forward runs wherever this is not plain LoRA on a linear map: DoRA, a trained bias, a merged or disabled
-    adapter.
-    """
-    if not isinstance(module, LoraLayer) or not _factored(module):
+
+# PEFT's LoRA on a linear map, and on one of bitsandbytes in 4 bit
+_LINEAR: tuple[type, ...] = (peft_lora.Linear,)
+if hasattr(peft_lora, "Linear4bit"):  # PEFT defines it if bitsandbytes is installed
+    _LINEAR += (peft_lora.Linear4bit,)
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`; LoRA that `is_plain` is computed in x's dtype: W x + b + scale B A dropout(x)."""
+    if not isinstance(module, LoraLayer) or not _is_plain_linear(module):
         return module(x)
     y = module.base_layer(x)
     for name in module.active_adapters:
@@ -40,9 +61,23 @@ def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.t(), alpha=scale).view(y.shape)
 
 
-def _factored(module: LoraLayer) -> bool:
-    special = any(module.use_dora.values()) or any(module.lora_bias.values()) or module.lora_variant
-    return isinstance(module.base_layer, nn.Linear) and not (module.disable_adapters or module.merged or special)
+def _is_plain_linear(module: Any) -> bool:
+    """Whether `module` is plain LoRA on a linear map, or on the weight of one."""
+    if isinstance(module, ParamWrapper):
+        known = module.parameter_name == "weight"
+    else:
+        known = type(module) in _LINEAR and not module.fan_in_fan_out
+    return known and isinstance(module.base_layer, nn.Linear) and is_plain(module)
+
+
+def is_plain(module: Any) -> bool:
+    """Whether `module`, one of PEFT's own classes, would compute W x + scale B A dropout(x) and nothing else."""
+    if type(module) not in (*_LINEAR, ParamWrapper) or module.disable_adapters or module.merged:
+        return False
+    if any(module.use_dora.values()) or any(module.lora_bias.values()) or module.lora_variant:
+        return False
+    halves = (half[name] for half in (module.lora_A, module.lora_B) for name in module.active_adapters if name in half)
+    return called_alone(module) and all(type(half) is nn.Linear and called_alone(half) for half in halves)
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -59,15 +94,29 @@ def split_experts(module: nn.Module) -> tuple[nn.Module, dict[str, list[ExpertAd
     """
     adapters: dict[str, list[ExpertAdapter]] = {}
     while isinstance(module, ParamWrapper | ModulesToSaveWrapper):
-        if isinstance(module, ModulesToSaveWrapper):
-            copied = not module.disable_adapters and bool(module.active_adapters)
-            module = module.modules_to_save[module.active_adapters[0]] if copied else module.original_module
-            continue
-        if not (module.disable_adapters or module.merged):
+        if isinstance(module, ParamWrapper) and not (module.disable_adapters or module.merged):
             found = [_expert_adapter(module, name) for name in module.active_adapters if name in module.lora_A]
             adapters[module.parameter_name] = found
-        module = module.base_layer
+        module = _inner(module)
     return module, adapters
+
+
+def wrapped_plainly(module: nn.Module) -> bool:
+    """Whether expert stacks lie under PEFT's wrappers, and `split_experts` says all that a call would compute."""
+    if not isinstance(module, ParamWrapper | ModulesToSaveWrapper):
+        return False
+    while isinstance(module, ParamWrapper | ModulesToSaveWrapper):
+        if not (is_plain(module) if isinstance(module, ParamWrapper) else called_alone(module)):
+            return False
+        module = _inner(module)
+    return called_alone(module)
+
+
+def _inner(module: ParamWrapper | ModulesToSaveWrapper) -> nn.Module:
+    if isinstance(module, ParamWrapper):
+        return module.base_layer
+    copied = not module.disable_adapters and bool(module.active_adapters)
+    return module.modules_to_save[module.active_adapters[0]] if copied else module.original_module
 
 
 def _expert_adapter(module: ParamWrapper, name: str) -> ExpertAdapter:

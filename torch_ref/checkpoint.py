@@ -253,7 +253,8 @@ def _experts(
             setattr(module, stack, _parameter(whole, True))
     if not stacks:
         return module
-    return Experts4bit(stacks["gate_up_proj"], stacks["down_proj"], module.act_fn, dtype)
+    config = getattr(module, "config", None)
+    return Experts4bit(stacks["gate_up_proj"], stacks["down_proj"], module.act_fn, dtype, config)
 
 
 def _stored_parts(

@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from torch_ref import kernels
+from torch_ref.derivatives import once_differentiable
 from torch_ref.low_rank import fold, split_high_low, unfold
 
 _ALIGNMENT = 16  # bytes: torch's grouped matmul needs the stride of every operand to be a multiple of it
@@ -149,7 +151,11 @@ def grouped_matmul(
     reason = unsupported(weights.shape[1:], rows.dtype)
     if reason is not None:
         raise ValueError(f"experts_implementation: 'grouped' {reason}; use 'loop'")
-    return F.grouped_mm(rows, weights.to(rows.dtype), offs=ends)
+    weights = weights.to(rows.dtype)
+    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
+        # the compiler has torch's function in bfloat16 only; transformers registers the same product as an operator
+        return torch.ops.transformers.grouped_mm_fallback(rows, weights, ends)
+    return F.grouped_mm(rows, weights, offs=ends)
 
 
 class _Gather(torch.autograd.Function):
@@ -162,6 +168,7 @@ class _Gather(torch.autograd.Function):
         return x.index_select(0, order // k)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         return _combine(grads[0], inverse, ctx.k), None, None, None
@@ -176,6 +183,7 @@ class _Combine(torch.autograd.Function):
         return _combine(rows, inverse, weights.shape[1], weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, weights, order, inverse = ctx.saved_tensors
         (d_out,) = grads
@@ -215,6 +223,7 @@ class _FrozenExperts(torch.autograd.Function):
         return _combine(rows, inverse, weights.shape[1], weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         product, weights, order, inverse, ends, experts = ctx.saved_tensors
         gate_up, down = ctx.stacks
@@ -278,6 +287,7 @@ def loop_experts(
 
     `temp_up`, [M * k, 2F], receives x W_gate_up^T of the rows, ordered by expert, then by token.
     """
+    _refuse_to_compile()
     experts = gate_up.stack.shape[0]
     out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     with torch.no_grad():
@@ -294,6 +304,18 @@ def loop_experts(
         rows = down.linear(activation(gate) * up, expert)
         out.index_add_(0, token, rows.to(out.dtype) * weights[token, slot, None].to(out.dtype))
     return out.to(x.dtype)
+
+
+def _refuse_to_compile() -> None:
+    """Says that `loop` cannot be traced: its shapes depend on the experts that the tokens chose.
+
+    Compilation of parts of a graph continues after the loop; of a full graph, and an export, it stops here.
+    """
+    reason = "experts_implementation: 'loop' cannot be compiled as part of a full graph, nor exported; use 'grouped'"
+    if torch.compiler.is_exporting():
+        raise ValueError(reason)
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(reason)
 
 
 def grouped_experts(
@@ -315,7 +337,9 @@ def grouped_experts(
     experts = flat[order]
 
     frozen = gate_up.stack.frozen and down.stack.frozen and not (gate_up.adapters or down.adapters)
-    if frozen and temp_up is None and not torch.is_autocast_enabled(x.device.type):
+    # the compiler cannot trace its backward pass, and decides by itself what to save
+    traced = torch.compiler.is_compiling()
+    if frozen and temp_up is None and not traced and not torch.is_autocast_enabled(x.device.type):
         stacks = gate_up.stack, down.stack
         return _FrozenExperts.apply(x, weights.to(x.dtype), order, inverse, ends, experts, *stacks, activation)
 
@@ -332,15 +356,64 @@ def grouped_experts(
 IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}
 
 
-def implementation(name: str | None, x: Tensor, gate_up: Projection) -> Callable[..., Tensor]:
-    """The implementation `name`; None picks `grouped` on CUDA where it is supported, otherwise `loop`.
+def mixture(
+    experts: Any,
+    x: Float[Tensor, "M D"],
+    selected: Int[Tensor, "M k"],
+    weights: Float[Tensor, "M k"],
+    adapters: Mapping[str, Sequence[ExpertAdapter]] | None = None,
+    temp_up: Float[Tensor, "R F2"] | None = None,
+) -> Float[Tensor, "M D"]:
+    """The output of an expert module for routed tokens, with `adapters` of its gate_up_proj and down_proj added.
 
     Raises:
-        ValueError: another name.
+        ValueError: an implementation that cannot multiply these sizes.
     """
-    if name is None:
-        _, two_f, inner = gate_up.stack.shape
-        name = "grouped" if x.is_cuda and unsupported((two_f // 2, inner), x.dtype) is None else "loop"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"experts_implementation: expected one of {', '.join(IMPLEMENTATIONS)}, found {name!r}")
-    return IMPLEMENTATIONS[name]
+    gate_up, down = (
+        Projection(stack_of(experts, name), (adapters or {}).get(name, ())) for name in ("gate_up_proj", "down_proj")
+    )
+    run = implementation(experts, x, gate_up)
+    return run(x, selected, weights, gate_up, down, experts.act_fn, temp_up)
+
+
+def stack_of(experts: nn.Module, name: str) -> Stack:
+    """The weights `name` (gate_up_proj or down_proj) of an expert module, in 16 or 4 bit."""
+    stack = getattr(experts, "stack", None)
+    return DenseStack(getattr(experts, name)) if stack is None else stack(name)
+
+
+def transformers_implementation(experts: Any) -> str | None:
+    """The implementation of transformers that must run, because the model asks for it and it is not one of ours.
+
+    Ours stand for transformers' `eager` and `grouped_mm`.
+    """
+    if getattr(experts, "torch_ref_implementation", None) is not None:
+        return None
+    if getattr(experts, "_is_expert_parallel", False):
+        return "expert parallelism"
+    name = _configured(experts)
+    if name == "grouped_mm":
+        replaced = ALL_EXPERTS_FUNCTIONS.get(name) is not grouped_mm_experts_forward  # somebody registered another
+        return name if replaced else None
+    return None if name in (None, "eager") else name
+
+
+def implementation(experts: Any, x: Tensor, gate_up: Projection) -> Callable[..., Tensor]:
+    """What runs `experts`: the choice of `torch_ref.model.set_experts_implementation`, or of transformers' own.
+
+    By default (and with transformers' grouped_mm) that is `grouped` where it is supported, otherwise `loop`.
+    A model that torch_ref loaded takes `grouped` on CUDA and in compiled code only.
+    """
+    chosen = getattr(experts, "torch_ref_implementation", "model")
+    if chosen in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[chosen]
+    if _configured(experts) == "eager":
+        return IMPLEMENTATIONS["loop"]
+    _, two_f, inner = gate_up.stack.shape
+    wanted = chosen == "model" or x.is_cuda or torch.compiler.is_compiling()
+    grouped = wanted and unsupported((two_f // 2, inner), x.dtype) is None
+    return IMPLEMENTATIONS["grouped" if grouped else "loop"]
+
+
+def _configured(experts: Any) -> str | None:
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)

@@ -16,6 +16,8 @@ from peft import get_peft_model as make_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from torch_ref.loss import CHUNKED
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _DENSE = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
@@ -50,7 +52,7 @@ def get_peft_model(
     modules_to_save: Sequence[str] | None = None,
     **options: Any,
 ) -> PeftModel:
-    """Freezes `model` and adds LoRA adapters of rank `r` to `target_modules`, ready to train.
+    """Freezes `model` and adds LoRA adapters of rank `r` to `target_modules`, ready to train with the chunked loss.
 
     Args:
         model: what `from_pretrained` returned.
@@ -110,11 +112,25 @@ def get_peft_model(
     return for_training(adapted, use_gradient_checkpointing)
 
 
-def for_training(model: Any, use_gradient_checkpointing: bool | str) -> Any:
-    """Puts `model` in training mode, without the cache, and returns it."""
+def for_training(model: Any, use_gradient_checkpointing: bool | str, chunked_loss: bool = True) -> Any:
+    """Puts `model` in training mode, without the cache, and returns it.
+
+    With `chunked_loss` a step with labels never holds the logits of all tokens, and returns none.
+    """
     set_gradient_checkpointing(model, use_gradient_checkpointing)
+    choose_chunked_loss(model, chunked_loss)
     model.config.use_cache = False
     return model.train()
+
+
+def choose_chunked_loss(model: Any, chosen: bool) -> None:
+    """Decides whether training computes the loss from chunks of logits; `CausalLM_fast_forward` reads it."""
+    setattr(base_of(model), CHUNKED, chosen)
+
+
+def base_of(model: Any) -> Any:
+    """The model of transformers, without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
@@ -125,7 +141,7 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
     """
     if mode not in (True, False, "unsloth"):
         raise ValueError(f"use_gradient_checkpointing: expected True, False or 'unsloth', found {mode!r}")
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     if not mode:
         for module in base.modules():
             if hasattr(module, "gradient_checkpointing"):

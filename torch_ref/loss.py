@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from torch_ref.derivatives import once_differentiable
+
 CHUNK = 1024
+CHUNKED = "torch_ref_chunked_loss"  # the attribute of a model that chooses this loss for training
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -34,9 +37,50 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grads[0]).to(gradient.dtype), None, None
+
+
+class LogitsNotComputed(AttributeError, ValueError):
+    """The logits of a step with the chunked loss were read.
+
+    Also an AttributeError, so that `hasattr` on the placeholder is false.
+    """
+
+
+class NoLogits:
+    """Stands where logits would be after the chunked loss; every use of it says why there are none."""
+
+    _REASON = (
+        "logits: not computed, because get_peft_model, for_training or return_logits=False chose the chunked loss; "
+        "pass return_logits=True, or call for_training(model, chunked_loss=False)"
+    )
+
+    def __repr__(self) -> str:
+        """What the placeholder stands for."""
+        return f"<{self._REASON}>"
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises `LogitsNotComputed`."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise LogitsNotComputed(self._REASON)
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise LogitsNotComputed(self._REASON)
+
+    __getitem__ = __len__ = __iter__ = __array__ = __float__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __matmul__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        """Raises `LogitsNotComputed`: a function of torch got the placeholder."""
+        raise LogitsNotComputed(cls._REASON)
+
+
+NO_LOGITS: Any = NoLogits()
 
 
 def cross_entropy(

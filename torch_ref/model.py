@@ -141,13 +141,17 @@ class FastQwen3Model:
     def for_inference(model: Any) -> Any:
         """Puts `model` in evaluation mode, with the cache and without recomputation, and returns it."""
         lora.set_gradient_checkpointing(model, False)
+        lora.choose_chunked_loss(model, False)
         model.config.use_cache = True
         return model.eval()
 
     @staticmethod
-    def for_training(model: Any, use_gradient_checkpointing: bool | str = True) -> Any:
-        """Puts `model` in training mode, without the cache, and returns it."""
-        return lora.for_training(model, use_gradient_checkpointing)
+    def for_training(model: Any, use_gradient_checkpointing: bool | str = True, chunked_loss: bool = True) -> Any:
+        """Puts `model` in training mode, without the cache, and returns it.
+
+        With `chunked_loss` a step with labels never holds the logits of all tokens, and returns none.
+        """
+        return lora.for_training(model, use_gradient_checkpointing, chunked_loss)
 
 
 class FastQwen3MoeModel(FastQwen3Model):

@@ -3,19 +3,23 @@
 Names and signatures are those of Unsloth's `qwen3_moe.py`. Results are those of transformers' `modeling_qwen3_moe.py`:
 the configuration decides whether routing weights are renormalised, layers may be dense, decoding applies q/k norm,
 documents packed into one sequence do not attend to each other, and an output has the dtype of its input.
+
+Submodules are called as modules, so that hooks, forwards of their own and offloaded weights have their effect. Only
+the norm of queries and keys and plain LoRA are computed without a call, and only if it would do nothing more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -23,15 +27,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
-from torch_ref.adapters import linear, split_experts
-from torch_ref.experts import DenseStack, Projection, Stack, implementation
-from torch_ref.loss import cross_entropy, shifted_labels
+from torch_ref.adapters import called_alone, linear, split_experts, wrapped_plainly
+from torch_ref.experts import mixture, stack_of, transformers_implementation
+from torch_ref.loss import CHUNKED, NO_LOGITS, cross_entropy, shifted_labels
 from torch_ref.rotary import norm_and_rotate, unsupported
 
-# In earlier versions of transformers a layer's __call__ checkpoints it; in later ones a wrapper around the class's own
-# forward does, and the patch replaces that forward.
-_CALL_CHECKPOINTS = "__call__" in vars(GradientCheckpointingLayer)
+# transformers' own: it dispatches to the implementation that the configuration names
+_TRANSFORMERS_EXPERTS = modeling_qwen3_moe.Qwen3MoeExperts.forward
+_NORMS = (modeling_qwen3_moe.Qwen3MoeRMSNorm, modeling_qwen3.Qwen3RMSNorm)
 
 
 def Qwen3Attention_fast_forward(
@@ -76,29 +81,31 @@ def normed_rotary(
 ) -> tuple[Float[Tensor, "B N T H"], Float[Tensor, "B K T H"]]:
     """The rotary embedding of the normed heads; one kernel computes both where it is supported."""
     pairs = (attention.q_norm, query), (attention.k_norm, key)
-    if all(_is_plain(norm, x) and unsupported(x, norm.weight, cos) is None for norm, x in pairs):
+    if all(unsupported(x, norm.weight, cos) is None and _can_be_fused(norm, x) for norm, x in pairs):
         fused = (norm_and_rotate(x, norm.weight, cos, sin, norm.variance_epsilon) for norm, x in pairs)
         query, key = (x.transpose(1, 2) for x in fused)
         return query, key
-    query, key = (rms_norm(norm, x).transpose(1, 2) for norm, x in pairs)
+    query, key = (norm(x).transpose(1, 2) for norm, x in pairs)
     return modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
 
 
-def _is_plain(module: Any, x: Tensor) -> bool:
-    """Whether `module` is transformers' own RMSNorm, in x's dtype."""
-    known = modeling_qwen3_moe.Qwen3MoeRMSNorm | modeling_qwen3.Qwen3RMSNorm
-    return isinstance(module, known) and module.weight.dtype == x.dtype
+def _can_be_fused(norm: Any, x: Tensor) -> bool:
+    """Whether `norm` is transformers' own RMSNorm, in x's dtype, and a call of it would do nothing more."""
+    return (
+        type(norm) in _NORMS and type(norm).forward is rms_norm and called_alone(norm) and norm.weight.dtype == x.dtype
+    )
 
 
-def rms_norm(module: Any, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-    """`module(x)`, in one kernel if `module` is transformers' own RMSNorm in x's dtype: float32 inside, rounded once.
+def rms_norm(self: Any, hidden_states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    """Computes x / rms(x) * weight, in one kernel if the weight has x's dtype: float32 inside, rounded once.
 
     transformers also rounds before it multiplies by the weight; in float32 both give the same.
     """
-    if not _is_plain(module, x):
-        return module(x)
+    shape, dtype = self.weight.shape, hidden_states.dtype
+    if self.weight.dtype != dtype:
+        return self.weight * F.rms_norm(hidden_states.float(), shape, None, self.variance_epsilon).to(dtype)
     # autocast makes the result float32
-    return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon).to(x.dtype)
+    return F.rms_norm(hidden_states, shape, self.weight, self.variance_epsilon).to(dtype)
 
 
 def fast_swiglu_inference(
@@ -151,20 +158,37 @@ def Qwen3MoeSparseMoeBlock_fast_forward(
     # Called as a module, because adapters and transformers' recorder of router logits hook that call.
     router_logits, weights, selected = self.gate(x)
     router_logits = _into(temp_gate, "temp_gate", router_logits)
-    experts, adapters = split_experts(self.experts)
-    gate_up, down = (
-        Projection(stack_of(experts, name), adapters.get(name, ())) for name in ("gate_up_proj", "down_proj")
-    )
-    _check_buffer(temp_up, "temp_up", (selected.numel(), gate_up.stack.shape[1]), X.dtype)
-    run = implementation(getattr(experts, "torch_ref_implementation", None), x, gate_up)
-    out = run(x, selected, weights, gate_up, down, experts.act_fn, temp_up)
+    if temp_up is not None:
+        width = stack_of(split_experts(self.experts)[0], "gate_up_proj").shape[1]
+        _check_buffer(temp_up, "temp_up", (selected.numel(), width), X.dtype)
+    if wrapped_plainly(self.experts):
+        experts, adapters = split_experts(self.experts)
+        out = mixture(experts, x, selected, weights, adapters, temp_up)
+    else:
+        out = self.experts(x, selected, weights, **({} if temp_up is None else {"temp_up": temp_up}))
     return out.view(B, T, D), router_logits
 
 
-def stack_of(experts: nn.Module, name: str) -> Stack:
-    """The weights `name` (gate_up_proj or down_proj) of an expert module, in 16 or 4 bit."""
-    stack = getattr(experts, "stack", None)
-    return DenseStack(getattr(experts, name)) if stack is None else stack(name)
+def Qwen3MoeExperts_fast_forward(
+    self: Any,
+    hidden_states: Float[Tensor, "M D"],
+    top_k_index: Int[Tensor, "M k"],
+    top_k_weights: Float[Tensor, "M k"],
+    temp_up: Float[Tensor, "R F2"] | None = None,
+) -> Float[Tensor, "M D"]:
+    """The experts' outputs, weighted and summed; `temp_up` as in the block.
+
+    An implementation of transformers that is not one of ours (batched_mm, sonicmoe, ...) runs if the model asks for it.
+
+    Raises:
+        ValueError: `temp_up` with such an implementation.
+    """
+    theirs = transformers_implementation(self)
+    if theirs is None:
+        return mixture(self, hidden_states, top_k_index, top_k_weights, temp_up=temp_up)
+    if temp_up is not None:
+        raise ValueError(f"temp_up: expected the implementation loop or grouped, found {theirs}")
+    return _TRANSFORMERS_EXPERTS(self, hidden_states, top_k_index, top_k_weights)
 
 
 def Qwen3MoeDecoderLayer_fast_forward(
@@ -175,8 +199,8 @@ def Qwen3MoeDecoderLayer_fast_forward(
     output_router_logits: bool = False,
     past_key_value: Cache | None = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
-    output_attentions: bool = False,
-    use_cache: bool = False,
+    output_attentions: bool | None = False,
+    use_cache: bool | None = False,
     **kwargs: Any,
 ) -> tuple[Any, ...]:
     """One layer: attention, then the sparse block or, in a dense layer, the MLP.
@@ -186,29 +210,45 @@ def Qwen3MoeDecoderLayer_fast_forward(
     """
     residual = hidden_states
     hidden_states, attention_weights = self.self_attn(
-        hidden_states=rms_norm(self.input_layernorm, hidden_states),
+        hidden_states=self.input_layernorm(hidden_states),
         attention_mask=attention_mask,
         position_ids=position_ids,
         past_key_values=past_key_value,
         use_cache=use_cache,
         position_embeddings=position_embeddings,
+        **({"output_attentions": True} if output_attentions else {}),
         **kwargs,
     )
     hidden_states = residual + hidden_states
-    mlp = self.mlp(rms_norm(self.post_attention_layernorm, hidden_states))
-    out, router_logits = mlp if isinstance(mlp, tuple) else (mlp, None)
-    outputs: tuple[Any, ...] = (hidden_states + out,)
+    residual, hidden_states = hidden_states, self.post_attention_layernorm(hidden_states)
+    with _router_logits(self.mlp if output_router_logits else None) as router_logits:
+        hidden_states = residual + self.mlp(hidden_states)
+    outputs: tuple[Any, ...] = (hidden_states,)
     if output_attentions:
         outputs += (attention_weights,)
     if output_router_logits:
-        outputs += (router_logits,)
+        outputs += (router_logits[0] if router_logits else None,)
     if use_cache:
         outputs += (past_key_value,)
     return outputs
 
 
-@can_return_tuple
+@contextlib.contextmanager
+def _router_logits(mlp: Any) -> Iterator[list[Tensor]]:
+    """The router's logits of a call of `mlp`; a list that stays empty for a dense MLP, and for None."""
+    found: list[Tensor] = []
+    if mlp is None or not hasattr(mlp, "gate"):
+        yield found
+        return
+    handle = mlp.gate.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 @merge_with_config_defaults
+@capture_outputs
 def LlamaModel_fast_forward(
     self: Any,
     input_ids: Tensor | None = None,
@@ -217,12 +257,11 @@ def LlamaModel_fast_forward(
     past_key_values: Cache | None = None,
     inputs_embeds: Tensor | None = None,
     use_cache: bool | None = None,
-    output_attentions: bool | None = None,
-    output_hidden_states: bool | None = None,
-    output_router_logits: bool | None = None,
     **kwargs: Any,
 ) -> MoeModelOutputWithPast:
     """The decoder: embeddings, layers, final norm. `router_logits` has one [B*T, E] per sparse layer, in layer order.
+
+    transformers records what output_hidden_states, output_attentions and output_router_logits ask for.
 
     Raises:
         ValueError: neither or both of `input_ids` and `inputs_embeds`.
@@ -230,12 +269,6 @@ def LlamaModel_fast_forward(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("expected exactly one of input_ids and inputs_embeds")
     config = self.config
-    if output_attentions is None:
-        output_attentions = bool(config.output_attentions)
-    if output_hidden_states is None:
-        output_hidden_states = bool(config.output_hidden_states)
-    if output_router_logits is None:
-        output_router_logits = bool(getattr(config, "output_router_logits", False))
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=config)
     if inputs_embeds is None:
@@ -254,40 +287,17 @@ def LlamaModel_fast_forward(
     )
     hidden_states = inputs_embeds
     position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-
-    all_hidden, all_attentions, all_router_logits = [], [], []
     for layer in self.layers[: config.num_hidden_layers]:
-        if output_hidden_states:
-            all_hidden.append(hidden_states)
-        checkpointed = layer.gradient_checkpointing and self.training
-        call: Callable[..., tuple[Any, ...]] = partial(
-            layer,
+        hidden_states = layer(
+            hidden_states,
             attention_mask=mask,
             position_ids=position_ids,
-            output_router_logits=output_router_logits,
-            past_key_value=None if checkpointed else past_key_values,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
             position_embeddings=position_embeddings,
-            output_attentions=output_attentions,
             **kwargs,
         )
-        if checkpointed and not _CALL_CHECKPOINTS:
-            hidden_states, *extras = layer._gradient_checkpointing_func(call, hidden_states)
-        else:
-            hidden_states, *extras = call(hidden_states)
-        if output_attentions:
-            all_attentions.append(extras.pop(0))
-        if output_router_logits and extras[0] is not None:
-            all_router_logits.append(extras[0])
-    hidden_states = rms_norm(self.norm, hidden_states)
-    if output_hidden_states:
-        all_hidden.append(hidden_states)
-    return MoeModelOutputWithPast(
-        last_hidden_state=hidden_states,
-        past_key_values=past_key_values,
-        hidden_states=tuple(all_hidden) if output_hidden_states else None,
-        attentions=tuple(all_attentions) if output_attentions else None,
-        router_logits=tuple(all_router_logits) if output_router_logits and all_router_logits else None,
-    )
+    return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 @can_return_tuple
@@ -302,19 +312,22 @@ def CausalLM_fast_forward(
     use_cache: bool | None = None,
     output_router_logits: bool | None = None,
     logits_to_keep: int | Tensor = 0,
-    return_logits: bool | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
     **kwargs: Any,
 ) -> MoeCausalLMOutputWithPast:
     """Logits [B, T, V] and, with `labels`, transformers' loss: mean cross-entropy plus the weighted auxiliary loss.
 
-    In training with labels `logits` is None unless `return_logits` is true: the loss never holds the logits of all
-    tokens. `shift_labels` [B, T], labels that are already shifted, replace `labels`.
+    The signature is transformers', from which its Trainer reads which inputs are labels. More keywords:
+        return_logits: False takes the chunked loss, which never holds the logits of all tokens; `logits` then is a
+            placeholder that says so when it is read. By default, in training after `get_peft_model` or `for_training`.
+        shift_labels, num_items_in_batch, ignore_index: as in transformers' loss; `shift_labels` [B, T], labels that are
+            already shifted, replace `labels`.
+
+    The chunked loss is transformers' default loss. A model with another `loss_function` gives it all logits.
     """
     if output_router_logits is None:
         output_router_logits = bool(self.config.output_router_logits)
+    return_logits = kwargs.pop("return_logits", None)
+    of_loss = {name: kwargs.pop(name) for name in _LOSS_KEYWORDS if name in kwargs}
     outputs = self.model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -326,17 +339,16 @@ def CausalLM_fast_forward(
         **kwargs,
     )
     hidden_states = outputs.last_hidden_state
-    has_labels = labels is not None or shift_labels is not None
-    logits = loss = aux_loss = None
-    if has_labels:
-        if shift_labels is None:
-            assert labels is not None
-            shift_labels = shifted_labels(labels, ignore_index)
-        targets = shift_labels.flatten().to(hidden_states.device)
-        loss = cross_entropy(hidden_states.flatten(0, 1), self.lm_head, targets, num_items_in_batch, ignore_index)
-    if return_logits if return_logits is not None else not (self.training and has_labels):
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = self.lm_head(hidden_states[:, keep] if not isinstance(keep, int) else hidden_states)
+    loss = aux_loss = None
+    has_labels = labels is not None or of_loss.get("shift_labels") is not None
+    if return_logits is None:
+        return_logits = not (self.training and getattr(self, CHUNKED, False))
+    if has_labels and not return_logits and self.loss_function is ForCausalLMLoss:
+        logits, loss = NO_LOGITS, _chunked_loss(self.lm_head, hidden_states, labels, **of_loss)
+    else:
+        logits = self.lm_head(_positions_to_keep(hidden_states, logits_to_keep))
+        if has_labels:
+            loss = self.loss_function(logits, labels, self.vocab_size, **of_loss, **kwargs)
     if output_router_logits and outputs.router_logits:
         balance = modeling_qwen3_moe.load_balancing_loss_func
         aux_loss = balance(outputs.router_logits, self.num_experts, self.num_experts_per_tok, attention_mask)
@@ -354,6 +366,43 @@ def CausalLM_fast_forward(
     )
 
 
+# transformers reads the class, not its name, to find out which outputs there are
+CausalLM_fast_forward.__annotations__["return"] = MoeCausalLMOutputWithPast
+LlamaModel_fast_forward.__annotations__["return"] = MoeModelOutputWithPast
+
+_LOSS_KEYWORDS = ("shift_labels", "num_items_in_batch", "ignore_index")
+
+
+def _chunked_loss(
+    head: Any,
+    hidden_states: Float[Tensor, "B T D"],
+    labels: Tensor | None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> Float[Tensor, ""]:
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = shifted_labels(labels, ignore_index)
+    targets = shift_labels.flatten().to(hidden_states.device)
+    return cross_entropy(hidden_states.flatten(0, 1), head, targets, num_items_in_batch, ignore_index)
+
+
+def _positions_to_keep(hidden_states: Float[Tensor, "B T D"], logits_to_keep: int | Tensor) -> Float[Tensor, "*kept D"]:
+    """The positions whose logits are wanted, in each of transformers' forms.
+
+    An int: the last ones, 0 for all. A vector of positions: the same ones of every sequence. Positions [B, n]. A
+    boolean mask [B, T], whose result is flat, [n, D].
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if not isinstance(logits_to_keep, Tensor) or logits_to_keep.ndim < 2:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
 class LlamaRotaryEmbedding(modeling_qwen3_moe.Qwen3MoeRotaryEmbedding):
     """transformers' rotary embedding, which computes its tables in float32 under autocast too."""
 
@@ -363,17 +412,54 @@ class LlamaRotaryEmbedding(modeling_qwen3_moe.Qwen3MoeRotaryEmbedding):
             return super().forward(x, position_ids)
 
 
+def moe_block_forward(self: Any, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """The output of `Qwen3MoeSparseMoeBlock_fast_forward`, alone, as transformers' block returns it."""
+    return Qwen3MoeSparseMoeBlock_fast_forward(self, hidden_states)[0]
+
+
+class _Layer(GradientCheckpointingLayer):
+    """Not a layer: transformers wraps its forward in what recomputes a layer in the backward pass."""
+
+    def forward(
+        self: Any,
+        hidden_states: Float[Tensor, "B T D"],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Float[Tensor, "B T D"]:
+        """The hidden states of `Qwen3MoeDecoderLayer_fast_forward`, alone, as transformers' layer returns them."""
+        kwargs.pop("output_router_logits", None)  # transformers records them where the router is called
+        return Qwen3MoeDecoderLayer_fast_forward(
+            self,
+            hidden_states,
+            attention_mask,
+            position_ids,
+            past_key_value=past_key_values,
+            position_embeddings=position_embeddings,
+            use_cache=use_cache,
+            **kwargs,
+        )[0]
+
+
+decoder_layer_forward = vars(_Layer)["forward"]
+
 Patch = tuple[Any, str, Any]
 
 DENSE_PATCHES: tuple[Patch, ...] = (
     (modeling_qwen3.Qwen3Attention, "forward", Qwen3Attention_fast_forward),
     (modeling_qwen3.Qwen3MLP, "forward", fast_swiglu_inference),
+    (modeling_qwen3.Qwen3RMSNorm, "forward", rms_norm),
 )
 MOE_PATCHES: tuple[Patch, ...] = (
     (modeling_qwen3_moe.Qwen3MoeAttention, "forward", Qwen3Attention_fast_forward),
-    (modeling_qwen3_moe.Qwen3MoeSparseMoeBlock, "forward", Qwen3MoeSparseMoeBlock_fast_forward),
+    (modeling_qwen3_moe.Qwen3MoeSparseMoeBlock, "forward", moe_block_forward),
+    (modeling_qwen3_moe.Qwen3MoeExperts, "forward", Qwen3MoeExperts_fast_forward),
+    (modeling_qwen3_moe.Qwen3MoeRMSNorm, "forward", rms_norm),
     (modeling_qwen3_moe.Qwen3MoeMLP, "forward", fast_swiglu_inference),
-    (modeling_qwen3_moe.Qwen3MoeDecoderLayer, "forward", Qwen3MoeDecoderLayer_fast_forward),
+    (modeling_qwen3_moe.Qwen3MoeDecoderLayer, "forward", decoder_layer_forward),
     (modeling_qwen3_moe.Qwen3MoeModel, "forward", LlamaModel_fast_forward),
     (modeling_qwen3_moe.Qwen3MoeForCausalLM, "forward", CausalLM_fast_forward),
     (modeling_qwen3_moe, "Qwen3MoeRotaryEmbedding", LlamaRotaryEmbedding),

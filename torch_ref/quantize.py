@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_ref import kernels
-from torch_ref.experts import Projection, grouped_matmul, implementation
+from torch_ref.experts import grouped_matmul, mixture, transformers_implementation
 
 # bitsandbytes annotates nearly every field of its classes as None
 State = Any
@@ -351,9 +351,15 @@ class Experts4bit(nn.Module):
     """
 
     def __init__(
-        self, gate_up_proj: PackedStack, down_proj: PackedStack, act_fn: Callable[[Tensor], Tensor], dtype: torch.dtype
+        self,
+        gate_up_proj: PackedStack,
+        down_proj: PackedStack,
+        act_fn: Callable[[Tensor], Tensor],
+        dtype: torch.dtype,
+        config: Any = None,
     ) -> None:
         super().__init__()
+        self.config = config  # its experts_implementation is honoured
         self._stacks = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
         self.gate_up_proj = nn.Parameter(gate_up_proj.codes, requires_grad=False)
         self.down_proj = nn.Parameter(down_proj.codes, requires_grad=False)
@@ -371,11 +377,18 @@ class Experts4bit(nn.Module):
         """The packed stack `name`, gate_up_proj or down_proj."""
         return self._stacks[name]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As `Qwen3MoeExperts.forward`: [M, D], [M, k], [M, k] -> [M, D]; called by transformers' own block."""
-        gate_up, down = (Projection(self.stack(name)) for name in ("gate_up_proj", "down_proj"))
-        run = implementation(getattr(self, "torch_ref_implementation", None), hidden_states, gate_up)
-        return run(hidden_states, top_k_index, top_k_weights, gate_up, down, self.act_fn)
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, temp_up: Tensor | None = None
+    ) -> Tensor:
+        """As `Qwen3MoeExperts.forward`: [M, D], [M, k], [M, k] -> [M, D]; called by transformers' own block too.
+
+        Raises:
+            ValueError: an implementation that cannot read 4-bit weights.
+        """
+        refused = transformers_implementation(self)
+        if refused is not None:
+            raise ValueError(f"experts_implementation: expected eager or grouped_mm for 4-bit experts, found {refused}")
+        return mixture(self, hidden_states, top_k_index, top_k_weights, temp_up=temp_up)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Experts4bit:
         super()._apply(fn, recurse)

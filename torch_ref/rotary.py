@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from torch_ref import kernels
+from torch_ref.derivatives import once_differentiable
 
 
 class _NormRotate(torch.autograd.Function):
@@ -21,6 +22,7 @@ class _NormRotate(torch.autograd.Function):
         return kernels.norm_rotary(x, weight, cos, sin, epsilon)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, cos, sin = ctx.saved_tensors
         return kernels.norm_rotary_backward(grads[0], x, weight, cos, sin, ctx.epsilon), *[None] * 4

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from jaxmoe import __version__, environment, memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config, read_json
 from jaxmoe.errors import UserError
+from jaxmoe.lora import modules_to_save
 from jaxmoe.nf4.config import is_nf4
 from jaxmoe.presets import PRESETS
 
@@ -38,6 +39,9 @@ class DoctorConfig:
         default=("attention", "experts"), metadata={"help": "groups (attention, router, experts, dense) or targets"}
     )
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
+    modules_to_save: tuple[str, ...] = field(
+        default=(), metadata={"help": "weights to train in full beside the adapters: lm_head, embed_tokens"}
+    )
     batch_size: int = field(default=1, metadata={"help": "sequences per micro-batch"})
     seq_length: int = field(default=2048, metadata={"help": "tokens per sequence"})
     accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
@@ -119,7 +123,11 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     """
     assert options.model is not None
     config = load_config(options.model)
-    lora = LoraConfig(r=options.lora_r, targets=expand_targets(options.lora_targets))
+    lora = LoraConfig(
+        r=options.lora_r,
+        targets=expand_targets(options.lora_targets),
+        **modules_to_save(options.modules_to_save, config),
+    )
     quantize = options.quantize or stored_in(options.model)
     if quantize and options.train == "full":
         raise UserError(f"train: expected lora, since {options.model} is in {quantize}, found full")

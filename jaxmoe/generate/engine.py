@@ -7,7 +7,7 @@ tokens do not depend on the other sequences. Lengths are rounded up to buckets, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.generate.processors import History, Processors, process
 from jaxmoe.generate.sampling import GREEDY, Sampling, SamplingArrays, sample
 from jaxmoe.memory import device_bytes, format_bytes
+from jaxmoe.model.adapted import low_rank_factors, weights_of
 from jaxmoe.model.cache import KVCache, NewTokens, empty_cache, forward_cached
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import head_weight, logits_of
@@ -95,7 +96,7 @@ def _next_token(
     program: Program,
 ):
     """The token after each sequence's `hidden`, its `length` tokens so far; `draws` counts the tokens drawn before."""
-    logits = logits_of(hidden, head_weight(weights.params, program.config))
+    logits = logits_of(hidden, head_weight(weights.params))
     if choice.processors is not None:
         logits = process(logits, choice.processors, history, length, draws)
     if program.greedy:
@@ -152,17 +153,19 @@ class Generator:
 
     def __init__(self, model: Qwen3MoeForCausalLM):
         self.config: Qwen3MoeConfig = model.config
-        self.lora: LoraConfig | None = model.lora_config
-        self.weights = Weights(model.params, model.adapters)
+        lora: LoraConfig | None = model.lora_config
+        # Weights that the adapter holds in full are cast here, once, and not again for every token.
+        self.weights = Weights(weights_of(model.params, model.adapters, lora), low_rank_factors(model.adapters))
+        self.lora = lora and replace(lora, modules_to_save=(), ensure_weight_tying=False)
 
     @property
     def params(self) -> Params:
-        """The model's parameters by path."""
+        """The model's parameters by path, those that the adapter holds in full included."""
         return self.weights.params
 
     @property
     def adapters(self) -> Params:
-        """The adapters by path; empty if there are none."""
+        """The adapters' low-rank factors by path; empty if there are none."""
         return self.weights.adapters
 
     def generate(

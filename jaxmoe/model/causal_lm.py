@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight, logits_of
 from jaxmoe.model.init import init_parameters
 from jaxmoe.model.interface import DecoderOutput, Options, Params, Tokens
@@ -136,7 +137,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         """
         config, source = open_checkpoint(path, dtype, quantize)
         params = load_stacks(config, source, on_layer=on_layer)
-        return cls(config, params) if adapter is None else cls(config, params, *load_adapter(adapter, config))
+        return cls(config, params) if adapter is None else cls(config, params, *load_adapter(adapter, config, source))
 
     def __call__(
         self,
@@ -271,7 +272,7 @@ _run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 @partial(jax.jit, static_argnames=("config", "options"))
 def _jitted(params, adapters, control, tokens, *, config, options):
     out: DecoderOutput = forward(params, adapters, tokens, config=config, options=options, control=control)
-    logits = logits_of(out.hidden, head_weight(params, config))
+    logits = logits_of(out.hidden, head_weight(weights_of(params, adapters, options.lora)))
     differentiable = _Differentiable(out.hidden, out.stats.prob_sums, out.router_logits, out.layer_inputs)
     return (logits, differentiable), (out.stats.counts, out.stats.tokens)
 

@@ -20,14 +20,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.model.adapted import low_rank_factors, weights_of
 from jaxmoe.model.interface import DecoderOutput, Options, Params, RouterStats, Tokens
 from jaxmoe.model.layer import Layer
 from jaxmoe.model.layer_loop import run_layers
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.contraction import product
+from jaxmoe.ops.embedding import embed
 from jaxmoe.ops.experts import sorted_experts
 from jaxmoe.ops.kept import ATTENTION_UPDATE, PROJECTED
 from jaxmoe.ops.linear import linears
+from jaxmoe.ops.low_rank import DropoutKeys
 from jaxmoe.ops.norm import rms_norm
 from jaxmoe.ops.norm_rotary import norm_and_rotate
 from jaxmoe.ops.rotary import rotary_tables
@@ -54,6 +57,7 @@ class Context(NamedTuple):
     valid: Bool[Array, " M"]  # which tokens are not padding
     attend: Attend
     control: RoutingControl | None
+    dropout_keys: DropoutKeys | None = None
 
 
 class RoutingRecord(NamedTuple):
@@ -73,10 +77,12 @@ def forward(
     config: Qwen3MoeConfig,
     options: Options = Options(),  # noqa: B008 - frozen
     control: RoutingControl | None = None,
+    dropout_keys: DropoutKeys | None = None,
 ) -> DecoderOutput:
     """The decoder over whole sequences, a pure function: jit it with `config` and `options` static.
 
-    Products run in the dtype of `embed_tokens`; the residual stream is float32. `control` imposes routing.
+    Products run in the dtype of `embed_tokens`; the residual stream is float32. `control` imposes routing. With
+    `dropout_keys`, one per sequence, inputs of adapters are dropped with the probability in the adapter's config.
     """
     input_ids, position_ids, segment_ids = tokens
     segments = segment_ids if options.packed else None
@@ -86,7 +92,7 @@ def forward(
 
     tables = rotary_tables(position_ids, config.rope_parameters, config.head_dim)
     valid = segment_ids.reshape(-1) > 0
-    context = Context(config, options, tables, valid, attend, control)
+    context = Context(config, options, tables, valid, attend, control, dropout_keys)
     hidden, _, records, layer_inputs = decode(params, adapters, input_ids, context, cache=None)
 
     sparse = np.asarray(config.sparse_layers, np.int32)
@@ -102,11 +108,13 @@ def decode(
 ) -> tuple[Float[Array, "B T D"], Any, RoutingRecord, Float[Array, "L B T D"] | None]:
     """Embeds, runs all layers, normalises: (hidden states, cache, records [L, ...], the layers' inputs or None)."""
     config = context.config
+    params = weights_of(params, adapters, context.options.lora)
+    adapters = low_rank_factors(adapters)
     with jax.default_matmul_precision("highest"):
         # The residual stream is float32: each of its 2 L sums would round it again, which in bfloat16 is half of the
         # error of a model's logits.
-        h = jnp.take(params["embed_tokens"], input_ids, axis=0).astype(jnp.float32)
-        step = lambda h, cache, layer: decoder_layer(h, cache, layer, context)
+        h = embed(params["embed_tokens"], input_ids)
+        step = lambda h, cache, layer: decoder_layer(h, cache, layer.dropping(context.dropout_keys), context)
         h, cache, records, inputs = run_layers(step, h, cache, params, adapters, config, context.options)
         hidden = rms_norm(h, params["norm"], config.rms_norm_eps).astype(params["embed_tokens"].dtype)
     return hidden, cache, records, inputs
@@ -205,9 +213,12 @@ def captured_of_layers(
     )
 
 
-def head_weight(params: Params, config: Qwen3MoeConfig) -> Float[Array, "V D"]:
-    """The output projection: `lm_head`, or the embedding when they are tied."""
-    return params["embed_tokens"] if config.tie_word_embeddings else params["lm_head"]
+def head_weight(params: Params) -> Float[Array, "V D"]:
+    """The output projection: `lm_head`, or the embedding when they are tied.
+
+    `params` are the weights that the adapter leaves (`jaxmoe.model.adapted.weights_of`).
+    """
+    return params.get("lm_head", params["embed_tokens"])
 
 
 def logits_of(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:

@@ -21,17 +21,30 @@ def init_parameters(config: Qwen3MoeConfig, key: Array, dtype: Any = jnp.float32
     return _draw_all(parameter_specs(config), key, dtype, config.initializer_range)
 
 
-def init_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: Array, dtype: Any = jnp.float32) -> Params:
+def init_adapters(
+    config: Qwen3MoeConfig,
+    lora: LoraConfig,
+    key: Array,
+    dtype: Any = jnp.float32,
+    base: Mapping[str, Array] | None = None,
+) -> Params:
     """Fresh adapters: A uniform, B zero, so that the adapted model starts equal to the base.
 
-    Rows of A beyond a layer's rank are zero, as `LoraConfig.layer_ranks` says.
+    Rows of A beyond a layer's rank are zero, as `LoraConfig.layer_ranks` says. `base` holds the model's parameters;
+    needed for `modules_to_save`, which start as copies.
     """
-    drawn = _draw_all(lora_specs(config, lora), key, dtype, 0.0)
+    specs = lora_specs(config, lora)
+    drawn = _draw_all({path: spec for path, spec in specs.items() if spec.init != "base"}, key, dtype, 0.0)
     for target, ranks in lora.layer_ranks:
         path = f"{LORA_TARGETS[target].path}.lora_A"
         used = jnp.arange(lora.rank(target)) < jnp.asarray(ranks)[:, None]  # [layers, r]
         drawn[path] *= used.reshape(len(ranks), *[1] * (drawn[path].ndim - 3), -1, 1)
-    return drawn
+    return drawn | {path: _copy_of_base(base or {}, path, dtype) for path in lora.modules_to_save}
+
+
+def _copy_of_base(base: Mapping[str, Array], path: str, dtype: Any) -> Array:
+    """The base's weight, in `dtype`; a tied head is the embedding."""
+    return base[path if path in base else "embed_tokens"].astype(dtype)
 
 
 def _draw(spec: ParameterSpec, key: Array, dtype: Any, std: float) -> Array:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -17,10 +18,12 @@ from jaxmoe.model.interface import Options, Params
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.experts import ExpertWeights
 from jaxmoe.ops.linear import LinearMap, layer_slice
-from jaxmoe.ops.low_rank import Adapter
+from jaxmoe.ops.low_rank import Adapter, Dropout, DropoutKeys
 from jaxmoe.parameters import Quantization, parameter_specs
 
 _EXPERTS = ("sparse.gate_up_proj", "sparse.down_proj")
+# The weights whose adapters may have dropout, in the order in which a layer numbers its draws.
+_DROPPING = tuple(target.path for target in LORA_TARGETS.values() if target.allows_dropout)
 
 
 class Stacks(NamedTuple):
@@ -63,6 +66,7 @@ class ModelStacks(NamedTuple):
     weights: Stacks
     adapters: Stacks
     scales: Mapping[str, float | Array]  # an adapter's path -> the factor on its product, or one per layer
+    dropout: float  # of the adapters' inputs, in training
     experts: Mapping[str, Array | NF4Stack]  # frozen expert stacks as [layers * E, out, in]; empty if they are trained
     dtype: Any  # of the operands of products
 
@@ -91,7 +95,8 @@ class ModelStacks(NamedTuple):
         scales = _scales(options.lora)
         adapters = _only_trained_parts(adapters, options.lora)
         adapter_stacks = _split(adapters, config, set(adapters) if options.trainable != "none" else set())
-        return cls(config, weights, adapter_stacks, scales, experts, params["embed_tokens"].dtype)
+        dropout = options.lora.dropout if options.lora else 0.0
+        return cls(config, weights, adapter_stacks, scales, dropout, experts, params["embed_tokens"].dtype)
 
     def layer(self, index: LayerIndex, sliced: Params, sliced_adapters: Params) -> Layer:
         """The layer `index`, given its slices of the scanned arrays."""
@@ -109,6 +114,11 @@ class Layer:
     index: Array
     slot: Array
     is_sparse: Array
+    dropout_keys: DropoutKeys | None = None  # one per sequence, the same for every layer
+
+    def dropping(self, keys: DropoutKeys | None) -> Layer:
+        """The layer with dropout on the inputs of its adapters; without keys there is none."""
+        return replace(self, dropout_keys=keys)
 
     @property
     def dtype(self) -> Any:
@@ -138,7 +148,14 @@ class Layer:
             return None
         a, b = (self.stacks.adapters.pick(f"{path}.lora_{x}", self._slot(path)) for x in "AB")
         scale = self.stacks.scales[path]
-        return Adapter(a, b, scale if isinstance(scale, int | float) else scale[self._slot(path)])
+        own = scale if isinstance(scale, int | float) else scale[self._slot(path)]
+        return Adapter(a, b, own, self._dropout(path))
+
+    def _dropout(self, path: str) -> Dropout | None:
+        if self.dropout_keys is None or path not in _DROPPING:
+            return None
+        draw = self.index * len(_DROPPING) + _DROPPING.index(path)
+        return Dropout(jax.vmap(lambda key: jax.random.fold_in(key, draw))(self.dropout_keys), self.stacks.dropout)
 
     def experts(self) -> ExpertWeights:
         """The fused experts: the whole stack and this layer's offset in it, or this layer's slice if it is trained."""

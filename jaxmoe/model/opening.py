@@ -27,11 +27,15 @@ def open_checkpoint(
     return source.config if dtype is None else source.config.replace(dtype=dtype), source
 
 
-def load_adapter(path: str | pathlib.Path, config: Qwen3MoeConfig) -> tuple[LoraConfig, Params]:
+def load_adapter(
+    path: str | pathlib.Path, config: Qwen3MoeConfig, base: Checkpoint | None = None
+) -> tuple[LoraConfig, Params]:
     """The adapter in a folder, PEFT's form or converted, in float32.
+
+    Embeddings that are stored beside it are dropped if they equal those of the checkpoint `base`.
 
     Raises:
         UserError: a broken adapter, or one for another model.
     """
-    lora, arrays = read_adapter(path, config)[1:] if is_adapter(path) else read_peft(path, config)
+    lora, arrays = read_adapter(path, config)[1:] if is_adapter(path) else read_peft(path, config, base=base)
     return lora, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}

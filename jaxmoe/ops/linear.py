@@ -32,7 +32,7 @@ def finish_linear(y: Array, x: Array, bias: Array | None, adapter: Adapter | Non
     if bias is not None:
         y += bias
     if adapter is not None:
-        y += low_rank(x, *adapter.factors())
+        y += low_rank(x if adapter.dropout is None else adapter.dropout(x), *adapter.factors())
     return y.astype(x.dtype)
 
 
@@ -48,9 +48,9 @@ class LinearMap(NamedTuple):
 def linears(x: Float[Array, "*batch inner"], *maps: LinearMap) -> list[Float[Array, "*batch _"]]:
     """Several maps of one input; where the kernel runs, frozen maps share a backward pass (`projections`)."""
     stacks: list[Any] = [each.weight for each in maps if each.layer is not None]
-    layer = maps[0].layer
-    if layer is not None and len(stacks) == len(maps) and projections.unsupported(x, stacks) is None:
-        biases, adapters = [each.bias for each in maps], [each.adapter for each in maps]
+    layer, adapters = maps[0].layer, [each.adapter for each in maps]
+    if layer is not None and len(stacks) == len(maps) and projections.unsupported(x, stacks, adapters) is None:
+        biases = [each.bias for each in maps]
         return projections.frozen_linears(x, stacks, layer, biases, adapters)
     return [_single(x, each) for each in maps]
 

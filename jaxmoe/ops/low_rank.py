@@ -6,21 +6,40 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from jaxmoe.ops.contraction import product
 
+DropoutKeys = Key[Array, " B"]  # a random key for each sequence
+
+
+class Dropout(NamedTuple):
+    """Which elements of an adapter's input x [B, T, in] are dropped: each with probability `rate`.
+
+    A sequence draws from its own key, so its mask does not depend on the micro-batch that it is in.
+    """
+
+    keys: DropoutKeys
+    rate: float
+
+    def __call__(self, x: Float[Array, "B T inner"]) -> Float[Array, "B T inner"]:
+        """X with zeros where it is dropped; the rest is not scaled (`Adapter.factors` does that)."""
+        draw = lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:])
+        return jnp.where(jax.vmap(draw)(self.keys), x, 0)
+
 
 class Adapter(NamedTuple):
-    """One low-rank adapter: A [..., r, in], B [..., out, r] and the factor on their product."""
+    """One low-rank adapter: A [..., r, in], B [..., out, r], the factor on their product, and its dropout, if any."""
 
     lora_A: Array
     lora_B: Array
     scale: float | Array
+    dropout: Dropout | None = None
 
     def factors(self) -> Factors:
-        """A and scale * B. Scaling in float32 costs no rounding."""
-        return Factors(self.lora_A, self.scale * self.lora_B)
+        """A and scale * B, divided by the share of x that dropout leaves. Scaling in float32 costs no rounding."""
+        scale = self.scale if self.dropout is None else self.scale / (1 - self.dropout.rate)
+        return Factors(self.lora_A, scale * self.lora_B)
 
 
 class Factors(NamedTuple):

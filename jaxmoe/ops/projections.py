@@ -24,8 +24,12 @@ from jaxmoe.ops.kept import PROJECTED
 from jaxmoe.ops.low_rank import Adapter, Factors, fold, pad_to_multiple, split_high_low, unfold
 
 
-def unsupported(x: Float[Array, "*batch inner"], stacks: Sequence[Any]) -> str | None:
+def unsupported(
+    x: Float[Array, "*batch inner"], stacks: Sequence[Any], adapters: Sequence[Adapter | None] = ()
+) -> str | None:
     """Why `frozen_linears` cannot run on this device for these sizes, or would not be faster; None if it can."""
+    if any(adapter is not None and adapter.dropout is not None for adapter in adapters):
+        return "needs adapters without dropout, which gives each its own input"
     if any(isinstance(stack, NF4Stack) for stack in stacks):
         return "needs weights that are not in NF4"
     rows = x.size // x.shape[-1]

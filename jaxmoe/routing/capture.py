@@ -23,6 +23,7 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.control.provenance import imposed_routing, model_of, versions
 from jaxmoe.control.replay import check_experts
 from jaxmoe.errors import UserError
+from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.interface import Options, Params, Tokens
@@ -145,7 +146,7 @@ def capture_step(
     arrays = flat | {"probability_sums": out.stats.prob_sums}
     if program.predictions:
         hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
-        head = head_weight(params, program.config)
+        head = head_weight(weights_of(params, adapters, program.lora))
         arrays["predicted"], arrays["loss"] = token_predictions(hidden, head, following.reshape(-1))
     return arrays
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from captures import LabelledText
 from jaxmoe.control.interventions import Intervention
+from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.interface import Options, Tokens
@@ -138,7 +139,7 @@ def effects(
     config = model.config
     if experts is None:
         experts = [(layer, expert) for layer in config.sparse_layers for expert in range(config.num_experts)]
-    head = head_weight(model.params, config)
+    head = head_weight(weights_of(model.params, model.adapters, model.lora_config))
     run = partial(_run, model.params, model.adapters, config=config, options=Options(lora=model.lora_config))
 
     def joined(outcomes: list[_Outcome]) -> _Outcome:

@@ -65,11 +65,14 @@ def export_merged(
     a time; an earlier `target` is replaced."""
     from convert.adapters import merge
     from convert.hf2jax import companion_files, read_hf
-    from convert.jax2hf import HFForm, write_hf
+    from convert.jax2hf import HFForm, changed_config, write_hf
+    from convert.saved_modules import merged_form
 
     source = read_converted(model) if is_converted(model) else read_hf(model)
-    files = {**companion_files(model), "config.json": model / "config.json"}
+    merged = merged_form(source, lora)
+    config_file = changed_config((model / "config.json").read_bytes(), merged.config_changes)
+    files = {**companion_files(model), "config.json": config_file}
     shutil.rmtree(target, ignore_errors=True)
     blocks = (merge(config, block, lora, adapters) for block in source.blocks())
-    form = HFForm(layout=source.layout, stored_tied_head=source.stored_tied_head)
-    write_hf(target, config, source.dtypes, blocks, files, form)
+    form = HFForm(layout=source.layout, stored_tied_head=merged.stored_tied_head)
+    write_hf(target, merged.config, merged.dtypes, blocks, files, form)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -139,9 +139,8 @@ def cross_entropy(
     """Weighted sum over tokens of -log softmax(hidden head^T)[label], in nats, float32.
 
     Only the logits (float32) of `chunk` tokens exist at a time. Divide by the sum of the weights for the mean. A token
-    of weight 0 contributes nothing, whatever its label. With `frozen_head` the head gets no gradient, and the forward
-    pass also computes the gradient of `hidden` (up to the factor that the backward pass brings), so that the logits are
-    computed once.
+    of weight 0 contributes nothing, whatever its label. The forward pass also computes the gradients (up to the factor
+    that the backward pass brings), so that the logits are computed once. With `frozen_head` the head gets none.
     """
     tokens = hidden.shape[0]
     chunk = min(chunk, tokens)
@@ -150,10 +149,7 @@ def cross_entropy(
     labels, weights = jnp.pad(labels, (0, pad)), jnp.pad(weights, (0, pad))
     pieces = hidden.reshape(-1, chunk, hidden.shape[1]), labels.reshape(-1, chunk), weights.reshape(-1, chunk)
     with jax.named_scope("head"):
-        if frozen_head:
-            return _frozen_head_loss(*pieces, head)
-        losses = jax.lax.map(lambda piece: jax.checkpoint(_chunk_loss)(*piece, head), pieces)
-        return jnp.sum(losses)
+        return (_frozen_head_loss if frozen_head else _trained_head_loss)(*pieces, head)
 
 
 def _chunk_loss(hidden: Array, labels: Array, weights: Array, head: Array) -> Array:
@@ -182,24 +178,34 @@ def log_sum_exp(logits: Float[Array, "M V"]) -> Float[Array, " M"]:
     return largest + jnp.log(total)
 
 
-@jax.custom_vjp
-def _frozen_head_loss(hidden: Array, labels: Array, weights: Array, head: Array) -> Array:
+def _sum_of_chunks(hidden: Array, labels: Array, weights: Array, head: Array) -> Array:
     return jnp.sum(jax.lax.map(lambda a: _chunk_loss(a[0], a[1], a[2], head), (hidden, labels, weights)))
 
 
+# Two functions, since a gradient rule does not see which gradients are asked for until it is too late to save work.
+_frozen_head_loss = jax.custom_vjp(_sum_of_chunks)
+_trained_head_loss = jax.custom_vjp(_sum_of_chunks)
+
+
+def _chunk_gradients(hidden: Array, labels: Array, weights: Array, head: Array) -> tuple[Array, Array, Array]:
+    """(loss, its gradient by the logits = weight * (softmax - one-hot), by `hidden`) of one chunk."""
+    logits = product("md,vd->mv", hidden, head)
+    log_sum = jax.lax.platform_dependent(logits, cuda=log_sum_exp, default=partial(jax.nn.logsumexp, axis=1))
+    target = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    here = jnp.arange(logits.shape[1]) == labels[:, None]
+    d_logits = (jnp.exp(logits - log_sum[:, None]) - here) * weights[:, None]
+    # Rounded to the head's dtype: a float32 product would run outside the tensor cores.
+    d_logits = d_logits.astype(head.dtype)
+    d_hidden = product("mv,vd->md", d_logits, head)
+    return jnp.sum(weights * (log_sum - target)), d_logits, d_hidden.astype(hidden.dtype)
+
+
 def _frozen_head_forward(hidden: Array, labels: Array, weights: Array, head: Array) -> tuple[Array, Array]:
-    """(loss, d loss / d hidden = weight * (softmax - one-hot) head), a chunk at a time."""
+    """(loss, d loss / d hidden), a chunk at a time."""
 
     def of_chunk(piece: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        hidden, labels, weights = piece
-        logits = product("md,vd->mv", hidden, head)
-        log_sum = jax.lax.platform_dependent(logits, cuda=log_sum_exp, default=partial(jax.nn.logsumexp, axis=1))
-        target = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-        here = jnp.arange(logits.shape[1]) == labels[:, None]
-        d_logits = (jnp.exp(logits - log_sum[:, None]) - here) * weights[:, None]
-        # Rounded to the head's dtype: a float32 product would run outside the tensor cores.
-        d_hidden = product("mv,vd->md", d_logits.astype(head.dtype), head)
-        return jnp.sum(weights * (log_sum - target)), d_hidden.astype(hidden.dtype)
+        loss, _, d_hidden = _chunk_gradients(*piece, head)
+        return loss, d_hidden
 
     with jax.named_scope("head"):
         losses, d_hidden = jax.lax.map(of_chunk, (hidden, labels, weights))
@@ -207,7 +213,31 @@ def _frozen_head_forward(hidden: Array, labels: Array, weights: Array, head: Arr
 
 
 def _frozen_head_backward(d_hidden: Array, d_loss: Array) -> tuple[Array, None, None, None]:
-    return (d_loss * d_hidden.astype(jnp.float32)).astype(d_hidden.dtype), None, None, None
+    return _times(d_loss, d_hidden), None, None, None
+
+
+def _trained_head_forward(hidden: Array, labels: Array, weights: Array, head: Array) -> tuple[Array, Any]:
+    """(loss, (d loss / d hidden, d loss / d head)), a chunk at a time; the head's gradient is summed in float32."""
+
+    def of_chunk(d_head: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        loss, d_logits, d_hidden = _chunk_gradients(*piece, head)
+        return d_head + product("mv,md->vd", d_logits, piece[0]), (loss, d_hidden)
+
+    with jax.named_scope("head"):
+        d_head, (losses, d_hidden) = jax.lax.scan(
+            of_chunk, jnp.zeros(head.shape, jnp.float32), (hidden, labels, weights)
+        )
+    return jnp.sum(losses), (d_hidden, d_head.astype(head.dtype))
+
+
+def _trained_head_backward(gradients: tuple[Array, Array], d_loss: Array) -> tuple[Array, None, None, Array]:
+    d_hidden, d_head = gradients
+    return _times(d_loss, d_hidden), None, None, _times(d_loss, d_head)
+
+
+def _times(factor: Array, gradient: Array) -> Array:
+    return (factor * gradient.astype(jnp.float32)).astype(gradient.dtype)
 
 
 define_vjp(_frozen_head_loss, _frozen_head_forward, _frozen_head_backward, frozen={3: "the head"})
+define_vjp(_trained_head_loss, _trained_head_forward, _trained_head_backward, frozen={2: "the tokens' weights"})

@@ -24,6 +24,7 @@ from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.errors import UserError
+from jaxmoe.lora import SAVED_MODULES, modules_to_save
 from jaxmoe.memory import Remat, Workload, choose_remat, device_bytes, format_bytes, training_forecasts
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Params
@@ -179,8 +180,11 @@ def _new_lora(settings: TrainConfig, config: Qwen3MoeConfig) -> LoraConfig | Non
         use_rslora=settings.rslora,
         targets=expand_targets(settings.lora_targets),
         base_model_name_or_path=str(settings.model),
+        dropout=settings.lora_dropout or 0.0,
+        **modules_to_save(settings.modules_to_save, config),
     )
     lora.check_against(config)
+    lora.check_dropout()
     return lora
 
 
@@ -242,14 +246,27 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     if settings.merge and checkpoint.quantization is not None:
         raise UserError("merge: expected weights to merge into, found NF4; merge with python -m convert afterwards")
     if settings.adapter is not None:
-        lora, loaded = load_adapter(settings.adapter, checkpoint_config)
-        adapters: Callable[[], Params] = lambda: loaded
+        lora, loaded = load_adapter(settings.adapter, checkpoint_config, checkpoint)
+        if settings.lora_dropout is not None:
+            lora = dataclasses.replace(lora, dropout=settings.lora_dropout)
+        lora.check_dropout()
+        adapters: Callable[[Params], Params] = lambda base: loaded
     else:
         assert lora is not None
-        adapters = partial(jax.jit(init_adapters, static_argnums=(0, 1)), config, lora, key)
-    model = Model(config, lora, str(shapes["embed_tokens"].dtype))
-    shapes = Weights(shapes, jax.eval_shape(adapters))
-    return Source(model, shapes, lambda *how: Weights(read(*how), adapters()))
+        adapters = partial(_fresh_adapters, config, lora, key)
+    model = Model(config, lora, str(shapes["embed_tokens"].dtype), seed=settings.seed)
+
+    def load(on_layer: OnLayer, digest: WeightsDigest) -> Weights:
+        base = read(on_layer, digest)
+        return Weights(base, adapters(base))
+
+    return Source(model, Weights(shapes, jax.eval_shape(adapters, shapes)), load)
+
+
+def _fresh_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: jax.Array, base: Params) -> Params:
+    """New adapters for a model with the parameters `base`, which they never alias: the state is donated later."""
+    copied = {path: base[path] for path in SAVED_MODULES if path in base} if lora.modules_to_save else {}
+    return jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, key, base=copied)
 
 
 def _with_remat(

@@ -42,7 +42,7 @@ class TrainConfig:
     adapter: pathlib.Path | None = field(
         default=None,
         metadata={
-            "help": "adapter folder to start from; it decides targets, rank and alpha",
+            "help": "adapter folder to start from; it decides targets, rank, alpha and modules to save",
             "identity": entries("lora"),
         },
     )
@@ -81,6 +81,21 @@ class TrainConfig:
     )
     rslora: bool = field(
         default=False, metadata={"help": "scale by alpha / sqrt(r) instead", "identity": entries("lora")}
+    )
+    lora_dropout: float | None = field(
+        default=None,
+        metadata={
+            "help": "probability that an element of an adapter's input is dropped, in training; only with targets in "
+            "attention, as in PEFT (default: 0, or what --adapter was trained with)",
+            "identity": entries("lora"),
+        },
+    )
+    modules_to_save: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "weights to train in full beside the adapters: lm_head, embed_tokens; a tied head stays tied",
+            "identity": entries("lora"),
+        },
     )
 
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate", "identity": VALUE})
@@ -249,8 +264,8 @@ def _check_ranges(settings: TrainConfig) -> None:
     for name in "seed max_steps warmup_steps epochs".split():
         if (value := getattr(settings, name)) is not None and value >= 2**31:  # steps are counted in 32 bits
             raise UserError(f"{name}: expected less than {2**31:,}, found {value:,}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(settings, name) < 1:
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
+        if not 0 <= (getattr(settings, name) or 0) < 1:
             raise UserError(f"{name}: expected a number from 0 to below 1, found {getattr(settings, name)!r}")
 
 
@@ -278,7 +293,9 @@ def _check_combinations(settings: TrainConfig) -> None:
     if settings.full and settings.from_scratch is not None:
         raise UserError("full: only valid with model; from_scratch trains all parameters anyway")
     defaults = {each.name: each.default for each in dataclasses.fields(settings)}
-    names = ("lora_targets", "lora_r", "lora_alpha", "rslora")
+    if settings.lora_dropout is not None and settings.trains_all:
+        raise UserError("lora_dropout: only valid with LoRA training")
+    names = ("lora_targets", "lora_r", "lora_alpha", "rslora", "modules_to_save")
     changed = [name for name in names if getattr(settings, name) != defaults[name]]
     if changed and (settings.trains_all or settings.adapter is not None):
         owner = "all parameters are trained" if settings.trains_all else "the adapter decides it"

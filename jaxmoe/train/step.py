@@ -1,28 +1,33 @@
 """One training step and one evaluation step, as pure functions; `jaxmoe.train.loop` compiles and calls them.
 
-Either the adapters of a frozen model or all of its parameters are trained. Frozen parameters are an argument that is
-never differentiated: they have neither gradients nor optimizer state.
+Either the adapters of a frozen model (with the weights that they hold in full) or all of its parameters are trained.
+Frozen parameters are an argument that is never differentiated: they have neither gradients nor optimizer state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.packing import Batch
 from jaxmoe.memory import Remat, loss_chunk
+from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.interface import Options, Params, RouterStats, Tokens
+from jaxmoe.ops.low_rank import DropoutKeys
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
 from jaxmoe.parameters import parameter_specs
 from jaxmoe.train.loss import Loss, Objective, Outputs, Total
 from jaxmoe.train.settings import Schedule
+
+BatchKeys = Key[Array, "accumulation B"]  # a random key for each sequence of a whole batch
+_DROPOUT = 0x64726F70  # tells dropout's random keys from those of fresh weights, which have the same seed
 
 
 class TrainState(NamedTuple):
@@ -61,7 +66,8 @@ class Model(NamedTuple):
 
     With `lora`, adapters are trained in float32, and `dtype` is the dtype of the frozen parameters. Without it, all
     parameters are trained, and the model computes in `dtype` from float32 master weights. `packed` says whether a
-    sequence may hold several documents, `unroll` whether a training step compiles each layer separately.
+    sequence may hold several documents, `unroll` whether a training step compiles each layer separately. `seed` is for
+    the adapters' dropout.
     """
 
     config: Qwen3MoeConfig
@@ -70,8 +76,29 @@ class Model(NamedTuple):
     remat: Remat = "low-memory"
     packed: bool = True
     unroll: bool = False
+    seed: int = 0
 
-    def run(self, frozen: Params, trainable: Params, batch: Batch, *, train: bool) -> Outputs:
+    def dropout_keys(self, step: Int[Array, ""], sequences: tuple[int, int]) -> BatchKeys | None:
+        """The random keys of the sequences [accumulation, B] of a step; None for a model without dropout.
+
+        They depend on the seed, the step and the sequence's place in the whole batch: a resumed run, another division
+        into micro-batches, and a second forward pass over the same sequences drop the same elements.
+        """
+        if self.lora is None or not self.lora.dropout:
+            return None
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _DROPOUT), step)
+        places = jnp.arange(sequences[0] * sequences[1])
+        return jax.vmap(lambda place: jax.random.fold_in(key, place))(places).reshape(sequences)
+
+    def run(
+        self,
+        frozen: Params,
+        trainable: Params,
+        batch: Batch,
+        *,
+        train: bool,
+        dropout_keys: DropoutKeys | None = None,
+    ) -> Outputs:
         """The forward pass over B sequences of T tokens; `train` if it will be differentiated."""
         if self.lora is not None:
             params, adapters = frozen, trainable
@@ -93,9 +120,11 @@ class Model(NamedTuple):
                 packed=self.packed,
             ),
             control=control,
+            dropout_keys=dropout_keys,
         )
-        head = head_weight(params, self.config)
-        return Outputs(out.hidden, head, out.stats, chunk=loss_chunk(self.remat), frozen_head=self.lora is not None)
+        head = head_weight(weights_of(params, adapters, self.lora))
+        frozen_head = self.lora is not None and not self.lora.trains_head
+        return Outputs(out.hidden, head, out.stats, chunk=loss_chunk(self.remat), frozen_head=frozen_head)
 
 
 def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -126,7 +155,7 @@ def adamw(
 
     Weight decay acts on matrices: adapters, or projections and embeddings, not norms and biases.
     """
-    matrices = None  # all adapters are
+    matrices = None  # all that an adapter holds are
     if model.lora is None:
         matrices = {path: spec.init == "normal" for path, spec in parameter_specs(model.config).items()}
     steps = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
@@ -140,13 +169,19 @@ def initial_state(trainable: Params, optimizer: optax.GradientTransformation) ->
 
 
 def loss_and_gradients(
-    model: Model, frozen: Params, trainable: Params, batch: Batch, objective: Objective
+    model: Model,
+    frozen: Params,
+    trainable: Params,
+    batch: Batch,
+    objective: Objective,
+    dropout_keys: BatchKeys | None = None,
 ) -> LossAndGradients:
     """The objective's first loss, router statistics and the objective's gradients over a batch [accumulation, B, T].
 
     Several micro-batches yield the same result as one batch of the same sequences. Each loss's sum is divided by the
     weight of the whole batch, and totals over the whole batch that a loss needs are collected in a first forward pass.
-    With one micro-batch the totals are its own, without that pass.
+    With one micro-batch the totals are its own, without that pass. `dropout_keys` [accumulation, B] are those of
+    `Model.dropout_keys`; both passes use them.
 
     Raises:
         ValueError: two losses report a number of the same name.
@@ -154,8 +189,9 @@ def loss_and_gradients(
     weights = [term.loss.weight(batch) for term in objective]
     needs = {name: total for term in objective for name, total in term.loss.needs.items()}
 
-    def micro_loss(trainable: Params, micro: Batch, totals: dict[str, PyTree] | None):
-        outputs = model.run(frozen, trainable, micro, train=True)
+    def micro_loss(trainable: Params, part: tuple[Batch, DropoutKeys | None], totals: dict[str, PyTree] | None):
+        micro, keys = part
+        outputs = model.run(frozen, trainable, micro, train=True, dropout_keys=keys)
         if totals is None:
             totals = _totals(needs, outputs, micro)
         objective_share, values, metrics = jnp.zeros(()), [], {}
@@ -169,15 +205,17 @@ def loss_and_gradients(
         return objective_share, (values[0], outputs.router, metrics)
 
     gradient = jax.grad(micro_loss, has_aux=True)
+    parts = batch, dropout_keys
     if batch.input_ids.shape[0] == 1:
-        gradients, (loss, stats, metrics) = gradient(trainable, jax.tree.map(lambda a: a[0], batch), None)
+        gradients, (loss, stats, metrics) = gradient(trainable, jax.tree.map(lambda a: a[0], parts), None)
         return LossAndGradients(loss, stats, gradients, metrics)
 
-    def first_pass(micro: Batch) -> dict[str, PyTree]:
-        return _totals(needs, model.run(frozen, trainable, micro, train=False), micro)
+    def first_pass(part: tuple[Batch, DropoutKeys | None]) -> dict[str, PyTree]:
+        micro, keys = part
+        return _totals(needs, model.run(frozen, trainable, micro, train=False, dropout_keys=keys), micro)
 
-    totals = _sum_over_micro_batches(first_pass, batch) if needs else {}
-    gradients, (loss, stats, metrics) = _sum_over_micro_batches(lambda micro: gradient(trainable, micro, totals), batch)
+    totals = _sum_over_micro_batches(first_pass, parts) if needs else {}
+    gradients, (loss, stats, metrics) = _sum_over_micro_batches(lambda part: gradient(trainable, part, totals), parts)
     return LossAndGradients(loss, stats, gradients, metrics)
 
 
@@ -186,12 +224,12 @@ def _totals(needs: Mapping[str, Total], outputs: Outputs, batch: Batch) -> dict[
     return jax.lax.stop_gradient({name: total(outputs, batch) for name, total in needs.items()})
 
 
-def _sum_over_micro_batches(function: Callable[[Batch], PyTree], batch: Batch) -> PyTree:
-    """The sum of `function` over the micro-batches of a batch [accumulation, B, T], one after the other."""
-    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], batch))
+def _sum_over_micro_batches(function: Callable[[Any], PyTree], parts: PyTree) -> PyTree:
+    """The sum of `function` over the micro-batches, the first axis of all `parts`, one after the other."""
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], parts))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-    add = lambda total, micro: (jax.tree.map(jnp.add, total, function(micro)), None)
-    return jax.lax.scan(add, zeros, batch)[0]
+    add = lambda total, part: (jax.tree.map(jnp.add, total, function(part)), None)
+    return jax.lax.scan(add, zeros, parts)[0]
 
 
 def make_train_step(
@@ -200,7 +238,8 @@ def make_train_step(
     """(frozen, state, batch [accumulation, B, T]) -> (new state, metrics): a pure function; donate the state."""
 
     def train_step(frozen: Params, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, stats, gradients, further = loss_and_gradients(model, frozen, state.trainable, batch, objective)
+        keys = model.dropout_keys(state.step, batch.input_ids.shape[:2])
+        loss, stats, gradients, further = loss_and_gradients(model, frozen, state.trainable, batch, objective, keys)
         with jax.named_scope("optimizer"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
             trainable = jax.tree.map(jnp.add, state.trainable, updates)

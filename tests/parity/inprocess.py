@@ -74,7 +74,7 @@ def compiled_forward(config: Qwen3MoeConfig, lora: LoraConfig | None, compiler_o
         stats, aux = out.stats, jnp.zeros(())
         if config.sparse_layers:
             aux = load_balancing_loss(stats.counts, stats.prob_sums, stats.tokens)
-        return decoder.logits_of(out.hidden, decoder.head_weight(params, config)), out, aux
+        return decoder.logits_of(out.hidden, decoder.head_weight(params)), out, aux
 
     return run
 

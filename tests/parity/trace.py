@@ -1,8 +1,8 @@
 """Records every operation of a one-layer model, under the same names in all three implementations.
 
-Arrays are [tokens, features]; `selected` and `weights` are [tokens, k]. Stock modules are hooked; torch_ref and jaxmoe
-bypass modules, so the functions that they call are wrapped instead. If one kernel norms and rotates queries and keys,
-there is no `q_norm` and no `k_norm`.
+Arrays are [tokens, features]; `selected` and `weights` are [tokens, k]. Stock modules are hooked. The functions that
+torch_ref and jaxmoe call are wrapped instead: torch_ref computes a module with a hook in another way. If one kernel
+norms and rotates queries and keys, there is no `q_norm` and no `k_norm`.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ def torch_trace(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
     names |= {id(getattr(layer.self_attn, f"{x}_norm")): f"{x}_norm" for x in "qk"}
     names |= {id(getattr(layer.self_attn, f"{x}_proj")): f"{x}_proj" for x in "qkvo"}
     names[id(base.model.norm)] = "norm"
+    patch = sys.modules.get("torch_ref.patch")
     hooks = [
         module.register_forward_hook(lambda m, _, out: record(names[id(m)], out))
         for module in model.modules()
-        if id(module) in names
+        if id(module) in names and patch is None
     ]
     hooks.append(layer.mlp.register_forward_hook(lambda m, _, out: record("mlp", out)))
     rotary = hf.apply_rotary_pos_emb
@@ -77,13 +78,15 @@ def torch_trace(model: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(hf, "apply_rotary_pos_emb", rotate))
-        projection = layer.self_attn.o_proj
-        hooks.append(projection.register_forward_pre_hook(lambda m, args: record("attention", args[0])))
+        if patch is None:
+            projection = layer.self_attn.o_proj
+            hooks.append(projection.register_forward_pre_hook(lambda m, args: record("attention", args[0])))
         routers = [module for module in model.modules() if isinstance(module, hf.Qwen3MoeTopKRouter)]
         hooks += [router.register_forward_hook(route) for router in routers]
-        if patch := sys.modules.get("torch_ref.patch"):
-            for function in ("rms_norm", "linear"):
-                stack.enter_context(_recorded_by_module(patch, function, names, record))
+        if patch is not None:
+            stack.enter_context(_recorded_by_module(patch, "linear", names, record))
+            stack.enter_context(_recorded_by_module(patch, "rms_norm", names, record))
+            stack.enter_context(mock.patch.object(hf.Qwen3MoeRMSNorm, "forward", patch.rms_norm))
             stack.enter_context(_recorded_in_turn(patch, "norm_and_rotate", ("q_rotary", "k_rotary"), record))
         with torch.no_grad():
             record("logits", model(**inputs).logits)
@@ -210,7 +213,7 @@ def jax_trace(model: Any, batch: Any) -> dict[str, np.ndarray]:
         def run(params: Any, adapters: Any, *arrays: Any) -> Any:
             options = Options(lora=model.lora_config)
             out = decoder.forward(params, adapters, Tokens(*arrays), config=model.config, options=options)
-            record("logits", decoder.logits_of(out.hidden, decoder.head_weight(params, model.config)))
+            record("logits", decoder.logits_of(out.hidden, decoder.head_weight(params)))
             return out.hidden
 
         run(model.params, model.adapters, *map(jnp.asarray, batch)).block_until_ready()

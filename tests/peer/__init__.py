@@ -1,0 +1,1 @@
+"""The tests of transformers and PEFT, run on stock and on patched classes."""

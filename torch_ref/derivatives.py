@@ -1,0 +1,27 @@
+"""Backward passes that have no derivative of their own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that refuses `create_graph=True`, under which its result would count as a constant.
+
+    torch's decorator of this name refuses only if the incoming gradient has a gradient itself.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "create_graph: torch_ref has no second derivative here; use experts_implementation='loop', all logits "
+                "(return_logits=True) and, on a GPU, TORCH_REF_KERNELS=0"
+            )
+        return backward(ctx, *grads)
+
+    return checked
