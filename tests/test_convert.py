@@ -375,7 +375,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     "an unknown field": (edit_json("config.json", lambda raw: raw.update(shared_expert=1)), ("shared_expert",)),
     "quantised": (
         edit_json("config.json", lambda raw: raw.update(quantization_config={"quant_method": "fp8"})),
-        ("quantization_config", "not supported"),
+        ("quantization_config", "FP8", "--dequantize"),
     ),
     "tied, with another head": (
         edit_json("config.json", lambda raw: raw.update(tie_word_embeddings=True)),

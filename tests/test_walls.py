@@ -39,7 +39,7 @@ MODULES: dict[str, set[str]] = {
     "store": _under("jaxmoe.store", ". adapter checkpoint converted digest files items loading lock train_state"),
     "nf4": _under("jaxmoe.nf4", ". codec config stack"),
     "recode": _under("jaxmoe.nf4", "recode"),
-    "convert": _under("convert", ". __main__ adapters hf2jax hub jax2hf names nf4 report safetensors_io"),
+    "convert": _under("convert", ". __main__ adapters forms fp8 hf2jax hub jax2hf names nf4 report safetensors_io"),
     "captures": _under("captures", ". format"),
     "ops": _under(
         "jaxmoe.ops",
