@@ -271,7 +271,7 @@ def test_a_pattern_cannot_take_forever(tmp_path: pathlib.Path) -> None:
     write_peft(tmp_path / "peft", SMALL, LoraConfig(r=2), random_adapters(SMALL, LoraConfig(r=2)))
     slow = rewritten(tmp_path / "peft", tmp_path / "slow", alpha_pattern={"(.*)" * 7 + r"\1z?(?<=9)q?": 3})
     start = time.monotonic()
-    with pytest.raises(UserError, match="alpha_pattern: .*second"):
+    with pytest.raises(UserError, match=r"alpha_pattern: .*second"):
         read_peft(slow, SMALL)
     assert time.monotonic() - start < 15
 

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=whole_number, default=0, metavar="N", help="seed of the random draws (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
+    add("--dequantize", action="store_true", help="decode weights in FP8 or NF4 while they are read; FP8 needs it")
     add("--capture", type=pathlib.Path, metavar="DIR", help="write the routing of every token to this new folder")
     add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same prompts")
     interventions.add_arguments(parser)
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     prompts = [_encode(tokenizer, text, args.chat) for text in args.prompt]
     with reading_weights(on_stderr=True) as on_layer:
-        model = Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, args.quantize, args.adapter, on_layer)
+        model = Qwen3MoeForCausalLM.from_pretrained(
+            args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize
+        )
     generator = Generator(model)
     if args.capture or args.replay or args.ablate or args.force or args.bias:
         outputs = _generate_with_routing(generator, prompts, sampling, stop, args, tokenizer)
