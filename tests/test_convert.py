@@ -455,7 +455,8 @@ def test_a_termination_leaves_nothing(tmp_path: pathlib.Path) -> None:
             time.sleep(0.01)
         process.terminate()
         assert process.stderr is not None
-        assert (process.stderr.read(), process.wait()) == ("", 128 + 15)
+        line = "SIGTERM: stopped; what it had begun to write was removed\n"
+        assert (process.stderr.read(), process.wait()) == (line, 128 + 15)
     assert {entry.name for entry in tmp_path.iterdir()} == {"hf"}
 
 
