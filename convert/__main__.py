@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its dtype)")
     sub.add_argument("--quantize", choices=("nf4",), help="store projections, dense MLPs and experts in 4 bits")
     sub.add_argument("--strict", action="store_true", help="refuse a config.json with unknown fields")
+    sub.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="decode weights in FP8 to the dtype in config.json, weights in NF4 to theirs before quantisation",
+    )
     sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
     sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, PEFT or converted")
     sub.add_argument(
@@ -97,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.strict:
             _refuse_unknown_fields(src / "config.json")
         with _progress(args.dst) as on_block:
-            hf2jax(src, args.dst, args.dtype, args.quantize, on_block)
+            hf2jax(src, args.dst, args.dtype, args.quantize, on_block, args.dequantize)
     elif args.command == "jax2hf":
         size = parse_size(args.max_shard_size)
         with _progress(args.dst) as on_block:

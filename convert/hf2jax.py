@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -11,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from convert import fp8
+from convert.forms import Form, find_form
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
-from convert.nf4 import companions, find_quantization, read_matrix, settings_of
+from convert.nf4 import companions, find_quantization, in_nf4, read_matrix, settings_of
 from convert.safetensors_io import CODES, open_folder
-from jaxmoe.config import DTYPES, read_config
+from jaxmoe.config import DTYPES, read_config, read_json
 from jaxmoe.errors import UserError
-from jaxmoe.nf4.codec import NF4
+from jaxmoe.nf4.codec import NF4, decode
 from jaxmoe.nf4.recode import Recoded, quantized
-from jaxmoe.parameters import NESTED_QUANT_MAP
+from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, nf4_candidates
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
 from jaxmoe.store.converted import write_converted
 from jaxmoe.store.files import is_file
@@ -42,17 +45,24 @@ _COMPARE_BYTES = 16 * 2**20
 class HFCheckpoint:
     """An HF folder whose keys, shapes and dtypes have all been checked; weights are read on demand."""
 
-    def __init__(self, path: pathlib.Path, dtype: str | None) -> None:
+    def __init__(self, path: pathlib.Path, dtype: str | None, dequantize: bool) -> None:
         self.path = path
         # Before the config: for a folder of pickles, that is the error to report.
         self._tensors = open_folder(path)
-        self.config, raw = read_config(path / "config.json")
+        # Before the config's fields: of another form than those read, the form is the error to report.
+        self._form = find_form(str(path), read_json(path / "config.json"), self._tensors)
+        _check_dequantize(path, self._form, dequantize)
+        self.config, _ = read_config(path / "config.json")
         self.layout: Layout = find_layout(self._tensors)
         self._check_count()
         self._target = np.dtype(_known(dtype)) if dtype else None
         self._rows = {layer: list(rows(self.config, layer, self.layout)) for layer in blocks_of(self.config)}
-        settings = raw.get("quantization_config")
-        self.quantization = find_quantization(str(path), settings, self.config, self._tensors, self._every_row())
+        self.quantization: Quantization | None = None
+        if self._form == "nf4" and not dequantize:
+            self.quantization = find_quantization(str(path), self.config, self._tensors, self._rows)
+        self._nf4_candidates = nf4_candidates(self.config, router=True)
+        self._nested = any(key.endswith(".nested_absmax") for key in self._tensors)
+        self._decoded_dtype = self._target or self._dtype_in_config()
         self.stored_tied_head = self._check_tied_head()
         self._check_keys()
         self._nested_quant_map: np.ndarray | None = None
@@ -74,17 +84,25 @@ class HFCheckpoint:
         return (row for block in self._rows.values() for row in block)
 
     def _in_nf4(self, row: Row) -> bool:
-        return self.quantization is not None and row.path in self.quantization.paths
+        return self._form == "nf4" and row.path in self._nf4_candidates and in_nf4(row.key, self._tensors)
+
+    def _in_fp8(self, row: Row) -> bool:
+        return self._form == "fp8" and self._tensors[row.key].code == fp8.CODE
 
     def _read_nf4(self, row: Row) -> tuple[NF4, str, np.ndarray | None]:
-        assert self.quantization is not None
-        return read_matrix(row, self._tensors, self.quantization.nested)
+        return read_matrix(row, self._tensors, self._nested)
+
+    def _stored_path(self, row: Row) -> str:
+        """The array that a row which is not in NF4 is a part of."""
+        mixed = self.quantization is not None and row.path in self.quantization.paths
+        return f"{row.path}.weight" if mixed else row.path
 
     def _check_keys(self) -> None:
         expected = {row.key for row in self._every_row()}
-        if self.quantization is not None:
-            quantized = (row.key for row in self._every_row() if self._in_nf4(row))
-            expected.update(key for name in quantized for key in companions(name, self.quantization.nested))
+        quantized = (row.key for row in self._every_row() if self._in_nf4(row))
+        expected.update(key for name in quantized for key in companions(name, self._nested))
+        if self._form == "fp8":
+            expected.update(fp8.check_fp8(self._every_row(), self._tensors))
         found = set(self._tensors) - ({"lm_head.weight"} if self.stored_tied_head else set())
         if missing := sorted(expected - found):
             under = [name for name in sorted(found) if name.endswith(f".{missing[0]}")]
@@ -94,22 +112,47 @@ class HFCheckpoint:
             raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected in all)")
 
     def _check_tensors(self) -> dict[str, np.dtype]:
+        """The stored dtype of every path; one for a whole stack unless every tensor is cast."""
         first: dict[str, tuple[str, np.dtype]] = {}
         for row in self._every_row():
-            if self._in_nf4(row):
-                _, made_from, table = self._read_nf4(row)
-                dtype, code = np.dtype(made_from), f"NF4 of {made_from}"
-                self._check_map(row, table)
-            else:
-                tensor = self._tensors[row.key]
-                if tensor.shape != row.shape:
-                    raise UserError(f"{row.key}: expected shape {list(row.shape)}, found {list(tensor.shape)}")
-                dtype, code = tensor.dtype, tensor.code
-            key, expected = first.setdefault(row.path, (row.key, dtype))
-            if dtype != expected:
-                one = CODES[expected.name] if not self._in_nf4(row) else f"NF4 of {expected}"
-                raise UserError(f"{row.key}: expected {one} as in {key}, found {code}")
+            dtype, code = self._check_tensor(row)
+            path = row.path if self._in_nf4(row) else self._stored_path(row)
+            key, expected = first.setdefault(path, (row.key, dtype))
+            if dtype != expected and self._target is None:
+                one = f"NF4 of {expected}" if code.startswith("NF4") else CODES[expected.name]
+                raise UserError(
+                    f"{row.key}: expected {one} as in {key}, found {code} "
+                    f"({self._layers_unlike(path, expected)}; --dtype, or dtype=, casts every tensor to one dtype)"
+                )
         return {name: dtype for name, (_, dtype) in first.items()}
+
+    def _check_tensor(self, row: Row) -> tuple[np.dtype, str]:
+        """(the dtype of a row, once decoded; what to call its form), after a check of its shape."""
+        if self._in_nf4(row):
+            _, made_from, table = self._read_nf4(row)
+            if self.quantization is not None:
+                self._check_map(row, table)
+            return np.dtype(made_from), f"NF4 of {made_from}"
+        tensor = self._tensors[row.key]
+        if tensor.shape != row.shape:
+            raise UserError(f"{row.key}: expected shape {list(row.shape)}, found {list(tensor.shape)}")
+        if self._in_fp8(row):
+            return self._decoded_dtype, f"FP8 of {self._decoded_dtype}"
+        return tensor.dtype, tensor.code
+
+    def _layers_unlike(self, path: str, expected: np.dtype) -> str:
+        """Which layers of a stack have another dtype, for a message."""
+        layers = [
+            layer
+            for layer, block in self._rows.items()
+            if any(
+                path == (row.path if self._in_nf4(row) else self._stored_path(row))
+                and self._check_tensor(row)[0] != expected
+                for row in block
+            )
+        ]
+        shown = ", ".join(map(str, layers[:8])) + (", ..." if len(layers) > 8 else "")
+        return f"so in layer{'s' if len(layers) > 1 else ''} {shown}"
 
     def _check_map(self, row: Row, table: np.ndarray | None) -> None:
         """Every weight has its own copy of the table; a converted folder holds it once, so all must be equal."""
@@ -117,6 +160,13 @@ class HFCheckpoint:
             self._nested_quant_map = table
         elif table is None or not np.array_equal(table, self._nested_quant_map):
             raise UserError(f"{row.key}.nested_quant_map: expected the same table for every weight, found another")
+
+    def _dtype_in_config(self) -> np.dtype:
+        """The dtype to decode FP8 into. If config.json has none, the embedding's, which is not quantised."""
+        if self.config.dtype is not None:
+            return np.dtype(self.config.dtype)
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        return embedding.dtype if embedding is not None else np.dtype("bfloat16")
 
     def _check_tied_head(self) -> bool:
         """Whether lm_head is stored although it is tied, as some tools do. It must then equal the embedding exactly."""
@@ -148,21 +198,31 @@ class HFCheckpoint:
         if layer is None and self._nested_quant_map is not None:
             arrays[NESTED_QUANT_MAP] = self._nested_quant_map
         for row in block:
-            if self._in_nf4(row):
+            if self.quantization is not None and self._in_nf4(row):
                 for name, part in self._read_nf4(row)[0].named(row.path).items():
                     if name not in arrays:
                         arrays[name] = np.empty(shapes[name], part.dtype)
                     arrays[name][row.matrix] = part
                 continue
-            dtype = self.dtypes[row.path]
-            tensor = cast(row.key, self._tensors[row.key].read(), dtype)
+            path = self._stored_path(row)
+            dtype = self.dtypes[path]
+            tensor = cast(row.key, self._decoded(row, dtype), dtype)
             if not row.part:
-                arrays[row.path] = tensor
+                arrays[path] = tensor
                 continue
-            if row.path not in arrays:
-                arrays[row.path] = np.empty(shapes[row.path], dtype)
-            _copy(tensor, arrays[row.path][row.part])
+            if path not in arrays:
+                arrays[path] = np.empty(shapes[path], dtype)
+            _copy(tensor, arrays[path][row.part])
         return arrays
+
+    def _decoded(self, row: Row, dtype: np.dtype) -> np.ndarray:
+        """One tensor; a weight in FP8 or NF4 is decoded into `dtype`, a plain one keeps its own."""
+        if self._in_fp8(row):
+            return fp8.decode_fp8(self._tensors[row.key], self._tensors[fp8.scale_key(row.key)], dtype)
+        if self._in_nf4(row):
+            packed, _, table = self._read_nf4(row)
+            return decode(packed, math.prod(row.shape), dtype, table).reshape(row.shape)
+        return self._tensors[row.key].read()
 
 
 def _copy(tensor: np.ndarray, part: np.ndarray) -> None:
@@ -170,16 +230,28 @@ def _copy(tensor: np.ndarray, part: np.ndarray) -> None:
     part.view(np.uint8)[...] = tensor.view(np.uint8)
 
 
-def read_hf(path: str | os.PathLike[str], dtype: str | None = None) -> HFCheckpoint:
+def read_hf(path: str | os.PathLike[str], dtype: str | None = None, dequantize: bool = False) -> HFCheckpoint:
     """Opens an HF checkpoint and checks everything except the values. `dtype` casts every tensor, once.
 
-    Weights in NF4 keep their bytes; for them `dtype` is the dtype to decode into.
+    Weights in NF4 keep their bytes; for them `dtype` is the dtype to decode into. `dequantize` decodes weights in NF4
+    and FP8, one tensor at a time: NF4 to the dtype before quantisation, FP8 to the dtype in config.json, or to `dtype`.
 
     Raises:
-        UserError: no safetensors, another model type, a quantisation other than bitsandbytes' NF4, a key that is
-            missing, unexpected or stored twice, a wrong shape or dtype, or dtypes that differ within a stack.
+        UserError: no safetensors, another model type, a quantisation other than bitsandbytes' NF4 and blocks of FP8, a
+            key that is missing, unexpected or stored twice, a wrong shape or dtype, dtypes that differ within a stack
+            that is not cast, FP8 without `dequantize`, or `dequantize` of plain weights.
     """
-    return HFCheckpoint(pathlib.Path(path), dtype)
+    return HFCheckpoint(pathlib.Path(path), dtype, dequantize)
+
+
+def _check_dequantize(path: pathlib.Path, form: Form | None, dequantize: bool) -> None:
+    if form == "fp8" and not dequantize:
+        raise UserError(
+            f"{path}: quantization_config: found weights in FP8; --dequantize (dequantize=True in Python) decodes them "
+            "to 16 bits"
+        )
+    if form is None and dequantize:
+        raise UserError(f"{path}: dequantize: expected weights in FP8 or NF4, found neither")
 
 
 def _known(dtype: str) -> str:
@@ -206,14 +278,15 @@ def companion_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def config_bytes(source: Checkpoint, dtype: str | None) -> bytes:
     """The content of config.json, with only these changes: `dtype`, under the key that the file uses for it, and the
-    quantization_config if the weights are recoded."""
+    quantization_config if the weights are recoded or decoded."""
     content = (source.path / "config.json").read_bytes()
     raw = json.loads(content)
     changes: dict[str, Any] = {}
     if dtype is not None:
         names = [name for name in ("dtype", "torch_dtype") if name in raw] or ["dtype"]
         changes |= dict.fromkeys(names, dtype)
-    if isinstance(source, Recoded):
+    decoded = raw.get("quantization_config") is not None and source.quantization is None
+    if isinstance(source, Recoded) or decoded:
         changes["quantization_config"] = None
         if source.quantization is not None:
             settings = settings_of(source.config, source.quantization, source.dtypes["embed_tokens"].name)
@@ -228,16 +301,18 @@ def hf2jax(
     dtype: str | None = None,
     quantize: str | None = None,
     on_block: Callable[[Block, int], None] = lambda block, layers: None,
+    dequantize: bool = False,
 ) -> None:
     """Converts the HF folder `src` into the converted folder `dst`, which must be new or empty.
 
-    `quantize` "nf4" encodes projections, dense MLPs and experts. Weights that are in NF4 already keep their bytes.
+    `quantize` "nf4" encodes projections, dense MLPs and experts. Weights that are in NF4 already keep their bytes,
+    unless `dequantize` decodes them; weights in FP8 need it.
     `on_block` is called after each block with the block and the number of layers.
 
     Raises:
         UserError: what `read_hf` and `companion_files` raise, or `dst` is not empty.
     """
-    source: Checkpoint = read_hf(src, dtype)
+    source: Checkpoint = read_hf(src, dtype, dequantize)
     if quantize is not None:
         source = quantized(source, quantize)
     files = {"config.json": config_bytes(source, dtype), **companion_files(source.path)}

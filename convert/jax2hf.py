@@ -91,7 +91,8 @@ def _tensors(
             nested_quant_map = block.arrays.get(NESTED_QUANT_MAP)
         for row in rows(config, block.layer, form.layout):
             if f"{row.path}.codes" not in block.arrays:
-                yield row.key, block.arrays[row.path][row.part]
+                path = f"{row.path}.weight" if f"{row.path}.weight" in block.arrays else row.path
+                yield row.key, block.arrays[path][row.part]
                 continue
             one = NF4.of(block.arrays, row.path).matrix(row.matrix)
             yield from matrix_tensors(row, one, dtypes[row.path], nested_quant_map)

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from convert.names import Row
+from convert.names import Row, rows
 from convert.safetensors_io import Tensor
 from jaxmoe.config import DTYPES, Qwen3MoeConfig
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import parse_json
 from jaxmoe.nf4.codec import NF4, NF4_TABLE
-from jaxmoe.nf4.config import is_nf4
 from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK, Quantization, nf4_candidates
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -31,42 +30,63 @@ _NESTED = (*_PLAIN, ".nested_absmax", ".nested_quant_map")
 
 
 def find_quantization(
-    where: str, settings: Any, config: Qwen3MoeConfig, tensors: Mapping[str, Tensor], rows: Iterable[Row]
-) -> Quantization | None:
-    """The parameters of an HF checkpoint that are in NF4. `settings` is the quantization_config of its config.json.
+    where: str, config: Qwen3MoeConfig, tensors: Mapping[str, Tensor], blocks: Mapping[int | None, Sequence[Row]]
+) -> Quantization:
+    """The parameters of an HF checkpoint in NF4, and the layers of them that are not.
 
     Raises:
-        UserError: another quantisation than NF4 by bitsandbytes, or a config and tensors that contradict each other.
+        UserError: no tensor is in NF4, or a layer has experts of both kinds.
     """
-    if settings is not None and not is_nf4(settings):
-        found = shown(settings)
-        raise UserError(
-            f"{where}: quantization_config: expected NF4 as bitsandbytes writes it, found {found} (not supported)"
-        )
-    for key in tensors:
-        _, mark, kind = key.partition(_STATE)
-        if key.endswith(".weight_scale_inv") or (mark and kind != "nf4"):
-            found = f"{kind} in {key}" if mark else key
-            raise UserError(f"{where}: expected weights in float32, bfloat16, float16 or NF4, found {found}")
     candidates = nf4_candidates(config, router=True)
-    marked = {
-        row.path
-        for row in rows
-        if row.path in candidates and any(f"{row.key}{suffix}" in tensors for suffix in _NESTED)
-    }
-    if bool(marked) != (settings is not None):
-        expected, found = ("tensors in NF4", "none") if settings is not None else ("no tensors in NF4", "some")
-        by = "with" if settings is not None else "without"
-        raise UserError(f"{where}: expected {expected} {by} quantization_config in config.json, found {found}")
+    kinds: dict[str, dict[int, bool]] = {}  # path -> layer -> whether it is in NF4
+    for layer, block in blocks.items():
+        for row in block:
+            if layer is None or row.path not in candidates:
+                continue
+            found = in_nf4(row.key, tensors)
+            if kinds.setdefault(row.path, {}).setdefault(layer, found) != found:
+                now, before = ("NF4", "16 or 32 bits") if found else ("16 or 32 bits", "NF4")
+                raise UserError(
+                    f"{where}: {row.key}: expected {before} as for the experts before it, found {now} (experts of one "
+                    "layer must have one form; --dequantize, or dequantize=True, decodes all)"
+                )
+    marked = {path: layers for path, layers in kinds.items() if any(layers.values())}
     if not marked:
-        return None
+        raise UserError(f"{where}: expected tensors in NF4 with quantization_config in config.json, found none")
     nested = any(key.endswith(_NESTED[-2:]) for key in tensors)
-    return Quantization(tuple(sorted(marked)), nested)
+    slots = {path: tuple(i for i, found in enumerate(layers.values()) if not found) for path, layers in marked.items()}
+    mixed = tuple(sorted((path, left) for path, left in slots.items() if left))
+    return Quantization(tuple(sorted(marked)), nested, mixed)
+
+
+def in_nf4(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the weight `key` is in NF4: its codes or a tensor that accompanies them are there."""
+    codes = tensors.get(key)
+    return (codes is not None and codes.code == "U8") or any(f"{key}{suffix}" in tensors for suffix in _NESTED)
+
+
+def unquantized_layers(config: Qwen3MoeConfig, quantization: Quantization) -> dict[str, list[int]]:
+    """Path -> the decoder layers of a mixed stack that are not in NF4."""
+    kinds = {"attention": range(config.num_hidden_layers), "sparse": config.sparse_layers, "dense": config.dense_layers}
+    return {path: [kinds[path.split(".")[0]][slot] for slot in left] for path, left in quantization.unquantized}
+
+
+def _skipped_modules(config: Qwen3MoeConfig, quantization: Quantization) -> list[str]:
+    """The modules that transformers must not quantise: head, routers, and layers of mixed stacks."""
+    left = unquantized_layers(config, quantization)
+    if "sparse.gate" not in quantization.paths:
+        left["sparse.gate"] = list(config.sparse_layers)
+    keys = (
+        row.key.removesuffix(".weight")
+        for layer in range(config.num_hidden_layers)
+        for row in rows(config, layer, "per_expert")
+        if layer in left.get(row.path, ())
+    )
+    return ["lm_head", *keys]
 
 
 def settings_of(config: Qwen3MoeConfig, quantization: Quantization, dtype: str) -> dict[str, Any]:
     """The quantization_config that transformers writes for a model in NF4 that computes in `dtype`, a dtype's name."""
-    routers = [f"model.layers.{layer}.mlp.gate" for layer in config.sparse_layers]
     return {
         "_load_in_4bit": True,
         "_load_in_8bit": False,
@@ -76,7 +96,7 @@ def settings_of(config: Qwen3MoeConfig, quantization: Quantization, dtype: str) 
         "bnb_4bit_use_double_quant": quantization.nested,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": ["lm_head", *([] if "sparse.gate" in quantization.paths else routers)],
+        "llm_int8_skip_modules": _skipped_modules(config, quantization),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

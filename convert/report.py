@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from convert import fp8
 from convert.adapters import SETTINGS, WEIGHTS
+from convert.forms import is_fp8
 from convert.hf2jax import read_hf
+from convert.nf4 import unquantized_layers
 from convert.safetensors_io import Tensor, open_folder, read_header
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.memory import parameter_count
@@ -51,9 +54,12 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         settings = {key: value for key, value in read_json(path / SETTINGS).items() if value not in (None, {}, [])}
         kind, summary = "PEFT adapter", settings
     else:
-        checkpoint = read_hf(path)
+        settings = read_json(path / "config.json").get("quantization_config") if path.is_dir() else None
+        checkpoint = read_hf(path, dequantize=is_fp8(settings))
         summary, kind = _model(checkpoint.config), "HF checkpoint"
         more = _nf4(checkpoint.config, checkpoint.quantization)
+        if is_fp8(settings):
+            more = {"parameters": parameter_count(checkpoint.config), "quantization": "FP8 in blocks of 128 x 128"}
         tensors = open_folder(path).values()
     return _report(kind, summary, _hf_entries(tensors), **more)
 
@@ -67,7 +73,8 @@ def _hf_entries(tensors: Iterable[Tensor]) -> list[Entry]:
         if dot:
             beside[f"{weight}.weight"] = beside.get(f"{weight}.weight", 0) + tensor.data.nbytes
         else:
-            entries[tensor.name] = (tensor.name, tensor.shape, tensor.stored_dtype.name, tensor.data.nbytes)
+            dtype = "float8_e4m3fn" if tensor.code == fp8.CODE else tensor.stored_dtype.name
+            entries[tensor.name] = (tensor.name, tensor.shape, dtype, tensor.data.nbytes)
     for name, nbytes in beside.items():
         _, shape, _, codes = entries[name]
         entries[name] = (name, shape, "nf4", codes + nbytes)
@@ -83,7 +90,11 @@ def _nf4(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str,
     if quantization is None:
         return {}
     nested = "double quantisation" if quantization.nested else "float32 block maxima"
-    text = f"NF4 with {nested}: {', '.join(quantization.paths)}"
+    left = {
+        path: f" (but not in layers {', '.join(map(str, layers))})"
+        for path, layers in unquantized_layers(config, quantization).items()
+    }
+    text = f"NF4 with {nested}: {', '.join(path + left.get(path, '') for path in quantization.paths)}"
     return {"parameters": parameter_count(config), "quantization": text}
 
 

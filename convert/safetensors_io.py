@@ -157,6 +157,11 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     if not is_file(index):
         if is_file(single):
             return read_header(single)
+        if ggufs := sorted(p.name for p in folder.glob("*.gguf")):
+            raise UserError(
+                f"{folder}: expected {SINGLE} or {INDEX}, found {ggufs[0]} (GGUF is not supported); download the "
+                "model's safetensors in 16 bits, FP8 or NF4 by bitsandbytes"
+            )
         pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
         found = f"only {pickles[0]} (pickles can run code and are not read)" if pickles else "neither"
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")

@@ -24,7 +24,7 @@ from jaxmoe.parameters import (
 )
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STORED_BYTES = DTYPE_BYTES | {"uint8": 1}
+STORED_BYTES = DTYPE_BYTES | {"uint8": 1, "int32": 4}
 FLOAT32 = 4
 ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
 # Recomputation policies, from the one that saves most results for the backward pass to the one that saves least.
@@ -93,6 +93,7 @@ class Workload:
         dtype: of the frozen parameters and of the computation. Trained parameters are float32.
         accumulation: micro-batches per step. Several need memory for a sum, in addition to the gradients of one.
         quantize: "nf4" holds the frozen parameters in 4 bits.
+        quantization: which of them, if it is not all that NF4 is used for.
         remat: the recomputation policy.
         attention: the implementation that runs on the device (`jaxmoe.ops.attention.implementation`).
         experts: the implementation of the experts' products (`jaxmoe.ops.experts.implementation`).
@@ -110,6 +111,7 @@ class Workload:
     attention: Attention = "blocks"
     experts: Experts = "tiled"
     packed: bool = True
+    quantization: Quantization | None = None
 
     @property
     def tokens(self) -> int:
@@ -211,7 +213,7 @@ def _frozen(work: Workload) -> tuple[Part, ...]:
     config, size = work.config, work.size
     if work.quantize is None:
         return (Part("parameters", parameter_count(config) * size, True),)
-    quantization = Quantization(nf4_candidates(config))
+    quantization = work.quantization or Quantization(nf4_candidates(config))
     specs = stored_specs(config, quantization).values()
     stored = sum(math.prod(spec.shape) * (STORED_BYTES[spec.dtype] if spec.dtype else size) for spec in specs)
     weights = parameter_specs(config)

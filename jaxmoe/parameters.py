@@ -9,8 +9,9 @@ checkpoint to the device, so NF4 blocks, which follow the flat [out, in] order, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
@@ -44,17 +45,34 @@ class Quantization:
     The arrays "x.codes" (two 4-bit codes in a byte) and "x.absmax" (largest magnitude in each block) replace the weight
     "x". Double quantisation quantises absmax too and adds "x.nested_absmax" and "x.nested_offset". The gate, up and
     down matrices of an expert are quantised separately.
+
+    A mixed stack has layers that are not quantised. `unquantized` has its path and these layers, as indices in the
+    stack, in rising order. Its NF4 arrays hold the other layers only, "x.weight" holds these, and "x.places" says for
+    each layer of the stack where it is: i in the NF4 arrays, or -1 - i in "x.weight".
     """
 
     paths: tuple[str, ...]
     nested: bool = True
+    unquantized: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @classmethod
-    def of(cls, names: Iterable[str]) -> Quantization | None:
-        """The quantisation of a model whose arrays have these names; None for a model without NF4."""
-        names = set(names)
-        paths = tuple(sorted(name.removesuffix(".codes") for name in names if name.endswith(".codes")))
-        return cls(paths, NESTED_QUANT_MAP in names) if paths else None
+    def of(cls, params: Mapping[str, Any]) -> Quantization | None:
+        """The quantisation of a model with these arrays; None for a model without NF4. Reads the places' values."""
+        paths = nf4_paths(params)
+        mixed = {path: params[f"{path}.places"].tolist() for path in paths if f"{path}.places" in params}
+        slots = ((path, tuple(i for i, place in enumerate(places) if place < 0)) for path, places in mixed.items())
+        return cls(paths, NESTED_QUANT_MAP in params, tuple(slots)) if paths else None
+
+    def places(self, path: str, layers: int) -> list[int]:
+        """The values of "x.places", for the mixed stack `path` of that many layers."""
+        left = dict(self.unquantized)[path]
+        before = [sum(slot < i for slot in left) for i in range(layers)]
+        return [-1 - before[i] if i in left else i - before[i] for i in range(layers)]
+
+
+def nf4_paths(names: Iterable[str]) -> tuple[str, ...]:
+    """The parameters that are in NF4, wholly or in part, in a model whose arrays have these names."""
+    return tuple(sorted(name.removesuffix(".codes") for name in names if name.endswith(".codes")))
 
 
 def parameter_specs(config: Qwen3MoeConfig) -> dict[str, ParameterSpec]:
@@ -121,10 +139,15 @@ def stored_specs(config: Qwen3MoeConfig, quantization: Quantization | None) -> d
     specs = parameter_specs(config)
     if quantization is None:
         return specs
+    unquantized = dict(quantization.unquantized)
     for path in quantization.paths:
         weight = specs.pop(path)
         *lead, elements = matrix_shape(config, path)
-        lead, axes = (weight.shape[0], *lead), (*weight.axes[:-2], "matrices")
+        layers, *shape = weight.shape
+        if left := len(unquantized.get(path, ())):
+            specs[f"{path}.weight"] = ParameterSpec((left, *shape), weight.axes)
+            specs[f"{path}.places"] = ParameterSpec((layers,), weight.axes[:1], dtype="int32")
+        lead, axes = (layers - left, *lead), (*weight.axes[:-2], "matrices")
         blocks = -(-elements // NF4_BLOCK)
         nested = quantization.nested
         specs[f"{path}.codes"] = ParameterSpec((*lead, -(-elements // 2)), (*axes, "codes"), dtype="uint8")
@@ -161,16 +184,26 @@ def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterS
 def layer_paths(
     config: Qwen3MoeConfig, layer: int, quantization: Quantization | None = None
 ) -> Iterator[tuple[str, int]]:
-    """(path, index in the stack) of every stored array of decoder layer `layer`."""
+    """(path, index in that array) of every stored array of decoder layer `layer`."""
     sparse = layer in config.sparse_layers
     kind = "sparse" if sparse else "dense"
     slot = (config.sparse_layers if sparse else config.dense_layers).index(layer)
+    unquantized = dict(quantization.unquantized) if quantization else {}
     for path in stored_specs(config, quantization):
         stack = path.split(".")[0]
-        if stack == "attention":
-            yield path, layer
-        elif stack == kind:
-            yield path, slot
+        if stack not in ("attention", kind):
+            continue
+        index = layer if stack == "attention" else slot
+        weight, _, part = path.rpartition(".")
+        if weight not in unquantized:
+            yield path, index
+            continue
+        left = unquantized[weight]
+        before = sum(other < index for other in left)
+        if part == "weight" and index in left:
+            yield path, before
+        elif part not in ("weight", "places") and index not in left:
+            yield path, index - before
 
 
 def top_level_paths(config: Qwen3MoeConfig, quantization: Quantization | None = None) -> tuple[str, ...]:

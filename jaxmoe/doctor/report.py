@@ -15,7 +15,9 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_confi
 from jaxmoe.errors import UserError
 from jaxmoe.lora import modules_to_save
 from jaxmoe.nf4.config import is_nf4
+from jaxmoe.parameters import Quantization
 from jaxmoe.presets import PRESETS
+from jaxmoe.store.converted import is_converted
 
 PACKAGES = (
     "jax jaxlib jax-cuda12-plugin jax-cuda13-plugin flax optax orbax-checkpoint numpy ml_dtypes safetensors "
@@ -115,6 +117,20 @@ def stored_in(model: str) -> Literal["nf4"] | None:
     return "nf4" if is_nf4(raw.get("quantization_config")) else None
 
 
+def quantization_of(model: str) -> Quantization | None:
+    """Which weights of the checkpoint in the folder `model` are in NF4; None if there is no such checkpoint.
+
+    Raises:
+        UserError: a checkpoint that cannot be read.
+    """
+    path = pathlib.Path(model)
+    if stored_in(model) is None or not (is_converted(path) or any(path.glob("*.safetensors"))):
+        return None
+    from jaxmoe.model.opening import open_checkpoint
+
+    return open_checkpoint(path)[1].quantization
+
+
 def forecast(options: DoctorConfig) -> dict[str, Any]:
     """Parameter counts, and the memory that training and generation need, part by part, in bytes.
 
@@ -133,11 +149,18 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
         raise UserError(f"train: expected lora, since {options.model} is in {quantize}, found full")
     shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
     shape["quantize"] = quantize
+    quantization = quantization_of(options.model) if options.quantize is None else None
     selected = _implementations(config, options.dtype)
     trained = lora if options.train == "lora" else None
     parameters = memory.parameter_count(config)
     workload = memory.Workload(
-        config, trained, **shape, accumulation=options.accumulation, packed=options.pack, **selected
+        config,
+        trained,
+        **shape,
+        accumulation=options.accumulation,
+        packed=options.pack,
+        quantization=quantization,
+        **selected,
     )
     training = memory.training_forecasts(workload)
     return {

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=whole_number, default=0, metavar="N", help="seed of the random draws (default: 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
+    add("--dequantize", action="store_true", help="decode weights in FP8 or NF4 while they are read; FP8 needs it")
     add("--capture", type=pathlib.Path, metavar="DIR", help="write the routing of every token to this new folder")
     add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same prompts")
     interventions.add_arguments(parser)
@@ -73,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     token_ids, notices = prompts.encode_prompts(args, tokenizer)
 
     with reading_weights(on_stderr=True) as on_layer:
-        model = Qwen3MoeForCausalLM.from_pretrained(args.model, args.dtype, args.quantize, args.adapter, on_layer)
+        model = Qwen3MoeForCausalLM.from_pretrained(
+            args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize
+        )
     generator = Generator(model)
     generator.check(token_ids, settings.max_new_tokens)
     for line in (*defaults.notices, *notices, *_unused(sampling)):

@@ -24,7 +24,7 @@ from jaxmoe.model.interface import DecoderOutput, Options, Params, Tokens
 from jaxmoe.model.opening import load_adapter, open_checkpoint
 from jaxmoe.ops.frozen import instantiated, is_perturbed, values_of
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
-from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, stored_specs
+from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, nf4_paths, stored_specs
 from jaxmoe.store.loading import OnLayer, load_stacks
 
 TokenArray = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -121,6 +121,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         quantize: str | None = None,
         adapter: str | pathlib.Path | None = None,
         on_layer: OnLayer = lambda *_: None,
+        dequantize: bool = False,
     ) -> Qwen3MoeForCausalLM:
         """Loads a Hugging Face folder or one written by `python -m convert hf2jax`, layer by layer.
 
@@ -131,11 +132,13 @@ class Qwen3MoeForCausalLM(nnx.Module):
                 checkpoint's form. Weights that are in NF4 already keep their bytes.
             adapter: a PEFT adapter's folder or a converted one.
             on_layer: called after each layer, with the number of layers read so far and the total.
+            dequantize: decodes weights in FP8 to the dtype in config.json, and weights in NF4 to the dtype that they
+                had before quantisation, or both to `dtype`. FP8 cannot be read without it.
 
         Raises:
             UserError: a broken or unsuitable folder; the message names the file, what was expected and what was found.
         """
-        config, source = open_checkpoint(path, dtype, quantize)
+        config, source = open_checkpoint(path, dtype, quantize, dequantize)
         params = load_stacks(config, source, on_layer=on_layer)
         return cls(config, params) if adapter is None else cls(config, params, *load_adapter(adapter, config, source))
 
@@ -247,9 +250,9 @@ def _run_forward(call: _Call, params: Any, adapters: Any, control: Any, tokens: 
     if frozen := sorted(asked & call.frozen):
         raise ValueError(f"{frozen[0]}: frozen, but its gradient was asked for")
     params, adapters, control, tokens = map(values_of, (params, adapters, control, tokens))
-    quantization = Quantization.of(params)
+    quantized = nf4_paths(params)
     for path in sorted(trained):
-        if quantization and path.rpartition(".")[0] in quantization.paths:
+        if path.rpartition(".")[0] in quantized:
             raise ValueError(f"weights.{path}: frozen (NF4), but its gradient was asked for")
     options = replace(call.options, trainable=frozenset(trained))
 

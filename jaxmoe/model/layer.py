@@ -19,7 +19,7 @@ from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.experts import ExpertWeights
 from jaxmoe.ops.linear import LinearMap, layer_slice
 from jaxmoe.ops.low_rank import Adapter, Dropout, DropoutKeys
-from jaxmoe.parameters import Quantization, parameter_specs
+from jaxmoe.parameters import nf4_paths, parameter_specs
 
 _EXPERTS = ("sparse.gate_up_proj", "sparse.down_proj")
 # The weights whose adapters may have dropout, in the order in which a layer numbers its draws.
@@ -199,12 +199,12 @@ def _only_trained_parts(adapters: Params, lora: LoraConfig | None) -> Params:
 
 def _layer_stacks(params: Params, config: Qwen3MoeConfig) -> dict[str, Array | NF4Stack]:
     """The parameters of the layers: as they are, or one `NF4Stack` in place of a quantised weight's arrays."""
-    quantization = Quantization.of(params)
-    if quantization is None:
+    quantized = nf4_paths(params)
+    if not quantized:
         return {path: stack for path, stack in params.items() if "." in path}
     stacks: dict[str, Array | NF4Stack] = {}
     for path, spec in parameter_specs(config).items():
-        if path in quantization.paths:
+        if path in quantized:
             *lead, out, inner = spec.shape
             stacks[path] = NF4Stack.of(params, path, (math.prod(lead), out, inner), params["embed_tokens"].dtype)
         elif "." in path:

@@ -9,19 +9,24 @@ import jax.numpy as jnp
 from convert.adapters import read_peft
 from convert.hf2jax import read_hf
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
-from jaxmoe.nf4.recode import quantized
+from jaxmoe.nf4.recode import dequantized, quantized
 from jaxmoe.store.adapter import is_adapter, read_adapter
 from jaxmoe.store.checkpoint import Checkpoint
 from jaxmoe.store.converted import is_converted, read_converted
 
 
 def open_checkpoint(
-    path: str | pathlib.Path, dtype: str | None = None, quantize: str | None = None
+    path: str | pathlib.Path, dtype: str | None = None, quantize: str | None = None, dequantize: bool = False
 ) -> tuple[Qwen3MoeConfig, Checkpoint]:
     """Opens the checkpoint in a folder, HF form or converted, without reading its weights; arguments and errors as in
     `Qwen3MoeForCausalLM.from_pretrained`."""
-    source = read_converted(path, dtype) if is_converted(path) else read_hf(path, dtype)
+    source: Checkpoint = read_hf(path, dtype, dequantize) if not is_converted(path) else read_converted(path, dtype)
+    if dequantize and is_converted(path):
+        if source.quantization is None:
+            raise UserError(f"{path}: dequantize: expected weights in NF4 (or FP8 in an HF folder), found neither")
+        source = dequantized(source)
     if quantize is not None:
         source = quantized(source, quantize)
     return source.config if dtype is None else source.config.replace(dtype=dtype), source

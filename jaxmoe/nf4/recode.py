@@ -10,7 +10,7 @@ import numpy as np
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, matrix_shape, nf4_candidates, parameter_specs
-from jaxmoe.store.checkpoint import Block, Checkpoint, Layout
+from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Recoded:
 def quantized(source: Checkpoint, form: str = "nf4") -> Checkpoint:
     """The checkpoint with projections, dense MLPs and experts in NF4 (double quantisation), encoded while it is read.
 
-    Router, embeddings, norms and head stay as they are, and so do weights that are in NF4 already.
+    Router, embeddings, norms and head stay as they are, and so do weights that are in NF4 already and mixed stacks.
 
     Raises:
         UserError: another form than "nf4", or weights that are in NF4 without double quantisation.
@@ -76,12 +76,15 @@ def quantized(source: Checkpoint, form: str = "nf4") -> Checkpoint:
 
     # bitsandbytes has no form for fused experts
     layout: Layout = "per_expert" if config.sparse_layers else source.layout
-    return Recoded(source, layout, Quantization(tuple(sorted((*done, *todo)))), change)
+    unquantized = before.unquantized if before else ()
+    return Recoded(source, layout, Quantization(tuple(sorted((*done, *todo))), unquantized=unquantized), change)
 
 
 def dequantized(source: Checkpoint) -> Checkpoint:
-    """The checkpoint with its NF4 weights decoded, while it is read, to the dtypes that they had before
-    quantisation."""
+    """The checkpoint with its NF4 weights decoded, while it is read, to the dtypes that they had before quantisation.
+
+    Unquantised layers of a mixed stack are cast to the dtype of the others.
+    """
     quantization = source.quantization
     if quantization is None:
         return source
@@ -100,6 +103,8 @@ def dequantized(source: Checkpoint) -> Checkpoint:
                     del arrays[name]
                 elements = matrix_shape(config, path)[-1]
                 arrays[path] = decode(packed, elements, source.dtypes[path], table).reshape(shape)
+            elif f"{path}.weight" in arrays:
+                arrays[path] = cast(path, arrays.pop(f"{path}.weight"), source.dtypes[path])
         return Block(block.layer, arrays)
 
     return Recoded(source, source.layout, None, change)

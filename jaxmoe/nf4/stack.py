@@ -1,4 +1,8 @@
-"""NF4 on the device: a stack of weights that is decoded where it is indexed, and only there."""
+"""NF4 on the device: a stack of weights that is decoded where it is indexed, and only there.
+
+A mixed stack also holds layers that are not quantised. It looks up which kind a layer is while it is indexed, so that
+one loop runs over all layers. A stack of one kind has no such lookup.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,9 @@ class NF4Stack:
     A group is a layer, or an expert of a layer, and holds the codes of one matrix or of several that follow each other.
     The fields are those of `jaxmoe.nf4.codec.NF4`, codes uint8 [groups, matrices, bytes] and so on, and the table
     float32 [256]. `shape` and `dtype` are those of the weights.
+
+    In a mixed stack (`jaxmoe.parameters.Quantization`) these fields hold the quantised layers only, `weight` [_, out,
+    in] the groups of the others, and `places` int32 [layers] says where each layer is. Otherwise both are None.
     """
 
     # JAX stores placeholders here while it flattens trees, so annotations of arrays would not hold.
@@ -36,6 +43,8 @@ class NF4Stack:
     nested_quant_map: Any
     shape: tuple[int, ...] = field(metadata={"static": True})
     dtype: Any = field(metadata={"static": True})
+    weight: Any = None
+    places: Any = None
 
     @classmethod
     def of(cls, params: Mapping[str, Array], path: str, shape: tuple[int, ...], dtype: Any) -> NF4Stack:
@@ -43,16 +52,30 @@ class NF4Stack:
 
         def joined(name: str, trailing: int) -> Array | None:
             array = params.get(f"{path}.{name}")
-            return None if array is None else array.reshape(shape[0], *array.shape[array.ndim - trailing :])
+            return None if array is None else array.reshape(-1, *array.shape[array.ndim - trailing :])
 
         codes, absmax = joined("codes", 2), joined("absmax", 2)
         assert codes is not None and absmax is not None
         nested = joined("nested_absmax", 2), joined("nested_offset", 1), params.get(NESTED_QUANT_MAP)
-        return cls(codes, absmax, *nested, shape=shape, dtype=jnp.dtype(dtype))
+        mixed = joined("weight", 2), params.get(f"{path}.places")
+        return cls(codes, absmax, *nested, shape, jnp.dtype(dtype), *mixed)
 
     def __getitem__(self, group: Any) -> Array:
-        """The weights [..., out, in] of one group (a scalar) or several (an array), which must be in bounds."""
+        """The weights [..., out, in] of one group (a scalar) or several of one layer (an array), in bounds."""
+        return self._decoded(group) if self.places is None else self._looked_up(jnp.asarray(group))
 
+    def _looked_up(self, group: Array) -> Array:
+        """`self[group]` of a mixed stack."""
+        in_layer = self.shape[0] // self.places.shape[0]
+        layer = group.reshape(-1)[0] // in_layer
+        place = self.places.at[layer].get(mode="promise_in_bounds")
+        quantized = place >= 0
+        # `at` takes the index inside the arrays of the layer's kind
+        at = jnp.where(quantized, place, -1 - place) * in_layer + group % in_layer
+        unchanged = lambda at: self.weight.at[at].get(mode="promise_in_bounds").astype(self.dtype)
+        return jax.lax.cond(quantized, self._decoded, unchanged, at)
+
+    def _decoded(self, group: Any) -> Array:
         def at(array: Array) -> Array:
             return array.at[group].get(mode="promise_in_bounds")
 

@@ -43,6 +43,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
+    add("--dequantize", action="store_true", help="decode weights in FP8 or NF4 while they are read; FP8 needs it")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument(
         "--data",
@@ -117,7 +118,12 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
         labels = read_text(arguments.data, tokenizer, vocabulary, arguments.seq_length, arguments.max_tokens)
     with reading_weights() as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
-            arguments.model, arguments.dtype, arguments.quantize, arguments.adapter, on_layer
+            arguments.model,
+            arguments.dtype,
+            arguments.quantize,
+            arguments.adapter,
+            on_layer,
+            arguments.dequantize,
         )
     if not model.config.sparse_layers:
         raise UserError(f"{arguments.model}: expected a model with mixture-of-experts layers, found none")

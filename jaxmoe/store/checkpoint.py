@@ -43,7 +43,9 @@ class Checkpoint(Protocol):
     path: pathlib.Path
     config: Qwen3MoeConfig
     quantization: Quantization | None
-    dtypes: dict[str, np.dtype]  # of every path of `parameter_specs(config)`; for NF4 the dtype before quantisation
+    # Of every path of `parameter_specs(config)`; for NF4 the dtype before quantisation. In a mixed stack "x" the
+    # dtype of the layers that are not quantised is that of "x.weight".
+    dtypes: dict[str, np.dtype]
     layout: Layout  # of the original HF checkpoint
     stored_tied_head: bool  # whether the original HF checkpoint stores lm_head although it is tied
 

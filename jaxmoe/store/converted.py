@@ -2,7 +2,7 @@
 
 It holds one Orbax item per decoder layer (`layers/00012`) and one for the rest (`top`), the files of the HF checkpoint
 that are not weights, and `manifest.json`. Reading and writing need memory for one layer, not for the model. If weights
-are in NF4, the manifest says so and has version 2, otherwise 1.
+are in NF4, the manifest says so and has version 2, or 3 if some layers of a stack are not; otherwise it has version 1.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxmoe.store.items import check_entries, read_item, read_manifest, same_nam
 
 MANIFEST = "manifest.json"
 _KIND = "jaxmoe checkpoint"
-_VERSION, _NF4_VERSION = 1, 2
+_VERSION, _NF4_VERSION, _MIXED_VERSION = 1, 2, 3
 
 
 def item_name(layer: int | None) -> str:
@@ -63,7 +63,10 @@ def write_converted(
         if source.quantization is not None:
             version, paths = _NF4_VERSION, source.quantization.paths
             weights = {path: source.dtypes[path].name for path in paths}
-            manifest = {"nf4": {"nested": source.quantization.nested, "weights": weights}} | manifest
+            entry: dict[str, Any] = {"nested": source.quantization.nested, "weights": weights}
+            if mixed := dict(source.quantization.unquantized):
+                version, entry["unquantized"] = _MIXED_VERSION, mixed
+            manifest = {"nf4": entry} | manifest
         write_manifest(folder / MANIFEST, _KIND, version, manifest)
 
 
@@ -74,7 +77,7 @@ class ConvertedCheckpoint:
         self.path, self._verify = path, verify
         check_links(path)
         self.config = Qwen3MoeConfig.from_pretrained(path)
-        manifest = read_manifest(path / MANIFEST, _KIND, (_VERSION, _NF4_VERSION))
+        manifest = read_manifest(path / MANIFEST, _KIND, (_VERSION, _NF4_VERSION, _MIXED_VERSION))
         self._items: dict[str, Any] = manifest.get("items") or {}
         try:
             self.layout: Layout = {name: name for name in get_args(Layout)}[manifest["source"]["layout"]]
@@ -85,7 +88,9 @@ class ConvertedCheckpoint:
         self._target = np.dtype(dtype) if dtype else None
         self.quantization, weights = self._check_nf4(manifest.get("nf4"))
         self.stored_dtypes = self._check_items() | weights
-        self.dtypes = {name: self._target or self.stored_dtypes[name] for name in parameter_specs(self.config)}
+        mixed = dict(self.quantization.unquantized) if self.quantization else {}
+        names = (*parameter_specs(self.config), *(f"{path}.weight" for path in mixed))
+        self.dtypes = {name: self._target or self.stored_dtypes[name] for name in names}
 
     def _check_nf4(self, entry: Any) -> tuple[Quantization | None, dict[str, np.dtype]]:
         """(which weights are in NF4, the dtype of each of them before quantisation)."""
@@ -97,11 +102,19 @@ class ConvertedCheckpoint:
             if type(nested) is not bool or not weights or not set(weights) <= set(known):
                 raise ValueError
             dtypes = {path: np.dtype({name: name for name in DTYPES}[dtype]) for path, dtype in weights.items()}
-        except (KeyError, TypeError, ValueError):
+            mixed = {path: tuple(slots) for path, slots in entry.get("unquantized", {}).items()}
+            specs = parameter_specs(self.config)
+            if not set(mixed) <= set(weights) or not all(
+                0 < len(slots) < specs[path].shape[0]
+                and slots == tuple(i for i in range(specs[path].shape[0]) if i in slots)
+                for path, slots in mixed.items()
+            ):
+                raise ValueError
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
                 f"{self.path / MANIFEST}: nf4: expected nested and weights, found {entry!r}"[:300]
             ) from None
-        return Quantization(tuple(sorted(weights)), nested), dtypes
+        return Quantization(tuple(sorted(weights)), nested, tuple(sorted(mixed.items()))), dtypes
 
     def _check_items(self) -> dict[str, np.dtype]:
         specs = stored_specs(self.config, self.quantization)

@@ -55,6 +55,10 @@ def load_stacks(
     """
     shapes = stack_shapes(config, source).items()
     params = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}
+    if (quantization := source.quantization) is not None:
+        for path, _ in quantization.unquantized:
+            layers = params[f"{path}.places"].shape[0]
+            params[f"{path}.places"] = jnp.asarray(quantization.places(path, layers), jnp.int32)
     # The top level first: it holds NF4's table, which a checkpoint that is recoded needs for its layers.
     read = partial(_read, source, digest)
     top = read(None)

@@ -12,9 +12,9 @@ import numpy as np
 from jaxmoe import stopping
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.model.opening import open_checkpoint
 from jaxmoe.parameters import layer_paths, top_level_paths
 from jaxmoe.store.checkpoint import Block, cast
-from jaxmoe.store.converted import is_converted, read_converted
 from jaxmoe.store.files import naming_files, unfinished_folder
 
 
@@ -60,17 +60,18 @@ def export_merged(
     config: Qwen3MoeConfig,
     lora: LoraConfig,
     adapters: Mapping[str, np.ndarray],
+    dequantize: bool = False,
 ) -> None:
     """Writes the model in the folder `model` with the adapter merged, in HF form and the source's dtypes, one layer at
-    a time; an earlier `target` is replaced."""
+    a time; an earlier `target` is replaced. `dequantize` decodes weights in FP8 or NF4 first."""
     from convert.adapters import merge
-    from convert.hf2jax import companion_files, read_hf
+    from convert.hf2jax import companion_files, config_bytes
     from convert.jax2hf import HFForm, changed_config, write_hf
     from convert.saved_modules import merged_form
 
-    source = read_converted(model) if is_converted(model) else read_hf(model)
+    source = open_checkpoint(model, dequantize=dequantize)[1]
     merged = merged_form(source, lora)
-    config_file = changed_config((model / "config.json").read_bytes(), merged.config_changes)
+    config_file = changed_config(config_bytes(source, None), merged.config_changes)
     files = {**companion_files(model), "config.json": config_file}
     shutil.rmtree(target, ignore_errors=True)
     blocks = (merge(config, block, lora, adapters) for block in source.blocks())

@@ -346,7 +346,7 @@ def _export(plan: Plan, trainable: Params) -> None:
     export_adapter(settings.output, config, lora, arrays)
     if settings.merge:
         assert settings.model is not None
-        export_merged(settings.output / "merged", settings.model, config, lora, arrays)
+        export_merged(settings.output / "merged", settings.model, config, lora, arrays, settings.dequantize)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -56,6 +56,7 @@ class Source:
     shapes: Weights
     load: Callable[[OnLayer, WeightsDigest], Weights]  # the digest collects what is read from a checkpoint
     from_folder: bool = True  # False: random weights, of which the digest collects nothing
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
 
     source = _open(settings, config, lora)
     model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers)
-    model, notices = _with_remat(settings, model, source.shapes.frozen, previous)
+    model, notices = _with_remat(settings, model, source.quantization, previous)
     notices = data.notices + notices + fallbacks(config, model.dtype)
     if previous is None or settings.unroll_layers:  # a resumed run cannot change it
         notices += _about_unrolling(settings, total_steps, jax.default_backend() == "gpu")
@@ -235,7 +236,7 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         return Source(model, Weights({}, jax.eval_shape(draw)), lambda *_: Weights({}, draw()), False)
     assert settings.model is not None
     dtype = "float32" if settings.full else settings.dtype
-    checkpoint_config, checkpoint = open_checkpoint(settings.model, dtype, settings.quantize)
+    checkpoint_config, checkpoint = open_checkpoint(settings.model, dtype, settings.quantize, settings.dequantize)
     shapes = stack_shapes(checkpoint_config, checkpoint)
     read = lambda on_layer, digest: load_stacks(checkpoint_config, checkpoint, on_layer=on_layer, digest=digest)
     if settings.full:
@@ -260,7 +261,7 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         base = read(on_layer, digest)
         return Weights(base, adapters(base))
 
-    return Source(model, Weights(shapes, jax.eval_shape(adapters, shapes)), load)
+    return Source(model, Weights(shapes, jax.eval_shape(adapters, shapes)), load, quantization=checkpoint.quantization)
 
 
 def _fresh_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: jax.Array, base: Params) -> Params:
@@ -270,7 +271,7 @@ def _fresh_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: jax.Array, ba
 
 
 def _with_remat(
-    settings: TrainConfig, model: Model, frozen: Iterable[str], previous: Mapping[str, Any] | None
+    settings: TrainConfig, model: Model, quantization: Quantization | None, previous: Mapping[str, Any] | None
 ) -> tuple[Model, list[str]]:
     """The model with its recomputation policy, and a notice if `auto` chose it; a resumed run keeps its policy."""
     if settings.remat != "auto":
@@ -287,7 +288,8 @@ def _with_remat(
             settings.seq_length,
             model.dtype,
             accumulation=settings.accumulation,
-            quantize="nf4" if Quantization.of(frozen) else None,
+            quantize="nf4" if quantization else None,
+            quantization=quantization,
             packed=model.packed,
             **selected,
         )

@@ -167,6 +167,13 @@ class TrainConfig:
             "identity": VALUE,
         },
     )
+    dequantize: bool = field(
+        default=False,
+        metadata={
+            "help": "decode weights in FP8 to the dtype in config.json, weights in NF4 to theirs before quantisation",
+            "identity": APART,  # the weights' digest tells the two apart
+        },
+    )
     remat: Literal["auto", "fast", "balanced", "low-memory", "offload"] = field(
         default="auto",
         metadata={
@@ -288,6 +295,8 @@ def _check_combinations(settings: TrainConfig) -> None:
         raise UserError("adapter and merge: only valid with LoRA training")
     if settings.trains_all and settings.quantize is not None:
         raise UserError("quantize: only valid with LoRA training")
+    if settings.dequantize and settings.from_scratch is not None:
+        raise UserError("dequantize: only valid with model")
     if settings.unroll_layers and (settings.trains_all or settings.remat == "offload"):
         raise UserError("unroll_layers: only valid with LoRA training, and not with remat offload")
     if settings.full and settings.from_scratch is not None:

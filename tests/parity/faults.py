@@ -90,7 +90,7 @@ FAULTS: dict[str, Fault] = {
     "experts permuted": _replaced(jaxmoe.model.decoder, "sorted_experts", _two_experts_exchanged),
     "softmax after top-k": _replaced(jaxmoe.model.decoder, "route", _softmax_after_top_k),
     "adapter scaled by 1 over r": _replaced(
-        jaxmoe.config.LoraConfig, "scale", lambda scale: lambda self, target: scale(self, target) / self.alpha
+        jaxmoe.config.LoraConfig, "scale", lambda scale: lambda self, *slot: scale(self, *slot) / self.alpha
     ),
     "NF4 nibbles swapped": _replaced(jaxmoe.nf4.stack, "_PAIRS", lambda pairs: pairs[:, ::-1]),
     "documents joined": _replaced(jaxmoe.ops.attention_chunked, "attention_mask", _documents_joined),

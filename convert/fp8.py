@@ -1,0 +1,66 @@
+"""Decodes weights in FP8: e4m3 codes, and beside them one scale for each block of 128 x 128.
+
+The scale of the weight `X.weight` is `X.weight_scale_inv`, float32 or bfloat16; blocks at the right and lower edges may
+be smaller. W = code * scale, formed in float32 and rounded once, as in `Fp8Dequantize` of transformers 5
+(`integrations/finegrained_fp8.py`). That class divides a weight into equal blocks, so it agrees where the blocks are
+whole; edges follow `weight_dequant` of DeepSeek-V3, where the layout comes from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+
+from convert.names import Row
+from convert.safetensors_io import Tensor
+from jaxmoe.errors import UserError
+
+BLOCK = 128
+CODE = "F8_E4M3"
+_SUFFIX = "_scale_inv"
+_SCALES = ("F32", "BF16")
+
+
+def scale_key(key: str) -> str:
+    """The key of the scales of the weight `key`."""
+    return f"{key}{_SUFFIX}"
+
+
+def check_fp8(rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys of the scales of all weights in FP8.
+
+    Raises:
+        UserError: no weight in FP8, one without scales, or scales of another shape or dtype.
+    """
+    keys = []
+    for row in rows:
+        tensor, key = tensors.get(row.key), scale_key(row.key)
+        if tensor is None or tensor.code != CODE:
+            continue
+        if (scales := tensors.get(key)) is None:
+            raise UserError(f"{key}: missing tensor (the scales of {row.key}, which is in FP8)")
+        *lead, out, inner = row.shape
+        shape = (*lead, -(-out // BLOCK), -(-inner // BLOCK))
+        if scales.code not in _SCALES or scales.shape != shape:
+            found = f"{scales.code} {list(scales.shape)}"
+            raise UserError(f"{key}: expected {' or '.join(_SCALES)} {list(shape)}, found {found}")
+        keys.append(key)
+    if not keys:
+        raise UserError(f"quantization_config: expected weights in FP8 ({CODE}), found none")
+    return keys
+
+
+def decode_fp8(codes: Tensor, scales: Tensor, dtype: np.dtype) -> np.ndarray:
+    """The weight in `dtype`, one matrix at a time."""
+    weight = np.empty(codes.shape, dtype)
+    matrices = codes.data.view(ml_dtypes.float8_e4m3fn).reshape(-1, *codes.shape[-2:])
+    grids = scales.read().reshape(math.prod(codes.shape[:-2]), *scales.shape[-2:])
+    for out, matrix, grid in zip(weight.reshape(matrices.shape), matrices, grids, strict=True):
+        for i, row in enumerate(grid.astype(np.float32)):
+            rows = slice(i * BLOCK, (i + 1) * BLOCK)
+            columns = np.repeat(row, BLOCK)[: matrix.shape[1]]
+            out[rows] = (matrix[rows].astype(np.float32) * columns).astype(dtype)
+    return weight
