@@ -10,6 +10,7 @@ receives the signals. It undoes what the process has begun to write, prints one 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
@@ -40,6 +41,7 @@ def watch() -> None:
     if _state.watching:
         return
     _state.watching = True
+    atexit.register(_ignore_signals)  # registered first, so it is called last
     if os.name == "nt":  # no pipe can wake a thread there
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: _arrived(number))
@@ -106,6 +108,12 @@ class Postponed:
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
     """A handler that does nothing. Without one in Python, the interpreter would not write to the pipe."""
+
+
+def _ignore_signals() -> None:
+    """The command is done, and its exit code says so: the interpreter, which now ends, must not be killed."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _receive(receiver: int) -> None:

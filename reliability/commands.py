@@ -8,7 +8,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from jaxmoe.store.lock import SUFFIX
 from peers.make_checkpoint import TINY, make_checkpoint
@@ -23,15 +25,10 @@ def prepare(shared: pathlib.Path) -> None:
     records = (json.dumps({"prompt": f"{i} + 1 = ", "completion": str(i + 1)}) + "\n" for i in range(24))
     (shared / "data.jsonl").write_text("".join(records), encoding="utf-8")
     (shared / "text.txt").write_text("a rose is a rose is a rose\n" * 8, encoding="utf-8")
-    for kind in ("train", "hf2jax", "jax2hf", "capture", "report"):
-        done = subprocess.run(
-            command(kind, shared, shared / kind),
-            cwd=ROOT,
-            env=environment(shared),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    for kind in KINDS:
+        begun = time.monotonic()
+        done = run(kind, shared, shared / kind)
+        (shared / f"seconds-{kind}").write_text(str(time.monotonic() - begun))
         if done.returncode:
             raise RuntimeError(f"{kind}: exit code {done.returncode}: {done.stderr}")
 
@@ -48,6 +45,25 @@ def command(kind: str, shared: pathlib.Path, output: pathlib.Path, *more: str) -
         "report": f"jaxmoe.routing report {shared}/capture --out {output}",
     }
     return [sys.executable, "-m", *flags[kind].split(), *more]
+
+
+def run(
+    kind: str,
+    shared: pathlib.Path,
+    output: pathlib.Path,
+    *more: str,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command that writes `output` to its end; `settings` are added to its environment."""
+    return subprocess.run(
+        command(kind, shared, output, *more),
+        cwd=ROOT,
+        env=environment(shared) | dict(settings),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def environment(shared: pathlib.Path) -> dict[str, str]:

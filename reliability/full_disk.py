@@ -37,15 +37,7 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     output.parent.mkdir(exist_ok=True)
     settings = {"LD_PRELOAD": str(shared / "full.so"), "FAIL_IN": str(output.parent)}
-    return subprocess.run(
-        commands.command(kind, shared, output),
-        cwd=commands.ROOT,
-        env=commands.environment(shared) | settings | more,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return commands.run(kind, shared, output, settings=settings | more)
 
 
 def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Random) -> Outcome:
@@ -69,10 +61,7 @@ def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Rando
         return Outcome("wrong", kind, f"{text}half-written: {sorted(output.rglob('*'))[:3]}")
     if kind == "train":
         resume = ["--resume"] if output.exists() else []
-        command = commands.command(kind, shared, output, *resume)
-        again = subprocess.run(
-            command, cwd=commands.ROOT, env=commands.environment(shared), capture_output=True, text=True, check=False
-        )
+        again = commands.run(kind, shared, output, *resume)
         if again.returncode or commands.result(kind, output) != commands.result(kind, shared / kind):
             return Outcome("wrong", kind, f"{text}then, with room: {again.stderr}")
     return Outcome("refused", kind)

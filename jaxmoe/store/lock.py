@@ -124,7 +124,7 @@ class _FlockLock:
     def __init__(self, shown: str, path: pathlib.Path) -> None:
         self._path = path
         while True:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            created, self._file = _open(path)
             try:
                 _flock(self._file)
                 if os.path.samestat(os.fstat(self._file), os.stat(path)):
@@ -136,6 +136,8 @@ class _FlockLock:
                 pass
             except OSError:
                 os.close(self._file)
+                if created:  # where there are no locks, the file itself would be one
+                    path.unlink(missing_ok=True)
                 raise
             os.close(self._file)
         with contextlib.suppress(OSError):  # on a full disk the lock holds, and only the name of its owner is missing
@@ -148,6 +150,15 @@ class _FlockLock:
             self._path.unlink()
         with contextlib.suppress(OSError):
             os.close(self._file)
+
+
+def _open(path: pathlib.Path) -> tuple[bool, int]:
+    """(whether the file was made, its descriptor)."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            return True, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        with contextlib.suppress(FileNotFoundError):  # removed in between
+            return False, os.open(path, os.O_RDWR)
 
 
 def _flock(file: int) -> None:

@@ -159,8 +159,8 @@ class TrainCheckpoints:
         if version == _VERSION and digest != _content_digest(content):
             raise UserError(f"{where}: metadata: expected the checksum that it names, found another")
         entries, length = content.get("leaves"), 4 if version == _VERSION else 3
-        well_formed = isinstance(entries, list) and all(isinstance(e, list) and len(e) == length for e in entries)
-        if not well_formed or not isinstance(content.get("metadata"), dict):
+        listed = isinstance(entries, list) and all(isinstance(e, list) and len(e) == length for e in entries)
+        if entries is None or not listed or not isinstance(content.get("metadata"), dict):
             raise UserError(f"{where}: metadata: expected leaves and metadata, found others")
         expected = [[name, list(np.shape(leaf)), str(_dtype(leaf))] for name, leaf in leaves]
         for want, found in zip(expected, entries, strict=False):

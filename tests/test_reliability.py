@@ -1,0 +1,314 @@
+"""Locks, signals, leftovers of killed runs, damaged checkpoints, and a sample of the trials in `reliability`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert.hf2jax import hf2jax, read_hf
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.errors import UserError
+from jaxmoe.store import lock
+from jaxmoe.store.checkpoint import Checkpoint
+from jaxmoe.store.converted import read_converted
+from jaxmoe.store.digest import WeightsDigest, combined
+from jaxmoe.store.files import claimed, naming_files, os_error, output_file, output_folder
+from jaxmoe.store.lock import InUse, output_lock
+from jaxmoe.store.train_state import TrainCheckpoints
+from jaxmoe.train import identity
+from jaxmoe.train.settings import TrainConfig
+from peers.make_checkpoint import TINY, make_checkpoint
+from reliability import bit_flips
+from reliability.trials import Outcome, run_trials
+from tests.conftest import ROOT
+
+# --- locks
+
+
+def no_flock(file: int) -> None:
+    raise OSError(errno.ENOSYS, "no locks here")
+
+
+@pytest.fixture(params=["flock", "owner file"])
+def kind_of_lock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "owner file":
+        monkeypatch.setattr(lock, "_flock", no_flock)
+    return request.param
+
+
+def in_another_thread(call: Callable[[], Any]) -> BaseException | None:
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return caught[0] if caught else None
+
+
+def locked(path: pathlib.Path) -> None:
+    with output_lock(path):
+        pass
+
+
+@pytest.mark.usefixtures("kind_of_lock")
+def test_a_second_writer_is_told_who_the_first_is(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "new" / "out"
+    with output_lock(output):
+        locked(output)  # the same thread may
+        error = in_another_thread(lambda: locked(output))
+        assert isinstance(error, InUse)
+        assert f"process {os.getpid()} on {socket.gethostname()}" in str(error)
+        assert "\n" not in str(error)
+        assert in_another_thread(lambda: locked(tmp_path / "new" / "other")) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("kind_of_lock")
+def test_the_lock_of_a_dead_process_is_free(tmp_path: pathlib.Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    owner = {"process": int(dead.stdout), "host": socket.gethostname(), "command": "x", "since": "y"}
+    (tmp_path / f".out{lock.SUFFIX}").write_text(json.dumps(owner))
+    locked(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_file_of_another_host_is_judged_by_its_time(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "_flock", no_flock)
+    file = tmp_path / f".out{lock.SUFFIX}"
+    file.write_text(json.dumps({"process": 1, "host": "elsewhere", "command": "x", "since": "y"}))
+    with pytest.raises(InUse, match="process 1 on elsewhere"):
+        locked(tmp_path / "out")
+    long_ago = time.time() - 2 * lock.DEAD_AFTER
+    os.utime(file, (long_ago, long_ago))
+    locked(tmp_path / "out")
+    assert not file.exists()
+
+
+def test_leftovers_of_dead_processes_are_removed_and_those_of_live_ones_kept(tmp_path: pathlib.Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f".{name}.jaxmoe-unfinished-abcd1234" / "content").mkdir(parents=True)
+    (tmp_path / f".c{lock.SUFFIX}").touch()
+    (tmp_path / ".b-notes").touch()
+    live = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with output_lock(tmp_path / "b"):
+            live[0].set()
+            live[1].wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    live[0].wait()
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "x").touch()
+        with output_file(tmp_path / "table.csv") as table:  # does not take the folder above for a leftover
+            table.write_text("1")
+    names = {path.name for path in tmp_path.iterdir()}
+    live[1].set()
+    thread.join()
+    assert names == {"out", "table.csv", ".b-notes", ".b.jaxmoe-unfinished-abcd1234", f".b{lock.SUFFIX}"}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["x"]
+
+
+def test_a_folder_is_claimed_before_the_work(tmp_path: pathlib.Path) -> None:
+    with claimed(tmp_path / "out"), output_folder(tmp_path / "out") as folder:
+        (folder / "x").touch()
+    with pytest.raises(UserError, match="new or empty"), claimed(tmp_path / "out"):
+        pass
+
+
+# --- full disks
+
+
+def test_errors_name_the_users_file(tmp_path: pathlib.Path) -> None:
+    def fail(filename: str | None) -> None:
+        with naming_files({tmp_path / ".t": pathlib.Path("out")}):
+            raise OSError(errno.ENOSPC, "No space left on device", filename)
+
+    for filename, shown in ((None, "out"), (str(tmp_path / ".t" / "a" / "b"), "out/a/b"), ("/else", "/else")):
+        with pytest.raises(OSError, match="No space left") as caught:
+            fail(filename)
+        assert caught.value.filename == shown
+    for text in ("I/O error: No space left on device (os error 28)", "x [os_error_code='28'] y"):
+        assert os_error(tmp_path, text).errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"), output_folder(tmp_path / "out") as folder:
+        os_error_in(folder)
+    with pytest.raises(OSError, match="No space left"), output_file(tmp_path / "table.csv") as file:
+        os_error_in(file)
+    assert list(tmp_path.iterdir()) == []
+
+
+def os_error_in(path: pathlib.Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+# --- signals
+
+PROGRAM = """
+import sys, time
+from jaxmoe import stopping
+stopping.watch()
+from jaxmoe.store.files import output_folder
+with output_folder(sys.argv[1]) as folder:
+    (folder / "x").touch()
+    print("begun", flush=True)
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass  # code that swallows what a handler raises
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_that_catches_everything(number: signal.Signals, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "new" / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert stderr == f"{number.name}: stopped; what it had begun to write was removed\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("delay", [0.3, 0.9])
+def test_a_signal_during_imports_is_one_line(delay: float, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "jaxmoe.routing", "report", str(tmp_path), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    # A fast machine may have refused the bad capture before.
+    assert process.returncode in (130, 2)
+    assert len(stderr.splitlines()) == 1
+    assert process.returncode == 2 or stderr == "SIGINT: stopped\n"
+
+
+# --- training checkpoints
+
+
+def saved(folder: pathlib.Path) -> TrainCheckpoints:
+    checkpoints = TrainCheckpoints(folder)
+    for step in (10, 20):
+        checkpoints.save(step, {"x": np.full(1000, step, np.float32)}, {"step": step})
+    return checkpoints
+
+
+TEMPLATE = {"x": np.zeros(1000, np.float32)}
+
+
+def test_an_older_checkpoint_is_chosen_and_later_ones_stay_until_the_next(tmp_path: pathlib.Path) -> None:
+    checkpoints = saved(tmp_path)
+    for which, step in ((None, 20), ("20", 20), ("10", 10), ("previous", 10)):
+        restored = checkpoints.restore_latest(TEMPLATE, which)
+        assert restored is not None
+        assert (restored[0], restored[1]["x"][0], restored[2]) == (step, step, {"step": step})
+    with pytest.raises(UserError, match=r"\(10, 20\), found 15"):
+        checkpoints.restore_latest(TEMPLATE, "15")
+    assert checkpoints.steps() == [10, 20]
+    checkpoints.save(15, {"x": np.full(1000, 15, np.float32)}, {"step": 15})
+    assert checkpoints.steps() == [10, 15]
+    with pytest.raises(UserError, match="previous"):
+        TrainConfig(model=tmp_path, data=tmp_path, output=tmp_path, resume_from="newest")
+
+
+def test_a_checkpoint_without_checksums_is_restored_with_a_line(tmp_path: pathlib.Path) -> None:
+    saved(tmp_path).close()
+    file = tmp_path / "20" / "metadata" / "metadata"
+    stored = json.loads(file.read_text())
+    old = {"version": 1, "leaves": [entry[:3] for entry in stored["leaves"]], "metadata": stored["metadata"]}
+    file.write_text(json.dumps(old))
+    checkpoints = TrainCheckpoints(tmp_path)
+    restored = checkpoints.restore_latest(TEMPLATE)
+    assert restored is not None
+    assert restored[0] == 20
+    assert checkpoints.notice is not None
+    assert "not verified" in checkpoints.notice
+
+
+def test_flipped_bits_are_refused_or_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_trials(bit_flips.trial, bit_flips.prepare, description="", number=25, argv=["--seed", "1"]) == 0
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_wrong_trials_fail(capsys: pytest.CaptureFixture[str]) -> None:
+    verdicts: Any = ("refused", "accepted", "wrong")
+    trial = lambda own, shared, index, rng: Outcome(verdicts[index], "kind", "why")
+    assert run_trials(trial, lambda shared: None, description="", number=3, argv=[]) == 1
+    assert "trial 2: WRONG: kind: why" in capsys.readouterr().out
+    assert run_trials(trial, lambda shared: None, description="", number=2, argv=[]) == 0
+
+
+# --- what a model is
+
+
+def digest_of(source: Checkpoint, layers: Callable[[list[int | None]], list[int | None]] = list) -> str:
+    with WeightsDigest() as digest:
+        for layer in layers([None, *range(source.config.num_hidden_layers)]):
+            digest.add(source.block(layer))
+        return combined(digest.parts())
+
+
+def test_the_digest_of_a_model_is_that_of_all_its_weights(tmp_path: pathlib.Path) -> None:
+    config: Qwen3MoeConfig = TINY.replace(num_hidden_layers=2)
+    make_checkpoint(tmp_path / "hf", config)
+    hf2jax(tmp_path / "hf", tmp_path / "jax")
+    expected = digest_of(read_hf(tmp_path / "hf"))
+    assert expected.startswith("weights:")
+    assert digest_of(read_converted(tmp_path / "jax")) == expected
+    assert digest_of(read_converted(tmp_path / "jax", verify=False)) == expected
+    assert digest_of(read_hf(tmp_path / "hf"), lambda layers: layers[::-1]) == expected
+    half = digest_of(read_converted(tmp_path / "jax", dtype="bfloat16"))
+    assert half == digest_of(read_hf(tmp_path / "hf", "bfloat16")) != expected
+    shards = []
+    for layers in ((None, 1), (0,)):
+        with WeightsDigest() as digest:
+            for layer in layers:
+                digest.add(read_hf(tmp_path / "hf").block(layer))
+            shards.append(digest.parts())
+    assert combined(shards[1] | shards[0]) == expected
+    file = tmp_path / "hf" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-len(data) // 3] ^= 1  # in the middle of some array
+    file.write_bytes(data)
+    assert digest_of(read_hf(tmp_path / "hf")) != expected
+
+
+# --- folders of runs that did not begin
+
+
+def test_a_run_without_a_checkpoint_does_not_block_the_next(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "out"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / identity.RUN_FILE).write_text("{}")
+    (output / "metrics.jsonl").write_text("")
+    settings = TrainConfig(model=tmp_path, data=tmp_path, output=output)
+    assert identity.previous_identity(settings) is None
+    (output / "notes.txt").touch()
+    with pytest.raises(UserError, match="--resume"):
+        identity.previous_identity(settings)
+    identity.remove_start(output)
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
