@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -147,9 +148,10 @@ def inside(folder: pathlib.Path, name: str) -> pathlib.Path:
     If `folder` is a snapshot in the hub's cache, symbolic links may lead to the blobs of that cache.
     """
     path = folder / name
-    root = folder.resolve()
+    # Unlike Path.resolve, realpath has no error for links in a circle.
+    root, real = pathlib.Path(os.path.realpath(folder)), pathlib.Path(os.path.realpath(path))
     roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    if pathlib.PurePath(name).name != name or not any(path.resolve().is_relative_to(allowed) for allowed in roots):
+    if pathlib.PurePath(name).name != name or not any(real.is_relative_to(allowed) for allowed in roots):
         raise UserError(f"{folder}: expected a file in this folder, found {name!r}, which is outside it")
     return path
 
