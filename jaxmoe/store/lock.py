@@ -52,7 +52,7 @@ def output_lock(dst: str | os.PathLike[str]) -> Iterator[None]:
         InUse: another process or thread writes `dst`; the message names it.
         OSError: the lock file cannot be written.
     """
-    output, me = pathlib.Path(dst).resolve(), threading.get_ident()
+    output, me = pathlib.Path(os.path.realpath(dst)), threading.get_ident()
     with _guard:
         again = output in _held and _held[output][0] == me
         if again:
