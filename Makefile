@@ -15,6 +15,7 @@
 # make kill N=100 SEED=0 JOBS=1   kill -9, SIGTERM and SIGINT at random moments of every command that writes
 # make full-disk N=84   a disk that is full from some write on, in every command that writes
 # make bit-flips N=300  flipped bits in training checkpoints; also with SEED and JOBS, as make kill
+# make fuzz N=1000    mutated files, odd flags and odd environments against every command; also with SEED and JOBS
 # make clean      removes what the other targets made
 #
 # demo, test, lint, notebooks, docs, parity and bench create their own environment in .venv the first time: CPU builds,
@@ -147,7 +148,7 @@ SEED ?= 0
 JOBS ?= 1
 TRIALS = JAX_PLATFORMS=cpu $(RUN) -m reliability.$(1) --seed $(SEED) --jobs $(JOBS) $(if $(N),--number $(N))
 
-.PHONY: kill full-disk bit-flips
+.PHONY: kill full-disk bit-flips fuzz
 kill: $(INSTALLED)
 	@$(call TRIALS,kill)
 
@@ -156,6 +157,9 @@ full-disk: $(INSTALLED)
 
 bit-flips: $(INSTALLED)
 	@$(call TRIALS,bit_flips)
+
+fuzz: $(INSTALLED)
+	@$(call TRIALS,fuzz)
 
 clean:
 	rm -rf $(VENV) $(KERNELS_VENV) build dist demo-output pretrain-output parity-output *.egg-info .pytest_cache .ruff_cache .hypothesis

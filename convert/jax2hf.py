@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -20,7 +21,7 @@ from convert.nf4 import matrix_tensors
 from convert.safetensors_io import Planned, write_sharded
 from convert.saved_modules import merged_form
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.nf4.codec import NF4
 from jaxmoe.nf4.recode import dequantized
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, stored_specs
@@ -116,9 +117,10 @@ def parse_size(text: str) -> int:
     """
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(units)})?", text.strip().upper())
-    size = int(float(match[1]) * units.get(match[2], 1)) if match else 0
+    value = float(match[1]) * units.get(match[2], 1) if match else 0.0
+    size = int(value) if math.isfinite(value) else 0
     if size < 1:
-        raise UserError(f"size: expected a number of bytes such as 5GB or 500MB, found {text!r}")
+        raise UserError(f"size: expected a number of bytes such as 5GB or 500MB, found {shown(text)}")
     return size
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_GROUPS, LoraConfig
 from jaxmoe.parameters import (
     ParameterSpec,
@@ -183,11 +184,23 @@ def device_bytes(device: Any) -> int | None:
     The allocator takes three quarters of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
     """
     if device.platform == "cpu":
-        try:
-            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        except (AttributeError, ValueError):  # Windows has no sysconf
-            return None
+        return host_bytes()
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def host_bytes() -> int | None:
+    """The physical memory of this machine; None: unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows has no sysconf
+        return None
+
+
+def check_fits(what: str, needed: int) -> None:
+    """Raises UserError, which starts with `what`, if `needed` bytes are more than this machine has."""
+    available = host_bytes()
+    if available is not None and needed > available:
+        raise UserError(f"{what}: needs {format_bytes(needed)} of memory, this machine has {format_bytes(available)}")
 
 
 def generation_forecast(work: Workload) -> Forecast:

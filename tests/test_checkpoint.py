@@ -77,7 +77,7 @@ DAMAGE: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "another format": (edit_manifest(lambda m: m.update(format="x")), "format"),
-    "a later version": (edit_manifest(lambda m: m.update(version=3)), "version: expected 1 or 2, found 3"),
+    "a later version": (edit_manifest(lambda m: m.update(version=4)), "version: expected 1 or 2 or 3, found 4"),
     "no source": (edit_manifest(lambda m: m.pop("source")), "source"),
     "no items": (edit_manifest(lambda m: m.pop("items")), "layers/00000"),
     "an item too few": (edit_manifest(lambda m: m["items"].pop("layers/00001")), "layers/00001"),

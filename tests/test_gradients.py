@@ -202,7 +202,8 @@ def test_recomputation_and_loops_around_a_call_change_nothing() -> None:
         return jnp.mean(jnp.sin(Qwen3MoeForCausalLM(model.config, params)(ids).logits))
 
     def in_turn(params: Any) -> jax.Array:
-        return jax.lax.scan(lambda total, one: (total + loss(params, one[None]), None), 0.0, jnp.asarray(ids))[0] / 2
+        step = lambda total, one: (total + loss(params, one[None]), None)
+        return jax.lax.scan(step, jnp.zeros(()), jnp.asarray(ids))[0] / 2
 
     expected = jax.grad(loss)(model.params, ids)
     for found in (jax.grad(jax.checkpoint(loss))(model.params, ids), jax.grad(in_turn)(model.params)):

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 class Letters:
     """A tokenizer of 97 letters, with the methods that this project's data code uses."""
 
-    eos_token_id = 1
+    eos_token, eos_token_id = "!", 1
     chat_template = None
 
     def get_vocab(self) -> dict[str, int]:

@@ -345,3 +345,36 @@ def test_closed_and_narrow_streams():
     shell = ["sh", "-c", '"$0" -S -c "$1" >&- 2>&-', sys.executable, code]
     closed = subprocess.run(shell, env=environment, check=False)
     assert closed.returncode == 0
+
+
+def test_a_sample_of_the_trials(capsys, tmp_path):
+    """Eight kinds of `make fuzz` once each, in this process."""
+    import random
+
+    from reliability import fuzz
+
+    fuzz.prepare(tmp_path)
+    for number, kind in enumerate(name for name in fuzz._KINDS if name not in ("training checkpoint", "environment")):
+        own = tmp_path / f"trial-{number}"
+        own.mkdir()
+        found = fuzz._KINDS[kind](own, tmp_path, random.Random(number), kind)
+        assert found.verdict != "wrong", found
+
+
+def test_the_trials_notice_what_is_wrong(tmp_path):
+    """The controls: a traceback, a second line, another exit code and other numbers are wrong."""
+    from reliability.fuzz import _difference
+    from reliability.observe import judge, observe
+
+    def bug() -> None:
+        raise KeyError("x")
+
+    def refusal() -> None:
+        raise UserError("field: expected a, found b")
+
+    assert "KeyError" in observe(bug, tmp_path).wrong
+    assert observe(refusal, tmp_path)[::2] == (2, "") and observe(lambda: None, tmp_path).accepted
+    assert judge(2, "a\nb\n", 0, 0).wrong and judge(1, "", 0, 0).wrong and judge(0, "", 99, 0).wrong
+    assert judge(0, "", 0, 2**31).wrong and not judge(2, "a\n", 0, 0).wrong
+    one = {"a": np.zeros(2)}
+    assert not _difference(one, {"a": np.zeros(2)}) and _difference(one, {"a": np.ones(2)}) and _difference(one, {})

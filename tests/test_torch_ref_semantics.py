@@ -152,10 +152,10 @@ def test_offloaded_weights_are_loaded(tmp_path: pathlib.Path) -> None:
     expected = logits(model)
     cpu_offload(model.model.layers[0].mlp.experts, execution_device=torch.device("cpu"))
     assert torch.equal(logits(model), expected)
-    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places: dict[str, Any] = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     model = stock("plain")
     places |= {f"model.layers.{i}": "disk" if i else "cpu" for i in range(len(model.model.layers))}
-    dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    dispatch_model(model, places, main_device=torch.device("cpu"), offload_dir=str(tmp_path), force_hooks=True)
     assert torch.equal(logits(model), expected)
 
 

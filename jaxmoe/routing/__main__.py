@@ -106,16 +106,19 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     for name in ("seq_length", "batch_size", "max_tokens"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"{name.replace('_', '-')}: expected at least 1, found {value}")
-    vocabulary = Qwen3MoeConfig.from_pretrained(
-        arguments.model
-    ).vocab_size  # before anything else in the folder is read
+    config = Qwen3MoeConfig.from_pretrained(arguments.model)  # before anything else in the folder is read
+    if arguments.seq_length > config.max_position_embeddings:
+        raise UserError(
+            f"seq-length: expected at most the model's max_position_embeddings {config.max_position_embeddings}, "
+            f"found {arguments.seq_length}"
+        )
     tokenizer = load_tokenizer(arguments.model)
     if arguments.text is not None:
         labels = Capture.open(arguments.text).labelled_text()
         if labels.tokenizer != tokenizer_digest(tokenizer):
             raise UserError(f"{arguments.text}: expected a text made with the model's tokenizer, found another")
     else:
-        labels = read_text(arguments.data, tokenizer, vocabulary, arguments.seq_length, arguments.max_tokens)
+        labels = read_text(arguments.data, tokenizer, config.vocab_size, arguments.seq_length, arguments.max_tokens)
     with reading_weights() as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
             arguments.model,

@@ -16,7 +16,7 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -226,9 +226,22 @@ class _Silence:
             time.sleep(0.2)  # for the tracebacks that are still to come
         with self._lock:
             self._calls -= 1
+            if kind is not None and not isinstance(self._hook, _WithoutTensorstore):
+                self._hook = _WithoutTensorstore(self._hook)  # a loaded machine may take longer
             if self._calls == 0:
                 sys.unraisablehook = self._hook
                 absl.logging.get_absl_logger().removeFilter(_not_from_orbax)
+
+
+class _WithoutTensorstore:
+    """A hook for errors that nobody can catch; it drops those of tensorstore and passes on all others."""
+
+    def __init__(self, hook: Callable[[Any], object]) -> None:
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        if "tensorstore" not in str(unraisable.exc_value):
+            self._hook(unraisable)
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

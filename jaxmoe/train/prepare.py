@@ -25,7 +25,18 @@ from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
-from jaxmoe.memory import Remat, Workload, choose_remat, device_bytes, format_bytes, training_forecasts
+from jaxmoe.memory import (
+    FLOAT32,
+    Remat,
+    Workload,
+    adapter_count,
+    check_fits,
+    choose_remat,
+    device_bytes,
+    format_bytes,
+    parameter_count,
+    training_forecasts,
+)
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Params
 from jaxmoe.model.opening import load_adapter, open_checkpoint
@@ -123,6 +134,13 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
             f"seq_length: expected at most the model's max_position_embeddings ({config.max_position_embeddings}), "
             f"found {settings.seq_length}"
         )
+    # Five arrays of a batch, four bytes for each token (`jaxmoe.data.packing.Batch`).
+    tokens = settings.batch_size * settings.accumulation * settings.seq_length
+    check_fits("batch_size x accumulation x seq_length", 20 * tokens)
+    if settings.trains_all:
+        check_fits("the model's parameters", FLOAT32 * parameter_count(config))
+    elif lora is not None:
+        check_fits("lora_r: the adapters", FLOAT32 * adapter_count(config, lora))
     data = _read_data(settings, config)
     total_steps = settings.max_steps
     if data.epochs is not None:

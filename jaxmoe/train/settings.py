@@ -9,6 +9,7 @@ from typing import Literal
 
 from jaxmoe.errors import UserError
 
+MAX_EPOCHS = 10_000
 Schedule = Literal["cosine", "linear", "constant"]
 
 # How a field enters the identity of a run, which a resumed run must share (`jaxmoe.train.identity`). A field's metadata
@@ -268,7 +269,9 @@ def _check_ranges(settings: TrainConfig) -> None:
             value = getattr(settings, name)
             if value is not None and not value >= least:
                 raise UserError(f"{name}: expected at least {least}, found {value!r}")
-    for name in "seed max_steps warmup_steps epochs".split():
+    if settings.epochs is not None and settings.epochs > MAX_EPOCHS:  # each is packed before the first step
+        raise UserError(f"epochs: expected at most {MAX_EPOCHS:,} (or use max_steps), found {settings.epochs:,}")
+    for name in "seed max_steps warmup_steps".split():
         if (value := getattr(settings, name)) is not None and value >= 2**31:  # steps are counted in 32 bits
             raise UserError(f"{name}: expected less than {2**31:,}, found {value:,}")
     for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
