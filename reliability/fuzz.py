@@ -6,6 +6,7 @@ own JSON, or the arrays before the mutation where a checksum guards them.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -67,9 +68,16 @@ def prepare(shared: pathlib.Path) -> None:
 
 def trial(folder: pathlib.Path, shared: pathlib.Path, number: int, rng: random.Random) -> Outcome:
     """One mutation, one odd flag or one odd environment."""
+    _load_libraries(shared)
     kinds = list(_KINDS)
     kind = kinds[number % len(kinds)]
     return _KINDS[kind](folder, shared, rng, kind)
+
+
+@functools.cache
+def _load_libraries(shared: pathlib.Path) -> None:
+    """Loads what tokenizers need, once per process: libraries of gigabytes are no memory of the first trial's."""
+    load_tokenizer(shared / "hf")
 
 
 def _mutated(
@@ -129,7 +137,8 @@ def _adapter(src: pathlib.Path, shared: pathlib.Path) -> None:
 def _same_adapter(src: pathlib.Path, shared: pathlib.Path) -> str:
     settings = [json.loads((folder / "adapter_config.json").read_text()) for folder in (src, src.parent / "again")]
     for name in ("r", "lora_alpha"):
-        if settings[0][name] != settings[1][name]:
+        # Integers beyond 2^53 are rounded: every reader divides them as floats.
+        if float(settings[0][name]) != float(settings[1][name]):
             return f"{name}: {settings[0][name]!r}, {settings[1][name]!r}"
     if bool(settings[0].get("use_rslora")) != bool(settings[1].get("use_rslora")):
         return "use_rslora differs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pathlib
 import resource
@@ -12,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from jaxmoe.cli.arguments import run
 
@@ -80,14 +81,26 @@ def _redirected(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             sys.stdout, sys.stderr = out, err
-            yield errors
-            sys.stdout.flush()
-            sys.stderr.flush()
+            _log_to(err)
+            try:
+                yield errors
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                _log_to(streams[1])
     finally:
         sys.stdout, sys.stderr = streams
         for number, copy in enumerate(saved, start=1):
             os.dup2(copy, number)
             os.close(copy)
+
+
+def _log_to(stream: TextIO) -> None:
+    """Handlers that keep the standard error of their time, as those of some libraries do, write to `stream`."""
+    loggers = [logging.root, *(each for each in logging.root.manager.loggerDict.values())]
+    for handler in [handler for logger in loggers for handler in getattr(logger, "handlers", ())]:
+        if type(handler) is logging.StreamHandler:
+            handler.setStream(stream)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ import numpy as np
 from jaxmoe.config import DTYPES, read_json
 from jaxmoe.errors import UserError, shown
 from jaxmoe.store.digest import checksum
-from jaxmoe.store.files import check_links, os_error
+from jaxmoe.store.files import os_error
 
 # Every core compresses a chunk at the same time and holds its compressed copy, so small chunks need less memory.
 _CHUNK_BYTES = 16 * 2**20
@@ -139,7 +139,6 @@ def read_item(
     """
     if not path.is_dir():
         raise UserError(f"folder not found: {path}")
-    check_links(path)
     for name, entry in entries.items():
         check_stored_array(path / name, entry["shape"], entry["dtype"])
     with quiet_orbax() as ocp:
