@@ -359,10 +359,13 @@ def read_config(path: pathlib.Path) -> tuple[Qwen3MoeConfig, dict[str, Any]]:
     """The config in the file `path`, and the JSON object that it holds. Unknown fields are listed in one notice.
 
     Raises:
-        ConfigError: what `read_json` and `Qwen3MoeConfig.from_hf` raise.
+        ConfigError: what `read_json` and `Qwen3MoeConfig.from_hf` raise; the message starts with `path`.
     """
     raw = read_json(path)
-    config = Qwen3MoeConfig.from_hf(raw)
+    try:
+        config = Qwen3MoeConfig.from_hf(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     unknown = Qwen3MoeConfig.unknown_fields(raw)
     if unknown and (str(path), unknown) not in _LISTED:
         _LISTED.add((str(path), unknown))

@@ -100,7 +100,7 @@ def _log_to(stream: TextIO) -> None:
     loggers = [logging.root, *(each for each in logging.root.manager.loggerDict.values())]
     for handler in [handler for logger in loggers for handler in getattr(logger, "handlers", ())]:
         if type(handler) is logging.StreamHandler:
-            handler.setStream(stream)
+            handler.stream = stream  # setStream would flush the old one, which may be closed
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from peers.make_checkpoint import TINY, make_checkpoint
 from tests.peft_0_18.make import CONFIG as OLD_CONFIG
 from tests.peft_0_18.make import FOLDER as OLD_FOLDER
 from tests.peft_0_18.make import INPUT_IDS
-from tests.test_adapters import largest_merge_error, old_form, peft_model, same
+from tests.test_adapters import largest_merge_error, old_form, peft_model, same, written_by_peft
 from tests.tolerances import bound
 
 SMALL = TINY.replace(num_hidden_layers=2, num_experts=4)
@@ -168,17 +168,8 @@ PEFT_SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", PEFT_SETTINGS)
 def test_layers_that_differ_are_read_merged_and_written(case: str, tmp_path: pathlib.Path) -> None:
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
     base = make_checkpoint(tmp_path / "base", TINY)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **PEFT_SETTINGS[case]))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
+    model = written_by_peft(base, tmp_path / "adapter", PEFT_SETTINGS[case])
     lora, adapters = read_peft(tmp_path / "adapter", TINY)
     assert lora.layer_ranks or lora.layer_alphas
     assert largest_merge_error(base, model, lora, adapters) <= bound("merge_fp32")

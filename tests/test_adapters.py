@@ -103,6 +103,21 @@ def peft_model(base: pathlib.Path, adapter: pathlib.Path) -> Any:
     return model
 
 
+def written_by_peft(base: pathlib.Path, adapter: pathlib.Path, settings: dict[str, Any]) -> Any:
+    """The base model with a random adapter of PEFT's, which PEFT has also written to the folder `adapter`."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **settings))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(adapter)
+    return model
+
+
 def merged_state(base: pathlib.Path, lora: LoraConfig, adapters: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Our merge, under the names that transformers uses in memory."""
     source = read_hf(base)
@@ -191,17 +206,8 @@ def test_the_old_packing_of_unsloth_is_an_option(tmp_path: pathlib.Path) -> None
     ids=["experts", "one layer", "names of transformers 4", "router, rsLoRA", "patterns"],
 )
 def test_adapters_that_peft_made_are_read(settings: dict[str, Any], tmp_path: pathlib.Path) -> None:
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
     base = make_checkpoint(tmp_path / "base", TINY)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **settings))
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(tmp_path / "adapter")
+    model = written_by_peft(base, tmp_path / "adapter", settings)
     lora, adapters = read_peft(tmp_path / "adapter", TINY)
     assert largest_merge_error(base, model, lora, adapters) <= bound("merge_fp32")
 

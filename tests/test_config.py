@@ -231,6 +231,14 @@ def test_a_broken_file_is_named(text: str, tmp_path: pathlib.Path) -> None:
         Qwen3MoeConfig.from_pretrained(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("field", [{"hidden_act": "gelu"}, {"num_experts": "many"}, {"attn_logit_softcapping": 30.0}])
+def test_a_refused_field_names_the_file_too(field: dict[str, object], tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_of("plain").to_hf() | field))
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {next(iter(field))}: expected "):
+        Qwen3MoeConfig.from_pretrained(tmp_path)
+
+
 def test_lora_scale_and_patterns() -> None:
     lora = LoraConfig(r=8, alpha=4.0, rank_pattern=(("v_proj", 2),), alpha_pattern=(("k_proj", 16.0),))
     assert [lora.rank(t) for t in ("q_proj", "v_proj")] == [8, 2]

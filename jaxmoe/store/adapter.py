@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.errors import UserError, is_finite, shown
+from jaxmoe.errors import ConfigError, UserError, is_finite, shown
 from jaxmoe.lora import LORA_TARGETS, OPTIONAL_FIELDS, LoraConfig
 from jaxmoe.parameters import lora_specs
 from jaxmoe.store.files import check_links, output_folder
@@ -68,7 +68,10 @@ def read_adapter(
         raise UserError(f"{path / ADAPTER_MANIFEST}: lora: {error}") from None
     if not all(map(is_finite, numbers)) or type(lora.use_rslora) is not bool:
         raise UserError(f"{path / ADAPTER_MANIFEST}: lora: expected finite scales, found {shown(raw)}")
-    own = Qwen3MoeConfig.from_hf(manifest["model"])
+    try:
+        own = Qwen3MoeConfig.from_hf(manifest["model"])
+    except ConfigError as error:
+        raise UserError(f"{path / ADAPTER_MANIFEST}: model: {error}") from None
     shapes = {name: spec.shape for name, spec in lora_specs(config or own, lora).items()}
     check_entries(f"{path / ADAPTER_MANIFEST}: arrays", manifest.get("arrays"), shapes)
     return own, lora, read_item(path / "adapter", manifest["arrays"], verify)
