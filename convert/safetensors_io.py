@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from jaxmoe.errors import ConfigError, UserError, shown
+from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import parse_json, read_json
 from jaxmoe.store.files import is_file, named_in
 
@@ -71,15 +71,6 @@ class Tensor:
         return self.data.view(_DTYPES[code]).reshape(shape)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise ConfigError(f"expected each key once, found {key!r} twice")
-        seen[key] = value
-    return seen
-
-
 def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     """Name -> tensor of one file, in the order of the file.
 
@@ -100,7 +91,7 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
         text = encoded.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: expected a JSON header, found {error}") from None
-    header = parse_json(text, f"{file}: safetensors header", _unique)
+    header = parse_json(text, f"{file}: safetensors header", strict=True)
     if not isinstance(header, dict) or not text.startswith("{"):
         raise UserError(f"{file}: expected a JSON object as header, found {type(header).__name__}")
     metadata = header.pop("__metadata__", None)

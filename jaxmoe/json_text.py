@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 from jaxmoe.errors import ConfigError
@@ -13,16 +13,15 @@ MAX_FILE = 100 * 2**20  # bytes; the index of the largest published checkpoint h
 MAX_DEPTH = 100  # lists and objects inside each other; errors must be able to show any part of a value
 
 
-def parse_json(
-    text: str | bytes, where: object, unique: Callable[[list[tuple[str, Any]]], dict[str, Any]] | None = None
-) -> Any:
-    """The value in a JSON text; `unique`, if given, makes the objects from their pairs.
+def parse_json(text: str | bytes, where: object, *, strict: bool = False) -> Any:
+    """The value in a JSON text. If `strict`, what Python alone accepts is an error: NaN, Infinity, numbers too large
+    for a float, and a key that stands twice in an object.
 
     Raises:
         ConfigError: no UTF-8, no JSON, or JSON with numbers or nesting beyond any use. The message starts with `where`.
     """
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, **_STRICT if strict else {})
     except RecursionError:
         raise ConfigError(f"{where}: expected JSON at most {MAX_DEPTH} levels deep, found more") from None
     except ConfigError as error:
@@ -33,6 +32,24 @@ def parse_json(
     if openings > MAX_DEPTH and _depth_above(value, MAX_DEPTH):
         raise ConfigError(f"{where}: expected JSON at most {MAX_DEPTH} levels deep, found more")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ConfigError(f"expected each key once, found {key!r} twice")
+        seen[key] = value
+    return seen
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ConfigError(f"expected finite numbers, found {text}")
+    return value
+
+
+_STRICT: dict[str, Any] = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
 
 
 def _depth_above(value: Any, limit: int) -> bool:

@@ -375,6 +375,20 @@ def test_silence_ends_with_the_last_of_the_calls_that_overlap() -> None:
     assert logger.filters == []
 
 
+@pytest.mark.parametrize(("file", "shown"), [("/lib/orbax/checkpoint/x.py", False), ("/home/user/x.py", True)])
+def test_after_a_failed_call_tasks_of_orbax_log_nothing(
+    file: str, shown: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio logs what no one has waited for when the task is collected, which may be long after the call."""
+    with pytest.raises(OSError, match="full"), quiet_orbax():
+        raise OSError("full")
+    try:
+        exec(compile("raise OSError('full')", file, "exec"))
+    except OSError as error:
+        logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
+    assert bool(caplog.records) == shown
+
+
 # --- output folders
 
 

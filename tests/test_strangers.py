@@ -281,6 +281,19 @@ def test_a_bad_line_of_the_effects_is_named(line, tmp_path):
         report._read_effects(file)
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400", "1" + "0" * 400 + ".0"])
+def test_numbers_that_the_library_refuses(number, tmp_path):
+    from safetensors import SafetensorError, safe_open
+
+    file = tmp_path / "x.safetensors"
+    header = f'{{"a": {{"dtype": "U8", "shape": [1], "data_offsets": [0, 1], "more": {number}}}}}'.encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with pytest.raises(SafetensorError), safe_open(file, framework="numpy"):
+        pass
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: safetensors header: .*expected finite numbers"):
+        read_header(file)
+
+
 @pytest.mark.parametrize("metadata", [[], {"a": 1}, "x", None, {"a": ["x"]}])
 def test_metadata_that_the_library_refuses(metadata, tmp_path):
     from safetensors import SafetensorError, safe_open

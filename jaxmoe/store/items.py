@@ -16,6 +16,7 @@ import pathlib
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -200,8 +201,8 @@ class _Silence:
 
     Orbax also raises the errors that it logs. It logs through absl's logger, as other libraries do, so only lines from
     Orbax's own files are dropped. When one array fails, Orbax stops listening to the others, and tensorstore prints a
-    traceback for each of them through `sys.unraisablehook`. Calls in several threads overlap: the last one to end
-    restores both.
+    traceback for each of them through `sys.unraisablehook`, or asyncio logs it when the task is collected, which may be
+    long after the call. Calls in several threads overlap: the last one to end restores what is not about a failed call.
     """
 
     def __init__(self) -> None:
@@ -225,6 +226,8 @@ class _Silence:
             time.sleep(0.2)  # for the tracebacks that are still to come
         with self._lock:
             self._calls -= 1
+            if kind is not None:
+                logging.getLogger("asyncio").addFilter(_not_a_task_of_orbax)
             if kind is not None and not isinstance(self._hook, _WithoutTensorstore):
                 self._hook = _WithoutTensorstore(self._hook)  # a loaded machine may take longer
             if self._calls == 0:
@@ -245,6 +248,12 @@ class _WithoutTensorstore:
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in pathlib.PurePath(record.pathname).parts
+
+
+def _not_a_task_of_orbax(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    frames = traceback.walk_tb(error.__traceback__ if error else None)
+    return not any("orbax" in pathlib.PurePath(frame.f_code.co_filename).parts for frame, _ in frames)
 
 
 _SILENCE = _Silence()
