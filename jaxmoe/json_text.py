@@ -49,7 +49,17 @@ def _finite(text: str) -> float:
     return value
 
 
-_STRICT: dict[str, Any] = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
+def _finite_integer(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _unique,
+    "parse_int": _finite_integer,
+    "parse_float": _finite,
+    "parse_constant": _finite,
+}
 
 
 def _depth_above(value: Any, limit: int) -> bool:

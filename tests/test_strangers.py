@@ -281,7 +281,7 @@ def test_a_bad_line_of_the_effects_is_named(line, tmp_path):
         report._read_effects(file)
 
 
-@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400", "1" + "0" * 400 + ".0"])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400", "-1" + "0" * 400])
 def test_numbers_that_the_library_refuses(number, tmp_path):
     from safetensors import SafetensorError, safe_open
 

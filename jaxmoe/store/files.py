@@ -131,8 +131,7 @@ def unfinished_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """A temporary folder beside `target`, which is always removed: at the end, by a signal, or by the next command that
     writes beside it."""
     outer = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}{_UNFINISHED}", dir=target.parent))
-    remove = partial(_remove_tree, outer)
-    with stopping.undone_by(remove):
+    with stopping.undone_by(partial(_remove_while_written, outer)):
         _live.add(outer)
         try:
             # The temporary folder is private; a folder inside it gets the permissions of the user's umask.
@@ -140,7 +139,7 @@ def unfinished_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
             inner.mkdir()
             yield inner
         finally:
-            remove()
+            _remove_tree(outer)
             _live.discard(outer)
 
 
@@ -164,6 +163,17 @@ def _remove_tree(folder: pathlib.Path) -> None:
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+def _remove_while_written(folder: pathlib.Path) -> None:
+    """Removes a folder although the threads that write it have not ended: one of them may make it anew."""
+    absent = 0
+    for _ in range(30):
+        _remove_tree(folder)
+        absent = 0 if folder.exists() else absent + 1
+        if absent == 3:
             return
         time.sleep(0.1)
 
