@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 
 from jaxmoe.errors import UserError, check_integer, shown
 from jaxmoe.json_text import read_json
-from jaxmoe.store.files import check_links, os_error, output_folder
+from jaxmoe.store.files import check_links, named_in, os_error, output_folder
 
 FORMAT, VERSION = "jaxmoe-capture", 1
 MANIFEST = "manifest.json"
@@ -362,8 +362,11 @@ class Capture:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{path}: expected the manifest of a capture, found a broken one ({reason})") from None
-        if any(pathlib.PurePath(file).name != file for file, _ in shards):
-            raise UserError(f"{path}: shards: expected files in the same folder, found a path")
+        try:
+            for file, _ in shards:
+                named_in(folder, file)
+        except UserError:
+            raise UserError(f"{path}: shards: expected files in the same folder, found a path") from None
         total = sum(tokens for _, tokens in shards)
         if text["tokens"] != total or not shards:
             raise UserError(f"{path}: expected {text['tokens']} tokens, found {total} in {len(shards)} shards")

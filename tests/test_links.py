@@ -104,6 +104,11 @@ def test_a_broken_link_is_one_line(
     assert "\n" not in str(error.value) and not (tmp_path / "jax").exists()
 
 
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"found '\\ud800', which is none"):
+        named_in(tmp_path, "\ud800")
+
+
 def test_a_folder_in_a_circle_is_one_line(tmp_path: pathlib.Path) -> None:
     (tmp_path / "hf").symlink_to("hf")
     with pytest.raises(UserError, match="hf"):

@@ -308,6 +308,10 @@ def test_padding_is_left_out_of_a_shard(tmp_path):
             lambda m: m | {"shards": [{"file": "../x.safetensors", "tokens": 5}]},
             "shards: expected files in the same folder, found a path",
         ),
+        (
+            lambda m: m | {"shards": [{"file": "\ud800", "tokens": 5}]},
+            "shards: expected files in the same folder, found a path",
+        ),
         (lambda m: m | {"shards": [{"file": "x.safetensors", "tokens": 4}]}, "expected 5 tokens, found 4 in 1 shards"),
         (lambda m: m | {"model": {"layers": [0]}}, "expected the manifest of a capture"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from convert.safetensors_io import read_header
 from jaxmoe import limited
 from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.data import forms
 from jaxmoe.data.chat import load_tokenizer, render_chat
 from jaxmoe.data.records import MAX_LINE, read_lines
 from jaxmoe.errors import ConfigError, UserError, check_integer, check_number, shown
@@ -279,6 +281,11 @@ def test_a_bad_line_of_the_effects_is_named(line, tmp_path):
     file.write_text(f"layer,expert,change\n{line}\n{more}")
     with pytest.raises(UserError, match=rf"{re.escape(str(file))}(:2)?: .*expected"):
         report._read_effects(file)
+
+
+def test_a_data_folder_is_not_searched_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(forms.os, "walk", lambda path: itertools.repeat((path, [], ["a.txt"])))
+    assert forms.unread_folder(tmp_path) == "a folder"
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400", "-1" + "0" * 400])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -20,16 +22,18 @@ _FIRST_BYTES: tuple[tuple[bytes, str, str], ...] = (
     (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 {0} > data.jsonl"),
     (b"\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8 {0} > data.jsonl"),
 )
-_FOLDERS = (  # pattern of a file in a folder, what the folder is, how to make a JSONL file of it
+# name of a file in a folder, or how one at any depth ends -> what the folder is, how to make a JSONL file of it
+_FOLDERS = (
     (
         "dataset_dict.json",
         "a datasets folder with splits",
         "datasets.load_from_disk('{0}')['train'].to_json('data.jsonl')",
     ),
     ("dataset_info.json", "a datasets folder", "datasets.load_from_disk('{0}').to_json('data.jsonl')"),
-    ("**/*.parquet", "a folder of Parquet files", "datasets.load_dataset('{0}', split='train').to_json('data.jsonl')"),
-    ("**/*.arrow", "a folder of Arrow files", "datasets.load_dataset('{0}', split='train').to_json('data.jsonl')"),
+    (".parquet", "a folder of Parquet files", "datasets.load_dataset('{0}', split='train').to_json('data.jsonl')"),
+    (".arrow", "a folder of Arrow files", "datasets.load_dataset('{0}', split='train').to_json('data.jsonl')"),
 )
+_MOST_FILES = 10_000  # how many files of a folder are looked at; it may be the whole disk
 _ARRAY = "jq -c '.[]' {0} > data.jsonl"
 _OBJECT = "jq -c . {0} > data.jsonl"
 
@@ -60,8 +64,10 @@ def binary_file(path: pathlib.Path) -> str | None:
 
 def unread_folder(path: pathlib.Path) -> str:
     """What the folder `path` is, with a way to convert it."""
-    for pattern, what, command in _FOLDERS:
-        if next(path.glob(pattern), None) is not None:
+    walked = (name for _, _, names in os.walk(path) for name in names)
+    endings = {os.path.splitext(name)[1] for name in itertools.islice(walked, _MOST_FILES)}
+    for name, what, command in _FOLDERS:
+        if name in endings or (path / name).is_file():
             return _in_words(f"a folder: {what}", command, path)
     return "a folder"
 

@@ -46,6 +46,12 @@ def named_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     Raises:
         UserError: `name` is not the plain name of a file.
     """
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{folder}: expected the name of a file in this folder, found {name!r}, which is none"
+        ) from None
     if name in ("", ".", "..") or "\0" in name or pathlib.PurePath(name).name != name:
         raise UserError(f"{folder}: expected the name of a file in this folder, found {name!r}, which is outside it")
     return folder / name

@@ -202,7 +202,8 @@ class _Silence:
     Orbax also raises the errors that it logs. It logs through absl's logger, as other libraries do, so only lines from
     Orbax's own files are dropped. When one array fails, Orbax stops listening to the others, and tensorstore prints a
     traceback for each of them through `sys.unraisablehook`, or asyncio logs it when the task is collected, which may be
-    long after the call. Calls in several threads overlap: the last one to end restores what is not about a failed call.
+    long after the call: the filter on asyncio's logger stays. Calls in several threads overlap: the last one to end
+    restores the rest.
     """
 
     def __init__(self) -> None:
@@ -218,6 +219,7 @@ class _Silence:
                 self._hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
                 absl.logging.get_absl_logger().addFilter(_not_from_orbax)
             self._calls += 1
+            logging.getLogger("asyncio").addFilter(_not_a_task_of_orbax)  # stays: tasks may be collected much later
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         import absl.logging
@@ -226,8 +228,6 @@ class _Silence:
             time.sleep(0.2)  # for the tracebacks that are still to come
         with self._lock:
             self._calls -= 1
-            if kind is not None:
-                logging.getLogger("asyncio").addFilter(_not_a_task_of_orbax)
             if kind is not None and not isinstance(self._hook, _WithoutTensorstore):
                 self._hook = _WithoutTensorstore(self._hook)  # a loaded machine may take longer
             if self._calls == 0:
@@ -253,7 +253,8 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 def _not_a_task_of_orbax(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
     frames = traceback.walk_tb(error.__traceback__ if error else None)
-    return not any("orbax" in pathlib.PurePath(frame.f_code.co_filename).parts for frame, _ in frames)
+    from_orbax = any("orbax" in pathlib.PurePath(frame.f_code.co_filename).parts for frame, _ in frames)
+    return not from_orbax and "tensorstore" not in str(error)
 
 
 _SILENCE = _Silence()
