@@ -31,6 +31,7 @@ from jaxmoe.nf4 import stack as dequantize
 from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode
 from jaxmoe.nf4.recode import dequantized, quantized
 from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.ops.linear import nf4_product
 from jaxmoe.parameters import NESTED_QUANT_MAP, matrix_shape, nf4_candidates, parameter_specs
 from jaxmoe.store.checkpoint import Checkpoint
 from jaxmoe.store.converted import read_converted
@@ -273,6 +274,28 @@ def check_model(folder: pathlib.Path, dtype: str, remat: Any = "low-memory") -> 
 @pytest.mark.parametrize("remat", ["low-memory", "fast"])
 def test_the_model_equals_that_of_its_decoded_weights(folder: pathlib.Path, remat: str) -> None:
     check_model(folder, "float32", remat)
+
+
+def dots(jaxpr: Any) -> list[tuple[Any, ...]]:
+    """The operands' dtypes of each matrix product in a jaxpr and in those inside it."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            found.append(tuple(var.aval.dtype for var in equation.invars))
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                found += dots(getattr(inner, "jaxpr", inner))
+    return found
+
+
+def test_products_of_sixteen_bit_weights_have_sixteen_bit_operands() -> None:
+    """A product of bfloat16 with float32, as a float32 cotangent would make one, runs outside the tensor cores."""
+    packed = encode(np.ones((64, 64), np.float32))
+    params = {name: jnp.asarray(array)[None, None] for name, array in packed.named("x").items()}
+    stack = NF4Stack.of(params, "x", (1, 64, 64), "bfloat16")
+    run = lambda x: nf4_product(x, stack, jnp.int32(0)).sum()
+    found = dots(jax.make_jaxpr(jax.value_and_grad(run))(jnp.ones((8, 64), jnp.bfloat16)).jaxpr)
+    assert found == [(jnp.bfloat16, jnp.bfloat16)] * 2
 
 
 def test_a_wrong_decoder_changes_the_model(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def _nf4_product_forward(x: Array, stack: NF4Stack, group: Array) -> tuple[Array
 
 def _nf4_product_backward(residuals: tuple[NF4Stack, Array], d_y: Array) -> tuple[Array, None, None]:
     stack, group = residuals
-    d_x = product("...o,oi->...i", d_y, stack[group])
+    d_x = product("...o,oi->...i", d_y.astype(stack.dtype), stack[group])  # rounded for the reason given in `contract`
     return d_x.astype(stack.dtype), None, None
 
 

@@ -2,7 +2,7 @@
 
 The expert kernel does this with one group of rows: it indexes the stack in place, adds the low-rank term in the same
 accumulators and rounds once. XLA would copy the layer's weight out of the stack, and write a float32 result to memory
-for the adapter to be added to.
+for the adapter to be added to. A weight in NF4 is decoded for the product, forwards and backwards.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ def unsupported(
     """Why `frozen_linears` cannot run on this device for these sizes, or would not be faster; None if it can."""
     if any(adapter is not None and adapter.dropout is not None for adapter in adapters):
         return "needs adapters without dropout, which gives each its own input"
-    if any(isinstance(stack, NF4Stack) for stack in stacks):
-        return "needs weights that are not in NF4"
     rows = x.size // x.shape[-1]
     selected = choose("grouped_matmul", x.dtype)
     least = selected.value.min_linear_rows
@@ -47,7 +45,7 @@ def unsupported(
 
 def frozen_linears(
     x: Float[Array, "*batch inner"],
-    stacks: Sequence[Float[Array, "L _ inner"]],
+    stacks: Sequence[Float[Array, "L _ inner"] | NF4Stack],
     layer: Int[Array, ""] | int,
     biases: Sequence[Float[Array, " _"] | None],
     adapters: Sequence[Adapter | None],
@@ -64,7 +62,7 @@ def frozen_linears(
 
 @jax.custom_vjp
 def _products(
-    x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[Factors | None, ...]
+    x: Array, stacks: tuple[Array | NF4Stack, ...], layer: Any, adapters: tuple[Factors | None, ...]
 ) -> tuple[Array, ...]:
     return _products_forward(x, stacks, layer, adapters)[0]
 
@@ -91,7 +89,7 @@ def _low_rows(x: Array, pairs: Sequence[Factors]) -> list[Array]:
     return [checkpoint_name(part, PROJECTED) for part in folded]
 
 
-def _products_forward(x: Array, stacks: tuple[Array, ...], layer: Any, adapters: tuple[Factors | None, ...]):
+def _products_forward(x: Array, stacks: tuple[Array | NF4Stack, ...], layer: Any, adapters: tuple[Factors | None, ...]):
     pairs = [pair for pair in adapters if pair is not None]
     low_rows = _low_rows(x, pairs) if pairs else []
     low = iter(low_rows)
