@@ -2,8 +2,11 @@
 
 The scale of the weight `X.weight` is `X.weight_scale_inv`, float32 or bfloat16; blocks at the right and lower edges may
 be smaller. W = code * scale, formed in float32 and rounded once, as in `Fp8Dequantize` of transformers 5
-(`integrations/finegrained_fp8.py`). That class divides a weight into equal blocks, so it agrees where the blocks are
-whole; edges follow `weight_dequant` of DeepSeek-V3, where the layout comes from.
+(`integrations/finegrained_fp8.py`).
+
+Transformers 5.17 to 5.23 reads blocks at the edges in two ways. Its FP8 layers take blocks of 128, the last ones
+smaller, as `weight_dequant` of DeepSeek-V3 does, where the layout comes from; so does this module. `Fp8Dequantize`
+divides a weight into as many equal blocks as there are scales, and fails where that leaves a rest.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ def scale_key(key: str) -> str:
 
 
 def check_fp8(rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> list[str]:
-    """The keys of the scales of all weights in FP8.
+    """The keys of all weights in FP8, after a check of their scales.
 
     Raises:
         UserError: no weight in FP8, one without scales, or scales of another shape or dtype.
@@ -47,10 +50,15 @@ def check_fp8(rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> list[str]:
         if scales.code not in _SCALES or scales.shape != shape:
             found = f"{scales.code} {list(scales.shape)}"
             raise UserError(f"{key}: expected {' or '.join(_SCALES)} {list(shape)}, found {found}")
-        keys.append(key)
+        keys.append(row.key)
     if not keys:
         raise UserError(f"quantization_config: expected weights in FP8 ({CODE}), found none")
     return keys
+
+
+def uneven_blocks(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Those of the weights whose blocks differ in size, which transformers' `Fp8Dequantize` reads otherwise."""
+    return [key for key in keys if any(size > BLOCK and size % BLOCK for size in tensors[key].shape[-2:])]
 
 
 def decode_fp8(codes: Tensor, scales: Tensor, dtype: np.dtype) -> np.ndarray:

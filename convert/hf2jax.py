@@ -102,7 +102,7 @@ class HFCheckpoint:
         quantized = (row.key for row in self._every_row() if self._in_nf4(row))
         expected.update(key for name in quantized for key in companions(name, self._nested))
         if self._form == "fp8":
-            expected.update(fp8.check_fp8(self._every_row(), self._tensors))
+            expected.update(fp8.scale_key(key) for key in self._check_fp8())
         found = set(self._tensors) - ({"lm_head.weight"} if self.stored_tied_head else set())
         if missing := sorted(expected - found):
             under = [name for name in sorted(found) if name.endswith(f".{missing[0]}")]
@@ -110,6 +110,17 @@ class HFCheckpoint:
             raise UserError(f"{self.path}: missing tensor {missing[0]} ({len(missing)} missing in all){instead}")
         if unexpected := sorted(found - expected):
             raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected in all)")
+
+    def _check_fp8(self) -> list[str]:
+        """The keys of the weights in FP8; a notice says if transformers' dequantisation would read some otherwise."""
+        keys = fp8.check_fp8(self._every_row(), self._tensors)
+        if uneven := fp8.uneven_blocks(keys, self._tensors):
+            first = f"{uneven[0]} {list(self._tensors[uneven[0]].shape)} ({len(uneven)} such weights)"
+            logging.getLogger("jaxmoe").warning(
+                f"{self.path}: {first}: no multiple of 128, so the last FP8 blocks are smaller; transformers' FP8 "
+                "layers read them so, but its dequantize=True fails or divides the weight into equal blocks"
+            )
+        return keys
 
     def _check_tensors(self) -> dict[str, np.dtype]:
         """The stored dtype of every path; one for a whole stack unless every tensor is cast."""

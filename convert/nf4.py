@@ -40,15 +40,19 @@ def find_quantization(
     candidates = nf4_candidates(config, router=True)
     kinds: dict[str, dict[int, bool]] = {}  # path -> layer -> whether it is in NF4
     for layer, block in blocks.items():
+        if layer is None:
+            continue
+        first: dict[str, Row] = {}
         for row in block:
-            if layer is None or row.path not in candidates:
-                continue
             found = in_nf4(row.key, tensors)
+            if row.path not in candidates or not (found or row.key in tensors):  # what is missing is reported later
+                continue
+            one = first.setdefault(row.path, row)
             if kinds.setdefault(row.path, {}).setdefault(layer, found) != found:
-                now, before = ("NF4", "16 or 32 bits") if found else ("16 or 32 bits", "NF4")
                 raise UserError(
-                    f"{where}: {row.key}: expected {before} as for the experts before it, found {now} (experts of one "
-                    "layer must have one form; --dequantize, or dequantize=True, decodes all)"
+                    f"{where}: {row.key}: expected {_form(one.key, tensors)} as in {one.key}, found "
+                    f"{_form(row.key, tensors)} (in one layer, {_together(row)} of all experts must have one form; "
+                    "--dequantize, or dequantize=True, decodes all weights)"
                 )
     marked = {path: layers for path, layers in kinds.items() if any(layers.values())}
     if not marked:
@@ -57,6 +61,15 @@ def find_quantization(
     slots = {path: tuple(i for i, found in enumerate(layers.values()) if not found) for path, layers in marked.items()}
     mixed = tuple(sorted((path, left) for path, left in slots.items() if left))
     return Quantization(tuple(sorted(marked)), nested, mixed)
+
+
+def _form(key: str, tensors: Mapping[str, Tensor]) -> str:
+    return "NF4" if in_nf4(key, tensors) else tensors[key].code
+
+
+def _together(row: Row) -> str:
+    """The projections that share an array with the tensor of `row`."""
+    return "gate_proj and up_proj" if row.path == "sparse.gate_up_proj" else "down_proj"
 
 
 def in_nf4(key: str, tensors: Mapping[str, Tensor]) -> bool:

@@ -20,6 +20,7 @@ from convert.names import Row
 from convert.report import inspect
 from convert.safetensors_io import Tensor, open_folder, write_file
 from jaxmoe import Qwen3MoeForCausalLM
+from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.memory import Workload, training_forecast
 from jaxmoe.model.decoder import forward
@@ -80,20 +81,51 @@ def test_fp8_is_decoded_as_transformers_does(scale_dtype: str, dtype: str) -> No
         assert found.dtype == dtype
 
 
-def test_the_last_blocks_of_fp8_may_be_partial() -> None:
-    codes, scales = random_fp8((200, 300), "float32")
-    whole = np.repeat(np.repeat(scales, 128, 0), 128, 1)[:200, :300]
-    assert_same_bits(decoded(codes, scales, "float32"), codes.astype(np.float32) * whole)
+@pytest.mark.parametrize("shape", [(200, 300), (129, 130), (2, 64, 192)])
+def test_the_last_blocks_of_fp8_may_be_partial(shape: tuple[int, ...]) -> None:
+    import torch
+    from transformers.integrations import finegrained_fp8 as theirs
+
+    codes, scales = random_fp8(shape, "float32")
+    whole = np.repeat(np.repeat(scales, 128, -2), 128, -1)[..., : shape[-2], : shape[-1]]
+    found = decoded(codes, scales, "float32")
+    assert_same_bits(found, codes.astype(np.float32) * whole)
     with pytest.raises(AssertionError):  # negative control: the blocks' order matters
-        assert_same_bits(decoded(codes, scales[:, ::-1], "float32"), codes.astype(np.float32) * whole)
+        assert_same_bits(decoded(codes, scales[..., ::-1], "float32"), codes.astype(np.float32) * whole)
+
+    arrays = torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn), torch.from_numpy(scales)
+    if hasattr(theirs, "_dequantize_fp8_weight"):  # what its FP8 layers compute; 5.17 has it in GPU kernels only
+        of_layers = theirs._dequantize_fp8_weight(*arrays, [128, 128], torch.float32)
+        assert_same_bits(found, of_layers.numpy())
+    # Its dequantize=True divides into equal blocks.
+    equal = lambda: theirs.Fp8Dequantize(SimpleNamespace())._dequantize_one(*arrays, torch.float32)
+    if shape[-2] % scales.shape[-2] or shape[-1] % scales.shape[-1]:
+        with pytest.raises(ValueError, match="not divisible"):
+            equal()
+    else:
+        assert not np.array_equal(equal().numpy(), found)
 
 
-def write_fp8(folder: pathlib.Path, scale_dtype: str = "bfloat16") -> pathlib.Path:
+def test_a_notice_says_that_transformers_reads_edges_otherwise(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shapes = {"even": (256, 128), "one block": (64, 100), "uneven": (200, 128)}
+    assert fp8.uneven_blocks(
+        shapes, {k: Tensor(k, tmp_path, "F8_E4M3", v, np.empty(0)) for k, v in shapes.items()}
+    ) == ["uneven"]
+    read_hf(write_fp8(tmp_path / "even"), dequantize=True)
+    assert not [record for record in caplog.records if "FP8 blocks" in record.message]
+    read_hf(write_fp8(tmp_path / "uneven", config=MIXED.replace(hidden_size=192)), dequantize=True)
+    (said,) = [record.message for record in caplog.records if "FP8 blocks" in record.message]
+    assert "self_attn.q_proj.weight [64, 192]" in said and "\n" not in said
+
+
+def write_fp8(folder: pathlib.Path, scale_dtype: str = "bfloat16", config: Qwen3MoeConfig = MIXED) -> pathlib.Path:
     """A checkpoint in Qwen's FP8 layout; the projections' values are new."""
     import torch
     from safetensors.torch import save_file
 
-    make_checkpoint(folder, MIXED, dtype="bfloat16")
+    make_checkpoint(folder, config, dtype="bfloat16")
     tensors: dict[str, Any] = {}
     for seed, (key, stored) in enumerate(open_folder(folder).items()):
         if not key.endswith("_proj.weight"):
@@ -260,16 +292,35 @@ def test_a_mixed_model_equals_that_of_its_decoded_weights(mixed: pathlib.Path) -
     assert all(np.array_equal(whole.params[path], dequantized[path]) for path in whole.params)
 
 
-def test_experts_of_one_layer_in_two_forms(mixed: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    key = "model.layers.3.mlp.experts.5.down_proj.weight"
-    arrays = {k: t.data.view(t.stored_dtype).reshape(t.shape) for k, t in open_folder(mixed).items()}
-    arrays = {name: array for name, array in arrays.items() if not name.startswith(f"{key}")}
-    write_file(tmp_path / "model.safetensors", arrays | {key: open_folder(folder)[key].read()}, {"format": "pt"})
+EXPERTS_IN_TWO_FORMS = {
+    "one expert's down": ((5, "down_proj"), "BF16", "0.down_proj", "NF4", "down_proj"),
+    "the first expert's down": ((0, "down_proj"), "NF4", "0.down_proj", "BF16", "down_proj"),
+    "one expert's up": ((5, "up_proj"), "BF16", "0.gate_proj", "NF4", "gate_proj and up_proj"),
+    "up, not gate": ((None, "up_proj"), "BF16", "0.gate_proj", "NF4", "gate_proj and up_proj"),
+}
+
+
+@pytest.mark.parametrize("case", EXPERTS_IN_TWO_FORMS)
+def test_experts_of_one_layer_in_two_forms(
+    case: str, mixed: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    (left, name), found, other, expected, together = EXPERTS_IN_TWO_FORMS[case]
+    packed, plain = open_folder(mixed), open_folder(folder)
+    keys = [f"model.layers.3.mlp.experts.{e}.{name}.weight" for e in ([left] if left is not None else range(8))]
+    arrays = {k: t.data.view(t.stored_dtype).reshape(t.shape) for k, t in packed.items()}
+    arrays = {k: array for k, array in arrays.items() if not any(k.startswith(key) for key in keys)}
+    write_file(tmp_path / "model.safetensors", arrays | {k: plain[k].read() for k in keys}, {"format": "pt"})
     (tmp_path / "config.json").write_bytes((mixed / "config.json").read_bytes())
-    with pytest.raises(UserError, match=rf"{key}: expected NF4 .* found 16 or 32 bits .*--dequantize"):
+    says = (
+        rf"expected {expected} as in .*\.3\.mlp\.experts\.{other}\.weight, found {found} \(in one layer, {together} of"
+    )
+    with pytest.raises(UserError, match=says) as caught:
         read_hf(tmp_path)
-    expert = read_hf(tmp_path, dequantize=True).block(3).arrays["sparse.down_proj"][5]
-    assert_same_bits(expert, open_folder(folder)[key].read())
+    assert "--dequantize" in str(caught.value) and "\n" not in str(caught.value)
+    experts = read_hf(tmp_path, dequantize=True).block(3).arrays
+    decoded = experts["sparse.down_proj"] if name == "down_proj" else experts["sparse.gate_up_proj"][:, 64:]
+    for key in keys:
+        assert_same_bits(decoded[int(key.split(".")[5])], plain[key].read())
 
 
 def test_a_mixed_upload_equals_transformers(tmp_path: pathlib.Path) -> None:
