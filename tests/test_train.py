@@ -21,6 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert.hf2jax import companion_files, read_hf
+from convert.jax2hf import HFForm, write_hf
+from convert.safetensors_io import open_folder
 from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch, Sequences
@@ -28,10 +31,12 @@ from jaxmoe.errors import UserError
 from jaxmoe.model import layer_loop
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.init import init_adapters, init_parameters
+from jaxmoe.parameters import parameter_specs
 from jaxmoe.stopping import Postponed
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import prepare
 from jaxmoe.train.__main__ import main
+from jaxmoe.train.export import export_full
 from jaxmoe.train.loop import CompiledSteps, train
 from jaxmoe.train.loss import NextTokenCrossEntropy, Outputs, next_token_objective
 from jaxmoe.train.metrics import MetricsLog, expert_load
@@ -518,14 +523,45 @@ def test_transformers_loads_a_model_from_scratch(whole: Any, base: pathlib.Path)
     assert abs(np.mean(losses) - last) <= bound("reloaded_loss") * last
 
 
-def test_full_training_keeps_the_dtype_on_disk(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    make_checkpoint(tmp_path / "model", CONFIG, dtype="bfloat16")
+def test_full_training_keeps_the_dtype_and_the_files(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    source, written = make_checkpoint(tmp_path / "model", CONFIG, dtype="bfloat16"), tmp_path / "out" / "model"
+    raw = json.loads((source / "config.json").read_text())
+    raw |= {"unsloth_version": "2025.9.1", "qkv_bias": False, "eos_token_id": [258, 7], "torch_dtype": raw.pop("dtype")}
+    (source / "config.json").write_text(json.dumps(raw))
+    (source / "generation_config.json").write_text(json.dumps({"do_sample": True, "made_up": 1}))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     changes = {"full": True, "accumulation": 1, "merge": False}
-    settings = options(base, tmp_path / "out", model=tmp_path / "model", **NO_LORA, **changes)
+    settings = options(base, tmp_path / "out", model=source, **NO_LORA, **changes)
     summary = train(settings)
     assert summary["eval_loss"] < summary["eval_loss_before"]
-    written = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out" / "model")
-    assert {str(array.dtype) for array in written.params.values()} == {"bfloat16"}
+    assert json.loads((written / "config.json").read_text()) == raw
+    params = Qwen3MoeForCausalLM.from_pretrained(written).params
+    assert {str(array.dtype) for array in params.values()} == {"bfloat16"}
+    copied = {file.name for file in source.iterdir()} - {"config.json", "model.safetensors"}
+    assert copied == {file.name for file in written.iterdir()} - {"config.json", "model.safetensors"}
+    assert all((written / name).read_bytes() == (source / name).read_bytes() for name in copied)
+
+
+@pytest.mark.parametrize("stored_head", [False, True])
+def test_the_written_model_has_the_form_of_the_one_that_was_trained(
+    stored_head: bool, base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Experts fused or one by one, and a tied head that is stored, stay so; a missing end of text is added."""
+    config = CONFIG.replace(tie_word_embeddings=True)
+    make_checkpoint(tmp_path / "model", config)
+    raw = json.loads((tmp_path / "model" / "config.json").read_text())
+    del raw["eos_token_id"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    source = read_hf(tmp_path / "model")
+    arrays = {path: np.zeros(spec.shape, np.float32) for path, spec in parameter_specs(config).items()}
+    form = HFForm(layout="fused", stored_tied_head=stored_head)
+    files = {**companion_files(source.path), "config.json": (source.path / "config.json").read_bytes()}
+    write_hf(tmp_path / "fused", config, source.dtypes, source.blocks(), files, form)
+    export_full(tmp_path / "out", tmp_path / "fused", config, arrays)
+    written, expected = open_folder(tmp_path / "out"), open_folder(tmp_path / "fused")
+    assert written.keys() == expected.keys()
+    assert ("lm_head.weight" in written) == stored_head
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == raw | {"dtype": "float32", "eos_token_id": 258}
 
 
 def test_loss_that_is_not_finite(base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from jaxmoe.model.opening import open_checkpoint
 from jaxmoe.parameters import layer_paths, top_level_paths
 from jaxmoe.store.checkpoint import Block, cast
 from jaxmoe.store.files import naming_files, unfinished_folder
+
+if TYPE_CHECKING:
+    from convert.jax2hf import HFForm
 
 
 def export_adapter(
@@ -34,15 +38,51 @@ def export_adapter(
 def export_model(
     target: pathlib.Path, tokenizer: pathlib.Path, config: Qwen3MoeConfig, params: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes all parameters in HF form, cast once to the config's dtype (float32 without one), with the tokenizer files
-    from the folder `tokenizer`; an earlier `target` is replaced."""
+    """Writes a model that was trained from scratch in HF form, cast once to the config's dtype (float32 without one),
+    with the tokenizer files from the folder `tokenizer`; an earlier `target` is replaced."""
     from convert.hf2jax import companion_files
-    from convert.jax2hf import write_hf
 
     stored = config.replace(dtype=config.dtype or "float32")
-    dtype = np.dtype(stored.dtype)
     raw = stored.to_hf() | {"eos_token_id": load_tokenizer(tokenizer).eos_token_id}
     files = {**companion_files(tokenizer), "config.json": (json.dumps(raw, indent=2) + "\n").encode()}
+    _write(target, stored, params, files)
+
+
+def export_full(
+    target: pathlib.Path,
+    model: pathlib.Path,
+    config: Qwen3MoeConfig,
+    params: Mapping[str, np.ndarray],
+    dequantize: bool = False,
+) -> None:
+    """Writes the trained parameters of the model in the folder `model` in HF form, cast once to the config's dtype
+    (float32 without one); an earlier `target` is replaced.
+
+    All fields of config.json stay, and so do the other files. `dequantize` is that with which the model was read.
+    """
+    from convert.hf2jax import companion_files, config_bytes
+    from convert.jax2hf import HFForm, changed_config
+
+    stored = config.replace(dtype=config.dtype or "float32")
+    source = open_checkpoint(model, stored.dtype, dequantize=dequantize)[1]
+    content = config_bytes(source, stored.dtype)
+    if "eos_token_id" not in json.loads(content):
+        content = changed_config(content, {"eos_token_id": load_tokenizer(model).eos_token_id})
+    files = {**companion_files(model), "config.json": content}
+    _write(target, stored, params, files, HFForm(layout=source.layout, stored_tied_head=source.stored_tied_head))
+
+
+def _write(
+    target: pathlib.Path,
+    config: Qwen3MoeConfig,
+    params: Mapping[str, np.ndarray],
+    files: Mapping[str, pathlib.Path | bytes],
+    form: HFForm | None = None,
+) -> None:
+    """Writes all parameters, cast to the config's dtype."""
+    from convert.jax2hf import HFForm, write_hf
+
+    dtype = np.dtype(config.dtype)
 
     def blocks() -> Iterator[Block]:
         yield Block(None, {path: cast(path, params[path], dtype) for path in top_level_paths(config)})
@@ -51,7 +91,7 @@ def export_model(
             yield Block(layer, {path: cast(path, params[path][slot], dtype) for path, slot in slots})
 
     shutil.rmtree(target, ignore_errors=True)
-    write_hf(target, config, dict.fromkeys(params, dtype), blocks(), files)
+    write_hf(target, config, dict.fromkeys(params, dtype), blocks(), files, form or HFForm())
 
 
 def export_merged(

@@ -32,7 +32,7 @@ from jaxmoe.store.digest import WeightsDigest, combined
 from jaxmoe.store.files import naming_files, remove_leftovers
 from jaxmoe.store.lock import output_lock
 from jaxmoe.store.train_state import TrainCheckpoints
-from jaxmoe.train.export import export_adapter, export_merged, export_model
+from jaxmoe.train.export import export_adapter, export_full, export_merged, export_model
 from jaxmoe.train.identity import check_same_run, model_content, previous_identity, remove_start, write_run_file
 from jaxmoe.train.metrics import MetricsLog, expert_load
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
@@ -341,7 +341,10 @@ def _export(plan: Plan, trainable: Params) -> None:
     settings, config, lora = plan.settings, plan.model.config, plan.model.lora
     arrays = {path: np.asarray(array) for path, array in trainable.items()}
     if lora is None:
-        export_model(settings.output / "model", tokenizer_folder(settings), config, arrays)
+        if settings.model is None:
+            export_model(settings.output / "model", tokenizer_folder(settings), config, arrays)
+        else:
+            export_full(settings.output / "model", settings.model, config, arrays, settings.dequantize)
         return
     export_adapter(settings.output, config, lora, arrays)
     if settings.merge:
