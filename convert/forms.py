@@ -6,13 +6,11 @@ A form is found from config.json, and where that is silent, from the names of te
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from convert.safetensors_io import Tensor
 from jaxmoe.errors import UserError
-from jaxmoe.nf4.config import is_nf4
-
-Form = Literal["nf4", "fp8"]
+from jaxmoe.weight_form import WeightForm, weight_form
 
 _INSTEAD = (
     "download the model in 16 bits (such as Qwen/Qwen3-30B-A3B), in FP8 with 128 x 128 blocks (...-FP8), "
@@ -57,7 +55,7 @@ _SUFFIXES = {
 _STATE = ".quant_state.bitsandbytes__"
 
 
-def find_form(where: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Form | None:
+def find_form(where: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> WeightForm | None:
     """The form of the weights of a folder with this config.json and these tensors; None for plain weights.
 
     Raises:
@@ -69,24 +67,14 @@ def find_form(where: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor])
     if settings is None:
         _check_names(where, tensors)
         return None
-    if is_nf4(settings):
+    form = weight_form(settings)
+    if form == "nf4":
         _check_state(where, tensors)
-        return "nf4"
-    if is_fp8(settings):
-        return "fp8"
+    if form is not None:
+        return form
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
     name = _METHODS.get(str(method), f"quant_method {method!r}")
     raise _refusal(f"{where}: quantization_config", name, _details(settings))
-
-
-def is_fp8(settings: Any) -> bool:
-    """Whether a quantization_config is FP8 e4m3 with one scale for each 128 x 128 block, as Qwen publishes it."""
-    if not isinstance(settings, Mapping):
-        return False
-    found = (settings.get("quant_method"), settings.get("fmt", "e4m3"), settings.get("activation_scheme", "dynamic"))
-    forms = (settings.get("scale_fmt") or "float", settings.get("expert_dtype") or "fp8")
-    blocks = settings.get("weight_block_size", [128, 128])
-    return found == ("fp8", "e4m3", "dynamic") and forms == ("float", "fp8") and blocks == [128, 128]
 
 
 def _check_names(where: str, names: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert import fp8
-from convert.forms import Form, find_form
+from convert.forms import find_form
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
 from convert.nf4 import companions, find_quantization, in_nf4, read_matrix, settings_of
 from convert.safetensors_io import CODES, open_folder
@@ -26,6 +26,7 @@ from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
 from jaxmoe.store.converted import write_converted
 from jaxmoe.store.files import is_file
 from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
+from jaxmoe.weight_form import WeightForm
 
 # The files of a checkpoint that are copied as they are.
 _COMPANIONS = (
@@ -255,7 +256,7 @@ def read_hf(path: str | os.PathLike[str], dtype: str | None = None, dequantize: 
     return HFCheckpoint(pathlib.Path(path), dtype, dequantize)
 
 
-def _check_dequantize(path: pathlib.Path, form: Form | None, dequantize: bool) -> None:
+def _check_dequantize(path: pathlib.Path, form: WeightForm | None, dequantize: bool) -> None:
     if form == "fp8" and not dequantize:
         raise UserError(
             f"{path}: quantization_config: found weights in FP8; --dequantize (dequantize=True in Python) decodes them "

@@ -13,7 +13,6 @@ import numpy as np
 
 from convert import fp8
 from convert.adapters import SETTINGS, WEIGHTS
-from convert.forms import is_fp8
 from convert.hf2jax import read_hf
 from convert.nf4 import unquantized_layers
 from convert.safetensors_io import Tensor, open_folder, read_header
@@ -22,6 +21,7 @@ from jaxmoe.memory import parameter_count
 from jaxmoe.parameters import Quantization
 from jaxmoe.store.adapter import is_adapter, read_adapter
 from jaxmoe.store.converted import is_converted, read_converted
+from jaxmoe.weight_form import is_fp8
 
 Entry = tuple[str, tuple[int, ...], str, int]  # name, shape, dtype, bytes
 

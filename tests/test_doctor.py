@@ -305,8 +305,29 @@ def test_a_model_that_lies_in_four_bits(tmp_path: pathlib.Path, capsys: pytest.C
     for model in (tmp_path, tmp_path / "config.json"):
         main(["--model", str(model)])
         assert "parameters (nf4)" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"train: expected lora, .* is in nf4, found full"):
+    with pytest.raises(UserError, match=r"train: expected lora, .* is in nf4 \(--dequantize decodes it\), found full"):
         main(["--model", str(tmp_path), "--train", "full"])
+    main(["--model", str(tmp_path), "--train", "full", "--dequantize"])
+    assert "nf4" not in capsys.readouterr().out
+
+
+def test_a_model_that_lies_in_fp8(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The forecast is that of the weights as they are held: in 16 bits, or in NF4."""
+
+    def shown(*flags: str) -> dict[str, Any]:
+        main(["--model", str(tmp_path), "--json", *flags])
+        return json.loads(capsys.readouterr().out)["forecast"]
+
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf()))
+    plain = {flags: shown(*flags) for flags in ((), ("--quantize", "nf4"), ("--train", "full"))}
+    with pytest.raises(UserError, match="dequantize: expected weights in FP8 or NF4, found neither"):
+        main(["--model", str(tmp_path), "--dequantize"])
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL.to_hf() | {"quantization_config": fp8}))
+    for flags, expected in plain.items():
+        assert shown(*flags) == shown(*flags, "--dequantize") == expected | {"stored": "fp8"}
+    main(["--model", str(tmp_path)])
+    assert "  stored in FP8, held in bfloat16: training, generation and conversion need --d" in capsys.readouterr().out
 
 
 def test_without_a_device_it_still_reports(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ MODULES: dict[str, set[str]] = {
     "base": _under(
         "jaxmoe",
         ". config environment errors json_text lazy limited limited_worker lora other_fields presets stopping"
-        " tokenizer_files",
+        " tokenizer_files weight_form",
     ),
     "parameters": _under("jaxmoe", "parameters"),
     "memory": _under("jaxmoe", "memory"),
@@ -41,7 +41,7 @@ MODULES: dict[str, set[str]] = {
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),
     "store": _under("jaxmoe.store", ". adapter checkpoint converted digest files items loading lock train_state"),
-    "nf4": _under("jaxmoe.nf4", ". codec config stack"),
+    "nf4": _under("jaxmoe.nf4", ". codec stack"),
     "recode": _under("jaxmoe.nf4", "recode"),
     "convert": _under(
         "convert",
@@ -132,7 +132,7 @@ NEVER = {
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
     ". cli cli.arguments cli.commands cli.progress config environment errors json_text lazy limited lora memory"
-    " other_fields parameters presets stopping tokenizer_files",
+    " other_fields parameters presets stopping tokenizer_files weight_form",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

@@ -14,10 +14,10 @@ from jaxmoe import __version__, environment, memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config, read_json
 from jaxmoe.errors import UserError
 from jaxmoe.lora import modules_to_save
-from jaxmoe.nf4.config import is_nf4
 from jaxmoe.parameters import Quantization
 from jaxmoe.presets import PRESETS
 from jaxmoe.store.converted import is_converted
+from jaxmoe.weight_form import WeightForm, weight_form
 
 PACKAGES = (
     "jax jaxlib jax-cuda12-plugin jax-cuda13-plugin flax optax orbax-checkpoint numpy ml_dtypes safetensors "
@@ -52,6 +52,9 @@ class DoctorConfig:
     )
     quantize: Literal["nf4"] | None = field(
         default=None, metadata={"help": "hold frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
+    )
+    dequantize: bool = field(
+        default=False, metadata={"help": "decode weights in FP8 or NF4 while they are read; FP8 needs it"}
     )
     pack: bool = field(
         default=True, metadata={"help": "pack several records into a sequence; attention then needs more memory"}
@@ -108,13 +111,13 @@ def load_config(model: str) -> Qwen3MoeConfig:
     raise UserError(f"model: expected a folder, a config.json or one of {', '.join(PRESETS)}; found {model!r}")
 
 
-def stored_in(model: str) -> Literal["nf4"] | None:
+def stored_in(model: str) -> WeightForm | None:
     """The form in which the checkpoint of `model` stores its weights, as its config.json says; None: not quantised."""
     if model in PRESETS:
         return None
     path = pathlib.Path(model)
     raw = read_json(path / "config.json" if path.is_dir() else path)
-    return "nf4" if is_nf4(raw.get("quantization_config")) else None
+    return weight_form(raw.get("quantization_config"))
 
 
 def quantization_of(model: str) -> Quantization | None:
@@ -124,7 +127,7 @@ def quantization_of(model: str) -> Quantization | None:
         UserError: a checkpoint that cannot be read.
     """
     path = pathlib.Path(model)
-    if stored_in(model) is None or not (is_converted(path) or any(path.glob("*.safetensors"))):
+    if stored_in(model) != "nf4" or not (is_converted(path) or any(path.glob("*.safetensors"))):
         return None
     from jaxmoe.model.opening import open_checkpoint
 
@@ -134,8 +137,11 @@ def quantization_of(model: str) -> Quantization | None:
 def forecast(options: DoctorConfig) -> dict[str, Any]:
     """Parameter counts, and the memory that training and generation need, part by part, in bytes.
 
+    Weights in FP8 are decoded when they are read, so the forecast is that of 16 bits, or of NF4 with `quantize`.
+
     Raises:
-        UserError: full training of a model in NF4, adapters on layers that the model lacks, or an unknown model.
+        UserError: full training of a model in NF4, `dequantize` of plain weights, adapters on layers that the model
+            lacks, or an unknown model.
     """
     assert options.model is not None
     config = load_config(options.model)
@@ -144,12 +150,16 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
         targets=expand_targets(options.lora_targets),
         **modules_to_save(options.modules_to_save, config),
     )
-    quantize = options.quantize or stored_in(options.model)
-    if quantize and options.train == "full":
-        raise UserError(f"train: expected lora, since {options.model} is in {quantize}, found full")
+    stored = stored_in(options.model)
+    if options.dequantize and stored is None:
+        raise UserError(f"{options.model}: dequantize: expected weights in FP8 or NF4, found neither")
+    held = "nf4" if stored == "nf4" and not options.dequantize else None
+    if held and options.train == "full":
+        raise UserError(f"train: expected lora, since {options.model} is in nf4 (--dequantize decodes it), found full")
+    quantize = options.quantize or held
     shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
     shape["quantize"] = quantize
-    quantization = quantization_of(options.model) if options.quantize is None else None
+    quantization = quantization_of(options.model) if held and options.quantize is None else None
     selected = _implementations(config, options.dtype)
     trained = lora if options.train == "lora" else None
     parameters = memory.parameter_count(config)
@@ -165,6 +175,7 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     training = memory.training_forecasts(workload)
     return {
         "model": options.model,
+        "stored": stored,
         "parameters": parameters,
         "active_parameters": memory.active_parameter_count(config),
         "trained_parameters": memory.adapter_count(config, trained) if trained else parameters,
