@@ -24,6 +24,7 @@ class Options:
     learning_rate: float = 1e-4
     targets: tuple[str, ...] = ("attention",)
     widths: tuple[int, ...] = ()
+    pairs: tuple[str, ...] = field(default=(), metadata={"repeat": True})
     dtype: Literal["float32", "bfloat16"] | None = None
     output: pathlib.Path | None = None
     resume: bool = False
@@ -44,11 +45,16 @@ def test_defaults_are_those_of_the_dataclass() -> None:
 def test_every_kind_of_field() -> None:
     found = parse(
         *("--model", "m", "--steps", "-3", "--learning-rate", "5e-4", "--targets", "q_proj, gate", "--widths", "1,2"),
-        *("--dtype", "bfloat16", "--output", "a/b", "--resume", "--no-pack"),
+        *("--pairs", "a=[1,2]", "--pairs", "b", "--dtype", "bfloat16", "--output", "a/b", "--resume", "--no-pack"),
     )
     assert found == Options(
-        "m", -3, 5e-4, ("q_proj", "gate"), (1, 2), "bfloat16", pathlib.Path("a/b"), resume=True, pack=False
+        "m",
+        *(-3, 5e-4, ("q_proj", "gate"), (1, 2), ("a=[1,2]", "b")),
+        *("bfloat16", pathlib.Path("a/b")),
+        resume=True,
+        pack=False,
     )
+    assert parse("--model", "m").pairs == (), "what one call was given does not stay"
 
 
 @pytest.mark.parametrize(

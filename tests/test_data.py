@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.data import chat, packing
-from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.chat import ChatSettings, load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records, tokenize_record
 from jaxmoe.errors import UserError
@@ -209,6 +209,67 @@ def test_tokens_are_those_of_the_template(tokenizer: Any) -> None:
     for raw in (TWO_TURNS, WITH_TOOL):
         whole = tokenizer.apply_chat_template(raw["messages"], tokenize=True, return_dict=True)["input_ids"]
         assert tokenize_record(raw, tokenizer).tokens.tolist() == whole
+
+
+# The generation prompt of Qwen3: with enable_thinking false it closes an empty thought.
+SWITCHED = HYBRID.replace(
+    "{{- '<|im_start|>assistant\\n' -}}{%- endif -%}",
+    "{{- '<|im_start|>assistant\\n' -}}{%- if enable_thinking is defined and enable_thinking is false -%}"
+    "{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}{%- endif -%}",
+)
+QUESTION = conversation(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+SETTINGS: dict[str, tuple[str, dict[str, Any], ChatSettings, list[str]]] = {
+    "an empty thought is learned": (
+        SWITCHED,
+        QUESTION,
+        ChatSettings(),
+        ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"],
+    ),
+    "no thinking": (
+        SWITCHED,
+        QUESTION,
+        ChatSettings(arguments={"enable_thinking": False}),
+        ["b<|im_end|>", "d<|im_end|>"],
+    ),
+    "a system message": (SWITCHED, QUESTION, ChatSettings("S"), ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]),
+    "a marked template": (
+        "{{ style }}" + MARKED,
+        QUESTION,
+        ChatSettings("S", {"style": "x"}),
+        ["b<|im_end|>", "d<|im_end|>"],
+    ),
+    "tools": (
+        "{%- for tool in tools or [] -%}{{- tool.name -}}{%- endfor -%}" + HYBRID,
+        conversation(("user", "a"), ("assistant", "b")),
+        ChatSettings(arguments={"tools": [{"name": "f"}]}),
+        ["<think>\n\n</think>\n\nb<|im_end|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_reach_the_template(name: str, tokenizer: Any) -> None:
+    """The text is that of `apply_chat_template` with the same messages and arguments; the mask is as expected."""
+    tokenizer.chat_template, raw, chat_settings, expected = SETTINGS[name]
+    record = tokenize_record(raw, tokenizer, chat_settings)
+    assert learned(record, tokenizer) == expected
+    first = [] if chat_settings.system is None else [{"role": "system", "content": chat_settings.system}]
+    messages = [*first, *raw["messages"]]
+    assert (
+        record.tokens.tolist()
+        == (
+            tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **chat_settings.arguments)[
+                "input_ids"
+            ]
+        )
+    )
+
+
+def test_a_record_goes_before_the_settings(tokenizer: Any) -> None:
+    tokenizer.chat_template = SETTINGS["tools"][0]
+    raw = TWO_TURNS | {"tools": [{"name": "g"}]}
+    found = tokenize_record(raw, tokenizer, ChatSettings("T", {"tools": [{"name": "f"}]}))
+    assert found.tokens.tolist() == tokenize_record(raw, tokenizer).tokens.tolist()
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,9 +12,10 @@ import pytest
 
 from captures import ROLES, Capture, CaptureWriter, Chunk, LabelledText, Model, Text
 from jaxmoe import Qwen3MoeForCausalLM
-from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.chat import ChatSettings, load_tokenizer
 from jaxmoe.data.records import read_records
 from jaxmoe.errors import UserError
+from jaxmoe.routing.__main__ import main
 from jaxmoe.routing.capture import capture, pack_in_order
 from jaxmoe.routing.text import label, labelled_text, read_text
 from tests.conftest import ROOT
@@ -88,6 +89,20 @@ def test_labels(text, tokenizer):
     roles = stream.role[of_prompt]
     assert tokenizer.decode(stream.token[of_prompt][roles == ROLES.index("prompt")]) == "def square(x):"
     assert set(roles) == {ROLES.index("prompt"), ROLES.index("completion")}
+
+
+def test_a_system_message_has_its_role(tokenizer):
+    raw = {"messages": [{"role": "user", "content": "def f(x)"}, {"role": "assistant", "content": "Return."}]}
+    found = label(raw, tokenizer, "code", ChatSettings("Be brief."))
+    assert tokenizer.decode(found.tokens[found.roles == ROLES.index("system")]) == "Be brief."
+    assert tokenizer.decode(found.tokens[found.roles == ROLES.index("user")]) == "def f(x)"
+
+
+def test_flags_of_the_template_need_conversations(tmp_path):
+    for flags in (["--system", "s"], ["--no-thinking"], ["--template-arg", "a=1"]):
+        command = ["capture", "--model", str(CHECKPOINT), "--text", "x", "--out", str(tmp_path / "out"), *flags]
+        with pytest.raises(UserError, match="system, no-thinking and template-arg: only valid with data, found text"):
+            main(command)
 
 
 def test_tokens_are_those_of_training(text, tokenizer, tmp_path):

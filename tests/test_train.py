@@ -656,6 +656,23 @@ def test_long_runs_hear_of_unrolling(steps: int, on_gpu: bool, changes: dict[str
     assert [notice[: len(said or "")] for notice in notices] == ([said] if said else [])
 
 
+def test_settings_of_the_chat_template(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """They reach the data of training and evaluation, so they belong to the run; what has no effect is said."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    paths = {"data": tmp_path / "chats.jsonl", "eval_data": tmp_path / "chats.jsonl"}
+
+    def read(**changes: Any) -> Any:
+        return prepare._read_data(options(base, tmp_path / "out", **paths, **changes), CONFIG)
+
+    plain, changed = read(), read(system="Sys", thinking=False, template_arg=("made_up=[1,2]",))
+    said = [f"the chat template does not read {name}, which has no effect" for name in ("made_up", "enable_thinking")]
+    assert changed.notices == [*said, *plain.notices]
+    assert all(plain.digests[name] != changed.digests[name] for name in ("data", "eval_data"))
+    with pytest.raises(UserError, match="template-arg: expected KEY=VALUE, found 'a'"):
+        read(template_arg=("a",))
+
+
 def test_expert_load() -> None:
     load = expert_load(np.asarray([[4, 4, 4, 4], [16, 0, 0, 0], [0, 0, 0, 0], [3, 1, 0, 0]]))
     np.testing.assert_allclose(load["expert_load_cv"], [0, 3**0.5, 0, 1.5**0.5])

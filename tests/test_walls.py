@@ -61,7 +61,7 @@ MODULES: dict[str, set[str]] = {
     "model": _under(
         "jaxmoe.model", ". adapted cache causal_lm decoder init interface layer layer_loop opening selection"
     ),
-    "data": _under("jaxmoe.data", ". chat forms packing records"),
+    "data": _under("jaxmoe.data", ". chat chat_flags forms packing records"),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "train": _under("jaxmoe.train", ". export identity loop loss metrics prepare settings speed step"),
     "generate": _under("jaxmoe.generate", ". capture engine processors prompts sampling settings stream"),

@@ -57,7 +57,8 @@ def add_dataclass_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
     The type of a field decides how the flag's text is read. str, int, float and pathlib.Path are read directly; bool
     becomes `--flag` and `--no-flag`; `Literal[...]` becomes choices; `tuple[X, ...]` is a list separated by
     commas; `X | None` is read as X. A field without a default is a required flag. `field(metadata=...)` may hold "help"
-    and "metavar"; {"flag": False} leaves the field out.
+    and "metavar"; {"flag": False} leaves the field out, and {"repeat": True} makes a tuple of a flag that is given once
+    for each item.
 
     Raises:
         TypeError: a field has a type that no flag can hold.
@@ -75,13 +76,17 @@ def add_dataclass_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
+            if field.metadata.get("repeat"):
+                kind = typing.get_args(kind)[0]
+                options |= {"action": "append", "default": list(default or ())}
             convert, metavar = _reader(kind, field.name)
             parser.add_argument(flag, type=convert, metavar=field.metadata.get("metavar", metavar), **options)
 
 
 def dataclass_from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
     """Builds the dataclass `cls` from the arguments parsed with its flags."""
-    return cls(**{field.name: getattr(arguments, field.name) for field in _flag_fields(cls)})
+    given = {field.name: getattr(arguments, field.name) for field in _flag_fields(cls)}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

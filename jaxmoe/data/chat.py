@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmoe import limited
@@ -25,6 +26,27 @@ _OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
 _log = logging.getLogger("jaxmoe")
 
 Piece = tuple[str | list[int], float]  # text or token ids, and the loss weight of each of its tokens
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What is rendered with every conversation beside its messages.
+
+    `system` is the system message of conversations without one; `arguments` are passed to the chat template. The tools
+    of a record go before those in `arguments`.
+    """
+
+    system: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def messages(self, messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """The messages that are rendered."""
+        if self.system is None or any(message["role"] == "system" for message in messages):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+
+AS_WRITTEN = ChatSettings()  # conversations are rendered without anything else
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:
@@ -93,7 +115,7 @@ def _quiet_transformers() -> Iterator[None]:
             os.environ[quiet] = before
 
 
-def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece]:
+def conversation_pieces(messages: Any, tools: Any, tokenizer: Any, settings: ChatSettings = AS_WRITTEN) -> list[Piece]:
     """A conversation as the tokenizer's chat template renders it, in pieces; the assistant's turns have weight 1.
 
     Raises:
@@ -104,9 +126,9 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece
     pieces: list[Piece] = []
     if isinstance(tokenizer.chat_template, str) and _GENERATION_TAG.search(tokenizer.chat_template):
         # The template marks what the assistant generates; each of its tokens is learned.
-        pieces = _marked_pieces(render_chat(tokenizer, messages, tools=tools), tokenizer)
+        pieces = _marked_pieces(_rendered(messages, tools, tokenizer, settings), tokenizer)
     else:
-        text, spans = assistant_spans(messages, tools, tokenizer)
+        text, spans = assistant_spans(messages, tools, tokenizer, settings)
         at = 0
         for start, end in spans:
             pieces += [(text[at:start], 0.0), (text[start:end], 1.0)]
@@ -117,15 +139,13 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any) -> list[Piece
     return pieces
 
 
-def prompt_tokens(messages: Sequence[dict[str, Any]], tokenizer: Any, arguments: Mapping[str, Any]) -> list[int]:
-    """Token ids of a conversation that the assistant is to continue; `arguments` are passed to the chat template.
+def prompt_tokens(messages: Sequence[dict[str, Any]], tokenizer: Any, settings: ChatSettings = AS_WRITTEN) -> list[int]:
+    """Token ids of a conversation that the assistant is to continue.
 
     Raises:
         UserError: the chat template rejects the messages or the arguments.
     """
-    for name in ("tools", "documents"):
-        _check_objects(arguments.get(name), name)
-    rendered = render_chat(tokenizer, messages, **arguments, add_generation_prompt=True)
+    rendered = _rendered(messages, None, tokenizer, settings, add_generation_prompt=True)
     return tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
 
 
@@ -142,7 +162,7 @@ def _check_messages(messages: Any, tools: Any) -> None:
         raise UserError(f"messages: expected a list, found {kind_of(messages)}")
     if not messages:
         raise UserError("messages: expected at least one message, found none")
-    _check_objects(tools, "tools")
+    check_objects(tools, "tools")
     for number, message in enumerate(messages, start=1):
         where = f"message {number}"
         if not isinstance(message, dict):
@@ -165,13 +185,17 @@ def _check_messages(messages: Any, tools: Any) -> None:
         raise UserError("messages: expected at least one message from the assistant, found none")
 
 
-def _check_objects(values: Any, name: str) -> None:
+def check_objects(values: Any, name: str) -> None:
+    """Raises UserError unless `values` is None or a list of objects."""
     if values is not None and not (isinstance(values, list) and all(isinstance(value, dict) for value in values)):
         raise UserError(f"{name}: expected a list of objects, found {kind_of(values)}")
 
 
 def assistant_spans(
-    messages: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any
+    messages: Sequence[dict[str, Any]],
+    tools: list[Any] | None,
+    tokenizer: Any,
+    settings: ChatSettings = AS_WRITTEN,
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation, and the character range of every assistant turn in it.
 
@@ -186,8 +210,8 @@ def assistant_spans(
     Raises:
         UserError: the chat template rejects the messages, or its turns cannot be found in this way.
     """
-    whole = _render(messages, tools, tokenizer)
-    prompted = _render(messages, tools, tokenizer, add_generation_prompt=True)
+    render = lambda messages, **options: _rendered(messages, tools, tokenizer, settings, **options).text
+    whole, prompted = render(messages), render(messages, add_generation_prompt=True)
     prompt = prompted[len(whole) :]
     if not prompt or not prompted.startswith(whole):
         raise UserError(
@@ -200,7 +224,7 @@ def assistant_spans(
         if message["role"] != "assistant":
             continue
         replaced = [*messages[:turn], {"role": "assistant", "content": mark}, *messages[turn + 1 :]]
-        before, found, after = _render(replaced, tools, tokenizer).partition(mark)
+        before, found, after = render(replaced).partition(mark)
         # A template that opens a thought in the generation prompt may leave the thought out of earlier turns.
         headers = (prompt, _OPENED_THOUGHT.sub("", prompt))
         start = max((before.rfind(header) + len(header) for header in headers if header in before), default=-1)
@@ -217,8 +241,15 @@ def assistant_spans(
     return whole, spans
 
 
-def _render(messages: Sequence[dict[str, Any]], tools: list[Any] | None, tokenizer: Any, **options: Any) -> str:
-    return render_chat(tokenizer, messages, tools=tools, **options).text
+def _rendered(
+    messages: Sequence[dict[str, Any]],
+    tools: list[Any] | None,
+    tokenizer: Any,
+    settings: ChatSettings,
+    **options: Any,
+) -> limited.Rendered:
+    given = {**settings.arguments} if tools is None else {**settings.arguments, "tools": tools}
+    return render_chat(tokenizer, settings.messages(messages), **given, **options)
 
 
 def render_chat(

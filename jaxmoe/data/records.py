@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from jaxmoe.data import forms
-from jaxmoe.data.chat import Piece, conversation_pieces, kind_of, text_field
+from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, Piece, conversation_pieces, kind_of, text_field
 from jaxmoe.errors import UserError
 from jaxmoe.json_text import parse_json
 
@@ -43,9 +43,14 @@ OnRead = Callable[[int, int, int], None]  # bytes read, bytes of the file, recor
 
 
 def read_records(
-    path: str | pathlib.Path, tokenizer: Any, vocab_size: int, on_read: OnRead = lambda *_: None
+    path: str | pathlib.Path,
+    tokenizer: Any,
+    vocab_size: int,
+    on_read: OnRead = lambda *_: None,
+    settings: ChatSettings = AS_WRITTEN,
 ) -> list[Record]:
-    """Every record of a JSONL file, tokenised; blank lines are skipped. `on_read` reports progress.
+    """Every record of a JSONL file, tokenised; blank lines are skipped. `on_read` reports progress; `settings` say how
+    conversations are rendered.
 
     Raises:
         UserError: the file is missing, holds no record, or a line is bad (the message starts with FILE:LINE).
@@ -68,7 +73,7 @@ def read_records(
     try:
         for where, raw, end in read_lines(path):
             try:
-                waiting.append((where, _draft(raw, tokenizer)))
+                waiting.append((where, _draft(raw, tokenizer, settings)))
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             if end - encoded_to >= _TOGETHER:
@@ -84,7 +89,7 @@ def read_records(
     return records
 
 
-def tokenize_record(raw: Any, tokenizer: Any) -> Record:
+def tokenize_record(raw: Any, tokenizer: Any, settings: ChatSettings = AS_WRITTEN) -> Record:
     """One parsed JSON value -> tokens and loss weights.
 
     The chat template adds the special tokens of a conversation, and `eos_token` follows texts and completions
@@ -93,7 +98,7 @@ def tokenize_record(raw: Any, tokenizer: Any) -> Record:
     Raises:
         UserError: not a record of a known kind, or one without a token to learn.
     """
-    return next(_encode([_draft(raw, tokenizer)], tokenizer))
+    return next(_encode([_draft(raw, tokenizer, settings)], tokenizer))
 
 
 def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
@@ -164,12 +169,12 @@ class _Draft(NamedTuple):
     splittable: bool = False
 
 
-def _draft(raw: Any, tokenizer: Any) -> _Draft:
+def _draft(raw: Any, tokenizer: Any, settings: ChatSettings) -> _Draft:
     if not isinstance(raw, dict):
         raise UserError(f"expected a JSON object, found {kind_of(raw)}")
     keys = set(raw)
     if "messages" in keys and keys <= {"messages", "tools"}:
-        return _Draft(conversation_pieces(raw["messages"], raw.get("tools"), tokenizer))
+        return _Draft(conversation_pieces(raw["messages"], raw.get("tools"), tokenizer, settings))
     if keys == {"prompt", "completion"}:
         prompt, completion = text_field(raw, "prompt"), text_field(raw, "completion", empty=False)
         return _Draft([(prompt, 0.0), *_ended(completion, tokenizer)])

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 import argparse
 import csv
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    from jaxmoe.data import chat_flags
+
     add = parser.add_argument
     add("--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder")
     add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
@@ -56,6 +59,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seq-length", type=whole_number, default=1024, metavar="N", help="most tokens per context (default: 1024)")
     add("--max-tokens", type=whole_number, metavar="N", help="stop after the record that reaches this many tokens")
     add("--batch-size", type=whole_number, default=8, metavar="N", help="sequences per step (default: 8)")
+    chat_flags.add_arguments(parser, "in conversations of --data")
 
 
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +103,8 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """(model, labelled text) that the flags name."""
     from jaxmoe.cli.progress import reading_weights
     from jaxmoe.config import Qwen3MoeConfig
-    from jaxmoe.data.chat import load_tokenizer
+    from jaxmoe.data.chat import AS_WRITTEN, load_tokenizer
+    from jaxmoe.data.chat_flags import chat_settings, notices
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
     from jaxmoe.routing.text import read_text
 
@@ -113,12 +118,19 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
             f"found {arguments.seq_length}"
         )
     tokenizer = load_tokenizer(arguments.model)
+    settings = chat_settings(tokenizer, arguments.system, arguments.thinking, arguments.template_arg)
     if arguments.text is not None:
+        if settings != AS_WRITTEN:
+            raise UserError("system, no-thinking and template-arg: only valid with data, found text")
         labels = Capture.open(arguments.text).labelled_text()
         if labels.tokenizer != tokenizer_digest(tokenizer):
             raise UserError(f"{arguments.text}: expected a text made with the model's tokenizer, found another")
     else:
-        labels = read_text(arguments.data, tokenizer, config.vocab_size, arguments.seq_length, arguments.max_tokens)
+        labels = read_text(
+            arguments.data, tokenizer, config.vocab_size, arguments.seq_length, arguments.max_tokens, settings
+        )
+    for line in notices(settings, tokenizer):
+        print(line, file=sys.stderr)
     with reading_weights() as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
             arguments.model,

@@ -16,7 +16,7 @@ from jaxtyping import Int32
 
 from captures import ROLES, LabelledText, Text, tokenizer_digest
 from jaxmoe.data import forms
-from jaxmoe.data.chat import assistant_spans
+from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, assistant_spans
 from jaxmoe.data.records import Record, read_lines, tokenize_record
 from jaxmoe.errors import UserError
 
@@ -29,8 +29,10 @@ class Document(NamedTuple):
     domain: str
 
 
-def read_documents(paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_size: int) -> Iterator[Document]:
-    """Every record of every file, tokenised and labelled.
+def read_documents(
+    paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_size: int, settings: ChatSettings = AS_WRITTEN
+) -> Iterator[Document]:
+    """Every record of every file, tokenised and labelled; `settings` say how conversations are rendered.
 
     Raises:
         UserError: a missing file, a bad record (FILE:LINE first), a token that the model does not know.
@@ -38,7 +40,7 @@ def read_documents(paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_si
     for path in map(pathlib.Path, paths):
         for where, raw, domain in _raw_records(path):
             try:
-                document = label(raw, tokenizer, domain)
+                document = label(raw, tokenizer, domain, settings)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             if (largest := int(document.tokens.max())) >= vocab_size:
@@ -48,11 +50,11 @@ def read_documents(paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_si
             yield document
 
 
-def label(raw: Any, tokenizer: Any, domain: str) -> Document:
+def label(raw: Any, tokenizer: Any, domain: str, settings: ChatSettings = AS_WRITTEN) -> Document:
     """One record's tokens, as `jaxmoe.data.records.tokenize_record` makes them, and each one's role."""
-    record = tokenize_record(raw, tokenizer)
+    record = tokenize_record(raw, tokenizer, settings)
     if "messages" in raw:
-        names = _chat_roles(raw["messages"], raw.get("tools"), tokenizer, record)
+        names = _chat_roles(raw["messages"], raw.get("tools"), tokenizer, record, settings)
     elif "prompt" in raw:
         names = ["completion" if weight else "prompt" for weight in record.weights]
     else:
@@ -85,13 +87,18 @@ def labelled_text(documents: Iterable[Document], seq_length: int, tokenizer: str
 
 
 def read_text(
-    paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_size: int, seq_length: int, limit: int | None = None
+    paths: Sequence[str | pathlib.Path],
+    tokenizer: Any,
+    vocab_size: int,
+    seq_length: int,
+    limit: int | None = None,
+    settings: ChatSettings = AS_WRITTEN,
 ) -> LabelledText:
     """The files as one labelled stream, which ends after the record that reaches `limit` tokens."""
 
     def limited() -> Iterator[Document]:
         total = 0
-        for document in read_documents(paths, tokenizer, vocab_size):
+        for document in read_documents(paths, tokenizer, vocab_size, settings):
             yield document
             total += len(document.tokens)
             if limit is not None and total >= limit:
@@ -123,14 +130,14 @@ def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
         yield where, raw, domain
 
 
-def _chat_roles(messages: Any, tools: Any, tokenizer: Any, record: Record) -> list[str]:
+def _chat_roles(messages: Any, tools: Any, tokenizer: Any, record: Record, settings: ChatSettings) -> list[str]:
     """The role of each token of a conversation.
 
     The tokens to be learned are the assistant's. Tokens of another message's content, found in the rendered text, have
     that message's role. All others are the template's.
     """
     roles = ["assistant" if weight else "template" for weight in record.weights]
-    whole, spans = assistant_spans(messages, tools, tokenizer)
+    whole, spans = assistant_spans(messages, tools, tokenizer, settings)
     pieces, at = [], 0
     for start, end in [*spans, (len(whole), len(whole))]:
         pieces += [(at, start), (start, end)]
@@ -145,7 +152,7 @@ def _chat_roles(messages: Any, tools: Any, tokenizer: Any, record: Record) -> li
     if not np.array_equal(tokens, record.tokens):
         return roles  # The template tokenises by itself: only the learned tokens are known.
     at = 0
-    for message in messages:
+    for message in settings.messages(messages):
         content = (message.get("content") or "").strip()
         begin = whole.find(content, at) if content else -1
         if begin < 0:

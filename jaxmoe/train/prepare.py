@@ -20,7 +20,9 @@ from captures import Capture
 from jaxmoe.cli.progress import progress
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config
 from jaxmoe.control.replay import Replay
-from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.chat import ChatSettings, load_tokenizer
+from jaxmoe.data.chat_flags import chat_settings
+from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.errors import UserError
@@ -209,15 +211,16 @@ def _new_lora(settings: TrainConfig, config: Qwen3MoeConfig) -> LoraConfig | Non
 
 def _read_data(settings: TrainConfig, config: Qwen3MoeConfig) -> Data:
     tokenizer = load_tokenizer(tokenizer_folder(settings))
-    records = _read(settings.data, tokenizer, config.vocab_size)
+    chat = chat_settings(tokenizer, settings.system, settings.thinking, settings.template_arg)
+    records = _read(settings.data, tokenizer, config.vocab_size, chat)
     held_out_records: list[Record] = []
     if settings.eval_data is not None:
-        held_out_records = _read(settings.eval_data, tokenizer, config.vocab_size)
+        held_out_records = _read(settings.eval_data, tokenizer, config.vocab_size, chat)
     elif settings.eval_fraction is not None:
         records, held_out_records = hold_out(records, settings.eval_fraction)
     epochs = None if settings.max_steps is not None else settings.epochs or 1
     documents, lost = cut(records, settings.seq_length)
-    notices = lost.notices(settings.seq_length)
+    notices = notices_of_template(chat, tokenizer) + lost.notices(settings.seq_length)
     replay = None
     if settings.replay is not None:
         replay = Replay(Capture.open(settings.replay), config, tokenizer)
@@ -236,13 +239,13 @@ def _read_data(settings: TrainConfig, config: Qwen3MoeConfig) -> Data:
     return Data(sequences, held_out, replay, epochs, notices, digests)
 
 
-def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int) -> list[Record]:
+def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int, chat: ChatSettings) -> list[Record]:
     with progress(f"reading {path}") as show:
 
         def on_read(done: int, total: int, records: int) -> None:
             show(done, total, f"{records:,} records, {done / total:.0%}")
 
-        return read_records(path, tokenizer, vocab_size, on_read)
+        return read_records(path, tokenizer, vocab_size, on_read, chat)
 
 
 def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> Source:

@@ -7,6 +7,7 @@ import pathlib
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxmoe.data.chat_flags import HELP
 from jaxmoe.errors import UserError
 
 MAX_EPOCHS = 10_000
@@ -65,6 +66,19 @@ class TrainConfig:
         default=None,
         metadata={
             "help": "folder with the tokenizer, for --from-scratch",
+            "identity": entries("data", "eval_data"),
+        },
+    )
+    system: str | None = field(
+        default=None, metadata={"help": HELP["system"], "identity": entries("data", "eval_data")}
+    )
+    thinking: bool = field(default=True, metadata={"help": HELP["thinking"], "identity": entries("data", "eval_data")})
+    template_arg: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": HELP["template_arg"],
+            "metavar": "KEY=VALUE",
+            "repeat": True,
             "identity": entries("data", "eval_data"),
         },
     )
