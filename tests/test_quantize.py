@@ -472,7 +472,9 @@ def test_transformers_reads_what_is_written(tmp_path: pathlib.Path) -> None:
     main(["hf2jax", str(src), str(tmp_path / "jax"), "--quantize", "nf4"])
     main(["jax2hf", str(tmp_path / "jax"), str(tmp_path / "bnb")])
     ids = np.random.default_rng(0).integers(0, 320, (1, 24))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bnb", dtype=torch.float32, device_map="cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "bnb", dtype=torch.float32, device_map="cpu", use_safetensors=True, trust_remote_code=False
+    )
     # Without gradients bitsandbytes multiplies in bfloat16 on a CPU.
     expected = theirs.train()(torch.tensor(ids)).logits.detach().numpy()
     assert type(theirs.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"

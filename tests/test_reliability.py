@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from convert.hf2jax import hf2jax, read_hf
+from jaxmoe import stopping
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.store import lock
@@ -181,7 +182,7 @@ with output_folder(sys.argv[1]) as folder:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_that_catches_everything(number: signal.Signals, tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "new" / "out")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -194,9 +195,16 @@ def test_a_signal_ends_a_command_that_catches_everything(number: signal.Signals,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.9])
-def test_a_signal_during_imports_is_one_line(delay: float, tmp_path: pathlib.Path) -> None:
-    command = [sys.executable, "-m", "jaxmoe.routing", "report", str(tmp_path), "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("delay", "arguments"),
+    [
+        (0.3, "jaxmoe.routing report nowhere --out {}/out"),
+        (0.9, "jaxmoe.routing report nowhere --out {}/out"),
+        (0.5, "torch_ref.capture --model nowhere --text nowhere --out {}/out"),
+    ],
+)
+def test_a_signal_during_imports_is_one_line(delay: float, arguments: str, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", *arguments.format(tmp_path).split()]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
@@ -205,6 +213,15 @@ def test_a_signal_during_imports_is_one_line(delay: float, tmp_path: pathlib.Pat
     assert process.returncode in (130, 2)
     assert len(stderr.splitlines()) == 1
     assert process.returncode == 2 or stderr == "SIGINT: stopped\n"
+
+
+def test_a_program_under_nohup_ignores_that_the_terminal_is_gone() -> None:
+    assert signal.SIGHUP in stopping._heard()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stopping._heard()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- training checkpoints
