@@ -33,6 +33,11 @@ def prepare(shared: pathlib.Path) -> None:
             raise RuntimeError(f"{kind}: exit code {done.returncode}: {done.stderr}")
 
 
+def prepared(shared: pathlib.Path) -> list[str]:
+    """The commands whose undisturbed results are in `shared`."""
+    return [kind for kind in KINDS if (shared / kind).exists()]
+
+
 def command(kind: str, shared: pathlib.Path, output: pathlib.Path, *more: str) -> list[str]:
     """The command line of the command that writes `output`."""
     flags = {

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from reliability.commands import KINDS, ROOT, command, environment, prepare, result, run, stray
+from reliability.commands import ROOT, command, environment, prepare, prepared, result, run, stray
 from reliability.trials import Outcome, run_trials
 
 _START = 0.15  # seconds: before, the interpreter itself starts
@@ -26,7 +26,8 @@ _LIMIT = 300.0
 
 def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Random) -> Outcome:
     """Kills one command, runs it again, compares."""
-    kind = KINDS[index % len(KINDS)]
+    kinds = prepared(shared)
+    kind = kinds[index % len(kinds)]
     number = rng.choice(_signals())
     name, output = f"{kind}, {number.name}", own / "out"
     moment = _moment(rng, kind, shared)

@@ -32,7 +32,7 @@ from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import identity
 from jaxmoe.train.settings import TrainConfig
 from peers.make_checkpoint import TINY, make_checkpoint
-from reliability import bit_flips
+from reliability import bit_flips, full_disk, kill
 from reliability.trials import Outcome, run_trials
 from tests.conftest import ROOT
 
@@ -269,6 +269,36 @@ def test_a_checkpoint_without_checksums_is_restored_with_a_line(tmp_path: pathli
 def test_flipped_bits_are_refused_or_change_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_trials(bit_flips.trial, bit_flips.prepare, description="", number=25, argv=["--seed", "1"]) == 0
     assert "wrong" in capsys.readouterr().out
+
+
+# --- kills and full disks, a sample
+
+
+def prepare_conversion(shared: pathlib.Path) -> None:
+    """What the trials of one command need, made in this process: its input and its undisturbed result."""
+    make_checkpoint(shared / "hf", TINY.replace(num_hidden_layers=1))
+    hf2jax(shared / "hf", shared / "hf2jax")
+    (shared / "seconds-hf2jax").write_text("1.5")
+    (shared / "count-hf2jax").write_bytes(bytes(40))  # the number of its writes, about
+
+
+@pytest.mark.parametrize("number", ["KILL", "TERM"])
+def test_a_killed_conversion_leaves_nothing_and_is_repeated(
+    number: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIGNALS", number)
+    assert run_trials(kill.trial, prepare_conversion, description="", number=1, argv=["--seed", "1"]) == 0
+    assert "hf2jax" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(full_disk.unsupported() is not None, reason=f"a full disk {full_disk.unsupported()}")
+def test_a_conversion_on_a_full_disk_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def prepare(shared: pathlib.Path) -> None:
+        full_disk.build(shared)
+        prepare_conversion(shared)
+
+    assert run_trials(full_disk.trial, prepare, description="", number=2, argv=["--seed", "1"]) == 0
+    assert "hf2jax" in capsys.readouterr().out
 
 
 def test_wrong_trials_fail(capsys: pytest.CaptureFixture[str]) -> None:
