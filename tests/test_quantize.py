@@ -620,8 +620,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(bad: str, sound: pathlib.Path,
         (lambda m: m["nf4"]["weights"].update({"attention.q_proj": "int8"}), "nf4: expected"),
         (lambda m: m["nf4"]["weights"].pop("attention.q_proj"), "attention.q_proj"),
         (lambda m: m["items"]["layers/00001"]["attention.q_proj.codes"].update(dtype="int8"), "uint8"),
-        (lambda m: m["items"]["layers/00001"]["attention.q_proj.codes"].update(sha256="0" * 64), "SHA-256"),
-        (lambda m: m["items"]["layers/00001"]["attention.q_proj.nested_offset"].update(sha256="0" * 64), "SHA-256"),
+        (lambda m: m["items"]["layers/00001"]["attention.q_proj.codes"].update(digest="0" * 64), "SHA-256"),
+        (lambda m: m["items"]["layers/00001"]["attention.q_proj.nested_offset"].update(digest="0" * 64), "SHA-256"),
         (lambda m: m["items"]["top"]["nested_quant_map"].update(shape=[16]), "nested_quant_map"),
     ],
 )
@@ -630,7 +630,7 @@ def test_a_damaged_manifest_is_one_line(
 ) -> None:
     shutil.copytree(sound / "jax", tmp_path / "jax")
     manifest = json.loads((tmp_path / "jax" / "manifest.json").read_text())
-    assert (manifest["version"], manifest["nf4"]["nested"]) == (2, True)
+    assert (manifest["version"], manifest["nf4"]["nested"]) == (5, True)
     change(manifest)
     (tmp_path / "jax" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=says) as caught:

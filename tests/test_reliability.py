@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -25,7 +26,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.store import lock
 from jaxmoe.store.checkpoint import Checkpoint
 from jaxmoe.store.converted import read_converted
-from jaxmoe.store.digest import WeightsDigest, combined
+from jaxmoe.store.digest import WeightsDigest, combined, digest
 from jaxmoe.store.files import claimed, naming_files, os_error, output_file, output_folder
 from jaxmoe.store.lock import InUse, output_lock
 from jaxmoe.store.train_state import TrainCheckpoints
@@ -312,11 +313,31 @@ def test_wrong_trials_fail(capsys: pytest.CaptureFixture[str]) -> None:
 # --- what a model is
 
 
+def as_earlier_versions_wrote_it(folder: pathlib.Path) -> None:
+    """Gives a converted folder a manifest of version 1, with checksums of whole arrays."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for block in read_converted(folder).blocks():
+        entries = manifest["items"]["top" if block.layer is None else f"layers/{block.layer:05d}"]
+        for name, array in block.arrays.items():
+            del entries[name]["digest"]
+            entries[name]["sha256"] = hashlib.sha256(array.tobytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1, 33 * 2**20])
+def test_the_digest_of_an_array_is_that_of_its_pieces(size: int) -> None:
+    array = np.arange(size, dtype=np.uint8)
+    pieces = [array[start : start + 2**20].tobytes() for start in range(0, size, 2**20)]
+    parts = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
+    assert digest(array) == hashlib.sha256(parts).hexdigest()
+    assert size < 2 or digest(array[::-1]) != digest(array)
+
+
 def digest_of(source: Checkpoint, layers: Callable[[list[int | None]], list[int | None]] = list) -> str:
-    with WeightsDigest() as digest:
+    with WeightsDigest() as whole:
         for layer in layers([None, *range(source.config.num_hidden_layers)]):
-            digest.add(source.block(layer))
-        return combined(digest.parts())
+            whole.add(source.block(layer))
+        return combined(whole.parts())
 
 
 def test_the_digest_of_a_model_is_that_of_all_its_weights(tmp_path: pathlib.Path) -> None:
@@ -330,12 +351,14 @@ def test_the_digest_of_a_model_is_that_of_all_its_weights(tmp_path: pathlib.Path
     assert digest_of(read_hf(tmp_path / "hf"), lambda layers: layers[::-1]) == expected
     half = digest_of(read_converted(tmp_path / "jax", dtype="bfloat16"))
     assert half == digest_of(read_hf(tmp_path / "hf", "bfloat16")) != expected
+    as_earlier_versions_wrote_it(tmp_path / "jax")
+    assert digest_of(read_converted(tmp_path / "jax")) == expected
     shards = []
     for layers in ((None, 1), (0,)):
-        with WeightsDigest() as digest:
+        with WeightsDigest() as part:
             for layer in layers:
-                digest.add(read_hf(tmp_path / "hf").block(layer))
-            shards.append(digest.parts())
+                part.add(read_hf(tmp_path / "hf").block(layer))
+            shards.append(part.parts())
     assert combined(shards[1] | shards[0]) == expected
     file = tmp_path / "hf" / "model.safetensors"
     data = bytearray(file.read_bytes())

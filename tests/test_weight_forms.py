@@ -223,7 +223,7 @@ def test_a_mixed_checkpoint_keeps_its_bytes(mixed: pathlib.Path, tmp_path: pathl
     main(["jax2hf", str(tmp_path / "jax"), str(tmp_path / "back"), "--max-shard-size", "60KB"])
     assert contents(tmp_path / "back") == contents(mixed)
     assert (tmp_path / "back" / "config.json").read_bytes() == (mixed / "config.json").read_bytes()
-    assert json.loads((tmp_path / "jax" / "manifest.json").read_text())["version"] == 3
+    assert json.loads((tmp_path / "jax" / "manifest.json").read_text())["version"] == 6
     for path in (mixed, tmp_path / "jax"):
         assert "sparse.down_proj (but not in layers 2)" in inspect(path)["quantization"]
         assert "attention.v_proj (but not in layers 2, 3)" in inspect(path)["quantization"]
