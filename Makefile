@@ -12,7 +12,8 @@
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make peer-tests TRANSFORMERS=DIR PEFT=DIR   tests of transformers and PEFT on torch_ref's classes; docs/peer-tests.md
 # make bench-torch-gpu   a LoRA step of torch_ref beside transformers + PEFT at Qwen3-30B-A3B's size; needs 80 GB or more
-# make kill N=100 SEED=0 JOBS=1   kill -9, SIGTERM and SIGINT at random moments of every command that writes
+# make kill N=100 SEED=0 JOBS=1   kill -9, SIGTERM and SIGINT at random moments of every command that writes;
+#                 SIGNALS=INT,TERM chooses among them
 # make full-disk N=84   a disk that is full from some write on, in every command that writes
 # make bit-flips N=300  flipped bits in training checkpoints; also with SEED and JOBS, as make kill
 # make fuzz N=1000    mutated files, odd flags and odd environments against every command; also with SEED and JOBS
@@ -150,7 +151,7 @@ TRIALS = JAX_PLATFORMS=cpu $(RUN) -m reliability.$(1) --seed $(SEED) --jobs $(JO
 
 .PHONY: kill full-disk bit-flips fuzz
 kill: $(INSTALLED)
-	@$(call TRIALS,kill)
+	@SIGNALS=$(SIGNALS) $(call TRIALS,kill)
 
 full-disk: $(INSTALLED)
 	@$(call TRIALS,full_disk)

@@ -36,7 +36,9 @@ def measure(side: str, folder: pathlib.Path) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.zeros(1, device=device)  # CUDA starts before the clock does
         start = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, device_map=device, use_safetensors=True, trust_remote_code=False
+        )
         if device == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start

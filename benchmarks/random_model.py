@@ -67,7 +67,11 @@ def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
     hf = hf_config(config.to_hf())
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(
-            hf, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts
+            hf,
+            dtype=torch.bfloat16,
+            attn_implementation="sdpa",
+            experts_implementation=experts,
+            trust_remote_code=False,
         )
     # to_empty loses the values of buffers (the rotary frequencies); they are made again below.
     model = model.to_empty(device=device)

@@ -189,7 +189,9 @@ def _unsloth(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora:
     folder = args.scratch / "random-checkpoint"
     if not (folder / "config.json").is_file():
         write_checkpoint(folder, config)
-    model, _ = FastLanguageModel.from_pretrained(str(folder), max_seq_length=case.length, load_in_4bit=False)
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=case.length, load_in_4bit=False, trust_remote_code=False
+    )
     targets = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in lora.targets]
     if "experts.gate_up_proj" in lora.targets:
         targets += ["gate_proj", "up_proj", "down_proj"]

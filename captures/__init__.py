@@ -3,17 +3,24 @@
 Imports NumPy and safetensors but neither framework, so that both sides can import it.
 """
 
-from captures.format import (
-    ROLES,
-    Capture,
-    CaptureWriter,
-    Chunk,
-    LabelledText,
-    Model,
-    Text,
-    expert_dtype,
-    tokenizer_digest,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxmoe.lazy import exports
+
+if TYPE_CHECKING:
+    from captures.format import (
+        ROLES,
+        Capture,
+        CaptureWriter,
+        Chunk,
+        LabelledText,
+        Model,
+        Text,
+        expert_dtype,
+        tokenizer_digest,
+    )
 
 __all__ = [
     "ROLES",
@@ -26,3 +33,19 @@ __all__ = [
     "expert_dtype",
     "tokenizer_digest",
 ]
+
+# Imported on first use, so that a command can watch for signals before NumPy is loaded.
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "ROLES": "captures.format",
+        "Capture": "captures.format",
+        "CaptureWriter": "captures.format",
+        "Chunk": "captures.format",
+        "LabelledText": "captures.format",
+        "Model": "captures.format",
+        "Text": "captures.format",
+        "expert_dtype": "captures.format",
+        "tokenizer_digest": "captures.format",
+    },
+)

@@ -21,7 +21,9 @@ TOLERANCE = 1e-3
 
 def load(folder: pathlib.Path) -> Any:
     """The model in an HF folder, in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
     return model.eval()
 
 

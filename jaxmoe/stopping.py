@@ -1,11 +1,12 @@
-"""Ends the process on SIGINT and SIGTERM at any moment, from the first import to the last line; nothing half-written
-stays.
+"""Ends the process on SIGINT, SIGTERM and SIGHUP at any moment, from the first import to the last line; nothing
+half-written stays.
 
 Python calls a signal handler in the main thread, between two of its own instructions. While that thread compiles, the
 handler waits for minutes; and what it raises may be caught by any code that happens to run. So a thread of its own
 receives the signals. It undoes what the process has begun to write, prints one line, and ends the process.
 
-`watch` starts that thread; only commands call it. Without it, signals do what the program around has decided.
+`watch` starts that thread; only commands call it. Without it, signals do what the program around has decided. SIGHUP
+says that the terminal is gone; a command that was started with `nohup` ignores it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import atexit
 import contextlib
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _PATIENCE = 10.0  # seconds to wait for a block of `uninterrupted`, which takes milliseconds
 
 
@@ -37,19 +39,19 @@ _state = _State()
 
 
 def watch() -> None:
-    """From now on SIGINT and SIGTERM end the process with exit code 130 or 143. Call it in the main thread, first."""
+    """From now on the signals end the process with exit code 130, 143 or 129. Call it in the main thread, first."""
     if _state.watching:
         return
     _state.watching = True
     atexit.register(_ignore_signals)  # registered first, so it is called last
     if os.name == "nt":  # no pipe can wake a thread there
-        for number in SIGNALS:
+        for number in _heard():
             signal.signal(number, lambda number, frame: _arrived(number))
         return
     receiver, sender = os.pipe()
     os.set_blocking(sender, False)
     signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
-    for number in SIGNALS:
+    for number in _heard():
         signal.signal(number, _leave_to_the_thread)
     threading.Thread(target=_receive, args=(receiver,), name="signals", daemon=True).start()
 
@@ -74,7 +76,7 @@ def uninterrupted() -> Iterator[None]:
 
 
 class Postponed:
-    """Within its block the first SIGINT or SIGTERM is only noted in `received`; a second one ends the process.
+    """Within its block the first signal is only noted in `received`; a second one ends the process.
 
     It also works in programs that do not call `watch`, in the main thread; a second signal then has the system's
     default action.
@@ -89,7 +91,7 @@ class Postponed:
         if _state.watching:
             _state.postponed = self
         elif threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in _heard():
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -101,9 +103,15 @@ class Postponed:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
-        for each in SIGNALS:
+        for each in self._before:
             # The system's default action needs no interpreter: it also ends a process that waits for the device.
             signal.signal(each, signal.SIG_DFL)
+
+
+def _heard() -> list[int]:
+    """The signals that the process does not ignore on purpose, as it does SIGHUP after `nohup`."""
+    hang_up = getattr(signal, "SIGHUP", None)
+    return [number for number in SIGNALS if number != hang_up or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def _leave_to_the_thread(number: int, frame: FrameType | None) -> None:
@@ -124,11 +132,20 @@ def _receive(receiver: int) -> None:
 
 
 def _arrived(number: int) -> None:
+    _leave_lost_terminal()
     postponed = _state.postponed
     if postponed is not None and postponed.received is None:
         postponed.received = number
     else:
         _end(number)
+
+
+def _leave_lost_terminal() -> None:
+    """Lets what is printed to a terminal that is gone go nowhere: otherwise it would be an error."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def _end(number: int) -> None:

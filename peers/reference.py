@@ -86,6 +86,7 @@ class Reference:
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
                 experts_implementation=experts,
+                trust_remote_code=False,
             )
         )
         self.model.load_state_dict(self._state_dict(params))
@@ -111,6 +112,8 @@ class Reference:
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention,
                 experts_implementation=experts,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
         )
         if lora is not None and adapters is not None:

@@ -16,7 +16,7 @@ from jaxmoe.store.lock import SUFFIX
 from peers.make_checkpoint import TINY, make_checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KINDS = ("train", "hf2jax", "jax2hf", "capture", "report")
+KINDS = ("train", "hf2jax", "jax2hf", "capture", "report", "generate", "torch-capture")
 
 
 def prepare(shared: pathlib.Path) -> None:
@@ -33,6 +33,11 @@ def prepare(shared: pathlib.Path) -> None:
             raise RuntimeError(f"{kind}: exit code {done.returncode}: {done.stderr}")
 
 
+def prepared(shared: pathlib.Path) -> list[str]:
+    """The commands whose undisturbed results are in `shared`."""
+    return [kind for kind in KINDS if (shared / kind).exists()]
+
+
 def command(kind: str, shared: pathlib.Path, output: pathlib.Path, *more: str) -> list[str]:
     """The command line of the command that writes `output`."""
     flags = {
@@ -43,6 +48,8 @@ def command(kind: str, shared: pathlib.Path, output: pathlib.Path, *more: str) -
         "capture": f"jaxmoe.routing capture --model {shared}/hf --data {shared}/text.txt --out {output} --seq-length 32"
         " --batch-size 2",
         "report": f"jaxmoe.routing report {shared}/capture --out {output}",
+        "generate": f"jaxmoe.generate --model {shared}/hf --prompt a --max-new-tokens 8 --capture {output}",
+        "torch-capture": f"torch_ref.capture --model {shared}/hf --text {shared}/capture --out {output}",
     }
     return [sys.executable, "-m", *flags[kind].split(), *more]
 
@@ -89,7 +96,7 @@ def result(kind: str, output: pathlib.Path) -> Mapping[str, str]:
         files = [output / "manifest.json", output / "config.json"]
     if kind == "report":  # pictures may name a version or a time
         files = [file for file in files if file.suffix == ".csv"]
-    if kind == "capture":
+    if kind in ("capture", "generate", "torch-capture"):
         files = [file for file in files if file.suffix == ".safetensors"]
     return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

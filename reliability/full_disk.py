@@ -21,15 +21,26 @@ _SOURCE = pathlib.Path(__file__).with_name("full_disk.c")
 
 def prepare(shared: pathlib.Path) -> None:
     """Makes what all commands read, the library, and the number of writes of each command."""
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        raise SystemExit("full_disk: needs Linux and a C compiler named cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", shared / "full.so", _SOURCE, "-ldl"], check=True)
+    if reason := unsupported():
+        raise SystemExit(f"full_disk: {reason}")
+    build(shared)
     commands.prepare(shared)
     for kind in commands.KINDS:
         target = shared / f"counted-{kind}" / "out"
         counts = shared / f"count-{kind}"
         _run(kind, shared, target, {"COUNT_IN": str(counts)})
+
+
+def unsupported() -> str | None:
+    """Why disks cannot be filled here, or None."""
+    able = sys.platform == "linux" and shutil.which("cc") is not None
+    return None if able else "needs Linux and a C compiler named cc"
+
+
+def build(shared: pathlib.Path) -> None:
+    """Compiles the library."""
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", shared / "full.so", _SOURCE, "-ldl"]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 def _run(
@@ -42,7 +53,8 @@ def _run(
 
 def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Random) -> Outcome:
     """Runs one command on a disk that is full from one of its writes on."""
-    kind = commands.KINDS[index % len(commands.KINDS)]
+    kinds = commands.prepared(shared)
+    kind = kinds[index % len(kinds)]
     writes = (shared / f"count-{kind}").stat().st_size
     fails = rng.randint(1, writes)
     output = own / "disk" / "out"

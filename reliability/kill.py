@@ -1,19 +1,23 @@
 """Kills at random moments: `python -m reliability.kill --number 100 --seed 0 --jobs 4`.
 
 Each trial starts a command that writes, sends kill -9, SIGTERM or SIGINT after a random time, and checks what is left.
-Then it runs the command again (training with --resume), whose result must have the bits of an undisturbed run.
+Then it runs the command again (training with --resume), whose result must have the bits of an undisturbed run. The
+killed command compiles its programs; the next one takes them from the cache. SIGNALS=INT,TERM in the environment
+chooses the signals.
 """
 
 from __future__ import annotations
 
+import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
-from reliability.commands import KINDS, ROOT, command, environment, prepare, result, run, stray
+from reliability.commands import ROOT, command, environment, prepare, prepared, result, run, stray
 from reliability.trials import Outcome, run_trials
 
 _START = 0.15  # seconds: before, the interpreter itself starts
@@ -22,10 +26,17 @@ _LIMIT = 300.0
 
 def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Random) -> Outcome:
     """Kills one command, runs it again, compares."""
-    kind = KINDS[index % len(KINDS)]
-    number = rng.choice((signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+    kinds = prepared(shared)
+    kind = kinds[index % len(kinds)]
+    number = rng.choice(_signals())
     name, output = f"{kind}, {number.name}", own / "out"
-    code, stderr, finished = _killed(kind, shared, output, number, _moment(rng, kind, shared))
+    moment = _moment(rng, kind, shared)
+    code, stderr, finished = _killed(kind, shared, own, number, moment)
+    while finished and abs(moment) > _START:  # it ended before: again, and earlier
+        shutil.rmtree(output)
+        shutil.rmtree(own / "cache", ignore_errors=True)
+        moment *= 0.6
+        code, stderr, finished = _killed(kind, shared, own, number, moment)
     if not finished and number != signal.SIGKILL:
         if code != 128 + number or len(stderr.splitlines()) != 1:
             return Outcome("wrong", name, f"exit code {code}, expected {128 + number}: {stderr}")
@@ -43,6 +54,10 @@ def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Rando
     return Outcome("accepted" if finished else "refused", name)
 
 
+def _signals() -> list[signal.Signals]:
+    return [signal.Signals[f"SIG{name}"] for name in (os.environ.get("SIGNALS") or "KILL,TERM,INT").split(",")]
+
+
 def _moment(rng: random.Random, kind: str, shared: pathlib.Path) -> float:
     """Seconds after which to kill: any time in the command's life. Half of the time for training they count from its
     first checkpoint, and are negative."""
@@ -52,14 +67,17 @@ def _moment(rng: random.Random, kind: str, shared: pathlib.Path) -> float:
 
 
 def _killed(
-    kind: str, shared: pathlib.Path, output: pathlib.Path, number: signal.Signals, moment: float
+    kind: str, shared: pathlib.Path, own: pathlib.Path, number: signal.Signals, moment: float
 ) -> tuple[int, str, bool]:
-    """(exit code, standard error, whether the command had ended before); a negative moment counts from the first
-    checkpoint."""
+    """(exit code, standard error, whether the command had ended before) of the command that writes `own`/out.
+
+    A negative moment counts from the first checkpoint.
+    """
+    output = own / "out"
     process = subprocess.Popen(
         command(kind, shared, output),
         cwd=ROOT,
-        env=environment(shared),
+        env=environment(shared) | {"JAX_COMPILATION_CACHE_DIR": str(own / "cache")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

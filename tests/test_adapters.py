@@ -89,7 +89,7 @@ def test_round_trips_are_exact(case: str, dtype: Any, tmp_path: pathlib.Path) ->
 def peft_model(base: pathlib.Path, adapter: pathlib.Path) -> Any:
     """The adapter on the base model, loaded by PEFT, which must use every key and miss none."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(model, adapter)
@@ -107,7 +107,7 @@ def written_by_peft(base: pathlib.Path, adapter: pathlib.Path, settings: dict[st
     """The base model with a random adapter of PEFT's, which PEFT has also written to the folder `adapter`."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, use_safetensors=True, trust_remote_code=False)
     model = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", **settings))
     torch.manual_seed(0)
     with torch.no_grad():
@@ -259,7 +259,10 @@ def test_the_form_of_transformers_4_has_the_same_delta(use_rslora: bool, tmp_pat
                 assert error <= bound("merge_fp32")
     if not use_rslora:  # PEFT doubles the alpha for rsLoRA too, where the square root would keep the delta
         model = pytest.importorskip("peft").PeftModel.from_pretrained(
-            pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(base), tmp_path / "old"
+            pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(
+                base, use_safetensors=True, trust_remote_code=False
+            ),
+            tmp_path / "old",
         )
         assert largest_merge_error(base, model, lora, adapters) <= bound("merge_fp32")
     # and it is written in the form of transformers 5

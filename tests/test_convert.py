@@ -82,7 +82,9 @@ def test_arrays_are_those_that_transformers_holds(tmp_path: pathlib.Path) -> Non
     transformers = pytest.importorskip("transformers")
     src = make_checkpoint(tmp_path / "hf", MIXED)
     hf2jax(src, tmp_path / "jax")
-    state = transformers.AutoModelForCausalLM.from_pretrained(src).state_dict()
+    state = transformers.AutoModelForCausalLM.from_pretrained(
+        src, use_safetensors=True, trust_remote_code=False
+    ).state_dict()
     seen = set()
     for block in read_converted(tmp_path / "jax").blocks():
         for row in convert.names.rows(MIXED, block.layer, "fused"):

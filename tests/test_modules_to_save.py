@@ -70,7 +70,9 @@ def checkpoint(tied: bool, factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def torch_base(folder: pathlib.Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
 
 
 def by_peft(folder: pathlib.Path, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -19,19 +20,20 @@ import numpy as np
 import pytest
 
 from convert.hf2jax import hf2jax, read_hf
+from jaxmoe import stopping
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.store import lock
 from jaxmoe.store.checkpoint import Checkpoint
 from jaxmoe.store.converted import read_converted
-from jaxmoe.store.digest import WeightsDigest, combined
+from jaxmoe.store.digest import WeightsDigest, combined, digest
 from jaxmoe.store.files import claimed, naming_files, os_error, output_file, output_folder
 from jaxmoe.store.lock import InUse, output_lock
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import identity
 from jaxmoe.train.settings import TrainConfig
 from peers.make_checkpoint import TINY, make_checkpoint
-from reliability import bit_flips
+from reliability import bit_flips, full_disk, kill
 from reliability.trials import Outcome, run_trials
 from tests.conftest import ROOT
 
@@ -181,7 +183,7 @@ with output_folder(sys.argv[1]) as folder:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_that_catches_everything(number: signal.Signals, tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "new" / "out")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -194,9 +196,16 @@ def test_a_signal_ends_a_command_that_catches_everything(number: signal.Signals,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("delay", [0.3, 0.9])
-def test_a_signal_during_imports_is_one_line(delay: float, tmp_path: pathlib.Path) -> None:
-    command = [sys.executable, "-m", "jaxmoe.routing", "report", str(tmp_path), "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize(
+    ("delay", "arguments"),
+    [
+        (0.3, "jaxmoe.routing report nowhere --out {}/out"),
+        (0.9, "jaxmoe.routing report nowhere --out {}/out"),
+        (0.5, "torch_ref.capture --model nowhere --text nowhere --out {}/out"),
+    ],
+)
+def test_a_signal_during_imports_is_one_line(delay: float, arguments: str, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", *arguments.format(tmp_path).split()]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
@@ -205,6 +214,15 @@ def test_a_signal_during_imports_is_one_line(delay: float, tmp_path: pathlib.Pat
     assert process.returncode in (130, 2)
     assert len(stderr.splitlines()) == 1
     assert process.returncode == 2 or stderr == "SIGINT: stopped\n"
+
+
+def test_a_program_under_nohup_ignores_that_the_terminal_is_gone() -> None:
+    assert signal.SIGHUP in stopping._heard()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in stopping._heard()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- training checkpoints
@@ -254,6 +272,36 @@ def test_flipped_bits_are_refused_or_change_nothing(capsys: pytest.CaptureFixtur
     assert "wrong" in capsys.readouterr().out
 
 
+# --- kills and full disks, a sample
+
+
+def prepare_conversion(shared: pathlib.Path) -> None:
+    """What the trials of one command need, made in this process: its input and its undisturbed result."""
+    make_checkpoint(shared / "hf", TINY.replace(num_hidden_layers=1))
+    hf2jax(shared / "hf", shared / "hf2jax")
+    (shared / "seconds-hf2jax").write_text("1.5")
+    (shared / "count-hf2jax").write_bytes(bytes(40))  # the number of its writes, about
+
+
+@pytest.mark.parametrize("number", ["KILL", "TERM"])
+def test_a_killed_conversion_leaves_nothing_and_is_repeated(
+    number: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIGNALS", number)
+    assert run_trials(kill.trial, prepare_conversion, description="", number=1, argv=["--seed", "1"]) == 0
+    assert "hf2jax" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(full_disk.unsupported() is not None, reason=f"a full disk {full_disk.unsupported()}")
+def test_a_conversion_on_a_full_disk_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def prepare(shared: pathlib.Path) -> None:
+        full_disk.build(shared)
+        prepare_conversion(shared)
+
+    assert run_trials(full_disk.trial, prepare, description="", number=2, argv=["--seed", "1"]) == 0
+    assert "hf2jax" in capsys.readouterr().out
+
+
 def test_wrong_trials_fail(capsys: pytest.CaptureFixture[str]) -> None:
     verdicts: Any = ("refused", "accepted", "wrong")
     trial = lambda own, shared, index, rng: Outcome(verdicts[index], "kind", "why")
@@ -265,11 +313,31 @@ def test_wrong_trials_fail(capsys: pytest.CaptureFixture[str]) -> None:
 # --- what a model is
 
 
+def as_earlier_versions_wrote_it(folder: pathlib.Path) -> None:
+    """Gives a converted folder a manifest of version 1, with checksums of whole arrays."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for block in read_converted(folder).blocks():
+        entries = manifest["items"]["top" if block.layer is None else f"layers/{block.layer:05d}"]
+        for name, array in block.arrays.items():
+            del entries[name]["digest"]
+            entries[name]["sha256"] = hashlib.sha256(array.tobytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1, 33 * 2**20])
+def test_the_digest_of_an_array_is_that_of_its_pieces(size: int) -> None:
+    array = np.arange(size, dtype=np.uint8)
+    pieces = [array[start : start + 2**20].tobytes() for start in range(0, size, 2**20)]
+    parts = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
+    assert digest(array) == hashlib.sha256(parts).hexdigest()
+    assert size < 2 or digest(array[::-1]) != digest(array)
+
+
 def digest_of(source: Checkpoint, layers: Callable[[list[int | None]], list[int | None]] = list) -> str:
-    with WeightsDigest() as digest:
+    with WeightsDigest() as whole:
         for layer in layers([None, *range(source.config.num_hidden_layers)]):
-            digest.add(source.block(layer))
-        return combined(digest.parts())
+            whole.add(source.block(layer))
+        return combined(whole.parts())
 
 
 def test_the_digest_of_a_model_is_that_of_all_its_weights(tmp_path: pathlib.Path) -> None:
@@ -283,12 +351,14 @@ def test_the_digest_of_a_model_is_that_of_all_its_weights(tmp_path: pathlib.Path
     assert digest_of(read_hf(tmp_path / "hf"), lambda layers: layers[::-1]) == expected
     half = digest_of(read_converted(tmp_path / "jax", dtype="bfloat16"))
     assert half == digest_of(read_hf(tmp_path / "hf", "bfloat16")) != expected
+    as_earlier_versions_wrote_it(tmp_path / "jax")
+    assert digest_of(read_converted(tmp_path / "jax")) == expected
     shards = []
     for layers in ((None, 1), (0,)):
-        with WeightsDigest() as digest:
+        with WeightsDigest() as part:
             for layer in layers:
-                digest.add(read_hf(tmp_path / "hf").block(layer))
-            shards.append(digest.parts())
+                part.add(read_hf(tmp_path / "hf").block(layer))
+            shards.append(part.parts())
     assert combined(shards[1] | shards[0]) == expected
     file = tmp_path / "hf" / "model.safetensors"
     data = bytearray(file.read_bytes())

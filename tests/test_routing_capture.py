@@ -227,7 +227,7 @@ def test_pytorch_writes_the_same_format_and_the_same_routing(captured, tmp_path,
 
     command = ["--model", str(CHECKPOINT), "--text", str(captured.folder), "--out", str(tmp_path / "torch")]
     try:
-        assert main([*command, "--dtype", "float32"]) == 0
+        main([*command, "--dtype", "float32"])
     finally:
         FastQwen3MoeModel.unpatch()
     other = Capture.open(tmp_path / "torch")
@@ -243,14 +243,46 @@ def test_pytorch_writes_the_same_format_and_the_same_routing(captured, tmp_path,
     assert captured.probability_sums() == pytest.approx(other.probability_sums(), rel=bound("capture_torch_sums"))
 
 
-def test_pytorch_refuses_what_is_no_capture_in_one_line(tmp_path, capsys):
+def test_pytorch_refuses_what_is_no_capture_in_one_line(tmp_path):
     from torch_ref.capture import main
 
-    assert main(["--model", str(CHECKPOINT), "--text", str(tmp_path), "--out", str(tmp_path / "x")]) == 2
-    expected = (
-        f"python -m torch_ref.capture: {tmp_path}: expected a capture (a folder with manifest.json), found none\n"
-    )
-    assert capsys.readouterr().err == expected
+    with pytest.raises(UserError, match=r"expected a capture \(a folder with manifest.json\), found none"):
+        main(["--model", str(CHECKPOINT), "--text", str(tmp_path / "none"), "--out", str(tmp_path / "x")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"peft_type": "XLORA", "adapters": {"0": "a/b"}}, "peft_type: expected 'LORA', found 'XLORA'"),
+        ({"peft_type": "LORA", "megatron_config": {}, "megatron_core": "evil"}, "megatron_config: expected none"),
+        ({"peft_type": "LORA"}, "expected adapter_model.safetensors, found a pickle"),
+    ],
+)
+def test_pytorch_refuses_adapters_that_run_code(captured, tmp_path, settings, wrong):
+    from torch_ref.capture import main
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    command = ["--model", str(CHECKPOINT), "--text", str(captured.folder), "--out", str(tmp_path / "x")]
+    with pytest.raises(UserError, match=wrong):
+        main([*command, "--adapter", str(tmp_path)])
+
+
+def test_pytorch_refuses_a_model_that_it_cannot_load(captured, tmp_path, request):
+    from torch_ref import FastQwen3MoeModel
+    from torch_ref.capture import main
+
+    request.addfinalizer(FastQwen3MoeModel.unpatch)
+    (tmp_path / "model").mkdir()
+    command = ["--model", str(tmp_path / "model"), "--text", str(captured.folder), "--out", str(tmp_path / "x")]
+    for config, wrong in (
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 10**9}, "num_hidden_layers: expected at most 10,000"),
+        ({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}, "cannot be loaded"),
+    ):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=wrong):
+            main(command)
 
 
 # ---- the folder

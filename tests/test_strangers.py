@@ -160,7 +160,7 @@ def test_an_array_is_compared_before_memory_is_taken(tmp_path):
     check_stored_array(tmp_path / "item" / "a", [3, 4], "float32")
     file = tmp_path / "item" / "a" / ".zarray"
     raw = json.loads(file.read_text())
-    huge = {"shape": [2 * 10**11], "dtype": "float32", "sha256": ""}
+    huge = {"shape": [2 * 10**11], "dtype": "float32", "digest": ""}
     for change, entry, found in (
         ({"shape": [2 * 10**11]}, entries["a"], "shape: expected"),
         ({"shape": [2 * 10**11], "chunks": [10**6]}, huge, "files with chunks"),

@@ -69,7 +69,13 @@ def rewritten(
 def decoded(source: pathlib.Path, target: pathlib.Path, router: bool = False) -> Any:
     """Stock transformers with the weights of `source` after 4-bit quantisation."""
     folder = rewritten(source, target, lambda k, t: {k: round_trip(t) if is_packed(k, router) else t})
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
 
 
 def prequantized(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
@@ -225,7 +231,12 @@ def test_a_checkpoint_of_transformers_5_keeps_16_bit_experts(
         bnb_4bit_compute_dtype=torch.float32,
     )
     source = AutoModelForCausalLM.from_pretrained(
-        folders["mixed"], quantization_config=settings, attn_implementation="eager", device_map="cpu"
+        folders["mixed"],
+        quantization_config=settings,
+        attn_implementation="eager",
+        device_map="cpu",
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     source.save_pretrained(tmp_path / "five")
     for file in ("tokenizer.json", "tokenizer_config.json"):
@@ -241,7 +252,9 @@ def test_a_checkpoint_of_transformers_5_keeps_16_bit_experts(
     found = model.model.layers[0].mlp.experts.gate_up_proj
     assert torch.equal(found, source.model.layers[0].mlp.experts.gate_up_proj)
     packed = [(n, m) for n, m in model.named_modules() if isinstance(m, torch_ref.quantize.Linear4bit)]
-    plain: Any = AutoModelForCausalLM.from_pretrained(folders["mixed"], attn_implementation="eager")
+    plain: Any = AutoModelForCausalLM.from_pretrained(
+        folders["mixed"], attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+    )
     with torch.no_grad():
         for name, module in packed:
             plain.get_submodule(name).weight.copy_(module.dequantized(torch.float32))
@@ -294,7 +307,12 @@ def test_adapters_of_a_4_bit_model_merge_into_16_bit(folders: dict[str, pathlib.
         Fast.save_pretrained_4bit(model, tmp_path / "four")
     Fast.save_pretrained_merged(model, tmp_path / "merged")
     Fast.unpatch()
-    check(AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager"), expected)
+    check(
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "merged", attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+        ),
+        expected,
+    )
     with pytest.raises(ValueError, match="model: expected one that was loaded in 4 bit"):
         Fast.save_pretrained_4bit(load(folders["mixed"], load_in_4bit=False), tmp_path / "four")
 

@@ -198,10 +198,12 @@ def test_merged_models_are_read_by_transformers(tmp_path: pathlib.Path, shard: i
         with patched(model):
             expected = model.eval()(**inputs).logits
         Fast.save_pretrained_merged(model, tmp_path / "merged", max_shard_size=shard)
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+        merged = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "merged", attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+        )
         assert distance(merged(**inputs).logits, expected) <= bound("torch_ref_fp32")
     assert (tmp_path / "merged" / "model.safetensors.index.json").exists() == (shard == 20_000)
-    with pytest.raises(ValueError, match="save_directory: expected a folder that is new or empty"):
+    with pytest.raises(ValueError, match="expected a new or empty folder, found one with files in it"):
         Fast.save_pretrained_merged(model, tmp_path / "merged")
 
 
@@ -212,7 +214,9 @@ def test_a_merge_rounds_once(tmp_path: pathlib.Path) -> None:
     layer = base.model.layers[0].self_attn.q_proj
     exact = weight + 5 / 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     Fast.save_pretrained_merged(model, tmp_path / "merged", dtype=torch.bfloat16)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    merged = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
+    )
     found = merged.model.layers[0].self_attn.q_proj.weight
     assert (found == exact.bfloat16()).float().mean() > 0.999
 

@@ -51,7 +51,9 @@ def stock(folder: pathlib.Path, **rope: Any) -> torch.Tensor:
     """The logits of transformers, its rotary parameters changed by `rope`."""
     config = Qwen3MoeConfig.from_pretrained(folder)
     config.rope_parameters = dict(config.rope_parameters or {}) | rope
-    return logits(AutoModelForCausalLM.from_pretrained(folder, config=config))
+    return logits(
+        AutoModelForCausalLM.from_pretrained(folder, config=config, use_safetensors=True, trust_remote_code=False)
+    )
 
 
 FROM_PRETRAINED = {
@@ -225,7 +227,7 @@ def test_fix_tokenizer(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     small = make_checkpoint(tmp_path / "small", TINY.replace(vocab_size=200))
     with pytest.raises(ValueError, match="fix_tokenizer: expected at most 200 tokens, the embedding's size, found 259"):
         load(small)
-    tokenizer = AutoTokenizer.from_pretrained(broken)
+    tokenizer = AutoTokenizer.from_pretrained(broken, trust_remote_code=False)
     tokenizer.eos_token = tokenizer.pad_token = "<|endoftext|>"
     with pytest.raises(ValueError, match="fix_tokenizer: expected a token for padding other than"):
         torch_ref.model.repair_tokenizer(tokenizer, TINY, 10)

@@ -508,8 +508,8 @@ def test_transformers_loads_a_model_from_scratch(whole: Any, base: pathlib.Path)
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     folder = whole[1] / "model"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     losses = []
     for line in (base / "held-out.jsonl").read_text().splitlines():

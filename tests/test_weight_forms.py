@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 from types import SimpleNamespace
@@ -155,9 +156,16 @@ def test_an_fp8_checkpoint(tmp_path: pathlib.Path) -> None:
     raw = json.loads((tmp_path / "back" / "config.json").read_text())
     assert raw["dtype"] == "bfloat16" and "quantization_config" not in raw
     theirs = Theirs.from_pretrained(
-        src, dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True), device_map="cpu"
+        src,
+        dtype=torch.bfloat16,
+        quantization_config=FineGrainedFP8Config(dequantize=True),
+        device_map="cpu",
+        use_safetensors=True,
+        trust_remote_code=False,
     ).state_dict()
-    plain = Theirs.from_pretrained(tmp_path / "back", dtype=torch.bfloat16).state_dict()
+    plain = Theirs.from_pretrained(
+        tmp_path / "back", dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
+    ).state_dict()
     assert plain.keys() == theirs.keys()
     assert all(torch.equal(plain[name], theirs[name]) for name in plain)
     direct = Qwen3MoeForCausalLM.from_pretrained(src, dequantize=True).params
@@ -247,7 +255,7 @@ def test_a_mixed_checkpoint_keeps_its_bytes(mixed: pathlib.Path, tmp_path: pathl
     main(["jax2hf", str(tmp_path / "jax"), str(tmp_path / "back"), "--max-shard-size", "60KB"])
     assert contents(tmp_path / "back") == contents(mixed)
     assert (tmp_path / "back" / "config.json").read_bytes() == (mixed / "config.json").read_bytes()
-    assert json.loads((tmp_path / "jax" / "manifest.json").read_text())["version"] == 3
+    assert json.loads((tmp_path / "jax" / "manifest.json").read_text())["version"] == 6
     for path in (mixed, tmp_path / "jax"):
         assert "sparse.down_proj (but not in layers 2)" in inspect(path)["quantization"]
         assert "attention.v_proj (but not in layers 2, 3)" in inspect(path)["quantization"]
@@ -336,7 +344,7 @@ def test_a_mixed_upload_equals_transformers(tmp_path: pathlib.Path) -> None:
         bnb_4bit_compute_dtype=torch.float32,
         llm_int8_skip_modules=skip,
     )
-    load = AutoModelForCausalLM.from_pretrained
+    load = functools.partial(AutoModelForCausalLM.from_pretrained, use_safetensors=True, trust_remote_code=False)
     load(src, dtype=torch.float32, quantization_config=settings, device_map="cpu").save_pretrained(tmp_path / "bnb")
     ids = np.random.default_rng(0).integers(0, 320, (1, 24))
     theirs = load(tmp_path / "bnb", device_map="cpu").dequantize().float()

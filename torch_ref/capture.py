@@ -5,10 +5,16 @@ The text comes from another capture, with its tokens, contexts and labels, so th
 
 from __future__ import annotations
 
+from captures.shared import ArgumentParser, UserError, claimed, run, watch, whole_number
+
+if __name__ == "__main__":
+    watch()  # before the other imports, which take seconds
+
 import argparse
+import contextlib
+import logging
 import math
 import pathlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +25,7 @@ from torch import Tensor
 
 from captures import Capture, CaptureWriter, LabelledText, Model, Text, expert_dtype, tokenizer_digest
 from captures.format import DEFAULT_KEEP_LOGITS
+from torch_ref.strangers import check_adapter_folder, check_model_folder
 
 _CONTEXT_BATCH_TOKENS = 8192
 
@@ -150,11 +157,11 @@ def _predict(hidden: Tensor, head: Any, following: np.ndarray) -> tuple[np.ndarr
     return torch.cat(predicted).int().cpu().numpy(), torch.cat(loss).cpu().numpy()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m torch_ref.capture`: returns 0 when done, and 2 after a one-line message if the input is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m torch_ref.capture", description=str(__doc__).split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m torch_ref.capture`."""
+    parser = ArgumentParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder in HF form, or a hub id")
-    parser.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder")
+    parser.add_argument("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT adapter folder")
     parser.add_argument("--text", required=True, type=pathlib.Path, metavar="DIR", help="capture that holds the text")
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="folder to write; new or empty")
     parser.add_argument(
@@ -164,32 +171,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--load-in-4bit", action="store_true", help="load the weights as NF4, experts included")
     parser.add_argument(
-        "--top", type=int, default=DEFAULT_KEEP_LOGITS, metavar="N", help="number of router logits to keep per token"
+        "--top",
+        type=whole_number,
+        default=DEFAULT_KEEP_LOGITS,
+        metavar="N",
+        help="number of router logits to keep per token",
     )
     args = parser.parse_args(argv)
-    try:
+    with claimed(args.out):
         labels = Capture.open(args.text).labelled_text()
+        model = _load(args, labels)
+        about = {
+            "model": args.model,
+            "adapter": None if args.adapter is None else str(args.adapter),
+            "quantization": "nf4" if args.load_in_4bit else None,
+        }
+        try:
+            result = capture(model, labels, args.out, keep_logits=args.top, source=about)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise UserError(str(error)) from error
+    print(f"{args.out}: {result.tokens:,} tokens, {len(result.model.layers)} MoE layers")
+
+
+def _load(args: argparse.Namespace, labels: LabelledText) -> Any:
+    """The model that the flags describe, if its tokenizer is that of the text."""
+    if (folder := pathlib.Path(args.model)).is_dir():
+        check_model_folder(folder)
+    if args.adapter is not None:
+        check_adapter_folder(args.adapter)
+    with _one_error(args.model):
         from torch_ref.model import FastQwen3MoeModel
 
         model, tokenizer = FastQwen3MoeModel.from_pretrained(
-            args.model, max_seq_length=None, dtype=args.dtype, load_in_4bit=args.load_in_4bit, fix_tokenizer=False
+            args.model,
+            max_seq_length=None,
+            dtype=args.dtype,
+            load_in_4bit=args.load_in_4bit,
+            fix_tokenizer=False,
+            trust_remote_code=False,
         )
-        if tokenizer_digest(tokenizer) != labels.tokenizer:
-            raise ValueError(
-                f"{args.text}: expected a text made with the tokenizer of {args.model}, found another tokenizer"
-            )
-        if args.adapter:
+    if tokenizer_digest(tokenizer) != labels.tokenizer:
+        raise UserError(
+            f"{args.text}: expected a text made with the tokenizer of {args.model}, found another tokenizer"
+        )
+    if args.adapter is not None:
+        with _one_error(args.adapter):
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, args.adapter)
-        about = {"model": args.model, "adapter": args.adapter, "quantization": "nf4" if args.load_in_4bit else None}
-        result = capture(model.eval(), labels, args.out, keep_logits=args.top, source=about)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {result.tokens:,} tokens, {len(result.model.layers)} MoE layers")
-    return 0
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _one_error(source: object) -> Iterator[None]:
+    """Turns what a library raises about the folder `source` into a UserError: its type depends on what is broken."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{source}: cannot be loaded: {str(error).strip() or type(error).__name__}") from error
+
+
+def _quiet_libraries() -> None:
+    """Standard error holds this command's own lines only: no bars and no advice."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _quiet_libraries()
+    run(main)

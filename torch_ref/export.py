@@ -1,17 +1,15 @@
 """Writes a model as an HF folder: with its adapters merged into 16-bit weights, or with its 4-bit weights unchanged.
 
 Experts are written with one key per expert and projection, the layout that transformers 4 and 5 both read; in 4 bit
-each has its own nested statistics. Only one layer's tensors exist in 16 bit at a time.
+each has its own nested statistics. Only one layer's tensors exist in 16 bit at a time. The folder appears whole or not
+at all, and one process at a time writes it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +17,11 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from captures.shared import os_error, output_folder
 from torch_ref.adapters import split_experts
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; transformers' default
@@ -179,7 +179,7 @@ def _write(
     changes: dict[str, Any],
     max_shard_size: int,
 ) -> None:
-    with _output_folder(pathlib.Path(save_directory)) as folder, torch.no_grad():
+    with output_folder(save_directory) as folder, torch.no_grad():
         settings = model.config.to_diff_dict() | {"architectures": [type(model).__name__]} | changes
         (folder / "config.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
         if model.generation_config is not None:
@@ -195,7 +195,11 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, Tensor]], m
     pending: dict[str, Tensor] = {}
 
     def flush() -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shard = folder / f"shard-{len(shards)}"
+        try:
+            save_file(pending, shard, metadata={"format": "pt"})
+        except SafetensorError as error:  # its text has the cause, such as a full disk
+            raise os_error(shard, str(error)) from error
         shards.append(list(pending))
         pending.clear()
 
@@ -219,19 +223,3 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, Tensor]], m
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _output_folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary folder beside `final`: renamed to `final` on success, deleted on failure."""
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise ValueError(f"save_directory: expected a folder that is new or empty, found {final} with content")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    try:
-        inner = temporary / "content"  # mkdtemp's own folder is private; this one follows the user's umask
-        inner.mkdir()
-        yield inner
-        inner.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

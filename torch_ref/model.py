@@ -7,6 +7,13 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"torch_ref needs transformers 5, whose experts are one stack per layer, found {transformers.__version__}"
+    )
+
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM

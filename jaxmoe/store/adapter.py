@@ -18,7 +18,8 @@ from jaxmoe.store.files import check_links, output_folder
 from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
 
 ADAPTER_MANIFEST = "adapter.json"
-_KIND, _VERSION = "jaxmoe adapter", 1
+_KIND, _VERSION = "jaxmoe adapter", 2
+_WHOLE_CHECKSUMS = 1  # the version whose checksums are those of whole arrays, not of pieces
 
 
 def write_adapter(
@@ -53,7 +54,7 @@ def read_adapter(
     """
     path = pathlib.Path(path)
     check_links(path)
-    manifest = read_manifest(path / ADAPTER_MANIFEST, _KIND, (_VERSION,))
+    manifest = read_manifest(path / ADAPTER_MANIFEST, _KIND, (_WHOLE_CHECKSUMS, _VERSION))
     raw = manifest.get("lora")
     known = {field.name for field in fields(LoraConfig)}
     required = known - set(OPTIONAL_FIELDS)

@@ -32,7 +32,7 @@ class Block:
 
     layer: int | None
     arrays: dict[str, np.ndarray]
-    # Path -> SHA-256 of the array's bytes, for arrays that were compared with it when they were read.
+    # Path -> `jaxmoe.store.digest.digest`, for arrays that were compared with it when they were read.
     digests: Mapping[str, str] = field(default_factory=dict)
 
 

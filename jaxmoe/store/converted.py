@@ -2,7 +2,8 @@
 
 It holds one Orbax item per decoder layer (`layers/00012`) and one for the rest (`top`), the files of the HF checkpoint
 that are not weights, and `manifest.json`. Reading and writing need memory for one layer, not for the model. If weights
-are in NF4, the manifest says so and has version 2, or 3 if some layers of a stack are not; otherwise it has version 1.
+are in NF4, the manifest says so and has version 5, or 6 if some layers of a stack are not; otherwise it has version 4.
+Versions 1 to 3 are the same, except that their checksums are those of whole arrays, not of pieces.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from jaxmoe.store.items import check_entries, read_item, read_manifest, same_nam
 
 MANIFEST = "manifest.json"
 _KIND = "jaxmoe checkpoint"
-_VERSION, _NF4_VERSION, _MIXED_VERSION = 1, 2, 3
+_VERSION, _NF4_VERSION, _MIXED_VERSION = 4, 5, 6
+_READ = (1, 2, 3, _VERSION, _NF4_VERSION, _MIXED_VERSION)
 
 
 def item_name(layer: int | None) -> str:
@@ -77,7 +79,7 @@ class ConvertedCheckpoint:
         self.path, self._verify = path, verify
         check_links(path)
         self.config = Qwen3MoeConfig.from_pretrained(path)
-        manifest = read_manifest(path / MANIFEST, _KIND, (_VERSION, _NF4_VERSION, _MIXED_VERSION))
+        manifest = read_manifest(path / MANIFEST, _KIND, _READ)
         self._items: dict[str, Any] = manifest.get("items") or {}
         try:
             self.layout: Layout = {name: name for name in get_args(Layout)}[manifest["source"]["layout"]]
@@ -137,7 +139,8 @@ class ConvertedCheckpoint:
         """One layer, or the top level (None), checked against the manifest."""
         item = item_name(layer)
         arrays = read_item(self.path / item, self._items[item], self._verify)
-        digests = {name: entry["sha256"] for name, entry in self._items[item].items()} if self._verify else {}
+        entries = self._items[item].items() if self._verify else ()
+        digests = {name: entry["digest"] for name, entry in entries if "digest" in entry}
         if self._target is not None:
             for name in arrays.keys() & self.dtypes.keys():
                 if arrays[name].dtype != self._target:

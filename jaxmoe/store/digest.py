@@ -1,13 +1,16 @@
 """What a model's weights are, in one digest that several threads or processes can form together.
 
-The part is one array of one layer: its SHA-256. A converted folder's manifest has it, so that nothing is computed for
-such a folder. For any other source it is formed from the bytes that are read, in threads, since hashing releases
-Python's lock. The digest of the model is the SHA-256 over the list of its parts in a fixed order, so parts may be
-formed anywhere and in any order, and a checkpoint has the same digest in HF form and converted.
+SHA-256 runs over a stream, so one array of a gigabyte would keep one thread busy for most of a second. The digest of an
+array is therefore the SHA-256 over the SHA-256 of its pieces of 1 MiB in C order; threads form those, since hashing
+releases Python's lock. A converted folder's manifest has the digests of its arrays. For any other source they are
+formed from the bytes that are read. The digest of the model is the SHA-256 over the list of the digests of its arrays,
+layer by layer, in a fixed order. So parts may be formed anywhere, and a checkpoint has the same digest in HF form and
+converted.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -19,56 +22,95 @@ import numpy as np
 from jaxmoe.store.checkpoint import Block
 
 PREFIX = "weights:"  # before a digest over all weights; that of earlier versions, over a few rows, has none
+_PIECE, _TASK = 2**20, 32 * 2**20  # bytes: what is hashed as one, and what a thread takes at a time
 _THREADS = max(4, min(16, os.cpu_count() or 1))
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="hash")
 
 
 def checksum(array: np.ndarray) -> str:
     """SHA-256 of the array's bytes in C order."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+    return hashlib.sha256(_bytes(array).data).hexdigest()
 
 
 def checksums(arrays: Iterable[np.ndarray]) -> list[str]:
     """`checksum` of each array, in threads."""
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
-        return list(pool.map(checksum, arrays))
+    return list(_pool().map(checksum, arrays))
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 over the SHA-256 of each piece of 1 MiB of the array's bytes in C order, formed by several threads."""
+    return Pending(array).result()
+
+
+class Pending:
+    """The `digest` of an array that threads are forming. Meanwhile the array must not change."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        data = _bytes(array)
+        tasks = [data[start : start + _TASK] for start in range(0, len(data), _TASK)]
+        self._tasks: list[Future[bytes]] = [_pool().submit(_hash_pieces, task) for task in tasks]
+
+    def result(self) -> str:
+        """Waits for the threads; do not call it in one of them."""
+        return hashlib.sha256(b"".join(task.result() for task in self._tasks)).hexdigest()
+
+    def cancel(self) -> None:
+        """Gives up what has not begun."""
+        for task in self._tasks:
+            task.cancel()
+
+
+def _hash_pieces(data: np.ndarray) -> bytes:
+    starts = range(0, len(data), _PIECE)
+    return b"".join(hashlib.sha256(data[start : start + _PIECE].data).digest() for start in starts)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 class WeightsDigest:
     """Collects the parts of a model; blocks may come in any order.
 
-    Use it as a context manager; it ends the threads that form checksums.
+    Use it as a context manager; it ends what threads still have to do.
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="hash")
-        self._parts: dict[tuple[str, int], tuple[str, tuple[int, ...], str | Future[str]]] = {}
+        self._parts: dict[tuple[str, int], tuple[str, tuple[int, ...], str | Pending]] = {}
 
     def __enter__(self) -> WeightsDigest:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for *_, found in self._parts.values():
+            if isinstance(found, Pending):
+                found.cancel()
 
     def add(self, block: Block) -> None:
         """Takes the digests that the block brings and begins to form the others; returns at once."""
         layer = -1 if block.layer is None else block.layer
         for path, array in block.arrays.items():
-            digest = block.digests.get(path) or self._pool.submit(checksum, array)
-            self._parts[path, layer] = array.dtype.name, array.shape, digest
+            found = block.digests.get(path) or Pending(array)
+            self._parts[path, layer] = array.dtype.name, array.shape, found
 
     def wait(self, block: Block) -> None:
         """Waits until the arrays of the block are read no more, so that its memory can be freed."""
         layer = -1 if block.layer is None else block.layer
         for path in block.arrays:
-            dtype, shape, digest = self._parts[path, layer]
-            self._parts[path, layer] = dtype, shape, digest if isinstance(digest, str) else digest.result()
+            dtype, shape, found = self._parts[path, layer]
+            self._parts[path, layer] = dtype, shape, _value(found)
 
     def parts(self) -> dict[tuple[str, int], str]:
         """(path, layer, or -1 for the top level) -> the digest of the array, its dtype and its shape."""
-        return {
-            place: f"{dtype} {list(shape)} {digest if isinstance(digest, str) else digest.result()}"
-            for place, (dtype, shape, digest) in self._parts.items()
-        }
+        return {place: f"{dtype} {list(shape)} {_value(found)}" for place, (dtype, shape, found) in self._parts.items()}
+
+
+def _value(found: str | Pending) -> str:
+    return found if isinstance(found, str) else found.result()
 
 
 def combined(parts: Mapping[tuple[str, int], str]) -> str:
@@ -79,6 +121,6 @@ def combined(parts: Mapping[tuple[str, int], str]) -> str:
 
 def of_parameters(params: Mapping[str, Any]) -> str:
     """The digest of weights that were read from no folder, such as random ones: whole arrays are the parts."""
-    with WeightsDigest() as digest:
-        digest.add(Block(None, {path: np.asarray(array) for path, array in params.items()}))
-        return combined(digest.parts())
+    with WeightsDigest() as whole:
+        whole.add(Block(None, {path: np.asarray(array) for path, array in params.items()}))
+        return combined(whole.parts())

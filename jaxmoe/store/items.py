@@ -1,8 +1,9 @@
 """Orbax items and manifests: how this package stores arrays on disk.
 
 An item is a folder with the arrays of a flat dictionary. A manifest, a JSON file beside it, has the shape, dtype and
-SHA-256 of every array. Orbax copies the host arrays that it saves, so large data is divided into items that are written
-one after the other. Arrays are NumPy; neither a model nor a device is needed.
+digest of every array; earlier versions wrote the SHA-256 of its bytes instead. Orbax copies the host arrays that it
+saves, so large data is divided into items that are written one after the other. Arrays are NumPy; neither a model nor a
+device is needed.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ import numpy as np
 
 from jaxmoe.config import DTYPES, read_json
 from jaxmoe.errors import UserError, shown
-from jaxmoe.store.digest import checksum
+from jaxmoe.store.digest import checksum, digest
 from jaxmoe.store.files import os_error
 
 # Every core compresses a chunk at the same time and holds its compressed copy, so small chunks need less memory.
 _CHUNK_BYTES = 16 * 2**20
+_FORMS: dict[str, Callable[[np.ndarray], str]] = {"digest": digest, "sha256": checksum}
 _MOST_COMPRESSED = 40_000  # zstd writes at least four bytes for every 128 KiB
 
 
@@ -80,10 +82,10 @@ def check_entries(
     dtypes = {}
     for name, shape in shapes.items():
         entry = entries[name]
-        if not isinstance(entry, dict) or set(entry) != {"shape", "dtype", "sha256"}:
-            raise UserError(f"{where}: {name}: expected shape, dtype and sha256, found {shown(entry)}")
-        if entry["shape"] != list(shape) or not isinstance(entry["sha256"], str):
-            raise UserError(f"{where}: {name}: expected shape {list(shape)} and its sha256, found {shown(entry)}")
+        if not isinstance(entry, dict) or set(entry) not in [{"shape", "dtype", form} for form in _FORMS]:
+            raise UserError(f"{where}: {name}: expected shape, dtype and digest, found {shown(entry)}")
+        if entry["shape"] != list(shape) or not isinstance(entry.get("digest", entry.get("sha256")), str):
+            raise UserError(f"{where}: {name}: expected shape {list(shape)} and its digest, found {shown(entry)}")
         if entry["dtype"] not in ((fixed[name],) if name in fixed else DTYPES):
             expected = fixed.get(name, "a float dtype")
             raise UserError(f"{where}: {name}: expected {expected}, found {entry['dtype']!r}")
@@ -102,7 +104,7 @@ def write_item(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> dict[str
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(_save, path.resolve(), arrays).result()
     return {
-        name: {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": checksum(array)}
+        name: {"shape": list(array.shape), "dtype": array.dtype.name, "digest": digest(array)}
         for name, array in arrays.items()
     }
 
@@ -160,8 +162,9 @@ def read_item(
         if list(array.shape) != entry["shape"] or array.dtype != np.dtype(entry["dtype"]):
             found = f"{array.dtype} {list(array.shape)}"
             raise UserError(f"{path}: {name}: expected {entry['dtype']} {entry['shape']}, found {found}")
-        if verify and (found := checksum(array)) != entry["sha256"]:
-            raise UserError(f"{path}: {name}: expected SHA-256 {entry['sha256'][:16]}..., found {found[:16]}...")
+        form = "digest" if "digest" in entry else "sha256"
+        if verify and (found := _FORMS[form](array)) != entry[form]:
+            raise UserError(f"{path}: {name}: expected SHA-256 {entry[form][:16]}..., found {found[:16]}...")
     return arrays
 
 

@@ -61,10 +61,12 @@ class Transformers(Side):
             options = {"dtype": dtype, "device_map": device}
             if not _aligned(case.checkpoint, dtype):
                 options["experts_implementation"] = "eager"
-            return AutoModelForCausalLM.from_pretrained(case.checkpoint, **options)
-        config = AutoConfig.from_pretrained(case.checkpoint)
+            return AutoModelForCausalLM.from_pretrained(
+                case.checkpoint, **options, use_safetensors=True, trust_remote_code=False
+            )
+        config = AutoConfig.from_pretrained(case.checkpoint, trust_remote_code=False)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         fill(model, Weights(case.quantized, dtype, device))
         return model
 
@@ -81,7 +83,7 @@ class Transformers(Side):
 
 def _aligned(checkpoint: str, dtype: torch.dtype) -> bool:
     """Whether rows of the experts' matrices start at multiples of 16 bytes, as torch's grouped matmul requires."""
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     return all(width * dtype.itemsize % 16 == 0 for width in (config.hidden_size, config.moe_intermediate_size))
 
 

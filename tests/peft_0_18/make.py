@@ -31,7 +31,9 @@ def main() -> None:
     assert peft.__version__ == "0.18.1", peft.__version__
     with tempfile.TemporaryDirectory() as base:
         make_checkpoint(pathlib.Path(base) / "base", CONFIG)
-        model = transformers.AutoModelForCausalLM.from_pretrained(pathlib.Path(base) / "base", dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            pathlib.Path(base) / "base", dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        )
     settings = peft.LoraConfig(
         r=2,
         lora_alpha=4,

@@ -1,0 +1,26 @@
+"""What `torch_ref`, which never imports jaxmoe, shares with jaxmoe's commands: how signals end a command, locks, output
+folders that appear whole or not at all, one-line errors, bounded JSON.
+
+Importing this module loads the standard library only.
+"""
+
+from __future__ import annotations
+
+from jaxmoe.cli.arguments import ArgumentParser, run, whole_number
+from jaxmoe.errors import UserError, shown
+from jaxmoe.json_text import read_json
+from jaxmoe.stopping import watch
+from jaxmoe.store.files import claimed, os_error, output_folder
+
+__all__ = [
+    "ArgumentParser",
+    "UserError",
+    "claimed",
+    "os_error",
+    "output_folder",
+    "read_json",
+    "run",
+    "shown",
+    "watch",
+    "whole_number",
+]

@@ -1,0 +1,48 @@
+"""Checks what a stranger made, a model folder or an adapter, before transformers and PEFT read it.
+
+Both libraries would otherwise unpickle weights, import modules that a file names, or build what a number in a file asks
+for, however large.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from captures.shared import UserError, read_json, shown
+
+_MOST_LAYERS = 10_000
+
+
+def check_model_folder(folder: pathlib.Path) -> None:
+    """Compares the number of layers, of which transformers makes lists, with any model's.
+
+    Raises:
+        UserError: no config.json that can be read, or more layers than any model has.
+    """
+    layers = read_json(folder / "config.json").get("num_hidden_layers", 0)
+    if not isinstance(layers, int) or not 0 <= layers <= _MOST_LAYERS:
+        raise UserError(
+            f"{folder / 'config.json'}: num_hidden_layers: expected at most {_MOST_LAYERS:,}, found {shown(layers)}"
+        )
+
+
+def check_adapter_folder(folder: pathlib.Path) -> None:
+    """Checks that PEFT will read plain LoRA from safetensors, and import nothing that the adapter names.
+
+    Raises:
+        UserError: a file is missing, another kind of adapter, or one that names modules to import.
+    """
+    settings = read_json(folder / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: peft_type: expected 'LORA', found {shown(settings.get('peft_type'))}"
+        )
+    for name in ("megatron_config", "auto_mapping"):
+        if settings.get(name) is not None:
+            raise UserError(
+                f"{folder / 'adapter_config.json'}: {name}: expected none, because it names modules to import, found "
+                f"{shown(settings[name])}"
+            )
+    if not (folder / "adapter_model.safetensors").is_file():
+        found = "a pickle, which can run code" if (folder / "adapter_model.bin").exists() else "none"
+        raise UserError(f"{folder}: expected adapter_model.safetensors, found {found}")
