@@ -11,7 +11,7 @@ import torch
 import transformers
 from accelerate import cpu_offload, dispatch_model
 from packaging.version import Version
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, XLoraConfig, get_peft_model
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.utils.generic import find_labels
@@ -27,6 +27,7 @@ IDS = torch.arange(3, 19).view(2, 8)
 recent_transformers = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"), reason="transformers 5.17 has no such form of the argument"
 )
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 MODULES = ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.self_attn.q_norm", "model.layers.0.mlp")
 
 
@@ -117,18 +118,46 @@ def test_hidden_states_of_chosen_layers() -> None:
 # --- modules and hooks
 
 
-def test_hooks_fire_where_they_do_in_transformers() -> None:
-    def seen() -> list[tuple[str, str]]:
-        model, calls = stock("plain"), []
-        for name in (*MODULES, "model.layers.0", "model.layers.0.mlp.experts"):
-            note = lambda _, __, out, name=name: calls.append((name, type(out).__name__))
-            model.get_submodule(name).register_forward_hook(note)
-        logits(model)
+def test_hooks_see_the_calls_of_transformers() -> None:
+    """Every submodule is called in the same order, with the same keywords, and returns the same kind of object."""
+
+    def seen() -> list[tuple[Any, ...]]:
+        model, calls = stock("mlp_only_layers"), []
+        for name, module in model.named_modules():
+            note = lambda _, args, given, out, name=name: calls.append((name, len(args), [*given], type(out).__name__))
+            module.register_forward_hook(note, with_kwargs=True)
+        with torch.no_grad():
+            model(IDS, labels=IDS, num_items_in_batch=5, output_router_logits=True)
         return calls
 
     expected = seen()
     FastQwen3MoeModel.pre_patch()
-    assert seen() == expected and len(expected) == 6
+    assert seen() == expected
+
+
+def test_parts_of_other_classes() -> None:
+    def rebuilt() -> torch.Tensor:
+        model = stock("mlp_only_layers")
+        model.model.layers[0].input_layernorm = torch.nn.LayerNorm(48)
+        model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+        model.model.layers[1].self_attn.q_norm = torch.nn.Identity()
+        model.model.layers[1].mlp.experts.act_fn = torch.nn.GELU()
+        model.model.layers[1].mlp.gate.top_k = 4
+        return logits(model)
+
+    same(rebuilt)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("return_logits", [True, False])
+def test_transforms_of_torch_func(frozen: bool, return_logits: bool) -> None:
+    model = stock("plain").train().requires_grad_(not frozen)
+    embedded = model.model.embed_tokens(IDS).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(model(inputs_embeds=embedded, labels=IDS).loss, embedded)
+    with patched(model, "grouped"):
+        loss = lambda x: model(inputs_embeds=x, labels=IDS, use_cache=False, return_logits=return_logits).loss
+        found = torch.func.grad(loss)(embedded.detach())
+        assert distance(found.detach(), expected) <= bound("torch_ref_fp32")
 
 
 @pytest.mark.parametrize(
@@ -175,6 +204,18 @@ def test_transformers_own_choice_of_implementation(name: str, runs: str, monkeyp
     assert used[-1] == runs
 
 
+def test_an_implementation_of_ones_own_runs_under_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = lambda experts, *arguments: 0.5 * batched_mm_experts_forward(experts, *arguments)
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, "half", half)
+
+    def halved() -> torch.Tensor:
+        model = adapted(LoraConfig(init_lora_weights=False, target_modules=[], target_parameters=EXPERTS))
+        model.get_base_model().set_experts_implementation("half")
+        return logits(model)
+
+    same(halved)
+
+
 def test_checkpointing_hooks_a_layer_once_and_its_parts_twice() -> None:
     model, calls = stock("plain").train(), []
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -213,11 +254,27 @@ def test_adalora() -> None:
     same(lambda: logits(adapted(AdaLoraConfig(total_step=10, target_modules=["q_proj"], init_lora_weights=False))))
 
 
-@pytest.mark.parametrize("part", ["", ".lora_A.default", ".lora_B.default", ".base_layer"])
+def test_xlora(tmp_path: pathlib.Path) -> None:
+    for seed in (0, 1):
+        adapted(seed=seed).save_pretrained(str(tmp_path / str(seed)))
+    adapters = {str(seed): str(tmp_path / str(seed)) for seed in (0, 1)}
+
+    def mixed() -> torch.Tensor:
+        config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=48, xlora_depth=1, adapters=dict(adapters))
+        model = stock("plain")
+        model.config.use_cache = False
+        torch.manual_seed(2)
+        return logits(get_peft_model(model, config).eval())
+
+    same(mixed)
+    assert distance(mixed(), logits(adapted(seed=0))) > bound("torch_ref_fp32")
+
+
+@pytest.mark.parametrize("part", ["", ".lora_A.default", ".lora_B.default", ".lora_dropout.default", ".base_layer"])
 @pytest.mark.parametrize("target", ["self_attn.q_proj", "mlp.experts"])
 def test_hooks_on_adapters(part: str, target: str) -> None:
-    """A hook on A or B of an expert stack does not fire in PEFT either, which reads their weights."""
-    parameters = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    """A hook on A, B or dropout of an expert stack does not fire in PEFT either, which reads the weights."""
+    parameters = {"target_modules": [], "target_parameters": EXPERTS}
 
     def steered() -> torch.Tensor:
         config = LoraConfig(init_lora_weights=False, **parameters) if "experts" in target else lora()

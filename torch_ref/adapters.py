@@ -76,8 +76,11 @@ def is_plain(module: Any) -> bool:
         return False
     if any(module.use_dora.values()) or any(module.lora_bias.values()) or module.lora_variant:
         return False
-    halves = (half[name] for half in (module.lora_A, module.lora_B) for name in module.active_adapters if name in half)
-    return called_alone(module) and all(type(half) is nn.Linear and called_alone(half) for half in halves)
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    halves = [half[name] for half in (module.lora_A, module.lora_B) for name in active]
+    # PEFT calls no dropout where it adds to a parameter
+    dropouts = [module.lora_dropout[name] for name in active if isinstance(module, ParamWrapper)]
+    return all(type(half) is nn.Linear for half in halves) and all(map(called_alone, [module, *halves, *dropouts]))
 
 
 def _weight(module: nn.Module) -> Tensor:

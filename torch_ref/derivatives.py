@@ -9,6 +9,11 @@ from typing import Any
 import torch
 
 
+def transformed() -> bool:
+    """Whether a transform of torch.func (grad, vjp, jvp, ...) is at work: it takes none of the functions below."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass that refuses `create_graph=True`, under which its result would count as a constant.
 

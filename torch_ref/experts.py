@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from torch_ref import kernels
-from torch_ref.derivatives import once_differentiable
+from torch_ref.derivatives import once_differentiable, transformed
 from torch_ref.low_rank import fold, split_high_low, unfold
 
 _ALIGNMENT = 16  # bytes: torch's grouped matmul needs the stride of every operand to be a multiple of it
@@ -196,6 +196,18 @@ class _Combine(torch.autograd.Function):
         return d_rows, d_weights, None, None
 
 
+def _gather(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
+    """Copies each token to its k rows."""
+    return x.index_select(0, order // k) if transformed() else _Gather.apply(x, order, inverse, k)
+
+
+def _weighted_sum(rows: Tensor, weights: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Sums each token's k rows times their weights."""
+    if transformed():
+        return _combine(rows, inverse, weights.shape[1], weights)
+    return _Combine.apply(rows, weights, order, inverse)
+
+
 class _FrozenExperts(torch.autograd.Function):
     """All of `grouped_experts` for stacks that are not trained.
 
@@ -338,19 +350,19 @@ def grouped_experts(
 
     frozen = gate_up.stack.frozen and down.stack.frozen and not (gate_up.adapters or down.adapters)
     # the compiler cannot trace its backward pass, and decides by itself what to save
-    traced = torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or transformed()
     if frozen and temp_up is None and not traced and not torch.is_autocast_enabled(x.device.type):
         stacks = gate_up.stack, down.stack
         return _FrozenExperts.apply(x, weights.to(x.dtype), order, inverse, ends, experts, *stacks, activation)
 
-    rows = _Gather.apply(x, order, inverse, selected.shape[1])
+    rows = _gather(x, order, inverse, selected.shape[1])
     product = gate_up.grouped_linear(rows, ends, experts)
     if temp_up is not None:
         product = temp_up.copy_(product)
     gate, up = product.chunk(2, dim=-1)
     rows = down.grouped_linear(activation(gate) * up, ends, experts)
     with torch.autocast(device_type=x.device.type, enabled=False):  # so both passes run in the rows' dtype
-        return _Combine.apply(rows, weights.to(rows.dtype), order, inverse)
+        return _weighted_sum(rows, weights.to(rows.dtype), order, inverse)
 
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., Tensor]] = {"loop": loop_experts, "grouped": grouped_experts}

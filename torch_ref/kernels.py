@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from torch_ref.derivatives import transformed
+
 programs: Any
 try:
     from torch_ref import triton_programs as programs
@@ -39,6 +41,8 @@ def unsupported_activations(x: Tensor) -> str | None:
         return f"expected bfloat16, float16 or float32, found {x.dtype}"
     if torch.is_autocast_enabled("cuda"):
         return "the kernels do not follow autocast"
+    if transformed():
+        return "torch.func cannot transform the kernels"
     return unsupported(x)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from torch_ref.derivatives import once_differentiable
+from torch_ref.derivatives import once_differentiable, transformed
 
 CHUNK = 1024
 CHUNKED = "torch_ref_chunked_loss"  # the attribute of a model that chooses this loss for training
@@ -100,12 +101,14 @@ def cross_entropy(
         return F.cross_entropy(head(rows).float(), targets, ignore_index=ignore_index, reduction="sum")
 
     frozen = isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
-    if frozen and hidden.requires_grad and torch.is_grad_enabled():
+    if frozen and hidden.requires_grad and torch.is_grad_enabled() and not transformed():
         total = _FrozenHeadLoss.apply(hidden, labels, chunk_loss)
     else:
+        # torch.func cannot recompute; it keeps the logits of all chunks
+        recomputed = chunk_loss if transformed() else functools.partial(checkpoint, chunk_loss, use_reentrant=False)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for rows, targets in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
-            total = total + checkpoint(chunk_loss, rows, targets, use_reentrant=False)
+            total = total + recomputed(rows, targets)
     if num_items is None:
         return total / (labels != ignore_index).sum()
     return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)

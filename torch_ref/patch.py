@@ -53,10 +53,8 @@ def Qwen3Attention_fast_forward(
     (position_ids, the flash kernels' cu_seq_lens_q, ...) are passed to transformers' attention interface.
     """
     B, T, _ = hidden_states.shape
-    heads = (B, T, -1, self.head_dim)
-    query, key = (linear(projection, hidden_states).view(heads) for projection in (self.q_proj, self.k_proj))
-    query, key = normed_rotary(self, query, key, *position_embeddings)
-    value = linear(self.v_proj, hidden_states).view(heads).transpose(1, 2)
+    query, key = normed_rotary(self, hidden_states, *position_embeddings)
+    value = linear(self.v_proj, hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
     if past_key_values is not None:
         key, value = past_key_values.update(key, value, self.layer_idx)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -77,23 +75,30 @@ def Qwen3Attention_fast_forward(
 
 
 def normed_rotary(
-    attention: Any, query: Float[Tensor, "B T N H"], key: Float[Tensor, "B T K H"], cos: Tensor, sin: Tensor
+    attention: Any, hidden_states: Float[Tensor, "B T D"], cos: Tensor, sin: Tensor
 ) -> tuple[Float[Tensor, "B N T H"], Float[Tensor, "B K T H"]]:
-    """The rotary embedding of the normed heads; one kernel computes both where it is supported."""
-    pairs = (attention.q_norm, query), (attention.k_norm, key)
-    if all(unsupported(x, norm.weight, cos) is None and _can_be_fused(norm, x) for norm, x in pairs):
-        fused = (norm_and_rotate(x, norm.weight, cos, sin, norm.variance_epsilon) for norm, x in pairs)
-        query, key = (x.transpose(1, 2) for x in fused)
-        return query, key
-    query, key = (norm(x).transpose(1, 2) for norm, x in pairs)
-    return modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
-
-
-def _can_be_fused(norm: Any, x: Tensor) -> bool:
-    """Whether `norm` is transformers' own RMSNorm, in x's dtype, and a call of it would do nothing more."""
-    return (
-        type(norm) in _NORMS and type(norm).forward is rms_norm and called_alone(norm) and norm.weight.dtype == x.dtype
+    """Queries and keys: projected, normed and rotated; one kernel computes norm and rotation where it is supported."""
+    heads = (*hidden_states.shape[:-1], -1, attention.head_dim)
+    norms = attention.q_norm, attention.k_norm
+    query = linear(attention.q_proj, hidden_states).view(heads)
+    if not all(_can_be_fused(norm, query, cos) for norm in norms):
+        # the order of the calls, which hooks can see, is that of transformers
+        query = norms[0](query).transpose(1, 2)
+        key = norms[1](linear(attention.k_proj, hidden_states).view(heads)).transpose(1, 2)
+        return modeling_qwen3_moe.apply_rotary_pos_emb(query, key, cos, sin)
+    key = linear(attention.k_proj, hidden_states).view(heads)
+    query, key = (
+        norm_and_rotate(x, norm.weight, cos, sin, norm.variance_epsilon).transpose(1, 2)
+        for norm, x in zip(norms, (query, key), strict=True)
     )
+    return query, key
+
+
+def _can_be_fused(norm: Any, x: Tensor, cos: Tensor) -> bool:
+    """Whether one kernel can norm and rotate x, and `norm` would do no more than transformers' RMSNorm."""
+    if type(norm) not in _NORMS or type(norm).forward is not rms_norm or not called_alone(norm):
+        return False
+    return norm.weight.dtype == x.dtype and unsupported(x, norm.weight, cos) is None
 
 
 def rms_norm(self: Any, hidden_states: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
@@ -119,9 +124,8 @@ def fast_swiglu_inference(
     Raises:
         ValueError: a buffer while gradients are on, or one of the wrong shape or dtype.
     """
-    gate = _into(temp_gate, "temp_gate", linear(self.gate_proj, X))
-    up = _into(temp_up, "temp_up", linear(self.up_proj, X))
-    return linear(self.down_proj, self.act_fn(gate) * up)
+    activated = self.act_fn(_into(temp_gate, "temp_gate", linear(self.gate_proj, X)))
+    return linear(self.down_proj, activated * _into(temp_up, "temp_up", linear(self.up_proj, X)))
 
 
 def _into(buffer: Tensor | None, name: str, value: Tensor) -> Tensor:
@@ -158,11 +162,11 @@ def Qwen3MoeSparseMoeBlock_fast_forward(
     # Called as a module, because adapters and transformers' recorder of router logits hook that call.
     router_logits, weights, selected = self.gate(x)
     router_logits = _into(temp_gate, "temp_gate", router_logits)
+    experts, adapters = split_experts(self.experts)
     if temp_up is not None:
-        width = stack_of(split_experts(self.experts)[0], "gate_up_proj").shape[1]
+        width = stack_of(experts, "gate_up_proj").shape[1]
         _check_buffer(temp_up, "temp_up", (selected.numel(), width), X.dtype)
-    if wrapped_plainly(self.experts):
-        experts, adapters = split_experts(self.experts)
+    if wrapped_plainly(self.experts) and transformers_implementation(experts) is None:
         out = mixture(experts, x, selected, weights, adapters, temp_up)
     else:
         out = self.experts(x, selected, weights, **({} if temp_up is None else {"temp_up": temp_up}))
@@ -208,21 +212,18 @@ def Qwen3MoeDecoderLayer_fast_forward(
     Returns (hidden_states, [attention weights], [router logits], [cache]), the last three only if requested. The router
     logits of a dense layer are None.
     """
-    residual = hidden_states
-    hidden_states, attention_weights = self.self_attn(
-        hidden_states=self.input_layernorm(hidden_states),
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_value,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **({"output_attentions": True} if output_attentions else {}),
-        **kwargs,
-    )
-    hidden_states = residual + hidden_states
-    residual, hidden_states = hidden_states, self.post_attention_layernorm(hidden_states)
     with _router_logits(self.mlp if output_router_logits else None) as router_logits:
-        hidden_states = residual + self.mlp(hidden_states)
+        hidden_states, attention_weights = _attention_and_mlp(
+            self,
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_value,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **({"output_attentions": True} if output_attentions else {}),
+            **kwargs,
+        )
     outputs: tuple[Any, ...] = (hidden_states,)
     if output_attentions:
         outputs += (attention_weights,)
@@ -231,6 +232,15 @@ def Qwen3MoeDecoderLayer_fast_forward(
     if use_cache:
         outputs += (past_key_value,)
     return outputs
+
+
+def _attention_and_mlp(
+    layer: Any, hidden_states: Float[Tensor, "B T D"], **of_attention: Any
+) -> tuple[Float[Tensor, "B T D"], Tensor | None]:
+    """The hidden states after a layer, and its attention weights."""
+    attended, attention_weights = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **of_attention)
+    hidden_states = hidden_states + attended
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states)), attention_weights
 
 
 @contextlib.contextmanager
@@ -327,7 +337,7 @@ def CausalLM_fast_forward(
     if output_router_logits is None:
         output_router_logits = bool(self.config.output_router_logits)
     return_logits = kwargs.pop("return_logits", None)
-    of_loss = {name: kwargs.pop(name) for name in _LOSS_KEYWORDS if name in kwargs}
+    of_loss = {name: kwargs[name] for name in _LOSS_KEYWORDS if name in kwargs}
     outputs = self.model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -348,7 +358,7 @@ def CausalLM_fast_forward(
     else:
         logits = self.lm_head(_positions_to_keep(hidden_states, logits_to_keep))
         if has_labels:
-            loss = self.loss_function(logits, labels, self.vocab_size, **of_loss, **kwargs)
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
     if output_router_logits and outputs.router_logits:
         balance = modeling_qwen3_moe.load_balancing_loss_func
         aux_loss = balance(outputs.router_logits, self.num_experts, self.num_experts_per_tok, attention_mask)
@@ -430,16 +440,18 @@ class _Layer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Float[Tensor, "B T D"]:
-        """The hidden states of `Qwen3MoeDecoderLayer_fast_forward`, alone, as transformers' layer returns them."""
-        kwargs.pop("output_router_logits", None)  # transformers records them where the router is called
-        return Qwen3MoeDecoderLayer_fast_forward(
+        """The hidden states of `Qwen3MoeDecoderLayer_fast_forward`, alone, as transformers' layer returns them.
+
+        All keywords reach the attention function, as in transformers, which records the router's logits elsewhere.
+        """
+        return _attention_and_mlp(
             self,
             hidden_states,
-            attention_mask,
-            position_ids,
-            past_key_value=past_key_values,
-            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
             use_cache=use_cache,
+            position_embeddings=position_embeddings,
             **kwargs,
         )[0]
 
