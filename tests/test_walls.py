@@ -32,7 +32,7 @@ def _under(package: str, names: str) -> set[str]:
 MODULES: dict[str, set[str]] = {
     "base": _under(
         "jaxmoe",
-        ". config environment errors json_text lazy limited limited_worker lora other_fields presets stopping"
+        ". config cuda environment errors json_text lazy limited limited_worker lora other_fields presets stopping"
         " tokenizer_files",
     ),
     "parameters": _under("jaxmoe", "parameters"),
@@ -131,7 +131,7 @@ NEVER = {
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
-    ". cli cli.arguments cli.commands cli.progress config environment errors json_text lazy limited lora memory"
+    ". cli cli.arguments cli.commands cli.progress config cuda environment errors json_text lazy limited lora memory"
     " other_fields parameters presets stopping tokenizer_files",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
