@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_args
 
 from benchmarks import limits, random_model, shapes, stages
 from benchmarks.sides import installed, measure_apart, stages_apart
-from jaxmoe.cli.arguments import ArgumentParser, finite_number, run
+from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.cuda import OUTSIDE_POOL
 from jaxmoe.memory import Remat, Workload, format_bytes, training_forecast
@@ -252,8 +252,7 @@ def main() -> None:
     scratch = "where Unsloth's checkpoint is written (default: /dev/shm)"
     add("--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR", help=scratch)
     add("--quantize", choices=["nf4"], help="hold jaxmoe's frozen projections and experts in 4 bits")
-    limit = "jaxmoe may hold this much of the GPU, everything counted"
-    add("--memory-limit", type=finite_number, metavar="GIB", help=limit)
+    add_memory_limit(parser)
     add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
     add("--case", choices=CASES, action="append", help="measure this case; may be repeated (default: all)")
     add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the tables (default: all)")
