@@ -11,6 +11,7 @@ all tokens of a sequence would choose the same experts (measured: the busiest of
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,10 @@ def load_ratio(counts: np.ndarray) -> float:
     return float((counts.max(-1) / counts.mean(-1)).mean())
 
 
-def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
-    """Parameters in bfloat16 on JAX's default device."""
+def jax_parameters(config: Qwen3MoeConfig, quantize: str | None = None) -> dict[str, Any]:
+    """Parameters in bfloat16 on JAX's default device; with `quantize` "nf4" the weights that it covers in NF4."""
+    if quantize is not None:
+        return _nf4_parameters(config)
     import jax
     import jax.numpy as jnp
 
@@ -53,6 +56,40 @@ def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
     scaled = jax.jit(lambda weight, scale: weight * scale.astype(weight.dtype), donate_argnums=0)
     for path in scales.keys() & params.keys():
         params[path] = scaled(params[path], jnp.float32(scales[path]))
+    return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
+
+
+def _nf4_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
+    """Parameters whose codes are drawn, layer by layer, so that no weight ever exists in 16 bits."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmoe.nf4.codec import NF4_TABLE, dynamic_map
+    from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, nf4_candidates, parameter_specs, stored_specs
+
+    quantization = Quantization(nf4_candidates(config))
+    specs = stored_specs(config, quantization)
+    unchanged = {path: spec for path, spec in parameter_specs(config).items() if path in specs}
+    keys = dict(zip(specs, jax.random.split(jax.random.key(0, impl="rbg"), len(specs)), strict=True))
+
+    @partial(jax.jit, static_argnums=1)
+    def random_bytes(key: Any, shape: tuple[int, ...]) -> Any:
+        layers = jax.random.split(key, shape[0])
+        return jax.lax.map(lambda key: jax.random.bits(key, shape[1:], jnp.uint8), layers)
+
+    params: dict[str, Any] = {}
+    for path, spec in unchanged.items():
+        std = 1.0 if path == "embed_tokens" else STD
+        draw = jax.jit(lambda key, shape=spec.shape, std=std: std * jax.random.normal(key, shape, jnp.bfloat16))
+        params[path] = jnp.ones(spec.shape, jnp.bfloat16) if spec.init == "ones" else draw(keys[path])
+    for path in quantization.paths:
+        std = STD / config.num_hidden_layers if path in RESIDUAL else STD
+        absmax = std / float(np.sqrt(np.mean(NF4_TABLE**2)))  # of a block whose codes are equally frequent
+        for name in ("codes", "absmax"):
+            params[f"{path}.{name}"] = random_bytes(keys[f"{path}.{name}"], specs[f"{path}.{name}"].shape)
+        for name, value in (("nested_absmax", absmax / 8), ("nested_offset", absmax)):
+            params[f"{path}.{name}"] = jnp.full(specs[f"{path}.{name}"].shape, value, jnp.float32)
+    params[NESTED_QUANT_MAP] = jnp.asarray(dynamic_map())
     return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
 
 

@@ -18,15 +18,20 @@ from typing import Any, NamedTuple, get_args
 
 from benchmarks import limits, random_model, shapes, stages
 from benchmarks.sides import installed, measure_apart, stages_apart
-from jaxmoe.cli.arguments import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.cuda import OUTSIDE_POOL
 from jaxmoe.memory import Remat, Workload, format_bytes, training_forecast
+from jaxmoe.parameters import Quantization, nf4_candidates, stored_specs
 
 LEARNING_RATE = 1e-4
 
 
 class Case(NamedTuple):
-    """What has adapters, sequences, tokens per sequence, and jaxmoe's recomputation policy and micro-batches."""
+    """What has adapters, sequences, tokens per sequence, and jaxmoe's recomputation policy and micro-batches.
+
+    The small cases are for a memory limit.
+    """
 
     targets: str
     batch: int
@@ -43,6 +48,8 @@ CASES = {
     "attention, offload": Case("attention", 2, 4096, "offload"),
     "attention, offload, one by one": Case("attention", 2, 4096, "offload", accumulation=2),
     "longest": Case("attention", 1, 65536, "low-memory"),
+    "attention, 1 x 2048": Case("attention", 1, 2048, "balanced"),
+    "attention + experts, 1 x 1024": Case("attention,experts", 1, 1024, "offload"),
 }
 PEERS = {
     "transformers + PEFT": "grouped_mm experts, sdpa, gradient checkpointing",
@@ -53,9 +60,10 @@ SIDES = {**PEERS, "jaxmoe": "the case's --remat"}
 
 def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, Any]:
     """The training step of jaxmoe: speed, memory and, with --stages, time by stage."""
+    from jaxmoe import cuda
     from jaxmoe.cli import xla
 
-    xla.configure()
+    xla.configure(args.memory_limit)
     import jax
     import numpy as np
 
@@ -71,8 +79,9 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     remat: Any = args.remat or case.remat
     sequences = case.batch // case.accumulation
     workload = Workload(config, lora, sequences, case.length, "bfloat16", case.accumulation, **selected)
-    plan = training_forecast(replace(workload, remat=remat, packed=packed))
-    shapes = jax.eval_shape(lambda: random_model.jax_parameters(config))
+    plan = training_forecast(replace(workload, remat=remat, packed=packed, quantize=args.quantize))
+    specs = stored_specs(config, Quantization(nf4_candidates(config)) if args.quantize else None)
+    shapes = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or "bfloat16") for path, spec in specs.items()}
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
     model: Any = Model(config, lora, "bfloat16", remat, packed, args.unroll)
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
@@ -95,7 +104,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     metrics: Any = None
     device = jax.local_devices()[0]
     peak = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
-    params = jax.block_until_ready(random_model.jax_parameters(config))
+    params = jax.block_until_ready(random_model.jax_parameters(config, args.quantize))
     before = peak()
 
     def one(index: int) -> float:
@@ -116,9 +125,9 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
         "temporaries": memory.temp_size_in_bytes,
         "forecast": plan.total,
     }
-    if device.platform == "gpu":
-        # After the peak of the step itself has been read.
-        found["flops"] = limits.matmul_flops_per_second()
+    on_gpu = device.platform == "gpu"
+    if on_gpu:
+        found |= {"pool": (device.memory_stats() or {}).get("bytes_limit"), "used": cuda.used_bytes()}
     if args.stages:
 
         def queued() -> Any:
@@ -127,6 +136,10 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
             return metrics
 
         found["profile"] = stages.profile(queued, compiled, keep=args.trace)
+    if on_gpu:
+        for array in jax.tree.leaves((params, state)):  # under a memory limit the products have no room beside them
+            array.delete()
+        found["flops"] = limits.matmul_flops_per_second()
     return found
 
 
@@ -212,6 +225,18 @@ def _timed(one: Callable[[int], float], warmup: int, steps: int) -> tuple[float,
     return statistics.median(seconds), losses
 
 
+def _held(found: dict[str, Any]) -> str:
+    """What the process holds of the GPU, measured and forecast."""
+    if found["used"] is None or found["pool"] is None:
+        return "the process: unknown, since nvidia-smi cannot be asked"
+    outside = found["used"] - found["pool"]
+    return (
+        f"the process: {format_bytes(found['used'])} = pool {format_bytes(found['pool'])} + {format_bytes(outside)} "
+        f"outside it; peak + outside: {format_bytes(found['peak'] + outside)}, "
+        f"forecast: {format_bytes(found['forecast'] + OUTSIDE_POOL)}"
+    )
+
+
 def main() -> None:
     """Prints one table per case; with --side a single measurement as JSON."""
     parser = ArgumentParser(description="One LoRA training step beside transformers + PEFT and Unsloth.")
@@ -228,6 +253,8 @@ def main() -> None:
     add("--trace", type=pathlib.Path, metavar="FILE", help="with --stages: keep the profiler's trace")
     scratch = "where Unsloth's checkpoint is written (default: /dev/shm)"
     add("--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR", help=scratch)
+    add("--quantize", choices=["nf4"], help="hold jaxmoe's frozen projections and experts in 4 bits")
+    add_memory_limit(parser)
     add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
     add("--case", choices=CASES, action="append", help="measure this case; may be repeated (default: all)")
     add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the tables (default: all)")
@@ -242,7 +269,7 @@ def main() -> None:
         print(json.dumps(side(args, case, config, lora)))
         return
 
-    known = "preset layers width length documents lora_r warmup steps remat trace scratch".split()
+    known = "preset layers width length documents lora_r warmup steps remat trace scratch quantize memory_limit".split()
     argv = ["--unroll"] if args.unroll else []
     argv += [f"--{key.replace('_', '-')}={value}" for key in known if (value := getattr(args, key)) is not None]
     record: dict[str, Any] = {}
@@ -280,6 +307,7 @@ def main() -> None:
                     f"forecast: {format_bytes(found['forecast'])}",
                     flush=True,
                 )
+                print(_held(found), flush=True)
         if args.stages:
             print("\n".join(stages_apart("benchmarks.train_step", name, argv)), flush=True)
     shapes.write_json(args.json, record)

@@ -109,6 +109,11 @@ def test_a_field_that_no_flag_can_hold_is_a_bug() -> None:
         (UserError("rank: expected at least 1,\n  found 0"), 2, "program: rank: expected at least 1, found 0\n"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x.json"), 2, "x.json: No such file"),
         (OSError("the shard is truncated"), 2, "program: the shard is truncated\n"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: no 2147483648 bytes\nare left"),
+            2,
+            "out of device memory (2.00 GiB more): use",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

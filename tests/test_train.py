@@ -607,6 +607,18 @@ def test_steps_are_compiled_while_weights_are_read(
     assert not (tmp_path / "failed").exists()
 
 
+def test_a_step_that_does_not_fit(base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says what would fit, and nothing is left behind."""
+
+    def full(*_: Any) -> Any:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 2147483648 bytes.")
+
+    monkeypatch.setattr(CompiledSteps, "_begin", full)
+    with pytest.raises(UserError, match=r"^out of device memory \(2.00 GiB more\): the step needs .* use --remat"):
+        train(options(base, tmp_path / "out", remat="fast"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
 def test_packing_does_not_change_the_held_out_loss(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     setup, output = whole

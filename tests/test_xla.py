@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from jaxmoe import cuda
 from jaxmoe.cli import xla
+from jaxmoe.errors import UserError
 from tests.conftest import ROOT
 
 VARIABLES = ("XLA_FLAGS", "JAXMOE_XLA_FLAGS", "JAXMOE_COMPILATION_CACHE", "JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
@@ -42,7 +44,9 @@ def test_where_the_cache_lies(monkeypatch):
 
 CODE = """
 import os
+from jaxmoe import cuda
 from jaxmoe.cli import xla
+from jaxmoe.errors import UserError
 xla.GPU_FLAGS.clear()
 xla.GPU_FLAGS["xla_gpu_autotune_level"] = "0", "a flag that every XLA knows"
 xla.configure()
@@ -67,3 +71,22 @@ def test_without_a_gpu(given, printed):
         [sys.executable, "-c", CODE], cwd=ROOT, env=os.environ | given, capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[:2] == ["2", f" {printed}" if printed == "None" else printed]
+
+
+def test_a_memory_limit_becomes_the_pool_s_share(monkeypatch):
+    """The rest of the limit is for what lies outside the pool; a limit above the card's memory is the card's."""
+    total = 80 * cuda.GIB
+    monkeypatch.setattr(cuda, "total_bytes", lambda: total)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    for limit, held in ((22, 22), (100, 80)):
+        xla.configure(limit)
+        share = float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+        assert round(share * total) == held * cuda.GIB - cuda.OUTSIDE_POOL
+        assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
+    with pytest.raises(UserError, match=r"memory_limit: expected more than the .* GiB that CUDA takes, found 0.1"):
+        xla.configure(0.1)
+    monkeypatch.setattr(cuda, "total_bytes", lambda: None)
+    with pytest.raises(UserError, match="memory_limit: only valid with an NVIDIA GPU, found none"):
+        xla.configure(22)

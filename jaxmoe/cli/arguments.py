@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from jaxmoe.errors import UserError
+from jaxmoe.out_of_memory import exhausted
 
 T = TypeVar("T")
 
@@ -90,7 +91,8 @@ def dataclass_from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls `main` and exits with its result; on `UserError` and `OSError`, with one line on stderr and code 2."""
+    """Calls `main` and exits with its result; on `UserError`, `OSError` and where a device's or the host's memory is
+    full, with one line on stderr and code 2."""
     _prepare_streams()
     try:
         code = main() or 0
@@ -105,6 +107,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         _fail(str(error))
     except MemoryError as error:
         _fail(f"out of memory: {error}" if str(error) else "out of memory")
+    except RuntimeError as error:
+        line = exhausted(error)
+        if line is None:
+            raise
+        _fail(f"{line}: use a smaller batch, or shorter sequences")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     sys.exit(code)
@@ -182,6 +189,12 @@ def _choice(text: str, choices: Sequence[Any]) -> Any:
         if str(choice) == text:
             return choice
     raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, choices))}; found {text!r}")
+
+
+def add_memory_limit(parser: argparse.ArgumentParser) -> None:
+    """Adds `--memory-limit`, for `jaxmoe.cli.xla.configure`."""
+    text = "hold at most this much of an NVIDIA GPU's memory, everything counted (default: what JAX takes, 75 % of it)"
+    parser.add_argument("--memory-limit", type=finite_number, metavar="GIB", help=text.replace("%", "%%"))
 
 
 def whole_number(text: str) -> int:

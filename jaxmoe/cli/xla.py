@@ -12,6 +12,9 @@ from __future__ import annotations
 import os
 import pathlib
 
+from jaxmoe import cuda
+from jaxmoe.errors import UserError
+
 # flag -> (value, reason); the measurements are in docs/log/2026-11.md
 GPU_FLAGS: dict[str, tuple[str, str]] = {
     "xla_gpu_enable_dynamic_slice_fusion": (
@@ -44,11 +47,19 @@ def cache_folder() -> pathlib.Path | None:
     return pathlib.Path(base) / "jaxmoe" / "xla"
 
 
-def configure() -> None:
+def configure(memory_limit: float | None = None) -> None:
     """Sets the flags and, if JAX finds a GPU, the compilation cache; looking for a GPU starts JAX's backend.
 
+    With `memory_limit`, in GiB, the process takes no more of the GPU's memory: JAX's pool takes what CUDA's context,
+    libraries and kernels leave of it.
+
     Programs for a CPU are not cached: they may use instructions that another machine with the same home folder lacks.
+
+    Raises:
+        UserError: a limit that the GPU cannot keep, or a limit without an NVIDIA GPU.
     """
+    if memory_limit is not None:
+        _limit_pool(memory_limit)
     if os.environ.get("JAXMOE_XLA_FLAGS") != "off" and os.environ.get("JAX_PLATFORMS") != "cpu":
         present = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = " ".join([*present.split(), *added_flags(present)])
@@ -62,3 +73,12 @@ def configure() -> None:
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     # No program is too small to cache: a run compiles dozens that take a tenth of a second each.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _limit_pool(limit: float) -> None:
+    """Tells JAX how much of the GPU its pool may take; it listens once, before its first operation."""
+    total = cuda.total_bytes()
+    if total is None:
+        raise UserError("memory_limit: only valid with an NVIDIA GPU, found none")
+    os.environ.pop("XLA_CLIENT_MEM_FRACTION", None)  # the newer name; JAX refuses both
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(cuda.pool_share(limit, total))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli import xla
-from jaxmoe.cli.arguments import ArgumentParser, finite_number, run, whole_number
+from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, finite_number, run, whole_number
 from jaxmoe.cli.progress import reading_weights
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
@@ -28,6 +28,7 @@ from jaxmoe.generate.sampling import Sampling
 from jaxmoe.generate.settings import generation_defaults, without_effect
 from jaxmoe.generate.stream import TextStream
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from jaxmoe.out_of_memory import explained
 
 _MAX_NEW_TOKENS = 256
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dequantize", action="store_true", help="decode weights in FP8 or NF4 while they are read; FP8 needs it")
     add("--capture", type=pathlib.Path, metavar="DIR", help="write the routing of every token to this new folder")
     add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same prompts")
+    add_memory_limit(parser)
     interventions.add_arguments(parser)
     return parser
 
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints each prompt's continuation; a single one is printed token by token."""
     args = _parser().parse_args(argv)
-    xla.configure()
+    xla.configure(args.memory_limit)
     Qwen3MoeConfig.from_pretrained(args.model)  # before anything else in the folder is read
     tokenizer = load_tokenizer(args.model)
     defaults = generation_defaults(args.model, use_file=not args.no_generation_config)
@@ -72,14 +74,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         _stop_tokens(defaults.stop_tokens, tokenizer, args.chat),
     )
     token_ids, notices = prompts.encode_prompts(args, tokenizer)
+    with explained(lambda: "use fewer prompts at once, a smaller --max-new-tokens, or --quantize nf4"):
+        _generate(args, tokenizer, token_ids, settings, [*defaults.notices, *notices, *_unused(sampling)])
 
+
+def _generate(
+    args: argparse.Namespace, tokenizer: Any, token_ids: list[list[int]], settings: Settings, notices: list[str]
+) -> None:
+    """Loads the model, continues the prompts and prints them."""
     with reading_weights(on_stderr=True) as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
             args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize
         )
     generator = Generator(model)
     generator.check(token_ids, settings.max_new_tokens)
-    for line in (*defaults.notices, *notices, *_unused(sampling)):
+    for line in notices:
         print(line, file=sys.stderr)
     if args.capture or args.replay or args.ablate or args.force or args.bias:
         outputs = _generate_with_routing(generator, token_ids, settings, args, tokenizer)

@@ -19,6 +19,7 @@ from captures import Capture, tokenizer_digest
 from captures.format import DEFAULT_KEEP_LOGITS
 from jaxmoe.cli.arguments import ArgumentParser, program_name, run, whole_number
 from jaxmoe.errors import UserError
+from jaxmoe.out_of_memory import explained
 from jaxmoe.store.files import claimed, output_file
 
 
@@ -35,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description = text[0].upper() + text[1:] + "."
         add(commands.add_parser(name, help=text, description=description, prog=f"{program_name()} {name}"))
     arguments = parser.parse_args(argv)
-    {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report}[arguments.command](arguments)
+    command = {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report}[arguments.command]
+    with explained(lambda: "use a smaller --batch-size or --seq-length, or --quantize nf4"):
+        command(arguments)
 
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,13 @@ import sys
 from collections.abc import Sequence
 
 from jaxmoe.cli import xla
-from jaxmoe.cli.arguments import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
+from jaxmoe.cli.arguments import (
+    ArgumentParser,
+    add_dataclass_arguments,
+    add_memory_limit,
+    dataclass_from_arguments,
+    run,
+)
 from jaxmoe.train.loop import train
 from jaxmoe.train.settings import TrainConfig
 
@@ -29,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jaxmoe.train`: 0 when done, 128 + the signal's number when a signal ended the run early."""
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_dataclass_arguments(parser, TrainConfig)
-    settings = dataclass_from_arguments(TrainConfig, parser.parse_args(argv))
-    xla.configure()
+    add_memory_limit(parser)
+    arguments = parser.parse_args(argv)
+    settings = dataclass_from_arguments(TrainConfig, arguments)
+    xla.configure(arguments.memory_limit)
     summary = train(settings)
     if summary["stopped_by"] is not None:
         name = signal.Signals(summary["stopped_by"]).name

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -27,6 +27,7 @@ from jaxmoe.cli.progress import TrainingProgress, reading_weights
 from jaxmoe.data.packing import Batch
 from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
+from jaxmoe.out_of_memory import explained
 from jaxmoe.stopping import Postponed
 from jaxmoe.store.digest import WeightsDigest, combined
 from jaxmoe.store.files import naming_files, remove_leftovers
@@ -76,6 +77,16 @@ def _train_locked(settings: TrainConfig, on_step: Callable[[dict[str, Any]], Non
     started = time.perf_counter()
     previous = previous_identity(settings)
     plan = prepare(settings, previous)
+    with explained(plan.smaller_steps):
+        summary = _train_plan(plan, previous, on_step)
+    return summary | {"seconds": time.perf_counter() - started}
+
+
+def _train_plan(
+    plan: Plan, previous: Mapping[str, Any] | None, on_step: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Trains what `plan` says; `previous` is the identity of the run that is resumed."""
+    settings = plan.settings
     if previous is not None:
         check_same_run(settings.output, previous, {"model": previous.get("model")} | plan.identity)
     rate = learning_rate(settings.schedule, settings.learning_rate, plan.warmup_steps, plan.total_steps)
@@ -107,7 +118,7 @@ def _train_locked(settings: TrainConfig, on_step: Callable[[dict[str, Any]], Non
         state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, start)
     if stopped_by is None:
         _export(plan, state.trainable)
-    return summary | {"seconds": time.perf_counter() - started, "stopped_by": stopped_by}
+    return summary | {"stopped_by": stopped_by}
 
 
 def _read_weights(plan: Plan) -> tuple[Params, Params, str | None]:

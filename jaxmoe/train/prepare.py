@@ -6,10 +6,9 @@ are compiled while that function works.
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
@@ -37,8 +36,10 @@ from jaxmoe.memory import (
     device_bytes,
     format_bytes,
     parameter_count,
+    training_forecast,
     training_forecasts,
 )
+from jaxmoe.memory_advice import advice
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Params
 from jaxmoe.model.opening import load_adapter, open_checkpoint
@@ -102,6 +103,7 @@ class Plan:
     warmup_steps: int
     notices: list[str]
     identity: Identity  # without the entry "model", which needs the weights
+    workload: Workload  # what the forecast of the device's memory is for
 
     @property
     def model(self) -> Model:
@@ -112,6 +114,10 @@ class Plan:
         """The input of a step, from 0 on."""
         batch = self.data.sequences.batch(step, (self.settings.accumulation, self.settings.batch_size))
         return batch if self.data.replay is None else self.data.replay.on(batch)
+
+    def smaller_steps(self) -> str:
+        """What would fit into the device's memory instead of this run's steps."""
+        return advice(self.workload, device_bytes(jax.local_devices()[0]))
 
 
 def tokenizer_folder(settings: TrainConfig) -> pathlib.Path:
@@ -157,7 +163,9 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
 
     source = _open(settings, config, lora)
     model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers)
-    model, notices = _with_remat(settings, model, source.quantization, previous)
+    workload = _workload(settings, model, source.quantization)
+    workload, notices = _with_remat(settings, workload, previous)
+    model = model._replace(remat=workload.remat)
     notices = data.notices + notices + fallbacks(config, model.dtype)
     if previous is None or settings.unroll_layers:  # a resumed run cannot change it
         notices += _about_unrolling(settings, total_steps, jax.default_backend() == "gpu")
@@ -172,13 +180,14 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     }
     return Plan(
         settings,
-        dataclasses.replace(source, model=model),
+        replace(source, model=model),
         data,
         next_token_objective(aux_coefficient if config.sparse_layers else 0.0),
         total_steps,
         warmup_steps,
         notices,
         identity_of(settings, worked_out),
+        workload,
     )
 
 
@@ -270,7 +279,7 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     if settings.adapter is not None:
         lora, loaded = load_adapter(settings.adapter, checkpoint_config, checkpoint)
         if settings.lora_dropout is not None:
-            lora = dataclasses.replace(lora, dropout=settings.lora_dropout)
+            lora = replace(lora, dropout=settings.lora_dropout)
         lora.check_dropout()
         adapters: Callable[[Params], Params] = lambda base: loaded
     else:
@@ -291,35 +300,45 @@ def _fresh_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: jax.Array, ba
     return jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, key, base=copied)
 
 
-def _with_remat(
-    settings: TrainConfig, model: Model, quantization: Quantization | None, previous: Mapping[str, Any] | None
-) -> tuple[Model, list[str]]:
-    """The model with its recomputation policy, and a notice if `auto` chose it; a resumed run keeps its policy."""
-    if settings.remat != "auto":
-        return model._replace(remat=settings.remat), []
-    if previous is not None and previous.get("remat") in get_args(Remat):
-        return model._replace(remat=previous["remat"]), []
-    config = model.config
-    selected: Any = selected_implementations(config, model.dtype)
-    forecasts = training_forecasts(
-        Workload(
-            config,
-            model.lora,
-            settings.batch_size,
-            settings.seq_length,
-            model.dtype,
-            accumulation=settings.accumulation,
-            quantize="nf4" if quantization else None,
-            quantization=quantization,
-            packed=model.packed,
-            **selected,
-        )
+def _workload(settings: TrainConfig, model: Model, quantization: Quantization | None) -> Workload:
+    """What the memory of a step depends on, before the recomputation policy is chosen."""
+    selected: Any = selected_implementations(model.config, model.dtype)
+    return Workload(
+        model.config,
+        model.lora,
+        settings.batch_size,
+        settings.seq_length,
+        model.dtype,
+        accumulation=settings.accumulation,
+        quantize="nf4" if quantization else None,
+        quantization=quantization,
+        packed=model.packed,
+        **selected,
     )
+
+
+def _with_remat(
+    settings: TrainConfig, workload: Workload, previous: Mapping[str, Any] | None
+) -> tuple[Workload, list[str]]:
+    """The workload with its recomputation policy; a notice if `auto` chose it, and one if the step will hardly fit.
+
+    A resumed run keeps its policy.
+    """
     available = device_bytes(jax.local_devices()[0])
-    remat = choose_remat(forecasts, available)
-    room = "the available memory is unknown" if available is None else f"{format_bytes(available)} of memory"
-    notice = f"--remat auto picks {remat}: forecast {format_bytes(forecasts[remat].total)}, {room}"
-    return model._replace(remat=remat), [notice]
+    notices = []
+    if settings.remat != "auto":
+        workload = replace(workload, remat=settings.remat)
+    elif previous is not None and previous.get("remat") in get_args(Remat):
+        workload = replace(workload, remat=previous["remat"])
+    else:
+        forecasts = training_forecasts(workload)
+        workload = replace(workload, remat=choose_remat(forecasts, available))
+        room = "the available memory is unknown" if available is None else f"{format_bytes(available)} of memory"
+        total = format_bytes(forecasts[workload.remat].total)
+        notices = [f"--remat auto picks {workload.remat}: forecast {total}, {room}"]
+    if available is not None and training_forecast(workload).total > available:
+        notices.append(f"the device's memory may not be enough: {advice(workload, available)}")
+    return workload, notices
 
 
 def _about_unrolling(settings: TrainConfig, steps: int, on_gpu: bool) -> list[str]:
