@@ -144,7 +144,8 @@ def test_decoding_equals_bitsandbytes_on_cuda(bnb: Any, dtype: str, nested: bool
 
 
 def swap_nibbles(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(dequantize, "_PAIRS", dequantize._PAIRS[:, ::-1].copy())
+    interleaved = dequantize._interleaved
+    patch.setattr(dequantize, "_interleaved", lambda even, odd: interleaved(odd, even))
 
 
 def lose_the_last_bit(patch: pytest.MonkeyPatch) -> None:
@@ -329,33 +330,63 @@ def test_generation(folder: pathlib.Path) -> None:
 WIDE = TINY.replace(hidden_size=256, head_dim=64, moe_intermediate_size=256, num_experts=4, num_hidden_layers=6)
 
 
-def temporary_bytes(remat: str, decode_first: bool) -> int:
-    """What the compiled gradient of 16 tokens needs beside its arguments and results."""
+WIDE_LORA = LoraConfig(r=2, targets=(*LORA_GROUPS["attention"], *LORA_GROUPS["experts"]))
+
+
+def wide_parameters(dtype: str) -> dict[str, jax.Array]:
+    """WIDE in NF4; all matrices of a path are equal."""
     rng = np.random.default_rng(0)
     params: dict[str, jax.Array] = {NESTED_QUANT_MAP: jnp.asarray(dynamic_map())}
     for path, spec in parameter_specs(WIDE).items():
         if path not in nf4_candidates(WIDE):
-            params[path] = jnp.ones(spec.shape)
+            params[path] = jnp.ones(spec.shape, dtype)
             continue
         one = encode(rng.standard_normal(matrix_shape(WIDE, path)[-1]).astype(np.float32), dynamic_map())
         lead = (spec.shape[0], *matrix_shape(WIDE, path)[:-1])
         for name, array in one.named(path).items():
             params[name] = jnp.broadcast_to(array, (*lead, *array.shape))
-    lora = LoraConfig(r=2, targets=(*LORA_GROUPS["attention"], *LORA_GROUPS["experts"]))
-    adapters = {path: jnp.asarray(array) for path, array in random_adapters(WIDE, lora).items()}
+    return params
+
+
+def wide_gradients(params: Any, adapters: Any, batch: Any, dtype: str, remat: str, decode_first: bool) -> Any:
+    """The adapters' gradients of WIDE, with its weights decoded where they are used, or all of them before."""
+    if decode_first:
+        for path in nf4_candidates(WIDE):
+            *lead, out, inner = parameter_specs(WIDE)[path].shape
+            stack = NF4Stack.of(params, path, (math.prod(lead), out, inner), dtype)
+            params = params | {path: stack[jnp.arange(math.prod(lead))].reshape(*lead, out, inner)}
+            params = {name: array for name, array in params.items() if not name.startswith(f"{path}.")}
+    model = Model(WIDE, WIDE_LORA, dtype, remat)  # pyright: ignore[reportArgumentType]
+    return loss_and_gradients(model, params, adapters, batch, next_token_objective()).gradients
+
+
+@pytest.mark.gpu
+def test_the_kernels_give_the_bits_of_the_decoded_weights() -> None:
+    """Rows enough for the kernels of 16-bit projections and experts."""
+    rng = np.random.default_rng(1)
+    params = wide_parameters("bfloat16")
+    params["embed_tokens"] = jnp.asarray(rng.standard_normal(params["embed_tokens"].shape), "bfloat16")
+    params["sparse.gate"] = jnp.asarray(rng.standard_normal(params["sparse.gate"].shape), "bfloat16")
+    adapters = {path: jnp.asarray(array) for path, array in random_adapters(WIDE, WIDE_LORA).items()}
+    batch = training_batch(make_batch(WIDE, [[256], [256]]))
+    run = jax.jit(wide_gradients, static_argnums=(3, 4, 5))
+    found, expected = (
+        jax.device_get(run(params, adapters, batch, "bfloat16", "fast", before)) for before in (False, True)
+    )
+    for path, gradient in expected.items():
+        assert np.any(gradient), path
+        assert_same_bits(found[path], gradient)
+
+
+def temporary_bytes(remat: str, decode_first: bool) -> int:
+    """What the compiled gradient of 16 tokens needs beside its arguments and results."""
+    adapters = {path: jnp.asarray(array) for path, array in random_adapters(WIDE, WIDE_LORA).items()}
     batch = training_batch(make_batch(WIDE, [[16]]))
-
-    def run(params: Any, adapters: Any) -> Any:
-        if decode_first:
-            for path in nf4_candidates(WIDE):
-                *lead, out, inner = parameter_specs(WIDE)[path].shape
-                stack = NF4Stack.of(params, path, (math.prod(lead), out, inner), "float32")
-                params = params | {path: stack[jnp.arange(math.prod(lead))].reshape(*lead, out, inner)}
-                params = {name: array for name, array in params.items() if not name.startswith(f"{path}.")}
-        model = Model(WIDE, lora, "float32", remat)  # pyright: ignore[reportArgumentType]
-        return loss_and_gradients(model, params, adapters, batch, next_token_objective()).gradients
-
-    analysis = jax.jit(run, compiler_options=COMPILER_OPTIONS).lower(params, adapters).compile().memory_analysis()
+    run = jax.jit(
+        lambda params, adapters: wide_gradients(params, adapters, batch, "float32", remat, decode_first),
+        compiler_options=COMPILER_OPTIONS,
+    )
+    analysis = run.lower(wide_parameters("float32"), adapters).compile().memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
 

@@ -12,14 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.parameters import NESTED_QUANT_MAP, NF4_BLOCK, NF4_NESTED_BLOCK
-
-# the two values that a byte stands for, [256, 2]; XLA compiles it five times faster than code that takes a byte apart
-_PAIRS = NF4_TABLE[np.stack([np.arange(256) >> 4, np.arange(256) & 15], axis=-1)]
 
 
 @jax.tree_util.register_dataclass
@@ -92,13 +88,21 @@ class NF4Stack:
 
 def _decode(codes: Array, absmax: Array, elements: int, dtype: Any) -> Array:
     """Table value times absmax in float32, rounded once: `jaxmoe.nf4.codec.decode`, by the same steps."""
-    values = _look_up(_PAIRS, codes).reshape(*codes.shape[:-1], -1)
-    blocks = absmax.shape[-1]
-    short = blocks * NF4_BLOCK - values.shape[-1]
+    half = NF4_BLOCK // 2
+    short = absmax.shape[-1] * half - codes.shape[-1]
     if short > 0:  # the last block is short
-        values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, short)])
-    scaled = values.reshape(*absmax.shape, NF4_BLOCK) * absmax[..., None]
-    return scaled.astype(dtype).reshape(*codes.shape[:-1], -1)[..., :elements]
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
+    blocks = codes.reshape(*absmax.shape, half)
+    even, odd = ((_look_up(NF4_TABLE, code) * absmax[..., None]).astype(dtype) for code in (blocks >> 4, blocks & 15))
+    return _interleaved(even, odd).reshape(*codes.shape[:-1], -1)[..., :elements]
+
+
+def _interleaved(even: Array, odd: Array) -> Array:
+    """The pairs [..., 2]. Two 16-bit values are written as one word, at two thirds of the time on a GPU (docs/log)."""
+    if even.dtype.itemsize != 2:
+        return jnp.stack([even, odd], axis=-1)
+    low, high = (jax.lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in (even, odd))
+    return jax.lax.bitcast_convert_type(low | high << 16, even.dtype)
 
 
 def _decode_absmax(absmax: Array, nested_absmax: Array, offset: Array, table: Array) -> Array:

@@ -92,6 +92,8 @@ FAULTS: dict[str, Fault] = {
     "adapter scaled by 1 over r": _replaced(
         jaxmoe.config.LoraConfig, "scale", lambda scale: lambda self, *slot: scale(self, *slot) / self.alpha
     ),
-    "NF4 nibbles swapped": _replaced(jaxmoe.nf4.stack, "_PAIRS", lambda pairs: pairs[:, ::-1]),
+    "NF4 nibbles swapped": _replaced(
+        jaxmoe.nf4.stack, "_interleaved", lambda interleaved: lambda even, odd: interleaved(odd, even)
+    ),
     "documents joined": _replaced(jaxmoe.ops.attention_chunked, "attention_mask", _documents_joined),
 }
