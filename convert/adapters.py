@@ -23,9 +23,12 @@ from convert.peft_experts import (
     AdapterLayout,
     Pair,
     check_layout,
-    check_shapes,
+    flattened,
     fuse,
+    of_all_experts,
     pack,
+    stack_experts,
+    stacked_projection,
     unpack,
 )
 from convert.peft_served import served
@@ -56,6 +59,10 @@ _OTHER_TENSORS = {
     "lora_embedding_": f"LoRA on embeddings is not supported; {MERGE}",
     "lora_magnitude_vector": f"DoRA rescales the whole weight; {MERGE}",
     "lm_head.lora_": f"LoRA on the output head is not supported; {MERGE}",
+    "unembed_tokens.lora_": (
+        "LoRA on the output head is not supported; merge it with tinker_cookbook.weights.build_hf_model and convert "
+        "the merged model, or train with train_unembed=False"
+    ),
     ".bias": f"trained biases are not read; {MERGE}",
 }
 
@@ -170,14 +177,12 @@ def _pairs(
 ) -> dict[tuple[str, int], Pair]:
     """(target, layer) -> its adapter; void ones are left out unless all are."""
     pairs: dict[tuple[str, int], Pair] = {}
-    experts: dict[int, dict[str, dict[int, Pair]]] = {}
     check_layout(str(file), {module: halves["A"].ndim for (_, module), halves in modules.items()}, layout)
+    of_experts = {key: halves for key, halves in modules.items() if _projection(key[1], halves) is not None}
     for (layer, module), halves in modules.items():
-        where = f"{file}: layers.{layer}.{module}"
-        if old := _OLD_EXPERT.fullmatch(module):
-            pair = _pair(where, settings, [f"model.layers.{layer}.{module}"], halves["A"], halves["B"])
-            experts.setdefault(layer, {}).setdefault(old[2], {})[int(old[1])] = pair
+        if (layer, module) in of_experts:
             continue
+        where = f"{file}: layers.{layer}.{module}"
         target, a, b = _located(where, config, settings, layer, module, halves, layout)
         if (target, layer) in pairs:
             raise UserError(f"{where}: expected one adapter per weight, found two for {target}")
@@ -185,12 +190,45 @@ def _pairs(
         names = [module] if module in _TARGETS else []
         names += [parameter] if (parameter := LORA_TARGETS[target].peft_parameter) else []
         pairs[target, layer] = _pair(where, settings, [f"model.layers.{layer}.{name}" for name in names], a, b)
-    for layer, found in experts.items():
-        for target, pair in fuse(f"{file}: layers.{layer}.mlp.experts", config, settings, found).items():
+    for layer, each in _projections(file, config, settings, of_experts).items():
+        for target, pair in fuse(settings, each).items():
             if pairs.setdefault((target, layer), pair) is not pair:
                 forms = "those of transformers 4 and of transformers 5"
                 raise UserError(f"{file}: layers.{layer}: {target}: expected one form of adapter, found {forms}")
     return {key: pair for key, pair in pairs.items() if not pair.is_void} or pairs
+
+
+def _projection(module: str, halves: Mapping[str, np.ndarray]) -> tuple[int | None, str] | None:
+    """(expert, projection) of a module that adapts gate, up or down; None instead of the expert stands for all."""
+    if old := _OLD_EXPERT.fullmatch(module):
+        return int(old[1]), old[2]
+    name = stacked_projection(module)
+    stacked = name not in (None, "gate_up_proj") and halves["A"].ndim == halves["B"].ndim == 3
+    return (None, name) if stacked and name is not None else None
+
+
+def _projections(
+    file: pathlib.Path, config: Qwen3MoeConfig, settings: PeftSettings, modules: Modules
+) -> dict[int, dict[str, Pair]]:
+    """Layer -> gate_proj, up_proj and down_proj -> the adapter of all experts."""
+    found: dict[tuple[int, str], dict[int | None, Pair]] = {}
+    for (layer, module), halves in modules.items():
+        where = f"{file}: layers.{layer}.{module}"
+        one = _projection(module, halves)
+        assert one is not None
+        expert, name = one
+        pair = _pair(where, settings, [f"model.layers.{layer}.{module}"], halves["A"], halves["B"])
+        experts = found.setdefault((layer, name), {})
+        if expert in experts or (experts and None in (expert, *experts)):
+            raise UserError(f"{where}: expected one adapter of {name}, found two")
+        experts[expert] = pair if expert is not None else of_all_experts(where, config, name, pair)
+    projections: dict[int, dict[str, Pair]] = {}
+    for (layer, name), experts in found.items():
+        single = {expert: pair for expert, pair in experts.items() if expert is not None}
+        module = f"layers.{layer}.{EXPERTS}"
+        whole = experts.get(None) or stack_experts(f"{file}: {module}", config, settings, module, name, single)
+        projections.setdefault(layer, {})[name] = whole
+    return projections
 
 
 def _pair(where: str, settings: PeftSettings, names: list[str], a: np.ndarray, b: np.ndarray) -> Pair:
@@ -213,13 +251,13 @@ def _located(
     a, b = halves["A"], halves["B"]
     if module in _TARGETS and a.ndim == b.ndim == 2:
         return _TARGETS[module], a, b
-    if module in (f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj") and a.ndim == b.ndim == 3:
-        name = module.removeprefix(f"{EXPERTS}.")
-        check_shapes(where, config, name, Pair(a, b, 0.0), (config.num_experts,))
-        return (GATE_UP if name == "gate_up_proj" else DOWN), a, b
-    packed = (EXPERTS, f"{EXPERTS}.base_layer", f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj")
-    if module in packed and a.ndim == b.ndim == 2:
-        return unpack(where, config, layer, module, halves, layout, settings)
+    if module == f"{EXPERTS}.gate_up_proj" and a.ndim == b.ndim == 3:
+        whole = of_all_experts(where, config, "gate_up_proj", Pair(a, b, 0.0))
+        return GATE_UP, whole.a, whole.b
+    inner = (EXPERTS, f"{EXPERTS}.base_layer")
+    packed = (*inner, f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj")
+    if a.ndim == b.ndim and module in (packed if a.ndim == 2 else inner):
+        return unpack(where, config, layer, module, flattened(halves), layout, settings)
     raise UserError(
         f"{where}: expected {', '.join(_TARGETS)} or {EXPERTS}, found {module} with lora_A {list(a.shape)}; adapters "
         f"of other weights are not read: {MERGE}"

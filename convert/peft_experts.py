@@ -5,11 +5,14 @@ there are four forms:
 
 - peft: A [E*r, in], expert slowest, and B [out, r*E], expert fastest (`ParamWrapper.get_delta_weight` in PEFT's
   tuners/lora/layer.py). If both parameters have adapters, PEFT's keys name the inner one `base_layer`, so the shapes
-  tell which parameter a pair belongs to.
+  tell which parameter a pair belongs to. Megatron-Bridge writes the same as A [E, r, in] and B [out, r, E] for vLLM.
 - peft-0.18: the same with in and out exchanged. PEFT before 0.19 took a parameter [E, out, in] for [E, in, out], so its
   A_e and B_e are the transposes of B and A here.
 - unsloth: lora_B as [out, E*r], as Unsloth wrote it before September 2026; in and out as in either of the former.
 - stacked and per-expert: the arrays themselves, or a matrix for each expert and projection, as with transformers 4.
+  Stacked gate and up may be apart. Tinker and Megatron-Bridge share the outer matrices: gate's and up's A and down's B
+  are [1, ...] and serve all experts (SGLang's `--experts-shared-outer-loras`). Tinker calls gate, down and up w1, w2
+  and w3.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ LAYOUTS: tuple[AdapterLayout, ...] = get_args(AdapterLayout)
 EXPERTS = "mlp.experts"
 GATE_UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
 _NEW_LAYOUT = (0, 19, 0)  # PEFT's first version with the layout "peft"
+_STACKED = re.compile(rf"{re.escape(EXPERTS)}\.(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)")
+_TINKER = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,34 @@ def unpack(
     return (target, b.transpose(0, 2, 1), a.transpose(0, 2, 1)) if exchanged else (target, a, b)
 
 
+def flattened(halves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A [E, r, in] and B [out, r, E] -> the matrices of the form "peft"; matrices stay."""
+    a, b = halves["A"], halves["B"]
+    return {"A": a.reshape(-1, a.shape[-1]), "B": b.reshape(b.shape[0], -1)}
+
+
+def stacked_projection(module: str) -> str | None:
+    """The projection that a module's 3-D tensors are of, such as gate_proj; None for a module without such tensors."""
+    match = _STACKED.fullmatch(module)
+    return _TINKER.get(match[1], match[1]) if match else None
+
+
+def of_all_experts(where: str, config: Qwen3MoeConfig, name: str, pair: Pair) -> Pair:
+    """A checked adapter of the projection `name`, A [E, r, in] and B [E, out, r]; one that is [1, ...] is repeated.
+
+    Raises:
+        UserError: other shapes.
+    """
+    repeated = lambda array: np.broadcast_to(array, (config.num_experts, *array.shape[1:]))
+    whole = replace(
+        pair,
+        a=repeated(pair.a) if len(pair.a) == 1 else pair.a,
+        b=repeated(pair.b) if len(pair.b) == 1 else pair.b,
+    )
+    check_shapes(where, config, name, whole, (config.num_experts,))
+    return whole
+
+
 def _named_target(module: str) -> str | None:
     """The target of a module whose name tells it; PEFT's own names do not."""
     name = module.removeprefix(f"{EXPERTS}.")
@@ -177,20 +210,30 @@ def check_shapes(where: str, config: Qwen3MoeConfig, name: str, pair: Pair, lead
 
 
 def stack_experts(
-    where: str, config: Qwen3MoeConfig, settings: PeftSettings, name: str, found: Mapping[int, Pair]
+    where: str, config: Qwen3MoeConfig, settings: PeftSettings, module: str, name: str, found: Mapping[int, Pair]
 ) -> Pair:
-    """The adapters of one projection, expert by expert -> one of all experts.
+    """The adapters of the projection `name` in the module `module`, expert by expert -> one of all experts.
 
-    Smaller ranks are padded with zeros. Where the factors alpha / r differ, B takes up the difference.
+    Experts that `target_modules` leaves out get zeros. Smaller ranks are padded with zeros. Where the factors alpha / r
+    differ, B takes up the difference.
+
+    Raises:
+        UserError: an expert that `target_modules` names has no adapter, or a wrong shape.
     """
     E = config.num_experts
     if unknown := [expert for expert in found if expert >= E]:
         raise UserError(f"{where}: expected experts below {E}, found {min(unknown)}")
-    if missing := [expert for expert in range(E) if expert not in found]:
-        raise UserError(f"{where}: expected an adapter for {missing[0]}.{name}, as for the others, found none")
-    pairs = [found[expert] for expert in range(E)]
-    for expert, pair in enumerate(pairs):
+    missing = [expert for expert in range(E) if expert not in found]
+    if missing and settings.targets_any([f"model.{module}.{expert}.{name}" for expert in missing]):
+        raise UserError(
+            f"{where}: expected an adapter for {missing[0]}.{name} ({len(missing)} missing in all), as target_modules "
+            "says, found none"
+        )
+    for expert, pair in found.items():
         check_shapes(f"{where}: {expert}.{name}", config, name, pair)
+    some = next(iter(found.values()))
+    void = replace(some, a=np.zeros_like(some.a), b=np.zeros_like(some.b))
+    pairs = [found.get(expert, void) for expert in range(E)]
     if len({(pair.rank, pair.alpha) for pair in pairs}) == 1:
         return Pair(np.stack([pair.a for pair in pairs]), np.stack([pair.b for pair in pairs]), pairs[0].alpha)
     rank = max(pair.rank for pair in pairs)
@@ -241,15 +284,8 @@ def split_halves(pair: Pair) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"gate_proj": (a, gate), "up_proj": (a, up)}
 
 
-def fuse(
-    where: str, config: Qwen3MoeConfig, settings: PeftSettings, found: Mapping[str, Mapping[int, Pair]]
-) -> dict[str, Pair]:
-    """The adapters of gate_proj, up_proj and down_proj in a layer, one per expert -> target: adapter of all experts.
-
-    Raises:
-        UserError: an expert without an adapter while others have one, or a wrong shape.
-    """
-    each = {name: stack_experts(where, config, settings, name, pairs) for name, pairs in found.items()}
+def fuse(settings: PeftSettings, each: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The adapters of gate_proj, up_proj and down_proj of all experts in a layer -> target: its adapter."""
     each = {name: pair for name, pair in each.items() if not pair.is_void} or each
     targets: dict[str, Pair] = {}
     if "gate_proj" in each or "up_proj" in each:

@@ -106,13 +106,33 @@ class PeftSettings:
         rank = self._pick("rank_pattern", names, self.raw["r"])
         return rank, float(self._pick("alpha_pattern", names, self.raw["lora_alpha"]))
 
+    def targets_any(self, names: Sequence[str]) -> bool:
+        """Whether `target_modules` names one of the modules `names` that `exclude_modules` does not name.
+
+        Raises:
+            UserError: a pattern that is no regular expression, or one that takes too long to match.
+        """
+        left = [name for name in names if not self._names_any("exclude_modules", [name])]
+        return bool(left) and self._names_any("target_modules", left)
+
+    def _names_any(self, field_name: str, names: Sequence[str]) -> bool:
+        # As in PEFT's `check_target_module_exists`: a text is a regular expression, a list holds ends of names.
+        given = self.raw.get(field_name)
+        if isinstance(given, str):
+            return given == "all-linear" or self._first_match(field_name, (given,), names) is not None
+        ends = tuple(f".{end}" for end in given) if isinstance(given, list) else ()
+        return any(f".{name}".endswith(ends) for name in names)
+
+    def _first_match(self, field_name: str, patterns: Sequence[str], names: Sequence[str]) -> int | None:
+        try:
+            return first_match(patterns, names)
+        except UserError as error:
+            raise UserError(f"{self.path}: {field_name}: {error}") from None
+
     def _pick(self, field_name: str, names: Sequence[str], default: Any) -> Any:
         # As in PEFT's `get_pattern_key`, the first pattern that matches the end of a name counts.
         given = self.raw.get(field_name) or {}
-        try:
-            index = first_match(tuple(given), names)
-        except UserError as error:
-            raise UserError(f"{self.path}: {field_name}: {error}") from None
+        index = self._first_match(field_name, tuple(given), names)
         return default if index is None else list(given.values())[index]
 
 

@@ -323,6 +323,154 @@ def by_projection(config: Qwen3MoeConfig, lora: LoraConfig, arrays: Arrays) -> A
 # What vLLM and SGLang load
 
 
+# Adapters of some experts only
+
+
+def without(tensors: Arrays, dropped: set[tuple[int, int, str]]) -> Arrays:
+    """The tensors but those of (layer, expert, projection)."""
+    keys = tuple(f"{PREFIX}{layer}.mlp.experts.{expert}.{name}." for layer, expert, name in dropped)
+    return {key: array for key, array in tensors.items() if not key.startswith(keys)}
+
+
+# what target_modules says -> (layer, expert, projection) without an adapter
+EVERY = {(layer, e, name) for layer in range(2) for e in range(4) for name in ("gate_proj", "up_proj", "down_proj")}
+SOME_EXPERTS: dict[str, tuple[dict[str, Any], set[tuple[int, int, str]]]] = {
+    "a regular expression": (
+        {"target_modules": r".*\.mlp\.experts\.[13]\.(gate|up|down)_proj"},
+        {one for one in EVERY if one[1] in (0, 2)},
+    ),
+    "single modules": (
+        {
+            "target_modules": [
+                "0.mlp.experts.2.up_proj",
+                "model.layers.1.mlp.experts.0.down_proj",
+                "experts.3.gate_proj",
+            ]
+        },
+        EVERY - {(0, 2, "up_proj"), (1, 0, "down_proj"), (0, 3, "gate_proj"), (1, 3, "gate_proj")},
+    ),
+    "excluded": (
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"], "exclude_modules": r".*experts\.1\..*"},
+        {one for one in EVERY if one[1] == 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOME_EXPERTS)
+def test_adapters_of_some_experts(case: str, tmp_path: pathlib.Path) -> None:
+    """What has no adapter has A and B zero, so it stays zero in training; both written layouts hold the same deltas."""
+    changes, dropped = SOME_EXPERTS[case]
+    tensors = without(old_form(tmp_path / "all", SMALL), dropped)
+    some = rewritten(tmp_path / "all", tmp_path / "some", **changes)
+    write_file(some / "adapter_model.safetensors", tensors, {})
+    expected = {}
+    for layer, expert, name in EVERY - dropped:
+        a, b = (tensors[f"{PREFIX}{layer}.mlp.experts.{expert}.{name}.lora_{x}.weight"] for x in "AB")
+        expected[f"{layer} {expert} {name}"] = 2.5 * b.astype(np.float64) @ a
+    lora, arrays = read_peft(some, SMALL)
+    found = by_projection(SMALL, lora, arrays)
+    assert largest_difference({key: delta for key, delta in found.items() if delta.any()}, expected) <= bound(
+        "merge_fp32"
+    )
+    for layout in ("peft", "per-expert"):
+        write_peft(tmp_path / layout, SMALL, lora, arrays, layout)
+        again = by_projection(SMALL, *read_peft(tmp_path / layout, SMALL))
+        assert largest_difference(again, found) <= bound("merge_fp32")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"target_modules": r".*_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["experts.2.up_proj", "down_proj"], "exclude_modules": ["experts.1.up_proj"]},
+    ],
+    ids=["list", "regular expression", "all-linear", "another is excluded"],
+)
+def test_an_expert_that_should_have_an_adapter(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    tensors = without(old_form(tmp_path / "all", SMALL), {(1, 2, "up_proj")})
+    some = rewritten(tmp_path / "all", tmp_path / "some", **changes)
+    write_file(some / "adapter_model.safetensors", tensors, {})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts: expected an adapter for 2\.up_proj \(1 missing"):
+        read_peft(some, SMALL)
+
+
+# Stacked tensors: gate and up apart, outer matrices shared
+
+
+def random_arrays(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(2)
+    return [(0.3 * rng.standard_normal(shape)).astype(np.float32) for shape in shapes]
+
+
+E, D, F = SMALL.num_experts, SMALL.hidden_size, SMALL.moe_intermediate_size
+# form -> names of gate, up (None: in one tensor with gate) and down; experts in A of gate and up, and in B of down
+STACKED: dict[str, tuple[tuple[str, str | None, str], int]] = {
+    "Tinker": (("w1", "w3", "w2"), 1),
+    "Tinker, nothing shared": (("w1", "w3", "w2"), E),
+    "Megatron-Bridge for SGLang": (("gate_up_proj", None, "down_proj"), 1),
+    "projections": (("gate_proj", "up_proj", "down_proj"), 1),
+}
+
+
+@pytest.mark.parametrize("case", STACKED)
+def test_stacked_and_shared_tensors(case: str, tmp_path: pathlib.Path) -> None:
+    (gate, up, down), shared = STACKED[case]
+    out = F if up else 2 * F
+    a, b, up_a, up_b, down_a, down_b = random_arrays(
+        (shared, 2, D), (E, out, 2), (shared, 2, D), (E, F, 2), (E, 2, F), (shared, D, 2)
+    )
+    named = {gate: (a, b), down: (down_a, down_b)} | ({up: (up_a, up_b)} if up else {})
+    old_form(tmp_path / "old", SMALL)
+    adapter = rewritten(tmp_path / "old", tmp_path / "adapter", target_modules="all-linear", lora_alpha=8)
+    tensors = {
+        f"{PREFIX}{layer}.mlp.experts.{name}.lora_{x}.weight": array
+        for layer in range(2)
+        for name, pair in named.items()
+        for x, array in zip("AB", pair, strict=True)
+    }
+    write_file(adapter / "adapter_model.safetensors", tensors, {})
+    expected = {}
+    for layer in range(2):
+        for e in range(E):
+            both = [b[e] @ a[e % shared], up_b[e] @ up_a[e % shared]] if up else np.split(b[e] @ a[e % shared], 2)
+            for name, delta in zip(
+                ("gate_proj", "up_proj", "down_proj"), [*both, down_b[e % shared] @ down_a[e]], strict=True
+            ):
+                expected[f"{layer} {e} {name}"] = 4 * delta
+    found = by_projection(SMALL, *read_peft(adapter, SMALL))
+    assert largest_difference(found, expected) <= bound("merge_fp32")
+    # negative control: gate and up exchanged
+    swapped = {key.replace("gate", "#").replace("up", "gate").replace("#", "up"): d for key, d in found.items()}
+    assert largest_difference(swapped, expected) > 100 * bound("merge_fp32")
+    write_file(adapter / "adapter_model.safetensors", {k: t[: E - 1] for k, t in tensors.items()}, {})
+    with pytest.raises(UserError, match=rf"expected \[{E}, 2, .*\] and .*, found \["):
+        read_peft(adapter, SMALL)
+
+
+def test_the_packed_layout_in_three_dimensions(tmp_path: pathlib.Path) -> None:
+    """As Megatron-Bridge writes it for vLLM: A [E, r, in], B [out, r, E]."""
+    lora = SERVED["even"]
+    write_peft(tmp_path / "peft", SMALL, lora, random_adapters(SMALL, lora))
+    tensors = tensors_in(tmp_path / "peft")
+    for key in [key for key in tensors if ".experts." in key]:
+        array = tensors[key]
+        tensors[key] = array.reshape(E, -1, array.shape[1]) if "lora_A" in key else array.reshape(len(array), -1, E)
+    write_file(tmp_path / "peft" / "adapter_model.safetensors", tensors, {})
+    assert same(read_peft(tmp_path / "peft", SMALL)[1], random_adapters(SMALL, lora))
+
+
+def test_one_projection_in_two_forms(tmp_path: pathlib.Path) -> None:
+    tensors = old_form(tmp_path / "old", SMALL)
+    a, b = random_arrays((E, 2, D), (E, F, 2))
+    key = f"{PREFIX}0.mlp.experts.w1"
+    both = tensors | {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    write_file(tmp_path / "old" / "adapter_model.safetensors", both, {})
+    with pytest.raises(UserError, match="expected one adapter of gate_proj, found two"):
+        read_peft(tmp_path / "old", SMALL)
+
+
 def as_vllm(config: Qwen3MoeConfig, folder: pathlib.Path) -> Arrays:
     """Each expert's deltas by vLLM's rules for per-expert adapters.
 
@@ -471,6 +619,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "LoRA on embeddings",
     ),
     "the head": (lambda key: f"base_model.model.lm_head.lora_{key.split('lora_')[1]}", {}, "output head"),
+    "the head, by Tinker": (
+        lambda key: f"base_model.model.model.unembed_tokens.lora_{key.split('lora_')[1]}",
+        {},
+        "build_hf_model",
+    ),
     "another class": (
         lambda key: key.replace("model.model.layers", "model.model.language_model.layers"),
         {},
