@@ -36,9 +36,9 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch.compiler.reset()
 
 
-def one_layer(kind: str, torch_ref: Any) -> Any:
+def one_layer(kind: str, torch_ref: Any, name: str = "plain") -> Any:
     """A model in training: everything frozen but the embeddings, or with adapters, or also with the chunked loss."""
-    model = stock("plain").train()
+    model = stock(name).train()
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     model.set_experts_implementation("grouped_mm")
@@ -87,3 +87,48 @@ def test_loop_says_that_it_cannot_be_traced(way: Callable[..., Any], unchecked: 
     model.set_experts_implementation("eager")
     with pytest.raises(Exception, match=r"'loop' cannot be compiled as part of a full graph.* use 'grouped'"):
         way(model, inputs)(**inputs)
+
+
+# --- the same on a GPU, with the compiler's default backend and torch_ref's kernels
+
+
+def losses(model: Any, call: Callable[..., Any], inputs: dict[str, Any]) -> torch.Tensor:
+    """The losses of three steps of AdamW on what is trained."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    found = []
+    for _ in range(3):
+        loss = call(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach().float())
+    return torch.stack(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["frozen", "adapters", "chunked"])
+def test_compiled_training_on_a_gpu(kind: str, dtype: torch.dtype, unchecked: Any) -> None:
+    inputs = {"input_ids": IDS.cuda(), "labels": IDS.cuda(), "use_cache": False}
+    eager, model = (one_layer(kind, unchecked, "top_8_of_32").to("cuda", dtype) for _ in range(2))
+    call = torch.compile(model, fullgraph=True)
+    single = dtype == torch.float32
+    expected_loss, expected = step(eager, eager, inputs)
+    loss, gradients = step(model, call, inputs)
+    assert distance(loss, expected_loss) <= bound("torch_ref_fp32" if single else "torch_ref_gpu_bf16")
+    worst = max(distance(gradient, expected[name]) for name, gradient in gradients.items())
+    assert worst <= bound("torch_ref_gradients" if single else "torch_ref_gpu_bf16")
+    several = distance(losses(model, call, inputs), losses(eager, eager, inputs))
+    assert several <= bound("torch_ref_gradients" if single else "torch_ref_gpu_bf16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["frozen", "adapters"])
+def test_compiled_generation_on_a_gpu(kind: str, unchecked: Any) -> None:
+    model = one_layer(kind, unchecked, "top_8_of_32").eval().cuda()
+    generate = lambda **options: model.generate(IDS.cuda(), max_new_tokens=12, do_sample=False, **options)
+    expected = generate()
+    # transformers compiles the steps of decoding when the cache is static
+    assert torch.equal(generate(cache_implementation="static"), expected)
+    model.forward = torch.compile(model.forward, fullgraph=True)
+    assert torch.equal(generate(), expected)
