@@ -295,18 +295,3 @@ def test_plain_adapters_take_the_fast_form() -> None:
     handle.remove()
     layer.set_scale("default", 3.0)
     assert torch_ref.adapters.is_plain(layer)
-
-
-# --- compilation
-
-
-# torch.compile cannot trace the type checks of the tests; the tests of transformers compile (make peer-tests)
-def test_export_and_what_cannot_be_exported() -> None:
-    model = stock("plain")
-    expected = logits(model)
-    inputs = {"input_ids": IDS, "use_cache": False}
-    with patched(model, "grouped"), torch.no_grad():
-        exported = torch.export.export(model, (), inputs, strict=False).module()
-        assert distance(exported(**inputs).logits, expected) <= bound("torch_ref_fp32")
-    with patched(model, "loop"), torch.no_grad(), pytest.raises(ValueError, match=r"'loop' cannot be .* use 'grouped'"):
-        torch.export.export(model, (), inputs, strict=False)

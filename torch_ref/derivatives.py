@@ -14,6 +14,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.func takes the computation apart and differentiates its parts."""
+    return torch.compiler.is_compiling() or transformed()
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass that refuses `create_graph=True`, under which its result would count as a constant.
 

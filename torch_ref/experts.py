@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from torch_ref import kernels
-from torch_ref.derivatives import once_differentiable, transformed
+from torch_ref.derivatives import once_differentiable, traced, transformed
 from torch_ref.low_rank import fold, split_high_low, unfold
 
 _ALIGNMENT = 16  # bytes: torch's grouped matmul needs the stride of every operand to be a multiple of it
@@ -350,8 +350,7 @@ def grouped_experts(
 
     frozen = gate_up.stack.frozen and down.stack.frozen and not (gate_up.adapters or down.adapters)
     # the compiler cannot trace its backward pass, and decides by itself what to save
-    traced = torch.compiler.is_compiling() or transformed()
-    if frozen and temp_up is None and not traced and not torch.is_autocast_enabled(x.device.type):
+    if frozen and temp_up is None and not traced() and not torch.is_autocast_enabled(x.device.type):
         stacks = gate_up.stack, down.stack
         return _FrozenExperts.apply(x, weights.to(x.dtype), order, inverse, ends, experts, *stacks, activation)
 

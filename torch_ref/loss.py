@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from torch_ref.derivatives import once_differentiable, transformed
+from torch_ref.derivatives import once_differentiable, traced, transformed
 
 CHUNK = 1024
 CHUNKED = "torch_ref_chunked_loss"  # the attribute of a model that chooses this loss for training
@@ -101,7 +101,7 @@ def cross_entropy(
         return F.cross_entropy(head(rows).float(), targets, ignore_index=ignore_index, reduction="sum")
 
     frozen = isinstance(head, nn.Module) and not any(parameter.requires_grad for parameter in head.parameters())
-    if frozen and hidden.requires_grad and torch.is_grad_enabled() and not transformed():
+    if frozen and hidden.requires_grad and torch.is_grad_enabled() and not traced():
         total = _FrozenHeadLoss.apply(hidden, labels, chunk_loss)
     else:
         # torch.func cannot recompute; it keeps the logits of all chunks

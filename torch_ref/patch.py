@@ -354,7 +354,8 @@ def CausalLM_fast_forward(
     if return_logits is None:
         return_logits = not (self.training and getattr(self, CHUNKED, False))
     if has_labels and not return_logits and self.loss_function is ForCausalLMLoss:
-        logits, loss = NO_LOGITS, _chunked_loss(self.lm_head, hidden_states, labels, **of_loss)
+        logits = None if torch.compiler.is_exporting() else NO_LOGITS  # a program returns tensors only
+        loss = _chunked_loss(self.lm_head, hidden_states, labels, **of_loss)
     else:
         logits = self.lm_head(_positions_to_keep(hidden_states, logits_to_keep))
         if has_labels:
