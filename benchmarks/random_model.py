@@ -56,6 +56,45 @@ def jax_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
     return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
 
 
+def jax_nf4_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
+    """Parameters on JAX's default device, the matrices of the layers in NF4 with double quantisation and random codes.
+
+    The scales give each weight the spread that `jax_parameters` gives it.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmoe.nf4.codec import NF4_TABLE, dynamic_map
+    from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, nf4_candidates, stored_specs
+
+    quantization = Quantization(nf4_candidates(config))
+    specs = stored_specs(config, quantization)
+    key = jax.random.key(1)
+
+    def codes(shape: tuple[int, ...]) -> Any:
+        layer = lambda key: jax.random.bits(key, shape[1:], jnp.uint8)
+        return jax.jit(lambda keys: jax.lax.map(layer, keys))(jax.random.split(key, shape[0]))
+
+    params: dict[str, Any] = {}
+    for path in quantization.paths:
+        std = STD / config.num_hidden_layers if path in RESIDUAL else STD
+        largest = std / float(np.sqrt(np.mean(NF4_TABLE**2)))
+        params[f"{path}.codes"] = codes(specs[f"{path}.codes"].shape)
+        params[f"{path}.absmax"] = codes(specs[f"{path}.absmax"].shape)  # from -1 to 1 times nested_absmax
+        params[f"{path}.nested_absmax"] = jnp.full(specs[f"{path}.nested_absmax"].shape, largest / 4, jnp.float32)
+        params[f"{path}.nested_offset"] = jnp.full(specs[f"{path}.nested_offset"].shape, largest, jnp.float32)
+    params[NESTED_QUANT_MAP] = jnp.asarray(dynamic_map())
+    for path, spec in specs.items():
+        if path in params:
+            continue
+        if spec.init == "ones":
+            params[path] = jnp.ones(spec.shape, jnp.bfloat16)
+        else:
+            scale = 1.0 if path == "embed_tokens" else STD
+            params[path] = scale * jax.random.normal(jax.random.fold_in(key, len(params)), spec.shape, jnp.bfloat16)
+    return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
+
+
 def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
     """Transformers' model in bfloat16 on the GPU (without one, on the CPU); only one copy is ever in memory."""
     import torch
@@ -84,6 +123,28 @@ def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
     if config.tie_word_embeddings:
         model.tie_weights()
     return model
+
+
+def quantize_linear_maps(model: Any) -> None:
+    """Puts the linear maps of transformers' layers into NF4 with bitsandbytes; experts are no linear maps and stay."""
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in list(model.model.layers.modules()):
+        for name, child in module.named_children():
+            if type(child) is not torch.nn.Linear:
+                continue
+            device, dtype = child.weight.device, child.weight.dtype
+            quantized = Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+            quantized.load_state_dict(child.cpu().state_dict())
+            setattr(module, name, quantized.to(device))
 
 
 def torch_load(model: Any, config: Qwen3MoeConfig, ids: Any) -> float:
