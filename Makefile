@@ -7,7 +7,8 @@
 # make notebooks  executes the notebooks in place; a few minutes
 # make docs       the site with the API reference and the notebooks, in site/; a broken link is an error
 # make bench      the CPU benchmarks of docs/performance.md
-# make bench-gpu  the GPU benchmarks, with the packages of $(PYTHON): training step, prefill, MoE block, first step, loading
+# make bench-gpu  the GPU benchmarks, with the packages of $(PYTHON): training step, prefill, decoding, MoE block, first
+#                 step, loading
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make peer-tests TRANSFORMERS=DIR PEFT=DIR   tests of transformers and PEFT on torch_ref's classes; docs/peer-tests.md
@@ -135,6 +136,8 @@ bench: $(INSTALLED)
 bench-gpu:
 	@$(PYTHON) -m benchmarks.train_step --stages
 	@$(PYTHON) -m benchmarks.prefill --stages
+	@$(PYTHON) -m benchmarks.decode
+	@$(PYTHON) -m benchmarks.decode --quantize nf4
 	@$(PYTHON) -m benchmarks.moe_block
 	@$(PYTHON) -m benchmarks.grouped_matmul
 	@$(PYTHON) -m benchmarks.first_step

@@ -7,7 +7,7 @@ import time
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.memory import active_parameter_count
-from jaxmoe.parameters import parameter_specs
+from jaxmoe.parameters import nf4_candidates, parameter_specs
 
 
 def _head(config: Qwen3MoeConfig) -> int:
@@ -57,3 +57,41 @@ def matmul_flops_per_second(size: int = 8192, repeat: int = 20) -> float:
     results = [product(x, x) for _ in range(repeat)]
     jax.block_until_ready(results[-1])
     return 2 * size**3 * repeat / (time.perf_counter() - start)
+
+
+def copied_bytes_per_second(size: int = 2**32, repeat: int = 10) -> float:
+    """Bytes per second, read and written together, of a plain copy on JAX's default device."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.zeros(size // 4, jnp.float32)
+    copy = jax.jit(lambda a: a + 1)
+    jax.block_until_ready(copy(x))
+    start = time.perf_counter()
+    for _ in range(repeat):
+        result = copy(x)
+    jax.block_until_ready(result)
+    return 2 * size * repeat / (time.perf_counter() - start)
+
+
+def decoded_token_bytes(config: Qwen3MoeConfig, experts: float, slots: int, batch: int, *, nf4: bool) -> float:
+    """Bytes that one step of decoding must read: the weights that it uses, and the keys and values so far.
+
+    Args:
+        config: the model.
+        experts: different experts that the batch uses in a layer, on average.
+        slots: positions of the KV cache that each sequence reads.
+        batch: sequences.
+        nf4: the matrices of the layers are in NF4 with double quantisation: 4 bits an element, 8 a block of 64, 32 a
+            block of 256 blocks. All other arrays have 16 bits.
+    """
+    quantized = nf4_candidates(config) if nf4 else ()
+    total = 2.0 * slots * batch * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+    for path, spec in parameter_specs(config).items():
+        if path == "embed_tokens" and not config.tie_word_embeddings:
+            continue  # one row per sequence
+        elements = math.prod(spec.shape)
+        if path in ("sparse.gate_up_proj", "sparse.down_proj"):
+            elements *= experts / config.num_experts
+        total += elements * (1 / 2 + 1 / 64 + 4 / 64 / 256 if path in quantized else 2)
+    return total

@@ -12,7 +12,12 @@ from typing import Any
 
 from benchmarks import stages
 
-_PACKAGES = {"transformers": ("torch",), "transformers + PEFT": ("torch", "peft"), "Unsloth": ("torch", "unsloth")}
+_PACKAGES = {
+    "transformers": ("torch",),
+    "transformers + PEFT": ("torch", "peft"),
+    "Unsloth": ("torch", "unsloth"),
+    "bitsandbytes": ("torch", "bitsandbytes"),
+}
 
 
 def installed(side: str) -> bool:

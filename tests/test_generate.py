@@ -13,6 +13,7 @@ import pytest
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.errors import UserError
+from jaxmoe.generate import engine
 from jaxmoe.generate.__main__ import main
 from jaxmoe.generate.engine import Generator
 from jaxmoe.generate.sampling import Sampling, SamplingArrays, sample
@@ -82,6 +83,54 @@ def test_on_token_sees_what_is_returned(generator):
     seen = [[], []]
     out = generator.generate([[5, 6, 7], [8]], 6, on_token=lambda row, token: seen[row].append(token))
     assert seen == out and [len(row) for row in out] == [6, 6]
+
+
+class _Whole(engine._Pace):
+    def tokens(self, left: int) -> int:
+        return min(left, 64)
+
+
+def _step_by_step(weights, state, choice, stop, control, most, *, program):
+    """As `engine._decode`, but one program for each token, and the loop in Python."""
+    step = jax.jit(engine._decode_step, static_argnames="program")
+    tokens, routings = [], []
+    while len(tokens) < most and bool(state.running.any()):
+        state, routing = step(weights, state, choice, stop, control, program=program)
+        tokens.append(state.step.token)
+        routings.append(routing)
+    routing = jax.tree.map(lambda *each: jnp.stack(each), *routings)
+    return state, engine.Generated(jnp.stack(tokens), jnp.int32(len(tokens)), routing)
+
+
+def test_a_loop_on_the_device_changes_no_bit(generator, monkeypatch):
+    """All tokens in one call against one call for each: tokens, their order, and the routing's logits."""
+
+    def run(stop):
+        log, seen = engine.RoutingLog(keep_logits=2), []
+        sampling = Sampling(temperature=1.0, seed=3, repetition_penalty=1.1)
+        out = generator.generate([[5, 6, 7], [8]], 12, sampling, stop, lambda *each: seen.append(each), routing=log)
+        return out, seen, jax.device_get(log.steps)
+
+    monkeypatch.setattr(engine, "_Pace", _Whole)
+    (short, long), *_ = run(())
+    stop = short[5], next(token for token in long[8:] if token not in long[:8])
+    together = run(stop)
+    monkeypatch.setattr(engine, "_decode", _step_by_step)
+    apart = run(stop)
+    jax.tree.map(np.testing.assert_array_equal, together, apart)
+    out, seen, steps = together
+    assert len(steps) == max(map(len, out)) <= 12  # the loop ends with the last sequence
+    assert seen == [(row, out[row][at]) for at in range(12) for row in (0, 1) if at < len(out[row])]
+
+
+def test_pace():
+    pace = engine._Pace()
+    asked = []
+    for seconds in (30.0, 0.01, 0.04, 0.04, 0.16, 2.0, 4.0):  # the first call compiles; later the device slows down
+        asked.append(pace.tokens(left=100))
+        pace.took(seconds, asked[-1])
+    assert asked == [1, 1, 4, 10, 25, 15, 1]
+    assert pace.tokens(left=0) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,15 @@
 
 Prompts of different lengths share a batch. Each sequence is padded on the right and has its own positions, so its
 tokens do not depend on the other sequences. Lengths are rounded up to buckets, so that few shapes are compiled.
+
+The host calls the loop for as many tokens as the device generates in a fraction of a second, and hands them on. The
+loop ends early when all sequences have ended. How many tokens a call generates changes none of them.
 """
 
 from __future__ import annotations
 
+import operator
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.errors import UserError
@@ -27,6 +32,9 @@ from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import head_weight, logits_of
 from jaxmoe.model.interface import Options, Params
 from jaxmoe.ops.router import CapturedRouting, RoutingControl
+
+_MOST_TOKENS = 64  # that one call of the decode loop generates
+_SECONDS = 0.1  # that one call should take
 
 
 class Weights(NamedTuple):
@@ -124,14 +132,64 @@ def _prefill(weights, ids, lengths, cache, choice: Choice, control, *, program: 
     return token, cache, history, routing
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames=("cache", "history"))
-def _decode(weights, step: Step, cache, history: History | None, choice: Choice, control, *, program: Program):
-    """One token of each sequence: (next tokens [B], cache, history or None, routing or None)."""
-    new = NewTokens(step.token[:, None], step.position, jnp.ones_like(step.position))
-    hidden, cache, routing = _forward(weights, new, cache, control, program)
-    history = None if history is None else history.with_token(step.token, step.position)
-    token = _next_token(weights, hidden[:, 0], choice, history, step.position + 1, step.draws, program)
-    return token, cache, history, routing
+class State(NamedTuple):
+    """What a step of the decode loop takes over from the one before it."""
+
+    step: Step
+    cache: KVCache
+    history: History | None
+    running: Bool[Array, " B"]
+
+
+class Generated(NamedTuple):
+    """What one call of the decode loop generated: `count` tokens of each sequence, and their routing or None."""
+
+    tokens: Int[Array, "n B"]
+    count: Int[Array, ""]
+    routing: CapturedRouting | None  # of the tokens that were fed back, [n, Ls, B, 1, ...]
+
+
+def _decode_step(
+    weights: Weights, state: State, choice: Choice, stop: Bool[Array, " V"], control, *, program: Program
+) -> tuple[State, CapturedRouting | None]:
+    """Feeds back each sequence's token and chooses the next one: (the new state, routing or None)."""
+    token, position, draws = state.step
+    new = NewTokens(token[:, None], position, jnp.ones_like(position))
+    hidden, cache, routing = _forward(weights, new, state.cache, control, program)
+    history = None if state.history is None else state.history.with_token(token, position)
+    token = _next_token(weights, hidden[:, 0], choice, history, position + 1, draws, program)
+    step = Step(token, position + 1, draws + 1)
+    return State(step, cache, history, state.running & ~stop[token]), routing
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="state")
+def _decode(
+    weights: Weights,
+    state: State,
+    choice: Choice,
+    stop: Bool[Array, " V"],
+    control: RoutingControl | None,
+    most: Int[Array, ""],
+    *,
+    program: Program,
+) -> tuple[State, Generated]:
+    """Up to `most` tokens (at most `_MOST_TOKENS`) of each sequence, fewer if all have ended."""
+    step = partial(_decode_step, program=program)
+    _, routing = jax.eval_shape(step, weights, state, choice, stop, control)
+    room = lambda each: jnp.zeros((_MOST_TOKENS, *each.shape), each.dtype)
+    generated = Generated(room(state.step.token), jnp.int32(0), jax.tree.map(room, routing))
+
+    def goes_on(carry: tuple[State, Generated]) -> Array:
+        state, generated = carry
+        return (generated.count < most) & jnp.any(state.running)
+
+    def one(carry: tuple[State, Generated]) -> tuple[State, Generated]:
+        state, (tokens, count, routings) = carry
+        state, routing = step(weights, state, choice, stop, control)
+        put = lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, count, 0)
+        return state, Generated(put(tokens, state.step.token), count + 1, jax.tree.map(put, routings, routing))
+
+    return jax.lax.while_loop(goes_on, one, (state, generated))
 
 
 def _bucket(length: int, smallest: int = 32) -> int:
@@ -146,6 +204,42 @@ def _for_all_slots(control: RoutingControl | None, slots: int) -> RoutingControl
     experts = jnp.asarray(control.experts, jnp.int32)[:, :, :slots]
     missing = slots - experts.shape[2]
     return control._replace(experts=jnp.pad(experts, ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=-1))
+
+
+class _Receiver:
+    """Collects the tokens of each sequence up to its stop token, and hands them on in order."""
+
+    def __init__(self, sequences: int, stop: frozenset[int], on_token: Callable[[int, int], None] | None):
+        self.outputs: list[list[int]] = [[] for _ in range(sequences)]
+        self._running = np.ones(sequences, bool)
+        self._stop, self._on_token = stop, on_token
+
+    def __call__(self, tokens: Int[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """Takes one token of each sequence; returns which sequences go on."""
+        for sequence, token in enumerate(tokens.tolist()):
+            if not self._running[sequence]:
+                continue
+            self.outputs[sequence].append(token)
+            if self._on_token is not None:
+                self._on_token(sequence, token)
+            self._running[sequence] = token not in self._stop
+        return self._running.copy()
+
+
+class _Pace:
+    """How many tokens the device is asked for at once: what it generates in `_SECONDS`, so that text keeps flowing."""
+
+    def __init__(self) -> None:
+        self._most = 1  # the first call may compile
+
+    def tokens(self, left: int) -> int:
+        """The number to ask for, of `left` tokens."""
+        return min(self._most, left)
+
+    def took(self, seconds: float, tokens: int) -> None:
+        """The last call took so long for so many tokens."""
+        fitting = int(_SECONDS * tokens / max(seconds, 1e-6))
+        self._most = max(1, min(fitting, 4 * self._most, _MOST_TOKENS))
 
 
 class Generator:
@@ -208,35 +302,29 @@ class Generator:
         choice = Choice(SamplingArrays.of(sampling), processors)
         dtype = self.params["embed_tokens"].dtype
         cache: KVCache = empty_cache(self.config, len(prompts), slots, dtype)
+        stop = jnp.asarray(np.isin(np.arange(self.config.vocab_size), list(stop_tokens)))
         token, cache, history, step_routing = _prefill(
             self.weights, ids, lengths, cache, choice, control, program=program
         )
         if routing is not None and step_routing is not None:
             routing.steps.append(step_routing)
-        outputs: list[list[int]] = [[] for _ in prompts]
-        running = set(range(len(prompts)))
-        stop = frozenset(stop_tokens)
-        for step in range(1, max_new_tokens + 1):
-            ready = token
-            if step < max_new_tokens:
-                # The next step is queued before this one's token is read: the device never waits for the host.
-                following = Step(token, jnp.asarray(lengths + (step - 1)), jnp.uint32(step))
-                token, cache, history, step_routing = _decode(
-                    self.weights, following, cache, history, choice, control, program=program
-                )
-                if routing is not None and step_routing is not None:
-                    routing.steps.append(step_routing)
-            for sequence, value in enumerate(np.asarray(ready).tolist()):
-                if sequence not in running:
-                    continue
-                outputs[sequence].append(value)
-                if on_token is not None:
-                    on_token(sequence, value)
-                if value in stop:
-                    running.discard(sequence)
-            if not running:
-                break
-        return outputs
+        receive = _Receiver(len(prompts), frozenset(stop_tokens), on_token)
+        running = receive(np.asarray(token))
+        step = Step(token, jnp.asarray(lengths), jnp.uint32(1))
+        state = State(step, cache, history, jnp.asarray(running))
+        pace = _Pace()
+        left = max_new_tokens - 1
+        while left and running.any():
+            start, most = time.perf_counter(), jnp.int32(pace.tokens(left))
+            state, generated = _decode(self.weights, state, choice, stop, control, most, program=program)
+            count = int(generated.count)
+            pace.took(time.perf_counter() - start, count)
+            for tokens in np.asarray(generated.tokens)[:count]:
+                running = receive(tokens)
+            if routing is not None and generated.routing is not None:
+                routing.steps += [jax.tree.map(operator.itemgetter(i), generated.routing) for i in range(count)]
+            left -= count
+        return receive.outputs
 
     def check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raises UserError for arguments that `generate` refuses."""
