@@ -10,7 +10,7 @@ from typing import Any
 
 from convert.safetensors_io import Tensor
 from jaxmoe.errors import UserError
-from jaxmoe.weight_form import WeightForm, weight_form
+from jaxmoe.weight_form import WeightForm, quant_method, weight_form
 
 _INSTEAD = (
     "download the model in 16 bits (such as Qwen/Qwen3-30B-A3B), in FP8 with 128 x 128 blocks (...-FP8), "
@@ -62,7 +62,7 @@ def find_form(where: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor])
         UserError: a form that cannot be read.
     """
     settings = raw.get("quantization_config")
-    if "quantization" in raw and not (isinstance(settings, Mapping) and "quant_method" in settings):
+    if raw.get("quantization") is not None and not (isinstance(settings, Mapping) and "quant_method" in settings):
         raise _refusal(f"{where}: quantization", "MLX")
     if settings is None:
         _check_names(where, tensors)
@@ -72,7 +72,7 @@ def find_form(where: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor])
         _check_state(where, tensors)
     if form is not None:
         return form
-    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    method = quant_method(settings) if isinstance(settings, Mapping) else None
     name = _METHODS.get(str(method), f"quant_method {method!r}")
     raise _refusal(f"{where}: quantization_config", name, _details(settings))
 

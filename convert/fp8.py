@@ -52,7 +52,10 @@ def check_fp8(rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> list[str]:
             raise UserError(f"{key}: expected {' or '.join(_SCALES)} {list(shape)}, found {found}")
         keys.append(row.key)
     if not keys:
-        raise UserError(f"quantization_config: expected weights in FP8 ({CODE}), found none")
+        raise UserError(
+            f"quantization_config: expected weights in FP8 ({CODE}), found none; if they were decoded, remove "
+            "quantization_config from config.json"
+        )
     return keys
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert import fp8
+from convert.foreign_names import EMBEDDING, HEAD, missing_tensors, only_head, unexpected_tensors, usual_names
 from convert.forms import find_form
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
 from convert.nf4 import companions, find_quantization, in_nf4, read_matrix, settings_of
@@ -49,11 +50,13 @@ class HFCheckpoint:
     def __init__(self, path: pathlib.Path, dtype: str | None, dequantize: bool) -> None:
         self.path = path
         # Before the config: for a folder of pickles, that is the error to report.
-        self._tensors = open_folder(path)
+        self._tensors = usual_names(str(path), open_folder(path))
         # Before the config's fields: of another form than those read, the form is the error to report.
         self._form = find_form(str(path), read_json(path / "config.json"), self._tensors)
         _check_dequantize(path, self._form, dequantize)
         self.config, _ = read_config(path / "config.json")
+        if self.config.tie_word_embeddings:
+            self._tensors = only_head(self._tensors)
         self.layout: Layout = find_layout(self._tensors)
         self._check_count()
         self._target = np.dtype(_known(dtype)) if dtype else None
@@ -104,13 +107,11 @@ class HFCheckpoint:
         expected.update(key for name in quantized for key in companions(name, self._nested))
         if self._form == "fp8":
             expected.update(fp8.scale_key(key) for key in self._check_fp8())
-        found = set(self._tensors) - ({"lm_head.weight"} if self.stored_tied_head else set())
+        found = set(self._tensors) - ({HEAD} if self.stored_tied_head else set())
         if missing := sorted(expected - found):
-            under = [name for name in sorted(found) if name.endswith(f".{missing[0]}")]
-            instead = f", found {under[0]}" if under else ""
-            raise UserError(f"{self.path}: missing tensor {missing[0]} ({len(missing)} missing in all){instead}")
+            raise missing_tensors(str(self.path), missing, found)
         if unexpected := sorted(found - expected):
-            raise UserError(f"{self.path}: unexpected tensor {unexpected[0]} ({len(unexpected)} unexpected in all)")
+            raise unexpected_tensors(str(self.path), unexpected)
 
     def _check_fp8(self) -> list[str]:
         """The keys of the weights in FP8; a notice says if transformers' dequantisation would read some otherwise."""
@@ -177,12 +178,12 @@ class HFCheckpoint:
         """The dtype to decode FP8 into. If config.json has none, the embedding's, which is not quantised."""
         if self.config.dtype is not None:
             return np.dtype(self.config.dtype)
-        embedding = self._tensors.get("model.embed_tokens.weight")
+        embedding = self._tensors.get(EMBEDDING)
         return embedding.dtype if embedding is not None else np.dtype("bfloat16")
 
     def _check_tied_head(self) -> bool:
         """Whether lm_head is stored although it is tied, as some tools do. It must then equal the embedding exactly."""
-        head, embedding = self._tensors.get("lm_head.weight"), self._tensors.get("model.embed_tokens.weight")
+        head, embedding = self._tensors.get(HEAD), self._tensors.get(EMBEDDING)
         if not self.config.tie_word_embeddings or head is None or embedding is None:
             return False
         same = (head.code, head.shape) == (embedding.code, embedding.shape)

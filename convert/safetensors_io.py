@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.errors import UserError, shown
-from jaxmoe.json_text import parse_json, read_json
+from jaxmoe.json_text import NOT_DOWNLOADED, POINTER, is_pointer, parse_json, read_json
 from jaxmoe.store.files import is_file, named_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,6 +34,9 @@ _ITEM_BYTES = {
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}  # the dtypes that are read and written; U8 for NF4
 CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
+_PICKLES = (
+    "can run code and are not read; transformers' from_pretrained(...) and save_pretrained(...) write safetensors"
+)
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -82,6 +85,9 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if is_pointer(prefix + stream.read(len(POINTER))):
+            raise UserError(f"{file}: expected a safetensors file, found {NOT_DOWNLOADED}")
+        stream.seek(8)
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise UserError(
                 f"{file}: expected a safetensors header of at most {max(size - 8, 0)} bytes, found {length}"
@@ -154,13 +160,16 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
                 "model's safetensors in 16 bits, FP8 or NF4 by bitsandbytes"
             )
         pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
-        found = f"only {pickles[0]} (pickles can run code and are not read)" if pickles else "neither"
+        found = f"only {pickles[0]} (pickles {_PICKLES})" if pickles else "neither"
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: expected weight_map, key -> file, found {type(weight_map).__name__}")
     if is_file(single) and SINGLE not in weight_map.values():
-        raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found both")
+        raise UserError(
+            f"{folder}: expected {SINGLE} or {INDEX}, found both: remove the one that does not belong to the model "
+            f"(transformers reads {SINGLE})"
+        )
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
         shard = named_in(folder, name)

@@ -43,8 +43,38 @@ MODEL_TYPE = "qwen3_moe"
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# torch's other names of these dtypes
+_DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+
+# Keys in rope_parameters that have no effect here: without images the axes of Qwen3-VL's positions are equal, and
+# `finetuned` is a note of early yarn models.
+_NEUTRAL_ROPE_KEYS = ("mrope_section", "mrope_interleaved", "finetuned")
+
 # Far above every model; a file that asks for more would only cost time and memory before it is refused.
 _AT_MOST = {"num_hidden_layers": 1_000, "num_experts": 65_536}
+
+
+def _rope_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of `rope_parameters` or `rope_scaling`, without keys that have no effect; the kind is `rope_type`."""
+    new, old = (_one_rope_form(name, raw.get(name)) for name in ("rope_parameters", "rope_scaling"))
+    if new and old:
+        # transformers would read rope_scaling, whose base may stand at the top level
+        base = {"rope_theta": raw.get("rope_theta")}
+        if base | new != base | old:
+            raise ConfigError("rope_parameters and rope_scaling: expected the same values, found different ones")
+    return new or old
+
+
+def _one_rope_form(name: str, form: Any) -> dict[str, Any]:
+    if form is not None and not isinstance(form, Mapping):
+        raise ConfigError(f"{name}: expected an object, found {form!r}")
+    values = {key: value for key, value in (form or {}).items() if key not in _NEUTRAL_ROPE_KEYS}
+    if any(isinstance(value, Mapping) for value in values.values()):
+        raise ConfigError(f"{name}: expected one set of values for all layers, found one per layer type")
+    kinds = [kind for kind in (values.pop("rope_type", None), values.pop("type", None)) if kind is not None]
+    if len(kinds) > 1 and kinds[0] != kinds[1]:
+        raise ConfigError(f"rope_type and type: expected the same kind, found {kinds[0]!r} and {kinds[1]!r}")
+    return values | ({"rope_type": kinds[0]} if kinds else {})
 
 
 @dataclass(frozen=True)
@@ -69,22 +99,11 @@ class RopeParameters:
     def from_hf(cls, raw: Mapping[str, Any], *, max_position_embeddings: int) -> RopeParameters:
         """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4).
 
-        A file may hold both forms if they agree on the base.
+        A file may hold both forms if they agree. As in transformers, an `original_max_position_embeddings` at the top
+        level goes before the one inside, and keys without effect on text are ignored.
         """
-        new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
-        for name, value in (("rope_parameters", new), ("rope_scaling", old)):
-            if value is not None and not isinstance(value, Mapping):
-                raise ConfigError(f"{name}: expected an object, found {value!r}")
-        if new is not None and old is not None and dict(new) != dict(old):
-            raise ConfigError("rope_parameters and rope_scaling: expected the same values, found different ones")
-        scaling = dict(new or old or {})
-        if any(isinstance(v, Mapping) for v in scaling.values()):
-            raise ConfigError("rope_parameters: expected one set of values for all layers, found one per layer type")
-        kind = scaling.pop("rope_type", None)
-        legacy_kind = scaling.pop("type", None)
-        if kind is not None and legacy_kind is not None and kind != legacy_kind:
-            raise ConfigError(f"rope_type and type: expected the same kind, found {kind!r} and {legacy_kind!r}")
-        kind = kind or legacy_kind or "default"
+        scaling = _rope_values(raw)
+        kind = scaling.pop("rope_type", None) or "default"
         theta = scaling.pop("rope_theta", None)
         outer_theta = raw.get("rope_theta")
         if theta is not None and outer_theta is not None and theta != outer_theta:
@@ -124,6 +143,8 @@ class RopeParameters:
         # yarn divides by the logarithm of the base, which must not be zero
         check_number("rope_theta", theta, above=1 if kind == "yarn" else 0)
         if kind == "yarn":
+            if (outer := raw.get("original_max_position_embeddings")) is not None:
+                scaling["original_max_position_embeddings"] = outer
             scaling = cls._checked_yarn(scaling, max_position_embeddings)
         if kind != "default":
             check_number("rope_parameters.factor", scaling.get("factor"), at_least=1)
@@ -310,7 +331,7 @@ class Qwen3MoeConfig:
         values["rope_parameters"] = RopeParameters.from_hf(
             raw, max_position_embeddings=values.get("max_position_embeddings", cls.max_position_embeddings)
         )
-        for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        for name in ("rope_parameters", "rope_scaling", "rope_theta", "original_max_position_embeddings"):
             raw.pop(name, None)
         for name, value in values.items():
             default = getattr(cls, name)
@@ -348,7 +369,10 @@ class Qwen3MoeConfig:
 
 def _dtype_name(dtype: Any) -> Any:
     """The name of a dtype; some tools write "torch.bfloat16" where transformers writes "bfloat16"."""
-    return dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, str):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    return _DTYPE_ALIASES.get(name, name)
 
 
 # (file, fields) of the notices that this process has given

@@ -12,6 +12,15 @@ from jaxmoe.errors import ConfigError
 MAX_FILE = 100 * 2**20  # bytes; the index of the largest published checkpoint has a tenth of this
 MAX_DEPTH = 100  # lists and objects inside each other; errors must be able to show any part of a value
 
+# How a file starts that Git wrote in place of a large one.
+POINTER = b"version https://git-lfs.github.com/spec/"
+NOT_DOWNLOADED = "a Git LFS pointer: the file was not downloaded; run git lfs pull in its folder"
+
+
+def is_pointer(content: str | bytes) -> bool:
+    """Whether a file that starts like this is a pointer of Git LFS."""
+    return content.startswith(POINTER) if isinstance(content, bytes) else content.startswith(POINTER.decode())
+
 
 def parse_json(text: str | bytes, where: object, *, strict: bool = False) -> Any:
     """The value in a JSON text. If `strict`, what Python alone accepts is an error: NaN, Infinity, numbers too large
@@ -27,7 +36,8 @@ def parse_json(text: str | bytes, where: object, *, strict: bool = False) -> Any
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except ValueError as error:  # also UnicodeDecodeError, and an integer of thousands of digits
-        raise ConfigError(f"{where}: expected JSON, found {error}") from None
+        found = NOT_DOWNLOADED if is_pointer(text) else error
+        raise ConfigError(f"{where}: expected JSON, found {found}") from None
     openings = (text.count("[") + text.count("{")) if isinstance(text, str) else (text.count(b"[") + text.count(b"{"))
     if openings > MAX_DEPTH and _depth_above(value, MAX_DEPTH):
         raise ConfigError(f"{where}: expected JSON at most {MAX_DEPTH} levels deep, found more")

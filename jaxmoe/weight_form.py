@@ -15,10 +15,19 @@ def weight_form(settings: Any) -> WeightForm | None:
     return "fp8" if is_fp8(settings) else None
 
 
+def quant_method(settings: Mapping[str, Any]) -> Any:
+    """The quant_method of a quantization_config. As for transformers, one without it that loads in 4 or 8 bits is
+    bitsandbytes'."""
+    bits = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    return settings.get("quant_method") or ("bitsandbytes" if bits else None)
+
+
 def is_nf4(settings: Any) -> bool:
     """Whether a config.json's quantization_config is NF4 as bitsandbytes writes it."""
-    wanted = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    wanted = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     if not isinstance(settings, Mapping) or any(settings.get(key) != value for key, value in wanted.items()):
+        return False
+    if quant_method(settings) != "bitsandbytes":
         return False
     return settings.get("bnb_4bit_quant_storage", "uint8") == "uint8"
 

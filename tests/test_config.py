@@ -153,6 +153,10 @@ REJECTED = {
     "rope scaling as text": ({"rope_parameters": None, "rope_scaling": "linear"}, "rope_scaling"),
     "rope per layer type": ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_parameters"),
     "rope two forms": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    "rope two forms and one base": (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": {**ROPE_YARN, "factor": 2.0}},
+        "rope_scaling",
+    ),
     "rope two bases": ({"rope_theta": 5.0}, "rope_theta"),
     "rope two kinds": ({"rope_parameters": {**ROPE_YARN, "type": "linear"}}, "rope_type"),
     "rope base": ({"rope_parameters": {"rope_theta": 0}}, "rope_theta"),
@@ -179,6 +183,42 @@ REJECTED = {
     "yarn mscale": ({"rope_parameters": {**ROPE_YARN, "mscale": "1"}}, "mscale"),
     "yarn truncate as text": ({"rope_parameters": {**ROPE_YARN, "truncate": "no"}}, "truncate"),
 }
+
+
+# forms of the rotary settings beside those in CONFIGS; transformers reads each as given here
+ROPE_FORMS: dict[str, dict[str, Any]] = {
+    "context at the top level": {
+        "original_max_position_embeddings": 8,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0},
+    },
+    "two contexts": {
+        "original_max_position_embeddings": 8,
+        "rope_parameters": {**ROPE_YARN, "original_max_position_embeddings": 16},
+    },
+    "context without scaling": {"original_max_position_embeddings": 8},
+    "both forms": {
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0},
+    },
+    "an empty old form": {"rope_scaling": {}, "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"}},
+    "the text part of Qwen3-VL": {
+        "rope_theta": 5e6,
+        "rope_parameters": None,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [2, 2, 2], "rope_type": "default"},
+    },
+    "yarn with a note": {"rope_parameters": {**ROPE_YARN, "finetuned": True}},
+}
+
+
+@pytest.mark.parametrize("form", ROPE_FORMS)
+def test_forms_of_the_rotary_settings_mean_what_they_mean_to_transformers(form: str) -> None:
+    raw = {**CONFIGS["plain"], **ROPE_FORMS[form]}
+    theirs, ours = Qwen3MoeRotaryEmbedding(hf_config(raw)), Qwen3MoeConfig.from_hf(raw)
+    found, factor = rotary_frequencies(ours.rope_parameters, ours.head_dim)
+    np.testing.assert_allclose(found, theirs.inv_freq.numpy(), rtol=bound("rotary_frequencies"))
+    assert math.isclose(factor, theirs.attention_scaling, rel_tol=bound("rotary_frequencies"))
+    assert "original_max_position_embeddings" not in Qwen3MoeConfig.unknown_fields(raw)
 
 
 def test_neutral_scaling_of_the_default_type_is_accepted() -> None:

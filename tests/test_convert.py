@@ -300,7 +300,7 @@ UP = "model.layers.2.mlp.experts.7.up_proj.weight"
 BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     "no folder": (shutil.rmtree, ("hf",)),
     "no weights": (remove("model.safetensors.index.json"), ("model.safetensors",)),
-    "only pickles": (only_pickles, ("pytorch_model.bin", "are not read")),
+    "only pickles": (only_pickles, ("pytorch_model.bin", "are not read", "save_pretrained")),
     "missing key": (edit_tensors(lambda t: t.pop(UP)), (UP, SHARD_2)),
     "missing key, also from the index": (
         lambda folder: (
@@ -486,12 +486,84 @@ def test_an_empty_folder_may_be_filled(tmp_path: pathlib.Path) -> None:
     assert read_converted(tmp_path / "out").config == read_hf(src).config
 
 
-def test_a_prefix_before_every_name_is_shown(tmp_path: pathlib.Path) -> None:
-    """As torch.compile, PEFT and wrappers for images leave it."""
+def renamed(usual: Callable[[str], str]) -> Callable[[pathlib.Path], None]:
+    return edit_tensors(lambda t: [t.update({usual(name): t.pop(name)}) for name in list(t)])
+
+
+# names that transformers reads as its own
+USUAL: dict[str, Callable[[pathlib.Path], None]] = {
+    "no prefix": renamed(lambda name: name.removeprefix("model.")),
+    "a prefix twice": renamed(lambda name: f"model.{name}"),
+    "rotary frequencies": edit_tensors(
+        lambda t: t.update(
+            {f"model.{part}rotary_emb.inv_freq": np.ones(4, np.float32) for part in ("", "layers.0.self_attn.")}
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("names", USUAL)
+def test_other_names_that_transformers_reads(
+    names: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
     src = make_checkpoint(tmp_path / "hf", TINY)
-    edit_tensors(lambda t: [t.update({f"_orig_mod.{name}": t.pop(name)}) for name in list(t)])(src)
-    with pytest.raises(UserError, match=r"missing tensor lm_head\.weight .*, found _orig_mod\.lm_head\.weight$"):
+    before = [{name: array.copy() for name, array in block.arrays.items()} for block in read_hf(src).blocks()]
+    USUAL[names](src)
+    caplog.clear()
+    for old, block in zip(before, read_hf(src).blocks(), strict=True):
+        assert old.keys() == block.arrays.keys()
+        assert all(np.array_equal(old[name], array) for name, array in block.arrays.items())
+    (notice,) = [record.message for record in caplog.records]
+    assert ("inv_freq (2 such tensors)" if names == "rotary frequencies" else "read as model.embed_tokens") in notice
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head_alone(tmp_path: pathlib.Path) -> None:
+    src = make_checkpoint(tmp_path / "hf", TINY.replace(tie_word_embeddings=True))
+    embedding = read_hf(src).block(None).arrays["embed_tokens"].copy()
+    renamed(lambda name: "lm_head.weight" if name == "model.embed_tokens.weight" else name)(src)
+    assert np.array_equal(read_hf(src).block(None).arrays["embed_tokens"], embedding)
+    edit_json("config.json", lambda raw: raw.update(tie_word_embeddings=False))(src)
+    with pytest.raises(UserError, match=r"missing tensor model\.embed_tokens\.weight"):
         read_hf(src)
+
+
+# what is done to a checkpoint in one file, and what the message must say
+WAYS_OUT: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
+    "torch.compile": (
+        renamed(lambda name: f"_orig_mod.{name}"),
+        r"missing tensor lm_head\.weight .*, found _orig_mod\.lm_head\.weight: rename",
+    ),
+    "a text model among others": (
+        renamed(lambda name: name.replace("model.", "model.language_model.", 1)),
+        r"missing tensor model\.embed_tokens\.weight .*, found model\.language_model\.embed_tokens\.weight: rename",
+    ),
+    "a layer of another head": (
+        edit_tensors(lambda t: t.update({"mtp.norm.weight": np.ones(32, np.float32)})),
+        r"unexpected tensor mtp\.norm\.weight \(1 .*save it again",
+    ),
+    "a head in NF4": (
+        edit_tensors(lambda t: t.update({"lm_head.weight.absmax": np.ones(8, np.float32)})),
+        r"unexpected tensor lm_head\.weight\.absmax .*dequantize",
+    ),
+    "a pointer of Git": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n"),
+        r"model\.safetensors: expected a safetensors file, found a Git LFS pointer: .*git lfs pull",
+    ),
+    "a pointer of Git as config": (
+        lambda f: (f / "config.json").write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n"),
+        r"config\.json: expected JSON, found a Git LFS pointer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WAYS_OUT)
+def test_a_refusal_says_the_way_out(case: str, tmp_path: pathlib.Path) -> None:
+    change, says = WAYS_OUT[case]
+    src = make_checkpoint(tmp_path / "hf", TINY)
+    change(src)
+    with pytest.raises(ValueError, match=says) as caught:
+        read_hf(src)
+    assert "\n" not in str(caught.value)
 
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path: pathlib.Path) -> None:

@@ -206,6 +206,12 @@ def test_a_dtype_may_bear_the_name_of_its_library(dtype: str) -> None:
     assert Qwen3MoeConfig.from_hf(raw | {"dtype": dtype, "torch_dtype": f"torch.{dtype}"}).dtype == dtype
 
 
+@pytest.mark.parametrize(("alias", "dtype"), [("half", "float16"), ("float", "float32"), ("torch.half", "float16")])
+def test_a_dtype_may_bear_the_other_name_that_torch_has_for_it(alias: str, dtype: str) -> None:
+    raw = {name: value for name, value in PLAIN.items() if name not in ("dtype", "torch_dtype")}
+    assert Qwen3MoeConfig.from_hf(raw | {"dtype": alias}).dtype == dtype
+
+
 SISTERS = (
     "afmoe cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe gemma gemma2 gemma3_text"
     " gemma4_text glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoehybrid granitemoeshared"

@@ -45,8 +45,8 @@ MODULES: dict[str, set[str]] = {
     "recode": _under("jaxmoe.nf4", "recode"),
     "convert": _under(
         "convert",
-        ". __main__ adapters forms fp8 hf2jax hub jax2hf names nf4 peft_experts peft_served peft_settings report "
-        "safetensors_io saved_modules",
+        ". __main__ adapters foreign_names forms fp8 hf2jax hub jax2hf names nf4 peft_experts peft_served "
+        "peft_settings report safetensors_io saved_modules",
     ),
     "captures": _under("captures", ". format shared"),
     "ops": _under(

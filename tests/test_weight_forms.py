@@ -28,6 +28,7 @@ from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.nf4.recode import quantized
 from jaxmoe.store.converted import read_converted
+from jaxmoe.weight_form import weight_form
 from peers.configs import random_adapters
 from peers.make_checkpoint import make_checkpoint
 from tests.parity import COMPILER_OPTIONS, make_batch, relative_error
@@ -179,7 +180,7 @@ def test_an_fp8_checkpoint(tmp_path: pathlib.Path) -> None:
         ({"w": ("F8_E4M3", (64, 64))}, "w_scale_inv: missing"),
         ({"w": ("F8_E4M3", (64, 64)), "w_scale_inv": ("F32", (1,))}, r"expected F32 or BF16 \[1, 1\]"),
         ({"w": ("F8_E4M3", (64, 64)), "w_scale_inv": ("F8_E8M0", (1, 1))}, "found F8_E8M0"),
-        ({"w": ("BF16", (64, 64))}, "expected weights in FP8"),
+        ({"w": ("BF16", (64, 64))}, "expected weights in FP8 .* remove quantization_config"),
     ],
 )
 def test_fp8_without_its_scales_is_refused(tensors: dict[str, Any], says: str) -> None:
@@ -198,6 +199,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}}, "float-quantized"),
     ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}, "NVFP4"),
     ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
+    ({"quantization_config": {"load_in_8bit": True}}, "bitsandbytes in another form than NF4 (load_in_8bit True)"),
     ({"quantization_config": {"quant_method": "new"}}, "'new'"),
     ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "fmt e5m2"),
     ({"quantization_config": FP8 | {"scale_fmt": "ue8m0"}}, "ue8m0"),
@@ -222,6 +224,25 @@ def test_another_form_is_refused_with_what_to_download(
         read_hf(tmp_path, dequantize=True)
     message = str(caught.value)
     assert says in message and "download" in message and "\n" not in message
+
+
+def test_nothing_about_the_form_is_said_by_null(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "model.safetensors").hardlink_to(folder / "model.safetensors")
+    plain = {"quantization": None, "quantization_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(MIXED.to_hf() | plain))
+    assert read_hf(tmp_path).quantization is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),  # of bitsandbytes, without its name
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, None),
+        ({"quant_method": "gptq", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, None),
+    ],
+)
+def test_settings_of_bitsandbytes_need_no_method(settings: dict[str, Any], form: str | None) -> None:
+    assert weight_form(settings) == form
 
 
 def test_gguf_alone_is_refused(tmp_path: pathlib.Path) -> None:
