@@ -27,6 +27,15 @@ def checksum(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
+def _checksum_of_pieces(pieces: Iterable[Any]) -> str:
+    """`checksum` of an array that is on the device in pieces; the host holds one piece at a time."""
+    total = hashlib.sha256()
+    for piece in pieces:
+        # of a copy, because JAX keeps what it sends to the host as long as the array on the device
+        total.update(np.ascontiguousarray(piece.copy()).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
 def checksums(arrays: Iterable[np.ndarray]) -> list[str]:
     """`checksum` of each array, in threads."""
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as pool:
@@ -55,11 +64,14 @@ class WeightsDigest:
         for path, array in block.arrays.items():
             digest = block.digests.get(path) or self._pool.submit(checksum, array)
             self._parts[path, layer] = array.dtype.name, array.shape, digest
+        for path, made in block.on_device.items():
+            digest = self._pool.submit(_checksum_of_pieces, made.pieces)
+            self._parts[path, layer] = made.dtype.name, made.shape, digest
 
     def wait(self, block: Block) -> None:
         """Waits until the arrays of the block are read no more, so that its memory can be freed."""
         layer = -1 if block.layer is None else block.layer
-        for path in block.arrays:
+        for path in (*block.arrays, *block.on_device):
             dtype, shape, digest = self._parts[path, layer]
             self._parts[path, layer] = dtype, shape, digest if isinstance(digest, str) else digest.result()
 
