@@ -69,8 +69,23 @@ def _hash_pieces(data: np.ndarray) -> bytes:
     return b"".join(hashlib.sha256(data[start : start + _PIECE].data).digest() for start in starts)
 
 
+def _digest_of_parts(parts: Iterable[Any]) -> str:
+    """The `digest` of an array that is on the device in parts; the host holds one part at a time."""
+    hashes, rest = [], np.empty(0, np.uint8)
+    for part in parts:
+        # of a copy, because JAX keeps what it sends to the host as long as the array on the device
+        data = np.concatenate([rest, _bytes(np.asarray(part.copy()))])
+        whole = len(data) - len(data) % _PIECE
+        hashes.append(_hash_pieces(data[:whole]))
+        rest = data[whole:]
+    return hashlib.sha256(b"".join([*hashes, _hash_pieces(rest)])).hexdigest()
+
+
 def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+_Found = str | Pending | Future[str]  # a digest, or what will return it
 
 
 class WeightsDigest:
@@ -80,14 +95,14 @@ class WeightsDigest:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[str, int], tuple[str, tuple[int, ...], str | Pending]] = {}
+        self._parts: dict[tuple[str, int], tuple[str, tuple[int, ...], _Found]] = {}
 
     def __enter__(self) -> WeightsDigest:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         for *_, found in self._parts.values():
-            if isinstance(found, Pending):
+            if not isinstance(found, str):
                 found.cancel()
 
     def add(self, block: Block) -> None:
@@ -96,11 +111,14 @@ class WeightsDigest:
         for path, array in block.arrays.items():
             found = block.digests.get(path) or Pending(array)
             self._parts[path, layer] = array.dtype.name, array.shape, found
+        for path, made in block.on_device.items():
+            found = _pool().submit(_digest_of_parts, made.pieces)
+            self._parts[path, layer] = made.dtype.name, made.shape, found
 
     def wait(self, block: Block) -> None:
         """Waits until the arrays of the block are read no more, so that its memory can be freed."""
         layer = -1 if block.layer is None else block.layer
-        for path in block.arrays:
+        for path in (*block.arrays, *block.on_device):
             dtype, shape, found = self._parts[path, layer]
             self._parts[path, layer] = dtype, shape, _value(found)
 
@@ -109,7 +127,7 @@ class WeightsDigest:
         return {place: f"{dtype} {list(shape)} {_value(found)}" for place, (dtype, shape, found) in self._parts.items()}
 
 
-def _value(found: str | Pending) -> str:
+def _value(found: _Found) -> str:
     return found if isinstance(found, str) else found.result()
 
 
