@@ -11,6 +11,7 @@ all tokens of a sequence would choose the same experts (measured: the busiest of
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -42,10 +43,15 @@ def load_ratio(counts: np.ndarray) -> float:
     return float((counts.max(-1) / counts.mean(-1)).mean())
 
 
-def jax_parameters(config: Qwen3MoeConfig, quantize: str | None = None) -> dict[str, Any]:
-    """Parameters in bfloat16 on JAX's default device; with `quantize` "nf4" the weights that it covers in NF4."""
+def jax_parameters(
+    config: Qwen3MoeConfig, quantize: str | None = None, on_host: Collection[str] = ()
+) -> dict[str, Any]:
+    """Parameters in bfloat16 on JAX's default device; with `quantize` "nf4" the weights that it covers in NF4.
+
+    In NF4, the 16-bit ones that `on_host` names are NumPy arrays.
+    """
     if quantize is not None:
-        return _nf4_parameters(config)
+        return _nf4_parameters(config, on_host)
     import jax
     import jax.numpy as jnp
 
@@ -59,7 +65,7 @@ def jax_parameters(config: Qwen3MoeConfig, quantize: str | None = None) -> dict[
     return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
 
 
-def _nf4_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
+def _nf4_parameters(config: Qwen3MoeConfig, on_host: Collection[str]) -> dict[str, Any]:
     """Parameters whose codes are drawn, layer by layer, so that no weight ever exists in 16 bits."""
     import jax
     import jax.numpy as jnp
@@ -82,6 +88,8 @@ def _nf4_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
         std = 1.0 if path == "embed_tokens" else STD
         draw = jax.jit(lambda key, shape=spec.shape, std=std: std * jax.random.normal(key, shape, jnp.bfloat16))
         params[path] = jnp.ones(spec.shape, jnp.bfloat16) if spec.init == "ones" else draw(keys[path])
+        if path in on_host:
+            params[path] = np.asarray(params[path])
     for path in quantization.paths:
         std = STD / config.num_hidden_layers if path in RESIDUAL else STD
         absmax = std / float(np.sqrt(np.mean(NF4_TABLE**2)))  # of a block whose codes are equally frequent

@@ -21,7 +21,7 @@ from benchmarks.sides import installed, measure_apart, stages_apart
 from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.cuda import OUTSIDE_POOL
-from jaxmoe.memory import Remat, Workload, format_bytes, training_forecast
+from jaxmoe.memory import Remat, Workload, embedding_on_host, format_bytes, training_forecast
 from jaxmoe.parameters import Quantization, nf4_candidates, stored_specs
 
 LEARNING_RATE = 1e-4
@@ -70,6 +70,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     from jaxmoe.data.packing import Batch
     from jaxmoe.model.init import init_adapters
     from jaxmoe.model.selection import selected_implementations
+    from jaxmoe.train.host_memory import EMBEDDING, looked_up
     from jaxmoe.train.loss import next_token_objective
     from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
 
@@ -87,6 +88,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     state = initial_state(adapters, optimizer)
+    on_host = (EMBEDDING,) if args.quantize and embedding_on_host(config, lora, remat) else ()
     shape, document = (case.accumulation, -1, case.length), case.length // args.documents
     place = np.tile(np.arange(case.length, dtype=np.int32), case.batch).reshape(shape)
     segments, positions = place // document + 1, place % document
@@ -99,17 +101,20 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     # Compiled before the weights are made, as in training: XLA tries out products on its own buffers.
     start = time.perf_counter()
     step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
-    compiled = step.lower(shapes, state, batch(0)).compile()
+    fed: Any = looked_up if on_host else lambda frozen, batch: (frozen, batch)
+    frozen, first_batch = fed(shapes, batch(0))
+    compiled = step.lower(frozen, state, first_batch).compile()
     first = time.perf_counter() - start
     metrics: Any = None
     device = jax.local_devices()[0]
     peak = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
-    params = jax.block_until_ready(random_model.jax_parameters(config, args.quantize))
+    params = jax.block_until_ready(random_model.jax_parameters(config, args.quantize, on_host))
     before = peak()
 
     def one(index: int) -> float:
         nonlocal state, metrics
-        state, metrics = compiled(params, state, batch(index))
+        frozen, tokens = fed(params, batch(index))
+        state, metrics = compiled(frozen, state, tokens)
         return float(metrics.loss)
 
     seconds, losses = _timed(one, args.warmup, args.steps)
@@ -132,13 +137,15 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
 
         def queued() -> Any:
             nonlocal state, metrics
-            state, metrics = compiled(params, state, batch(0))
+            frozen, tokens = fed(params, batch(0))
+            state, metrics = compiled(frozen, state, tokens)
             return metrics
 
         found["profile"] = stages.profile(queued, compiled, keep=args.trace)
     if on_gpu:
         for array in jax.tree.leaves((params, state)):  # under a memory limit the products have no room beside them
-            array.delete()
+            if isinstance(array, jax.Array):
+                array.delete()
         found["flops"] = limits.matmul_flops_per_second()
     return found
 

@@ -137,28 +137,32 @@ def training_forecast(work: Workload) -> Forecast:
     times = 2 if work.experts == "tiled" else 1
     layer = times * layer_bytes(work) + adapted_bytes(work) + attention_bytes(work, training=True)
     parameters = parameter_count(config)
-    # The logits of a chunk and their gradient. They exist while no layer runs, so only the larger of the two counts.
+    # The logits of a chunk and their gradient.
     logits = 2 * min(loss_chunk(work.remat), work.tokens) * config.vocab_size * FLOAT32
     if lora:
         trained = adapter_count(config, lora) * FLOAT32
         stored = [*_frozen(work), Part("adapters", trained, True), *_saved_copy(work)]
+        if embedding_on_host(config, lora, work.remat):
+            table = Part("embedding, in the host's memory", -config.vocab_size * config.hidden_size * work.size, True)
+            rows = work.accumulation * work.tokens * config.hidden_size * work.size
+            stored += [table, Part("vectors of a step's tokens", rows, True)]
     else:
         trained = parameters * FLOAT32
         stored = [Part("parameters", trained, True)]
         if work.dtype != "float32":
             stored.append(Part(f"{work.dtype} copy", parameters * work.size, True))
+    on_host = moments_on_host(lora, work.remat)
+    in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_decoded(work))
+    in_the_head = (Part("one chunk of logits", logits, False),)
     return Forecast(
         (
             *stored,
             Part("gradients", trained * min(work.accumulation, 2), True),
-            Part("optimizer state", ADAM_MOMENTS * trained, True),
+            Part("optimizer state", 0 if on_host else ADAM_MOMENTS * trained, True),
             Part("layer inputs", 0 if work.remat == "offload" else layer_input_bytes(config, work.tokens), False),
             Part("kept results", kept_bytes(work), False),
-            max(
-                Part(f"one layer, {work.attention}", layer, False),
-                Part("one chunk of logits", logits, False),
-                key=lambda part: part.bytes,
-            ),
+            # No layer runs while logits exist, so only the larger of the two counts.
+            *max(in_a_layer, in_the_head, key=lambda parts: sum(part.bytes for part in parts)),
         )
     )
 
@@ -213,6 +217,7 @@ def generation_forecast(work: Workload) -> Forecast:
             *_frozen(work),
             *adapters,
             *_saved_copy(work),
+            *_decoded(work),
             Part("KV cache", 2 * config.num_hidden_layers * work.tokens * kv_width * work.size, True),
             Part("one layer at work", layer_bytes(work), False),
             Part(f"attention, {work.attention}", attention_bytes(work, training=False), False),
@@ -222,22 +227,50 @@ def generation_forecast(work: Workload) -> Forecast:
 
 
 def _frozen(work: Workload) -> tuple[Part, ...]:
-    """The frozen parameters. With NF4 also one weight in `dtype`: each is decoded for a short time when it is used."""
+    """The frozen parameters."""
     config, size = work.config, work.size
     if work.quantize is None:
         return (Part("parameters", parameter_count(config) * size, True),)
     quantization = work.quantization or Quantization(nf4_candidates(config))
     specs = stored_specs(config, quantization).values()
     stored = sum(math.prod(spec.shape) * (STORED_BYTES[spec.dtype] if spec.dtype else size) for spec in specs)
-    weights = parameter_specs(config)
-    largest = max(math.prod(weights[path].shape[1:]) for path in quantization.paths)
-    return Part("parameters (nf4)", stored, True), Part("one decoded weight", largest * size, False)
+    return (Part("parameters (nf4)", stored, True),)
+
+
+def _decoded(work: Workload) -> tuple[Part, ...]:
+    """With NF4 the weights in `dtype` that exist at once: each is decoded for a short time when it is used.
+
+    The kernel reads all experts of a layer, decoded. XLA decodes those of both products together, unless the policy
+    is "offload" (`jaxmoe.ops.experts`). The loop over tiles decodes the experts of a few tiles, no more than it has
+    rows.
+    """
+    if work.quantize is None:
+        return ()
+    specs = parameter_specs(work.config)
+    paths = work.quantization.paths if work.quantization else nf4_candidates(work.config)
+    experts = [math.prod(specs[path].shape[1:]) for path in paths if path.startswith("sparse.")] or [0]
+    others = max(math.prod(specs[path].shape[1:]) for path in paths if not path.startswith("sparse."))
+    together = max(experts) if work.remat == "offload" else sum(experts)
+    if work.experts == "tiled":
+        together = min(together, work.rows * max(work.config.hidden_size, 2 * work.config.moe_intermediate_size))
+    return (Part("decoded weights", max(together, others) * work.size, False),)
 
 
 def _saved_copy(work: Workload) -> tuple[Part, ...]:
     """The weights that the adapter holds in full, in `dtype`, which the forward pass uses; the adapter is float32."""
     count = saved_count(work.config, work.lora)
     return (Part(f"{work.dtype} copy of modules to save", count * work.size, True),) if count else ()
+
+
+def moments_on_host(lora: LoraConfig | None, remat: Remat) -> bool:
+    """Whether AdamW's moments lie in the host's memory."""
+    return remat == "offload" and lora is not None
+
+
+def embedding_on_host(config: Qwen3MoeConfig, lora: LoraConfig | None, remat: Remat) -> bool:
+    """Whether the embedding lies in the host's memory: it can if it is frozen and is not also the head."""
+    frozen = lora is not None and "embed_tokens" not in lora.modules_to_save
+    return remat == "offload" and frozen and not config.tie_word_embeddings
 
 
 def padded_rows(routed_rows: int, num_experts: int, experts: Experts) -> int:
@@ -251,8 +284,8 @@ def padded_rows(routed_rows: int, num_experts: int, experts: Experts) -> int:
 
 
 def loss_chunk(remat: Remat) -> int:
-    """How many tokens have logits at a time; half as many with "offload", which makes the loss slightly slower."""
-    return 512 if remat == "offload" else 1024
+    """How many tokens have logits at a time; fewer with "offload", which makes the loss slightly slower."""
+    return 256 if remat == "offload" else 1024
 
 
 def layer_input_bytes(config: Qwen3MoeConfig, tokens: int) -> int:

@@ -15,10 +15,12 @@ import jax
 from jaxmoe.cli import xla
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
+from jaxmoe.memory import embedding_on_host
 from jaxmoe.parameters import Quantization, lora_specs, nf4_candidates, stored_specs
 from jaxmoe.presets import PRESETS
+from jaxmoe.train.host_memory import looked_up
 from jaxmoe.train.loss import next_token_objective
-from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
+from jaxmoe.train.step import Model, adamw, learning_rate, make_train_step, state_to_compile
 
 
 def lora_of(targets: str | None) -> LoraConfig | None:
@@ -39,9 +41,11 @@ def compiled_memory(case: tuple[Any, ...], config: Qwen3MoeConfig, dtype: str) -
     model = Model(config, lora, dtype, remat, packed)
     rate = learning_rate("constant", 1e-4, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
-    state = jax.eval_shape(lambda trained: initial_state(trained, optimizer), trained)
+    state = state_to_compile(model, trained, optimizer)
     ids, floats = (struct((1, sequences, length), kind) for kind in ("int32", "float32"))
     batch: Any = Batch(input_ids=ids, labels=ids, weights=floats, segment_ids=ids, position_ids=ids)
+    if embedding_on_host(config, lora, remat):
+        frozen, batch = looked_up(frozen, batch)
     step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
     return step.lower(frozen if lora else {}, state, batch).compile().memory_analysis()
 

@@ -183,6 +183,9 @@ HELD = {
     ("attention,experts", 1, 2048, "low-memory", False, None): 67.67,
     ("attention", 4, 1024, "fast", True, None): 68.50,
     ("attention", 2, 4096, "low-memory", True, None): 61.64,
+    ("attention", 1, 2048, "low-memory", False, "nf4"): 17.58,  # H200, 2026-11-29, as the next two
+    ("attention", 1, 2048, "balanced", False, "nf4"): 20.05,
+    ("attention", 1, 2048, "fast", False, "nf4"): 22.48,
     ("attention", 1, 4096, "low-memory", False, "nf4"): 18.64,
     ("attention,experts", 1, 4096, "fast", False, "nf4"): 37.27,
 }
@@ -236,7 +239,7 @@ def test_the_forecast_names_the_attention_of_this_device() -> None:
     assert "one layer, blocks" in parts  # cuDNN does not support float32
 
 
-@pytest.mark.parametrize(("remat", "tokens"), [("low-memory", 1024), ("offload", 512)])
+@pytest.mark.parametrize(("remat", "tokens"), [("low-memory", 1024), ("offload", 256)])
 def test_a_step_holds_the_logits_that_are_forecast(remat: memory.Remat, tokens: int) -> None:
     """The number of tokens whose logits exist at a time; no other dimension has the size of the vocabulary."""
     assert memory.loss_chunk(remat) == tokens
@@ -255,7 +258,9 @@ def test_policies_in_order_of_what_they_keep() -> None:
     forecasts = memory.training_forecasts(memory.Workload(SMALL, LORA, 2, 64, "bfloat16"))
     fast, balanced, frugal, offload = (plan.total for plan in forecasts.values())
     assert fast > balanced > frugal
-    assert frugal - offload == memory.layer_input_bytes(SMALL, 2 * 64)
+    # "offload" holds the inputs, the moments and the embedding in the host's memory, but the vectors of its own tokens.
+    on_host = memory.layer_input_bytes(SMALL, 2 * 64) + 8 * memory.adapter_count(SMALL, LORA)
+    assert frugal - offload == on_host + 2 * (SMALL.vocab_size - 2 * 64) * SMALL.hidden_size
     for available, expected in (
         (None, "low-memory"),
         (0, "low-memory"),

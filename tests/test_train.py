@@ -607,6 +607,15 @@ def test_steps_are_compiled_while_weights_are_read(
     assert not (tmp_path / "failed").exists()
 
 
+@pytest.mark.parametrize("whole", [options], indirect=True, ids=["adapters"])
+def test_offload_is_the_same_training(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Inputs, moments and embedding in the host's memory; the learning rate is the same while it warms up."""
+    output = tmp_path / "out"
+    train(options(base, output, remat="offload", max_steps=2, merge=False))
+    numbers = lambda folder: [row.get("loss", row["eval_loss"]) for row in metrics(folder)][:3]
+    np.testing.assert_allclose(numbers(output), numbers(whole[1]), rtol=bound("accumulation"))
+
+
 def test_a_step_that_does_not_fit(base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says what would fit, and nothing is left behind."""
 

@@ -180,7 +180,8 @@ def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[
         )
     with jax.named_scope("experts"):
         adapters = layer.adapter("sparse.gate_up_proj"), layer.adapter("sparse.down_proj")
-        return sorted_experts(x, routing, layer.experts(), *adapters, in_scan=not options.unroll), record
+        how = {"in_scan": not options.unroll, "one_by_one": options.remat == "offload"}
+        return sorted_experts(x, routing, layer.experts(), *adapters, **how), record
 
 
 def dense_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[Float[Array, "M D"], RoutingRecord]:

@@ -83,12 +83,14 @@ def sorted_experts(
     down_adapter: Adapter | None = None,
     *,
     in_scan: bool = False,
+    one_by_one: bool = False,
 ) -> Float[Array, "M D"]:
     """The mixture's output sum_k w_k down_k(silu(gate_k x) * up_k x), float32, by sort-based dispatch.
 
     Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products join the base's before it is rounded.
     `in_scan` says that this is a step of a scan that will be differentiated: its saved results are then slices of a
-    stack.
+    stack. `one_by_one` decodes a stack in NF4 for each product anew, so that no two decoded ones exist at once; that
+    takes less memory and more time.
     """
     num_experts = routing.logits.shape[-1]
     widths = *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]
@@ -101,17 +103,25 @@ def sorted_experts(
     adapters = tuple(adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter))
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
-    plan = _Plan(products, weights.trainable, in_scan)
+    plan = _Plan(products, weights.trainable, in_scan, one_by_one)
     return _mixture(x, routing.weights, stacks, offset, adapters, schedule, plan)
 
 
 class _Plan(NamedTuple):
-    """What is decided while tracing: the products' implementation, whether the stacks get gradients, and whether the
-    results saved for the backward pass lie in a scan's stack."""
+    """What is decided while tracing: the products' implementation, whether the stacks get gradients, whether the
+    results saved for the backward pass lie in a scan's stack, and whether stacks in NF4 are decoded one by one."""
 
     products: GroupedMatmul
     trainable: bool
     in_scan: bool
+    one_by_one: bool
+
+    def in_turn(self, offset: Any, *inputs: Array) -> tuple[Any, ...]:
+        """The same values; with `one_by_one` no work that needs this offset begins before the inputs are there.
+
+        XLA would otherwise decode the stacks of several products early, or once for all, and hold them together.
+        """
+        return jax.lax.optimization_barrier((offset, *inputs)) if self.one_by_one else (offset, *inputs)
 
 
 class _Residuals(NamedTuple):
@@ -179,11 +189,13 @@ def _project_back(
 def _mixture_forward(x, weights, stacks, offset, adapters, schedule, plan: _Plan):
     with jax.named_scope("permute"):
         rows = permute(x, schedule)
+        offset, rows = plan.in_turn(offset, rows)
     with jax.named_scope("gate_up"):
         gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], schedule, plan.products)
         gate_up = checkpoint_name(gate_up, GATE_UP)
     with jax.named_scope("swiglu"):
         hidden = swiglu_of_product(gate_up)
+        offset, hidden = plan.in_turn(offset, hidden)
     with jax.named_scope("down"):
         rows, low_down = _project(hidden, stacks[1], offset, adapters[1], schedule, plan.products)
     with jax.named_scope("combine"):
@@ -197,6 +209,7 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
     with jax.named_scope("combine"):
         d_rows = permute(d_out.astype(x.dtype), schedule)  # not yet weighted
         weight_of_row = row_weights(weights, schedule)
+        offset, d_rows, gate_up = plan.in_turn(offset, d_rows, gate_up)
     with jax.named_scope("down"):
         d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule, plan.products)
     with jax.named_scope("swiglu"):
@@ -204,6 +217,7 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
         again = plan.trainable or adapters[1] is not None
         gradient = choose("swiglu_gradient", gate_up, plan.in_scan).value
         hidden, d_gate_up, d_weight_of_row = gradient(gate_up, d_hidden, weight_of_row, with_hidden=again)
+        offset, d_gate_up = plan.in_turn(offset, d_gate_up)
     with jax.named_scope("gate_up"):
         d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule, plan.products)
     with jax.named_scope("permute"):

@@ -8,7 +8,7 @@ ready. The host holds at most `READERS` + 1 layers, whatever the size of the mod
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -45,8 +45,11 @@ def load_stacks(
     readers: int = READERS,
     on_layer: OnLayer = lambda *_: None,
     digest: WeightsDigest | None = None,
+    on_host: Collection[str] = (),
 ) -> dict[str, Array]:
     """Path -> array on the default device, for every array of the checkpoint; layers are stacked.
+
+    Arrays of the top level that `on_host` names stay NumPy arrays.
 
     `on_layer` is called after each layer. `digest` collects what the weights are, in threads of its own.
 
@@ -62,7 +65,7 @@ def load_stacks(
     # The top level first: it holds NF4's table, which a checkpoint that is recoded needs for its layers.
     read = partial(_read, source, digest)
     top = read(None)
-    params |= {path: jnp.asarray(value) for path, value in top.arrays.items()}
+    params |= {path: value if path in on_host else jnp.asarray(value) for path, value in top.arrays.items()}
     pool = ThreadPoolExecutor(readers, thread_name_prefix="read-layer")
     try:
         todo = iter(range(config.num_hidden_layers))

@@ -26,6 +26,7 @@ from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import TrainingProgress, reading_weights
 from jaxmoe.data.packing import Batch
 from jaxmoe.errors import UserError
+from jaxmoe.memory import moments_on_host
 from jaxmoe.model.interface import Params
 from jaxmoe.out_of_memory import explained
 from jaxmoe.stopping import Postponed
@@ -47,6 +48,7 @@ from jaxmoe.train.step import (
     learning_rate,
     make_eval_step,
     make_train_step,
+    state_to_compile,
 )
 
 _log = logging.getLogger("jaxmoe")
@@ -99,7 +101,8 @@ def _train_plan(
         beta2=settings.adam_beta2,
         epsilon=settings.adam_epsilon,
     )
-    compiled = CompiledSteps(plan, optimizer, rate)
+    state = state_to_compile(plan.model, plan.source.shapes.trainable, optimizer)
+    compiled = CompiledSteps(plan, optimizer, rate, state)
     try:
         frozen, trainable, weights = _read_weights(plan)
     except BaseException:
@@ -109,7 +112,10 @@ def _train_plan(
     identity = {"model": model} | plan.identity
     if previous is not None:
         check_same_run(settings.output, previous, identity)
-    state = initial_state(trainable, optimizer)
+    if moments_on_host(plan.model.lora, plan.model.remat):
+        state = state._replace(trainable=trainable)
+    else:
+        state = initial_state(trainable, optimizer)
     with Start(settings.output, new=previous is None) as start:
         if previous is None:
             remove_start(settings.output)
@@ -124,7 +130,7 @@ def _train_plan(
 def _read_weights(plan: Plan) -> tuple[Params, Params, str | None]:
     """The frozen and the trainable arrays, and the digest of what was read; None for random weights."""
     with reading_weights() as on_layer, WeightsDigest() as digest:
-        weights = plan.source.load(on_layer, digest)
+        weights = plan.source.load(on_layer, digest, plan.on_host)
         return *weights, combined(digest.parts()) if plan.source.from_folder else None
 
 
@@ -195,15 +201,18 @@ class CompiledSteps:
     buffers, and this way it need not find room for them next to all the weights.
     """
 
-    def __init__(self, plan: Plan, optimizer: optax.GradientTransformation, rate: optax.Schedule) -> None:
-        frozen, trainable = plan.source.shapes
-        state = jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
+    def __init__(
+        self, plan: Plan, optimizer: optax.GradientTransformation, rate: optax.Schedule, state: TrainState
+    ) -> None:
+        """`state` is that of `state_to_compile`."""
+        shapes, trainable = plan.source.shapes
         train_step = jax.jit(make_train_step(plan.model, optimizer, rate, plan.objective), donate_argnums=1)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        self._train = self._begin(train_step, frozen, state, plan.batch(0))
+        frozen, batch = plan.fed(shapes, plan.batch(0))
+        self._train = self._begin(train_step, frozen, state, batch)
         self._evaluate = None
         if plan.data.held_out is not None:
-            batch = plan.data.held_out.batch(0, (plan.settings.batch_size,))
+            frozen, batch = plan.fed(shapes, plan.data.held_out.batch(0, (plan.settings.batch_size,)))
             evaluate = jax.jit(make_eval_step(plan.model, plan.objective[0].loss))
             self._evaluate = self._begin(evaluate, frozen, trainable, batch)
 
@@ -278,7 +287,8 @@ class Loop:
         evaluates = self._plan.data.held_out is not None
         pending: tuple[int, Future[Arrived]] | None = None
         for step in range(first + 1, total + 1):
-            state, metrics = train_step(self._frozen, state, self._plan.batch(step - 1))
+            frozen, batch = self._plan.fed(self._frozen, self._plan.batch(step - 1))
+            state, metrics = train_step(frozen, state, batch)
             arrival = self._arrivals.expect(metrics)
             if pending is not None:
                 self._report(*pending)
@@ -301,10 +311,10 @@ class Loop:
         """Mean loss over the held-out sequences, in nats for next tokens."""
         held_out, size = self._plan.data.held_out, self._plan.settings.batch_size
         assert held_out is not None
-        parts = [
-            self._compiled.eval_step(self._frozen, state.trainable, held_out.batch(i, (size,)))
-            for i in range(held_out.steps(1, size))
-        ]
+        parts = []
+        for i in range(held_out.steps(1, size)):
+            frozen, batch = self._plan.fed(self._frozen, held_out.batch(i, (size,)))
+            parts.append(self._compiled.eval_step(frozen, state.trainable, batch))
         losses, weights = zip(*jax.device_get(parts), strict=True)
         return float(np.sum(losses, dtype=np.float64) / np.sum(weights, dtype=np.float64))
 

@@ -7,7 +7,7 @@ are compiled while that function works.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -34,6 +34,7 @@ from jaxmoe.memory import (
     check_fits,
     choose_remat,
     device_bytes,
+    embedding_on_host,
     format_bytes,
     parameter_count,
     training_forecast,
@@ -47,6 +48,7 @@ from jaxmoe.model.selection import fallbacks, selected_implementations
 from jaxmoe.parameters import Quantization
 from jaxmoe.store.digest import WeightsDigest
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
+from jaxmoe.train.host_memory import EMBEDDING, looked_up
 from jaxmoe.train.identity import Identity, identity_of
 from jaxmoe.train.loss import Objective, next_token_objective
 from jaxmoe.train.settings import TrainConfig
@@ -68,7 +70,8 @@ class Source:
 
     model: Model
     shapes: Weights
-    load: Callable[[OnLayer, WeightsDigest], Weights]  # the digest collects what is read from a checkpoint
+    # The digest collects what is read from a checkpoint; the paths are those of arrays that stay on the host.
+    load: Callable[[OnLayer, WeightsDigest, Collection[str]], Weights]
     from_folder: bool = True  # False: random weights, of which the digest collects nothing
     quantization: Quantization | None = None
 
@@ -114,6 +117,16 @@ class Plan:
         """The input of a step, from 0 on."""
         batch = self.data.sequences.batch(step, (self.settings.accumulation, self.settings.batch_size))
         return batch if self.data.replay is None else self.data.replay.on(batch)
+
+    @property
+    def on_host(self) -> tuple[str, ...]:
+        """Paths of the frozen arrays that stay in the host's memory."""
+        model = self.model
+        return (EMBEDDING,) if embedding_on_host(model.config, model.lora, model.remat) else ()
+
+    def fed(self, frozen: Any, batch: Batch) -> tuple[Any, Batch]:
+        """The frozen arrays, or their shapes, and a batch, as a step takes them."""
+        return looked_up(frozen, batch) if self.on_host else (frozen, batch)
 
     def smaller_steps(self) -> str:
         """What would fit into the device's memory instead of this run's steps."""
@@ -268,7 +281,9 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     dtype = "float32" if settings.full else settings.dtype
     checkpoint_config, checkpoint = open_checkpoint(settings.model, dtype, settings.quantize, settings.dequantize)
     shapes = stack_shapes(checkpoint_config, checkpoint)
-    read = lambda on_layer, digest: load_stacks(checkpoint_config, checkpoint, on_layer=on_layer, digest=digest)
+    read = lambda on_layer, digest, on_host: load_stacks(
+        checkpoint_config, checkpoint, on_layer=on_layer, digest=digest, on_host=on_host
+    )
     if settings.full:
         if checkpoint.quantization is not None:
             raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
@@ -287,8 +302,8 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         adapters = partial(_fresh_adapters, config, lora, key)
     model = Model(config, lora, str(shapes["embed_tokens"].dtype), seed=settings.seed)
 
-    def load(on_layer: OnLayer, digest: WeightsDigest) -> Weights:
-        base = read(on_layer, digest)
+    def load(on_layer: OnLayer, digest: WeightsDigest, on_host: Collection[str]) -> Weights:
+        base = read(on_layer, digest, on_host)
         return Weights(base, adapters(base))
 
     return Source(model, Weights(shapes, jax.eval_shape(adapters, shapes)), load, quantization=checkpoint.quantization)

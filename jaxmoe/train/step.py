@@ -7,6 +7,7 @@ Frozen parameters are an argument that is never differentiated: they have neithe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +17,14 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.packing import Batch
-from jaxmoe.memory import Remat, loss_chunk
+from jaxmoe.memory import Remat, loss_chunk, moments_on_host
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.interface import Options, Params, RouterStats, Tokens
 from jaxmoe.ops.low_rank import DropoutKeys
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
 from jaxmoe.parameters import parameter_specs
+from jaxmoe.train.host_memory import in_host_memory
 from jaxmoe.train.loss import Loss, Objective, Outputs, Total
 from jaxmoe.train.settings import Schedule
 
@@ -159,13 +161,24 @@ def adamw(
     if model.lora is None:
         matrices = {path: spec.init == "normal" for path, spec in parameter_specs(model.config).items()}
     steps = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
-    steps.append(optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=matrices))
+    adam = optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=matrices)
+    steps.append(in_host_memory(adam) if moments_on_host(model.lora, model.remat) else adam)
     return optax.chain(*steps)
 
 
-def initial_state(trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def initial_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; of shapes, if the optimizer takes them."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+
+def state_to_compile(model: Model, trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    """The shapes of the state before the first step, for those of the trained arrays.
+
+    Moments in the host's memory are the arrays themselves, since a shape does not say where an array lies.
+    """
+    if moments_on_host(model.lora, model.remat):
+        return initial_state(trainable, optimizer)
+    return jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
 
 
 def loss_and_gradients(
