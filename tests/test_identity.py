@@ -47,7 +47,7 @@ MODEL_CONFIG: dict[str, Any] = {
     "use_sliding_window": False,
 }
 # The digest of all weights; version 0.1.0 had one of a few rows.
-WEIGHTS = "weights:0a9fccfbfac86e0c07922d539df0a25f9bce1a1cabd6939db56d206a29420b6b"
+WEIGHTS = "weights:02ff67a726df9ad02439eb3b5e6d5120009688d2be8e3e7581ab1a24ee8554c3"
 RECORDED: dict[str, Any] = {
     "model": [MODEL_CONFIG, "fb18d20a13eb03f3bfdf2676267ac5e32912debd448220924257dc87a3c8c909"],
     "data": "3bf8384f924e9d302662390151e08da680c7651133e998e35044d7b8f0f8ff64",
