@@ -34,7 +34,7 @@ from convert.peft_experts import (
 from convert.peft_served import served
 from convert.peft_settings import MERGE, SETTINGS, PeftSettings
 from convert.safetensors_io import read_header, write_file
-from convert.saved_modules import KEYS, merge_saved, read_saved, saved_settings, saved_tensors
+from convert.saved_modules import KEYS, merge_saved, read_saved, saved_settings, saved_tensors, without_copies
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets, layers_of
@@ -53,11 +53,13 @@ _TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if
 _KEY = re.compile(r"(.*?)layers\.(\d+)\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _PREFIXES = (PREFIX, "base_model.model.", "model.", "")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # of torch.compile and of data parallelism
+_UNTARGETED = "target_modules, target_parameters, exclude_modules: PEFT would ignore the others"
 _OLD_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
 # What a key contains -> why it is not read, and the way out.
 _OTHER_TENSORS = {
     "lora_embedding_": f"LoRA on embeddings is not supported; {MERGE}",
     "lora_magnitude_vector": f"DoRA rescales the whole weight; {MERGE}",
+    "base_layer.weight": f"LoRA on embeddings or on the output head is not supported; {MERGE}",
     "lm_head.lora_": f"LoRA on the output head is not supported; {MERGE}",
     "unembed_tokens.lora_": (
         "LoRA on the output head is not supported; merge it with tinker_cookbook.weights.build_hf_model and convert "
@@ -91,7 +93,8 @@ def read_peft(
     """
     path = pathlib.Path(path)
     settings = PeftSettings.read(path)
-    tensors = _tensors(path)
+    _check_biases(path, config, settings)
+    tensors = without_copies(_tensors(path))
     saved = read_saved(path, config, settings.raw, tensors, base)
     modules = _modules(path, config, {key: tensor for key, tensor in tensors.items() if key not in KEYS})
     pairs = _pairs(path / WEIGHTS, config, settings, modules, layout)
@@ -113,6 +116,15 @@ def read_peft(
     arrays |= saved.arrays
     check_adapter(str(path), config, lora, arrays)
     return lora, arrays
+
+
+def _check_biases(path: pathlib.Path, config: Qwen3MoeConfig, settings: PeftSettings) -> None:
+    """Refuses trained biases. A model without biases has none, whatever the adapter's settings say."""
+    bias = settings.raw.get("bias")
+    if bias not in ("none", None) and (config.attention_bias or bias not in ("all", "lora_only")):
+        raise UserError(
+            f"{path / SETTINGS}: bias: expected 'none', found {bias!r}: trained biases are not read; {MERGE}"
+        )
 
 
 def _tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -189,7 +201,10 @@ def _pairs(
         # Routers and dense MLPs may be targets as modules or as parameters, so a pattern may name either.
         names = [module] if module in _TARGETS else []
         names += [parameter] if (parameter := LORA_TARGETS[target].peft_parameter) else []
-        pairs[target, layer] = _pair(where, settings, [f"model.layers.{layer}.{name}" for name in names], a, b)
+        names = [f"model.layers.{layer}.{name}" for name in names]
+        if module in _TARGETS and not settings.loads(names):
+            raise UserError(f"{where}: expected a module that {SETTINGS} targets ({_UNTARGETED}), found tensors of it")
+        pairs[target, layer] = _pair(where, settings, names, a, b)
     for layer, each in _projections(file, config, settings, of_experts).items():
         for target, pair in fuse(settings, each).items():
             if pairs.setdefault((target, layer), pair) is not pair:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +39,7 @@ _CONVERT_TO_LORA = (
 )
 _CHANGED_BASES = ("pissa", "olora", "corda", "lora_ga")
 # Initialisations that leave the base weights unchanged.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")
 # Field -> the way out if it is set.
 _UNSUPPORTED = {
     "use_dora": f"DoRA rescales the whole weight; {MERGE}",
@@ -48,6 +50,11 @@ _UNSUPPORTED = {
     "layer_replication": "it repeats layers of the base; build that model first, e.g. with mergekit, and convert it",
     "arrow_config": "Arrow mixes several adapters for each token; convert one of them instead",
 }
+_KNOWN_VERSION = (0, 21)  # the newest PEFT all of whose fields are in these tables
+# Its other features that change the result.
+_OTHER_FEATURES = frozenset("kasa_config monteclora_config use_bdlora velora_config".split())
+# PEFT's values of fields that are absent.
+_DEFAULTS = {"r": 8, "lora_alpha": 8}
 # Fields that do not change what a trained adapter computes.
 _HARMLESS = frozenset(
     """auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out
@@ -78,7 +85,7 @@ class PeftSettings:
         path = folder / SETTINGS
         if not path.is_file():
             raise UserError(f"{folder}: expected a PEFT adapter, found no {SETTINGS}")
-        raw = read_json(path)
+        raw = _DEFAULTS | read_json(path)
         for check in (_check_kind, _check_start, _check_numbers, _check_fields):
             check(path, raw)
         return cls(path, raw)
@@ -115,6 +122,17 @@ class PeftSettings:
         left = [name for name in names if not self._names_any("exclude_modules", [name])]
         return bool(left) and self._names_any("target_modules", left)
 
+    def loads(self, names: Sequence[str]) -> bool:
+        """Whether PEFT would load tensors of the weight that settings may call by any of `names`. If no targets are
+        given, which PEFT does not accept, all are loaded.
+
+        Raises:
+            UserError: as `targets_any`.
+        """
+        if not self.raw.get("target_modules") and not self.raw.get("target_parameters"):
+            return True
+        return self.targets_any(names) or self._names_any("target_parameters", names)
+
     def _names_any(self, field_name: str, names: Sequence[str]) -> bool:
         # As in PEFT's `check_target_module_exists`: a text is a regular expression, a list holds ends of names.
         given = self.raw.get(field_name)
@@ -146,8 +164,6 @@ def _check_kind(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
     if raw.get("task_type") not in ("CAUSAL_LM", None):
         way_out = "its base is not a causal language model; set task_type to CAUSAL_LM if it is"
         raise UserError(f"{path}: task_type: expected 'CAUSAL_LM', found {raw['task_type']!r}: {way_out}")
-    if raw.get("bias") not in ("none", None):
-        raise UserError(f"{path}: bias: expected 'none', found {raw['bias']!r}: trained biases are not read; {MERGE}")
 
 
 def _check_start(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
@@ -178,8 +194,26 @@ def _values(raw: Mapping[str, Any], name: str, pattern: str) -> Iterator[tuple[s
 
 
 def _check_fields(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
+    """Refuses features that are not supported, and lists stamps of other tools in a notice."""
+    stamps = []
     for name, value in raw.items():
         if not value or name in _HARMLESS | _USED:
             continue
+        if _is_stamp(name, value, raw.get("peft_version")):
+            stamps.append(name)
+            continue
         way_out = _UNSUPPORTED.get(name, f"not supported; {MERGE}")
         raise UserError(f"{path}: {name}: expected this option to be off, found {shown(value)}: {way_out}")
+    if stamps:
+        logging.getLogger("jaxmoe").warning(f"{path}: unknown fields, not used: {', '.join(sorted(stamps))}")
+
+
+def _is_stamp(name: str, value: Any, version: Any) -> bool:
+    """Whether a field is none of PEFT's and does not look like a feature, as the version of another tool does not.
+
+    PEFT ignores any field that it does not know. Here, a file of a newer PEFT may have features that are not known.
+    """
+    match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    newer = match is not None and (int(match[1]), int(match[2])) > _KNOWN_VERSION
+    feature = isinstance(value, dict | list) or name.startswith("use_")
+    return not (newer or feature or name in _OTHER_FEATURES | set(_UNSUPPORTED))

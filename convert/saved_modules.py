@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from jaxmoe.store.checkpoint import Block, Checkpoint, cast
 
 _log = logging.getLogger("jaxmoe")
 KEYS = {f"base_model.model.{module}.weight": name for name, module in SAVED_MODULES.items()}
+# What PEFT stores beside `X.weight` where X is a module to save and embeddings are saved too.
+_COPY = re.compile(r"(.+)\.(modules_to_save|original_module)(?:\.[^.]+)?\.weight")
 
 
 class SavedModules(NamedTuple):
@@ -28,6 +31,20 @@ class SavedModules(NamedTuple):
 
     arrays: dict[str, np.ndarray]
     tied: bool
+
+
+def without_copies(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of an adapter, each trained module once.
+
+    If embeddings that are modules to save are stored as embeddings too, as PEFT does after a change of the vocabulary,
+    the file also holds the trained weight as `modules_to_save` and the replaced one as `original_module`.
+    """
+    copies = {key: match for key in tensors if (match := _COPY.fullmatch(key))}
+    once = {key: tensor for key, tensor in tensors.items() if key not in copies}
+    for key, match in copies.items():
+        if match[2] == "modules_to_save":
+            once.setdefault(f"{match[1]}.weight", tensors[key])
+    return once
 
 
 def read_saved(

@@ -605,6 +605,38 @@ def test_other_names_of_the_same_tensors_are_read(case: str, tmp_path: pathlib.P
     assert same(read_peft(renamed, SMALL)[1], random_adapters(SMALL, lora))
 
 
+# settings without effect, as PEFT reads them; ... takes a field out
+NEUTRAL: dict[str, tuple[LoraConfig, dict[str, Any]]] = {
+    "stamps": (LoraConfig(r=2), {"unsloth_fixed": True, "axolotl_version": "0.9", "lora_mlp_kernel": True}),
+    "biases of a model without": (LoraConfig(r=2), {"bias": "all"}),
+    "a start from singular vectors": (LoraConfig(r=2), {"init_lora_weights": "mica"}),
+    "PEFT's rank and alpha": (LoraConfig(r=8, alpha=8.0), {"r": ..., "lora_alpha": ...}),
+}
+
+
+@pytest.mark.parametrize("case", NEUTRAL)
+def test_settings_without_effect_are_accepted(
+    case: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora, changes = NEUTRAL[case]
+    write_peft(tmp_path / "peft", SMALL, lora, random_adapters(SMALL, lora))
+    found, adapters = read_peft(rewritten(tmp_path / "peft", tmp_path / "changed", **changes), SMALL)
+    assert (found.r, found.alpha) == (lora.r, lora.alpha)
+    assert same(adapters, random_adapters(SMALL, lora))
+    listed = [record.message for record in caplog.records]
+    assert ["axolotl_version, lora_mlp_kernel, unsloth_fixed" in one for one in listed] == [True] * (case == "stamps")
+
+
+def test_every_setting_of_peft_is_known() -> None:
+    """A field of a new PEFT belongs into one of the tables, and its version into `_KNOWN_VERSION`."""
+    from convert import peft_settings as tables
+
+    peft = pytest.importorskip("peft")
+    known = tables._HARMLESS | tables._USED | tables._OTHER_FEATURES | set(tables._UNSUPPORTED)
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
+    assert {name: getattr(peft.LoraConfig(), name) for name in tables._DEFAULTS} == tables._DEFAULTS
+
+
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "IA3": (None, {"peft_type": "IA3"}, "merge_and_unload"),
     "LoKr": (None, {"peft_type": "LOKR"}, "merge_and_unload"),
@@ -615,7 +647,13 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "PiSSA": (None, {"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     "OLoRA": (None, {"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
     "LoftQ": (None, {"init_lora_weights": "loftq"}, "merge_and_unload"),
-    "biases": (None, {"bias": "lora_only"}, "merge_and_unload"),
+    "biases of no known kind": (None, {"bias": "some"}, "merge_and_unload"),
+    "a feature of PEFT": (None, {"kasa_config": {"a": 1}}, "merge_and_unload"),
+    "an unknown feature": (None, {"use_new": True}, "merge_and_unload"),
+    "a field of a newer PEFT": (None, {"peft_version": "0.99.0", "scaled": 2.0}, "merge_and_unload"),
+    "a module that is no target": (None, {"target_modules": ["q_proj", "v_proj"]}, "target_modules"),
+    "an excluded module": (None, {"exclude_modules": "model.layers.1.self_attn.q_proj"}, "target_modules"),
+    "a head with LoRA, stored": (lambda key: "base_model.model.lm_head.base_layer.weight", {}, "output head"),
     "a bias in lora_B": (lambda key: key.replace("lora_B.weight", "lora_B.bias"), {}, "merge_and_unload"),
     "embeddings": (
         lambda key: f"base_model.model.model.embed_tokens.lora_embedding_{key.split('lora_')[1][0]}",

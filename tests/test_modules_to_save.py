@@ -15,6 +15,7 @@ from convert.__main__ import main
 from convert.adapters import load_adapter, write_peft
 from convert.hf2jax import hf2jax, read_hf
 from convert.jax2hf import jax2hf
+from convert.safetensors_io import read_header
 from jaxmoe import memory
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.data.packing import Batch
@@ -160,6 +161,20 @@ def test_embeddings_beside_an_adapter(base: pathlib.Path, tmp_path: pathlib.Path
     jax2hf(base.parent / "jax", tmp_path / "merged", tmp_path / "changed")
     theirs = peft.PeftModel.from_pretrained(torch_base(base), tmp_path / "changed")
     check_close(logits_of_torch(torch_base(tmp_path / "merged")), logits_of_torch(theirs))
+
+
+def test_modules_to_save_may_be_stored_as_embeddings_too(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As PEFT does after a change of the vocabulary: the file then holds the trained weight twice, and the replaced."""
+    model = by_peft(base, modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    stored = {name: t.read() for name, t in read_header(tmp_path / "adapter_model.safetensors").items()}
+    assert {name for name in stored if "modules_to_save" in name or "original_module" in name}
+    source = read_hf(base)
+    lora, arrays = load_adapter(tmp_path, source.config, source)
+    assert lora.modules_to_save == ("lm_head",)
+    trained = model.state_dict()["base_model.model.lm_head.modules_to_save.default.weight"].numpy()
+    assert not np.array_equal(trained, stored["base_model.model.lm_head.original_module.weight"])
+    np.testing.assert_array_equal(arrays["lm_head"], trained)
 
 
 @pytest.mark.parametrize(
