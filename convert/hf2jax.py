@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from jaxmoe.config import DTYPES, read_config, read_json
 from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import NF4, decode
 from jaxmoe.nf4.recode import Recoded, quantized
-from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, nf4_candidates
+from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, matrix_shape, nf4_candidates
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
 from jaxmoe.store.converted import write_converted
 from jaxmoe.store.files import is_file
@@ -196,9 +196,22 @@ class HFCheckpoint:
             )
         return True
 
-    def block(self, layer: int | None) -> Block:
-        """One layer, or the top level (None). All experts of a layer come as one array per parameter."""
-        return Block(layer, self._gather(layer, self._rows[layer]))
+    def block(self, layer: int | None, without: Collection[str] = ()) -> Block:
+        """One layer, or the top level (None), except for the arrays in `without`. All experts of a layer come as one
+        array per parameter."""
+        return Block(layer, self._gather(layer, [row for row in self._rows[layer] if row.path not in without]))
+
+    def matrices(self, layer: int, path: str, start: int, stop: int) -> list[np.ndarray]:
+        """Some matrices of a weight that is not in NF4, each contiguous; views of the file if nothing changes them."""
+        entries = [row for row in self._rows[layer] if row.path == path]
+        each = math.prod(matrix_shape(self.config, path)[:-1]) // len(entries)  # experts may be in one tensor
+        found: list[np.ndarray] = []
+        for number in range(start // each, -(-stop // each)):
+            row, first = entries[number], number * each
+            tensor = self._decoded(row, self.dtypes[path])
+            parts = tensor.reshape(each, -1)[max(start - first, 0) : stop - first]
+            found += [cast(row.key, part, self.dtypes[path]) for part in parts]
+        return found
 
     def blocks(self) -> Iterator[Block]:
         """The top level, then every layer."""

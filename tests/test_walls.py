@@ -41,7 +41,7 @@ MODULES: dict[str, set[str]] = {
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),
     "store": _under("jaxmoe.store", ". adapter checkpoint converted digest files items loading lock train_state"),
-    "nf4": _under("jaxmoe.nf4", ". codec stack"),
+    "nf4": _under("jaxmoe.nf4", ". codec encode stack"),
     "recode": _under("jaxmoe.nf4", "recode"),
     "convert": _under(
         "convert",

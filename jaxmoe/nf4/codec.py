@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class NF4(NamedTuple):
     """Matrices in NF4, any leading axes; the nested fields are None where absmax is float32 itself.
 
     codes uint8 [..., elements / 2], absmax uint8 or float32 [..., blocks], nested_absmax float32 [..., blocks / 256],
-    nested_offset float32 [...].
+    nested_offset float32 [...]; in NumPy or, from `jaxmoe.nf4.encode`, on a device.
     """
 
     codes: np.ndarray
@@ -65,7 +65,7 @@ class NF4(NamedTuple):
         nested = (arrays.get(f"{path}.{name}") for name in cls._fields[2:])
         return cls(arrays[f"{path}.codes"], arrays[f"{path}.absmax"], *nested)
 
-    def named(self, path: str) -> dict[str, np.ndarray]:
+    def named(self, path: str) -> dict[str, Any]:
         """The inverse of `of`: name -> array."""
         return {f"{path}.{name}": array for name, array in self._asdict().items() if array is not None}
 
@@ -139,12 +139,17 @@ def _nearest(x: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def _encode_absmax(absmax: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The second quantisation: (uint8 indices, absmax of each block of 256, offset)."""
-    offset = np.float32(absmax.mean(dtype=np.float64))
+    offset = mean(absmax)
     centred = absmax - offset
     starts = np.arange(0, centred.size, NF4_NESTED_BLOCK)
     outer = np.maximum.reduceat(np.abs(centred), starts)
     inverse = np.repeat(1 / np.maximum(outer, _SMALLEST), NF4_NESTED_BLOCK)[: centred.size]
-    return _nearest(np.clip(centred * inverse, -1, 1), table), outer, np.asarray(offset)
+    return _nearest(np.clip(centred * inverse, -1, 1), table), outer, offset
+
+
+def mean(absmax: np.ndarray) -> np.ndarray:
+    """The offset of the second quantisation: the mean in float64, as a float32 []."""
+    return np.asarray(absmax.mean(dtype=np.float64), np.float32)
 
 
 def decode_absmax(packed: NF4, nested_quant_map: np.ndarray | None) -> np.ndarray:

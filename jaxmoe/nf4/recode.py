@@ -2,41 +2,133 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from jaxmoe.errors import UserError
-from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode
-from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, matrix_shape, nf4_candidates, parameter_specs
-from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
+from jaxmoe.nf4.codec import NF4, decode, dynamic_map
+from jaxmoe.parameters import (
+    NESTED_QUANT_MAP,
+    Quantization,
+    layer_paths,
+    matrix_shape,
+    nf4_candidates,
+    parameter_specs,
+    stored_specs,
+)
+from jaxmoe.store.checkpoint import Block, Checkpoint, Divisible, Layout, Pieces, cast
+
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# (path, first matrix, last matrix + 1) -> matrices of a weight of one layer
+_Matrices = Callable[[str, int, int], list[np.ndarray]]
 
 
-@dataclass
 class Recoded:
     """A checkpoint whose blocks are changed while they are read, one at a time."""
 
-    source: Checkpoint
-    layout: Layout
-    quantization: Quantization | None
-    change: Callable[[Block], Block]
-
-    def __post_init__(self) -> None:
-        self.path, self.config, self.dtypes = self.source.path, self.source.config, self.source.dtypes
-        self.stored_tied_head = self.source.stored_tied_head
+    def __init__(self, source: Checkpoint, layout: Layout, quantization: Quantization | None) -> None:
+        self.source, self.quantization = source, quantization
+        self.layout: Layout = layout
+        self.path, self.config, self.dtypes = source.path, source.config, source.dtypes
+        self.stored_tied_head = source.stored_tied_head
 
     def block(self, layer: int | None) -> Block:
         """The source's block, changed. Read the top level first: it holds the table of the second quantisation."""
-        return self.change(self.source.block(layer))
+        raise NotImplementedError
 
     def blocks(self) -> Iterator[Block]:
         """The source's blocks, each changed."""
-        for block in self.source.blocks():
-            changed = self.change(block)
-            del block
-            yield changed
-            del changed
+        return map(self.block, (None, *range(self.config.num_hidden_layers)))
+
+
+class _Quantized(Recoded):
+    """The weights `todo` in NF4, beside those that are in NF4 already."""
+
+    def __init__(self, source: Checkpoint, layout: Layout, quantization: Quantization, todo: tuple[str, ...]) -> None:
+        super().__init__(source, layout, quantization)
+        self._todo, self._table = todo, dynamic_map()
+        self._specs = stored_specs(self.config, quantization)
+
+    def block(self, layer: int | None) -> Block:
+        """The source's block, encoded by as many threads as there are cores."""
+        if layer is None:
+            return self._top()
+        rest, paths, matrices = self._divided(layer)
+        made = {name: np.empty(self._specs[name].shape[1:], self._specs[name].dtype) for name in self._names(paths)}
+
+        def place(path: str, start: int, stop: int) -> None:
+            for name, piece in self._encoded(path, matrices(path, start, stop)).items():
+                made[name].reshape(-1, *piece.shape[1:])[start:stop] = np.asarray(piece)
+
+        with ThreadPoolExecutor(_CORES, thread_name_prefix="encode") as pool:
+            for done in [pool.submit(place, *group) for group in self._groups(paths)]:
+                done.result()
+        return Block(layer, rest.arrays | made, rest.digests)
+
+    def device_block(self, layer: int | None) -> Block:
+        """The source's block, encoded on the default device, where the encoded arrays stay."""
+        if layer is None:
+            return self._top()
+        rest, paths, matrices = self._divided(layer)
+        pieces: dict[str, list[Any]] = {}
+        for path, start, stop in self._groups(paths):
+            for name, piece in self._encoded(path, matrices(path, start, stop)).items():
+                pieces.setdefault(name, []).append(piece)
+        specs = {name: self._specs[name] for name in pieces}
+        made = {name: Pieces(spec.shape[1:], np.dtype(spec.dtype), tuple(pieces[name])) for name, spec in specs.items()}
+        return Block(layer, rest.arrays, rest.digests, made)
+
+    def blocks(self) -> Iterator[Block]:
+        """The top level, then every layer; the next one is encoded while the caller uses a layer."""
+        yield self.block(None)
+        with ThreadPoolExecutor(1, thread_name_prefix="next-layer") as pool:
+            ahead = pool.submit(self.block, 0)
+            for layer in range(1, self.config.num_hidden_layers + 1):
+                block = ahead.result()
+                if layer < self.config.num_hidden_layers:
+                    ahead = pool.submit(self.block, layer)
+                yield block
+                del block
+
+    def _top(self) -> Block:
+        block = self.source.block(None)
+        self._table = block.arrays.get(NESTED_QUANT_MAP, self._table)
+        return Block(None, block.arrays | {NESTED_QUANT_MAP: self._table}, block.digests)
+
+    def _divided(self, layer: int) -> tuple[Block, tuple[str, ...], _Matrices]:
+        """(what stays as it is, the weights to encode, how to read their matrices)."""
+        found = layer_paths(self.config, layer, self.source.quantization)
+        paths = tuple(path for path, _ in found if path in self._todo)
+        if isinstance(self.source, Divisible):
+            return self.source.block(layer, without=paths), paths, partial(self.source.matrices, layer)
+        block = self.source.block(layer)
+        weights = {path: block.arrays[path].reshape(-1, matrix_shape(self.config, path)[-1]) for path in paths}
+        rest = {path: array for path, array in block.arrays.items() if path not in weights}
+        return Block(layer, rest, block.digests), paths, lambda path, start, stop: list(weights[path][start:stop])
+
+    def _names(self, paths: tuple[str, ...]) -> Iterator[str]:
+        """The arrays in place of these weights."""
+        return (name for path in paths for name in self._specs if name.rpartition(".")[0] == path)
+
+    def _encoded(self, path: str, matrices: list[np.ndarray]) -> dict[str, Any]:
+        from jaxmoe.nf4.encode import encode  # loads JAX
+
+        return encode(matrices, self._table).named(path)
+
+    def _groups(self, paths: tuple[str, ...]) -> Iterator[tuple[str, int, int]]:
+        """(path, first matrix, last matrix + 1) of what is encoded at a time."""
+        from jaxmoe.nf4.encode import group_size  # loads JAX
+
+        for path in paths:
+            *lead, elements = matrix_shape(self.config, path)
+            size = group_size(math.prod(lead), elements)
+            yield from ((path, start, start + size) for start in range(0, math.prod(lead), size))
 
 
 def quantized(source: Checkpoint, form: str = "nf4") -> Checkpoint:
@@ -56,28 +148,36 @@ def quantized(source: Checkpoint, form: str = "nf4") -> Checkpoint:
     todo = tuple(path for path in nf4_candidates(config) if path not in done)
     if not todo:
         return source
-
-    table = dynamic_map()
-
-    def change(block: Block) -> Block:
-        nonlocal table
-        if block.layer is None:
-            table = block.arrays.get(NESTED_QUANT_MAP, table)
-            return Block(None, block.arrays | {NESTED_QUANT_MAP: table})
-        arrays = dict(block.arrays)
-        for path in todo:
-            if path in arrays:
-                *lead, elements = matrix_shape(config, path)
-                weight = arrays.pop(path).reshape(-1, elements)
-                parts = zip(*(encode(matrix, table) for matrix in weight), strict=True)
-                packed = NF4(*(np.stack(part).reshape(*lead, *part[0].shape) for part in parts))
-                arrays |= packed.named(path)
-        return Block(block.layer, arrays)
-
     # bitsandbytes has no form for fused experts
     layout: Layout = "per_expert" if config.sparse_layers else source.layout
     unquantized = before.unquantized if before else ()
-    return Recoded(source, layout, Quantization(tuple(sorted((*done, *todo))), unquantized=unquantized), change)
+    return _Quantized(source, layout, Quantization(tuple(sorted((*done, *todo))), unquantized=unquantized), todo)
+
+
+class _Dequantized(Recoded):
+    """Every weight in NF4 decoded."""
+
+    def __init__(self, source: Checkpoint, quantization: Quantization) -> None:
+        super().__init__(source, source.layout, None)
+        specs = parameter_specs(source.config)
+        self._shapes = {path: spec.shape[1:] for path, spec in specs.items() if path in quantization.paths}
+        self._table: np.ndarray | None = None
+
+    def block(self, layer: int | None) -> Block:
+        """The source's block, decoded."""
+        arrays = dict(self.source.block(layer).arrays)
+        if layer is None:
+            self._table = arrays.pop(NESTED_QUANT_MAP, None)
+        for path, shape in self._shapes.items():
+            if f"{path}.codes" in arrays:
+                packed = NF4.of(arrays, path)
+                for name in packed.named(path):
+                    del arrays[name]
+                elements = matrix_shape(self.config, path)[-1]
+                arrays[path] = decode(packed, elements, self.dtypes[path], self._table).reshape(shape)
+            elif f"{path}.weight" in arrays:
+                arrays[path] = cast(path, arrays.pop(f"{path}.weight"), self.dtypes[path])
+        return Block(layer, arrays)
 
 
 def dequantized(source: Checkpoint) -> Checkpoint:
@@ -85,26 +185,4 @@ def dequantized(source: Checkpoint) -> Checkpoint:
 
     Unquantised layers of a mixed stack are cast to the dtype of the others.
     """
-    quantization = source.quantization
-    if quantization is None:
-        return source
-    config, table = source.config, None
-    shapes = {path: spec.shape[1:] for path, spec in parameter_specs(config).items() if path in quantization.paths}
-
-    def change(block: Block) -> Block:
-        nonlocal table
-        arrays = dict(block.arrays)
-        if block.layer is None:
-            table = arrays.pop(NESTED_QUANT_MAP, None)
-        for path, shape in shapes.items():
-            if f"{path}.codes" in arrays:
-                packed = NF4.of(arrays, path)
-                for name in packed.named(path):
-                    del arrays[name]
-                elements = matrix_shape(config, path)[-1]
-                arrays[path] = decode(packed, elements, source.dtypes[path], table).reshape(shape)
-            elif f"{path}.weight" in arrays:
-                arrays[path] = cast(path, arrays.pop(f"{path}.weight"), source.dtypes[path])
-        return Block(block.layer, arrays)
-
-    return Recoded(source, source.layout, None, change)
+    return source if source.quantization is None else _Dequantized(source, source.quantization)

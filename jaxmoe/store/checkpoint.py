@@ -7,9 +7,9 @@ is read (`jaxmoe.nf4.recode`) share this interface. Arrays are NumPy, bfloat16 a
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import ml_dtypes  # noqa: F401  (registers bfloat16, so that np.dtype("bfloat16") works)
 import numpy as np
@@ -24,6 +24,18 @@ Layout = Literal["per_expert", "fused"]
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """An array of `shape` and `dtype` that is on the device in consecutive pieces.
+
+    Each piece [m, ...] holds the next m of what the array's leading axes, taken together, count.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Block:
     """The arrays of one decoder layer, or of the top level (None): dotted path -> array without the layer axis.
 
@@ -34,6 +46,8 @@ class Block:
     arrays: dict[str, np.ndarray]
     # Path -> `jaxmoe.store.digest.digest`, for arrays that were compared with it when they were read.
     digests: Mapping[str, str] = field(default_factory=dict)
+    # Path -> array, for arrays that were made on the device and so are not among `arrays`.
+    on_device: Mapping[str, Pieces] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -55,6 +69,28 @@ class Checkpoint(Protocol):
 
     def blocks(self) -> Iterator[Block]:
         """The top level, then every layer. No reference to a block is kept, so that memory holds one layer."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Checkpoint, Protocol):
+    """A checkpoint that also reads parts of a layer, so that no layer need be in memory as a whole."""
+
+    def block(self, layer: int | None, without: Collection[str] = ()) -> Block:
+        """Like `Checkpoint.block`, except for the arrays in `without`, which are not read."""
+        ...
+
+    def matrices(self, layer: int, path: str, start: int, stop: int) -> list[np.ndarray]:
+        """Some of the matrices of `jaxmoe.parameters.matrix_shape` of a weight that is not in NF4, each contiguous."""
+        ...
+
+
+@runtime_checkable
+class MadeOnDevice(Checkpoint, Protocol):
+    """A checkpoint that makes arrays from those that it reads, and can do so on the device."""
+
+    def device_block(self, layer: int | None) -> Block:
+        """Like `block`, with these arrays in `Block.on_device`."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 Several threads read layers: they copy (a layer's experts fill hundreds of tensors), decompress and compare
 checksums, all in NumPy and C code that releases Python's lock. One thread sends each layer to the device when it is
-ready. The host holds at most `READERS` + 1 layers, whatever the size of the model.
+ready. The host holds at most `READERS` + 1 layers, whatever the size of the model. What is quantised on the device is
+sent there by the readers, piece by piece, so that reading and quantising overlap and no layer is held in 16 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jaxtyping import Array, Int
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.parameters import layer_paths, stored_specs
-from jaxmoe.store.checkpoint import Block, Checkpoint
+from jaxmoe.store.checkpoint import Block, Checkpoint, MadeOnDevice
 from jaxmoe.store.digest import WeightsDigest
 
 READERS = 4
@@ -29,6 +30,14 @@ OnLayer = Callable[[int, int], None]  # layers on the device, layers in all
 @partial(jax.jit, donate_argnums=0)
 def _fill(stack: Array, value: Array, slot: Int[Array, ""] | int) -> Array:
     return jax.lax.dynamic_update_index_in_dim(stack, value, slot, 0)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill_piece(stack: Array, piece: Array, slot: Int[Array, ""] | int, start: Int[Array, ""] | int) -> Array:
+    """`stack` [layers, ..., x] with `piece` [m, x] in a layer, from index `start` of its joined leading axes on."""
+    joined = stack.reshape(stack.shape[0], -1, *piece.shape[1:])
+    indices = (slot, start, *(0 for _ in piece.shape[1:]))
+    return jax.lax.dynamic_update_slice(joined, piece[None], indices).reshape(stack.shape)
 
 
 def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.ShapeDtypeStruct]:
@@ -75,7 +84,7 @@ def load_stacks(
             assert block.layer is not None
             slots = layer_paths(config, block.layer, source.quantization)
             for path, slot in slots:
-                params[path] = _fill(params[path], block.arrays[path], slot)
+                params[path] = _filled(params[path], block, path, slot)
             # The transfers read the host's arrays until they end. Without the wait, layers would pile up on the host.
             jax.block_until_ready([params[path] for path, _ in slots])
             if digest is not None:
@@ -90,8 +99,19 @@ def load_stacks(
     return params
 
 
+def _filled(stack: Array, block: Block, path: str, slot: int) -> Array:
+    """The stack with the block's array `path` in place."""
+    if path in block.arrays:
+        return _fill(stack, block.arrays[path], slot)
+    start = 0
+    for piece in block.on_device[path].pieces:
+        stack = _fill_piece(stack, piece, slot, start)
+        start += len(piece)
+    return stack
+
+
 def _read(source: Checkpoint, digest: WeightsDigest | None, layer: int | None) -> Block:
-    block = source.block(layer)
+    block = source.device_block(layer) if isinstance(source, MadeOnDevice) else source.block(layer)
     if digest is not None:
         digest.add(block)
     return block
