@@ -16,7 +16,7 @@ from jaxmoe.nf4.codec import NF4, NF4_TABLE, dynamic_map
 from jaxmoe.nf4.recode import quantized
 from jaxmoe.parameters import NF4_BLOCK, matrix_shape
 from jaxmoe.store.checkpoint import Divisible, MadeOnDevice
-from jaxmoe.store.digest import WeightsDigest, combined
+from jaxmoe.store.digest import Pending, WeightsDigest, combined, digest
 from jaxmoe.store.loading import load_stacks
 from peers.configs import config_of
 from peers.make_checkpoint import make_checkpoint
@@ -175,14 +175,21 @@ def test_the_device_makes_what_the_host_makes(tmp_path: pathlib.Path, monkeypatc
     make_checkpoint(tmp_path, config, dtype="bfloat16")
     source = quantized(read_hf(tmp_path))
     assert isinstance(source, MadeOnDevice)
-    with WeightsDigest() as digest:
-        device = load_stacks(config, source, digest=digest), combined(digest.parts())
+    with WeightsDigest() as collected:
+        device = load_stacks(config, source, digest=collected), combined(collected.parts())
     monkeypatch.setattr(encode, "encode", encode._by_codec)
-    with WeightsDigest() as digest:
+    with WeightsDigest() as collected:
         for block in source.blocks():
-            digest.add(block)
-        assert device[1] == combined(digest.parts())
+            collected.add(block)
+        assert device[1] == combined(collected.parts())
     host = load_stacks(config, source)
     assert device[0].keys() == host.keys()
     for path, array in host.items():
         assert np.asarray(device[0][path]).tobytes() == np.asarray(array).tobytes(), path
+
+
+@pytest.mark.parametrize("cuts", [(2**20,), (5, 2**20 + 7, 2**21 + 1), (2**20 - 1, 2**21)])
+def test_the_digest_of_an_array_in_pieces_is_that_of_the_array(cuts: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).integers(0, 256, 3 * 2**20 + 5, np.uint8)
+    assert Pending.on_device(np.split(array, cuts)).result() == digest(array)
+    assert Pending.on_device(np.split(array, cuts)[::-1]).result() != digest(array)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -43,16 +43,27 @@ def checksums(arrays: Iterable[np.ndarray]) -> list[str]:
 
 def digest(array: np.ndarray) -> str:
     """SHA-256 over the SHA-256 of each piece of 1 MiB of the array's bytes in C order, formed by several threads."""
-    return Pending(array).result()
+    return Pending.of(array).result()
 
 
 class Pending:
     """The `digest` of an array that threads are forming. Meanwhile the array must not change."""
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, tasks: list[Future[bytes]]) -> None:
+        """`tasks` return the digests of consecutive pieces, one after the other."""
+        self._tasks = tasks
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Pending:
+        """The digest of an array in NumPy."""
         data = _bytes(array)
         tasks = [data[start : start + _TASK] for start in range(0, len(data), _TASK)]
-        self._tasks: list[Future[bytes]] = [_pool().submit(_hash_pieces, task) for task in tasks]
+        return cls([_pool().submit(_hash_pieces, task) for task in tasks])
+
+    @classmethod
+    def on_device(cls, arrays: Sequence[Any]) -> Pending:
+        """The digest of an array that is on the device as several, formed by one thread."""
+        return cls([_pool().submit(_hash_from_device, arrays)])
 
     def result(self) -> str:
         """Waits for the threads; do not call it in one of them."""
@@ -69,23 +80,21 @@ def _hash_pieces(data: np.ndarray) -> bytes:
     return b"".join(hashlib.sha256(data[start : start + _PIECE].data).digest() for start in starts)
 
 
-def _digest_of_parts(parts: Iterable[Any]) -> str:
-    """The `digest` of an array that is on the device in parts; the host holds one part at a time."""
+def _hash_from_device(arrays: Sequence[Any]) -> bytes:
+    """`_hash_pieces` of the arrays' bytes taken together; the host holds one array at a time."""
     hashes, rest = [], np.empty(0, np.uint8)
-    for part in parts:
+    for array in arrays:
         # of a copy, because JAX keeps what it sends to the host as long as the array on the device
-        data = np.concatenate([rest, _bytes(np.asarray(part.copy()))])
-        whole = len(data) - len(data) % _PIECE
+        data = _bytes(np.asarray(array.copy()))
+        data = np.concatenate([rest, data]) if rest.size else data
+        whole = data.size - data.size % _PIECE
         hashes.append(_hash_pieces(data[:whole]))
-        rest = data[whole:]
-    return hashlib.sha256(b"".join([*hashes, _hash_pieces(rest)])).hexdigest()
+        rest = data[whole:].copy()
+    return b"".join([*hashes, _hash_pieces(rest)])
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-_Found = str | Pending | Future[str]  # a digest, or what will return it
 
 
 class WeightsDigest:
@@ -95,25 +104,24 @@ class WeightsDigest:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[str, int], tuple[str, tuple[int, ...], _Found]] = {}
+        self._parts: dict[tuple[str, int], tuple[str, tuple[int, ...], str | Pending]] = {}
 
     def __enter__(self) -> WeightsDigest:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         for *_, found in self._parts.values():
-            if not isinstance(found, str):
+            if isinstance(found, Pending):
                 found.cancel()
 
     def add(self, block: Block) -> None:
         """Takes the digests that the block brings and begins to form the others; returns at once."""
         layer = -1 if block.layer is None else block.layer
         for path, array in block.arrays.items():
-            found = block.digests.get(path) or Pending(array)
+            found = block.digests.get(path) or Pending.of(array)
             self._parts[path, layer] = array.dtype.name, array.shape, found
         for path, made in block.on_device.items():
-            found = _pool().submit(_digest_of_parts, made.pieces)
-            self._parts[path, layer] = made.dtype.name, made.shape, found
+            self._parts[path, layer] = made.dtype.name, made.shape, Pending.on_device(made.pieces)
 
     def wait(self, block: Block) -> None:
         """Waits until the arrays of the block are read no more, so that its memory can be freed."""
@@ -127,7 +135,7 @@ class WeightsDigest:
         return {place: f"{dtype} {list(shape)} {_value(found)}" for place, (dtype, shape, found) in self._parts.items()}
 
 
-def _value(found: _Found) -> str:
+def _value(found: str | Pending) -> str:
     return found if isinstance(found, str) else found.result()
 
 
