@@ -30,7 +30,8 @@ FLOAT32 = 4
 ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
 # Recomputation policies, from the one that saves most results for the backward pass to the one that saves least.
 Remat = Literal["fast", "balanced", "low-memory", "offload"]
-ROOM = 0.9  # share of a device's memory that a forecast may fill: an estimate that is 10 % too low still fits
+ROOM = 0.96  # share of JAX's pool on a GPU that a forecast may fill; forecasts are 0 to 4 % above what a step holds
+HOST_ROOM = 0.9  # share of a CPU's memory that it may fill: other programs need some, too
 Attention = Literal["cudnn", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "tiled"]  # names of the grouped matmul there
 CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_PIECES
@@ -172,14 +173,25 @@ def training_forecasts(work: Workload) -> dict[Remat, Forecast]:
     return {remat: training_forecast(replace(work, remat=remat)) for remat in get_args(Remat)}
 
 
-def choose_remat(forecasts: Mapping[Remat, Forecast], available: int | None) -> Remat:
-    """The fastest policy whose forecast leaves a tenth of the `available` bytes free; "low-memory" if none does.
+def choose_remat(
+    forecasts: Mapping[Remat, Forecast], available: int | None, *, room: float = ROOM, may_offload: bool = False
+) -> Remat:
+    """The fastest policy whose forecast fits into `room` of the `available` bytes; if none does, the most frugal one.
 
-    If the available memory is unknown (None), the choice is "low-memory". It is never "offload": that policy uses the
-    host's memory, so the user has to ask for it.
+    "offload" is tried only if `may_offload`. If the available memory is unknown (None), the choice is "low-memory".
     """
-    *faster, frugal, _ = get_args(Remat)
-    return next((p for p in faster if available is not None and forecasts[p].total <= ROOM * available), frugal)
+    if available is None:
+        return "low-memory"
+    policies = [policy for policy in get_args(Remat) if may_offload or policy != "offload"]
+    return next((policy for policy in policies if forecasts[policy].total <= room * available), policies[-1])
+
+
+def offloaded_bytes(work: Workload) -> int:
+    """Bytes that the policy "offload" holds in the host's memory."""
+    inputs = layer_input_bytes(work.config, work.tokens)
+    moments = ADAM_MOMENTS * FLOAT32 * adapter_count(work.config, work.lora) if work.lora else 0
+    table = work.config.vocab_size * work.config.hidden_size * work.size
+    return inputs + moments + (table if embedding_on_host(work.config, work.lora, "offload") else 0)
 
 
 def device_bytes(device: Any) -> int | None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -20,6 +21,7 @@ import pytest
 from jaxmoe import memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
+from jaxmoe.doctor import cards
 from jaxmoe.doctor import report as doctor
 from jaxmoe.doctor.__main__ import main
 from jaxmoe.errors import UserError
@@ -269,6 +271,13 @@ def test_policies_in_order_of_what_they_keep() -> None:
         (int(fast / memory.ROOM) + 1, "fast"),
     ):
         assert memory.choose_remat(forecasts, available) == expected
+    for available, expected in (
+        (offload, "offload"),
+        (int(offload / memory.ROOM) + 1, "offload"),
+        (None, "low-memory"),
+    ):
+        assert memory.choose_remat(forecasts, available, may_offload=True) == expected
+    assert memory.choose_remat(forecasts, fast, room=1, may_offload=True) == "fast"
     # Three sparse layers: the product of gate and up, and the low-rank rows of both expert adapters.
     rows = memory.padded_rows(2 * 64 * SMALL.num_experts_per_tok, SMALL.num_experts, "tiled")
     assert fast - balanced == 3 * rows * 2 * (2 * SMALL.moe_intermediate_size + 2 * LORA.r)
@@ -391,6 +400,31 @@ def test_fits_or_not(room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_bad_input(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_what_fits_on_which_card(capsys: pytest.CaptureFixture[str]) -> None:
+    """The 30B trains in NF4 on every card and in 16 bits on the largest only; the rows' sizes fit and their doubles do
+    not."""
+    main(["--cards", "--lora-targets", "attention", "--json"])
+    found = json.loads(capsys.readouterr().out)["cards"]
+    assert found.keys() == PRESETS.keys()
+    small, large = found["qwen3-30b-a3b"], found["qwen3-235b-a22b"]
+    assert [row["remat"] for row in small[::2]] == [None, None, None, "fast"]
+    assert [row["remat"] for row in small[1::2]] == ["balanced", "fast", "fast", "fast"]
+    assert all(row["remat"] is None and row["length"] is None for row in large)
+    options = doctor.DoctorConfig(model="qwen3-30b-a3b", lora_targets=("attention",))
+    work, rows = doctor.on_cards(options)[options.model or ""]
+    for card, row in zip(cards.CARDS, rows[1::2], strict=True):
+        most = replace(work, quantize="nf4", remat="offload", **card.implementations)
+        for changes, fits in (({"batch_size": row.batch}, True), ({"batch_size": 2 * (row.batch or 0)}, False)):
+            total = memory.training_forecast(replace(most, **changes)).total
+            assert (total <= memory.ROOM * card.pool) == fits
+    main(["--cards", "--model", "qwen3-30b-a3b"])
+    shown = capsys.readouterr().out
+    assert "LoRA training of qwen3-30b-a3b, adapters on 6 targets, one card (--memory-limit)" in shown
+    assert "24 GB (RTX 4090)  bfloat16  1 x 2048 does not fit (" in shown
+    with pytest.raises(UserError, match="cards: only valid with LoRA training, found train full"):
+        main(["--cards", "--train", "full"])
 
 
 def test_counts_are_whole_numbers_beyond_int32() -> None:

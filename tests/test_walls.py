@@ -66,7 +66,7 @@ MODULES: dict[str, set[str]] = {
     "train": _under("jaxmoe.train", ". export host_memory identity loop loss metrics prepare settings speed step"),
     "generate": _under("jaxmoe.generate", ". capture engine processors prompts sampling settings stream"),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),
-    "doctor": _under("jaxmoe.doctor", ". report"),
+    "doctor": _under("jaxmoe.doctor", ". cards report"),
     "commands": _under("jaxmoe", "cli.commands doctor.__main__ generate.__main__ routing.__main__ train.__main__"),
     "torch_ref": _under(
         "torch_ref",

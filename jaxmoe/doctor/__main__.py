@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("training", "generation"):
             value = found["forecast"][name]
             found["forecast"][name] = {**asdict(value), "total": value.total}
+    if "cards" in found:
+        found["cards"] = {model: [asdict(row) for row in rows] for model, (_, rows) in found["cards"].items()}
     print(json.dumps(found, indent=2))
     return 0
 
@@ -51,6 +53,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if "operations" in found:
         lines += ["", "Operations"]
         lines += [f"  {what:<21} {how:<12} {why}" for what, how, why in found["operations"]]
+    for model, (work, rows) in found.get("cards", {}).items():
+        lines += [
+            "",
+            f"LoRA training of {model}, adapters on {len(work.lora.targets)} targets, one card (--memory-limit)",
+        ]
+        lines += [f"  {row.text(work)}" for row in rows]
     if "forecast" not in found:
         return [*lines, "", "To see what fits, name a model: --model qwen3-30b-a3b (needs no download)"]
     plan = found["forecast"]
@@ -78,7 +86,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
             )
             lines += [
                 f"    for each --remat: {totals}",
-                "    --remat auto picks the first policy (never offload) that leaves 10 % of the memory free",
+                "    --remat auto picks the first policy that leaves 4 % of a GPU's memory, or 10 % of a CPU's, free",
             ]
     return lines
 

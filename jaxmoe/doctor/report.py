@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from jaxmoe import __version__, environment, memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config, read_json
+from jaxmoe.doctor import cards
 from jaxmoe.errors import UserError
 from jaxmoe.lora import modules_to_save
 from jaxmoe.parameters import Quantization
@@ -59,11 +60,17 @@ class DoctorConfig:
     pack: bool = field(
         default=True, metadata={"help": "pack several records into a sequence; attention then needs more memory"}
     )
+    cards: bool = field(
+        default=False,
+        metadata={"help": "show what fits on cards of 24, 32, 48 and 80 GB: of --model, or of each published shape"},
+    )
     json: bool = field(default=False, metadata={"help": "print the report as one JSON object"})
 
     def __post_init__(self) -> None:
         if self.train == "full" and self.quantize is not None:
             raise UserError("quantize: only valid with LoRA training, found train full")
+        if self.train == "full" and self.cards:
+            raise UserError("cards: only valid with LoRA training, found train full")
         for name in ("lora_r", "batch_size", "seq_length", "accumulation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}")
@@ -145,11 +152,7 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     """
     assert options.model is not None
     config = load_config(options.model)
-    lora = LoraConfig(
-        r=options.lora_r,
-        targets=expand_targets(options.lora_targets),
-        **modules_to_save(options.modules_to_save, config),
-    )
+    lora = _lora(options, config)
     stored = stored_in(options.model)
     if options.dequantize and stored is None:
         raise UserError(f"{options.model}: dequantize: expected weights in FP8 or NF4, found neither")
@@ -186,6 +189,34 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     }
 
 
+def on_cards(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[cards.Row]]]:
+    """For the model of the options, or each published shape: a LoRA training step, and what fits on which card.
+
+    Raises:
+        UserError: adapters on layers that the model lacks, or an unknown model.
+    """
+    found = {}
+    for model in (options.model,) if options.model is not None else PRESETS:
+        config = load_config(model)
+        work = memory.Workload(
+            config,
+            _lora(options, config),
+            options.batch_size,
+            options.seq_length,
+            options.dtype,
+            accumulation=options.accumulation,
+            packed=options.pack,
+        )
+        found[model] = work, list(cards.rows(work))
+    return found
+
+
+def _lora(options: DoctorConfig, config: Qwen3MoeConfig) -> LoraConfig:
+    """The adapters of the options."""
+    saved = modules_to_save(options.modules_to_save, config)
+    return LoraConfig(r=options.lora_r, targets=expand_targets(options.lora_targets), **saved)
+
+
 def _implementations(config: Qwen3MoeConfig, dtype: str) -> Any:
     """The names of the implementations of attention and experts on this device; empty if JAX finds no device."""
     from jaxmoe.model.selection import selected_implementations
@@ -209,6 +240,8 @@ def report(options: DoctorConfig) -> dict[str, Any]:
         found["problems"].append(
             "an NVIDIA driver is installed, but JAX does not use the GPU: pip install 'jaxmoe[cuda12]' (or cuda13)"
         )
+    if options.cards:
+        found["cards"] = on_cards(options)
     if options.model is not None:
         found["forecast"] = forecast(options)
         if found["devices"]:

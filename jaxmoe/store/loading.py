@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +56,7 @@ def load_stacks(
     on_layer: OnLayer = lambda *_: None,
     digest: WeightsDigest | None = None,
     on_host: Collection[str] = (),
-) -> dict[str, Array]:
+) -> dict[str, Any]:
     """Path -> array on the default device, for every array of the checkpoint; layers are stacked.
 
     Arrays of the top level that `on_host` names stay NumPy arrays.
@@ -66,7 +67,7 @@ def load_stacks(
         UserError: as `source.block`. Reads that are already running finish; no new one starts.
     """
     shapes = stack_shapes(config, source).items()
-    params = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}
+    params: dict[str, Any] = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}
     if (quantization := source.quantization) is not None:
         for path, _ in quantization.unquantized:
             layers = params[f"{path}.places"].shape[0]

@@ -62,12 +62,13 @@ def _update(
         updates, moments, _ = carry
         here = [jax.device_put(at(stack, layer), _DEVICE) for stack in moments]
         old = jax.tree.unflatten(structure, _merged(leaves, gradient, here, counters))
-        change, new = optimizer.update({path: at(updates, layer)}, old, {path: at(params, layer)})
+        changes, new = optimizer.update({path: at(updates, layer)}, old, {path: at(params, layer)})
+        change: Any = changes[path]  # pyright: ignore[reportIndexIssue, reportArgumentType]
         after = jax.tree.leaves(new)
-        shape = change[path].shape
+        shape = change.shape
         back = (jax.device_put(leaf, _HOST) for leaf in after if leaf.shape == shape)
         moments = [put(stack, leaf, layer) for stack, leaf in zip(moments, back, strict=True)]
-        return put(updates, change[path], layer), moments, [leaf for leaf in after if leaf.shape != shape]
+        return put(updates, change, layer), moments, [leaf for leaf in after if leaf.shape != shape]
 
     carry = gradient, moments, counters
     if stacked:

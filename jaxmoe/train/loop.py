@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -35,7 +35,14 @@ from jaxmoe.store.files import naming_files, remove_leftovers
 from jaxmoe.store.lock import output_lock
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.export import export_adapter, export_full, export_merged, export_model
-from jaxmoe.train.identity import check_same_run, model_content, previous_identity, remove_start, write_run_file
+from jaxmoe.train.identity import (
+    Identity,
+    check_same_run,
+    model_content,
+    previous_identity,
+    remove_start,
+    write_run_file,
+)
 from jaxmoe.train.metrics import MetricsLog, expert_load
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
 from jaxmoe.train.settings import TrainConfig
@@ -84,9 +91,7 @@ def _train_locked(settings: TrainConfig, on_step: Callable[[dict[str, Any]], Non
     return summary | {"seconds": time.perf_counter() - started}
 
 
-def _train_plan(
-    plan: Plan, previous: Mapping[str, Any] | None, on_step: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Trains what `plan` says; `previous` is the identity of the run that is resumed."""
     settings = plan.settings
     if previous is not None:

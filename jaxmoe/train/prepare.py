@@ -28,6 +28,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
 from jaxmoe.memory import (
     FLOAT32,
+    HOST_ROOM,
+    ROOM,
     Remat,
     Workload,
     adapter_count,
@@ -36,6 +38,8 @@ from jaxmoe.memory import (
     device_bytes,
     embedding_on_host,
     format_bytes,
+    host_bytes,
+    offloaded_bytes,
     parameter_count,
     training_forecast,
     training_forecasts,
@@ -339,7 +343,8 @@ def _with_remat(
 
     A resumed run keeps its policy.
     """
-    available = device_bytes(jax.local_devices()[0])
+    device = jax.local_devices()[0]
+    available = device_bytes(device)
     notices = []
     if settings.remat != "auto":
         workload = replace(workload, remat=settings.remat)
@@ -347,13 +352,24 @@ def _with_remat(
         workload = replace(workload, remat=previous["remat"])
     else:
         forecasts = training_forecasts(workload)
-        workload = replace(workload, remat=choose_remat(forecasts, available))
-        room = "the available memory is unknown" if available is None else f"{format_bytes(available)} of memory"
+        on_cpu = device.platform == "cpu"
+        may_offload = not on_cpu and not settings.unroll_layers and _host_holds(offloaded_bytes(workload))
+        room = HOST_ROOM if on_cpu else ROOM
+        workload = replace(workload, remat=choose_remat(forecasts, available, room=room, may_offload=may_offload))
+        there = "the available memory is unknown" if available is None else f"{format_bytes(available)} of memory"
+        if workload.remat == "offload":
+            there += f", and {format_bytes(offloaded_bytes(workload))} of the host's"
         total = format_bytes(forecasts[workload.remat].total)
-        notices = [f"--remat auto picks {workload.remat}: forecast {total}, {room}"]
+        notices = [f"--remat auto picks {workload.remat}: forecast {total}, {there}"]
     if available is not None and training_forecast(workload).total > available:
         notices.append(f"the device's memory may not be enough: {advice(workload, available)}")
     return workload, notices
+
+
+def _host_holds(needed: int) -> bool:
+    """Whether half of the host's memory is enough; the rest is for reading weights and for other programs."""
+    there = host_bytes()
+    return there is not None and needed <= there // 2
 
 
 def _about_unrolling(settings: TrainConfig, steps: int, on_gpu: bool) -> list[str]:

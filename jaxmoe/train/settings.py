@@ -193,9 +193,9 @@ class TrainConfig:
         default="auto",
         metadata={
             "help": "which results of the forward pass are saved for the backward pass. fast: all that are expensive "
-            "to recompute; balanced: the same without the experts' products; low-memory: each layer's input; auto: the "
-            "first of these whose forecast fits into the device's memory; offload: each layer's input, in the host's "
-            "memory, with half as many logits at a time",
+            "to recompute; balanced: the same without the experts' products; low-memory: each layer's input; offload: "
+            "the same in the host's memory, which then also holds the optimizer's moments and the frozen embedding; "
+            "auto: the first of these whose forecast fits into the device's memory",
             "identity": entries("remat"),
         },
     )
