@@ -109,7 +109,7 @@ def _train_plan(
     identity = {"model": model} | plan.identity
     if previous is not None:
         check_same_run(settings.output, previous, identity)
-    state = initial_state(trainable, optimizer)
+    state = plan.model.placement.place_state(initial_state(trainable, optimizer), trainable)
     with Start(settings.output, new=previous is None) as start:
         if previous is None:
             remove_start(settings.output)
@@ -198,14 +198,16 @@ class CompiledSteps:
     def __init__(self, plan: Plan, optimizer: optax.GradientTransformation, rate: optax.Schedule) -> None:
         frozen, trainable = plan.source.shapes
         state = jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
-        train_step = jax.jit(make_train_step(plan.model, optimizer, rate, plan.objective), donate_argnums=1)
+        state = plan.model.placement.place_state(state, trainable)
+        lie = jax.tree.map(lambda leaf: leaf.sharding, state), None  # the new state lies like the old one
+        step = make_train_step(plan.model, optimizer, rate, plan.objective)
+        train_step = jax.jit(step, donate_argnums=1, out_shardings=lie)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         self._train = self._begin(train_step, frozen, state, plan.batch(0))
         self._evaluate = None
         if plan.data.held_out is not None:
-            batch = plan.data.held_out.batch(0, (plan.settings.batch_size,))
             evaluate = jax.jit(make_eval_step(plan.model, plan.objective[0].loss))
-            self._evaluate = self._begin(evaluate, frozen, trainable, batch)
+            self._evaluate = self._begin(evaluate, frozen, trainable, next(plan.held_out_batches()))
 
     def _begin(self, step: Any, *shapes: Any) -> Future[Any]:
         # The choice of implementations may depend on a variable of this thread's context.
@@ -299,12 +301,8 @@ class Loop:
 
     def _evaluate(self, state: TrainState) -> float:
         """Mean loss over the held-out sequences, in nats for next tokens."""
-        held_out, size = self._plan.data.held_out, self._plan.settings.batch_size
-        assert held_out is not None
-        parts = [
-            self._compiled.eval_step(self._frozen, state.trainable, held_out.batch(i, (size,)))
-            for i in range(held_out.steps(1, size))
-        ]
+        evaluate = partial(self._compiled.eval_step, self._frozen, state.trainable)
+        parts = [evaluate(batch) for batch in self._plan.held_out_batches()]
         losses, weights = zip(*jax.device_get(parts), strict=True)
         return float(np.sum(losses, dtype=np.float64) / np.sum(weights, dtype=np.float64))
 

@@ -7,7 +7,7 @@ are compiled while that function works.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -24,6 +24,7 @@ from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
+from jaxmoe.distributed.mesh import AUTO, SEQUENCE_AXES, MeshShape, automatic
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
 from jaxmoe.memory import (
@@ -64,13 +65,24 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A model whose weights have not been read: what a step computes, the weights' shapes, how to read them."""
+    """A model whose weights have not been read: what a step computes, the weights' shapes, how to read them.
+
+    Weights that were read lie where the model's placement says; shapes say so, too."""
 
     model: Model
     shapes: Weights
     load: Callable[[OnLayer, WeightsDigest], Weights]  # the digest collects what is read from a checkpoint
     from_folder: bool = True  # False: random weights, of which the digest collects nothing
     quantization: Quantization | None = None
+
+    def on(self, mesh: MeshShape) -> Source:
+        """The same on the devices of a mesh."""
+        model = self.model._replace(mesh=mesh)
+
+        def placed(weights: Weights) -> Weights:
+            return Weights(*map(model.placement.place, weights))
+
+        return replace(self, model=model, shapes=placed(self.shapes), load=lambda *how: placed(self.load(*how)))
 
 
 @dataclass(frozen=True)
@@ -113,7 +125,15 @@ class Plan:
     def batch(self, step: int) -> Batch:
         """The input of a step, from 0 on."""
         batch = self.data.sequences.batch(step, (self.settings.accumulation, self.settings.batch_size))
-        return batch if self.data.replay is None else self.data.replay.on(batch)
+        batch = batch if self.data.replay is None else self.data.replay.on(batch)
+        return self.model.placement.place_batch(batch, tokens=3)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """The inputs of an evaluation; there are held-out records."""
+        held_out, size = self.data.held_out, self.settings.batch_size
+        assert held_out is not None
+        for number in range(held_out.steps(1, size)):
+            yield self.model.placement.place_batch(held_out.batch(number, (size,)), tokens=2)
 
     def smaller_steps(self) -> str:
         """What would fit into the device's memory instead of this run's steps."""
@@ -161,12 +181,13 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     if aux_coefficient is None:
         aux_coefficient = config.router_aux_loss_coef
 
-    source = _open(settings, config, lora)
+    mesh, about_mesh = _mesh(settings)
+    source = _open(settings, config, lora).on(mesh)
     model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers)
     workload = _workload(settings, model, source.quantization)
     workload, notices = _with_remat(settings, workload, previous)
     model = model._replace(remat=workload.remat)
-    notices = data.notices + notices + fallbacks(config, model.dtype)
+    notices = data.notices + about_mesh + notices + fallbacks(config, model.dtype)
     if previous is None or settings.unroll_layers:  # a resumed run cannot change it
         notices += _about_unrolling(settings, total_steps, jax.default_backend() == "gpu")
     worked_out = data.digests | {
@@ -189,6 +210,20 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         identity_of(settings, worked_out),
         workload,
     )
+
+
+def _mesh(settings: TrainConfig) -> tuple[MeshShape, list[str]]:
+    """The mesh of the settings, and what to say about it."""
+    found = jax.device_count()
+    if settings.mesh is None:
+        idle = [f"{found - 1} more devices are idle: --mesh auto uses all {found}"] if found > 1 else []
+        return MeshShape(), idle
+    if settings.mesh == AUTO:
+        mesh, why = automatic(found, settings.batch_size)
+        return mesh, [why]
+    mesh = MeshShape.parse(settings.mesh)
+    mesh.check_devices(found)
+    return mesh, []
 
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
@@ -306,7 +341,7 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
     return Workload(
         model.config,
         model.lora,
-        settings.batch_size,
+        settings.batch_size // model.mesh.product(SEQUENCE_AXES),
         settings.seq_length,
         model.dtype,
         accumulation=settings.accumulation,
