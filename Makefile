@@ -2,6 +2,7 @@
 # make test       the test suite, on the CPU, in WORKERS processes (default: 2), then test-kernels.
 #                 PYTEST_ARGS selects tests; then test-kernels does not run
 # make test-kernels   the tests of the GPU kernels in JAX's interpreter, on the CPU, with the newest supported jax
+# make test-mesh  training on eight virtual CPU devices against one; two minutes on two cores
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages of $(PYTHON); installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
@@ -46,7 +47,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test test-kernels lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
+.PHONY: help demo test test-kernels test-mesh lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -82,6 +83,9 @@ test-kernels: $(KERNELS_INSTALLED)
 	@JAX_PLATFORMS=cpu $(KERNELS_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
 		$(KERNEL_TESTS) $(verdict)
 endif
+
+test-mesh: $(INSTALLED)
+	@JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m pytest tests/mesh $(verdict)
 
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)

@@ -33,6 +33,7 @@ PLACES = {
     "memory": (3.3, 5),
     "store": (0.3, 6),
     "nf4": (2.2, 6),
+    "distributed": (3.6, 6),
     "parameters": (2.2, 7),
 }
 BARS = {"cli": "cli: flags, errors and progress of every command", "base": "config, lora, presets, errors"}

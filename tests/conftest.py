@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.mesh import DEVICES
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CHECKED_PACKAGES = ("jaxmoe", "torch_ref", "convert", "captures")
 
@@ -43,6 +45,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 collect_ignore = [] if BITSANDBYTES else ["test_torch_ref_4bit.py"]
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    collect_ignore.append("mesh")  # `tests/test_mesh.py` runs it in a process of its own
 
 ANNOTATIONS_CHECKED = importlib.util.find_spec("beartype") is not None
 if ANNOTATIONS_CHECKED:

@@ -36,6 +36,7 @@ MODULES: dict[str, set[str]] = {
         " presets stopping tokenizer_files weight_form",
     ),
     "parameters": _under("jaxmoe", "parameters"),
+    "distributed": _under("jaxmoe.distributed", ". collectives mesh sharding"),
     "memory": _under("jaxmoe", "memory memory_advice"),
     "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
@@ -76,11 +77,12 @@ MODULES: dict[str, set[str]] = {
     "peers": _under("peers", ". configs make_checkpoint reference"),
 }
 
-_BELOW_MODEL = "base parameters memory nf4 recode store ops"
+_BELOW_MODEL = "base parameters distributed memory nf4 recode store ops"
 # room -> the rooms that it may use, beside itself
 USES: dict[str, set[str]] = {
     "base": set(),
     "parameters": {"base"},
+    "distributed": {"base", "parameters"},
     "memory": {"base", "parameters"},
     "cli": {"base"},
     "figures": {"base"},
@@ -132,8 +134,9 @@ NEVER = {
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
-    ". cli cli.arguments cli.commands cli.progress config cuda environment errors json_text lazy limited lora memory"
-    " memory_advice other_fields out_of_memory parameters presets stopping tokenizer_files weight_form",
+    ". cli cli.arguments cli.commands cli.progress config cuda distributed distributed.mesh environment errors"
+    " json_text lazy limited lora memory memory_advice other_fields out_of_memory parameters presets stopping"
+    " tokenizer_files weight_form",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

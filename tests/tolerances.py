@@ -43,6 +43,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "rotary_frequencies": Tolerance(1e-6, 3.6e-7, "inverse frequencies against transformers and the oracle, relative"),
     "routing_margin": Tolerance(1e-5, None, "top-k margin in probability above which the same experts must be chosen"),
     "accumulation": Tolerance(2e-6, 1.2e-6, "loss and gradients of several micro-batches against one batch, relative"),
+    "mesh_fp32": Tolerance(
+        1e-5, None, "losses, gradients and trained arrays on a mesh against one device, relative L2"
+    ),
     "dropout_fp32": Tolerance(2e-6, 1.0e-6, "a linear map with dropout, value and gradients, against explicit masks"),
     "preference_gradients_fp32": Tolerance(2e-6, None, "gradients of a loss over pairs, against those from all logits"),
     "difference_quotient": Tolerance(2e-2, None, "a gradient against a central difference of 1e-2, float32"),

@@ -120,7 +120,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
     if moments_on_host(plan.model.lora, plan.model.remat):
         state = state._replace(trainable=trainable)
     else:
-        state = initial_state(trainable, optimizer)
+        state = plan.model.placement.place_state(initial_state(trainable, optimizer), trainable)
     with Start(settings.output, new=previous is None) as start:
         if previous is None:
             remove_start(settings.output)
@@ -211,13 +211,16 @@ class CompiledSteps:
     ) -> None:
         """`state` is that of `state_to_compile`."""
         shapes, trainable = plan.source.shapes
-        train_step = jax.jit(make_train_step(plan.model, optimizer, rate, plan.objective), donate_argnums=1)
+        # The new state lies like the old one. What lies in the host's memory, the step puts there itself.
+        lie = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None, state), None
+        step = make_train_step(plan.model, optimizer, rate, plan.objective)
+        train_step = jax.jit(step, donate_argnums=1, out_shardings=lie)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         frozen, batch = plan.fed(shapes, plan.batch(0))
         self._train = self._begin(train_step, frozen, state, batch)
         self._evaluate = None
         if plan.data.held_out is not None:
-            frozen, batch = plan.fed(shapes, plan.data.held_out.batch(0, (plan.settings.batch_size,)))
+            frozen, batch = plan.fed(shapes, next(plan.held_out_batches()))
             evaluate = jax.jit(make_eval_step(plan.model, plan.objective[0].loss))
             self._evaluate = self._begin(evaluate, frozen, trainable, batch)
 
@@ -314,11 +317,9 @@ class Loop:
 
     def _evaluate(self, state: TrainState) -> float:
         """Mean loss over the held-out sequences, in nats for next tokens."""
-        held_out, size = self._plan.data.held_out, self._plan.settings.batch_size
-        assert held_out is not None
         parts = []
-        for i in range(held_out.steps(1, size)):
-            frozen, batch = self._plan.fed(self._frozen, held_out.batch(i, (size,)))
+        for held_out in self._plan.held_out_batches():
+            frozen, batch = self._plan.fed(self._frozen, held_out)
             parts.append(self._compiled.eval_step(frozen, state.trainable, batch))
         losses, weights = zip(*jax.device_get(parts), strict=True)
         return float(np.sum(losses, dtype=np.float64) / np.sum(weights, dtype=np.float64))

@@ -7,7 +7,7 @@ are compiled while that function works.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -24,6 +24,7 @@ from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
+from jaxmoe.distributed.mesh import AUTO, SEQUENCE_AXES, MeshShape, automatic
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
 from jaxmoe.memory import (
@@ -70,7 +71,9 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A model whose weights have not been read: what a step computes, the weights' shapes, how to read them."""
+    """A model whose weights have not been read: what a step computes, the weights' shapes, how to read them.
+
+    Weights that were read lie where the model's placement says; shapes say so, too."""
 
     model: Model
     shapes: Weights
@@ -78,6 +81,15 @@ class Source:
     load: Callable[[OnLayer, WeightsDigest, Collection[str]], Weights]
     from_folder: bool = True  # False: random weights, of which the digest collects nothing
     quantization: Quantization | None = None
+
+    def on(self, mesh: MeshShape) -> Source:
+        """The same on the devices of a mesh."""
+        model = self.model._replace(mesh=mesh)
+
+        def placed(weights: Weights) -> Weights:
+            return Weights(*map(model.placement.place, weights))
+
+        return replace(self, model=model, shapes=placed(self.shapes), load=lambda *how: placed(self.load(*how)))
 
 
 @dataclass(frozen=True)
@@ -120,7 +132,15 @@ class Plan:
     def batch(self, step: int) -> Batch:
         """The input of a step, from 0 on."""
         batch = self.data.sequences.batch(step, (self.settings.accumulation, self.settings.batch_size))
-        return batch if self.data.replay is None else self.data.replay.on(batch)
+        batch = batch if self.data.replay is None else self.data.replay.on(batch)
+        return self.model.placement.place_batch(batch, tokens=3)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """The inputs of an evaluation; there are held-out records."""
+        held_out, size = self.data.held_out, self.settings.batch_size
+        assert held_out is not None
+        for number in range(held_out.steps(1, size)):
+            yield self.model.placement.place_batch(held_out.batch(number, (size,)), tokens=2)
 
     @property
     def on_host(self) -> tuple[str, ...]:
@@ -178,12 +198,13 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     if aux_coefficient is None:
         aux_coefficient = config.router_aux_loss_coef
 
-    source = _open(settings, config, lora)
+    mesh, about_mesh = _mesh(settings)
+    source = _open(settings, config, lora).on(mesh)
     model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers)
     workload = _workload(settings, model, source.quantization)
-    workload, notices = _with_remat(settings, workload, previous)
+    workload, notices = _with_remat(settings, workload, previous, mesh)
     model = model._replace(remat=workload.remat)
-    notices = data.notices + notices + fallbacks(config, model.dtype)
+    notices = data.notices + about_mesh + notices + fallbacks(config, model.dtype)
     if previous is None or settings.unroll_layers:  # a resumed run cannot change it
         notices += _about_unrolling(settings, total_steps, jax.default_backend() == "gpu")
     worked_out = data.digests | {
@@ -206,6 +227,20 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         identity_of(settings, worked_out),
         workload,
     )
+
+
+def _mesh(settings: TrainConfig) -> tuple[MeshShape, list[str]]:
+    """The mesh of the settings, and what to say about it."""
+    found = jax.device_count()
+    if settings.mesh is None:
+        idle = [f"{found - 1} more devices are idle: --mesh auto uses all {found}"] if found > 1 else []
+        return MeshShape(), idle
+    if settings.mesh == AUTO:
+        mesh, why = automatic(found, settings.batch_size)
+        return mesh, [why]
+    mesh = MeshShape.parse(settings.mesh)
+    mesh.check_devices(found)
+    return mesh, []
 
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
@@ -325,7 +360,7 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
     return Workload(
         model.config,
         model.lora,
-        settings.batch_size,
+        settings.batch_size // model.mesh.product(SEQUENCE_AXES),
         settings.seq_length,
         model.dtype,
         accumulation=settings.accumulation,
@@ -337,11 +372,14 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
 
 
 def _with_remat(
-    settings: TrainConfig, workload: Workload, previous: Mapping[str, Any] | None
+    settings: TrainConfig, workload: Workload, previous: Mapping[str, Any] | None, mesh: MeshShape
 ) -> tuple[Workload, list[str]]:
     """The workload with its recomputation policy; a notice if `auto` chose it, and one if the step will hardly fit.
 
     A resumed run keeps its policy.
+
+    Raises:
+        UserError: "offload" on a mesh of several devices.
     """
     device = jax.local_devices()[0]
     available = device_bytes(device)
@@ -353,7 +391,9 @@ def _with_remat(
     else:
         forecasts = training_forecasts(workload)
         on_cpu = device.platform == "cpu"
-        may_offload = not on_cpu and not settings.unroll_layers and _host_holds(offloaded_bytes(workload))
+        may_offload = (
+            mesh.size == 1 and not on_cpu and not settings.unroll_layers and _host_holds(offloaded_bytes(workload))
+        )
         room = HOST_ROOM if on_cpu else ROOM
         workload = replace(workload, remat=choose_remat(forecasts, available, room=room, may_offload=may_offload))
         there = "the available memory is unknown" if available is None else f"{format_bytes(available)} of memory"
@@ -361,6 +401,8 @@ def _with_remat(
             there += f", and {format_bytes(offloaded_bytes(workload))} of the host's"
         total = format_bytes(forecasts[workload.remat].total)
         notices = [f"--remat auto picks {workload.remat}: forecast {total}, {there}"]
+    if workload.remat == "offload" and mesh.size > 1:
+        raise UserError(f"remat: expected fast, balanced or low-memory on several devices ({mesh}), found offload")
     if available is not None and training_forecast(workload).total > available:
         notices.append(f"the device's memory may not be enough: {advice(workload, available)}")
     return workload, notices

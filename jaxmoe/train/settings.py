@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxmoe.data.chat_flags import HELP
+from jaxmoe.distributed.mesh import AUTO, MeshShape
 from jaxmoe.errors import UserError
 
 MAX_EPOCHS = 10_000
@@ -208,6 +209,16 @@ class TrainConfig:
         },
     )
 
+    mesh: str | None = field(
+        default=None,
+        metadata={
+            "help": "the GPUs that share each step: auto (all of them), or sizes of axes such as data=4, which splits "
+            "the sequences of a micro-batch; the losses are the same on every mesh (default: one GPU)",
+            "metavar": "MESH",
+            "identity": APART,  # it decides only who computes what
+        },
+    )
+
     replay: pathlib.Path | None = field(
         default=None,
         metadata={
@@ -318,6 +329,8 @@ def _check_combinations(settings: TrainConfig) -> None:
         raise UserError("unroll_layers: only valid with LoRA training, and not with remat offload")
     if settings.full and settings.from_scratch is not None:
         raise UserError("full: only valid with model; from_scratch trains all parameters anyway")
+    if settings.mesh not in (None, AUTO):
+        MeshShape.parse(settings.mesh).check_batch(settings.batch_size)
     defaults = {each.name: each.default for each in dataclasses.fields(settings)}
     if settings.lora_dropout is not None and settings.trains_all:
         raise UserError("lora_dropout: only valid with LoRA training")

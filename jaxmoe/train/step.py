@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.packing import Batch
+from jaxmoe.distributed.collectives import sum_over_devices
+from jaxmoe.distributed.mesh import MeshShape
+from jaxmoe.distributed.sharding import Placement, mesh_axes
 from jaxmoe.memory import Remat, loss_chunk, moments_on_host
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight
@@ -69,7 +73,7 @@ class Model(NamedTuple):
     With `lora`, adapters are trained in float32, and `dtype` is the dtype of the frozen parameters. Without it, all
     parameters are trained, and the model computes in `dtype` from float32 master weights. `packed` says whether a
     sequence may hold several documents, `unroll` whether a training step compiles each layer separately. `seed` is for
-    the adapters' dropout.
+    the adapters' dropout. `mesh` are the devices that share a step; its results do not depend on them.
     """
 
     config: Qwen3MoeConfig
@@ -79,6 +83,12 @@ class Model(NamedTuple):
     packed: bool = True
     unroll: bool = False
     seed: int = 0
+    mesh: MeshShape = MeshShape()
+
+    @property
+    def placement(self) -> Placement:
+        """Where the arrays of a step lie."""
+        return Placement(self.mesh, self.config, self.lora)
 
     def dropout_keys(self, step: Int[Array, ""], sequences: tuple[int, int]) -> BatchKeys | None:
         """The random keys of the sequences [accumulation, B] of a step; None for a model without dropout.
@@ -101,7 +111,7 @@ class Model(NamedTuple):
         train: bool,
         dropout_keys: DropoutKeys | None = None,
     ) -> Outputs:
-        """The forward pass over B sequences of T tokens; `train` if it will be differentiated."""
+        """The forward pass over B sequences of T tokens, on one device; `train` if it will be differentiated."""
         if self.lora is not None:
             params, adapters = frozen, trainable
         else:
@@ -172,13 +182,14 @@ def initial_state(trainable: PyTree, optimizer: optax.GradientTransformation) ->
 
 
 def state_to_compile(model: Model, trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-    """The shapes of the state before the first step, for those of the trained arrays.
+    """The shapes of the state before the first step, for those of the trained arrays, where they lie on the mesh.
 
     Moments in the host's memory are the arrays themselves, since a shape does not say where an array lies.
     """
     if moments_on_host(model.lora, model.remat):
         return initial_state(trainable, optimizer)
-    return jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
+    shapes = jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
+    return model.placement.place_state(shapes, trainable)
 
 
 def loss_and_gradients(
@@ -194,19 +205,48 @@ def loss_and_gradients(
     Several micro-batches yield the same result as one batch of the same sequences. Each loss's sum is divided by the
     weight of the whole batch, and totals over the whole batch that a loss needs are collected in a first forward pass.
     With one micro-batch the totals are its own, without that pass. `dropout_keys` [accumulation, B] are those of
-    `Model.dropout_keys`; both passes use them.
+    `Model.dropout_keys`; both passes use them. The devices of `model.mesh` share the sequences, and add up what they
+    find.
 
     Raises:
-        ValueError: two losses report a number of the same name.
+        ValueError: two losses report a number of the same name, or the devices cannot share B sequences evenly.
     """
+    placement, everywhere = model.placement, PartitionSpec()
+    split = placement.specs(trainable)
+    shared = placement.batch_specs((batch, dropout_keys), tokens=3)
     weights = [term.loss.weight(batch) for term in objective]
+
+    def on_a_device(frozen: Params, trainable: Params, parts: _Parts, weights: list[Array]) -> LossAndGradients:
+        found = _loss_and_gradients(model, frozen, trainable, parts, objective, weights)
+        gradients = {
+            path: sum_over_devices(gradient, model.mesh, but=mesh_axes(split[path]))
+            for path, gradient in found.gradients.items()
+        }
+        loss, stats, metrics = sum_over_devices((found.loss, found.stats, found.metrics), model.mesh)
+        return LossAndGradients(loss, stats, gradients, metrics)
+
+    run = placement.run(
+        on_a_device,
+        (placement.specs(frozen), split, shared, everywhere),
+        LossAndGradients._make([everywhere, everywhere, split, everywhere]),
+    )
+    return run(frozen, trainable, (batch, dropout_keys), weights)
+
+
+_Parts = tuple[Batch, BatchKeys | None]
+
+
+def _loss_and_gradients(
+    model: Model, frozen: Params, trainable: Params, parts: _Parts, objective: Objective, weights: list[Array]
+) -> LossAndGradients:
+    """What the sequences on this device add to `loss_and_gradients`; `weights` are those of the whole batch."""
     needs = {name: total for term in objective for name, total in term.loss.needs.items()}
 
     def micro_loss(trainable: Params, part: tuple[Batch, DropoutKeys | None], totals: dict[str, PyTree] | None):
         micro, keys = part
         outputs = model.run(frozen, trainable, micro, train=True, dropout_keys=keys)
         if totals is None:
-            totals = _totals(needs, outputs, micro)
+            totals = sum_over_devices(_totals(needs, outputs, micro), model.mesh)
         objective_share, values, metrics = jnp.zeros(()), [], {}
         for term, weight in zip(objective, weights, strict=True):
             summed, further = term.loss(outputs, micro, totals)
@@ -218,8 +258,7 @@ def loss_and_gradients(
         return objective_share, (values[0], outputs.router, metrics)
 
     gradient = jax.grad(micro_loss, has_aux=True)
-    parts = batch, dropout_keys
-    if batch.input_ids.shape[0] == 1:
+    if parts[0].input_ids.shape[0] == 1:
         gradients, (loss, stats, metrics) = gradient(trainable, jax.tree.map(lambda a: a[0], parts), None)
         return LossAndGradients(loss, stats, gradients, metrics)
 
@@ -227,7 +266,7 @@ def loss_and_gradients(
         micro, keys = part
         return _totals(needs, model.run(frozen, trainable, micro, train=False, dropout_keys=keys), micro)
 
-    totals = _sum_over_micro_batches(first_pass, parts) if needs else {}
+    totals = sum_over_devices(_sum_over_micro_batches(first_pass, parts), model.mesh) if needs else {}
     gradients, (loss, stats, metrics) = _sum_over_micro_batches(lambda part: gradient(trainable, part, totals), parts)
     return LossAndGradients(loss, stats, gradients, metrics)
 
@@ -284,8 +323,14 @@ def make_eval_step(
     if loss.needs:
         raise ValueError(f"loss: expected one without totals to evaluate, found one that needs {', '.join(loss.needs)}")
 
-    def eval_step(frozen: Params, trainable: Params, batch: Batch) -> tuple[Array, Array]:
+    placement = model.placement
+
+    def on_a_device(frozen: Params, trainable: Params, batch: Batch) -> Array:
         outputs = model.run(frozen, trainable, batch, train=False)
-        return loss(outputs, batch, {})[0], loss.weight(batch)
+        return sum_over_devices(loss(outputs, batch, {})[0], model.mesh)
+
+    def eval_step(frozen: Params, trainable: Params, batch: Batch) -> tuple[Array, Array]:
+        lie = placement.specs(frozen), placement.specs(trainable), placement.batch_specs(batch, tokens=2)
+        return placement.run(on_a_device, lie, PartitionSpec())(frozen, trainable, batch), loss.weight(batch)
 
     return eval_step

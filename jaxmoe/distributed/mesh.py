@@ -1,0 +1,93 @@
+"""The mesh: how many devices share each dimension of a run. Standard library only.
+
+The batch is split over all axes of the mesh, so each device runs the forward and the backward pass on tokens of its
+own. The axes differ in what else the devices share:
+
+    data      nothing: every device holds all weights
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from jaxmoe.errors import UserError, shown
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """How many devices each axis of the mesh has; 1 for an axis that is not used."""
+
+    data: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> MeshShape:
+        """The mesh of a text such as "data=4".
+
+        Raises:
+            UserError: the text names an unknown axis, or one twice, or a size that is not a whole number from 1 on.
+        """
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            axis, _, size = (each.strip() for each in part.partition("="))
+            if axis not in AXES or axis in sizes:
+                once = " once" if axis in sizes else ""
+                raise UserError(
+                    f"mesh: expected auto, or axes{once} among {', '.join(AXES)} (data=2), found {shown(text)}"
+                )
+            if not (size.isascii() and size.isdigit() and int(size[:7]) >= 1 and len(size) < 7):
+                raise UserError(f"mesh: {axis}: expected a whole number from 1 on, found {shown(size)}")
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
+    @property
+    def size(self) -> int:
+        """How many devices the mesh has."""
+        return math.prod(dataclasses.astuple(self))
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The axes with more than one device."""
+        return tuple(axis for axis in AXES if self[axis] > 1)
+
+    def __getitem__(self, axis: str) -> int:
+        return getattr(self, axis)
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={self[axis]}" for axis in self.used) or "data=1"
+
+    def product(self, axes: tuple[str, ...]) -> int:
+        """How many devices these axes have together."""
+        return math.prod(self[axis] for axis in axes)
+
+    def check_devices(self, found: int) -> None:
+        """Raises UserError if there are not enough devices."""
+        if self.size > found:
+            raise UserError(f"mesh: {self} needs {self.size} devices, found {found}")
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises UserError unless the devices can share the sequences of a micro-batch evenly."""
+        shares = self.product(SEQUENCE_AXES)
+        if batch_size % shares:
+            names = " x ".join(f"{axis}={self[axis]}" for axis in SEQUENCE_AXES if self[axis] > 1)
+            raise UserError(
+                f"batch_size: expected a multiple of {shares} (sequences are shared by {names}), found {batch_size}"
+            )
+
+
+# The outermost first: devices that are neighbours on the last axis exchange most.
+AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
+SEQUENCE_AXES = ("data",)  # the axes that the sequences of a batch are split over
+
+
+def automatic(devices: int, batch_size: int) -> tuple[MeshShape, str]:
+    """(the mesh that `--mesh auto` means, a line that says which and why) on so many devices."""
+    shares = math.gcd(devices, batch_size)
+    mesh = MeshShape(data=shares)
+    why = f"every device holds the model and takes {batch_size // shares} of {batch_size} sequences"
+    if shares < devices:
+        why += f"; {devices - shares} devices stay idle: a batch_size that is a multiple of {devices} would use all"
+    return mesh, f"--mesh auto picks {mesh} of {devices} devices: {why}"

@@ -1,0 +1,82 @@
+"""`python -m jaxmoe.train --mesh`: the numbers of a run, and resuming on another mesh."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmoe.errors import UserError
+from jaxmoe.train.loop import train
+from jaxmoe.train.settings import TrainConfig
+from peers.make_checkpoint import make_checkpoint
+from tests.mesh import trial
+from tests.tolerances import bound
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with a model and records."""
+    folder = tmp_path_factory.mktemp("base")
+    make_checkpoint(folder / "model", trial.PLAIN)
+    lines = (json.dumps({"prompt": f"{i} + {i % 7} = ", "completion": str(i + i % 7) * (1 + i % 3)}) for i in range(60))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(
+    base: pathlib.Path, name: str, mesh: str | None, on_step: Callable[..., None] = lambda _: None, **further: Any
+) -> np.ndarray:
+    """The numbers of a run's steps: loss, auxiliary loss, gradient norm; continues a run of this name."""
+    output = base / name
+    settings: dict[str, Any] = {"lora_targets": ("attention", "experts"), "lora_r": 2, "learning_rate": 1e-3}
+    settings |= {"max_steps": STEPS, "batch_size": 4, "accumulation": 2, "seq_length": 32, "eval_fraction": 0.2}
+    settings |= {
+        "save_every": 2,
+        "log_every": 1,
+        "tensorboard": False,
+        "resume": output.exists(),
+        "mesh": mesh,
+    } | further
+    train(TrainConfig(model=base / "model", data=base / "data.jsonl", output=output, **settings), on_step)
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    names = "loss", "aux_loss", "grad_norm", "eval_loss"
+    return np.asarray([row.get(name) or 0.0 for row in rows for name in names])
+
+
+def test_offloading_is_for_one_device(base: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"remat: expected .* on several devices \(data=2\), found offload"):
+        run(base, "offloaded", "data=2", remat="offload")
+
+
+def test_a_run_continues_on_another_mesh(base: pathlib.Path) -> None:
+    class Crash(Exception):
+        pass
+
+    def crash(numbers: dict[str, Any]) -> None:
+        if numbers["step"] == 3:
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(base, "several", "data=2", crash)
+    several, one = run(base, "several", "data=4"), run(base, "one", None)
+    np.testing.assert_allclose(several, one, rtol=bound("mesh_fp32"))
+    assert (
+        json.loads((base / "several" / "train_config.json").read_text())["identity"]
+        == json.loads((base / "one" / "train_config.json").read_text())["identity"]
+    )

@@ -1,0 +1,157 @@
+"""One small training on a mesh, and how far its numbers are from those of a single device."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.data.packing import Batch
+from jaxmoe.distributed.mesh import MeshShape
+from jaxmoe.distributed.sharding import Placement
+from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
+from jaxmoe.train.loss import next_token_objective
+from jaxmoe.train.step import Model, TrainState, adamw, initial_state, learning_rate, make_train_step
+from peers.make_checkpoint import TINY
+from tests.parity import COMPILER_OPTIONS
+
+PLAIN = TINY.replace(num_hidden_layers=2)
+MIXED = TINY.replace(num_hidden_layers=3, mlp_only_layers=(1,))
+LORA = LoraConfig(r=2, targets=expand_targets(["attention", "router", "experts"]))
+MIXED_LORA = LoraConfig(r=2, targets=expand_targets(["q_proj", "experts", "dense"]))
+STEPS, SEQUENCES, LENGTH = 5, 8, 16
+BETA1 = 0.9
+
+
+class Case(NamedTuple):
+    """A model and how its batches are divided."""
+
+    config: Qwen3MoeConfig = PLAIN
+    lora: LoraConfig | None = LORA
+    accumulation: int = 1
+    aux: float = 0.1
+    dropout: float = 0.0
+
+
+CASES = {
+    "adapters": Case(),
+    "mixed layers, accumulation": Case(MIXED, MIXED_LORA, accumulation=2),
+    "dropout, accumulation": Case(lora=LoraConfig(r=2, targets=("q_proj", "o_proj"), dropout=0.25), accumulation=2),
+    "all parameters": Case(lora=None, aux=0.0),
+}
+
+
+class Numbers(NamedTuple):
+    """What five steps leave: losses and routed rows per expert of each step, the gradients of the first, the trained
+    arrays after the last."""
+
+    losses: np.ndarray
+    counts: np.ndarray
+    gradients: dict[str, np.ndarray]
+    trained: dict[str, np.ndarray]
+
+
+def weights(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(frozen arrays, trained arrays) of a case; large enough that the router has clear favourites."""
+    rng = np.random.default_rng(7)
+
+    def draw(specs: dict[str, ParameterSpec]) -> dict[str, np.ndarray]:
+        size = {path: 1.0 if spec.init == "ones" else 0.1 for path, spec in specs.items()}
+        return {
+            path: np.asarray(size[path] * (1 + 0.1 * (noise - 1) if spec.init == "ones" else noise), np.float32)
+            for path, spec in specs.items()
+            for noise in [rng.standard_normal(spec.shape)]
+        }
+
+    params = draw(parameter_specs(case.config))
+    return ({}, params) if case.lora is None else (params, draw(lora_specs(case.config, case.lora)))
+
+
+def batch(case: Case, step: int) -> Batch:
+    """Packed sequences [accumulation, B, T] of two documents and padding; each has its own number of learned tokens."""
+    rng = np.random.default_rng(step)
+    shape = case.accumulation, SEQUENCES, LENGTH
+    place = np.arange(LENGTH)
+    first = rng.integers(1, LENGTH, (*shape[:2], 1))
+    end = rng.integers(first, LENGTH + 1)
+    segment_ids = np.where(place < first, 1, np.where(place < end, 2, 0)).astype(np.int32)
+    learned = rng.random(shape) < rng.uniform(0.2, 1.0, (*shape[:2], 1))
+    return Batch(
+        input_ids=rng.integers(0, case.config.vocab_size, shape, np.int32),
+        labels=rng.integers(0, case.config.vocab_size, shape, np.int32),
+        weights=(learned & (segment_ids > 0)).astype(np.float32),
+        segment_ids=segment_ids,
+        position_ids=np.where(place < first, place, np.maximum(place - first, 0)).astype(np.int32),
+    )
+
+
+class Prepared(NamedTuple):
+    """The lowered step of a case on a mesh, its frozen arrays, the state before the first step, where arrays lie."""
+
+    step: Any
+    frozen: Any
+    state: TrainState
+    place: Placement
+
+
+def prepared(case: Case, mesh: str) -> Prepared:
+    """A case on a mesh, ready to be compiled."""
+    model = Model(case.config, case.lora, remat="balanced", mesh=MeshShape.parse(mesh))
+    place = model.placement
+    frozen, trainable = (place.place(arrays) for arrays in weights(case))
+    trainable = jax.tree.map(jnp.asarray, trainable)  # on one device, placing leaves NumPy arrays alone
+    rate = learning_rate("constant", 1e-3, 0, STEPS)
+    optimizer = adamw(rate, model, max_grad_norm=0, weight_decay=0.1, beta1=BETA1, beta2=0.99, epsilon=1e-3)
+    state = place.place_state(initial_state(trainable, optimizer), trainable)
+    step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective(case.aux)))
+    return Prepared(step.lower(frozen, state, place.place_batch(batch(case, 0), tokens=3)), frozen, state, place)
+
+
+def train(case: Case, mesh: str) -> Numbers:
+    """Five steps on a mesh."""
+    lowered, frozen, state, place = prepared(case, mesh)
+    step = lowered.compile(COMPILER_OPTIONS)
+    losses, counts, gradients = [], [], {}
+    for number in range(STEPS):
+        state, metrics = step(frozen, state, place.place_batch(batch(case, number), tokens=3))
+        losses.append([metrics.loss, metrics.aux_loss])
+        counts.append(metrics.expert_counts)
+        if not number:
+            # AdamW's first moment after one step is the gradient times 1 - beta1.
+            moments = next(
+                each.mu for each in jax.tree.leaves(state.optimizer, is_leaf=_has_moments) if _has_moments(each)
+            )
+            gradients = {path: np.asarray(moment) / (1 - BETA1) for path, moment in moments.items()}
+    trained = {path: np.asarray(array) for path, array in state.trainable.items()}
+    return Numbers(np.asarray(losses), np.asarray(counts), gradients, trained)
+
+
+def _has_moments(tree: Any) -> bool:
+    return hasattr(tree, "mu")
+
+
+@functools.cache
+def on_one_device(name: str) -> Numbers:
+    """The numbers of a case on one device."""
+    return train(CASES[name], "data=1")
+
+
+def worst_error(found: Numbers, expected: Numbers) -> tuple[float, str]:
+    """(the largest relative error, where it is) of losses, gradients and trained arrays; by L2 norm for arrays."""
+    errors = {
+        f"losses of step {i + 1}": _error(*pair) for i, pair in enumerate(zip(found[0], expected[0], strict=True))
+    }
+    for what in ("gradients", "trained"):
+        ours, theirs = getattr(found, what), getattr(expected, what)
+        assert ours.keys() == theirs.keys()
+        errors |= {f"{what}: {path}": _error(ours[path], theirs[path]) for path in theirs}
+    where = max(errors, key=errors.__getitem__)
+    return errors[where], where
+
+
+def _error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
