@@ -256,7 +256,8 @@ def _located(
         return GATE_UP, whole.a, whole.b
     inner = (EXPERTS, f"{EXPERTS}.base_layer")
     packed = (*inner, f"{EXPERTS}.gate_up_proj", f"{EXPERTS}.down_proj")
-    if a.ndim == b.ndim and module in (packed if a.ndim == 2 else inner):
+    by_expert = a.ndim == b.ndim == 3 and a.shape[0] == b.shape[-1] == config.num_experts
+    if (by_expert and module in inner) or (a.ndim == b.ndim == 2 and module in packed):
         return unpack(where, config, layer, module, flattened(halves), layout, settings)
     raise UserError(
         f"{where}: expected {', '.join(_TARGETS)} or {EXPERTS}, found {module} with lora_A {list(a.shape)}; adapters "

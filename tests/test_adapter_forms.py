@@ -459,6 +459,10 @@ def test_the_packed_layout_in_three_dimensions(tmp_path: pathlib.Path) -> None:
         tensors[key] = array.reshape(E, -1, array.shape[1]) if "lora_A" in key else array.reshape(len(array), -1, E)
     write_file(tmp_path / "peft" / "adapter_model.safetensors", tensors, {})
     assert same(read_peft(tmp_path / "peft", SMALL)[1], random_adapters(SMALL, lora))
+    exchanged = {key: array.swapaxes(1, 2) if ".experts.lora_B" in key else array for key, array in tensors.items()}
+    write_file(tmp_path / "peft" / "adapter_model.safetensors", exchanged, {})
+    with pytest.raises(UserError, match="adapters of other weights are not read"):
+        read_peft(tmp_path / "peft", SMALL)
 
 
 def test_one_projection_in_two_forms(tmp_path: pathlib.Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,12 +24,25 @@ from convert.report import inspect
 from convert.safetensors_io import Tensor, open_folder, write_file
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.doctor import report as doctor
 from jaxmoe.errors import UserError
+from jaxmoe.generate import __main__ as generate_command
+from jaxmoe.generate.engine import Generator
+from jaxmoe.generate.sampling import Sampling
 from jaxmoe.memory import Workload, training_forecast
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.nf4.recode import quantized
+from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.parameters import Quantization, nf4_candidates, stored_specs
+from jaxmoe.routing import __main__ as routing_command
+from jaxmoe.routing import capture as routing_capture
 from jaxmoe.store.converted import read_converted
+from jaxmoe.store.digest import WeightsDigest
+from jaxmoe.train.loss import next_token_objective
+from jaxmoe.train.prepare import prepare
+from jaxmoe.train.settings import TrainConfig
+from jaxmoe.train.step import Model, loss_and_gradients
 from jaxmoe.weight_form import weight_form
 from peers.configs import random_adapters
 from peers.make_checkpoint import make_checkpoint
@@ -255,20 +270,23 @@ def test_gguf_alone_is_refused(tmp_path: pathlib.Path) -> None:
 LEFT = {1: ("self_attn.q_proj", "mlp.up_proj"), 2: ("mlp.experts", "self_attn.v_proj"), 3: ("self_attn.v_proj",)}
 
 
-@pytest.fixture(scope="module")
-def mixed(folder: pathlib.Path) -> pathlib.Path:
-    """`folder` in NF4, with some modules left in bfloat16 as a "dynamic" upload has them."""
-    base = folder.parent
+def write_mixed(folder: pathlib.Path, base: pathlib.Path, left: Mapping[int, Sequence[str]]) -> pathlib.Path:
+    """The checkpoint `folder` in NF4, with the modules `left` in bfloat16 as a "dynamic" upload has them."""
     hf2jax(folder, base / "nf4", quantize="nf4")
     main(["jax2hf", str(base / "nf4"), str(base / "mixed")])
-    names = [f"model.layers.{layer}.{name}" for layer, modules in LEFT.items() for name in modules]
-    left = lambda key: any(key.startswith(f"{name}.") for name in names)
+    names = [f"model.layers.{layer}.{name}" for layer, modules in left.items() for name in modules]
+    is_left = lambda key: any(key.startswith(f"{name}.") for name in names)
     packed, plain = open_folder(base / "mixed"), open_folder(folder)
-    arrays = {k: t.data.view(t.stored_dtype).reshape(t.shape).copy() for k, t in packed.items() if not left(k)}
-    arrays |= {key: stored.read() for key, stored in plain.items() if left(key)}
+    arrays = {k: t.data.view(t.stored_dtype).reshape(t.shape).copy() for k, t in packed.items() if not is_left(k)}
+    arrays |= {key: stored.read() for key, stored in plain.items() if is_left(key)}
     write_file(base / "mixed" / "model.safetensors", arrays, {"format": "pt"})
     edit_config(base / "mixed", lambda raw: raw["quantization_config"]["llm_int8_skip_modules"].extend(names))
     return base / "mixed"
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: pathlib.Path) -> pathlib.Path:
+    return write_mixed(folder, folder.parent, LEFT)
 
 
 def test_a_mixed_checkpoint_keeps_its_bytes(mixed: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -288,6 +306,12 @@ def test_a_mixed_checkpoint_keeps_its_bytes(mixed: pathlib.Path, tmp_path: pathl
     work = Workload(MIXED, LORA, 1, 8, "bfloat16", quantize="nf4", quantization=direct.quantization)
     parts = {part.name: part.bytes for part in training_forecast(work).parts}
     assert parts["parameters (nf4)"] == sum(array.nbytes for array in direct.params.values())
+    for path in (mixed, tmp_path / "jax"):
+        shown = doctor.forecast(doctor.DoctorConfig(model=str(path), lora_r=2, seq_length=8))
+        assert (
+            next(part for part in shown["training"].parts if part.name == "parameters (nf4)").bytes
+            == (parts["parameters (nf4)"])
+        )
     assert direct.params["sparse.gate_up_proj.weight"].shape == (1, 8, 128, 64)
     assert direct.params["sparse.gate_up_proj.codes"].shape[0] == 2
     # what is left is not recoded, whatever is asked for
@@ -299,26 +323,118 @@ def test_a_mixed_checkpoint_keeps_its_bytes(mixed: pathlib.Path, tmp_path: pathl
     assert read_converted(tmp_path / "whole").quantization is None
 
 
-def test_a_mixed_model_equals_that_of_its_decoded_weights(mixed: pathlib.Path) -> None:
+def test_a_mixed_model_trains_as_its_decoded_weights(mixed: pathlib.Path) -> None:
     model, whole = Qwen3MoeForCausalLM.from_pretrained(mixed, "float32"), stacked(read_hf(mixed, "float32"))
-    batch = jax.tree.map(lambda array: jnp.asarray(array[0]), training_batch(make_batch(MIXED, [[30, 18], [-8, 40]])))
-    tokens = Tokens(batch.input_ids, batch.position_ids, batch.segment_ids)
+    batch = jax.tree.map(jnp.asarray, training_batch(make_batch(MIXED, [[30, 18], [-8, 40]])))
     adapters = {path: jnp.asarray(array) for path, array in random_adapters(MIXED, LORA).items()}
-    options = Options(lora=LORA)
-
-    def outcome(params: Any) -> Any:
-        run = lambda adapters: forward(params, adapters, tokens, config=MIXED, options=options).hidden
-        hidden, pull = jax.vjp(run, adapters)
-        return hidden, pull(jnp.cos(hidden))[0]  # the gradients of sum(sin(hidden))
-
+    step = Model(MIXED, LORA, "float32", "low-memory")
+    outcome = lambda params: loss_and_gradients(step, params, adapters, batch, next_token_objective(0.01))
     # one compilation for the two models
     both = jax.jit(lambda *models: [outcome(params) for params in models], compiler_options=COMPILER_OPTIONS)
-    (hidden, gradients), (expected, expected_gradients) = jax.device_get(both(model.params, whole.params))
-    assert relative_error(hidden, expected) <= bound("nf4_model")
-    for path, gradient in gradients.items():
-        assert relative_error(gradient, expected_gradients[path]) <= bound("nf4_gradients"), path
+    found, expected = jax.device_get(both(model.params, whole.params))
+    assert relative_error(found.loss, expected.loss) <= bound("nf4_model")
+    for path, gradient in found.gradients.items():
+        assert np.any(expected.gradients[path]), path
+        assert relative_error(gradient, expected.gradients[path]) <= bound("nf4_gradients"), path
     dequantized = Qwen3MoeForCausalLM.from_pretrained(mixed, "float32", dequantize=True).params
     assert all(np.array_equal(whole.params[path], dequantized[path]) for path in whole.params)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_mixed_stack_writes_what_its_decoded_weights_would(tmp_path: pathlib.Path) -> None:
+    """Every greedy token is the best of a forward pass over all tokens before it, with the weights decoded."""
+    config = MIXED.replace(num_hidden_layers=2, mlp_only_layers=())
+    base = make_checkpoint(tmp_path / "hf", config, dtype="bfloat16")
+    mixed = write_mixed(base, tmp_path, {1: ("self_attn.q_proj", "mlp.experts")})
+    prompts = [[72, 101, 108, 108, 111], [97]]
+    generator = Generator(Qwen3MoeForCausalLM.from_pretrained(mixed, "float32"))
+    found = generator.generate(prompts, 12, Sampling())
+    whole = Qwen3MoeForCausalLM.from_pretrained(mixed, "float32", dequantize=True)
+    ids = np.zeros((2, 32), np.int32)
+    for row, prompt, tokens in zip(ids, prompts, found, strict=True):
+        row[: len(prompt) + len(tokens)] = [*prompt, *tokens]
+    best = np.asarray(whole(jnp.asarray(ids)).logits.argmax(-1))
+    for row, prompt, tokens in zip(best, prompts, found, strict=True):
+        assert row[len(prompt) - 1 : len(prompt) - 1 + len(tokens)].tolist() == tokens
+    assert len(set(found[0])) > 3
+
+
+class Reached(Exception):
+    """Ends a command once its model has been read."""
+
+
+def model_of(command: str, path: pathlib.Path, *flags: str) -> dict[str, Any]:
+    """The weights that a command reads."""
+    found: list[Any] = []
+
+    def reached(model: Any, *_: Any, **__: Any) -> None:
+        found.append(model)
+        raise Reached
+
+    (path.parent / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    words = {
+        "generate": ["--prompt", "a"],
+        "capture": ["--data", str(path.parent / "text.jsonl"), "--out", str(path.parent / "captured")],
+    }[command]
+    run = generate_command.main if command == "generate" else lambda words: routing_command.main(["capture", *words])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate_command, "Generator", reached)
+        patch.setattr(routing_capture, "capture", reached)
+        with pytest.raises(Reached):
+            run(["--model", str(path), *flags, *words])
+    return found[0].params
+
+
+@pytest.mark.parametrize("command", ["generate", "capture"])
+def test_commands_decode_weights_when_asked_to(command: str, mixed: pathlib.Path) -> None:
+    expected = Qwen3MoeForCausalLM.from_pretrained(mixed, dequantize=True).params
+    found = model_of(command, mixed, "--dequantize")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[path], expected[path]) for path in expected)
+    assert "sparse.down_proj.codes" in model_of(command, mixed)
+
+
+def test_training_decodes_weights_when_asked_to(mixed: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    settings = TrainConfig(
+        model=mixed,
+        data=tmp_path / "data.jsonl",
+        output=tmp_path / "out",
+        max_steps=1,
+        batch_size=1,
+        seq_length=16,
+        dequantize=True,
+        merge=True,
+    )
+    source = prepare(settings, None).source
+    assert source.quantization is None
+    weights = source.load(lambda *_: None, WeightsDigest(), ()).frozen
+    expected = Qwen3MoeForCausalLM.from_pretrained(mixed, dequantize=True).params
+    assert weights.keys() == expected.keys()
+    assert all(np.array_equal(weights[path], expected[path]) for path in expected)
+    with pytest.raises(UserError, match="merge: expected weights to merge into, found NF4"):
+        prepare(dataclasses.replace(settings, dequantize=False), None)
+
+
+def test_a_stack_of_one_form_looks_nothing_up() -> None:
+    """The program of a model whose layers are all in NF4 is that of code that knows no mixed stacks, to the letter."""
+    uniform = Quantization(nf4_candidates(MIXED))
+    mixed = dataclasses.replace(uniform, unquantized=(("attention.q_proj", (1,)),))
+
+    def text(quantization: Quantization) -> str:
+        params = {
+            path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or "bfloat16")
+            for path, spec in stored_specs(MIXED, quantization).items()
+        }
+        ids = jax.ShapeDtypeStruct((1, 16), "int32")
+        run = lambda params, *tokens: forward(params, {}, Tokens(*tokens), config=MIXED, options=Options()).hidden
+        return jax.jit(run).lower(params, ids, ids, ids).as_text()
+
+    plain = text(uniform)
+    assert text(mixed) != plain and text(mixed).count("stablehlo.case") > plain.count("stablehlo.case")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NF4Stack, "__getitem__", NF4Stack._decoded)
+        assert text(uniform) == plain
 
 
 EXPERTS_IN_TWO_FORMS = {
