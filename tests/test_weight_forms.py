@@ -408,7 +408,7 @@ def test_training_decodes_weights_when_asked_to(mixed: pathlib.Path, tmp_path: p
     )
     source = prepare(settings, None).source
     assert source.quantization is None
-    weights = source.load(lambda *_: None, WeightsDigest()).frozen
+    weights = source.load(lambda *_: None, WeightsDigest(), ()).frozen
     expected = Qwen3MoeForCausalLM.from_pretrained(mixed, dequantize=True).params
     assert weights.keys() == expected.keys()
     assert all(np.array_equal(weights[path], expected[path]) for path in expected)
