@@ -314,6 +314,23 @@ def test_no_template(tokenizer: Any) -> None:
         tokenize_record(conversation(("user", "a"), ("assistant", "b")), tokenizer)
 
 
+@pytest.mark.parametrize(("arguments", "found"), [('{"x": 3', "a string"), (None, "nothing"), ([1], "a list")])
+def test_a_template_that_needs_objects_says_which_arguments_are_none(
+    arguments: Any, found: str, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = CODER
+    with pytest.raises(UserError, match=rf"message \d: arguments of a tool call: expected an object, found {found}\)$"):
+        tokenize_record(with_calls(call_of(arguments)), tokenizer)
+
+
+def test_a_template_for_tools_alone_is_named(tokenizer: Any) -> None:
+    tokenizer.chat_template = {"tool_use": CODER}
+    with pytest.raises(UserError, match="expected one that is named default, found only tool_use"):
+        tokenize_record(
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, tokenizer
+        )
+
+
 @pytest.mark.parametrize("arguments", ["x=3", "[1]", "3", '{"x": 3'])
 def test_arguments_that_are_no_object_stay_text(arguments: str, tokenizer: Any) -> None:
     tokenizer.chat_template = CODER.replace("call.arguments | items", "[['text', call.arguments]]")

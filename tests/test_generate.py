@@ -47,6 +47,7 @@ def expected(kept, temperature=1.0):
         ({"top_k": 1}, [1], 1.0),
         ({"top_p": 0.6}, [1, 3], 1.0),  # 0.4 < 0.6 <= 0.65
         ({"top_p": 0.3}, [1], 1.0),  # the first token stays although its probability alone exceeds top_p
+        ({"top_p": 0.0}, [1], 1.0),
         ({"top_k": 3, "top_p": 0.5}, [1, 3], 1.0),  # top_p applies to the probabilities after top-k: 0.4 / 0.85 < 0.5
         ({"temperature": 2.0, "top_k": 3}, [1, 3, 4], 2.0),
     ],
@@ -60,7 +61,7 @@ def test_the_distribution_test_can_fail():
     assert abs(drawn(temperature=0.5) - expected(range(5), 1.0)).max() > 0.05
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": -1}, {"top_p": -0.1}, {"top_p": 1.5}])
 def test_options_out_of_range(options):
     with pytest.raises(UserError, match="expected"):
         Sampling(**options)

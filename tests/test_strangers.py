@@ -237,6 +237,13 @@ def test_wrong_types_in_a_tokenizer_are_one_line(file, content, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_git_did_not_download(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11\n")
+    with pytest.raises(UserError, match=r"tokenizer\.json: expected a tokenizer, found a Git LFS pointer[^\n]*$"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "change",
     [

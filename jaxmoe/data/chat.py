@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmoe import limited
-from jaxmoe.data.forms import unread_message
+from jaxmoe.data.forms import first_bytes, unread_message
 from jaxmoe.errors import ConfigError, UserError
-from jaxmoe.json_text import parse_json, read_json
-from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
+from jaxmoe.json_text import NOT_DOWNLOADED, is_pointer, parse_json, read_json
+from jaxmoe.tokenizer_files import FORMS, NEEDED, has_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
@@ -65,6 +65,9 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     for file in (folder / "tokenizer_config.json", folder / "config.json"):
         if file.is_file() and "auto_map" in read_json(file):
             _log.warning(f"{file}: auto_map: ignored, because code from a checkpoint never runs")
+    for file in (folder / name for form in FORMS for name in form):
+        if file.is_file() and is_pointer(first_bytes(file)):
+            raise UserError(f"{file}: expected a tokenizer, found {NOT_DOWNLOADED}")
     try:
         with _quiet_transformers():
             from transformers import AutoTokenizer
@@ -272,7 +275,10 @@ def render_chat(
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        template = (template.get("tool_use") if tools is not None else None) or template.get("default")
+        named = template
+        template = (named.get("tool_use") if tools is not None else None) or named.get("default")
+        if not template:
+            raise UserError(f"chat template: expected one that is named default, found only {', '.join(named)}")
     if not template:
         raise UserError("chat template: expected a tokenizer with one, found none")
     special = {name: _plain_tokens(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -281,7 +287,19 @@ def render_chat(
     try:
         return limited.render(template, special | {"documents": None} | variables | given)
     except UserError as error:
-        raise UserError(f"chat template: cannot render these messages: {error}") from None
+        odd = _odd_arguments(given["messages"])
+        raise UserError(f"chat template: cannot render these messages: {error}{odd}") from None
+
+
+def _odd_arguments(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What to add to an error if a tool call's arguments are not the object that most templates need."""
+    for number, message in enumerate(messages, 1):
+        for call in message.get("tool_calls") or ():
+            function = call.get("function")
+            arguments = (function if isinstance(function, dict) else call).get("arguments", {})
+            if not isinstance(arguments, dict):
+                return f" (message {number}: arguments of a tool call: expected an object, found {kind_of(arguments)})"
+    return ""
 
 
 def _plain_tokens(token: Any) -> Any:

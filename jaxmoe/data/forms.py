@@ -42,7 +42,7 @@ def unread_file(path: pathlib.Path) -> str | None:
     """What the file `path` is, with a way to convert it; None if it may hold one JSON value a line."""
     if form := binary_file(path):
         return form
-    text = _start(path).removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = first_bytes(path).removeprefix(b"\xef\xbb\xbf").lstrip()
     if text.startswith(b"["):
         return _in_words("a JSON array", _ARRAY, path)
     # A record on one line has its first key on that line.
@@ -55,7 +55,7 @@ def unread_file(path: pathlib.Path) -> str | None:
 
 def binary_file(path: pathlib.Path) -> str | None:
     """What the file `path` is, with a way to convert it, if its first bytes show that it is not UTF-8 text."""
-    start = _start(path)
+    start = first_bytes(path)
     for first, what, command in _FIRST_BYTES:
         if start.startswith(first):
             return _in_words(what, command, path)
@@ -109,7 +109,8 @@ def unread_message(message: dict[str, Any]) -> str:
     return ""
 
 
-def _start(path: pathlib.Path) -> bytes:
+def first_bytes(path: pathlib.Path) -> bytes:
+    """The start of a file, at most 4096 bytes."""
     with path.open("rb") as file:
         return file.read(4096)
 

@@ -20,7 +20,7 @@ _TOP_H_TOKENS = 100  # transformers' bound on the tokens among which top_h choos
 # field -> (what is expected, whether a number is that)
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("a number of at least 0", lambda x: x >= 0),
-    "top_p": ("a number above 0 and at most 1", lambda x: 0 < x <= 1),
+    "top_p": ("a number from 0 to 1", lambda x: 0 <= x <= 1),  # 0: the most probable token alone
     "min_p": ("a number from 0 to 1", lambda x: 0 <= x <= 1),
     "top_h": ("a number above 0 and at most 1", lambda x: 0 < x <= 1),
     "typical_p": ("a number above 0 and at most 1", lambda x: 0 < x <= 1),
