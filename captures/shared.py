@@ -11,10 +11,12 @@ from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import read_json
 from jaxmoe.stopping import watch
 from jaxmoe.store.files import claimed, os_error, output_folder
+from jaxmoe.tokenizer_files import check_small_files
 
 __all__ = [
     "ArgumentParser",
     "UserError",
+    "check_small_files",
     "claimed",
     "os_error",
     "output_folder",

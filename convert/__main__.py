@@ -23,7 +23,7 @@ from convert.hub import local_folder
 from convert.jax2hf import jax2hf, parse_size
 from convert.peft_experts import LAYOUTS
 from convert.report import as_text, inspect, size_text
-from jaxmoe.cli.arguments import ArgumentParser, run
+from jaxmoe.cli.arguments import ArgumentParser, run, say
 from jaxmoe.cli.progress import progress
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _give_memory_back(keep=args.command == "hf2jax" and args.quantize is not None)
     if args.command == "inspect":
         report = inspect(args.path)
-        print(json.dumps(report, indent=2) if args.json else as_text(report))
+        say(json.dumps(report, indent=2) if args.json else as_text(report))
     elif args.command == "hf2jax":
         src = local_folder(args.src)
         if args.strict:
@@ -113,11 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = Qwen3MoeConfig.from_pretrained(folder)
         lora, adapters = read_peft(src, config, args.layout, _checkpoint(folder))
         write_adapter(args.dst, config, lora, adapters)
-        print(f"{args.dst}: {len(adapters)} arrays")
+        say(f"{args.dst}: {len(adapters)} arrays")
     else:
         config, lora, adapters = read_adapter(args.src)
         write_peft(args.dst, config, lora, adapters, args.layout)
-        print(f"{args.dst}: {len(adapters)} arrays")
+        say(f"{args.dst}: {len(adapters)} arrays")
 
 
 def _refuse_unknown_fields(path: pathlib.Path) -> None:
@@ -157,7 +157,7 @@ def _progress(dst: str) -> Iterator[Callable[[Block, int], None]]:
 
         yield on_block
     seconds = time.monotonic() - start
-    print(f"{dst}: {layers} layers, {size_text(nbytes)} in {seconds:.1f} s")
+    say(f"{dst}: {layers} layers, {size_text(nbytes)} in {seconds:.1f} s")
 
 
 def _give_memory_back(keep: bool) -> None:

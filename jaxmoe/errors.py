@@ -1,8 +1,10 @@
-"""The errors that a user can fix (a wrong option, a bad file), and two checks that raise them."""
+"""The errors that a user can fix (a wrong option, a bad file), two checks that raise them, and how text from files is
+shown."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 
@@ -34,6 +36,15 @@ def shown(value: Any) -> str:
     except (ValueError, RecursionError):  # Python writes no integer of thousands of digits
         text = f"{type(value).__name__} of great size"
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+# What a terminal obeys or hides: control characters other than tabs and line ends, and changes of direction.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """`text` with the characters that a terminal would obey as escapes: for names and texts of strangers."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def is_finite(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import stat
 from typing import Any
 
 from jaxmoe.errors import ConfigError
@@ -89,8 +90,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         ConfigError: the file is missing or does not hold a JSON object.
     """
     try:
-        if (size := path.stat().st_size) > MAX_FILE:
-            raise ConfigError(f"{path}: expected at most {MAX_FILE >> 20} MiB of JSON, found {size >> 20} MiB")
+        about = path.stat()
+        if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):  # its reading might never end
+            raise ConfigError(f"{path}: expected a file, found a pipe, a socket or a device")
+        if about.st_size > MAX_FILE:
+            raise ConfigError(f"{path}: expected at most {MAX_FILE >> 20} MiB of JSON, found {about.st_size >> 20} MiB")
         content = path.read_bytes()
     except FileNotFoundError:
         found = "expected a file, found a broken link"

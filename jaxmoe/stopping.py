@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from jaxmoe import broken_environment
+
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _PATIENCE = 10.0  # seconds to wait for a block of `uninterrupted`, which takes milliseconds
 
@@ -39,10 +41,12 @@ _state = _State()
 
 
 def watch() -> None:
-    """From now on the signals end the process with exit code 130, 143 or 129. Call it in the main thread, first."""
+    """From now on the signals end the process with exit code 130, 143 or 129, and an environment that is broken does so
+    with one line. Call it in the main thread, first."""
     if _state.watching:
         return
     _state.watching = True
+    broken_environment.report_in_one_line()
     atexit.register(_ignore_signals)  # registered first, so it is called last
     if os.name == "nt":  # no pipe can wake a thread there
         for number in _heard():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -14,22 +16,29 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from convert.hf2jax import hf2jax, read_hf
-from jaxmoe import stopping
+from jaxmoe import broken_environment, stopping
+from jaxmoe.cli.arguments import run
+from jaxmoe.cli.notices import shown_notices
+from jaxmoe.cli.progress import print_line
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.errors import UserError
+from jaxmoe.data.records import read_lines
+from jaxmoe.errors import UserError, printable
+from jaxmoe.json_text import read_json
 from jaxmoe.store import lock
 from jaxmoe.store.checkpoint import Checkpoint
 from jaxmoe.store.converted import read_converted
 from jaxmoe.store.digest import WeightsDigest, combined, digest
-from jaxmoe.store.files import claimed, naming_files, os_error, output_file, output_folder
+from jaxmoe.store.files import check_links, claimed, is_file, naming_files, os_error, output_file, output_folder
 from jaxmoe.store.lock import InUse, output_lock
 from jaxmoe.store.train_state import TrainCheckpoints
+from jaxmoe.tokenizer_files import check_small_files
 from jaxmoe.train import identity
 from jaxmoe.train.settings import TrainConfig
 from peers.make_checkpoint import TINY, make_checkpoint
@@ -138,6 +147,132 @@ def test_a_folder_is_claimed_before_the_work(tmp_path: pathlib.Path) -> None:
         (folder / "x").touch()
     with pytest.raises(UserError, match="new or empty"), claimed(tmp_path / "out"):
         pass
+
+
+def test_a_lock_is_never_written_through_a_link(tmp_path: pathlib.Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("text")
+    (tmp_path / f".out{lock.SUFFIX}").symlink_to(precious)
+    (tmp_path / ".z.jaxmoe-unfinished-abcd1234").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="symbolic links"), output_folder(tmp_path / "out"):
+        pass
+    with output_folder(tmp_path / "other"):
+        pass
+    assert precious.read_text() == "text"
+
+
+def test_the_current_folder_is_no_output(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("", ".", str(tmp_path)):
+        with pytest.raises(UserError, match="found the current one"), output_folder(name):
+            pass
+
+
+# --- files whose reading never ends, and text that a terminal obeys
+
+
+def test_pipes_and_devices_are_refused_where_files_are_read(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    os.mkfifo(folder / "a.json")
+    (folder / "b.json").symlink_to("/dev/zero")
+    with (folder / "huge.txt").open("wb") as file:
+        file.truncate(2**40)
+    for check, found in (
+        (lambda: read_json(folder / "a.json"), "a pipe"),
+        (lambda: read_json(folder / "b.json"), "a device"),
+        (lambda: is_file(folder / "b.json"), "a device"),
+        (lambda: check_links(folder), "a pipe"),
+        (lambda: check_small_files(folder), "a pipe"),
+        (lambda: list(read_lines(folder / "a.json")), "a pipe"),
+        (lambda: TrainCheckpoints(folder), "a pipe"),
+    ):
+        with pytest.raises(UserError, match=found):
+            check()
+    (folder / "a.json").unlink()
+    (folder / "b.json").unlink()
+    with pytest.raises(UserError, match="found 1,048,576 MiB"):
+        check_small_files(folder)
+
+
+def test_a_run_that_is_resumed_writes_through_no_link(tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "out"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / identity.RUN_FILE).write_text('{"identity": {}}')
+    settings = TrainConfig(model=tmp_path, data=tmp_path, output=output, resume=True)
+    assert identity.previous_identity(settings) == {}
+    (output / "metrics.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="outside it"):
+        identity.previous_identity(settings)
+
+
+def test_no_name_from_a_file_makes_a_terminal_do_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable("a\tb\x1b[2J\x07\r\x9b\u202e\n\u00e4\u200d") == r"a	b\x1b[2J\x07\r\x9b\u202e" + "\n\u00e4\u200d"
+
+    def fail() -> None:
+        raise UserError("a\x1b[31mb\nc")
+
+    with shown_notices(on_stderr=True):
+        logging.getLogger("jaxmoe").warning("\x1bc")
+    with pytest.raises(SystemExit):
+        run(fail)
+    notice, error = capsys.readouterr().err.splitlines()
+    assert notice == r"\x1bc"
+    assert error.endswith(r": a\x1b[31mb c")
+
+
+class Unwritable(io.StringIO):
+    """A stream whose reader is gone, or whose disk is full."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+def test_output_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, kind in ((errno.ENOSPC, OSError), (errno.EPIPE, BrokenPipeError)):
+        monkeypatch.setattr(sys, "stdout", Unwritable(number))
+        with pytest.raises(kind, match="standard output"):
+            print_line("x")
+    monkeypatch.setattr(sys, "stderr", Unwritable(errno.EPIPE))
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: os.stat("/nowhere") and None)
+    assert ended.value.code == 2
+
+
+# --- environments
+
+
+def test_what_the_environment_breaks_is_one_line() -> None:
+    explain = broken_environment.explanation
+    assert explain(MemoryError()) == "out of memory"
+    assert "out of memory" in str(explain(ImportError("x.so: failed to map segment from shared object")))
+    assert explain(ImportError("no module")) is None
+    assert explain(AssertionError()) is None
+    code = "from jaxmoe import stopping; stopping.watch(); import jax"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"JAX_DEBUG_NANS": "maybe"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "JAX_DEBUG_NANS" in done.stderr
+
+
+def test_devices_that_jax_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices() -> None:
+        raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(devices=devices))
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert "found 'cuda': AssertionError" in str(broken_environment.explanation(AssertionError()))
 
 
 # --- full disks
@@ -251,6 +386,38 @@ def test_an_older_checkpoint_is_chosen_and_later_ones_stay_until_the_next(tmp_pa
     assert checkpoints.steps() == [10, 15]
     with pytest.raises(UserError, match="previous"):
         TrainConfig(model=tmp_path, data=tmp_path, output=tmp_path, resume_from="newest")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"shape": [2**40], "chunks": [1000]}, "shape: expected"),
+        ({"chunks": [2**40]}, "chunks: expected"),
+        ({"dtype": "<f8"}, "expected float32, found '<f8'"),
+        ({"dtype": [["a", "<f4", [10**9]]]}, "expected float32"),
+        ({"attributes": "x" * 5000}, "expected at most 4096 bytes"),
+    ],
+)
+def test_arrays_are_compared_before_memory_is_taken(change: Any, found: str, tmp_path: pathlib.Path) -> None:
+    import tensorstore
+
+    saved(tmp_path).close()
+    base = f"file://{tmp_path}/20/state/"
+    store: Any = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    about = json.loads(store.read("0/.zarray").result().value)
+    store.write("0/.zarray", json.dumps(about | change)).result()
+    with pytest.raises(UserError, match=found):
+        TrainCheckpoints(tmp_path).restore_latest(TEMPLATE)
+
+
+def test_arrays_in_another_form_are_refused(tmp_path: pathlib.Path) -> None:
+    saved(tmp_path).close()
+    file = tmp_path / "20" / "state" / "_METADATA"
+    about = json.loads(file.read_text())
+    for change in ({"use_ocdbt": False}, {"use_zarr3": True}):
+        file.write_text(json.dumps(about | change))
+        with pytest.raises(UserError, match="another form"):
+            TrainCheckpoints(tmp_path).restore_latest(TEMPLATE)
 
 
 def test_a_checkpoint_without_checksums_is_restored_with_a_line(tmp_path: pathlib.Path) -> None:

@@ -32,8 +32,8 @@ def _under(package: str, names: str) -> set[str]:
 MODULES: dict[str, set[str]] = {
     "base": _under(
         "jaxmoe",
-        ". config cuda environment errors json_text lazy limited limited_worker lora other_fields out_of_memory"
-        " presets stopping tokenizer_files weight_form",
+        ". broken_environment config cuda environment errors json_text lazy limited limited_worker lora other_fields"
+        " out_of_memory presets stopping tokenizer_files weight_form",
     ),
     "parameters": _under("jaxmoe", "parameters"),
     "distributed": _under("jaxmoe.distributed", ". collectives mesh sharding"),
@@ -134,9 +134,9 @@ NEVER = {
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
-    ". cli cli.arguments cli.commands cli.progress config cuda distributed distributed.mesh environment errors"
-    " json_text lazy limited lora memory memory_advice other_fields out_of_memory parameters presets stopping"
-    " tokenizer_files weight_form",
+    ". broken_environment cli cli.arguments cli.commands cli.progress config cuda distributed distributed.mesh"
+    " environment errors json_text lazy limited lora memory memory_advice other_fields out_of_memory parameters"
+    " presets stopping tokenizer_files weight_form",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import pathlib
 
-from captures.shared import UserError, read_json, shown
+from captures.shared import UserError, check_small_files, read_json, shown
 
 _MOST_LAYERS = 10_000
 
 
 def check_model_folder(folder: pathlib.Path) -> None:
-    """Compares the number of layers, of which transformers makes lists, with any model's.
+    """Compares the number of layers, of which transformers makes lists, and the sizes of files with any model's.
 
     Raises:
-        UserError: no config.json that can be read, or more layers than any model has.
+        UserError: no config.json that can be read, more layers than any model has, or a file that never ends.
     """
+    check_small_files(folder)
     layers = read_json(folder / "config.json").get("num_hidden_layers", 0)
     if not isinstance(layers, int) or not 0 <= layers <= _MOST_LAYERS:
         raise UserError(
@@ -32,6 +33,7 @@ def check_adapter_folder(folder: pathlib.Path) -> None:
     Raises:
         UserError: a file is missing, another kind of adapter, or one that names modules to import.
     """
+    check_small_files(folder)
     settings = read_json(folder / "adapter_config.json")
     if settings.get("peft_type") != "LORA":
         raise UserError(

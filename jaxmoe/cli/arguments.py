@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import math
 import os
@@ -20,10 +21,13 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, printable
 from jaxmoe.out_of_memory import exhausted
 
 T = TypeVar("T")
+
+# What an error of the system is about that names no file: others are named where they are read and written.
+_UNNAMED = {errno.ENOSPC: "standard output", errno.EIO: "standard output", errno.ENOENT: "the current folder"}
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shell's convention
@@ -98,11 +102,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter fails when it flushes
+        _forget(sys.stdout)
         sys.exit(EXIT_BROKEN_PIPE)
     except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        _fail(f"{error.filename}: {error.strerror}" if named else str(error) or type(error).__name__)
+        _forget_what_cannot_be_written(error)
+        named = error.filename if error.filename is not None else _UNNAMED.get(error.errno or 0)
+        known = named is not None and error.strerror is not None
+        _fail(f"{named}: {error.strerror}" if known else str(error) or type(error).__name__)
     except UserError as error:
         _fail(str(error))
     except MemoryError as error:
@@ -135,13 +141,32 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def say(text: str) -> None:
+    """Prints a line that may hold names from files."""
+    print(printable(text))
+
+
 def _fail(message: str) -> NoReturn:
-    print(f"{program_name()}: {_one_line(message)}", file=sys.stderr)
+    try:
+        print(f"{program_name()}: {_one_line(message)}", file=sys.stderr, flush=True)
+    except OSError:  # nobody reads it
+        _forget(sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 
 
+def _forget_what_cannot_be_written(error: OSError) -> None:
+    if error.errno in (errno.ENOSPC, errno.EIO) and error.filename in (None, "standard output"):
+        _forget(sys.stdout)
+
+
+def _forget(stream: Any) -> None:
+    """Lets what the stream still holds go nowhere: otherwise the interpreter fails when it ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _one_line(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from jaxmoe.cli.progress import print_line
+from jaxmoe.errors import printable
 
 LOGGER = "jaxmoe"
 
@@ -18,7 +20,7 @@ class _Handler(logging.Handler):
         self._on_stderr = on_stderr
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr if self._on_stderr else sys.stdout, flush=True)
+        print_line(printable(self.format(record)), on_stderr=self._on_stderr)
 
 
 @contextmanager

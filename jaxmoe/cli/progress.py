@@ -34,9 +34,12 @@ class _Bar:
         self._bar.stop()
 
 
-def _line(text: str, *, on_stderr: bool = False) -> None:
-    """The form for anything else: prints one line and flushes it."""
-    print(text, file=sys.stderr if on_stderr else sys.stdout, flush=True)
+def print_line(text: str, *, on_stderr: bool = False) -> None:
+    """Prints one line and flushes it; an error names the stream."""
+    try:
+        print(text, file=sys.stderr if on_stderr else sys.stdout, flush=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard error" if on_stderr else "standard output") from error
 
 
 @contextmanager
@@ -62,7 +65,7 @@ def progress(what: str, *, on_stderr: bool = False) -> Iterator[Show]:
         nonlocal shown
         if time.monotonic() - shown >= INTERVAL:
             shown = time.monotonic()
-            _line(f"{what}: {words}", on_stderr=on_stderr)
+            print_line(f"{what}: {words}", on_stderr=on_stderr)
 
     yield show
 
@@ -112,14 +115,14 @@ class TrainingProgress:
             if done > first:
                 pace = (time.perf_counter() - start) / (done - first)
                 line += f"  {_clock(pace * (self._total - done))} left"
-            _line(line)
+            print_line(line)
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.say(text)
         else:
-            _line(text)
+            print_line(text)
 
     def close(self) -> None:
         """Restores the terminal."""

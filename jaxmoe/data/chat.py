@@ -15,7 +15,7 @@ from jaxmoe import limited
 from jaxmoe.data.forms import first_bytes, unread_message
 from jaxmoe.errors import ConfigError, UserError
 from jaxmoe.json_text import NOT_DOWNLOADED, is_pointer, parse_json, read_json
-from jaxmoe.tokenizer_files import FORMS, NEEDED, has_tokenizer
+from jaxmoe.tokenizer_files import FORMS, NEEDED, check_small_files, has_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 _MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
@@ -62,6 +62,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
         raise UserError(f"folder not found: {folder} (expected one with a tokenizer)")
     if not has_tokenizer(folder):
         raise UserError(f"{folder}: expected a tokenizer ({NEEDED}), found none")
+    check_small_files(folder)
     for file in (folder / "tokenizer_config.json", folder / "config.json"):
         if file.is_file() and "auto_map" in read_json(file):
             _log.warning(f"{file}: auto_map: ignored, because code from a checkpoint never runs")

@@ -74,6 +74,8 @@ def unread_folder(path: pathlib.Path) -> str:
 
 def missing_file(path: pathlib.Path) -> str:
     """That there is no such file; with a way to convert if the name may be a data set's on the Hugging Face hub."""
+    if path.exists():
+        return f"{path}: expected a file, found a pipe, a socket or a device"
     words = f"file not found: {path}"
     if len(path.parts) == 2 and not path.suffix and not path.is_absolute() and not path.parent.exists():
         command = f"datasets.load_dataset('{path}', split='train').to_json('data.jsonl')"

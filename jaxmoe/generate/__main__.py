@@ -21,6 +21,7 @@ from jaxmoe.cli.progress import reading_weights
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
 from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.errors import printable
 from jaxmoe.generate import prompts
 from jaxmoe.generate.capture import capture_generation
 from jaxmoe.generate.engine import Generator
@@ -93,7 +94,7 @@ def _generate(
     if args.capture or args.replay or args.ablate or args.force or args.bias:
         outputs = _generate_with_routing(generator, token_ids, settings, args, tokenizer)
     elif len(token_ids) == 1:
-        stream = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
+        stream = TextStream(tokenizer, lambda text: print(_shown(text), end="", flush=True))
         generator.generate(token_ids, *settings, lambda _, token: stream.put(token))
         stream.end()
         print()
@@ -101,7 +102,12 @@ def _generate(
     else:
         outputs = generator.generate(token_ids, *settings)
     for text, tokens in zip(args.prompt, outputs, strict=True):
-        print(f"--- {text}\n{tokenizer.decode(tokens, skip_special_tokens=True)}")
+        print(_shown(f"--- {text}\n{tokenizer.decode(tokens, skip_special_tokens=True)}"))
+
+
+def _shown(text: str) -> str:
+    """The text as it is; on a terminal, without what a model could make the terminal do."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 class Settings(NamedTuple):

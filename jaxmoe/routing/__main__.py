@@ -17,8 +17,8 @@ from typing import Any
 
 from captures import Capture, tokenizer_digest
 from captures.format import DEFAULT_KEEP_LOGITS
-from jaxmoe.cli.arguments import ArgumentParser, program_name, run, whole_number
-from jaxmoe.errors import UserError
+from jaxmoe.cli.arguments import ArgumentParser, program_name, run, say, whole_number
+from jaxmoe.errors import UserError, printable
 from jaxmoe.out_of_memory import explained
 from jaxmoe.store.files import claimed, output_file
 
@@ -174,7 +174,7 @@ def _capture_claimed(arguments: argparse.Namespace) -> None:
     )
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in found.folder.iterdir())
-    print(
+    say(
         f"{arguments.out}: {found.tokens:,} tokens, {len(found.text['domains'])} domains, {len(found.model.layers)} "
         f"MoE layers, {size / 1e6:,.1f} MB in {seconds:.1f} s"
     )
@@ -190,25 +190,25 @@ def _compare(arguments: argparse.Namespace) -> None:
         drifts = compare_domains(captures[0])
         header = "layer first second divergence low high floor correlation expert share_first share_second".split()
         body: list[list[Any]] = [[*drift[:3], *drift.divergence, *drift[4:]] for drift in drifts]
-        print(f"{captures[0].folder}: {captures[0].tokens:,} tokens; how far the domains' expert loads differ, in nats")
+        say(f"{captures[0].folder}: {captures[0].tokens:,} tokens; how far the domains' expert loads differ, in nats")
     else:
         found = compare(*captures)
         header, body = found.table()
         any_layer = found.flipped_tokens
-        print(f"{found.a.folder} against {found.b.folder}: {found.tokens:,} tokens")
-        print(
+        say(f"{found.a.folder} against {found.b.folder}: {found.tokens:,} tokens")
+        say(
             f"{any_layer.value:.3%} of tokens [{any_layer.low:.3%}, {any_layer.high:.3%}] use different experts "
             "in at least one layer"
         )
-        print(
+        say(
             f"mean over layers: flips {found.pooled('flip_rate'):.4%}, overlap {found.pooled('overlap'):.4%}, "
             f"divergence {found.pooled('divergence'):.3g} nats"
         )
         if found.loss_change is not None:
             change = found.loss_change
-            print(f"loss {found.loss_a:.4f} nats, change {change.value:+.5f} [{change.low:+.5f}, {change.high:+.5f}]")
+            say(f"loss {found.loss_a:.4f} nats, change {change.value:+.5f} [{change.low:+.5f}, {change.high:+.5f}]")
         if len(found.first_margins):
-            print(
+            say(
                 f"margin (in probability) of a token's first flip: median {_median(found.first_margins):.2g}, "
                 f"largest {found.first_margins.max():.2g}"
             )
@@ -234,7 +234,7 @@ def _effects(arguments: argparse.Namespace) -> None:
     _print_table(list(worst[0]._fields), [list(effect) for effect in worst[:20]])
     if arguments.out is not None:
         write_effects(found, arguments.out)
-        print(f"{arguments.out}: {len(found)} experts")
+        say(f"{arguments.out}: {len(found)} experts")
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -247,7 +247,7 @@ def _report(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
     captures = [Capture.open(folder) for folder in arguments.captures]
     figures = write_report(captures, arguments.out, tokenizer=tokenizer, effects=arguments.effects)
-    print(f"{arguments.out}/index.html: {figures} figures, each also as PNG and CSV")
+    say(f"{arguments.out}/index.html: {figures} figures, each also as PNG and CSV")
 
 
 def _numbers(name: str, text: str | None, known: Sequence[int]) -> list[int]:
@@ -277,10 +277,12 @@ def _print_table(header: Sequence[str], body: Sequence[Sequence[Any]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*header, box=box.SIMPLE_HEAD)
     for line in body:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in line))
+        texts = (f"{value:.4g}" if isinstance(value, float) else printable(str(value)) for value in line)
+        table.add_row(*map(Text, texts))  # a plain string would be read as rich's markup
     console = Console()
     # A wide table is not cut to the terminal's width, and a pipe has no width.
     Console(width=max(console.width, 20 * len(header))).print(table)

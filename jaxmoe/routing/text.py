@@ -20,6 +20,8 @@ from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, assistant_spans
 from jaxmoe.data.records import Record, read_lines, tokenize_record
 from jaxmoe.errors import UserError
 
+_MAX_TEXT = 100 * 2**20  # bytes of a plain text, which is one record and is encoded as a whole
+
 
 class Document(NamedTuple):
     """One record: its tokens, the index of each one's role in `ROLES`, and its domain."""
@@ -114,6 +116,10 @@ def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
             raise UserError(f"{path}: expected a text or JSONL file, found {forms.unread_folder(path)}")
         if not path.is_file():
             raise UserError(forms.missing_file(path))
+        if (size := path.stat().st_size) > _MAX_TEXT:
+            raise UserError(
+                f"{path}: expected at most {_MAX_TEXT >> 20} MiB of text, found {size >> 20:,}; divide it into files"
+            )
         if form := forms.binary_file(path):
             raise UserError(f"{path}: expected a text or JSONL file, found {form}")
         try:

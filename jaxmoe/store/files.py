@@ -33,11 +33,18 @@ def is_file(path: pathlib.Path) -> bool:
     """Whether `path` is a file, or a link to one.
 
     Raises:
-        UserError: `path` is a link that leads to nothing, or in a circle.
+        UserError: `path` is a link that leads to nothing, or in a circle; or a pipe, a socket or a device.
     """
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path}: expected a file, found a broken link (to {os.readlink(path)})")
+    _check_kind(path)
     return path.is_file()
+
+
+def _check_kind(path: pathlib.Path) -> None:
+    """Raises UserError if `path` is something else than a file or a folder: its reading may never end."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: expected a file, found a pipe, a socket or a device")
 
 
 def named_in(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -61,7 +68,7 @@ def check_links(folder: str | os.PathLike[str]) -> None:
     """Checks a folder that this package wrote. The folder itself may be a link.
 
     Raises:
-        UserError: a link in it leads out of it.
+        UserError: a link in it leads out of it, or it holds a pipe or a device, whose reading may never end.
     """
     root = pathlib.Path(os.path.realpath(folder))  # unlike Path.resolve, it has no error for links in a circle
     for parent, folders, files in os.walk(root):
@@ -71,6 +78,7 @@ def check_links(folder: str | os.PathLike[str]) -> None:
                 raise UserError(
                     f"{path}: expected a file of this folder, found a link to {target}, which is outside it"
                 )
+            _check_kind(path)
 
 
 @contextlib.contextmanager
@@ -103,6 +111,10 @@ def claimed(dst: str | os.PathLike[str]) -> Iterator[None]:
         remove_leftovers(final.parent)
         if final.exists() and not final.is_dir():
             raise UserError(f"{dst}: expected a new or empty folder, found a file")
+        if final.is_dir() and final.samefile(os.curdir):  # the folder is replaced: shells would stay in the old one
+            raise UserError(
+                f"{str(dst) or '.'}: expected a new or empty folder, found the current one; name a folder in it"
+            )
         if final.is_dir() and any(file.name != SUFFIX for file in final.iterdir()):
             raise UserError(f"{dst}: expected a new or empty folder, found one with files in it")
         yield
@@ -155,7 +167,7 @@ def remove_leftovers(folder: pathlib.Path) -> None:
     An error is no reason to stop: what cannot be removed stays.
     """
     present = set(folder.iterdir()) - _live if folder.is_dir() else set()
-    found = [path for path in present if _LEFTOVER.fullmatch(path.name)]
+    found = [path for path in present if _LEFTOVER.fullmatch(path.name) and not path.is_symlink()]
     for path in sorted(found, key=lambda path: path.name.endswith(SUFFIX)):
         match = _LEFTOVER.fullmatch(path.name)
         assert match is not None

@@ -174,16 +174,7 @@ def check_stored_array(path: pathlib.Path, shape: Sequence[int], dtype: str) -> 
     Raises:
         UserError: another shape or dtype, chunks that are missing, or files too small to hold so many elements.
     """
-    raw = read_json(path / ".zarray")
-    if raw.get("shape") != list(shape):
-        raise UserError(f"{path / '.zarray'}: shape: expected {list(shape)}, found {shown(raw.get('shape'))}")
-    chunks = raw.get("chunks")
-    if (
-        not isinstance(chunks, list)
-        or len(chunks) != len(shape)
-        or not all(type(n) is int and 1 <= n <= max(size, 1) for n, size in zip(chunks, shape, strict=True))
-    ):
-        raise UserError(f"{path / '.zarray'}: chunks: expected sizes within {list(shape)}, found {shown(chunks)}")
+    chunks = check_zarray(str(path / ".zarray"), read_json(path / ".zarray"), shape)
     files = [file for file in path.iterdir() if not file.name.startswith(".")]
     wanted = math.prod(-(-size // n) for size, n in zip(shape, chunks, strict=True))
     if len(files) < wanted:
@@ -192,6 +183,24 @@ def check_stored_array(path: pathlib.Path, shape: Sequence[int], dtype: str) -> 
     stored = sum(file.stat().st_size for file in files)
     if nbytes > stored * _MOST_COMPRESSED:
         raise UserError(f"{path}: expected chunks that can hold {nbytes:,} bytes, found files of {stored:,} bytes")
+
+
+def check_zarray(where: str, raw: Mapping[str, Any], shape: Sequence[int]) -> list[int]:
+    """The sizes of the chunks in the description `raw` of a zarr array, within `shape`; a chunk is read as a whole.
+
+    Raises:
+        UserError: another shape, or chunks that are larger.
+    """
+    if raw.get("shape") != list(shape):
+        raise UserError(f"{where}: shape: expected {list(shape)}, found {shown(raw.get('shape'))}")
+    chunks = raw.get("chunks")
+    if (
+        not isinstance(chunks, list)
+        or len(chunks) != len(shape)
+        or not all(type(n) is int and 1 <= n <= max(size, 1) for n, size in zip(chunks, shape, strict=True))
+    ):
+        raise UserError(f"{where}: chunks: expected sizes within {list(shape)}, found {shown(chunks)}")
+    return chunks
 
 
 def first_line(error: BaseException, length: int = 300) -> str:

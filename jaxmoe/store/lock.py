@@ -32,6 +32,7 @@ except ImportError:  # Windows
 SUFFIX = ".jaxmoe-lock"
 HEARTBEAT, DEAD_AFTER = 10.0, 60.0  # seconds: how often a lock is renewed, and when one without renewal is stale
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _NOT_WRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 _held: dict[pathlib.Path, tuple[int, int]] = {}  # output -> (thread that holds it, how often)
@@ -158,7 +159,8 @@ def _open(path: pathlib.Path) -> tuple[bool, int]:
         with contextlib.suppress(FileExistsError):
             return True, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         with contextlib.suppress(FileNotFoundError):  # removed in between
-            return False, os.open(path, os.O_RDWR)
+            # A lock is written: a link with its name must not lead that to a file elsewhere.
+            return False, os.open(path, os.O_RDWR | _NO_LINKS)
 
 
 def _flock(file: int) -> None:
@@ -243,7 +245,11 @@ def _owner() -> bytes:
 def _read_owner(path: pathlib.Path) -> dict[str, Any]:
     """What the lock file says; an empty dictionary while it is being written."""
     try:
-        owner = json.loads(path.read_bytes()[:4096])
+        file = os.open(path, os.O_RDONLY | _NO_LINKS)
+        try:
+            owner = json.loads(os.read(file, 4096))
+        finally:
+            os.close(file)
     except (OSError, ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.errors import UserError, shown
+from jaxmoe.json_text import parse_json, read_json
 from jaxmoe.store.digest import checksums
 from jaxmoe.store.files import check_links, os_error
-from jaxmoe.store.items import first_line, quiet_orbax, wait_for_stragglers
+from jaxmoe.store.items import check_zarray, first_line, quiet_orbax, wait_for_stragglers
 
 _VERSION = 2
 _WITHOUT_CHECKSUMS = 1  # what earlier versions wrote
+_MOST_DESCRIPTION = 4096  # bytes that describe an array
+_OCDBT = "manifest.ocdbt"
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
@@ -33,6 +36,7 @@ class TrainCheckpoints:
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
         self.directory = pathlib.Path(os.path.realpath(directory))
         self.notice: str | None = None  # what `restore` could not verify
+        check_links(self.directory)
         self._remove_unfinished()
         with quiet_orbax() as ocp:
             # Not asynchronous: on a CPU the next step may overwrite memory that a background thread still reads.
@@ -142,6 +146,7 @@ class TrainCheckpoints:
         with quiet_orbax() as ocp:
             stored = self._read(step, metadata=ocp.args.JsonRestore())
             digests = self._check_leaves(step, leaves, stored)
+            self._check_stored(step, leaves)
             restore_args = {str(i): ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(leaves))}
             arrays = self._read(step, state=ocp.args.PyTreeRestore(restore_args=restore_args))
         values = [arrays[str(i)] for i in range(len(leaves))]
@@ -172,6 +177,34 @@ class TrainCheckpoints:
             self.notice = f"{where}: an earlier version wrote this checkpoint without checksums; it was not verified"
             return None
         return [digest for *_, digest in entries]
+
+    def _check_stored(self, step: int, leaves: list[tuple[str, Any]]) -> None:
+        """Compares what the stored arrays say of themselves with the template, before memory is taken for them."""
+        folder = self._path(step) / "state"
+        form = read_json(folder / "_METADATA")
+        if form.get("use_zarr3") or not form.get("use_ocdbt", True) or not (folder / _OCDBT).is_file():
+            raise UserError(f"{folder}: expected arrays in one OCDBT database, found another form")
+        for index, (name, leaf) in enumerate(leaves):
+            where = f"{self._path(step)}: {name}"
+            raw = parse_json(self._description(folder, index, where), where)
+            raw = raw if isinstance(raw, dict) else {}
+            check_zarray(where, raw, np.shape(leaf))
+            if not _is_dtype(raw.get("dtype"), _dtype(leaf)):
+                raise UserError(f"{where}: expected {_dtype(leaf)}, found {shown(raw.get('dtype'))}")
+
+    def _description(self, folder: pathlib.Path, index: int, where: str) -> bytes:
+        """The text that describes one stored array."""
+        import tensorstore
+
+        base = {"driver": "file", "path": f"{folder}/"}
+        try:
+            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+            text = bytes(store.read(f"{index}/.zarray").result().value)
+        except Exception as error:
+            raise UserError(f"{where}: cannot be read: {first_line(error)}") from error
+        if len(text) > _MOST_DESCRIPTION:
+            raise UserError(f"{where}: expected at most {_MOST_DESCRIPTION} bytes about it, found {len(text):,}")
+        return text
 
     def _check_values(
         self, step: int, leaves: list[tuple[str, Any]], values: list[np.ndarray], digests: list[str] | None
@@ -223,6 +256,14 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 def _dtype(leaf: Any) -> np.dtype:
     return np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def _is_dtype(name: Any, expected: np.dtype) -> bool:
+    """Whether `name` is that of a dtype in the description of a zarr array, such as "<f4"."""
+    try:
+        return isinstance(name, str) and np.dtype(name) == expected
+    except TypeError:
+        return False
 
 
 def _leaf_text(name: str, shape: list[int], dtype: str) -> str:

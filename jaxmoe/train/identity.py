@@ -22,7 +22,7 @@ from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError, shown
 from jaxmoe.model.interface import Params
 from jaxmoe.store import digest
-from jaxmoe.store.files import output_file
+from jaxmoe.store.files import check_links, output_file
 from jaxmoe.store.lock import SUFFIX
 from jaxmoe.train.settings import APART, VALUE, TrainConfig
 
@@ -83,7 +83,7 @@ def previous_identity(settings: TrainConfig) -> Identity | None:
     its folder.
 
     Raises:
-        UserError: the folder holds something else, or --resume is missing.
+        UserError: the folder holds something else, a link that leads out of it, or --resume is missing.
     """
     output = settings.output
     if output.exists() and not output.is_dir():
@@ -95,6 +95,7 @@ def previous_identity(settings: TrainConfig) -> Identity | None:
             return None
         raise UserError(f"{output}: expected a new or empty folder, or --resume; found a folder with files in it")
     identity = read_json(output / RUN_FILE).get("identity", {})
+    check_links(output)
     if not isinstance(identity, dict):
         raise UserError(f"{output / RUN_FILE}: identity: expected an object, found {shown(identity)}")
     return identity

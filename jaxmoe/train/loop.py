@@ -269,6 +269,7 @@ class Loop:
         self._plan, self._frozen, self._compiled = plan, frozen, compiled
         self._checkpoints, self._log, self._progress, self._arrivals, self._start = recorders
         self._on_step = on_step
+        self._unshown: OSError | None = None  # why progress can no longer be shown, such as a closed pipe
         self._speed = Speed()
         self.summary: dict[str, Any] = {"steps": 0, "loss": None, "eval_loss_before": None, "eval_loss": None}
 
@@ -303,7 +304,7 @@ class Loop:
             pending = (step, arrival)
             last = step == total
             evaluate = evaluates and (last or _due(step, settings.eval_every))
-            stop = signals.received is not None
+            stop = signals.received is not None or self._unshown is not None
             save = last or stop or _due(step, settings.save_every)
             if evaluate or save:
                 self._report(*pending, state if evaluate else None)
@@ -312,6 +313,8 @@ class Loop:
                     self._checkpoints.save(step, state, {"eval_loss_before": self.summary["eval_loss_before"]})
                 self._speed.restart(time.perf_counter())
             if stop and not last:
+                if self._unshown is not None and signals.received is None:
+                    raise self._unshown
                 return state, signals.received
         return state, None
 
@@ -346,12 +349,20 @@ class Loop:
         if logged:
             self._log.write(numbers)
             self._speed.restart(when)
-        self._progress.step(numbers, logged=logged)
+        self._show(partial(self._progress.step, numbers, logged=logged))
         if evaluate is not None:
             self.summary["eval_loss"] = numbers["eval_loss"]
-            self._progress.say(f"step {step}/{total}  held-out loss {numbers['eval_loss']:.4f}")
+            self._show(partial(self._progress.say, f"step {step}/{total}  held-out loss {numbers['eval_loss']:.4f}"))
         self.summary |= {"steps": step, "loss": numbers["loss"]}
         self._on_step(numbers)
+
+    def _show(self, show: Callable[[], None]) -> None:
+        """Shows progress. If standard output fails, nothing more is shown; the run saves its state and ends."""
+        if self._unshown is None:
+            try:
+                show()
+            except OSError as error:
+                self._unshown = OSError(error.errno, error.strerror, "standard output")
 
     def _check_finite(self, step: int, metrics: StepMetrics) -> None:
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
