@@ -74,10 +74,16 @@ def get_peft_model(
 
     Raises:
         ValueError: an unknown target, one that the model lacks, gate_proj of the experts without up_proj, a layer that
-            does not exist, dropout on the router, or an unknown value of `use_gradient_checkpointing`.
+            does not exist, dropout on the router, weights that are split over processes (`tp_plan`), or an unknown
+            value of `use_gradient_checkpointing`.
     """
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected a probability below 1, found {lora_dropout!r}")
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        raise ValueError(
+            f"model: expected whole weights, found them split over {model._tp_size} processes (tp_plan), "
+            "to which PEFT cannot add these adapters; load the model without tp_plan"
+        )
     layers = _layers(model, layers_to_transform)
     modules, parameters = _targets(model, target_modules, layers)
     if lora_dropout and any(name.endswith(_ROUTER) for name in parameters):
