@@ -15,6 +15,7 @@ from benchmarks import stages
 _PACKAGES = {
     "transformers": ("torch",),
     "transformers + PEFT": ("torch", "peft"),
+    "transformers + bitsandbytes": ("torch", "bitsandbytes"),
     "Unsloth": ("torch", "unsloth"),
     "bitsandbytes": ("torch", "bitsandbytes"),
 }
