@@ -90,3 +90,34 @@ def test_a_memory_limit_becomes_the_pool_s_share(monkeypatch):
     monkeypatch.setattr(cuda, "total_bytes", lambda: None)
     with pytest.raises(UserError, match="memory_limit: only valid with an NVIDIA GPU, found none"):
         xla.configure(22)
+
+
+def test_the_driver_s_word_on_memory(monkeypatch):
+    """The total is the driver's; what is used is nvidia-smi's, of the GPU that CUDA_VISIBLE_DEVICES puts first."""
+    asked = []
+
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceGet(self, device, index):
+            return 0
+
+        def cuDeviceTotalMem_v2(self, total, device):
+            total._obj.value = 24 * cuda.GIB
+            return 0
+
+        def cuDeviceGetPCIBusId(self, bus, length, device):
+            bus.value = b"0000:01:00.0"
+            return 0
+
+    def answer(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "1024\n")
+
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(cuda.subprocess, "run", answer)
+    assert (cuda.total_bytes(), cuda.used_bytes()) == (24 * cuda.GIB, cuda.GIB)
+    assert asked[0][:3] == ["nvidia-smi", "-i", "0000:01:00.0"]
+    monkeypatch.setattr(Driver, "cuInit", lambda self, flags: 100)  # no GPU
+    assert cuda.total_bytes() is cuda.used_bytes() is None

@@ -109,6 +109,8 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
     state = state_to_compile(plan.model, plan.source.shapes.trainable, optimizer)
     compiled = CompiledSteps(plan, optimizer, rate, state)
     try:
+        if plan.is_tight:
+            compiled.wait()
         frozen, trainable, weights = _read_weights(plan)
     except BaseException:
         compiled.cancel()
@@ -231,6 +233,11 @@ class CompiledSteps:
     def cancel(self) -> None:
         """Cancels compilations that have not begun; the process waits for the others before it ends."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def wait(self) -> None:
+        """Returns when all is compiled: weights that leave little memory are better read afterwards."""
+        for step in filter(None, (self._train, self._evaluate)):
+            step.result()
 
     @property
     def train_step(self) -> Callable[[Params, TrainState, Batch], tuple[TrainState, StepMetrics]]:

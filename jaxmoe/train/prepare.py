@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from captures import Capture
+from jaxmoe import cuda
 from jaxmoe.cli.progress import progress
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config
 from jaxmoe.control.replay import Replay
@@ -59,6 +60,7 @@ from jaxmoe.train.loss import Objective, next_token_objective
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model
 
+_ROOM_TO_COMPILE = 0.85  # share of the device's memory; XLA tries out products of up to the size of the logits
 _UNROLLING_PAYS = 3000  # steps of Qwen3-30B-A3B on an H200 that save as much time as compiling its layers takes
 
 
@@ -154,7 +156,13 @@ class Plan:
 
     def smaller_steps(self) -> str:
         """What would fit into the device's memory instead of this run's steps."""
-        return advice(self.workload, device_bytes(jax.local_devices()[0]))
+        return _way_out(self.workload, jax.local_devices()[0])
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether the steps leave too little of the device's memory to try out products beside the weights."""
+        available = device_bytes(jax.local_devices()[0])
+        return available is not None and training_forecast(self.workload).total > _ROOM_TO_COMPILE * available
 
 
 def tokenizer_folder(settings: TrainConfig) -> pathlib.Path:
@@ -404,8 +412,17 @@ def _with_remat(
     if workload.remat == "offload" and mesh.size > 1:
         raise UserError(f"remat: expected fast, balanced or low-memory on several devices ({mesh}), found offload")
     if available is not None and training_forecast(workload).total > available:
-        notices.append(f"the device's memory may not be enough: {advice(workload, available)}")
+        notices.append(f"the device's memory may not be enough: {_way_out(workload, device)}")
     return workload, notices
+
+
+def _way_out(workload: Workload, device: Any) -> str:
+    """What would fit into the device's memory, by forecast; first more of the memory, if JAX has not taken it all."""
+    available, total = device_bytes(device), cuda.total_bytes() if device.platform == "gpu" else None
+    more = ""
+    if available is not None and total is not None and total - cuda.OUTSIDE_POOL > available / ROOM:
+        more = f"--memory-limit {total / cuda.GIB:.3g} gives it all of the GPU's memory; "
+    return more + advice(workload, available)
 
 
 def _host_holds(needed: int) -> bool:
