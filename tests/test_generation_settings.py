@@ -327,6 +327,17 @@ def test_flags_go_before_the_file(told: Callable[..., Any]) -> None:
     assert told(OWN, "--chat")[2] == (3, 2047), "a chat also ends with the tokenizer's end of text"
 
 
+def test_a_chat_ends_where_the_template_ends_a_turn(told: Callable[..., Any], tmp_path: pathlib.Path) -> None:
+    """A base model that was trained on chats names the end of a text only, in all its files."""
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "<|endoftext|>"}))
+    end_of_text = load_tokenizer(tmp_path / "model").eos_token_id
+    assert told({"eos_token_id": end_of_text}, "--chat")[2] == (end_of_text, 2047)
+    assert told({"eos_token_id": end_of_text})[2] == (end_of_text,)
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    assert told({"eos_token_id": end_of_text}, "--chat")[2] == (end_of_text,)
+
+
 def test_what_has_no_effect_goes_to_stderr(told: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     told({"frequency_penalty": 1}, "--min-p", "0.2")
     said = capsys.readouterr().err.splitlines()

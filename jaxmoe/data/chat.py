@@ -222,8 +222,7 @@ def assistant_spans(
             "chat template: expected it to append a generation prompt to the messages, found another rendering"
         )
     mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in prompted)
-    closers = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
-    spans = []
+    closers, spans = _special_tokens(tokenizer), []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -236,13 +235,38 @@ def assistant_spans(
         bounded = whole.startswith(before[:start]) and whole.endswith(after) and start <= end
         if not found or start < (spans[-1][1] if spans else 0) or not bounded:
             raise UserError(f"chat template: cannot find the answer of message {turn + 1} in the rendered text")
-        closer = next((token for token in closers if after.lstrip().startswith(token)), None)
+        closer = _closer(after, closers)
         if closer is None:
             raise UserError(
                 f"chat template: expected a special token after the answer of message {turn + 1}, found {after[:20]!r}"
             )
         spans.append((start, end + after.index(closer) + len(closer)))
     return whole, spans
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """The token that ends the assistant's turn in the chat template; None if the template shows none.
+
+    A base model has this token and may be trained on chats, while its files name the end of a text only.
+    """
+    mark = "\ue000"
+    try:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+        after = _rendered(messages, None, tokenizer, AS_WRITTEN).text.partition(mark)[2]
+    except UserError:
+        return None
+    closer = _closer(after, _special_tokens(tokenizer))
+    return None if closer is None else tokenizer.convert_tokens_to_ids(closer)
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens, longest first."""
+    return sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}, key=len, reverse=True)
+
+
+def _closer(after: str, tokens: Sequence[str]) -> str | None:
+    """Which of `tokens` the text after an answer starts with, white space aside."""
+    return next((token for token in tokens if after.lstrip().startswith(token)), None)
 
 
 def _rendered(

@@ -20,7 +20,7 @@ from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, finite_number
 from jaxmoe.cli.progress import reading_weights
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
-from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.chat import load_tokenizer, turn_end
 from jaxmoe.errors import printable
 from jaxmoe.generate import prompts
 from jaxmoe.generate.capture import capture_generation
@@ -125,8 +125,12 @@ def _with_flags(sampling: Sampling, args: argparse.Namespace) -> Sampling:
 
 
 def _stop_tokens(stated: tuple[int, ...], tokenizer: Any, chat: bool) -> tuple[int, ...]:
-    """The checkpoint's stop tokens; the tokenizer's end of text if it states none, and at the end of a chat's turn."""
-    return stated if stated and not chat else tuple(dict.fromkeys((*stated, tokenizer.eos_token_id)))
+    """The checkpoint's stop tokens, or the tokenizer's end of text if it states none; in a chat also the latter, and
+    the token that ends a turn."""
+    if not chat:
+        return stated or (tokenizer.eos_token_id,)
+    end = turn_end(tokenizer)
+    return tuple(dict.fromkeys((*stated, tokenizer.eos_token_id, *([] if end is None else [end]))))
 
 
 def _unused(sampling: Sampling) -> list[str]:
