@@ -23,7 +23,7 @@ def mutate(folder: pathlib.Path, rng: random.Random, only: tuple[str, ...] = ())
     files = sorted(p for p in folder.rglob("*") if p.is_file() and (not only or p.name in only))
     file = rng.choice(files)
     name = file.relative_to(folder)
-    changes = [_bits, _cut, _longer, _zeros, _gone, _empty, _folder, _circle, _outside]
+    changes = [_bits, _cut, _longer, _zeros, _gone, _empty, _folder, _circle, _outside, _pipe, _endless, _sparse]
     if (file.suffix in (".json", ".zarray") and rng.random() < 0.8) or (only and rng.random() < 0.8):
         changes = [_json]
     if file.suffix == ".safetensors" and rng.random() < 0.5:
@@ -91,6 +91,24 @@ def _outside(file: pathlib.Path, rng: random.Random) -> str:
         target = target.parent.parent / target.name
     shutil.move(file, target)
     file.symlink_to(target)
+    return ""
+
+
+def _pipe(file: pathlib.Path, rng: random.Random) -> str:
+    file.unlink()
+    os.mkfifo(file)
+    return ""
+
+
+def _endless(file: pathlib.Path, rng: random.Random) -> str:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    return ""
+
+
+def _sparse(file: pathlib.Path, rng: random.Random) -> str:
+    """A terabyte that takes no room on the disk."""
+    os.truncate(file, 2**40)
     return ""
 
 
