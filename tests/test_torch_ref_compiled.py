@@ -89,6 +89,17 @@ def test_loop_says_that_it_cannot_be_traced(way: Callable[..., Any], unchecked: 
         way(model, inputs)(**inputs)
 
 
+def test_an_exported_program_takes_other_sizes(unchecked: Any) -> None:
+    model = one_layer("frozen", unchecked)
+    auto = torch.export.Dim.AUTO
+    shapes = {"input_ids": {0: auto, 1: auto}, "use_cache": None}
+    inputs = {"input_ids": IDS, "use_cache": False}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module()
+    other = {"input_ids": torch.arange(33).view(3, 11), "use_cache": False}
+    with torch.no_grad():
+        assert distance(program(**other).logits, model(**other).logits) <= bound("torch_ref_fp32")
+
+
 # --- the same on a GPU, with the compiler's default backend and torch_ref's kernels
 
 

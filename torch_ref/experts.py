@@ -342,7 +342,7 @@ def grouped_experts(
     """As `loop_experts`, over rows sorted by expert."""
     flat = selected.flatten()
     order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     # bincount and repeat_interleave would wait for the GPU.
     counts = torch.zeros(gate_up.stack.shape[0], dtype=torch.int32, device=x.device)
     ends = counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32)).cumsum(0, dtype=torch.int32)

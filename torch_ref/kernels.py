@@ -74,7 +74,7 @@ def combine(
     rows: Float[Tensor, "R D"], inverse: Int[Tensor, " R"], k: int, weights: Float[Tensor, "M k"] | None = None
 ) -> Float[Tensor, "M D"]:
     """The sum of each token's k rows, which are at inverse[token * k + j], times `weights` if given."""
-    tokens, width = len(inverse) // k, rows.shape[1]
+    tokens, width = inverse.shape[0] // k, rows.shape[1]
     out = rows.new_empty(tokens, width)
     block = min(1024, _next_power_of_2(width))
     if tokens:
@@ -126,7 +126,7 @@ def _launch_norm_rotary(
             out,
             rows,
             heads,
-            len(cos) * T,
+            cos.shape[0] * T,
             epsilon,
             d_out is not None,
             tile,
