@@ -34,7 +34,7 @@ def group_size(matrices: int, elements: int) -> int:
 
     On a CPU intermediate results then stay in its cache, on a GPU transfers are large enough to be fast.
     """
-    most = max(1, (2**21 if jax.default_backend() == "cpu" else 2**26) // elements)
+    most = max(1, (2**21 if jax.default_backend() == "cpu" else 2**25) // elements)
     return next(size for size in range(min(most, matrices), 0, -1) if matrices % size == 0)
 
 

@@ -25,6 +25,8 @@ from jaxmoe.store.checkpoint import Block, Checkpoint, MadeOnDevice
 from jaxmoe.store.digest import WeightsDigest
 
 READERS = 4
+# Of a checkpoint whose arrays are made on a GPU: two keep the transfers busy, and more would take memory of the GPU.
+_GPU_READERS = 2
 OnLayer = Callable[[int, int], None]  # layers on the device, layers in all
 
 
@@ -52,16 +54,15 @@ def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.Sh
 def load_stacks(
     config: Qwen3MoeConfig,
     source: Checkpoint,
-    readers: int = READERS,
+    readers: int | None = None,
     on_layer: OnLayer = lambda *_: None,
     digest: WeightsDigest | None = None,
     on_host: Collection[str] = (),
 ) -> dict[str, Any]:
     """Path -> array on the default device, for every array of the checkpoint; layers are stacked.
 
-    Arrays of the top level that `on_host` names stay NumPy arrays.
-
-    `on_layer` is called after each layer. `digest` collects what the weights are, in threads of its own.
+    Arrays of the top level that `on_host` names stay NumPy arrays. `readers` is the number of threads that read; None
+    picks it. `on_layer` is called after each layer. `digest` collects what the weights are, in threads of its own.
 
     Raises:
         UserError: as `source.block`. Reads that are already running finish; no new one starts.
@@ -76,6 +77,8 @@ def load_stacks(
     read = partial(_read, source, digest)
     top = read(None)
     params |= {path: value if path in on_host else jnp.asarray(value) for path, value in top.arrays.items()}
+    if readers is None:
+        readers = _GPU_READERS if isinstance(source, MadeOnDevice) and jax.default_backend() != "cpu" else READERS
     pool = ThreadPoolExecutor(readers, thread_name_prefix="read-layer")
     try:
         todo = iter(range(config.num_hidden_layers))
