@@ -103,6 +103,7 @@ def sorted_experts(
     adapters = tuple(adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter))
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
+    one_by_one = one_by_one and any(isinstance(stack, NF4Stack) for stack in stacks)
     plan = _Plan(products, weights.trainable, in_scan, one_by_one)
     return _mixture(x, routing.weights, stacks, offset, adapters, schedule, plan)
 
