@@ -135,6 +135,28 @@ def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:
     return model
 
 
+def quantize_linear_maps(model: Any) -> None:
+    """Puts the linear maps of transformers' layers into NF4 with bitsandbytes; experts are no linear maps and stay."""
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for module in list(model.model.layers.modules()):
+        for name, child in module.named_children():
+            if type(child) is not torch.nn.Linear:
+                continue
+            device, dtype = child.weight.device, child.weight.dtype
+            quantized = Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=dtype,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+            quantized.load_state_dict(child.cpu().state_dict())
+            setattr(module, name, quantized.to(device))
+
+
 def torch_load(model: Any, config: Qwen3MoeConfig, ids: Any) -> float:
     """`load_ratio` of one forward pass of transformers' model."""
     import torch

@@ -42,6 +42,8 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
     on(monkeypatch, device)
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
+        ("cached attention", "xla"),
+        ("few rows", row_kernels),
         ("grouped matmul", grouped_matmul),
         ("norm rotary", row_kernels),
         ("swiglu gradient", row_kernels),
@@ -118,7 +120,8 @@ def test_unknown_names_are_errors(monkeypatch):
         pass
     with pytest.raises(
         UserError,
-        match="expected operations among attention, grouped_matmul, norm_rotary, swiglu_gradient; found 'atention'",
+        match="expected operations among attention, cached_attention, grouped_matmul, few_rows, norm_rotary, "
+        "swiglu_gradient; found 'atention'",
     ):
         forced(atention="blocks").__enter__()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxmoe.generate.engine
-import jaxmoe.model.cache
+import jaxmoe.ops.cached_attention
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.generate.engine import Generator
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
@@ -119,8 +119,8 @@ def read_a_stale_cache(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_the_window(patch: pytest.MonkeyPatch) -> None:
-    mask = jaxmoe.model.cache.attention_mask
-    patch.setattr(jaxmoe.model.cache, "attention_mask", lambda q, k, qs, ks, window: mask(q, k, qs, ks, None))
+    mask = jaxmoe.ops.cached_attention.attention_mask
+    patch.setattr(jaxmoe.ops.cached_attention, "attention_mask", lambda q, k, qs, ks, window: mask(q, k, qs, ks, None))
 
 
 @pytest.fixture

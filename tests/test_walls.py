@@ -52,9 +52,11 @@ MODULES: dict[str, set[str]] = {
     "captures": _under("captures", ". format shared"),
     "ops": _under(
         "jaxmoe.ops",
-        ". attention attention_chunked attention_cudnn attention_masked contraction embedding experts frozen"
+        ". attention attention_chunked attention_cudnn attention_masked cached_attention contraction embedding experts"
+        " few_experts few_rows frozen"
         " grouped_matmul implementations kept linear low_rank norm norm_rotary projections rotary router schedule"
-        " swiglu kernels kernels.norm_rotary kernels.swiglu_gradient kernels.grouped_matmul"
+        " swiglu kernels kernels.few_rows kernels.norm_rotary kernels.swiglu_gradient"
+        " kernels.grouped_matmul"
         " kernels.grouped_matmul.hopper"
         " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer kernels.grouped_matmul.hopper_ring"
         " kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",

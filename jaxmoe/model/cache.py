@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.model.decoder import Context, captured_of_layers, decode
 from jaxmoe.model.interface import Options, Params
 from jaxmoe.ops.attention import causal_attention
-from jaxmoe.ops.attention_masked import attention, attention_mask
+from jaxmoe.ops.cached_attention import CacheStacks, Heads, cached_attention
 from jaxmoe.ops.rotary import rotary_tables
 from jaxmoe.ops.router import CapturedRouting, RoutingControl
 
@@ -60,16 +59,12 @@ def forward_cached(
     """
     input_ids, start, length = new
     B, T = input_ids.shape
-    S = cache.key.shape[2]
     positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if start is None else start[:, None] + jnp.arange(T)
-    slots = jnp.broadcast_to(jnp.arange(S), (B, S))
-    # One segment: a slot after the sequence's own position is excluded by causality alone.
-    ones = partial(jnp.ones, dtype=jnp.int32)
-    mask = attention_mask(positions, slots, ones((B, T)), ones((B, S)), config.sliding_window)
-    sequences = jnp.arange(B)[:, None]
 
     def whole_sequences(stack: Array, new: Array, layer: Array) -> Array:
-        return jax.lax.dynamic_update_slice(stack, new[None, :, :S].astype(stack.dtype), (layer, 0, 0, 0, 0))
+        return jax.lax.dynamic_update_slice(
+            stack, new[None, :, : stack.shape[2]].astype(stack.dtype), (layer, 0, 0, 0, 0)
+        )
 
     def attend(query: Array, key: Array, value: Array, layer: Array, cache: KVCache) -> tuple[Array, KVCache]:
         if start is None:
@@ -77,11 +72,10 @@ def forward_cached(
             out = causal_attention(query, key, value, None, config.sliding_window)
             pairs = (cache.key, key), (cache.value, value)
             return out, KVCache(*(whole_sequences(*pair, layer) for pair in pairs))
-        # Out-of-range writes (a bucket's padding past S) are dropped, never clamped onto the last slot.
-        keys = cache.key.at[layer, sequences, positions].set(key.astype(cache.key.dtype), mode="drop")
-        values = cache.value.at[layer, sequences, positions].set(value.astype(cache.value.dtype), mode="drop")
-        here = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
-        return attention(query, here(keys), here(values), mask), KVCache(keys, values)
+        out, stacks = cached_attention(
+            Heads(query, key, value), CacheStacks(*cache), layer, positions, config.sliding_window
+        )
+        return out, KVCache(*stacks)
 
     tables = rotary_tables(positions, config.rope_parameters, config.head_dim)
     valid = (jnp.arange(T) < length[:, None]).reshape(-1)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.contraction import PRECISION
+from jaxmoe.ops.few_experts import few_experts
 from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.grouped_matmul import GroupedMatmul, LowRankTerm
 from jaxmoe.ops.implementations import Choice, choose
@@ -105,6 +106,8 @@ def sorted_experts(
     offset = jnp.asarray(weights.offset, jnp.int32)
     one_by_one = one_by_one and any(isinstance(stack, NF4Stack) for stack in stacks)
     plan = _Plan(products, weights.trainable, in_scan, one_by_one)
+    if not weights.trainable and x.shape[0] <= choose("few_rows", x.dtype, *stacks).value.most_rows:
+        return _mixture_of_few(x, routing.weights, stacks, offset, adapters, schedule, routing.experts, plan)
     return _mixture(x, routing.weights, stacks, offset, adapters, schedule, plan)
 
 
@@ -258,7 +261,34 @@ def _adapter_gradient(outer: Any, rows: Array, low: Any, d_y: Array, d_low: Any,
 
 
 def _frozen(*arguments: Any) -> dict[int, str]:
-    return {} if arguments[6].trainable else {2: "experts' weights"}
+    return {} if arguments[-1].trainable else {2: "experts' weights"}
 
 
 define_vjp(_mixture, _mixture_forward, _mixture_backward, _frozen)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _mixture_of_few(
+    x: Array,
+    weights: Array,
+    stacks: tuple[Any, Any],
+    offset: Any,
+    adapters: tuple[Factors | None, Factors | None],
+    schedule: Schedule,
+    experts: Array,
+    plan: _Plan,
+) -> Array:
+    """The forward pass without differentiation for a few tokens; the schedule is not used, so it is not computed."""
+    kernel = choose("few_rows", x.dtype, *stacks).value
+    return few_experts(x, experts, weights, stacks, offset, adapters, kernel)
+
+
+def _few_forward(x, weights, stacks, offset, adapters, schedule, experts, plan: _Plan):
+    return _mixture_forward(x, weights, stacks, offset, adapters, schedule, plan)
+
+
+def _few_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
+    return *_mixture_backward(plan, residuals, d_out), None
+
+
+define_vjp(_mixture_of_few, _few_forward, _few_backward, _frozen)

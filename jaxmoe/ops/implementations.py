@@ -106,6 +106,9 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.attention_chunked:CHUNKED",
         ),
     },
+    "cached_attention": {
+        "xla": Implementation("all slots under a mask", _anywhere, "jaxmoe.ops.cached_attention:MASKED"),
+    },
     "grouped_matmul": {
         "mosaic": Implementation(
             "Pallas Mosaic GPU kernel over expert-aligned tiles",
@@ -115,6 +118,14 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "tiled": Implementation(
             "pure JAX loop over expert-aligned row tiles", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.xla:XLA"
         ),
+    },
+    "few_rows": {
+        "triton": Implementation(
+            "Pallas Triton kernel that reads only the chosen matrices, in place",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.few_rows:KERNEL",
+        ),
+        "xla": Implementation("one row after the other, as XLA runs it", _anywhere, "jaxmoe.ops.few_rows:GATHERED"),
     },
     "norm_rotary": {
         "triton": Implementation(

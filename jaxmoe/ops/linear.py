@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops import projections
 from jaxmoe.ops.contraction import contract, product
+from jaxmoe.ops.few_rows import FewRows, Rows
 from jaxmoe.ops.frozen import define_vjp
+from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.low_rank import Adapter, low_rank
 
 
@@ -52,6 +56,10 @@ def linears(x: Float[Array, "*batch inner"], *maps: LinearMap) -> list[Float[Arr
     if layer is not None and len(stacks) == len(maps) and projections.unsupported(x, stacks, adapters) is None:
         biases = [each.bias for each in maps]
         return projections.frozen_linears(x, stacks, layer, biases, adapters)
+    if layer is not None and len(stacks) == len(maps) and _few_rows(x, stacks) is not None:
+        ys = few_products(x.reshape(-1, x.shape[-1]), tuple(stacks), jnp.asarray(layer, jnp.int32))
+        ys = [y.reshape(*x.shape[:-1], -1) for y in ys]
+        return [finish_linear(y, x, each.bias, each.adapter) for y, each in zip(ys, maps, strict=True)]
     return [_single(x, each) for each in maps]
 
 
@@ -66,6 +74,34 @@ def _single(x: Array, each: LinearMap) -> Array:
 def layer_slice(stack: Array, slot: Array | int) -> Array:
     """Layer `slot` of a stacked parameter; the stack itself stays where it is."""
     return jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False)
+
+
+def _few_rows(x: Array, stacks: Sequence[Any]) -> FewRows | None:
+    """The implementation of products of few rows, if x has few and it is faster for them than a plain product."""
+    kernel: FewRows = choose("few_rows", x.dtype, *stacks).value
+    return kernel if kernel.shares_launch and x.size // x.shape[-1] <= kernel.most_rows else None
+
+
+@jax.custom_vjp
+def few_products(
+    x: Float[Array, "M inner"], stacks: tuple[Array | NF4Stack, ...], layer: Int[Array, ""]
+) -> tuple[Float[Array, "M _"], ...]:
+    """Forms x W^T in float32 for each W = stack[layer], which are frozen, by the implementation for few rows."""
+    kernel: FewRows = choose("few_rows", x.dtype, *stacks).value
+    return tuple(kernel.products(x, stacks, Rows.of_layer(x.shape[0], layer), jnp.float32))
+
+
+def _few_products_forward(x: Array, stacks: tuple[Any, ...], layer: Array):
+    return tuple(contract(x, stack[layer]) for stack in stacks), (x, stacks, layer)
+
+
+def _few_products_backward(residuals: tuple[Any, ...], d_ys: tuple[Array, ...]) -> tuple[Array, None, None]:
+    x, stacks, layer = residuals
+    d_x = sum(product("mo,oi->mi", d_y, stack[layer]) for d_y, stack in zip(d_ys, stacks, strict=True))
+    return jnp.asarray(d_x).astype(x.dtype), None, None
+
+
+define_vjp(few_products, _few_products_forward, _few_products_backward, frozen={1: "projections"})
 
 
 @jax.custom_vjp

@@ -10,8 +10,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmoe.ops.contraction import PRECISION, contract
+from jaxmoe.ops.implementations import default_device
 from jaxmoe.ops.kept import ROUTING
 from jaxmoe.ops.low_rank import Adapter
+
+_FEW_TOKENS = 64  # up to here comparing all pairs of scores is faster than sorting on a GPU
 
 
 class Routing(NamedTuple):
@@ -87,7 +90,7 @@ def route(
     if control is not None and control.selection is not None:
         # Probabilities are between 0 and 1, so forced experts come first and removed ones last.
         scores = scores + 2.0 * control.selection
-    experts: Array = jax.lax.top_k(scores, num_experts_per_tok)[1]
+    experts: Array = _largest(scores, num_experts_per_tok)
     if control is not None and control.experts is not None:
         experts = jnp.where(control.experts[:, :1] < 0, experts, control.experts)
     # The weights are read at the indices of the saved experts, so that the backward pass does not sort again.
@@ -96,6 +99,24 @@ def route(
     if norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return Routing(logits, probabilities, experts, checkpoint_name(weights, ROUTING))
+
+
+def _largest(scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:
+    """The indices of the largest scores in descending order; ties go to the lowest index."""
+    if len(scores) <= _FEW_TOKENS and default_device().platform == "gpu":
+        return largest_by_rank(scores, count)
+    return jax.lax.top_k(scores, count)[1]
+
+
+def largest_by_rank(scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:
+    """As `jax.lax.top_k`, by counting for each score how many come before it: two small kernels on a GPU, no sort."""
+    index = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    own, other = scores[:, :, None], scores[:, None, :]
+    before = (other > own) | ((other == own) & (index[None, :] < index[:, None]))
+    rank = jnp.sum(before, axis=-1, dtype=jnp.int32)
+    chosen = jnp.where(rank[:, None, :] == jnp.arange(count)[:, None], index, 0)
+    # Among NaN no score comes before another; the bound keeps the sum of their indices a valid index.
+    return jnp.minimum(jnp.sum(chosen, axis=-1), scores.shape[-1] - 1)
 
 
 def no_routing(tokens: int, num_experts: int, num_experts_per_tok: int) -> Routing:
