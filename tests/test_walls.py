@@ -52,7 +52,7 @@ MODULES: dict[str, set[str]] = {
     "captures": _under("captures", ". format shared"),
     "ops": _under(
         "jaxmoe.ops",
-        ". attention attention_chunked attention_cudnn attention_masked contraction embedding experts frozen"
+        ". attention attention_chunked attention_cudnn attention_masked contraction dispatch embedding experts frozen"
         " grouped_matmul implementations kept linear low_rank norm norm_rotary projections rotary router schedule"
         " swiglu kernels kernels.norm_rotary kernels.swiglu_gradient kernels.grouped_matmul"
         " kernels.grouped_matmul.hopper"
@@ -87,12 +87,12 @@ USES: dict[str, set[str]] = {
     "cli": {"base"},
     "figures": {"base"},
     "metrics": {"base"},
-    "store": {"base", "parameters"},
+    "store": {"base", "parameters", "distributed"},
     "nf4": {"base", "parameters"},
     "recode": {"base", "parameters", "nf4", "store"},
     "convert": {"base", "parameters", "memory", "nf4", "recode", "store", "cli"},
     "captures": {"base", "cli"},
-    "ops": {"base", "parameters", "nf4"},
+    "ops": {"base", "parameters", "distributed", "nf4"},
     "model": {*_BELOW_MODEL.split()},
     "data": {"base"},
     "control": {*_BELOW_MODEL.split(), "model", "data", "captures"},

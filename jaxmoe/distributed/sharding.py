@@ -19,19 +19,30 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.mesh import AXES, MeshShape
 from jaxmoe.lora import LoraConfig
-from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, lora_specs, nf4_paths, stored_specs
+from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, nf4_paths, stored_specs
 
 T = TypeVar("T")
 
 # logical axis -> the mesh axes that may split it, the outermost first
 RULES: Mapping[str, tuple[str, ...]] = {
-    "batch": ("data",),
+    "batch": ("data", "fsdp", "expert"),
+    "experts": ("expert", "fsdp"),
+    "heads": ("fsdp",),
+    "kv_heads": ("fsdp",),
+    "mlp": ("fsdp",),
+    "expert_mlp": ("fsdp",),
+    "codes": ("fsdp",),
+    "blocks": ("fsdp",),
 }
 
 
 def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: MeshShape) -> PartitionSpec:
-    """How an array of these logical axes and this shape is split; no mesh axis splits two axes of it."""
-    free = set(mesh.used)
+    """How an array of these logical axes and this shape is split; no mesh axis splits two axes of it.
+
+    Vectors (norms, biases), of a layer or of the model, lie whole: putting them together would take longer than it
+    saves memory.
+    """
+    free = set(mesh.used) if sum(axis != "layers" for axis in axes) > 1 else set()
     split: list[tuple[str, ...] | None] = []
     for axis, length in zip(axes, shape, strict=True):
         over = tuple(each for each in RULES.get(axis or "", ()) if each in free)
@@ -44,15 +55,33 @@ def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: MeshShape)
 
 def mesh_axes(spec: PartitionSpec) -> frozenset[str]:
     """The mesh axes that split an array."""
-    return frozenset(axis for over in spec for axis in (over or ()))
+    return frozenset(axis for over in spec for axis in ((over,) if isinstance(over, str) else over or ()))
 
 
-def logical_axes(config: Qwen3MoeConfig, lora: LoraConfig | None, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Path -> logical axes of every array of a model, which has the arrays `names`, and of its adapters."""
-    mixed = tuple((path, (0,)) for path in nf4_paths(names) if f"{path}.weight" in names)
-    quantization = Quantization(nf4_paths(names), NESTED_QUANT_MAP in names, mixed)
-    specs = stored_specs(config, quantization) | (lora_specs(config, lora) if lora else {})
-    return {path: spec.axes for path, spec in specs.items()}
+def _specs(config: Qwen3MoeConfig, lora: LoraConfig | None, names: Sequence[str]) -> dict[str, ParameterSpec]:
+    """The spec of every array of a model, which has the arrays `names`, and of its adapters.
+
+    In NF4's mixed stacks the number of layers is not the stack's own: the names do not tell it.
+    """
+    mixed = {name.rpartition(".")[0] for name in names if name.endswith((".weight", ".places"))}
+    quantized = tuple(mixed.union(nf4_paths(names)))
+    quantization = Quantization(quantized, True, tuple((path, (0,)) for path in mixed))
+    return stored_specs(config, quantization) | (lora_specs(config, lora) if lora else {})
+
+
+def gathered_axes(
+    config: Qwen3MoeConfig, lora: LoraConfig | None, names: Sequence[str], mesh: MeshShape
+) -> dict[str, int]:
+    """Path -> the axis of one layer's array that devices share with `fsdp`, of the stacks that they share."""
+    if mesh.fsdp == 1:
+        return {}
+    specs = _specs(config, lora, names).items()
+    return {
+        path: axis - 1
+        for path, spec in specs
+        for axis, over in enumerate(partition(spec.axes, spec.shape, mesh))
+        if "fsdp" in mesh_axes(PartitionSpec(over))
+    }
 
 
 @functools.cache
@@ -72,10 +101,13 @@ class Placement:
     config: Qwen3MoeConfig
     lora: LoraConfig | None
 
+    def __post_init__(self) -> None:
+        self.mesh.check_experts(self.config.num_experts if self.config.sparse_layers else 0)
+
     def specs(self, arrays: Mapping[str, Any]) -> dict[str, PartitionSpec]:
         """Path -> how the array of that path is split, for parameters or adapters of the whole model."""
-        axes = logical_axes(self.config, self.lora, list(arrays))
-        return {path: partition(axes[path], array.shape, self.mesh) for path, array in arrays.items()}
+        specs = _specs(self.config, self.lora, list(arrays))
+        return {path: partition(specs[path].axes, array.shape, self.mesh) for path, array in arrays.items()}
 
     def batch_specs(self, batch: T, tokens: int) -> T:
         """How the arrays of a batch are split. They begin with the `tokens` axes [..., B, T], or with some of these."""
@@ -91,6 +123,12 @@ class Placement:
         """Parameters or adapters by path, or their shapes, where they lie on the mesh."""
         specs = self.specs(arrays)
         return {path: self._placed(array, specs[path]) for path, array in arrays.items()}
+
+    def place_layer(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The arrays of one layer, without the axis of layers, as `place` does."""
+        axes = {path: spec.axes for path, spec in _specs(self.config, self.lora, list(arrays)).items()}
+        split = {path: partition(axes[path], (1, *array.shape), self.mesh) for path, array in arrays.items()}
+        return {path: self._placed(array, PartitionSpec(*split[path][1:])) for path, array in arrays.items()}
 
     def place_batch(self, batch: T, tokens: int) -> T:
         """A batch of NumPy arrays where it lies on the mesh; of an array, a process sends what its devices hold."""

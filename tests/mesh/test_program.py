@@ -39,6 +39,41 @@ def test_one_device_runs_the_program_without_a_mesh() -> None:
     assert not re.search(r"all_reduce|all_gather|all_to_all|manual_computation", with_mesh)
 
 
+def test_no_weight_travels_to_tokens() -> None:
+    """With an `expert` axis only rows, their experts and weights travel, and gradients of what every device holds."""
+    case = trial.CASES["adapters"]
+    case = case._replace(config=case.config.replace(moe_intermediate_size=192))  # a weight is larger than all rows
+    found = exchanges(trial.prepared(case, "expert=4").step.compile().as_text())
+    largest = {name: max(each.elements for each in found if each.name == name) for name, _ in found}
+    assert largest.keys() == {"all-reduce", "all-gather", "all-to-all"}
+    assert largest["all-gather"] <= 4 * 4  # how many rows go from each device to each
+    frozen, trained = trial.weights(case)
+    share = min(frozen[path][0].size // 4 for path in ("sparse.gate_up_proj", "sparse.down_proj"))
+    rows = trial.SEQUENCES // 4 * trial.LENGTH * case.config.num_experts_per_tok
+    assert largest["all-to-all"] == 4 * rows * case.config.hidden_size < share
+    everywhere = sum(
+        array.size for path, array in trained.items() if not path.startswith(("sparse.gate_up", "sparse.down"))
+    )
+    statistics = 4 * case.config.num_hidden_layers * case.config.num_experts
+    assert sum(each.elements for each in found if each.name == "all-reduce") <= everywhere + statistics
+
+
+def test_each_weight_is_put_together_once_a_pass() -> None:
+    """With `fsdp` the bodies of the two loops over layers, forwards and backwards, gather each shared array once."""
+    case = trial.CASES["adapters"]
+    ready = trial.prepared(case, "fsdp=4")
+    found = exchanges(ready.step.compile().as_text())
+    assert {each.name for each in found} == {"all-reduce", "all-gather", "reduce-scatter"}
+    stored = {**ready.frozen, **ready.state.trainable}
+    shared = {path: array for path, array in stored.items() if not array.is_fully_replicated}
+    assert {"attention.q_proj", "attention.o_proj", "sparse.gate_up_proj", "sparse.down_proj"} <= shared.keys()
+    of_a_layer = sum(array[0].size for array in shared.values())
+    assert sum(each.elements for each in found if each.name == "all-gather") == 2 * of_a_layer
+    trained = sum(array.size for array in ready.state.trainable.values())
+    statistics = 4 * case.config.num_hidden_layers * case.config.num_experts
+    assert sum(each.elements for each in found if each.name != "all-gather") <= trained + statistics
+
+
 def test_data_adds_up_gradients_and_nothing_else() -> None:
     case = trial.CASES["adapters"]
     found = exchanges(trial.prepared(case, "data=8").step.compile().as_text())
