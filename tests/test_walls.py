@@ -36,7 +36,7 @@ MODULES: dict[str, set[str]] = {
         " out_of_memory presets stopping tokenizer_files weight_form",
     ),
     "parameters": _under("jaxmoe", "parameters"),
-    "distributed": _under("jaxmoe.distributed", ". collectives mesh sharding"),
+    "distributed": _under("jaxmoe.distributed", ". collectives mesh placement sharding"),
     "memory": _under("jaxmoe", "memory memory_advice"),
     "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
@@ -83,7 +83,7 @@ USES: dict[str, set[str]] = {
     "base": set(),
     "parameters": {"base"},
     "distributed": {"base", "parameters"},
-    "memory": {"base", "parameters"},
+    "memory": {"base", "parameters", "distributed"},
     "cli": {"base"},
     "figures": {"base"},
     "metrics": {"base"},
@@ -135,8 +135,8 @@ NEVER = {
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
     ". broken_environment cli cli.arguments cli.commands cli.progress config cuda distributed distributed.mesh"
-    " environment errors json_text lazy limited lora memory memory_advice other_fields out_of_memory parameters"
-    " presets stopping tokenizer_files weight_form",
+    " distributed.sharding environment errors json_text lazy limited lora memory memory_advice other_fields"
+    " out_of_memory parameters presets stopping tokenizer_files weight_form",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

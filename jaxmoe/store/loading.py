@@ -22,7 +22,7 @@ from jaxtyping import Array, Int
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.mesh import ONE_DEVICE
-from jaxmoe.distributed.sharding import Placement
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.parameters import layer_paths, stored_specs
 from jaxmoe.store.checkpoint import Block, Checkpoint, MadeOnDevice
 from jaxmoe.store.digest import WeightsDigest

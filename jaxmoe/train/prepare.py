@@ -26,7 +26,7 @@ from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, automatic
-from jaxmoe.distributed.sharding import Placement
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
 from jaxmoe.memory import (
@@ -382,6 +382,7 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
         quantize="nf4" if quantization else None,
         quantization=quantization,
         packed=model.packed,
+        mesh=model.mesh,
         **selected,
     )
 

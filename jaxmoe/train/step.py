@@ -20,7 +20,7 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed.collectives import sum_over_devices
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
-from jaxmoe.distributed.sharding import Placement, mesh_axes
+from jaxmoe.distributed.placement import Placement, mesh_axes
 from jaxmoe.memory import Remat, loss_chunk, moments_on_host
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight

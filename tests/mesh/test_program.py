@@ -6,6 +6,11 @@ import math
 import re
 from typing import NamedTuple
 
+import pytest
+
+from jaxmoe.distributed.mesh import MeshShape
+from jaxmoe.distributed.placement import Placement
+from jaxmoe.memory import Workload, training_forecast
 from tests.mesh import trial
 
 _OPERATION = re.compile(
@@ -72,6 +77,18 @@ def test_each_weight_is_put_together_once_a_pass() -> None:
     trained = sum(array.size for array in ready.state.trainable.values())
     statistics = 4 * case.config.num_hidden_layers * case.config.num_experts
     assert sum(each.elements for each in found if each.name != "all-gather") <= trained + statistics
+
+
+@pytest.mark.parametrize(("mesh", "name"), [("data=8", "adapters"), ("fsdp=2,expert=4", "adapters"), ("fsdp=8", "NF4")])
+def test_the_forecast_counts_what_lies_on_a_device(mesh: str, name: str) -> None:
+    case, shape = trial.CASES[name], MeshShape.parse(mesh)
+    assert case.lora is not None
+    work = Workload(case.config, case.lora, 1, 8, "float32", quantize="nf4" if case.nf4 else None, mesh=shape)
+    parts = {part.name.split(" (")[0]: part.bytes for part in training_forecast(work).parts}
+    place = Placement(shape, case.config, case.lora)
+    for arrays, part in zip(trial.weights(case), ("parameters", "adapters"), strict=True):
+        placed = place.place(arrays).values()
+        assert parts[part] == sum(array.addressable_shards[0].data.nbytes for array in placed)
 
 
 def test_data_adds_up_gradients_and_nothing_else() -> None:

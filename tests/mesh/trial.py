@@ -12,7 +12,7 @@ import numpy as np
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed.mesh import MeshShape
-from jaxmoe.distributed.sharding import Placement
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.nf4.codec import NF4, dynamic_map, encode
 from jaxmoe.parameters import (
     NESTED_QUANT_MAP,
