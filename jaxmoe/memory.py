@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.distributed.sharding import held_elements
 from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_GROUPS, LoraConfig
 from jaxmoe.parameters import (
@@ -100,6 +102,7 @@ class Workload:
         attention: the implementation that runs on the device (`jaxmoe.ops.attention.implementation`).
         experts: the implementation of the experts' products (`jaxmoe.ops.experts.implementation`).
         packed: a sequence may hold several documents.
+        mesh: the devices that share a step; the forecast is for one of them, and `batch_size` counts its own sequences.
     """
 
     config: Qwen3MoeConfig
@@ -114,6 +117,7 @@ class Workload:
     experts: Experts = "tiled"
     packed: bool = True
     quantization: Quantization | None = None
+    mesh: MeshShape = ONE_DEVICE
 
     @property
     def tokens(self) -> int:
@@ -127,8 +131,11 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """An upper bound on the padded rows P of a MoE layer."""
-        return padded_rows(self.tokens * self.config.num_experts_per_tok, self.config.num_experts, self.experts)
+        """An upper bound on the padded rows P of a MoE layer; a device that holds a share of the experts has room for
+        the rows of all."""
+        here = self.config.num_experts // self.mesh.expert
+        most = self.config.num_experts_per_tok if self.mesh.expert == 1 else min(self.config.num_experts_per_tok, here)
+        return padded_rows(self.mesh.expert * self.tokens * most, here, self.experts)
 
 
 def training_forecast(work: Workload) -> Forecast:
@@ -137,11 +144,11 @@ def training_forecast(work: Workload) -> Forecast:
     # The loop over tiles has not been measured on a GPU. The forecast assumes that all gradients exist at once.
     times = 2 if work.experts == "tiled" else 1
     layer = times * layer_bytes(work) + adapted_bytes(work) + attention_bytes(work, training=True)
-    parameters = parameter_count(config)
+    parameters = _held(parameter_specs(config), work.mesh)
     # The logits of a chunk and their gradient.
     logits = 2 * min(loss_chunk(work.remat), work.tokens) * config.vocab_size * FLOAT32
     if lora:
-        trained = adapter_count(config, lora) * FLOAT32
+        trained = _held(lora_specs(config, lora), work.mesh) * FLOAT32
         stored = [*_frozen(work), Part("adapters", trained, True), *_saved_copy(work)]
         if embedding_on_host(config, lora, work.remat):
             table = Part("embedding, in the host's memory", -config.vocab_size * config.hidden_size * work.size, True)
@@ -153,7 +160,7 @@ def training_forecast(work: Workload) -> Forecast:
         if work.dtype != "float32":
             stored.append(Part(f"{work.dtype} copy", parameters * work.size, True))
     on_host = moments_on_host(lora, work.remat)
-    in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_decoded(work))
+    in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_gathered(work), *_decoded(work))
     in_the_head = (Part("one chunk of logits", logits, False),)
     return Forecast(
         (
@@ -242,11 +249,26 @@ def _frozen(work: Workload) -> tuple[Part, ...]:
     """The frozen parameters."""
     config, size = work.config, work.size
     if work.quantize is None:
-        return (Part("parameters", parameter_count(config) * size, True),)
+        return (Part("parameters", _held(parameter_specs(config), work.mesh) * size, True),)
     quantization = work.quantization or Quantization(nf4_candidates(config))
     specs = stored_specs(config, quantization).values()
-    stored = sum(math.prod(spec.shape) * (STORED_BYTES[spec.dtype] if spec.dtype else size) for spec in specs)
+    stored = sum(held_elements(spec, work.mesh) * (STORED_BYTES[spec.dtype] if spec.dtype else size) for spec in specs)
     return (Part("parameters (nf4)", stored, True),)
+
+
+def _gathered(work: Workload) -> tuple[Part, ...]:
+    """The weights of a layer that devices share with `fsdp`, put together; of two layers, since XLA may gather the next
+    one while this one computes."""
+    if work.mesh.fsdp == 1:
+        return ()
+    quantization = work.quantization or (Quantization(nf4_candidates(work.config)) if work.quantize else None)
+    stacks = [spec for spec in stored_specs(work.config, quantization).values() if spec.axes[0] == "layers"]
+    whole = replace(work.mesh, fsdp=1)
+    layer = sum(
+        held_elements(spec, whole) // spec.shape[0] * (STORED_BYTES[spec.dtype] if spec.dtype else work.size)
+        for spec in stacks
+    )
+    return (Part("two layers' weights", 2 * layer, False),)
 
 
 def _decoded(work: Workload) -> tuple[Part, ...]:
@@ -260,7 +282,8 @@ def _decoded(work: Workload) -> tuple[Part, ...]:
         return ()
     specs = parameter_specs(work.config)
     paths = work.quantization.paths if work.quantization else nf4_candidates(work.config)
-    experts = [math.prod(specs[path].shape[1:]) for path in paths if path.startswith("sparse.")] or [0]
+    held = work.mesh.expert
+    experts = [math.prod(specs[path].shape[1:]) // held for path in paths if path.startswith("sparse.")] or [0]
     others = max(math.prod(specs[path].shape[1:]) for path in paths if not path.startswith("sparse."))
     together = max(experts) if work.remat == "offload" else sum(experts)
     if work.experts == "tiled":
@@ -379,6 +402,11 @@ def format_bytes(count_of_bytes: int) -> str:
             break
         value, unit = value / 1024, larger
     return f"{count_of_bytes} B" if unit == "B" else f"{value:.3g} {unit}"
+
+
+def _held(specs: Mapping[str, ParameterSpec], mesh: MeshShape) -> int:
+    """Number of parameters that lie on a device."""
+    return sum(held_elements(spec, mesh) for spec in specs.values())
 
 
 def _count(specs: Mapping[str, ParameterSpec]) -> int:

@@ -102,7 +102,7 @@ def parameter_specs(config: Qwen3MoeConfig) -> dict[str, ParameterSpec]:
     if sparse := len(c.sparse_layers):
         E, F = c.num_experts, c.moe_intermediate_size
         specs |= {
-            "sparse.gate": ParameterSpec((sparse, E, D), ("layers", "experts", "embed")),
+            "sparse.gate": ParameterSpec((sparse, E, D), ("layers", "router", "embed")),
             "sparse.gate_up_proj": ParameterSpec((sparse, E, 2 * F, D), ("layers", "experts", "expert_mlp", "embed")),
             "sparse.down_proj": ParameterSpec((sparse, E, D, F), ("layers", "experts", "embed", "expert_mlp")),
         }

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from jax.extend.core import jaxprs_in_params
 
 from jaxmoe.ops import experts as dispatch
+from jaxmoe.ops.dispatch import Local
 from jaxmoe.ops.experts import ExpertWeights, dense_experts, sorted_experts
 from jaxmoe.ops.implementations import OPERATIONS, default_device, forced
 from jaxmoe.ops.kernels.grouped_matmul import xla
@@ -147,9 +148,10 @@ def swapped_gate_and_up(gate_up):
     return jax.nn.silu(up) * gate
 
 
-def without_the_last_row(rows, weights, schedule):
+def without_the_last_row(rows, weights, way):
+    schedule = way.schedule
     dropped = schedule._replace(destination=schedule.destination.at[-1, -1].set(schedule.source.shape[0] - 1))
-    return original_combine(rows, weights, dropped)
+    return original_combine(rows, weights, Local(dropped))
 
 
 class OffByOneExpert(xla.Xla):

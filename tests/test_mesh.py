@@ -16,17 +16,18 @@ from tests.mesh import DEVICES
 
 @pytest.mark.long
 def test_on_eight_virtual_devices() -> None:
-    """`tests/mesh`, on the CPU: the number of devices is fixed when JAX starts."""
+    """The smaller part of `tests/mesh`, on the CPU: the number of devices is fixed when JAX starts."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "XLA_FLAGS"))}
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": DEVICES}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/mesh"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not wide", "tests/mesh"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 def test_a_mesh_is_read_and_written() -> None:
     assert MeshShape.parse(" data = 4") == MeshShape(data=4)
-    assert str(MeshShape(data=4)) == "data=4"
+    assert MeshShape.parse("expert=2,data=3") == MeshShape(data=3, expert=2)
+    assert str(MeshShape(data=4, fsdp=1, expert=2)) == "data=4,expert=2"
     assert MeshShape.parse(str(MeshShape())) == MeshShape()
 
 
@@ -48,9 +49,15 @@ def test_what_is_no_mesh_is_refused(text: str, message: str) -> None:
         MeshShape.parse(text)
 
 
-def test_too_few_devices_or_sequences_are_refused() -> None:
+def test_what_devices_cannot_share_is_refused() -> None:
     with pytest.raises(UserError, match="mesh: data=4 needs 4 devices, found 2"):
         MeshShape(data=4).check_devices(2)
+    with pytest.raises(
+        UserError, match=r"expert: expected a divisor of the model's 12 experts \(1, 2, 3, 4, 6, 12\), found 8"
+    ):
+        MeshShape(expert=8).check_experts(12)
+    with pytest.raises(UserError, match=r"expert: expected a divisor of the model's 0 experts \(1\), found 2"):
+        MeshShape(expert=2).check_experts(0)
     with pytest.raises(UserError, match=r"batch_size: expected a multiple of 4 .*data=4\), found 6"):
         MeshShape(data=4).check_batch(6)
 

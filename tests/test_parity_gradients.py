@@ -17,6 +17,7 @@ import jaxmoe.train.step
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data.packing import Batch as TrainingBatch
 from jaxmoe.memory import Remat
+from jaxmoe.ops.dispatch import Local
 from jaxmoe.parameters import lora_specs, parameter_specs
 from peers.configs import CONFIGS, config_of, random_adapters, random_parameters
 from peers.reference import Reference
@@ -179,7 +180,7 @@ def detach_expert_adapters(patch: pytest.MonkeyPatch) -> None:
 
 
 def forget_the_weight_in_the_backward_pass(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(jaxmoe.ops.experts, "row_weights", lambda weights, schedule: jnp.sign(schedule.source + 1.0)[:, None])
+    patch.setattr(Local, "weights", lambda self, weights: jnp.sign(self.schedule.source + 1.0)[:, None])
 
 
 def forget_the_balancing_loss(patch: pytest.MonkeyPatch) -> None:

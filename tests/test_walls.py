@@ -36,7 +36,7 @@ MODULES: dict[str, set[str]] = {
         " out_of_memory presets stopping tokenizer_files weight_form",
     ),
     "parameters": _under("jaxmoe", "parameters"),
-    "distributed": _under("jaxmoe.distributed", ". collectives mesh sharding"),
+    "distributed": _under("jaxmoe.distributed", ". collectives mesh placement sharding"),
     "memory": _under("jaxmoe", "memory memory_advice"),
     "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
@@ -52,14 +52,12 @@ MODULES: dict[str, set[str]] = {
     "captures": _under("captures", ". format shared"),
     "ops": _under(
         "jaxmoe.ops",
-        ". attention attention_chunked attention_cudnn attention_masked cached_attention contraction embedding experts"
-        " few_experts few_rows frozen"
-        " grouped_matmul implementations kept linear low_rank norm norm_rotary projections rotary router schedule"
-        " swiglu kernels kernels.few_rows kernels.norm_rotary kernels.swiglu_gradient"
-        " kernels.grouped_matmul"
-        " kernels.grouped_matmul.hopper"
-        " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer kernels.grouped_matmul.hopper_ring"
-        " kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",
+        ". attention attention_chunked attention_cudnn attention_masked cached_attention contraction dispatch"
+        " embedding experts few_experts few_rows frozen grouped_matmul implementations kept linear low_rank"
+        " norm norm_rotary projections rotary router schedule swiglu kernels kernels.few_rows"
+        " kernels.norm_rotary kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
+        " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer"
+        " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",
     ),
     "model": _under(
         "jaxmoe.model", ". adapted cache causal_lm decoder init interface layer layer_loop opening selection"
@@ -85,16 +83,16 @@ USES: dict[str, set[str]] = {
     "base": set(),
     "parameters": {"base"},
     "distributed": {"base", "parameters"},
-    "memory": {"base", "parameters"},
+    "memory": {"base", "parameters", "distributed"},
     "cli": {"base"},
     "figures": {"base"},
     "metrics": {"base"},
-    "store": {"base", "parameters"},
+    "store": {"base", "parameters", "distributed"},
     "nf4": {"base", "parameters"},
     "recode": {"base", "parameters", "nf4", "store"},
     "convert": {"base", "parameters", "memory", "nf4", "recode", "store", "cli"},
     "captures": {"base", "cli"},
-    "ops": {"base", "parameters", "nf4"},
+    "ops": {"base", "parameters", "distributed", "nf4"},
     "model": {*_BELOW_MODEL.split()},
     "data": {"base"},
     "control": {*_BELOW_MODEL.split(), "model", "data", "captures"},
@@ -137,8 +135,8 @@ NEVER = {
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
     ". broken_environment cli cli.arguments cli.commands cli.progress config cuda distributed distributed.mesh"
-    " environment errors json_text lazy limited lora memory memory_advice other_fields out_of_memory parameters"
-    " presets stopping tokenizer_files weight_form",
+    " distributed.sharding environment errors json_text lazy limited lora memory memory_advice other_fields"
+    " out_of_memory parameters presets stopping tokenizer_files weight_form",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
 
 from jaxmoe.distributed.mesh import MeshShape
 
@@ -16,3 +18,37 @@ def sum_over_devices(tree: T, mesh: MeshShape, but: Collection[str] = ()) -> T:
     """The sum of each array over the devices, of all axes of the mesh `but` these; every device has the result."""
     axes = tuple(axis for axis in mesh.used if axis not in but)
     return jax.lax.psum(tree, axes) if axes else tree
+
+
+def gather(share: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+    """The whole of an array whose `axis` is shared with `fsdp`; the gradient of a share is the sum over the devices."""
+    return jax.lax.all_gather(share, "fsdp", axis=axis, tiled=True)
+
+
+def sizes_between(going: Int[Array, " n"], axis: str) -> Int[Array, "n n"]:
+    """How many rows go from each device to each, given how many this one sends; every device has the result."""
+    return jax.lax.all_gather(going, axis)
+
+
+def travel(
+    rows: Shaped[Array, "here ..."], most: int, sizes: Int[Array, "n n"], axis: str
+) -> Shaped[Array, "most ..."]:
+    """Sends each device of a mesh axis its rows: `sizes[i, j]` from device i to device j.
+
+    Rows for one device follow those for the devices before it, and arrive after those from the devices before; what
+    lies after the last one of `most` is undefined. JAX has no ragged exchange for CPUs, so there every pair of devices
+    exchanges as many rows as there can be.
+    """
+    me = jax.lax.axis_index(axis)
+    before = lambda counts: jnp.cumsum(counts, axis=0) - counts
+    sends, starts = sizes[me], before(sizes[me])
+    receives, ends = sizes[:, me], jnp.cumsum(sizes[:, me])
+    if jax.default_backend() != "cpu":
+        arrived = jnp.zeros((most, *rows.shape[1:]), rows.dtype)
+        return jax.lax.ragged_all_to_all(rows, arrived, starts, sends, before(sizes)[me], receives, axis_name=axis)
+    room = min(rows.shape[0], most)
+    index = starts[:, None] + jnp.arange(room)
+    padded = jax.lax.all_to_all(rows.at[index].get(mode="clip"), axis, 0, 0)
+    place = jnp.arange(most)
+    source = jnp.minimum(jnp.searchsorted(ends, place, side="right", method="compare_all"), len(ends) - 1)
+    return padded.at[source, place - (ends - receives)[source]].get(mode="clip")

@@ -4,6 +4,8 @@ The batch is split over all axes of the mesh, so each device runs the forward an
 own. The axes differ in what else the devices share:
 
     data      nothing: every device holds all weights
+    fsdp      the layers' weights: each holds a share, and puts a layer together when it comes to it
+    expert    the experts: each holds E / n of them, and the routed rows of its tokens travel to those that they need
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ class MeshShape:
     """How many devices each axis of the mesh has; 1 for an axis that is not used."""
 
     data: int = 1
+    fsdp: int = 1
+    expert: int = 1
 
     @classmethod
     def parse(cls, text: str) -> MeshShape:
-        """The mesh of a text such as "data=4".
+        """The mesh of a text such as "data=2,expert=4".
 
         Raises:
             UserError: the text names an unknown axis, or one twice, or a size that is not a whole number from 1 on.
@@ -68,6 +72,14 @@ class MeshShape:
         if self.size > found:
             raise UserError(f"mesh: {self} needs {self.size} devices, found {found}")
 
+    def check_experts(self, found: int) -> None:
+        """Raises UserError unless the devices can share a layer's experts evenly; 0 for a model without experts."""
+        if max(found, 1) % self.expert:
+            divisors = ", ".join(str(each) for each in range(1, found + 1) if found % each == 0) or "1"
+            raise UserError(
+                f"mesh: expert: expected a divisor of the model's {found} experts ({divisors}), found {self.expert}"
+            )
+
     def check_batch(self, batch_size: int) -> None:
         """Raises UserError unless the devices can share the sequences of a micro-batch evenly."""
         shares = self.product(SEQUENCE_AXES)
@@ -80,7 +92,10 @@ class MeshShape:
 
 # The outermost first: devices that are neighbours on the last axis exchange most.
 AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
-SEQUENCE_AXES = ("data",)  # the axes that the sequences of a batch are split over
+SEQUENCE_AXES = ("data", "fsdp", "expert")  # the axes that the sequences of a batch are split over
+
+
+ONE_DEVICE = MeshShape()
 
 
 def automatic(devices: int, batch_size: int) -> tuple[MeshShape, str]:

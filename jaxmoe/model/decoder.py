@@ -180,7 +180,7 @@ def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[
         )
     with jax.named_scope("experts"):
         adapters = layer.adapter("sparse.gate_up_proj"), layer.adapter("sparse.down_proj")
-        how = {"in_scan": not options.unroll, "one_by_one": options.remat == "offload"}
+        how = {"in_scan": not options.unroll, "one_by_one": options.remat == "offload", "mesh": options.mesh}
         return sorted_experts(x, routing, layer.experts(), *adapters, **how), record
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LoraConfig
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.memory import Remat
 from jaxmoe.ops.router import CapturedRouting
 
@@ -39,6 +40,7 @@ class Options:
             frozen model, whose weights need no slice.
         packed: a sequence may hold several documents. False promises one document per sequence, optionally followed by
             padding. Causality alone then keeps the two apart, and a GPU need not check at every layer.
+        mesh: the devices that share the tokens. Several run the pass together, each with its share of every array.
         router_logits: also return all router logits.
         layer_inputs: also return each layer's input.
         keep_logits: also return the routing of each token with this many of its largest router logits (0: none).
@@ -49,6 +51,7 @@ class Options:
     remat: Remat = "low-memory"
     unroll: bool = False
     packed: bool = True
+    mesh: MeshShape = ONE_DEVICE
     router_logits: bool = False
     layer_inputs: bool = False
     keep_logits: int = 0

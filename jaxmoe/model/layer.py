@@ -13,13 +13,16 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed.collectives import gather
+from jaxmoe.distributed.sharding import gathered_axes
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
 from jaxmoe.model.interface import Options, Params
+from jaxmoe.nf4.codec import NF4
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.experts import ExpertWeights
 from jaxmoe.ops.linear import LinearMap, layer_slice
 from jaxmoe.ops.low_rank import Adapter, Dropout, DropoutKeys
-from jaxmoe.parameters import nf4_paths, parameter_specs
+from jaxmoe.parameters import NESTED_QUANT_MAP, nf4_paths, parameter_specs
 
 _EXPERTS = ("sparse.gate_up_proj", "sparse.down_proj")
 # The weights whose adapters may have dropout, in the order in which a layer numbers its draws.
@@ -68,6 +71,9 @@ class ModelStacks(NamedTuple):
     scales: Mapping[str, float | Array]  # an adapter's path -> the factor on its product, or one per layer
     dropout: float  # of the adapters' inputs, in training
     experts: Mapping[str, Array | NF4Stack]  # frozen expert stacks as [layers * E, out, in]; empty if they are trained
+    experts_here: int  # experts of a layer on this device
+    params: Params  # as they are stored
+    shared: Mapping[str, int]  # path of an array that devices share with fsdp -> which axis of one layer's
     dtype: Any  # of the operands of products
 
     @classmethod
@@ -87,16 +93,15 @@ class ModelStacks(NamedTuple):
         if quantized := [path for path in sorted(trained) if isinstance(stacks[path], NF4Stack)]:
             raise ValueError(f"{quantized[0]}: frozen (NF4), but it or the experts' other stack is to be trained")
         weights = _split(stacks, config, trained)
-        experts = {
-            path: stack if isinstance(stack, NF4Stack) else stack.reshape(-1, *stack.shape[2:])
-            for path in _EXPERTS
-            if (stack := weights.whole.get(path)) is not None
-        }
+        experts = {path: _by_expert(stack) for path in _EXPERTS if (stack := weights.whole.get(path)) is not None}
         scales = _scales(options.lora)
         adapters = _only_trained_parts(adapters, options.lora)
         adapter_stacks = _split(adapters, config, set(adapters) if options.trainable != "none" else set())
         dropout = options.lora.dropout if options.lora else 0.0
-        return cls(config, weights, adapter_stacks, scales, dropout, experts, params["embed_tokens"].dtype)
+        here = config.num_experts // options.mesh["expert"]
+        shared = gathered_axes(config, options.lora, [*params, *adapters], options.mesh)
+        dtype = params["embed_tokens"].dtype
+        return cls(config, weights, adapter_stacks, scales, dropout, experts, here, params, shared, dtype)
 
     def layer(self, index: LayerIndex, sliced: Params, sliced_adapters: Params) -> Layer:
         """The layer `index`, given its slices of the scanned arrays."""
@@ -132,21 +137,26 @@ class Layer:
 
     def weight(self, path: str) -> Array:
         """The layer's own array."""
-        return self.stacks.weights.pick(path, self._slot(path))
+        return self._whole(path, self.stacks.weights.pick(path, self._slot(path)))
 
     def norm(self, path: str) -> tuple[Array, float, bool]:
         """(a norm's weight, its eps, whether it is frozen)."""
         return self.weight(path), self.eps, path in self.stacks.weights.whole
 
     def linear_maps(self, *paths: str) -> list[LinearMap]:
-        """Linear maps with bias and adapter; a frozen weight is passed as its whole stack, and read in place."""
-        return [self._linear_map(path) for path in paths]
+        """Linear maps with bias and adapter; a frozen weight is passed as its whole stack, and read in place.
+
+        Where devices share one of the stacks, all maps have stacks of this layer alone.
+        """
+        alone = any(map(self._is_shared, paths))
+        return [self._linear_map(path, alone) for path in paths]
 
     def adapter(self, path: str) -> Adapter | None:
         """The adapter on the parameter `path`, if there is one."""
         if path not in self.stacks.scales:
             return None
-        a, b = (self.stacks.adapters.pick(f"{path}.lora_{x}", self._slot(path)) for x in "AB")
+        names = f"{path}.lora_A", f"{path}.lora_B"
+        a, b = (self._whole(name, self.stacks.adapters.pick(name, self._slot(path))) for name in names)
         scale = self.stacks.scales[path]
         own = scale if isinstance(scale, int | float) else scale[self._slot(path)]
         return Adapter(a, b, own, self._dropout(path))
@@ -159,20 +169,49 @@ class Layer:
 
     def experts(self) -> ExpertWeights:
         """The fused experts: the whole stack and this layer's offset in it, or this layer's slice if it is trained."""
+        if self.stacks.experts and any(map(self._is_shared, _EXPERTS)):
+            gate_up, down = (_by_expert(self._alone(path)) for path in _EXPERTS)
+            return ExpertWeights(gate_up, down, 0, trainable=False)
         if self.stacks.experts:
             gate_up, down = (self.stacks.experts[path] for path in _EXPERTS)
-            return ExpertWeights(gate_up, down, self.slot * self.stacks.config.num_experts, trainable=False)
-        gate_up, down = (self.stacks.weights.sliced[path] for path in _EXPERTS)
+            return ExpertWeights(gate_up, down, self.slot * self.stacks.experts_here, trainable=False)
+        gate_up, down = (self._whole(path, self.stacks.weights.sliced[path]) for path in _EXPERTS)
         return ExpertWeights(gate_up, down, 0, trainable=True)
 
     def _slot(self, path: str) -> Array:
         return self.index if path.startswith("attention.") else self.slot
 
-    def _linear_map(self, path: str) -> LinearMap:
+    def _is_shared(self, path: str) -> bool:
+        """Whether devices share some array of the weight `path`."""
+        return any(name in self.stacks.shared for name in _stored(path))
+
+    def _whole(self, path: str, share: Array) -> Array:
+        """One layer's array, put together if devices share it."""
+        return share if path not in self.stacks.shared else gather(share, self.stacks.shared[path])
+
+    def _alone(self, path: str) -> Array | NF4Stack:
+        """A frozen weight's stack with this layer alone, put together from the shares: NF4's bytes if it is in NF4."""
+        params, slot = self.stacks.params, self._slot(path)
+        at = dict.fromkeys(_stored(path), slot)
+        own = {}
+        if (places := params.get(f"{path}.places")) is not None:
+            # Both forms are read, since one loop runs over all layers; the place says which one counts.
+            place = layer_slice(places, slot)
+            at = dict.fromkeys(at, jnp.maximum(place, 0)) | {f"{path}.weight": jnp.maximum(-1 - place, 0)}
+            own = {f"{path}.places": jnp.minimum(place, 0).clip(-1)[None]}
+        for name in at.keys() & params.keys() - own.keys():
+            own[name] = self._whole(name, layer_slice(params[name], at[name]))[None]
+        if NESTED_QUANT_MAP in params:
+            own[NESTED_QUANT_MAP] = params[NESTED_QUANT_MAP]
+        return _stack(own, path, (1, *parameter_specs(self.stacks.config)[path].shape[1:]), self.dtype)
+
+    def _linear_map(self, path: str, alone: bool) -> LinearMap:
         weights = self.stacks.weights
         bias = self.weight(f"{path}_bias") if f"{path}_bias" in weights else None
         if path in weights.sliced:
-            return LinearMap(weights.sliced[path], None, bias, self.adapter(path))
+            return LinearMap(self._whole(path, weights.sliced[path]), None, bias, self.adapter(path))
+        if alone:
+            return LinearMap(self._alone(path), self.index * 0, bias, self.adapter(path))
         return LinearMap(weights.whole[path], self._slot(path), bias, self.adapter(path))
 
 
@@ -199,17 +238,30 @@ def _only_trained_parts(adapters: Params, lora: LoraConfig | None) -> Params:
 
 def _layer_stacks(params: Params, config: Qwen3MoeConfig) -> dict[str, Array | NF4Stack]:
     """The parameters of the layers: as they are, or one `NF4Stack` in place of a quantised weight's arrays."""
-    quantized = nf4_paths(params)
-    if not quantized:
+    if not nf4_paths(params):
         return {path: stack for path, stack in params.items() if "." in path}
-    stacks: dict[str, Array | NF4Stack] = {}
-    for path, spec in parameter_specs(config).items():
-        if path in quantized:
-            *lead, out, inner = spec.shape
-            stacks[path] = NF4Stack.of(params, path, (math.prod(lead), out, inner), params["embed_tokens"].dtype)
-        elif "." in path:
-            stacks[path] = params[path]
-    return stacks
+    dtype = params["embed_tokens"].dtype
+    return {
+        path: _stack(params, path, spec.shape, dtype) for path, spec in parameter_specs(config).items() if "." in path
+    }
+
+
+def _stack(params: Params, path: str, shape: tuple[int, ...], dtype: Any) -> Array | NF4Stack:
+    """The weight `path` of a flat dictionary, as it is or in NF4; `shape` counts the experts of the whole model."""
+    if (codes := params.get(f"{path}.codes")) is None:
+        return params[path]
+    experts = codes.shape[1:-2]  # those of this device
+    return NF4Stack.of(params, path, (shape[0] * math.prod(experts), *shape[-2:]), dtype)
+
+
+def _stored(path: str) -> tuple[str, ...]:
+    """The arrays that may hold the weight `path`, without the places of a mixed stack."""
+    return (path, *(f"{path}.{field}" for field in (*NF4._fields, "weight")))
+
+
+def _by_expert(stack: Array | NF4Stack) -> Array | NF4Stack:
+    """A stack of experts with one leading axis for layers and experts."""
+    return stack if isinstance(stack, NF4Stack) else stack.reshape(-1, *stack.shape[2:])
 
 
 def _split(stacks: Mapping[str, Any], config: Qwen3MoeConfig, sliced: set[str]) -> Stacks:

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.contraction import PRECISION
+from jaxmoe.ops.dispatch import Dispatch, combine, make_dispatch
 from jaxmoe.ops.few_experts import few_experts
 from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.grouped_matmul import GroupedMatmul, LowRankTerm
@@ -28,7 +30,7 @@ from jaxmoe.ops.implementations import Choice, choose
 from jaxmoe.ops.kept import GATE_UP, SCHEDULE
 from jaxmoe.ops.low_rank import Adapter, Factors, fold, unfold
 from jaxmoe.ops.router import Routing
-from jaxmoe.ops.schedule import Schedule, combine, make_schedule, permute, row_weights
+from jaxmoe.ops.schedule import Schedule
 from jaxmoe.ops.swiglu import swiglu_of_product
 
 
@@ -85,30 +87,31 @@ def sorted_experts(
     *,
     in_scan: bool = False,
     one_by_one: bool = False,
+    mesh: MeshShape = ONE_DEVICE,
 ) -> Float[Array, "M D"]:
     """The mixture's output sum_k w_k down_k(silu(gate_k x) * up_k x), float32, by sort-based dispatch.
 
     Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products join the base's before it is rounded.
     `in_scan` says that this is a step of a scan that will be differentiated: its saved results are then slices of a
     stack. `one_by_one` decodes a stack in NF4 for each product anew, so that no two decoded ones exist at once; that
-    takes less memory and more time.
+    takes less memory and more time. On a mesh with an `expert` axis, x are the tokens of this device, `weights` and
+    adapters its own share of the experts.
     """
     num_experts = routing.logits.shape[-1]
     widths = *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]
     products: GroupedMatmul = choose("grouped_matmul", x.dtype, *widths).value
-    rows = routing.experts.size
     with jax.named_scope("permute"):
-        span_rows = products.span_rows(rows, num_experts)
-        schedule = make_schedule(routing.experts, num_experts, products.tile_rows(rows, num_experts), span_rows)
-        schedule = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), schedule)
+        dispatch = make_dispatch(routing.experts, num_experts, products, mesh)
+        dispatch = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), dispatch)
     adapters = tuple(adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter))
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
     one_by_one = one_by_one and any(isinstance(stack, NF4Stack) for stack in stacks)
     plan = _Plan(products, weights.trainable, in_scan, one_by_one)
-    if not weights.trainable and x.shape[0] <= choose("few_rows", x.dtype, *stacks).value.most_rows:
-        return _mixture_of_few(x, routing.weights, stacks, offset, adapters, schedule, routing.experts, plan)
-    return _mixture(x, routing.weights, stacks, offset, adapters, schedule, plan)
+    few = choose("few_rows", x.dtype, *stacks).value.most_rows if mesh["expert"] == 1 else 0
+    if not weights.trainable and x.shape[0] <= few:
+        return _mixture_of_few(x, routing.weights, stacks, offset, adapters, dispatch, routing.experts, plan)
+    return _mixture(x, routing.weights, stacks, offset, adapters, dispatch, plan)
 
 
 class _Plan(NamedTuple):
@@ -136,7 +139,7 @@ class _Residuals(NamedTuple):
     stacks: tuple[Any, Any]
     offset: Any
     adapters: tuple[Factors | None, Factors | None]
-    schedule: Schedule
+    dispatch: Dispatch
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -146,18 +149,18 @@ def _mixture(
     stacks: tuple[Any, Any],
     offset: Any,
     adapters: tuple[Factors | None, Factors | None],
-    schedule: Schedule,
+    dispatch: Dispatch,
     plan: _Plan,
 ) -> Array:
     """The forward pass without differentiation: nothing is saved, so SwiGLU is part of the product of gate and up."""
     with jax.named_scope("permute"):
-        rows = permute(x, schedule)
+        rows = dispatch.rows(x)
     with jax.named_scope("gate_up"):
-        hidden, _ = _project(rows, stacks[0], offset, adapters[0], schedule, plan.products, swiglu=True)
+        hidden, _ = _project(rows, stacks[0], offset, adapters[0], dispatch.schedule, plan.products, swiglu=True)
     with jax.named_scope("down"):
-        rows, _ = _project(hidden, stacks[1], offset, adapters[1], schedule, plan.products)
+        rows, _ = _project(hidden, stacks[1], offset, adapters[1], dispatch.schedule, plan.products)
     with jax.named_scope("combine"):
-        return combine(rows, weights, schedule)
+        return combine(rows, weights, dispatch)
 
 
 def _project(
@@ -190,32 +193,32 @@ def _project_back(
     return products.matmul(d_rows, stack, schedule, offset, transposed=False, low=term), low
 
 
-def _mixture_forward(x, weights, stacks, offset, adapters, schedule, plan: _Plan):
+def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, plan: _Plan):
     with jax.named_scope("permute"):
-        rows = permute(x, schedule)
+        rows = dispatch.rows(x)
         offset, rows = plan.in_turn(offset, rows)
     with jax.named_scope("gate_up"):
-        gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], schedule, plan.products)
+        gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], dispatch.schedule, plan.products)
         gate_up = checkpoint_name(gate_up, GATE_UP)
     with jax.named_scope("swiglu"):
         hidden = swiglu_of_product(gate_up)
         offset, hidden = plan.in_turn(offset, hidden)
     with jax.named_scope("down"):
-        rows, low_down = _project(hidden, stacks[1], offset, adapters[1], schedule, plan.products)
+        rows, low_down = _project(hidden, stacks[1], offset, adapters[1], dispatch.schedule, plan.products)
     with jax.named_scope("combine"):
-        out = combine(rows, weights, schedule)
+        out = combine(rows, weights, dispatch)
     low: Any = tuple(None if a is None else checkpoint_name(a, GATE_UP) for a in (low_up, low_down))
-    return out, _Residuals(x, weights, gate_up, low, stacks, offset, adapters, schedule)
+    return out, _Residuals(x, weights, gate_up, low, stacks, offset, adapters, dispatch)
 
 
 def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
-    x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, schedule = residuals
+    x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, dispatch = residuals
     with jax.named_scope("combine"):
-        d_rows = permute(d_out.astype(x.dtype), schedule)  # not yet weighted
-        weight_of_row = row_weights(weights, schedule)
+        d_rows = dispatch.rows(d_out.astype(x.dtype))  # not yet weighted
+        weight_of_row = dispatch.weights(weights)
         offset, d_rows, gate_up = plan.in_turn(offset, d_rows, gate_up)
     with jax.named_scope("down"):
-        d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], schedule, plan.products)
+        d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], dispatch.schedule, plan.products)
     with jax.named_scope("swiglu"):
         # At padding the weight is zero, and so is everything that follows: no sum over rows needs a mask.
         again = plan.trainable or adapters[1] is not None
@@ -223,20 +226,19 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
         hidden, d_gate_up, d_weight_of_row = gradient(gate_up, d_hidden, weight_of_row, with_hidden=again)
         offset, d_gate_up = plan.in_turn(offset, d_gate_up)
     with jax.named_scope("gate_up"):
-        d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], schedule, plan.products)
+        d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], dispatch.schedule, plan.products)
     with jax.named_scope("permute"):
-        gathered = jnp.take(d_x_rows, schedule.destination, axis=0).astype(jnp.float32)
-        d_x = gathered.sum(axis=1).astype(x.dtype)
-        d_weights = jnp.take(d_weight_of_row, schedule.destination, axis=0).astype(weights.dtype)
+        d_x = dispatch.back(d_x_rows).astype(jnp.float32).sum(axis=1).astype(x.dtype)
+        d_weights = dispatch.back(d_weight_of_row).astype(weights.dtype)
 
     def weighed(rows: Array) -> Array:
         return (rows.astype(jnp.float32) * weight_of_row).astype(rows.dtype)
 
-    outer = partial(plan.products.outer, schedule=schedule)
+    outer = partial(plan.products.outer, schedule=dispatch.schedule)
     d_adapters: list[Factors | None] = [None, None]
     d_stacks: list[Array | None] = [None, None]
     with jax.named_scope("weight_gradients"):
-        rows: Any = permute(x, schedule) if plan.trainable or adapters[0] is not None else None
+        rows: Any = dispatch.rows(x) if plan.trainable or adapters[0] is not None else None
         if adapters[0] is not None:
             d_adapters[0] = _adapter_gradient(outer, rows, low_up, d_gate_up, d_low_up, adapters[0])
         if adapters[1] is not None:
@@ -274,17 +276,17 @@ def _mixture_of_few(
     stacks: tuple[Any, Any],
     offset: Any,
     adapters: tuple[Factors | None, Factors | None],
-    schedule: Schedule,
+    dispatch: Dispatch,
     experts: Array,
     plan: _Plan,
 ) -> Array:
-    """The forward pass without differentiation for a few tokens; the schedule is not used, so it is not computed."""
+    """The forward pass without differentiation for a few tokens; the dispatch is not used, so it is not computed."""
     kernel = choose("few_rows", x.dtype, *stacks).value
     return few_experts(x, experts, weights, stacks, offset, adapters, kernel)
 
 
-def _few_forward(x, weights, stacks, offset, adapters, schedule, experts, plan: _Plan):
-    return _mixture_forward(x, weights, stacks, offset, adapters, schedule, plan)
+def _few_forward(x, weights, stacks, offset, adapters, dispatch, experts, plan: _Plan):
+    return _mixture_forward(x, weights, stacks, offset, adapters, dispatch, plan)
 
 
 def _few_backward(plan: _Plan, residuals: _Residuals, d_out: Array):

@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxmoe.ops.contraction import PRECISION
-
 
 class Spans(NamedTuple):
     """Adjacent tiles of one group, which a kernel runs together: each span's first tile, its number of tiles, and its
@@ -50,7 +48,14 @@ class Schedule(NamedTuple):
     spans: dict[int, Spans]
 
 
-def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, span_rows: Sequence[int] = ()) -> Schedule:
+def make_schedule(
+    experts: Int[Array, "M k"],
+    num_experts: int,
+    tile: int,
+    span_rows: Sequence[int] = (),
+    *,
+    some_nowhere: bool = False,
+) -> Schedule:
     """Lays out the routed rows by expert; rows of one expert keep the order of their tokens.
 
     A counting sort: a row's place is its expert's first place plus the number of earlier rows of that expert.
@@ -60,17 +65,19 @@ def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, span_
         num_experts: E.
         tile: rows per tile.
         span_rows: the heights, in rows, to list spans for, if a kernel will read them.
+        some_nowhere: some rows have the expert E, which does not exist; they lie behind the tiles that are used.
     """
     rows = experts.size
     flat = experts.reshape(-1).astype(jnp.int32)
-    tiles = rows // tile + min(num_experts, rows)
+    groups = num_experts + some_nowhere
+    tiles = rows // tile + min(groups, rows)
 
     # In pieces of about as many rows as there are pieces. Within a piece, rows are compared with each other; of the
     # pieces before it, only the rows of each expert are counted.
     length = 1 << rows.bit_length() // 2
-    pieces = jnp.pad(flat, (0, -rows % length), constant_values=num_experts).reshape(-1, length)
+    pieces = jnp.pad(flat, (0, -rows % length), constant_values=groups).reshape(-1, length)
     count = partial(jnp.sum, dtype=jnp.int32)
-    hits = count(pieces[:, :, None] == jnp.arange(num_experts), axis=1)
+    hits = count(pieces[:, :, None] == jnp.arange(groups), axis=1)
     before = _sum_before(hits)
     tile_count = (before[-1] + hits[-1] + tile - 1) // tile
     first_tile = _sum_before(tile_count)
@@ -83,6 +90,8 @@ def make_schedule(experts: Int[Array, "M k"], num_experts: int, tile: int, span_
     source = jnp.full(tiles * tile, -1, jnp.int32)
     source = source.at[destination].set(index, unique_indices=True, mode="promise_in_bounds")
 
+    if some_nowhere:
+        first_tile, tile_count, tile_end = first_tile[:-1], tile_count[:-1], tile_end[:-1]
     # Tiles past the last used one are given to the last expert; they hold only padding.
     ends = jnp.searchsorted(tile_end, jnp.arange(tiles), side="right", method="compare_all")
     tile_expert = jnp.minimum(ends, num_experts - 1).astype(jnp.int32)
@@ -113,10 +122,11 @@ def _spans(first_tile: Int[Array, " E"], tile_count: Int[Array, " E"], tiles: in
     return Spans(first, height + (within < higher), expert, end[-1])
 
 
-def _rows_at(x: Shaped[Array, "rows D"], index: Int[Array, "*places"]) -> Shaped[Array, "*places D"]:
+def rows_at(x: Shaped[Array, "rows D"], index: Int[Array, "*places"]) -> Shaped[Array, "*places D"]:
     """Rows of x. The indices are a schedule's, all in bounds, so none is checked.
 
-    Only for gathers that stand alone: fused with a sum, as in `combine`, this gather became forty times slower.
+    Only for gathers that stand alone: fused with a sum, as in `jaxmoe.ops.dispatch.combine`, this gather became forty
+    times slower.
     """
     return x.at[index].get(mode="promise_in_bounds")
 
@@ -125,16 +135,10 @@ def permute(x: Float[Array, "M D"], schedule: Schedule) -> Float[Array, "P D"]:
     """Copies each token's row to its k positions. Padding positions hold an arbitrary token's row; it is never read."""
     token = jnp.maximum(schedule.source, 0) // schedule.destination.shape[1]
     if x.dtype.itemsize != 2 or x.shape[1] % 2:
-        return _rows_at(x, token)
+        return rows_at(x, token)
     # XLA copies element by element: gathering two 16-bit values as one takes three quarters of the time on a GPU.
     pairs = jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, 2), jnp.uint32)
-    return jax.lax.bitcast_convert_type(_rows_at(pairs, token), x.dtype).reshape(-1, x.shape[1])
-
-
-def combine(rows: Float[Array, "P D"], weights: Float[Array, "M k"], schedule: Schedule) -> Float[Array, "M D"]:
-    """sum_k weights[m, k] * rows[destination[m, k]], in float32, the dtype of the residual stream that it joins."""
-    gathered = jnp.take(rows, schedule.destination, axis=0).astype(jnp.float32)
-    return jnp.einsum("mkd,mk->md", gathered, weights, precision=PRECISION)
+    return jax.lax.bitcast_convert_type(rows_at(pairs, token), x.dtype).reshape(-1, x.shape[1])
 
 
 def row_weights(weights: Float[Array, "M k"], schedule: Schedule) -> Float[Array, "P 1"]:

@@ -9,7 +9,7 @@ sent there by the readers, piece by piece, so that reading and quantising overla
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -17,9 +17,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed.mesh import ONE_DEVICE
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.parameters import layer_paths, stored_specs
 from jaxmoe.store.checkpoint import Block, Checkpoint, MadeOnDevice
 from jaxmoe.store.digest import WeightsDigest
@@ -58,27 +61,36 @@ def load_stacks(
     on_layer: OnLayer = lambda *_: None,
     digest: WeightsDigest | None = None,
     on_host: Collection[str] = (),
+    placement: Placement | None = None,
 ) -> dict[str, Any]:
     """Path -> array on the default device, for every array of the checkpoint; layers are stacked.
 
     Arrays of the top level that `on_host` names stay NumPy arrays. `readers` is the number of threads that read; None
-    picks it. `on_layer` is called after each layer. `digest` collects what the weights are, in threads of its own.
+    picks it. `on_layer` is called after each layer. `digest` collects what the weights are, in threads of its own. With
+    a `placement` each device of its mesh receives its share of the arrays and nothing else.
 
     Raises:
         UserError: as `source.block`. Reads that are already running finish; no new one starts.
     """
-    shapes = stack_shapes(config, source).items()
-    params: dict[str, Any] = {path: jnp.zeros(stack.shape, stack.dtype) for path, stack in shapes if "." in path}
+    placement = placement or Placement(ONE_DEVICE, config, None)
+    shapes = placement.place(stack_shapes(config, source)).items()
+    params: dict[str, Any] = {
+        path: jnp.zeros(stack.shape, stack.dtype, device=stack.sharding) for path, stack in shapes if "." in path
+    }
     if (quantization := source.quantization) is not None:
         for path, _ in quantization.unquantized:
             layers = params[f"{path}.places"].shape[0]
-            params[f"{path}.places"] = jnp.asarray(quantization.places(path, layers), jnp.int32)
+            places = np.asarray(quantization.places(path, layers), np.int32)
+            params |= jax.tree.map(jnp.asarray, placement.place({f"{path}.places": places}))
     # The top level first: it holds NF4's table, which a checkpoint that is recoded needs for its layers.
-    read = partial(_read, source, digest)
+    made_on_device = isinstance(source, MadeOnDevice) and placement.mesh.size == 1  # several devices share no piece
+    read = partial(_read, source, made_on_device, digest)
     top = read(None)
-    params |= {path: value if path in on_host else jnp.asarray(value) for path, value in top.arrays.items()}
+    params |= {
+        path: value if path in on_host else jnp.asarray(value) for path, value in placement.place(top.arrays).items()
+    }
     if readers is None:
-        readers = _GPU_READERS if isinstance(source, MadeOnDevice) and jax.default_backend() != "cpu" else READERS
+        readers = _GPU_READERS if made_on_device and jax.default_backend() != "cpu" else READERS
     pool = ThreadPoolExecutor(readers, thread_name_prefix="read-layer")
     try:
         todo = iter(range(config.num_hidden_layers))
@@ -86,9 +98,10 @@ def load_stacks(
         while reading:
             block = reading.popleft().result()
             assert block.layer is not None
-            slots = layer_paths(config, block.layer, source.quantization)
+            slots = list(layer_paths(config, block.layer, source.quantization))
+            layer = placement.place_layer(block.arrays)
             for path, slot in slots:
-                params[path] = _filled(params[path], block, path, slot)
+                params[path] = _filled(params[path], layer, block, path, slot)
             # The transfers read the host's arrays until they end. Without the wait, layers would pile up on the host.
             jax.block_until_ready([params[path] for path, _ in slots])
             if digest is not None:
@@ -103,10 +116,10 @@ def load_stacks(
     return params
 
 
-def _filled(stack: Array, block: Block, path: str, slot: int) -> Array:
-    """The stack with the block's array `path` in place."""
-    if path in block.arrays:
-        return _fill(stack, block.arrays[path], slot)
+def _filled(stack: Array, arrays: Mapping[str, Any], block: Block, path: str, slot: int) -> Array:
+    """The stack with the array `path` of a block in place; `arrays` are the block's, where they lie on the mesh."""
+    if path in arrays:
+        return _fill(stack, arrays[path], slot)
     start = 0
     for piece in block.on_device[path].pieces:
         stack = _fill_piece(stack, piece, slot, start)
@@ -114,8 +127,8 @@ def _filled(stack: Array, block: Block, path: str, slot: int) -> Array:
     return stack
 
 
-def _read(source: Checkpoint, digest: WeightsDigest | None, layer: int | None) -> Block:
-    block = source.device_block(layer) if isinstance(source, MadeOnDevice) else source.block(layer)
+def _read(source: Any, made_on_device: bool, digest: WeightsDigest | None, layer: int | None) -> Block:
+    block = source.device_block(layer) if made_on_device else source.block(layer)
     if digest is not None:
         digest.add(block)
     return block

@@ -43,7 +43,7 @@ from jaxmoe.train.identity import (
     remove_start,
     write_run_file,
 )
-from jaxmoe.train.metrics import MetricsLog, expert_load
+from jaxmoe.train.metrics import MetricsLog, device_load, expert_load
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.speed import Arrivals, Arrived, Speed
@@ -349,6 +349,7 @@ class Loop:
             "aux_loss": float(metrics.aux_loss),
             "eval_loss": self._evaluate(evaluate) if evaluate is not None else None,
             **expert_load(metrics.expert_counts),
+            **device_load(metrics.expert_counts, self._plan.model.mesh.expert),
             **{name: float(value) for name, value in metrics.further.items()},
         }
         total, log_every = self._plan.total_steps, self._plan.settings.log_every

@@ -33,6 +33,15 @@ def expert_load(counts: Int[np.ndarray, "Ls E"]) -> dict[str, list[float]]:
     }
 
 
+def device_load(counts: Int[np.ndarray, "Ls E"], devices: int) -> dict[str, list[float]]:
+    """How unevenly the devices of the mesh's `expert` axis are loaded: in each MoE layer, the routed rows of the device
+    that receives most over the mean (1 is even). Nothing if one device holds all experts."""
+    if devices == 1:
+        return {}
+    rows = counts.reshape(len(counts), devices, -1).sum(axis=2)
+    return {"device_load_max": (rows.max(axis=1) / np.maximum(rows.mean(axis=1), 1)).tolist()}
+
+
 class MetricsLog:
     """Appends one JSON object per logged step to OUTPUT/metrics.jsonl and the same numbers to OUTPUT/tensorboard.
 

@@ -25,7 +25,8 @@ from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
-from jaxmoe.distributed.mesh import AUTO, SEQUENCE_AXES, MeshShape, automatic
+from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, automatic
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
 from jaxmoe.memory import (
@@ -85,7 +86,7 @@ class Source:
     quantization: Quantization | None = None
 
     def on(self, mesh: MeshShape) -> Source:
-        """The same on the devices of a mesh."""
+        """The same with every array where it lies on a mesh."""
         model = self.model._replace(mesh=mesh)
 
         def placed(weights: Weights) -> Weights:
@@ -194,6 +195,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         check_fits("the model's parameters", FLOAT32 * parameter_count(config))
     elif lora is not None:
         check_fits("lora_r: the adapters", FLOAT32 * adapter_count(config, lora))
+    mesh, about_mesh = _mesh(settings, config)
     data = _read_data(settings, config)
     total_steps = settings.max_steps
     if data.epochs is not None:
@@ -206,8 +208,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     if aux_coefficient is None:
         aux_coefficient = config.router_aux_loss_coef
 
-    mesh, about_mesh = _mesh(settings)
-    source = _open(settings, config, lora).on(mesh)
+    source = _open(settings, config, lora, mesh).on(mesh)
     model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers)
     workload = _workload(settings, model, source.quantization)
     workload, notices = _with_remat(settings, workload, previous, mesh)
@@ -237,17 +238,18 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     )
 
 
-def _mesh(settings: TrainConfig) -> tuple[MeshShape, list[str]]:
+def _mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShape, list[str]]:
     """The mesh of the settings, and what to say about it."""
     found = jax.device_count()
     if settings.mesh is None:
         idle = [f"{found - 1} more devices are idle: --mesh auto uses all {found}"] if found > 1 else []
-        return MeshShape(), idle
+        return ONE_DEVICE, idle
     if settings.mesh == AUTO:
         mesh, why = automatic(found, settings.batch_size)
         return mesh, [why]
     mesh = MeshShape.parse(settings.mesh)
     mesh.check_devices(found)
+    mesh.check_experts(config.num_experts if config.sparse_layers else 0)
     return mesh, []
 
 
@@ -317,8 +319,9 @@ def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int, chat: ChatSetting
         return read_records(path, tokenizer, vocab_size, on_read, chat)
 
 
-def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> Source:
-    """The model of the settings; `lora` is the configuration of new adapters, if any."""
+def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None, mesh: MeshShape) -> Source:
+    """The model of the settings; `lora` is the configuration of new adapters, if any. A checkpoint's weights are read
+    where they lie on the mesh: no device could hold all of a large model."""
     key = jax.random.key(settings.seed)
     if settings.from_scratch is not None:
         draw = partial(jax.jit(init_parameters, static_argnums=(0, 2)), config, key, jnp.dtype("float32"))
@@ -328,9 +331,13 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     dtype = "float32" if settings.full else settings.dtype
     checkpoint_config, checkpoint = open_checkpoint(settings.model, dtype, settings.quantize, settings.dequantize)
     shapes = stack_shapes(checkpoint_config, checkpoint)
-    read = lambda on_layer, digest, on_host: load_stacks(
-        checkpoint_config, checkpoint, on_layer=on_layer, digest=digest, on_host=on_host
-    )
+    placement = Placement(mesh, checkpoint_config, None)
+
+    def read(on_layer: OnLayer, digest: WeightsDigest, on_host: Collection[str]) -> Params:
+        return load_stacks(
+            checkpoint_config, checkpoint, on_layer=on_layer, digest=digest, on_host=on_host, placement=placement
+        )
+
     if settings.full:
         if checkpoint.quantization is not None:
             raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
@@ -375,6 +382,7 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
         quantize="nf4" if quantization else None,
         quantization=quantization,
         packed=model.packed,
+        mesh=model.mesh,
         **selected,
     )
 

@@ -212,8 +212,9 @@ class TrainConfig:
     mesh: str | None = field(
         default=None,
         metadata={
-            "help": "the GPUs that share each step: auto (all of them), or sizes of axes such as data=4, which splits "
-            "the sequences of a micro-batch; the losses are the same on every mesh (default: one GPU)",
+            "help": "the GPUs that share each step: auto (all of them), or sizes of axes such as fsdp=2,expert=4. All "
+            "axes split the sequences of a micro-batch; fsdp also splits the layers' weights, expert the experts. The "
+            "losses are the same on every mesh (default: one GPU)",
             "metavar": "MESH",
             "identity": APART,  # it decides only who computes what
         },

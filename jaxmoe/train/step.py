@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed.collectives import sum_over_devices
-from jaxmoe.distributed.mesh import MeshShape
-from jaxmoe.distributed.sharding import Placement, mesh_axes
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.distributed.placement import Placement, mesh_axes
 from jaxmoe.memory import Remat, loss_chunk, moments_on_host
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight
@@ -83,7 +83,7 @@ class Model(NamedTuple):
     packed: bool = True
     unroll: bool = False
     seed: int = 0
-    mesh: MeshShape = MeshShape()
+    mesh: MeshShape = ONE_DEVICE
 
     @property
     def placement(self) -> Placement:
@@ -130,6 +130,7 @@ class Model(NamedTuple):
                 remat=self.remat,
                 unroll=self.unroll and train,
                 packed=self.packed,
+                mesh=self.mesh,
             ),
             control=control,
             dropout_keys=dropout_keys,

@@ -5,18 +5,34 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.ops import dispatch
 from jaxmoe.train import step
 from tests.mesh import trial
 from tests.tolerances import bound
 
 MESHES = [
+    ("data=2,expert=4", "dropout, accumulation"),
+    ("fsdp=4", "mixed layers, accumulation"),
+    ("fsdp=2,expert=2", "NF4"),
+    ("expert=4", "all to two experts"),
+]
+MORE = [
     ("data=8", "adapters"),
-    ("data=2", "mixed layers, accumulation"),
     ("data=4", "dropout, accumulation"),
+    ("data=2", "mixed layers, accumulation"),
     ("data=2", "all parameters"),
+    ("expert=8", "adapters"),
+    ("expert=2", "mixed layers, accumulation"),
+    ("data=2,expert=4", "all parameters"),
+    ("data=2,expert=2", "NF4"),
+    ("fsdp=2", "all parameters"),
+    ("data=2,fsdp=2,expert=2", "all parameters"),
+    ("fsdp=8", "NF4"),
+    ("data=2,fsdp=2", "dropout, accumulation"),
 ]
 
 
@@ -27,7 +43,7 @@ def check(mesh: str, name: str) -> None:
     assert error <= bound("mesh_fp32"), where
 
 
-@pytest.mark.parametrize(("mesh", "name"), MESHES)
+@pytest.mark.parametrize(("mesh", "name"), [*MESHES, *(pytest.param(*each, marks=pytest.mark.wide) for each in MORE)])
 def test_a_mesh_changes_no_number(mesh: str, name: str) -> None:
     check(mesh, name)
 
@@ -54,9 +70,18 @@ def read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step.Model, "run", wrong)
 
 
-@pytest.mark.parametrize("fault", [not_summed, read_twice])
-def test_a_planted_fault_is_noticed(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial.on_one_device("adapters")
+def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows go to the device beside the one that holds their expert."""
+    right = dispatch.travel
+    monkeypatch.setattr(dispatch, "travel", lambda rows, most, sizes, axis: right(rows, most, jnp.roll(sizes, 1), axis))
+
+
+@pytest.mark.parametrize(
+    ("fault", "mesh"),
+    [(not_summed, "data=2"), (read_twice, "data=2"), pytest.param(swapped, "expert=2", marks=pytest.mark.wide)],
+)
+def test_a_planted_fault_is_noticed(fault: Any, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trial.on_one_device("all to two experts")
     fault(monkeypatch)
     with pytest.raises(AssertionError):
-        check("data=2", "adapters")
+        check(mesh, "all to two experts")

@@ -6,6 +6,11 @@ import math
 import re
 from typing import NamedTuple
 
+import pytest
+
+from jaxmoe.distributed.mesh import MeshShape
+from jaxmoe.distributed.placement import Placement
+from jaxmoe.memory import Workload, training_forecast
 from tests.mesh import trial
 
 _OPERATION = re.compile(
@@ -37,6 +42,53 @@ def test_one_device_runs_the_program_without_a_mesh() -> None:
     with_mesh = trial.prepared(trial.CASES["adapters"], "data=1").step.as_text()
     assert "num_partitions = 1 " in with_mesh and "sharding" not in with_mesh
     assert not re.search(r"all_reduce|all_gather|all_to_all|manual_computation", with_mesh)
+
+
+def test_no_weight_travels_to_tokens() -> None:
+    """With an `expert` axis only rows, their experts and weights travel, and gradients of what every device holds."""
+    case = trial.CASES["adapters"]
+    case = case._replace(config=case.config.replace(moe_intermediate_size=192))  # a weight is larger than all rows
+    found = exchanges(trial.prepared(case, "expert=4").step.compile().as_text())
+    largest = {name: max(each.elements for each in found if each.name == name) for name, _ in found}
+    assert largest.keys() == {"all-reduce", "all-gather", "all-to-all"}
+    assert largest["all-gather"] <= 4 * 4  # how many rows go from each device to each
+    frozen, trained = trial.weights(case)
+    share = min(frozen[path][0].size // 4 for path in ("sparse.gate_up_proj", "sparse.down_proj"))
+    rows = trial.SEQUENCES // 4 * trial.LENGTH * case.config.num_experts_per_tok
+    assert largest["all-to-all"] == 4 * rows * case.config.hidden_size < share
+    everywhere = sum(
+        array.size for path, array in trained.items() if not path.startswith(("sparse.gate_up", "sparse.down"))
+    )
+    statistics = 4 * case.config.num_hidden_layers * case.config.num_experts
+    assert sum(each.elements for each in found if each.name == "all-reduce") <= everywhere + statistics
+
+
+def test_each_weight_is_put_together_once_a_pass() -> None:
+    """With `fsdp` the bodies of the two loops over layers, forwards and backwards, gather each shared array once."""
+    case = trial.CASES["adapters"]
+    ready = trial.prepared(case, "fsdp=4")
+    found = exchanges(ready.step.compile().as_text())
+    assert {each.name for each in found} == {"all-reduce", "all-gather", "reduce-scatter"}
+    stored = {**ready.frozen, **ready.state.trainable}
+    shared = {path: array for path, array in stored.items() if not array.is_fully_replicated}
+    assert {"attention.q_proj", "attention.o_proj", "sparse.gate_up_proj", "sparse.down_proj"} <= shared.keys()
+    of_a_layer = sum(array[0].size for array in shared.values())
+    assert sum(each.elements for each in found if each.name == "all-gather") == 2 * of_a_layer
+    trained = sum(array.size for array in ready.state.trainable.values())
+    statistics = 4 * case.config.num_hidden_layers * case.config.num_experts
+    assert sum(each.elements for each in found if each.name != "all-gather") <= trained + statistics
+
+
+@pytest.mark.parametrize(("mesh", "name"), [("data=8", "adapters"), ("fsdp=2,expert=4", "adapters"), ("fsdp=8", "NF4")])
+def test_the_forecast_counts_what_lies_on_a_device(mesh: str, name: str) -> None:
+    case, shape = trial.CASES[name], MeshShape.parse(mesh)
+    assert case.lora is not None
+    work = Workload(case.config, case.lora, 1, 8, "float32", quantize="nf4" if case.nf4 else None, mesh=shape)
+    parts = {part.name.split(" (")[0]: part.bytes for part in training_forecast(work).parts}
+    place = Placement(shape, case.config, case.lora)
+    for arrays, part in zip(trial.weights(case), ("parameters", "adapters"), strict=True):
+        placed = place.place(arrays).values()
+        assert parts[part] == sum(array.addressable_shards[0].data.nbytes for array in placed)
 
 
 def test_data_adds_up_gradients_and_nothing_else() -> None:

@@ -12,8 +12,16 @@ import numpy as np
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed.mesh import MeshShape
-from jaxmoe.distributed.sharding import Placement
-from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
+from jaxmoe.distributed.placement import Placement
+from jaxmoe.nf4.codec import NF4, dynamic_map, encode
+from jaxmoe.parameters import (
+    NESTED_QUANT_MAP,
+    ParameterSpec,
+    lora_specs,
+    matrix_shape,
+    nf4_candidates,
+    parameter_specs,
+)
 from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, TrainState, adamw, initial_state, learning_rate, make_train_step
 from peers.make_checkpoint import TINY
@@ -28,13 +36,14 @@ BETA1 = 0.9
 
 
 class Case(NamedTuple):
-    """A model and how its batches are divided."""
+    """A model, how its batches are divided, and experts that all tokens are sent to, if not the router's choice."""
 
     config: Qwen3MoeConfig = PLAIN
     lora: LoraConfig | None = LORA
     accumulation: int = 1
     aux: float = 0.1
-    dropout: float = 0.0
+    imposed: tuple[int, ...] = ()
+    nf4: bool = False
 
 
 CASES = {
@@ -42,6 +51,8 @@ CASES = {
     "mixed layers, accumulation": Case(MIXED, MIXED_LORA, accumulation=2),
     "dropout, accumulation": Case(lora=LoraConfig(r=2, targets=("q_proj", "o_proj"), dropout=0.25), accumulation=2),
     "all parameters": Case(lora=None, aux=0.0),
+    "all to two experts": Case(lora=LoraConfig(r=2, targets=expand_targets(["v_proj", "experts"])), imposed=(1, 0)),
+    "NF4": Case(lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), nf4=True),
 }
 
 
@@ -68,7 +79,24 @@ def weights(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         }
 
     params = draw(parameter_specs(case.config))
-    return ({}, params) if case.lora is None else (params, draw(lora_specs(case.config, case.lora)))
+    if case.lora is None:
+        return {}, params
+    adapters = draw(lora_specs(case.config, case.lora))
+    return _in_nf4(case.config, params) if case.nf4 else params, adapters
+
+
+def _in_nf4(config: Qwen3MoeConfig, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters with everything that NF4 is used for in NF4."""
+    found = {NESTED_QUANT_MAP: dynamic_map()}
+    for path, array in params.items():
+        if path not in nf4_candidates(config):
+            found[path] = array
+            continue
+        *lead, elements = len(array), *matrix_shape(config, path)
+        matrices = [encode(matrix, dynamic_map()) for matrix in array.reshape(-1, elements)]
+        packed = NF4(*(np.stack(parts).reshape(*lead, *parts[0].shape) for parts in zip(*matrices, strict=True)))
+        found |= packed.named(path)
+    return found
 
 
 def batch(case: Case, step: int) -> Batch:
@@ -86,6 +114,9 @@ def batch(case: Case, step: int) -> Batch:
         weights=(learned & (segment_ids > 0)).astype(np.float32),
         segment_ids=segment_ids,
         position_ids=np.where(place < first, place, np.maximum(place - first, 0)).astype(np.int32),
+        experts=np.tile(np.asarray(case.imposed, np.int16), (*shape, len(case.config.sparse_layers), 1))
+        if case.imposed
+        else None,
     )
 
 

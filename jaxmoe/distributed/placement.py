@@ -1,0 +1,115 @@
+"""Where the arrays of a run lie on the mesh, as `jaxmoe.distributed.sharding` says.
+
+A mesh of one device changes nothing: its arrays carry no sharding, and functions run as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed.mesh import AXES, MeshShape
+from jaxmoe.distributed.sharding import split_axes, stored_arrays
+from jaxmoe.lora import LoraConfig
+
+T = TypeVar("T")
+
+
+def partition(axes: Sequence[str | None], shape: Sequence[int], mesh: MeshShape) -> PartitionSpec:
+    """`split_axes` in JAX's form."""
+    return PartitionSpec(*(over or None for over in split_axes(axes, shape, mesh)))
+
+
+def mesh_axes(spec: PartitionSpec) -> frozenset[str]:
+    """The mesh axes that split an array."""
+    return frozenset(axis for over in spec for axis in ((over,) if isinstance(over, str) else over or ()))
+
+
+@functools.cache
+def devices_of(mesh: MeshShape) -> Mesh:
+    """JAX's mesh, of the first devices that JAX finds."""
+    mesh.check_devices(jax.device_count())
+    shape = [mesh[axis] for axis in AXES]
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[: mesh.size])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the parameters, the adapters and the batches of a model lie on a mesh."""
+
+    mesh: MeshShape
+    config: Qwen3MoeConfig
+    lora: LoraConfig | None
+
+    def __post_init__(self) -> None:
+        self.mesh.check_experts(self.config.num_experts if self.config.sparse_layers else 0)
+
+    def specs(self, arrays: Mapping[str, Any]) -> dict[str, PartitionSpec]:
+        """Path -> how the array of that path is split, for parameters or adapters of the whole model."""
+        specs = stored_arrays(self.config, self.lora, list(arrays))
+        return {path: partition(specs[path].axes, array.shape, self.mesh) for path, array in arrays.items()}
+
+    def batch_specs(self, batch: T, tokens: int) -> T:
+        """How the arrays of a batch are split. They begin with the `tokens` axes [..., B, T], or with some of these."""
+        axes = [*[None] * (tokens - 2), "batch", "sequence"]
+        self.mesh.check_batch(jax.tree.leaves(batch)[0].shape[tokens - 2])
+
+        def spec(array: Any) -> PartitionSpec:
+            return partition(axes[: array.ndim], array.shape[:tokens], self.mesh)
+
+        return jax.tree.map(spec, batch)
+
+    def place(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters or adapters by path, or their shapes, where they lie on the mesh."""
+        specs = self.specs(arrays)
+        return {path: self._placed(array, specs[path]) for path, array in arrays.items()}
+
+    def place_layer(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The arrays of one layer, without the axis of layers, as `place` does."""
+        axes = {path: spec.axes for path, spec in stored_arrays(self.config, self.lora, list(arrays)).items()}
+        split = {path: partition(axes[path], (1, *array.shape), self.mesh) for path, array in arrays.items()}
+        return {path: self._placed(array, PartitionSpec(*split[path][1:])) for path, array in arrays.items()}
+
+    def place_batch(self, batch: T, tokens: int) -> T:
+        """A batch of NumPy arrays where it lies on the mesh; of an array, a process sends what its devices hold."""
+        return jax.tree.map(self._placed, batch, self.batch_specs(batch, tokens))
+
+    def place_state(self, state: T, trainable: Mapping[str, Any]) -> T:
+        """A tree of arrays or shapes that belongs to `trainable` where it lies: what stands under an array's path lies
+        like the array, everything else whole on every device."""
+        specs = self.specs(trainable)
+
+        def placed(where: tuple[Any, ...], leaf: Any) -> Any:
+            paths = [key.key for key in where if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
+            return self._placed(leaf, specs[paths[-1]] if paths else PartitionSpec())
+
+        return jax.tree_util.tree_map_with_path(placed, state)
+
+    def run(self, function: Callable[..., T], in_specs: Any, out_specs: Any) -> Callable[..., T]:
+        """`function` on every device at once, each with its share of the arguments; `out_specs` put the shares of the
+        results together again, of those that are the same on every device, one."""
+        if self.mesh.size == 1:
+            return function
+        # Not checked: which results are the same on every device is the function's business, and its own gradient
+        # rules know nothing of it.
+        return jax.shard_map(
+            function, mesh=devices_of(self.mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False
+        )
+
+    def _placed(self, array: Any, spec: PartitionSpec) -> Any:
+        if self.mesh.size == 1:
+            return array
+        sharding = NamedSharding(devices_of(self.mesh), spec)
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        if isinstance(array, np.ndarray):
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        return jax.device_put(array, sharding)
