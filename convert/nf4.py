@@ -56,7 +56,10 @@ def find_quantization(
                 )
     marked = {path: layers for path, layers in kinds.items() if any(layers.values())}
     if not marked:
-        raise UserError(f"{where}: expected tensors in NF4 with quantization_config in config.json, found none")
+        raise UserError(
+            f"{where}: quantization_config: expected tensors in NF4, found none; if they were decoded, remove "
+            "quantization_config from config.json"
+        )
     nested = any(key.endswith(_NESTED[-2:]) for key in tensors)
     slots = {path: tuple(i for i, found in enumerate(layers.values()) if not found) for path, layers in marked.items()}
     mixed = tuple(sorted((path, left) for path, left in slots.items() if left))

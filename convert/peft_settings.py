@@ -158,6 +158,11 @@ def _check_kind(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
     if not isinstance(base := raw.get("base_model_name_or_path"), str | None):
         raise UserError(f"{path}: base_model_name_or_path: expected a text, found {shown(base)}")
     kind = raw.get("peft_type")
+    if kind is None and "fine_tune_type" in raw:
+        way_out = "fuse it with mlx_lm.fuse into a model in 16 bits, and convert that"
+        raise UserError(
+            f"{path}: fine_tune_type: expected a PEFT adapter, found one of MLX, which is not read: {way_out}"
+        )
     if kind != "LORA":
         way_out = _OTHER_TYPES.get(str(kind), MERGE)
         raise UserError(f"{path}: peft_type: expected 'LORA', found {kind!r}: {way_out}")

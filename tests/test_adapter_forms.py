@@ -640,6 +640,7 @@ def test_every_setting_of_peft_is_known() -> None:
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "IA3": (None, {"peft_type": "IA3"}, "merge_and_unload"),
     "LoKr": (None, {"peft_type": "LOKR"}, "merge_and_unload"),
+    "MLX": (None, {"peft_type": ..., "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "mlx_lm.fuse"),
     "X-LoRA": (None, {"peft_type": "XLORA"}, "one of its LoRA adapters"),
     "prompt tuning": (None, {"peft_type": "PROMPT_TUNING"}, "train a LoRA adapter"),
     "aLoRA": (None, {"alora_invocation_tokens": [1, 2]}, "use it with PEFT"),

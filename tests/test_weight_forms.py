@@ -260,6 +260,17 @@ def test_settings_of_bitsandbytes_need_no_method(settings: dict[str, Any], form:
     assert weight_form(settings) == form
 
 
+@pytest.mark.parametrize("form", ["nf4", "fp8"])
+def test_a_form_that_only_the_config_names(form: str, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As a merge into 16 bits may leave it."""
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "model.safetensors").hardlink_to(folder / "model.safetensors")
+    settings = {"quantization_config": nf4 if form == "nf4" else FP8}
+    (tmp_path / "config.json").write_text(json.dumps(MIXED.to_hf() | settings))
+    with pytest.raises(UserError, match=f"expected .* in {form.upper()}.*, found none; .*remove quantization_config"):
+        read_hf(tmp_path, dequantize=form == "fp8")
+
+
 def test_gguf_alone_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "model-Q4_K_M.gguf").touch()
     with pytest.raises(UserError, match=r"Q4_K_M.gguf \(GGUF is not supported\); download"):
