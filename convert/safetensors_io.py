@@ -37,6 +37,12 @@ CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _PICKLES = (
     "can run code and are not read; transformers' from_pretrained(...) and save_pretrained(...) write safetensors"
 )
+# A file that a folder of another kind holds -> what the folder is, and what it is for.
+_OTHER_FOLDERS = {
+    "manifest.json": "a converted folder, which needs no conversion",
+    "adapter_config.json": "a PEFT adapter (python -m convert peft2jax reads it)",
+    "adapter.json": "a converted adapter (python -m convert jax2peft reads it)",
+}
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 
@@ -160,6 +166,9 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
                 "model's safetensors in 16 bits, FP8 or NF4 by bitsandbytes"
             )
         pickles = sorted(p.name for suffix in ("*.bin", "*.pt", "*.pth") for p in folder.glob(suffix))
+        ours = next((what for name, what in _OTHER_FOLDERS.items() if (folder / name).is_file()), None)
+        if ours:
+            raise UserError(f"{folder}: expected a model with {SINGLE} or {INDEX}, found {ours}")
         found = f"only {pickles[0]} (pickles {_PICKLES})" if pickles else "neither"
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
     weight_map = read_json(index).get("weight_map")

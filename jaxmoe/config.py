@@ -100,7 +100,7 @@ class RopeParameters:
         """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4).
 
         A file may hold both forms if they agree. As in transformers, an `original_max_position_embeddings` at the top
-        level goes before the one inside, and keys without effect on text are ignored.
+        level overrides the one inside, and keys without effect on text are ignored.
         """
         scaling = _rope_values(raw)
         kind = scaling.pop("rope_type", None) or "default"

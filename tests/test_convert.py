@@ -545,6 +545,14 @@ WAYS_OUT: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
         edit_tensors(lambda t: t.update({"lm_head.weight.absmax": np.ones(8, np.float32)})),
         r"unexpected tensor lm_head\.weight\.absmax .*dequantize",
     ),
+    "a folder that is converted": (
+        lambda f: (f / "model.safetensors").rename(f / "manifest.json"),
+        r"found a converted folder, which needs no conversion$",
+    ),
+    "an adapter": (
+        lambda f: (f / "model.safetensors").rename(f / "adapter_config.json"),
+        r"found a PEFT adapter \(python -m convert peft2jax reads it\)$",
+    ),
     "a pointer of Git": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 3\n"),
         r"model\.safetensors: expected a safetensors file, found a Git LFS pointer: .*git lfs pull",

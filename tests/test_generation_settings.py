@@ -66,6 +66,7 @@ QWEN = {
          Sampling(0.6, 20, 0.95, min_p=0.05), (7,)),
         ({"do_sample": True}, Sampling(1.0, 50), ()),
         ({"do_sample": False, "top_k": 20, "repetition_penalty": 2}, Sampling(0, 20, repetition_penalty=2), ()),
+        ({"bos_token_id": -1, "eos_token_id": -1, "pad_token_id": -1}, GREEDY, ()),
         ({"temperature": None, "eos_token_id": None, "num_beams": 1, "guidance_scale": 1.0}, GREEDY, ()),
         (
             {"suppress_tokens": [1], "begin_suppress_tokens": [2, 3], "forced_eos_token_id": 4, "min_new_tokens": 5,
@@ -129,7 +130,8 @@ BAD = {
     "do_sample as a number": {"do_sample": 1},
     "eos of a bool": {"eos_token_id": True},
     "eos of a string": {"eos_token_id": "<|im_end|>"},
-    "eos negative": {"eos_token_id": -1},
+    "eos negative": {"eos_token_id": -2},
+    "eos negative in a list": {"eos_token_id": [7, -1]},
     "eos huge": {"eos_token_id": [1, 10**30]},
     "eos nested": {"eos_token_id": [[1]]},
     "eos a fraction": {"eos_token_id": 1.0},

@@ -59,6 +59,7 @@ _HONOURED = frozenset(
     """bad_words_ids begin_suppress_tokens bos_token_id do_sample eos_token_id exponential_decay_length_penalty
     forced_eos_token_id max_length max_new_tokens pad_token_id sequence_bias suppress_tokens""".split()
 ).union(_NUMBERS)
+_SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 _LEGACY_MAX_LENGTH = 20  # transformers 4 wrote this default into every config.json
 
 
@@ -105,7 +106,7 @@ def without_effect(sampling: Sampling) -> list[str]:
 
 
 def _settings(raw: Mapping[str, Any], path: pathlib.Path) -> GenerationDefaults:
-    given = {name: value for name, value in raw.items() if value is not None}
+    given = _given(raw)
     try:
         for name, (neutral, what) in _REFUSED.items():
             if name in given and not neutral(given[name]):
@@ -114,8 +115,7 @@ def _settings(raw: Mapping[str, Any], path: pathlib.Path) -> GenerationDefaults:
                     f"{name}: expected no value, found {given[name]!r} ({what} is not supported; {way_out})"
                 )
         for name in ("bos_token_id", "pad_token_id"):  # not needed here, but a wrong type points at a broken file
-            if name in given and given[name] != -1:  # older files say -1 for "none"
-                _token_ids(given, name)
+            _token_ids(given, name)
         sampling = _sampling(given)
         for name in ("max_new_tokens", "max_length"):
             if name in given:
@@ -157,9 +157,15 @@ def _notices(given: Mapping[str, Any], path: pathlib.Path) -> Iterator[str]:
 
 def _stop_tokens(raw: Mapping[str, Any], path: pathlib.Path) -> tuple[int, ...]:
     try:
-        return _token_ids({name: value for name, value in raw.items() if value is not None}, "eos_token_id")
+        return _token_ids(_given(raw), "eos_token_id")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _given(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with a value. Older files say -1 for "no such token"."""
+    absent = lambda name, value: value is None or (name in _SPECIAL_TOKENS and value == -1)
+    return {name: value for name, value in raw.items() if not absent(name, value)}
 
 
 def _token_ids(given: Mapping[str, Any], name: str) -> tuple[int, ...]:

@@ -49,11 +49,13 @@ def read_adapter(
     `verify` compares checksums.
 
     Raises:
-        UserError: a damaged folder, a link that leads out of it, or shapes that do not fit `config`, which by default
-            is the first config.
+        UserError: another folder or a damaged one, a link that leads out of it, or shapes that do not fit `config`,
+            which by default is the first config.
     """
     path = pathlib.Path(path)
     check_links(path)
+    if not path.is_dir() or not (path / ADAPTER_MANIFEST).is_file():
+        raise UserError(f"{path}: expected a converted adapter, found no {ADAPTER_MANIFEST}")
     manifest = read_manifest(path / ADAPTER_MANIFEST, _KIND, (_WHOLE_CHECKSUMS, _VERSION))
     raw = manifest.get("lora")
     known = {field.name for field in fields(LoraConfig)}
