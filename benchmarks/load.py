@@ -83,7 +83,9 @@ def _transformers(folder: pathlib.Path, nf4: bool) -> dict[str, Any]:
     )
     more = {"quantization_config": quantization} if nf4 else {}
     start = time.perf_counter()
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map=device, **more)
+    AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map=device, **more, use_safetensors=True, trust_remote_code=False
+    )
     if device == "cuda":
         torch.cuda.synchronize()
     return {"seconds": time.perf_counter() - start, "bytes": _stored_bytes(folder)}

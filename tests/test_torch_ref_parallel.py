@@ -50,7 +50,9 @@ def one_of_two(rank: int, folder: pathlib.Path) -> Result:
     )
     try:
         FastQwen3MoeModel.pre_patch()
-        model: Any = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto")
+        model: Any = Qwen3MoeForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, tp_plan="auto", use_safetensors=True, trust_remote_code=False
+        )
         weight = model.model.layers[0].mlp.experts.gate_up_proj
         assert weight.to_local().shape[1] == model.config.moe_intermediate_size, "half of gate and up"
         with pytest.raises(ValueError, match="tp_plan"):

@@ -216,7 +216,8 @@ def _is_stale(path: pathlib.Path, owner: dict[str, Any]) -> bool:
         # The file system's clock, not this machine's: they may differ.
         with tempfile.TemporaryFile(dir=path.parent) as file:
             now = os.fstat(file.fileno()).st_mtime
-        return now - path.stat().st_mtime > DEAD_AFTER
+        # A time in the future is none that a living process has renewed: the clock was set back since.
+        return abs(now - path.stat().st_mtime) > DEAD_AFTER
     except FileNotFoundError:
         return False
 
