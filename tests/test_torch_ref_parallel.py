@@ -13,7 +13,10 @@ import torch
 from torch import distributed
 from transformers import Qwen3MoeForCausalLM
 
-from tests.test_torch_ref import distance, stock
+from jaxmoe.config import Qwen3MoeConfig
+from peers.configs import CONFIGS, random_parameters
+from peers.reference import Reference
+from tests.test_torch_ref import distance
 from tests.tolerances import bound
 from torch_ref import FastQwen3MoeModel
 
@@ -66,7 +69,9 @@ def one_of_two(rank: int, folder: pathlib.Path) -> Result:
 def test_two_processes_equal_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "0")  # restored afterwards
-    model = stock("top_8_of_32").requires_grad_(True)
+    # earlier versions of transformers need a vocabulary that two divides
+    shape = CONFIGS["top_8_of_32"] | {"vocab_size": 96}
+    model = Reference(shape, random_parameters(Qwen3MoeConfig.from_hf(shape))).model.requires_grad_(True)
     model.save_pretrained(tmp_path)
     expected_logits, expected = logits_and_gradients(model)
     other = torch.multiprocessing.get_context("spawn").Process(target=one_of_two, args=(1, tmp_path))
