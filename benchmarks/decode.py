@@ -38,7 +38,7 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int) -> dict[str, 
 
     generator = Generator(Qwen3MoeForCausalLM(config, random_model.jax_parameters(config, args.quantize)))
     prompts = _prompts(args, config, batch)
-    found = _timed(lambda tokens: generator.generate(prompts, tokens), args, batch)
+    found = _timed(lambda tokens: generator.generate(prompts, tokens), args)
     log = RoutingLog(keep_logits=1)
     generator.generate(prompts, 8, routing=log)
     chosen = [np.asarray(step.experts) for step in log.steps[1:]]
@@ -68,7 +68,8 @@ def torch_side(args: argparse.Namespace, config: Any, batch: int) -> dict[str, A
         settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         model.generate(prompts, attention_mask=torch.ones_like(prompts), pad_token_id=0, **settings).cpu()
 
-    found = _timed(generate, args, batch)
+    # A step takes up to a tenth of a second on this side, always the same: a few are enough.
+    found = _timed(generate, argparse.Namespace(few=5, many=25, rounds=min(args.rounds, 2)))
     on_gpu = device.type == "cuda"
     return found | {
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -80,7 +81,7 @@ def _prompts(args: argparse.Namespace, config: Any, batch: int) -> list[list[int
     return random_model.token_ids(config, batch, args.prompt, 0)[:, :-1].tolist()
 
 
-def _timed(generate: Callable[[int], Any], args: argparse.Namespace, batch: int) -> dict[str, Any]:
+def _timed(generate: Callable[[int], Any], args: argparse.Namespace) -> dict[str, Any]:
     """Seconds per step of the tokens after the first `few`, and the seconds of the very first generation."""
     start = time.perf_counter()
     generate(args.many)
@@ -100,7 +101,7 @@ def _timed(generate: Callable[[int], Any], args: argparse.Namespace, batch: int)
 def main() -> None:
     """Prints the table; with --side a single measurement as JSON."""
     parser = ArgumentParser(description="Generating text beside transformers.")
-    shapes.add_arguments(parser, width=False)
+    shapes.add_arguments(parser)
     add = parser.add_argument
     add("--quantize", choices=("nf4",), help="hold the matrices of the layers in 4 bits")
     add("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences in a batch (default: 1 16)")
@@ -118,7 +119,7 @@ def main() -> None:
         print(json.dumps(side(args, config, args.case or args.batch[0])))
         return
 
-    known = ("preset", "layers", "quantize", "prompt", "few", "many", "rounds")
+    known = ("preset", "layers", "width", "quantize", "prompt", "few", "many", "rounds")
     argv = [f"--{key}={value}" for key in known if (value := getattr(args, key)) is not None]
     record: dict[str, Any] = {}
     form = "NF4" if args.quantize else "bfloat16"
