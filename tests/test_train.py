@@ -612,9 +612,8 @@ def test_offload_is_the_same_training(whole: Any, base: pathlib.Path, tmp_path: 
     """Inputs, moments and embedding in the host's memory; the learning rate is the same while it warms up."""
     output = tmp_path / "out"
     train(options(base, output, remat="offload", max_steps=2, merge=False))
-    for found, expected in zip(metrics(output), metrics(whole[1])[:3], strict=True):
-        for name in found.keys() & {"loss", "eval_loss"} if found["step"] < 2 else {"loss"}:
-            np.testing.assert_allclose(found[name], expected[name], rtol=bound("accumulation"))
+    numbers = lambda folder: [row.get("loss", row["eval_loss"]) for row in metrics(folder)][:3]
+    np.testing.assert_allclose(numbers(output), numbers(whole[1]), rtol=bound("accumulation"))
 
 
 def test_a_step_that_does_not_fit(base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,14 +61,14 @@ def _update(
     def one(layer: Array, carry: Any) -> Any:
         updates, moments, _ = carry
         here = [jax.device_put(at(stack, layer), _DEVICE) for stack in moments]
+        # On a GPU the barriers keep XLA from reading a stack while it writes it, for which it would copy the whole.
+        here, own, weights = jax.lax.optimization_barrier((here, at(updates, layer), at(params, layer)))
         old = jax.tree.unflatten(structure, _merged(leaves, gradient, here, counters))
-        changes, new = optimizer.update({path: at(updates, layer)}, old, {path: at(params, layer)})
-        change: Any = changes[path]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-        after = jax.tree.leaves(new)
-        shape = change.shape
-        back = (jax.device_put(leaf, _HOST) for leaf in after if leaf.shape == shape)
+        changes, new = optimizer.update({path: own}, old, {path: weights})
+        change, after = jax.lax.optimization_barrier((changes[path], jax.tree.leaves(new)))  # pyright: ignore
+        back = (jax.device_put(leaf, _HOST) for leaf in after if leaf.shape == change.shape)
         moments = [put(stack, leaf, layer) for stack, leaf in zip(moments, back, strict=True)]
-        return put(updates, change, layer), moments, [leaf for leaf in after if leaf.shape != shape]
+        return put(updates, change, layer), moments, [leaf for leaf in after if leaf.shape != change.shape]
 
     carry = gradient, moments, counters
     if stacked:
