@@ -34,6 +34,7 @@ ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each traine
 Remat = Literal["fast", "balanced", "low-memory", "offload"]
 ROOM = 0.96  # share of JAX's pool on a GPU that a forecast may fill; forecasts are 0 to 4 % above what a step holds
 HOST_ROOM = 0.9  # share of a CPU's memory that it may fill: other programs need some, too
+LARGE_MOMENTS = 2**29  # bytes of AdamW's moments that "offload" holds in the host's memory; smaller ones stay
 Attention = Literal["cudnn", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "tiled"]  # names of the grouped matmul there
 CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_PIECES
@@ -159,7 +160,7 @@ def training_forecast(work: Workload) -> Forecast:
         stored = [Part("parameters", trained, True)]
         if work.dtype != "float32":
             stored.append(Part(f"{work.dtype} copy", parameters * work.size, True))
-    on_host = moments_on_host(lora, work.remat)
+    on_host = moments_on_host(config, lora, work.remat)
     in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_gathered(work), *_decoded(work))
     in_the_head = (Part("one chunk of logits", logits, False),)
     return Forecast(
@@ -196,7 +197,8 @@ def choose_remat(
 def offloaded_bytes(work: Workload) -> int:
     """Bytes that the policy "offload" holds in the host's memory."""
     inputs = layer_input_bytes(work.config, work.tokens)
-    moments = ADAM_MOMENTS * FLOAT32 * adapter_count(work.config, work.lora) if work.lora else 0
+    on_host = moments_on_host(work.config, work.lora, "offload")
+    moments = _moment_bytes(work.config, work.lora) if on_host and work.lora else 0
     table = work.config.vocab_size * work.config.hidden_size * work.size
     return inputs + moments + (table if embedding_on_host(work.config, work.lora, "offload") else 0)
 
@@ -297,9 +299,13 @@ def _saved_copy(work: Workload) -> tuple[Part, ...]:
     return (Part(f"{work.dtype} copy of modules to save", count * work.size, True),) if count else ()
 
 
-def moments_on_host(lora: LoraConfig | None, remat: Remat) -> bool:
-    """Whether AdamW's moments lie in the host's memory."""
-    return remat == "offload" and lora is not None
+def moments_on_host(config: Qwen3MoeConfig, lora: LoraConfig | None, remat: Remat) -> bool:
+    """Whether AdamW's moments lie in the host's memory: they do if they are large."""
+    return remat == "offload" and lora is not None and _moment_bytes(config, lora) >= LARGE_MOMENTS
+
+
+def _moment_bytes(config: Qwen3MoeConfig, lora: LoraConfig) -> int:
+    return ADAM_MOMENTS * FLOAT32 * adapter_count(config, lora)
 
 
 def embedding_on_host(config: Qwen3MoeConfig, lora: LoraConfig | None, remat: Remat) -> bool:

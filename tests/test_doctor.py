@@ -188,6 +188,8 @@ HELD = {
     ("attention", 1, 2048, "low-memory", False, "nf4"): 17.58,  # H200, 2026-11-29, as the next two
     ("attention", 1, 2048, "balanced", False, "nf4"): 20.05,
     ("attention", 1, 2048, "fast", False, "nf4"): 22.48,
+    ("attention", 2, 4096, "fast", False, "nf4"): 38.3,  # this and the next: peaks of benchmarks.train_step
+    ("attention,experts", 2, 4096, "fast", False, "nf4"): 48.1,
     ("attention", 1, 4096, "low-memory", False, "nf4"): 18.64,
     ("attention,experts", 1, 4096, "fast", False, "nf4"): 37.27,
 }
@@ -256,7 +258,10 @@ def test_a_step_holds_the_logits_that_are_forecast(remat: memory.Remat, tokens: 
     assert logits == {tokens}
 
 
-def test_policies_in_order_of_what_they_keep() -> None:
+def test_policies_in_order_of_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = memory.training_forecast(memory.Workload(SMALL, LORA, 2, 64, "bfloat16", remat="offload"))
+    assert {part.name: part.bytes for part in plan.parts}["optimizer state"] == 8 * memory.adapter_count(SMALL, LORA)
+    monkeypatch.setattr(memory, "LARGE_MOMENTS", 0)
     forecasts = memory.training_forecasts(memory.Workload(SMALL, LORA, 2, 64, "bfloat16"))
     fast, balanced, frugal, offload = (plan.total for plan in forecasts.values())
     assert fast > balanced > frugal

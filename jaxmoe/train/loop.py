@@ -119,7 +119,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
     identity = {"model": model} | plan.identity
     if previous is not None:
         check_same_run(settings.output, previous, identity)
-    if moments_on_host(plan.model.lora, plan.model.remat):
+    if moments_on_host(plan.model.config, plan.model.lora, plan.model.remat):
         state = state._replace(trainable=trainable)
     else:
         state = plan.model.placement.place_state(initial_state(trainable, optimizer), trainable)

@@ -195,7 +195,7 @@ class TrainConfig:
         metadata={
             "help": "which results of the forward pass are saved for the backward pass. fast: all that are expensive "
             "to recompute; balanced: the same without the experts' products; low-memory: each layer's input; offload: "
-            "the same in the host's memory, which then also holds the optimizer's moments and the frozen embedding; "
+            "the same in the host's memory, which then also holds the frozen embedding and large moments; "
             "auto: the first of these whose forecast fits into the device's memory",
             "identity": entries("remat"),
         },

@@ -173,7 +173,7 @@ def adamw(
         matrices = {path: spec.init == "normal" for path, spec in parameter_specs(model.config).items()}
     steps = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
     adam = optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=matrices)
-    steps.append(in_host_memory(adam) if moments_on_host(model.lora, model.remat) else adam)
+    steps.append(in_host_memory(adam) if moments_on_host(model.config, model.lora, model.remat) else adam)
     return optax.chain(*steps)
 
 
@@ -187,7 +187,7 @@ def state_to_compile(model: Model, trainable: PyTree, optimizer: optax.GradientT
 
     Moments in the host's memory are the arrays themselves, since a shape does not say where an array lies.
     """
-    if moments_on_host(model.lora, model.remat):
+    if moments_on_host(model.config, model.lora, model.remat):
         return initial_state(trainable, optimizer)
     shapes = jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
     return model.placement.place_state(shapes, trainable)
