@@ -263,15 +263,15 @@ def test_another_state_is_refused(change: Callable[[dict[str, Any]], Any], says:
         checkpoints.restore_latest(template)
 
 
-@pytest.mark.parametrize("damage", ["state", "metadata"])
-def test_a_damaged_state_is_one_line(damage: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(("damage", "message"), [("state", "expected JSON"), ("metadata", "cannot be read")])
+def test_a_damaged_state_is_one_line(damage: str, message: str, tmp_path: pathlib.Path) -> None:
     checkpoints = TrainCheckpoints(tmp_path / "run")
     checkpoints.save(1, training_state(), {})
     checkpoints.close()
     for file in (tmp_path / "run" / "1" / damage).rglob("*"):
         if file.is_file() and "commit" not in file.name:
             os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(UserError, match="cannot be read") as caught:
+    with pytest.raises(UserError, match=message) as caught:
         TrainCheckpoints(tmp_path / "run").restore_latest(training_state())
     assert "\n" not in str(caught.value)
 

@@ -255,7 +255,7 @@ class Hopper:
         """As `GroupedMatmul.linear`: all rows are one group, and the layer is read in place from the stack."""
         if isinstance(stack, NF4Stack):
             others = [(other_x, other[layer][None]) for other_x, other in others]
-            stack, layer = stack[layer][None], 0
+            stack, layer = stack[layer][None], jnp.int32(0)
         count = -(-x.shape[0] // SMALL)
         units = SMALL // TILE_ROWS
         index = jnp.arange(count, dtype=jnp.int32)
