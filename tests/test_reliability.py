@@ -411,6 +411,13 @@ def test_arrays_are_compared_before_memory_is_taken(change: Any, found: str, tmp
         TrainCheckpoints(tmp_path).restore_latest(TEMPLATE)
 
 
+def test_an_endless_file_in_a_checkpoint_is_refused(tmp_path: pathlib.Path) -> None:
+    saved(tmp_path).close()
+    os.truncate(tmp_path / "20" / "state" / "manifest.ocdbt", 2**40)
+    with pytest.raises(UserError, match=r"manifest.ocdbt: expected at most .* --resume-from 10"):
+        TrainCheckpoints(tmp_path).restore_latest(TEMPLATE)
+
+
 def test_arrays_in_another_form_are_refused(tmp_path: pathlib.Path) -> None:
     saved(tmp_path).close()
     file = tmp_path / "20" / "state" / "_METADATA"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.errors import UserError, shown
-from jaxmoe.json_text import parse_json, read_json
+from jaxmoe.json_text import MAX_FILE, parse_json, read_json
 from jaxmoe.store.digest import checksums
 from jaxmoe.store.files import check_links, os_error
 from jaxmoe.store.items import check_zarray, first_line, quiet_orbax, wait_for_stragglers
@@ -143,6 +144,7 @@ class TrainCheckpoints:
         import jax
 
         leaves = _named_leaves(template)
+        self._check_sizes(step, leaves)
         with quiet_orbax() as ocp:
             stored = self._read(step, metadata=ocp.args.JsonRestore())
             digests = self._check_leaves(step, leaves, stored)
@@ -177,6 +179,13 @@ class TrainCheckpoints:
             self.notice = f"{where}: an earlier version wrote this checkpoint without checksums; it was not verified"
             return None
         return [digest for *_, digest in entries]
+
+    def _check_sizes(self, step: int, leaves: list[tuple[str, Any]]) -> None:
+        """Raises UserError if a file is larger than all arrays together: libraries may read it as a whole."""
+        nbytes = sum(math.prod(np.shape(leaf)) * _dtype(leaf).itemsize for _, leaf in leaves)
+        for file in self._path(step).rglob("*"):
+            if file.is_file() and (size := file.stat().st_size) > nbytes + MAX_FILE:
+                raise UserError(f"{file}: expected at most {nbytes + MAX_FILE:,} bytes, found {size:,}")
 
     def _check_stored(self, step: int, leaves: list[tuple[str, Any]]) -> None:
         """Compares what the stored arrays say of themselves with the template, before memory is taken for them."""
