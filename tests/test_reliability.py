@@ -19,6 +19,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -274,6 +276,21 @@ def test_devices_that_jax_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(devices=devices))
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     assert "found 'cuda': AssertionError" in str(broken_environment.explanation(AssertionError()))
+
+
+def test_strict_settings_of_jax_are_named() -> None:
+    with jax.numpy_rank_promotion("raise"), pytest.raises(ValueError, match="promotion") as caught:
+        jnp.ones(2) + jnp.ones((2, 2))
+    assert str(broken_environment.explanation(caught.value)).startswith("JAX_NUMPY_RANK_PROMOTION: expected JAX's")
+    assert broken_environment.explanation(ValueError("another")) is None
+
+
+@pytest.mark.parametrize("number", ["65537", "9" * 30])
+def test_more_threads_than_a_machine_can_start_are_refused(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYON_NUM_THREADS", "64")
+    assert broken_environment.too_many_threads() is None
+    monkeypatch.setenv("RAYON_NUM_THREADS", number)
+    assert str(broken_environment.too_many_threads()).startswith("RAYON_NUM_THREADS: expected at most 65536 threads")
 
 
 # --- full disks
