@@ -158,6 +158,12 @@ def test_a_long_line_is_not_read(tmp_path):
 def test_an_array_is_compared_before_memory_is_taken(tmp_path):
     entries = write_item(tmp_path / "item", {"a": np.ones((3, 4), np.float32)})
     check_stored_array(tmp_path / "item" / "a", [3, 4], "float32")
+    chunk = next(file for file in (tmp_path / "item" / "a").iterdir() if file.name != ".zarray")
+    size = chunk.stat().st_size
+    os.truncate(chunk, 2**40)
+    with pytest.raises(UserError, match="expected files of at most"):
+        check_stored_array(tmp_path / "item" / "a", [3, 4], "float32")
+    os.truncate(chunk, size)
     file = tmp_path / "item" / "a" / ".zarray"
     raw = json.loads(file.read_text())
     huge = {"shape": [2 * 10**11], "dtype": "float32", "digest": ""}

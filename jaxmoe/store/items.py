@@ -27,6 +27,7 @@ import numpy as np
 
 from jaxmoe.config import DTYPES, read_json
 from jaxmoe.errors import UserError, shown
+from jaxmoe.json_text import MAX_FILE
 from jaxmoe.store.digest import checksum, digest
 from jaxmoe.store.files import os_error
 
@@ -172,7 +173,8 @@ def check_stored_array(path: pathlib.Path, shape: Sequence[int], dtype: str) -> 
     """Compares an array in a folder of Orbax (a zarr array) with what is expected, before memory is taken for it.
 
     Raises:
-        UserError: another shape or dtype, chunks that are missing, or files too small to hold so many elements.
+        UserError: another shape or dtype, chunks that are missing, or files too small or too large to hold so many
+            elements.
     """
     chunks = check_zarray(str(path / ".zarray"), read_json(path / ".zarray"), shape)
     files = [file for file in path.iterdir() if not file.name.startswith(".")]
@@ -180,7 +182,10 @@ def check_stored_array(path: pathlib.Path, shape: Sequence[int], dtype: str) -> 
     if len(files) < wanted:
         raise UserError(f"{path}: expected {wanted:,} files with chunks of the array, found {len(files):,}")
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-    stored = sum(file.stat().st_size for file in files)
+    sizes = [file.stat().st_size for file in files]
+    if (largest := max(sizes, default=0)) > nbytes + MAX_FILE:  # libraries may read a file as a whole
+        raise UserError(f"{path}: expected files of at most {nbytes + MAX_FILE:,} bytes, found one of {largest:,}")
+    stored = sum(sizes)
     if nbytes > stored * _MOST_COMPRESSED:
         raise UserError(f"{path}: expected chunks that can hold {nbytes:,} bytes, found files of {stored:,} bytes")
 
