@@ -31,8 +31,17 @@ def check_small_files(folder: str | os.PathLike[str]) -> None:
     # transformers also reads the chat templates in a folder inside
     inside = (path for pattern in ("*", "additional_chat_templates/*") for path in pathlib.Path(folder).glob(pattern))
     for path in sorted(path for path in inside if path.suffix in _READ_WHOLE):
-        if path.is_file():
-            if (size := path.stat().st_size) > MAX_FILE:
-                raise UserError(f"{path}: expected at most {MAX_FILE >> 20} MiB, found {size >> 20:,} MiB")
-        elif path.exists() and not path.is_dir():
-            raise UserError(f"{path}: expected a file, found a pipe, a socket or a device")
+        check_small_file(path)
+
+
+def check_small_file(path: pathlib.Path) -> None:
+    """Checks a file that is read or copied as a whole; a folder, and nothing at all, are no business of this check.
+
+    Raises:
+        UserError: as `check_small_files`.
+    """
+    if path.is_file():
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise UserError(f"{path}: expected at most {MAX_FILE >> 20} MiB, found {size >> 20:,} MiB")
+    elif path.exists() and not path.is_dir():
+        raise UserError(f"{path}: expected a file, found a pipe, a socket or a device")

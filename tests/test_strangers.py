@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from convert.adapters import read_peft, write_peft
-from convert.hf2jax import read_hf
+from convert.hf2jax import hf2jax, read_hf
 from convert.safetensors_io import read_header
 from jaxmoe import limited
 from jaxmoe.cli import arguments as cli
@@ -153,6 +153,16 @@ def test_a_long_line_is_not_read(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "' + b"a" * MAX_LINE + b'"}\n')
     with pytest.raises(UserError, match=r"data.jsonl:1: expected a line of at most 16 MiB, found a longer one"):
         list(read_lines(tmp_path / "data.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "generation_config.json", "chat_template.jinja"])
+def test_an_endless_file_beside_the_weights_is_not_copied(name, tmp_path):
+    make_checkpoint(tmp_path / "hf", MODEL)
+    with open(tmp_path / "hf" / name, "ab") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match=rf"{name}: expected at most 100 MiB"):
+        hf2jax(tmp_path / "hf", tmp_path / "jax")
+    assert not (tmp_path / "jax").exists()
 
 
 def test_an_array_is_compared_before_memory_is_taken(tmp_path):

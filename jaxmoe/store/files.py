@@ -21,6 +21,7 @@ from functools import partial
 from jaxmoe import stopping
 from jaxmoe.errors import UserError
 from jaxmoe.store.lock import SUFFIX, InUse, output_lock
+from jaxmoe.tokenizer_files import check_small_file
 
 _UNFINISHED = ".jaxmoe-unfinished-"
 _LEFTOVER = re.compile(rf"\.(?P<output>.+)(?:{re.escape(_UNFINISHED)}\w{{8}}|{re.escape(SUFFIX)})", re.DOTALL)
@@ -232,9 +233,13 @@ def write_files(folder: pathlib.Path, files: Mapping[str, pathlib.Path | bytes])
     """Writes `files`, name -> content or the file to copy, into `folder`.
 
     The permissions of a file are not copied: files of a read-only cache become writable.
+
+    Raises:
+        UserError: a file to copy is larger than those beside weights are, or something that never ends.
     """
     for name, content in files.items():
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
         else:
+            check_small_file(content)
             shutil.copyfile(content, folder / name)
