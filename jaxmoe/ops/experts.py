@@ -109,9 +109,8 @@ def sorted_experts(
     one_by_one = one_by_one and any(isinstance(stack, NF4Stack) for stack in stacks)
     plan = _Plan(products, weights.trainable, in_scan, one_by_one)
     few = choose("few_rows", x.dtype, *stacks).value.most_rows if mesh["expert"] == 1 else 0
-    if not weights.trainable and x.shape[0] <= few:
-        return _mixture_of_few(x, routing.weights, stacks, offset, adapters, dispatch, routing.experts, plan)
-    return _mixture(x, routing.weights, stacks, offset, adapters, dispatch, plan)
+    experts = routing.experts if not weights.trainable and x.shape[0] <= few else None
+    return _mixture(x, routing.weights, stacks, offset, adapters, dispatch, experts, plan)
 
 
 class _Plan(NamedTuple):
@@ -142,7 +141,7 @@ class _Residuals(NamedTuple):
     dispatch: Dispatch
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _mixture(
     x: Array,
     weights: Array,
@@ -150,9 +149,16 @@ def _mixture(
     offset: Any,
     adapters: tuple[Factors | None, Factors | None],
     dispatch: Dispatch,
+    experts: Array | None,
     plan: _Plan,
 ) -> Array:
-    """The forward pass without differentiation: nothing is saved, so SwiGLU is part of the product of gate and up."""
+    """The forward pass without differentiation: nothing is saved, so SwiGLU is part of the product of gate and up.
+
+    For a few tokens `experts` are those that they chose; the dispatch is then not used, so it is not computed.
+    """
+    if experts is not None:
+        kernel = choose("few_rows", x.dtype, *stacks).value
+        return few_experts(x, experts, weights, stacks, offset, adapters, kernel)
     with jax.named_scope("permute"):
         rows = dispatch.rows(x)
     with jax.named_scope("gate_up"):
@@ -193,7 +199,7 @@ def _project_back(
     return products.matmul(d_rows, stack, schedule, offset, transposed=False, low=term), low
 
 
-def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, plan: _Plan):
+def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, experts, plan: _Plan):
     with jax.named_scope("permute"):
         rows = dispatch.rows(x)
         offset, rows = plan.in_turn(offset, rows)
@@ -252,7 +258,7 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
                 outer(d_gate_up, rows).astype(stacks[0].dtype),
                 outer(weighed(d_rows), hidden).astype(stacks[1].dtype),
             ]
-    return d_x, d_weights, tuple(d_stacks), None, tuple(d_adapters), None
+    return d_x, d_weights, tuple(d_stacks), None, tuple(d_adapters), None, None
 
 
 def _adapter_gradient(outer: Any, rows: Array, low: Any, d_y: Array, d_low: Any, adapter: Factors) -> Factors:
@@ -267,30 +273,3 @@ def _frozen(*arguments: Any) -> dict[int, str]:
 
 
 define_vjp(_mixture, _mixture_forward, _mixture_backward, _frozen)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _mixture_of_few(
-    x: Array,
-    weights: Array,
-    stacks: tuple[Any, Any],
-    offset: Any,
-    adapters: tuple[Factors | None, Factors | None],
-    dispatch: Dispatch,
-    experts: Array,
-    plan: _Plan,
-) -> Array:
-    """The forward pass without differentiation for a few tokens; the dispatch is not used, so it is not computed."""
-    kernel = choose("few_rows", x.dtype, *stacks).value
-    return few_experts(x, experts, weights, stacks, offset, adapters, kernel)
-
-
-def _few_forward(x, weights, stacks, offset, adapters, dispatch, experts, plan: _Plan):
-    return _mixture_forward(x, weights, stacks, offset, adapters, dispatch, plan)
-
-
-def _few_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
-    return *_mixture_backward(plan, residuals, d_out), None
-
-
-define_vjp(_mixture_of_few, _few_forward, _few_backward, _frozen)
