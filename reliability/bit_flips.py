@@ -6,6 +6,7 @@ bits or a byte of one file, and restores it.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import random
 import shutil
@@ -55,14 +56,12 @@ def trial(own: pathlib.Path, shared: pathlib.Path, index: int, rng: random.Rando
     kind = flip(file, rng)
     where = str(file.relative_to(folder))
     expected = state() | {"step": np.asarray(20)}
-    checkpoints = TrainCheckpoints(folder)
     try:
-        restored = checkpoints.restore_latest(expected)
+        with contextlib.closing(TrainCheckpoints(folder)) as checkpoints:
+            restored = checkpoints.restore_latest(expected)
     except UserError as error:
         named = str(folder / "20") in str(error) and "--resume-from" in str(error)
         return Outcome("refused" if named else "wrong", kind, f"{where}: {error}")
-    finally:
-        checkpoints.close()
     if restored is None or restored[0] == 10:
         return Outcome("wrong", kind, f"{where}: another checkpoint was restored silently")
     step, found, metadata = restored

@@ -435,6 +435,28 @@ def test_an_endless_file_in_a_checkpoint_is_refused(tmp_path: pathlib.Path) -> N
         TrainCheckpoints(tmp_path).restore_latest(TEMPLATE)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about: about.update(Commit_timestamp_nsecs=1, custom_metadata={"unknown": 1}),
+        lambda about: about.update(commit_timestamp_nsecs="now"),
+        lambda about: about.update(item_handlers=7),
+    ],
+)
+def test_what_is_damaged_about_a_step_is_named(change: Callable[[dict[str, Any]], Any], tmp_path: pathlib.Path) -> None:
+    saved(tmp_path).close()
+    file = tmp_path / "20" / "_CHECKPOINT_METADATA"
+    about = json.loads(file.read_text())
+    change(about)
+    file.write_text(json.dumps(about))
+    with pytest.raises(
+        UserError, match=r"20/_CHECKPOINT_METADATA: cannot be read: .*folder away, then --resume-from 10 continues"
+    ):
+        TrainCheckpoints(tmp_path)
+    (tmp_path / "20").rename(tmp_path / "damaged")
+    assert TrainCheckpoints(tmp_path).latest_step() == 10
+
+
 def test_arrays_in_another_form_are_refused(tmp_path: pathlib.Path) -> None:
     saved(tmp_path).close()
     file = tmp_path / "20" / "state" / "_METADATA"

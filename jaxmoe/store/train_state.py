@@ -8,7 +8,8 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,21 @@ from jaxmoe.json_text import MAX_FILE, parse_json, read_json
 from jaxmoe.store.digest import checksums
 from jaxmoe.store.files import check_links, os_error
 from jaxmoe.store.items import check_zarray, first_line, quiet_orbax, wait_for_stragglers
+from jaxmoe.tokenizer_files import check_small_file
 
 _VERSION = 2
 _WITHOUT_CHECKSUMS = 1  # what earlier versions wrote
 _MOST_DESCRIPTION = 4096  # bytes that describe an array
 _OCDBT = "manifest.ocdbt"
+_STEP_FILE = "_CHECKPOINT_METADATA"  # what Orbax writes about a step, and reads of every step at once
 _TEMPORARY = "*.orbax-checkpoint-tmp*"
+
+
+def _way_out(others: Collection[int]) -> str:
+    """What to do without a damaged checkpoint, if there are these other steps."""
+    if not others:
+        return "no older checkpoint is left: start again in a new folder"
+    return f"--resume-from {max(others)} continues from the checkpoint before it"
 
 
 class TrainCheckpoints:
@@ -35,14 +45,44 @@ class TrainCheckpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2) -> None:
+        """Opens the folder, which need not exist.
+
+        Raises:
+            UserError: a link leads out of it, or what Orbax wrote about a step is damaged or endless.
+        """
         self.directory = pathlib.Path(os.path.realpath(directory))
         self.notice: str | None = None  # what `restore` could not verify
         check_links(self.directory)
         self._remove_unfinished()
+        for file in self.directory.glob(f"*/{_STEP_FILE}"):
+            check_small_file(file)
         with quiet_orbax() as ocp:
             # Not asynchronous: on a CPU the next step may overwrite memory that a background thread still reads.
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            try:
+                self._manager = ocp.CheckpointManager(self.directory, options=options)
+            except OSError:
+                raise
+            except Exception as error:  # the type depends on what is damaged
+                file = self._unlisted(ocp)
+                steps = [int(folder.name) for folder in self.directory.iterdir() if folder.name.isdecimal()]
+                way_out = _way_out([step for step in steps if str(step) != file.parent.name])
+                raise UserError(
+                    f"{file}: cannot be read: {first_line(error)}; move this step's folder away, then {way_out}"
+                ) from error
+
+    def _unlisted(self, ocp: Any) -> pathlib.Path:
+        """The file that keeps Orbax from listing the checkpoints: each step's own is tried alone."""
+        for file in sorted(self.directory.glob(f"*/{_STEP_FILE}"), reverse=True):
+            with tempfile.TemporaryDirectory() as alone:
+                copy = pathlib.Path(alone, file.parent.name, _STEP_FILE)
+                copy.parent.mkdir()
+                shutil.copyfile(file, copy)
+                try:
+                    ocp.CheckpointManager(alone).close()
+                except Exception:
+                    return file
+        return self.directory
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, oldest first."""
@@ -134,11 +174,7 @@ class TrainCheckpoints:
         try:
             return step, *self._restore(step, template)
         except UserError as error:
-            older = [each for each in self.steps() if each < step]
-            way_out = "no older checkpoint is left: start again in a new folder"
-            if older:
-                way_out = f"--resume-from {older[-1]} continues from the checkpoint before it"
-            raise UserError(f"{error}; {way_out}") from error
+            raise UserError(f"{error}; {_way_out([each for each in self.steps() if each < step])}") from error
 
     def _restore(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
         import jax
