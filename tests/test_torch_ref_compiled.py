@@ -87,6 +87,16 @@ def test_a_traced_step_equals_an_eager_one(way: Callable[..., Any], kind: str, u
         assert gradient.any() and distance(gradient, expected[name]) <= bound("torch_ref_fp32"), name
 
 
+@pytest.mark.parametrize("asked", ["grouped_mm", "batched_mm"])  # transformers decodes with the second
+def test_a_traced_pass_without_gradients_equals_an_eager_one(asked: str, unchecked: Any) -> None:
+    model = one_layer("adapters", unchecked).eval()
+    inputs = {"input_ids": IDS, "use_cache": False}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.set_experts_implementation(asked)
+        assert distance(compiled(model, inputs)(**inputs).logits, expected) <= bound("torch_ref_fp32")
+
+
 @pytest.mark.parametrize("way", [compiled, exported])
 def test_loop_says_that_it_cannot_be_traced(way: Callable[..., Any], unchecked: Any) -> None:
     model, inputs = one_layer("frozen", unchecked), {"input_ids": IDS, "use_cache": False}

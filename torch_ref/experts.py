@@ -22,6 +22,7 @@ from torch_ref.derivatives import once_differentiable, traced, transformed
 from torch_ref.low_rank import fold, split_high_low, unfold
 
 _ALIGNMENT = 16  # bytes: torch's grouped matmul needs the stride of every operand to be a multiple of it
+_FEW_ROWS = 128  # of decoding; more would take gigabytes for a copy of the weights for each row
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,26 @@ def _aligned(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor
     """The parts of A and B in `dtype`, their rank padded with zeros to a size that the grouped matmul takes."""
     a, b = split_high_low(lora_a, dtype, 1), split_high_low(lora_b, dtype, 2)
     pad = -a.shape[1] % (_ALIGNMENT // dtype.itemsize)
-    return (F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad))) if pad else (a, b.contiguous())
+    a, b = (F.pad(a, (0, 0, 0, pad)), F.pad(b, (0, pad))) if pad else (a, b.contiguous())
+    return (_in_order(a), _in_order(b)) if torch.compiler.is_compiling() else (a, b)
+
+
+@torch.library.custom_op("torch_ref::in_order", mutates_args=(), schema="(Tensor weights) -> Tensor")
+def _in_order(weights: Tensor) -> Tensor:
+    """A contiguous copy, also in compiled code.
+
+    The compiler chooses the strides of what its own kernels write, even after `contiguous()`. Experts that lie side by
+    side in memory are strides that `grouped_mm` refuses.
+    """
+    return weights.clone(memory_format=torch.contiguous_format)
+
+
+@_in_order.register_fake
+def _(weights: Tensor) -> Tensor:
+    return torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+
+_in_order.register_autograd(lambda ctx, gradient: gradient)
 
 
 def unsupported(sizes: Iterable[int], dtype: torch.dtype) -> str | None:
@@ -153,9 +173,17 @@ def grouped_matmul(
         raise ValueError(f"experts_implementation: 'grouped' {reason}; use 'loop'")
     weights = weights.to(rows.dtype)
     if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
-        # the compiler has torch's function in bfloat16 only; transformers registers the same product as an operator
-        return torch.ops.transformers.grouped_mm_fallback(rows, weights, ends)
+        # the compiler has torch's function in bfloat16 only
+        if rows.shape[0] <= _FEW_ROWS and not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+            return _few_rows_matmul(rows, weights, ends)
+        return torch.ops.transformers.grouped_mm_fallback(rows, weights, ends)  # the same product as an operator
     return F.grouped_mm(rows, weights, offs=ends)
+
+
+def _few_rows_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """As `grouped_matmul`, with a copy of the weights for each row; it never waits for the GPU, as CUDA graphs demand."""
+    expert = torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device), right=True)
+    return torch.bmm(rows.unsqueeze(1), weights[expert]).squeeze(1)
 
 
 class _Gather(torch.autograd.Function):

@@ -166,7 +166,10 @@ def Qwen3MoeSparseMoeBlock_fast_forward(
     if temp_up is not None:
         width = stack_of(experts, "gate_up_proj").shape[1]
         _check_buffer(temp_up, "temp_up", (selected.numel(), width), X.dtype)
-    if wrapped_plainly(self.experts) and transformers_implementation(experts) is None:
+    asked = transformers_implementation(experts)
+    if asked == "batched_mm" and adapters and torch.compiler.is_compiling():
+        asked = None  # transformers decodes with it; PEFT's own module cannot be traced
+    if wrapped_plainly(self.experts) and asked is None:
         out = mixture(experts, x, selected, weights, adapters, temp_up)
     else:
         out = self.experts(x, selected, weights, **({} if temp_up is None else {"temp_up": temp_up}))

@@ -129,7 +129,9 @@ def main() -> int:
     if args.suite == "large":
         selected = large_cases(checkpoint, args.out, args.layers, args.length)
     else:
-        selected = trained_cases(args.suite, checkpoint, args.out, rows=2 if on_cpu else 4, faults=on_cpu)
+        selected = trained_cases(
+            args.suite, checkpoint, args.out, rows=2 if on_cpu else 4, faults=on_cpu or args.suite == "demo"
+        )
     quantize(selected, args.device)
     command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
