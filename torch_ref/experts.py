@@ -181,7 +181,7 @@ def grouped_matmul(
 
 
 def _few_rows_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """As `grouped_matmul`, with a copy of the weights for each row; CUDA graphs demand that nothing waits for the GPU."""
+    """As `grouped_matmul`, with a copy of the weights for each row, and without waiting for the GPU (for CUDA graphs)."""
     expert = torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device), right=True)
     return torch.bmm(rows.unsqueeze(1), weights[expert]).squeeze(1)
 
