@@ -174,7 +174,8 @@ def grouped_matmul(
     weights = weights.to(rows.dtype)
     if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
         # the compiler has torch's function in bfloat16 only
-        if rows.shape[0] <= _FEW_ROWS and not (torch.is_grad_enabled() or torch.compiler.is_exporting()):
+        decoding = torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled()
+        if decoding and rows.shape[0] <= _FEW_ROWS:
             return _few_rows_matmul(rows, weights, ends)
         return torch.ops.transformers.grouped_mm_fallback(rows, weights, ends)  # the same product as an operator
     return F.grouped_mm(rows, weights, offs=ends)
@@ -352,10 +353,10 @@ def _refuse_to_compile() -> None:
     Compilation of parts of a graph continues after the loop; of a full graph, and an export, it stops here.
     """
     reason = "experts_implementation: 'loop' cannot be compiled as part of a full graph, nor exported; use 'grouped'"
-    if torch.compiler.is_exporting():
-        raise ValueError(reason)
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling():  # asked first: in code that torch 2.11 compiles, is_exporting() is true
         torch._dynamo.graph_break(reason)
+    elif torch.compiler.is_exporting():
+        raise ValueError(reason)
 
 
 def grouped_experts(
