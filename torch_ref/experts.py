@@ -182,7 +182,7 @@ def grouped_matmul(
 
 
 def _few_rows_matmul(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """As `grouped_matmul`, with a copy of the weights for each row, and without waiting for the GPU (for CUDA graphs)."""
+    """As `grouped_matmul`, with each row's weights copied; nothing waits for the GPU, as CUDA graphs demand."""
     expert = torch.searchsorted(ends, torch.arange(rows.shape[0], device=rows.device), right=True)
     return torch.bmm(rows.unsqueeze(1), weights[expert]).squeeze(1)
 
