@@ -37,6 +37,7 @@ HOST_ROOM = 0.9  # share of a CPU's memory that it may fill: other programs need
 LARGE_MOMENTS = 2**29  # bytes of AdamW's moments that "offload" holds in the host's memory; smaller ones stay
 Attention = Literal["cudnn", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "tiled"]  # names of the grouped matmul there
+CONTEXT_TILE = 512  # tokens that meet at a time on a `context` axis, as in jaxmoe.ops.attention_context
 CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_PIECES
 MOSAIC_ROWS = 16  # the kernel pads an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 
@@ -122,8 +123,8 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.batch_size * self.seq_length
+        """Tokens of a micro-batch on this device."""
+        return self.batch_size * self.seq_length // self.mesh.context
 
     @property
     def size(self) -> int:
@@ -373,7 +374,14 @@ def attention_bytes(work: Workload, *, training: bool) -> int:
 
     `jaxmoe.ops.attention_chunked` holds the logits and probabilities of a chunk of queries, and in training their
     gradients. cuDNN's backward pass holds float32 gradients of whole sequences, once for each document of a call.
+    `jaxmoe.ops.attention_context` holds the keys and values of whole sequences, in training with float32 gradients, and
+    the logits of a pair of tiles.
     """
+    if (devices := work.mesh.context) > 1:
+        tile = min(work.seq_length // (2 * devices), CONTEXT_TILE)
+        pair = work.batch_size * work.config.num_attention_heads * tile**2 * FLOAT32
+        keys = work.batch_size * work.seq_length * work.config.num_key_value_heads * work.config.head_dim
+        return (8 if training else 4) * pair + 2 * keys * (work.size + (FLOAT32 if training else 0))
     heads = work.tokens * work.config.num_attention_heads
     if work.attention == "blocks":
         return (8 if training else 4) * heads * query_chunk(work.seq_length) * FLOAT32

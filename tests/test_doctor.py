@@ -27,6 +27,7 @@ from jaxmoe.doctor.__main__ import main
 from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_GROUPS
 from jaxmoe.model.init import init_adapters, init_parameters
+from jaxmoe.ops import attention_context
 from jaxmoe.ops import attention_cudnn as cudnn
 from jaxmoe.ops.attention_chunked import chunk_length
 from jaxmoe.ops.implementations import OPERATIONS
@@ -235,6 +236,7 @@ def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
     assert memory.MOSAIC_ROWS == HOPPER.tile_rows(1, 1) == HOPPER.tile_rows(65536, 128)
     for length in (1, 64, 600, 4096, 8192, 8193, 65536):
         assert memory.query_chunk(length) == chunk_length(length)
+    assert memory.CONTEXT_TILE == attention_context.LONGEST
 
 
 def test_the_forecast_names_the_attention_of_this_device() -> None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxmoe.distributed import chunks
 from jaxmoe.distributed.mesh import MeshShape, automatic
 from jaxmoe.errors import UserError
 from tests.conftest import ROOT
@@ -49,6 +50,10 @@ def test_what_is_no_mesh_is_refused(text: str, message: str) -> None:
         MeshShape.parse(text)
 
 
+def test_devices_hold_an_early_and_a_late_chunk() -> None:
+    assert chunks.order(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+
+
 def test_what_devices_cannot_share_is_refused() -> None:
     with pytest.raises(UserError, match="mesh: data=4 needs 4 devices, found 2"):
         MeshShape(data=4).check_devices(2)
@@ -59,7 +64,12 @@ def test_what_devices_cannot_share_is_refused() -> None:
     with pytest.raises(UserError, match=r"expert: expected a divisor of the model's 0 experts \(1\), found 2"):
         MeshShape(expert=2).check_experts(0)
     with pytest.raises(UserError, match=r"batch_size: expected a multiple of 4 .*data=4\), found 6"):
-        MeshShape(data=4).check_batch(6)
+        MeshShape(data=4, context=2).check_batch(6)
+    with pytest.raises(UserError, match=r"seq_length: .*multiple of 8 .*context=4, .*found 100; 96 or 104 would do"):
+        MeshShape(context=4).check_length(100)
+    with pytest.raises(UserError, match=r"seq_length: .*multiple of 8 .*, found 5; 8 would do"):
+        MeshShape(context=4).check_length(5)
+    MeshShape(data=3).check_length(7)
 
 
 @pytest.mark.parametrize(("devices", "batch_size", "data"), [(1, 4, 1), (8, 8, 8), (8, 4, 4), (8, 3, 1), (6, 4, 2)])

@@ -36,7 +36,7 @@ MODULES: dict[str, set[str]] = {
         " out_of_memory presets stopping tokenizer_files weight_form",
     ),
     "parameters": _under("jaxmoe", "parameters"),
-    "distributed": _under("jaxmoe.distributed", ". collectives mesh placement sharding"),
+    "distributed": _under("jaxmoe.distributed", ". chunks collectives mesh placement sharding"),
     "memory": _under("jaxmoe", "memory memory_advice"),
     "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
@@ -52,8 +52,8 @@ MODULES: dict[str, set[str]] = {
     "captures": _under("captures", ". format shared"),
     "ops": _under(
         "jaxmoe.ops",
-        ". attention attention_chunked attention_cudnn attention_masked cached_attention contraction dispatch"
-        " embedding experts few_experts few_rows frozen grouped_matmul implementations kept linear low_rank"
+        ". attention attention_chunked attention_context attention_cudnn attention_masked cached_attention contraction"
+        " dispatch embedding experts few_experts few_rows frozen grouped_matmul implementations kept linear low_rank"
         " norm norm_rotary projections rotary router schedule swiglu kernels kernels.few_rows"
         " kernels.norm_rotary kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
         " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer"

@@ -20,9 +20,10 @@ def sum_over_devices(tree: T, mesh: MeshShape, but: Collection[str] = ()) -> T:
     return jax.lax.psum(tree, axes) if axes else tree
 
 
-def gather(share: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
-    """The whole of an array whose `axis` is shared with `fsdp`; the gradient of a share is the sum over the devices."""
-    return jax.lax.all_gather(share, "fsdp", axis=axis, tiled=True)
+def gather(share: Shaped[Array, "..."], axis: int, over: str = "fsdp") -> Shaped[Array, "..."]:
+    """The whole of an array whose `axis` the devices of a mesh axis share, the first device's share first; the gradient
+    of a share is the sum over the devices."""
+    return jax.lax.all_gather(share, over, axis=axis, tiled=True)
 
 
 def sizes_between(going: Int[Array, " n"], axis: str) -> Int[Array, "n n"]:

@@ -1,10 +1,11 @@
 """The mesh: how many devices share each dimension of a run. Standard library only.
 
 The batch is split over all axes of the mesh, so each device runs the forward and the backward pass on tokens of its
-own. The axes differ in what else the devices share:
+own. The axes `data`, `fsdp` and `expert` split the sequences; they differ in what else the devices share:
 
     data      nothing: every device holds all weights
     fsdp      the layers' weights: each holds a share, and puts a layer together when it comes to it
+    context   the tokens of a sequence: each holds two chunks of it, and gathers the keys and values of all
     expert    the experts: each holds E / n of them, and the routed rows of its tokens travel to those that they need
 """
 
@@ -25,6 +26,7 @@ class MeshShape:
 
     data: int = 1
     fsdp: int = 1
+    context: int = 1
     expert: int = 1
 
     @classmethod
@@ -87,6 +89,16 @@ class MeshShape:
             names = " x ".join(f"{axis}={self[axis]}" for axis in SEQUENCE_AXES if self[axis] > 1)
             raise UserError(
                 f"batch_size: expected a multiple of {shares} (sequences are shared by {names}), found {batch_size}"
+            )
+
+    def check_length(self, seq_length: int) -> None:
+        """Raises UserError unless the devices can share the tokens of a sequence evenly."""
+        chunks = 2 * self.context  # a device holds two
+        if self.context > 1 and seq_length % chunks:
+            below = seq_length // chunks * chunks
+            raise UserError(
+                f"seq_length: expected a multiple of {chunks} (a sequence is shared by context={self.context}, two "
+                f"chunks each), found {seq_length}; {f'{below} or ' if below else ''}{below + chunks} would do"
             )
 
 

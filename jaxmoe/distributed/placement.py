@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed import chunks
 from jaxmoe.distributed.mesh import AXES, MeshShape
 from jaxmoe.distributed.sharding import split_axes, stored_arrays
 from jaxmoe.lora import LoraConfig
@@ -60,7 +61,9 @@ class Placement:
     def batch_specs(self, batch: T, tokens: int) -> T:
         """How the arrays of a batch are split. They begin with the `tokens` axes [..., B, T], or with some of these."""
         axes = [*[None] * (tokens - 2), "batch", "sequence"]
-        self.mesh.check_batch(jax.tree.leaves(batch)[0].shape[tokens - 2])
+        sequences, length = jax.tree.leaves(batch)[0].shape[tokens - 2 : tokens]
+        self.mesh.check_batch(sequences)
+        self.mesh.check_length(length)
 
         def spec(array: Any) -> PartitionSpec:
             return partition(axes[: array.ndim], array.shape[:tokens], self.mesh)
@@ -79,8 +82,17 @@ class Placement:
         return {path: self._placed(array, PartitionSpec(*split[path][1:])) for path, array in arrays.items()}
 
     def place_batch(self, batch: T, tokens: int) -> T:
-        """A batch of NumPy arrays where it lies on the mesh; of an array, a process sends what its devices hold."""
-        return jax.tree.map(self._placed, batch, self.batch_specs(batch, tokens))
+        """A batch of NumPy arrays where it lies on the mesh; of an array, a process sends what its devices hold.
+
+        With a `context` axis the tokens of a sequence are in the order of `jaxmoe.distributed.chunks`, on the mesh and
+        in the whole array.
+        """
+        specs = self.batch_specs(batch, tokens)
+        if self.mesh.context > 1:
+            length = jax.tree.leaves(batch)[0].shape[tokens - 1]
+            dealt = chunks.order(length, self.mesh.context)
+            batch = jax.tree.map(lambda a: np.take(a, dealt, axis=tokens - 1) if a.ndim >= tokens else a, batch)
+        return jax.tree.map(self._placed, batch, specs)
 
     def place_state(self, state: T, trainable: Mapping[str, Any]) -> T:
         """A tree of arrays or shapes that belongs to `trainable` where it lies: what stands under an array's path lies

@@ -17,6 +17,7 @@ from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, nf4_paths
 # logical axis -> the mesh axes that may split it, the outermost first
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "sequence": ("context",),
     "experts": ("expert", "fsdp"),
     "heads": ("fsdp",),
     "kv_heads": ("fsdp",),

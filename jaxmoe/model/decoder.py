@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed.chunks import whole_sequences
 from jaxmoe.model.adapted import low_rank_factors, weights_of
 from jaxmoe.model.interface import DecoderOutput, Options, Params, RouterStats, Tokens
 from jaxmoe.model.layer import Layer
@@ -85,10 +86,10 @@ def forward(
     `dropout_keys`, one per sequence, inputs of adapters are dropped with the probability in the adapter's config.
     """
     input_ids, position_ids, segment_ids = tokens
-    segments = segment_ids if options.packed else None
+    segments = whole_sequences(segment_ids, options.mesh["context"]) if options.packed else None
 
     def attend(query: Array, key: Array, value: Array, layer: Array, cache: Any) -> tuple[Array, Any]:
-        return causal_attention(query, key, value, segments, config.sliding_window), cache
+        return causal_attention(query, key, value, segments, config.sliding_window, options.mesh), cache
 
     tables = rotary_tables(position_ids, config.rope_parameters, config.head_dim)
     valid = segment_ids.reshape(-1) > 0

@@ -70,6 +70,7 @@ class ModelStacks(NamedTuple):
     adapters: Stacks
     scales: Mapping[str, float | Array]  # an adapter's path -> the factor on its product, or one per layer
     dropout: float  # of the adapters' inputs, in training
+    devices: int  # that share the tokens of a sequence
     experts: Mapping[str, Array | NF4Stack]  # frozen expert stacks as [layers * E, out, in]; empty if they are trained
     experts_here: int  # experts of a layer on this device
     params: Params  # as they are stored
@@ -101,7 +102,8 @@ class ModelStacks(NamedTuple):
         here = config.num_experts // options.mesh["expert"]
         shared = gathered_axes(config, options.lora, [*params, *adapters], options.mesh)
         dtype = params["embed_tokens"].dtype
-        return cls(config, weights, adapter_stacks, scales, dropout, experts, here, params, shared, dtype)
+        devices = options.mesh["context"]
+        return cls(config, weights, adapter_stacks, scales, dropout, devices, experts, here, params, shared, dtype)
 
     def layer(self, index: LayerIndex, sliced: Params, sliced_adapters: Params) -> Layer:
         """The layer `index`, given its slices of the scanned arrays."""
@@ -165,7 +167,8 @@ class Layer:
         if self.dropout_keys is None or path not in _DROPPING:
             return None
         draw = self.index * len(_DROPPING) + _DROPPING.index(path)
-        return Dropout(jax.vmap(lambda key: jax.random.fold_in(key, draw))(self.dropout_keys), self.stacks.dropout)
+        keys = jax.vmap(lambda key: jax.random.fold_in(key, draw))(self.dropout_keys)
+        return Dropout(keys, self.stacks.dropout, self.stacks.devices)
 
     def experts(self) -> ExpertWeights:
         """The fused experts: the whole stack and this layer's offset in it, or this layer's slice if it is trained."""

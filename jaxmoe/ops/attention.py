@@ -7,6 +7,8 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.ops.attention_context import context_attention
 from jaxmoe.ops.implementations import Choice, choose
 
 
@@ -20,17 +22,23 @@ def causal_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    segments: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B S"] | None = None,
     sliding_window: int | None = None,
+    mesh: MeshShape = ONE_DEVICE,
 ) -> Float[Array, "B T N H"]:
     """Softmax(q k^T / sqrt(H)) v over earlier tokens of the same segment; logits and softmax in float32.
 
     A segment is a contiguous run of equal ids. Segment 0 is padding: no token sees it, and its own output is finite and
     meaningless. Without `segments` each sequence is one segment. The backward pass needs the operands, the output and
-    the log-sum-exp; the last two have names for recomputation policies (`jaxmoe.ops.kept`).
+    the log-sum-exp; the last two have names for recomputation policies (`jaxmoe.ops.kept`). On a mesh with a `context`
+    axis the T tokens are this device's, and `segments` those of the whole sequences of S tokens.
     """
-    if sliding_window is not None and sliding_window >= query.shape[1]:
+    devices = mesh["context"]
+    if sliding_window is not None and sliding_window >= query.shape[1] * devices:
         sliding_window = None
+    if devices > 1:
+        with jax.named_scope("dot_product_attention"):
+            return context_attention(query, key, value, segments, sliding_window, devices)
     selected = choose("attention", query, key, segments)
     with jax.named_scope("dot_product_attention"):
         return selected.value.attend(query, key, value, segments, sliding_window)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from jaxmoe.distributed.chunks import own_part
 from jaxmoe.ops.contraction import product
 
 DropoutKeys = Key[Array, " B"]  # a random key for each sequence
@@ -16,16 +17,22 @@ DropoutKeys = Key[Array, " B"]  # a random key for each sequence
 class Dropout(NamedTuple):
     """Which elements of an adapter's input x [B, T, in] are dropped: each with probability `rate`.
 
-    A sequence draws from its own key, so its mask does not depend on the micro-batch that it is in.
+    A sequence draws from its own key, so its mask does not depend on the micro-batch that it is in. Where `devices` of
+    the mesh share a sequence, each takes its own tokens' part of the mask of the whole sequence.
     """
 
     keys: DropoutKeys
     rate: float
+    devices: int = 1
 
     def __call__(self, x: Float[Array, "B T inner"]) -> Float[Array, "B T inner"]:
         """X with zeros where it is dropped; the rest is not scaled (`Adapter.factors` does that)."""
-        draw = lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:])
-        return jnp.where(jax.vmap(draw)(self.keys), x, 0)
+
+        def kept(key: Array) -> Array:
+            whole = jax.random.bernoulli(key, 1 - self.rate, (x.shape[1] * self.devices, x.shape[2]))
+            return own_part(whole, self.devices)
+
+        return jnp.where(jax.vmap(kept)(self.keys), x, 0)
 
 
 class Adapter(NamedTuple):

@@ -212,9 +212,10 @@ class TrainConfig:
     mesh: str | None = field(
         default=None,
         metadata={
-            "help": "the GPUs that share each step: auto (all of them), or sizes of axes such as fsdp=2,expert=4. All "
-            "axes split the sequences of a micro-batch; fsdp also splits the layers' weights, expert the experts. The "
-            "losses are the same on every mesh (default: one GPU)",
+            "help": "the GPUs that share each step: auto (all of them), or sizes of axes such as fsdp=2,expert=4. "
+            "data, fsdp and expert split the sequences of a micro-batch; fsdp also splits the layers' weights, expert "
+            "the experts. context splits the tokens of each sequence. The losses are the same on every mesh (default: "
+            "one GPU)",
             "metavar": "MESH",
             "identity": APART,  # it decides only who computes what
         },
@@ -331,7 +332,9 @@ def _check_combinations(settings: TrainConfig) -> None:
     if settings.full and settings.from_scratch is not None:
         raise UserError("full: only valid with model; from_scratch trains all parameters anyway")
     if settings.mesh not in (None, AUTO):
-        MeshShape.parse(settings.mesh).check_batch(settings.batch_size)
+        mesh = MeshShape.parse(settings.mesh)
+        mesh.check_batch(settings.batch_size)
+        mesh.check_length(settings.seq_length)
     defaults = {each.name: each.default for each in dataclasses.fields(settings)}
     if settings.lora_dropout is not None and settings.trains_all:
         raise UserError("lora_dropout: only valid with LoRA training")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -9,17 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.distributed.mesh import AXES, MeshShape
 from jaxmoe.ops import dispatch
 from jaxmoe.train import step
 from tests.mesh import trial
 from tests.tolerances import bound
 
-MESHES = [
-    ("fsdp=4", "mixed layers, accumulation"),
+MESHES = [  # all pairs of axes
+    ("data=2,fsdp=2,context=2", "mixed layers, accumulation"),
+    ("data=2,context=2,expert=2", "all to two experts"),
     ("fsdp=2,expert=2", "NF4"),
-    ("expert=4", "all to two experts"),
 ]
 MORE = [
+    ("fsdp=4", "mixed layers, accumulation"),
+    ("expert=4", "all to two experts"),
+    ("context=8", "adapters"),
+    ("context=4", "mixed layers, accumulation"),
+    ("context=2", "all parameters"),
+    ("context=2,expert=2", "dropout, accumulation"),
+    ("fsdp=2,context=2,expert=2", "NF4"),
+    ("fsdp=2,context=4", "all parameters"),
     ("data=2,expert=4", "dropout, accumulation"),
     ("data=8", "adapters"),
     ("data=4", "dropout, accumulation"),
@@ -46,6 +56,11 @@ def check(mesh: str, name: str) -> None:
 @pytest.mark.parametrize(("mesh", "name"), [*MESHES, *(pytest.param(*each, marks=pytest.mark.wide) for each in MORE)])
 def test_a_mesh_changes_no_number(mesh: str, name: str) -> None:
     check(mesh, name)
+
+
+def test_the_meshes_of_every_commit_have_all_pairs_of_axes() -> None:
+    pairs = {pair for mesh, _ in MESHES for pair in itertools.combinations(MeshShape.parse(mesh).used, 2)}
+    assert pairs == set(itertools.combinations(AXES, 2))
 
 
 def not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +95,7 @@ def swapped(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fault", "mesh"),
     [
         (not_summed, "data=2"),
+        pytest.param(not_summed, "context=2", marks=pytest.mark.wide),
         pytest.param(read_twice, "data=2", marks=pytest.mark.wide),
         pytest.param(swapped, "expert=2", marks=pytest.mark.wide),
     ],

@@ -63,6 +63,21 @@ def test_no_weight_travels_to_tokens() -> None:
     assert sum(each.elements for each in found if each.name == "all-reduce") <= everywhere + statistics
 
 
+def test_only_keys_and_values_are_gathered_for_a_sequence() -> None:
+    """With a `context` axis the loops over layers, forwards and backwards, gather keys and values and nothing else."""
+    case = trial.CASES["adapters"]
+    case = case._replace(config=case.config.replace(num_key_value_heads=1))  # keys are smaller than hidden states
+    found = exchanges(trial.prepared(case, "context=4").step.compile().as_text())
+    tokens = trial.SEQUENCES * trial.LENGTH
+    keys = tokens * case.config.head_dim
+    assert sorted(each.elements for each in found if each.name == "all-gather") == [tokens, *[keys] * 4]
+    assert [each.elements for each in found if each.name == "reduce-scatter"] == [keys // 4] * 2
+    trained = sum(array.size for array in trial.weights(case)[1].values())
+    statistics = 4 * case.config.num_hidden_layers * case.config.num_experts
+    assert {each.name for each in found} == {"all-reduce", "all-gather", "reduce-scatter"}
+    assert trained <= sum(each.elements for each in found if each.name == "all-reduce") <= trained + statistics
+
+
 def test_each_weight_is_put_together_once_a_pass() -> None:
     """With `fsdp` the bodies of the two loops over layers, forwards and backwards, gather each shared array once."""
     case = trial.CASES["adapters"]

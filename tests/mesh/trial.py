@@ -28,7 +28,7 @@ from peers.make_checkpoint import TINY
 from tests.parity import COMPILER_OPTIONS
 
 PLAIN = TINY.replace(num_hidden_layers=2)
-MIXED = TINY.replace(num_hidden_layers=3, mlp_only_layers=(1,))
+MIXED = TINY.replace(num_hidden_layers=3, mlp_only_layers=(1,), sliding_window=5)
 LORA = LoraConfig(r=2, targets=expand_targets(["attention", "router", "experts"]))
 MIXED_LORA = LoraConfig(r=2, targets=expand_targets(["q_proj", "experts", "dense"]))
 STEPS, SEQUENCES, LENGTH = 5, 8, 16
