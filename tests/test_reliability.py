@@ -30,7 +30,7 @@ from jaxmoe.cli.arguments import run
 from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import print_line
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.data.records import read_lines
+from jaxmoe.data.inputs import opened
 from jaxmoe.errors import UserError, printable
 from jaxmoe.json_text import read_json
 from jaxmoe.store import lock
@@ -187,7 +187,7 @@ def test_pipes_and_devices_are_refused_where_files_are_read(tmp_path: pathlib.Pa
         (lambda: is_file(folder / "b.json"), "a device"),
         (lambda: check_links(folder), "a pipe"),
         (lambda: check_small_files(folder), "a pipe"),
-        (lambda: list(read_lines(folder / "a.json")), "a pipe"),
+        (lambda: opened(folder / "a.json"), "a pipe"),
         (lambda: TrainCheckpoints(folder), "a pipe"),
     ):
         with pytest.raises(UserError, match=found):

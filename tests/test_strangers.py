@@ -27,7 +27,8 @@ from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data import forms
 from jaxmoe.data.chat import load_tokenizer, render_chat
-from jaxmoe.data.records import MAX_LINE, read_lines
+from jaxmoe.data.inputs import opened
+from jaxmoe.data.json_records import MAX_LINE
 from jaxmoe.errors import ConfigError, UserError, check_integer, check_number, shown
 from jaxmoe.generate.__main__ import main as generate
 from jaxmoe.json_text import MAX_DEPTH, parse_json, read_json
@@ -152,7 +153,7 @@ def test_a_config_cannot_ask_for_more_than_there_is(name, value, hf, tmp_path):
 def test_a_long_line_is_not_read(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'{"text": "' + b"a" * MAX_LINE + b'"}\n')
     with pytest.raises(UserError, match=r"data.jsonl:1: expected a line of at most 16 MiB, found a longer one"):
-        list(read_lines(tmp_path / "data.jsonl"))
+        list(opened(tmp_path / "data.jsonl").read(0))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "generation_config.json", "chat_template.jinja"])
@@ -308,7 +309,7 @@ def test_a_bad_line_of_the_effects_is_named(line, tmp_path):
 
 def test_a_data_folder_is_not_searched_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(forms.os, "walk", lambda path: itertools.repeat((path, [], ["a.txt"])))
-    assert forms.unread_folder(tmp_path) == "a folder"
+    assert not forms.holds_data(tmp_path)
 
 
 @pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e400", "-1" + "0" * 400])

@@ -62,7 +62,11 @@ MODULES: dict[str, set[str]] = {
     "model": _under(
         "jaxmoe.model", ". adapted cache causal_lm decoder init interface layer layer_loop opening selection"
     ),
-    "data": _under("jaxmoe.data", ". chat chat_flags forms packing records"),
+    "data": _under(
+        "jaxmoe.data",
+        ". chat chat_flags compressed datasets_library extra forms inputs json_records packing raw record_forms records"
+        " tables",
+    ),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "train": _under("jaxmoe.train", ". export host_memory identity loop loss metrics prepare settings speed step"),
     "generate": _under("jaxmoe.generate", ". capture engine processors prompts sampling settings stream"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxmoe import limited
-from jaxmoe.data.forms import first_bytes, unread_message
+from jaxmoe.data.forms import first_bytes
 from jaxmoe.errors import ConfigError, UserError
 from jaxmoe.json_text import NOT_DOWNLOADED, is_pointer, parse_json, read_json
 from jaxmoe.tokenizer_files import FORMS, NEEDED, check_small_files, has_tokenizer
@@ -173,7 +173,7 @@ def _check_messages(messages: Any, tools: Any) -> None:
             raise UserError(f"{where}: expected an object, found {kind_of(message)}")
         if unknown := sorted(set(message) - _MESSAGE_KEYS):
             known = ", ".join(sorted(_MESSAGE_KEYS))
-            raise UserError(f"{where}: expected the keys {known}; found {unknown[0]!r}{unread_message(message)}")
+            raise UserError(f"{where}: expected the keys {known}; found {unknown[0]!r}")
         if message.get("role") not in ROLES:
             raise UserError(f"{where}: expected a role of {', '.join(ROLES)}; found {message.get('role')!r}")
         calls = message.get("tool_calls")
@@ -387,6 +387,7 @@ def text_field(raw: dict[str, Any], key: str, *, empty: bool = True, where: str 
 
 
 def kind_of(value: Any) -> str:
-    """What a parsed JSON value is, in words."""
+    """What a value of a record is, in words."""
     names = {type(None): "nothing", bool: "true or false", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
+    names |= {int: "a number", float: "a number", bytes: "bytes"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")  # tables have more types than JSON

@@ -1,14 +1,14 @@
-"""JSONL files -> records: token ids and loss weights.
+"""Files of records -> token ids and loss weights.
 
-A line holds one record of one of these kinds: `{"messages": [...]}` (optionally with `"tools"`), rendered by the
-checkpoint's own chat template with the loss on the assistant's turns; `{"prompt": ..., "completion": ...}` with the
-loss on the completion; `{"text": ...}` with the loss on every token.
+A record has one of the forms in `jaxmoe.data.record_forms`. A conversation is rendered by the checkpoint's own chat
+template with the loss on the assistant's turns; a prompt with its completion has the loss on the completion; a text
+has it on every token.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from jaxmoe.data import forms
-from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, Piece, conversation_pieces, kind_of, text_field
-from jaxmoe.errors import UserError
-from jaxmoe.json_text import parse_json
+from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, Piece, conversation_pieces, text_field
+from jaxmoe.data.inputs import opened
+from jaxmoe.data.raw import Input
+from jaxmoe.data.record_forms import Columns, recognised
+from jaxmoe.errors import UserError, printable
 
-MAX_LINE = 16 * 2**20  # bytes; a record of this length has some four million tokens
-_TOGETHER = 2**20  # bytes of a file whose texts are encoded in one call: enough for many cores, little memory
+_TOGETHER = 2**20  # bytes of records whose texts are encoded in one call: enough for many cores, little memory
+_MOST_NAMES = 20  # of columns in a notice
+
+_log = logging.getLogger("jaxmoe")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One tokenised line: `weights[i]` is the loss weight of predicting `tokens[i]` from the tokens before it.
+    """One tokenised record: `weights[i]` is the loss weight of predicting `tokens[i]` from the tokens before it.
 
     `splittable` says what happens to a record that is longer than a sequence: it is cut into several documents (text)
     or truncated (everything else).
@@ -39,7 +42,22 @@ class Record:
     splittable: bool
 
 
-OnRead = Callable[[int, int, int], None]  # bytes read, bytes of the file, records so far
+OnRead = Callable[[int, int | None, int], None]  # how much is read, of how much in all if known, records so far
+
+
+@dataclass(frozen=True)
+class Tokenising:
+    """What turns a record into tokens: the tokenizer, the model's number of tokens, how conversations are rendered."""
+
+    tokenizer: Any
+    vocab_size: int
+    settings: ChatSettings = AS_WRITTEN
+
+    def check(self, record: Record, where: str) -> None:
+        """Raises UserError, which starts with `where`, if the record has a token that the model does not know."""
+        if (largest := int(record.tokens.max())) >= self.vocab_size:
+            wanted = f"token ids below the model's vocab_size {self.vocab_size}"
+            raise UserError(f"{where}: expected {wanted}, found {largest}")
 
 
 def read_records(
@@ -49,48 +67,88 @@ def read_records(
     on_read: OnRead = lambda *_: None,
     settings: ChatSettings = AS_WRITTEN,
 ) -> list[Record]:
-    """Every record of a JSONL file, tokenised; blank lines are skipped. `on_read` reports progress; `settings` say how
-    conversations are rendered.
+    """Every record of a file, a folder or a data set (`jaxmoe.data.inputs`), tokenised. `on_read` reports progress;
+    `settings` say how conversations are rendered. A notice names columns that are not used.
 
     Raises:
-        UserError: the file is missing, holds no record, or a line is bad (the message starts with FILE:LINE).
+        UserError: there is no such file, it holds no record, or a record is bad (the message starts with its place).
     """
-    path = pathlib.Path(path)
+    return read_input(opened(path), Tokenising(tokenizer, vocab_size, settings), on_read)
+
+
+def read_input(source: Input, how: Tokenising, on_read: OnRead = lambda *_: None) -> list[Record]:
+    """As `read_records`, of an input that is open."""
     records: list[Record] = []
-    waiting: list[tuple[str, _Draft]] = []
-    encoded_to = 0
-
-    def encode() -> None:
-        drafted, waiting[:] = list(waiting), []
-        encoded = _encode([draft for _, draft in drafted], tokenizer)
-        for (where, _), record in zip(drafted, encoded, strict=True):
-            largest = int(record.tokens.max())
-            if largest >= vocab_size:
-                wanted = f"token ids below the model's vocab_size {vocab_size}"
-                raise UserError(f"{where}: expected {wanted}, found {largest}")
-            records.append(record)
-
-    try:
-        for where, raw, end in read_lines(path):
-            try:
-                waiting.append((where, _draft(raw, tokenizer, settings)))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            if end - encoded_to >= _TOGETHER:
-                encode()
-                encoded_to = end
-                on_read(end, path.stat().st_size, len(records))
-    except UserError:
-        encode()  # an error in an earlier line is reported first
-        raise
-    encode()
+    ignored = Ignored(source)
+    for part, done in tokenised(source, how, ignored):
+        records += part
+        on_read(done, source.size, len(records))
     if not records:
-        raise UserError(f"{path}: expected at least one record, found none")
+        raise UserError(f"{source.name}: expected at least one record, found none")
+    ignored.tell()
     return records
 
 
+class Ignored:
+    """The columns of an input that no record used."""
+
+    def __init__(self, source: Input) -> None:
+        self._name = source.name
+        self._names = dict.fromkeys(source.unread)
+
+    def add(self, names: Iterable[str]) -> None:
+        """Columns of one record."""
+        if len(self._names) < 10 * _MOST_NAMES:  # every record may bring others
+            self._names |= dict.fromkeys(names)
+
+    def tell(self) -> None:
+        """Logs a notice, if there are any."""
+        if self._names:
+            names = list(self._names)
+            shown = ", ".join(name[:50] for name in names[:_MOST_NAMES])
+            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+            _log.warning(printable(f"{self._name}: columns that are not used: {shown}{more}"))
+
+
+def tokenised(source: Input, how: Tokenising, ignored: Ignored, first: int = 0) -> Iterator[tuple[list[Record], int]]:
+    """The records of an input from number `first` on, many at a time: (records, how much of the input is read).
+
+    Each record is recognised by itself and becomes one `Record`.
+
+    Raises:
+        UserError: a record is bad. An error in an earlier record is raised first.
+    """
+    waiting: list[tuple[str, _Draft]] = []
+    size = done = 0
+
+    def encode() -> list[Record]:
+        drafted, waiting[:] = list(waiting), []
+        records = list(_encode([draft for _, draft in drafted], how.tokenizer))
+        for (where, _), record in zip(drafted, records, strict=True):
+            how.check(record, where)
+        return records
+
+    try:
+        for raw in source.read(first):
+            try:
+                found = recognised(raw.value)
+                waiting.append((raw.where, _draft(found.record, how.tokenizer, how.settings)))
+            except UserError as error:
+                raise UserError(f"{raw.where}: {error}") from None
+            ignored.add(found.ignored)
+            size, done = size + raw.size, raw.done
+            if size >= _TOGETHER:
+                size = 0
+                yield encode(), done
+    except UserError:
+        encode()
+        raise
+    if waiting:
+        yield encode(), done
+
+
 def tokenize_record(raw: Any, tokenizer: Any, settings: ChatSettings = AS_WRITTEN) -> Record:
-    """One parsed JSON value -> tokens and loss weights.
+    """One parsed JSON value of any form in `jaxmoe.data.record_forms` -> tokens and loss weights.
 
     The chat template adds the special tokens of a conversation, and `eos_token` follows texts and completions
     that do not end in it. The tokenizer itself adds none (Qwen3 has no beginning-of-text token).
@@ -98,7 +156,7 @@ def tokenize_record(raw: Any, tokenizer: Any, settings: ChatSettings = AS_WRITTE
     Raises:
         UserError: not a record of a known kind, or one without a token to learn.
     """
-    return next(_encode([_draft(raw, tokenizer, settings)], tokenizer))
+    return next(_encode([_draft(recognised(raw).record, tokenizer, settings)], tokenizer))
 
 
 def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
@@ -130,37 +188,6 @@ def digest(records: Iterable[Record]) -> str:
     return total.hexdigest()
 
 
-def read_lines(path: pathlib.Path) -> Iterator[tuple[str, Any, int]]:
-    """(`FILE:LINE`, parsed JSON, bytes of the file up to the line's end) for every line that is not blank.
-
-    Raises:
-        UserError: the file is missing or of another form, or a line is not UTF-8 or not JSON.
-    """
-    if path.is_dir():
-        raise UserError(f"{path}: expected a JSONL file, found {forms.unread_folder(path)}")
-    if not path.is_file():
-        raise UserError(forms.missing_file(path))
-    if form := forms.unread_file(path):
-        raise UserError(f"{path}: expected a JSONL file (one record a line), found {form}")
-    end = 0
-    with path.open("rb") as file:
-        # A line is read only up to the limit: a file without line ends must not fill the memory.
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            where = f"{path}:{number}"
-            if len(line) > MAX_LINE:
-                raise UserError(f"{where}: expected a line of at most {MAX_LINE >> 20} MiB, found a longer one")
-            end += len(line)
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{where}: expected UTF-8, found byte 0x{line[error.start]:02x} at byte {error.start + 1}"
-                ) from None
-            if not text.strip():
-                continue
-            yield where, parse_json(text, where), end
-
-
 class _Draft(NamedTuple):
     """A record whose text is not yet encoded. Each piece is encoded separately, as in generation, where a prompt is
     encoded before its answer exists."""
@@ -169,23 +196,14 @@ class _Draft(NamedTuple):
     splittable: bool = False
 
 
-def _draft(raw: Any, tokenizer: Any, settings: ChatSettings) -> _Draft:
-    if not isinstance(raw, dict):
-        raise UserError(f"expected a JSON object, found {kind_of(raw)}")
-    keys = set(raw)
-    if "messages" in keys and keys <= {"messages", "tools"}:
-        return _Draft(conversation_pieces(raw["messages"], raw.get("tools"), tokenizer, settings))
-    if keys == {"prompt", "completion"}:
-        prompt, completion = text_field(raw, "prompt"), text_field(raw, "completion", empty=False)
+def _draft(record: Columns, tokenizer: Any, settings: ChatSettings) -> _Draft:
+    """A record in one of the three forms that are tokenised."""
+    if "messages" in record:
+        return _Draft(conversation_pieces(record["messages"], record.get("tools"), tokenizer, settings))
+    if "prompt" in record:
+        prompt, completion = text_field(record, "prompt"), text_field(record, "completion", empty=False)
         return _Draft([(prompt, 0.0), *_ended(completion, tokenizer)])
-    if keys == {"text"}:
-        return _Draft(_ended(text_field(raw, "text", empty=False), tokenizer), splittable=True)
-    found = ", ".join(json.dumps(key) for key in raw) or "none"
-    form = forms.unread_record(keys)
-    raise UserError(
-        'expected the keys "messages" (and "tools"), "prompt" and "completion", or "text"; '
-        f"found {found}{f' ({form})' if form else ''}"
-    )
+    return _Draft(_ended(text_field(record, "text", empty=False), tokenizer), splittable=True)
 
 
 def _ended(text: str, tokenizer: Any) -> list[Piece]:

@@ -56,7 +56,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         type=pathlib.Path,
         action="append",
         metavar="FILE",
-        help="text or JSONL records; may be repeated",
+        help="text or records (docs/data.md); may be repeated",
     )
     text.add_argument("--text", type=pathlib.Path, metavar="DIR", help="the text of this capture, token by token")
     add("--seq-length", type=whole_number, default=1024, metavar="N", help="most tokens per context (default: 1024)")

@@ -1,8 +1,8 @@
 """Text and record files -> the labelled stream of tokens that a capture runs on.
 
-A `.jsonl` or `.json` file holds training records (`jaxmoe.data.records`), each optionally with a "domain"; any other
-file is one text. A record without a domain gets its file's name without the ending. The tokens are exactly those that
-training sees, so that training can replay a captured routing.
+Files of training records (`jaxmoe.data.inputs`) are known by their ending (`.jsonl`, `.json`, `.parquet`, compressed or
+not) or by how they begin; any other file is one text. A record may have a "domain"; one without gets its file's name
+without the ending. The tokens are exactly those that training sees, so that training can replay a captured routing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from jaxtyping import Int32
 from captures import ROLES, LabelledText, Text, tokenizer_digest
 from jaxmoe.data import forms
 from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, assistant_spans
-from jaxmoe.data.records import Record, read_lines, tokenize_record
+from jaxmoe.data.compressed import ENDINGS, GZIP, ZSTD
+from jaxmoe.data.inputs import opened
+from jaxmoe.data.record_forms import recognised
+from jaxmoe.data.records import Ignored, Record, tokenize_record
+from jaxmoe.data.tables import PARQUET
 from jaxmoe.errors import UserError
 
 _MAX_TEXT = 100 * 2**20  # bytes of a plain text, which is one record and is encoded as a whole
@@ -54,6 +58,7 @@ def read_documents(
 
 def label(raw: Any, tokenizer: Any, domain: str, settings: ChatSettings = AS_WRITTEN) -> Document:
     """One record's tokens, as `jaxmoe.data.records.tokenize_record` makes them, and each one's role."""
+    raw = recognised(raw).record
     record = tokenize_record(raw, tokenizer, settings)
     if "messages" in raw:
         names = _chat_roles(raw["messages"], raw.get("tools"), tokenizer, record, settings)
@@ -111,29 +116,47 @@ def read_text(
 
 def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
     """(where, record without its domain, domain)."""
-    if path.suffix not in (".jsonl", ".json"):
-        if path.is_dir():
-            raise UserError(f"{path}: expected a text or JSONL file, found {forms.unread_folder(path)}")
-        if not path.is_file():
-            raise UserError(forms.missing_file(path))
-        if (size := path.stat().st_size) > _MAX_TEXT:
-            raise UserError(
-                f"{path}: expected at most {_MAX_TEXT >> 20} MiB of text, found {size >> 20:,}; divide it into files"
-            )
-        if form := forms.binary_file(path):
-            raise UserError(f"{path}: expected a text or JSONL file, found {form}")
-        try:
-            yield str(path), {"text": path.read_text(encoding="utf-8")}, path.stem
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: expected UTF-8 text, found another encoding at byte {error.start + 1}") from None
+    if _is_plain_text(path):
+        yield str(path), {"text": _whole_text(path)}, path.stem
         return
-    for where, raw, _ in read_lines(path):
-        domain = path.stem
-        if isinstance(raw, dict) and "domain" in raw:
-            domain = raw.pop("domain")
+    source = opened(path)
+    ignored = Ignored(source)
+    usual = path.name.partition(".")[0] or path.name
+    for where, raw, *_ in source.read(0):
+        domain = usual
+        if isinstance(raw, dict) and raw.get("domain") is not None:
+            domain = raw["domain"]
             if not isinstance(domain, str) or not domain:
                 raise UserError(f"{where}: domain: expected a name, found {domain!r}")
-        yield where, raw, domain
+        try:
+            found = recognised(raw)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        ignored.add(name for name in found.ignored if name != "domain")
+        yield where, found.record, domain
+    ignored.tell()
+
+
+def _is_plain_text(path: pathlib.Path) -> bool:
+    """Whether a file is one text: it has no ending of a file of records, and does not begin as compressed ones or
+    Parquet do."""
+    endings = (".jsonl", ".json", *(f".{form}{end}" for form in ("jsonl", "json") for end in ENDINGS), ".parquet")
+    if not path.is_file() or path.name.endswith(endings):
+        return False
+    return not forms.first_bytes(path).startswith((GZIP, ZSTD, PARQUET))
+
+
+def _whole_text(path: pathlib.Path) -> str:
+    if (size := path.stat().st_size) > _MAX_TEXT:
+        raise UserError(
+            f"{path}: expected at most {_MAX_TEXT >> 20} MiB of text, found {size >> 20:,}; divide it into files"
+        )
+    if form := forms.binary_file(path):
+        raise UserError(f"{path}: expected a text or records, found {form}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text, found another encoding at byte {error.start + 1}") from None
 
 
 def _chat_roles(messages: Any, tools: Any, tokenizer: Any, record: Record, settings: ChatSettings) -> list[str]:

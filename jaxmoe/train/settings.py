@@ -33,7 +33,9 @@ class TrainConfig:
         UserError: a value out of range, or flags that exclude each other.
     """
 
-    data: pathlib.Path = field(metadata={"help": "JSONL records to train on", "identity": entries("data")})
+    data: pathlib.Path = field(
+        metadata={"help": "records to train on: a file, a folder or a data set of the hub", "identity": entries("data")}
+    )
     output: pathlib.Path = field(metadata={"help": "folder to write; new or empty, unless --resume", "identity": APART})
     model: pathlib.Path | None = field(
         default=None,
@@ -230,7 +232,7 @@ class TrainConfig:
     )
 
     eval_data: pathlib.Path | None = field(
-        default=None, metadata={"help": "JSONL records to evaluate on", "identity": entries("eval_data")}
+        default=None, metadata={"help": "records to evaluate on", "identity": entries("eval_data")}
     )
     eval_fraction: float | None = field(
         default=None,

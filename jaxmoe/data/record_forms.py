@@ -1,0 +1,228 @@
+"""The forms of a record, recognised by its columns, and each as one of the three records that are tokenised.
+
+Those three are `{"messages": [...]}`, optionally with `"tools"`; `{"prompt": ..., "completion": ...}`; and
+`{"text": ...}`. ShareGPT's `conversations` and Alpaca's `instruction` and `output` become messages. Columns that the
+form does not have are left out and named. A column that holds null counts as absent: tables fill missing ones with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxmoe.data import forms
+from jaxmoe.data.chat import kind_of, text_field
+from jaxmoe.errors import ConfigError, UserError
+from jaxmoe.json_text import parse_json
+
+Columns = dict[str, Any]  # a record: column -> what JSON can hold
+
+
+@dataclass(frozen=True)
+class RecordForm:
+    """One form: a record has it if all `columns` hold something; `optional` ones are read where they do.
+
+    `read` makes one of the records that are tokenised from these columns alone.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    read: Callable[[Columns], Columns]
+    optional: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """Every column that the form reads."""
+        return self.columns + self.optional
+
+
+class Recognised(NamedTuple):
+    """A record in the form that is tokenised, the form that it had, and the columns that were left out."""
+
+    record: Columns
+    form: RecordForm
+    ignored: tuple[str, ...]
+
+
+def recognised(raw: Any, among: Sequence[RecordForm] | None = None) -> Recognised:
+    """One parsed JSON value in the first form of `among` (default: `FORMS`) whose columns it has.
+
+    Raises:
+        UserError: no object, no known form, or columns that do not hold what the form needs.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"expected a JSON object, found {kind_of(raw)}")
+    among = FORMS if among is None else among
+    present = {name for name, value in raw.items() if value is not None}
+    # A column that should hold something and holds null is named by the form that needs it.
+    form = _first(among, present) or _first(among, set(raw))
+    if form is None:
+        raise UserError(_unknown(raw))
+    ignored = tuple(name for name in raw if name in present and name not in form.known)
+    needed = {name: raw[name] for name in form.known if name in present or (name in form.columns and name in raw)}
+    return Recognised(form.read(needed), form, ignored)
+
+
+def _first(among: Iterable[RecordForm], columns: set[str]) -> RecordForm | None:
+    return next((form for form in among if columns.issuperset(form.columns)), None)
+
+
+def _unknown(raw: Columns) -> str:
+    found = ", ".join(json.dumps(key) for key in list(raw)[:20]) or "none"
+    advice = forms.unread_record(raw)
+    return (
+        'expected the keys "messages" (and "tools"), "conversations", "prompt" and "completion", "instruction" and '
+        f'"output", or "text"; found {found}{f" ({advice})" if advice else ""}'
+    )
+
+
+def _conversation(record: Columns, column: str) -> Columns:
+    """The turns in `column` as messages: with role and content, or in ShareGPT's form with from and value.
+
+    What tables add is undone: nulls in place of missing keys, tools as a string of JSON.
+    """
+    turns = record[column]
+    if not isinstance(turns, list):
+        raise UserError(f"{column}: expected a list, found {kind_of(turns)}")
+    messages = [_without_weight(_present(_turn(turn, n)), f"message {n}: ") for n, turn in enumerate(turns, 1)]
+    system = record.get("system")
+    if system is not None and text_field(record, "system") and all(_role(each) != "system" for each in messages):
+        messages = [{"role": "system", "content": system}, *messages]
+    return {"messages": messages} | _tools(record)
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else None
+
+
+def _present(value: Any) -> Any:
+    """A message without the keys that hold null; content stays, since null is allowed there beside tool calls."""
+    if not isinstance(value, dict):
+        return value
+    return {key: each for key, each in value.items() if each is not None or key == "content"}
+
+
+def _without_weight(message: Any, where: str) -> Any:
+    """The message without "weight", its loss weight in some files; an answer that is not to be learned is refused."""
+    if not isinstance(message, dict) or "weight" not in message:
+        return message
+    learned = message.get("role") == "assistant"
+    weight = message["weight"]
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise UserError(f"{where}weight: expected 0 or 1, found {weight!r}")
+    if learned and weight == 0:
+        raise UserError(f"{where}weight: expected 1 (every answer is learned), found 0; leave the record out")
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def _tools(record: Columns) -> Columns:
+    """The column "tools" as a list; tables often hold it as a string of JSON, and an empty one for no tools."""
+    tools = record.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = parse_json(tools, "tools") if tools.strip() else None
+        except ConfigError:
+            raise UserError("tools: expected a list of objects, or one as a string of JSON, found a string") from None
+    return {} if tools is None else {"tools": tools}
+
+
+# who speaks in ShareGPT's form -> the role
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+
+
+def _turn(turn: Any, number: int) -> Any:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn  # a message, or nothing that is known, which the check of the messages names
+    where = f"message {number}: "
+    speaker = turn["from"]
+    role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise UserError(f'{where}"from": expected one of {", ".join(_SPEAKERS)}; found {str(speaker)[:50]!r}')
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if str(speaker).lower() == "function_call":
+        return {
+            "role": role,
+            "content": "",
+            "tool_calls": _calls(text_field(turn, "value", where=where), where),
+        } | others
+    return {"role": role, "content": turn.get("value")} | others
+
+
+def _calls(text: str, where: str) -> list[Any]:
+    """The tool calls in a turn of "function_call": an object with name and arguments, or a list of these, as JSON."""
+    try:
+        calls = parse_json(text, "value")
+    except ConfigError as error:
+        raise UserError(f"{where}{error}") from None
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _alpaca(record: Columns) -> Columns:
+    """Alpaca's form as a conversation: `input` follows `instruction` on a new line; `history` holds earlier pairs."""
+    question = text_field(record, "instruction")
+    if record.get("input") is not None and (given := text_field(record, "input")):
+        question = f"{question}\n{given}" if question else given
+    pairs = record.get("history") or []
+    if not (isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)):
+        raise UserError("history: expected a list of pairs (question, answer), found something else")
+    messages = []
+    if record.get("system") is not None and (system := text_field(record, "system")):
+        messages.append({"role": "system", "content": system})
+    for asked, answered in [*pairs, (question, text_field(record, "output", empty=False))]:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return {"messages": messages}
+
+
+def _as_it_is(record: Columns) -> Columns:
+    return record
+
+
+def _chat(name: str, column: str) -> RecordForm:
+    return RecordForm(name, (column,), lambda record: _conversation(record, column), ("system", "tools"))
+
+
+# In order of precedence: a record with the columns of several forms has the first.
+FORMS: tuple[RecordForm, ...] = (
+    _chat("messages", "messages"),
+    _chat("ShareGPT's conversations", "conversations"),
+    _chat("ShareGPT's conversation", "conversation"),
+    RecordForm("prompt and completion", ("prompt", "completion"), _as_it_is),
+    RecordForm("Alpaca's instructions", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+    RecordForm("text", ("text",), _as_it_is),
+)
+
+# Columns that some reader of records wants beside those of `FORMS`: captures the domain, preferences the pairs.
+_OTHERS = ("domain", "chosen", "rejected")
+_READ = frozenset(_OTHERS).union(*(form.known for form in FORMS))
+
+
+def columns_that_are_read(names: Iterable[str]) -> list[str]:
+    """Those of a table's columns that some form of record has, in the table's order."""
+    return [name for name in names if name in _READ]
+
+
+def check_columns(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """The columns of a table that no record can need.
+
+    Raises:
+        UserError: its records cannot have any known form. The message starts with `where`.
+    """
+    if _first(FORMS, set(names)) is None and not {"chosen", "rejected"}.issubset(names):
+        raise UserError(f"{where}: {_unknown(dict.fromkeys(names))}")
+    return tuple(name for name in names if name not in _READ)

@@ -1,0 +1,346 @@
+"""Every form of file gives the same records; forms of records; damaged and hostile files end in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from jaxmoe.data import compressed, datasets_library, json_records
+from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.inputs import opened
+from jaxmoe.data.record_forms import FORMS, recognised
+from jaxmoe.data.records import digest, read_records, tokenize_record
+from jaxmoe.errors import UserError
+from peers.make_checkpoint import write_tokenizer
+
+datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
+zstandard = pytest.importorskip("zstandard", reason="the extra data is not installed")
+parquet = pytest.importorskip("pyarrow.parquet", reason="the extra data is not installed")
+
+VOCAB = 320
+TEMPLATE = """\
+{%- for m in messages -%}
+{{- '<|im_start|>' + m.role + '\\n' + (m.content or '') ~ (m.tool_calls or '') + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def chat(*turns: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+RECORDS: list[dict[str, Any]] = [
+    *({"text": f"{'é' * i} text {i}", "id": i} for i in range(40)),
+    {"messages": chat("a", "b", "c", "d"), "id": None},
+    {"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, *chat("x", "y")]},
+    {"prompt": "p", "completion": "c"},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+    {"instruction": "i", "input": "", "output": "o"},
+]
+
+
+def write_lines(path: pathlib.Path) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n\n" for record in RECORDS))
+
+
+def write_array(path: pathlib.Path) -> None:
+    path.write_text("\ufeff \n" + json.dumps(RECORDS, indent=1))
+
+
+def table() -> Any:
+    columns = {name: None for record in RECORDS for name in record}
+    return datasets.Dataset.from_list([columns | record for record in RECORDS])
+
+
+def gzipped(write: Callable[[pathlib.Path], None]) -> Callable[[pathlib.Path], None]:
+    def writes(path: pathlib.Path) -> None:
+        write(path)
+        content = path.read_bytes()  # in two members, as a file that was appended to
+        path.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
+
+    return writes
+
+
+def zstd(write: Callable[[pathlib.Path], None]) -> Callable[[pathlib.Path], None]:
+    def writes(path: pathlib.Path) -> None:
+        write(path)
+        content = path.read_bytes()
+        path.write_bytes(zstandard.compress(content[:1000]) + zstandard.compress(content[1000:]))
+
+    return writes
+
+
+def write_folder(path: pathlib.Path) -> None:
+    path.mkdir()
+    half = len(RECORDS) // 2
+    table().select(range(half)).to_parquet(path / "train-00000-of-00002.parquet")
+    table().select(range(half, len(RECORDS))).to_parquet(path / "train-00001-of-00002.parquet")
+
+
+INPUTS: dict[str, Callable[[pathlib.Path], Any]] = {
+    "a.jsonl": write_lines,
+    "a.json": write_array,
+    "a.jsonl.gz": gzipped(write_lines),
+    "a.json.gz": gzipped(write_array),
+    "a.jsonl.zst": zstd(write_lines),
+    "array": zstd(write_array),  # what a file is shows in its content
+    "a.parquet": lambda path: table().to_parquet(path, batch_size=7),
+    "saved": lambda path: table().save_to_disk(path),
+    "splits": lambda path: datasets.DatasetDict({"train": table(), "test": table().select([0])}).save_to_disk(path),
+    "folder": write_folder,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer: Any) -> str:
+    return digest(tokenize_record(record, tokenizer) for record in RECORDS)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_form_of_the_file_changes_nothing(name, expected, tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(json_records, "_CHUNK", 64)
+    INPUTS[name](tmp_path / name)
+    assert digest(read_records(tmp_path / name, tokenizer, VOCAB)) == expected
+    notices = [line for line in caplog.messages if "not used" in line]
+    assert len(notices) == 1
+    assert notices[0].endswith("columns that are not used: id")
+    source = opened(tmp_path / name)
+    whole = [(raw.where, raw.value) for raw in source.read(0)]
+    for first in (1, 7, 21, 43, 44, 60):
+        assert [(raw.where, raw.value) for raw in source.read(first)] == whole[first:]
+
+
+def test_splits(tokenizer, tmp_path):
+    INPUTS["splits"](tmp_path / "a")
+    assert len(list(opened(tmp_path / "a", "test").read(0))) == 1
+    with pytest.raises(UserError, match=r"a: split: expected one of train, test; found 'dev'"):
+        opened(tmp_path / "a", "dev")
+    INPUTS["saved"](tmp_path / "b")
+    with pytest.raises(UserError, match="split: expected none"):
+        opened(tmp_path / "b", "test")
+
+
+def test_a_data_set_of_the_hub(expected, tokenizer, tmp_path, monkeypatch):
+    """The hub is stood in for by a folder; whether it is streamed or downloaded changes nothing."""
+    write_folder(tmp_path / "hub")
+    build = datasets.load_dataset_builder
+    asked = []
+
+    def builder(name: str, *subset: str) -> Any:
+        asked.append((name, *subset))
+        return build(str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: __import__("fsspec").filesystem("file"))
+    assert digest(read_records("owner/name", tokenizer, VOCAB)) == expected
+    streamed = opened("owner/name/subset", "train", streaming=True)
+    assert asked == [("owner/name",), ("owner/name", "subset")]
+    assert [raw.value for raw in streamed.read(0)] == [raw.value for raw in opened("owner/name").read(0)]
+    assert streamed.name == "owner/name/subset (train)"
+
+
+def test_what_is_no_data_set_of_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    for name in ("nowhere.jsonl", "there/a", "a/b.jsonl", "/a/b", "a"):
+        with pytest.raises(UserError, match=f"file not found: {name}"):
+            opened(name)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.md").write_text("# a")
+    with pytest.raises(UserError, match="texts: expected records, found a folder without any"):
+        opened("texts")
+
+
+def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
+    INPUTS["a.parquet"](tmp_path / "a.parquet")
+    INPUTS["a.jsonl.zst"](tmp_path / "a.jsonl.zst")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    for name, library in (("a.parquet", "pyarrow.parquet"), ("a.jsonl.zst", "zstandard"), ("saved", "datasets")):
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, library, None)
+            with pytest.raises(UserError, match=rf"{name}: to read .*: expected the package {library}, found .*pip"):
+                opened(tmp_path / name)
+
+
+# Forms of records
+
+SAME = {
+    "speakers": (
+        {
+            "conversations": [
+                {"from": "system", "value": "s"},
+                {"from": "human", "value": "q", "weight": 0},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "7"},
+                {"from": "gpt", "value": "a", "weight": 1.0},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+                {"role": "tool", "content": "7"},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
+    ),
+    "roles under ShareGPT's name": ({"conversations": chat("a", "b"), "source": "x"}, {"messages": chat("a", "b")}),
+    "one conversation": ({"conversation": chat("a", "b"), "model": "x"}, {"messages": chat("a", "b")}),
+    "a system column": (
+        {"messages": chat("a", "b"), "system": "s", "tools": '[{"name": "f"}]'},
+        {"messages": [{"role": "system", "content": "s"}, *chat("a", "b")], "tools": [{"name": "f"}]},
+    ),
+    "an empty system column": ({"messages": chat("a", "b"), "system": "", "tools": ""}, {"messages": chat("a", "b")}),
+    "Alpaca": ({"instruction": "i", "input": "x", "output": "o", "text": "i x o"}, {"messages": chat("i\nx", "o")}),
+    "Alpaca with a history": (
+        {"instruction": "i", "output": "o", "system": "s", "history": [["a", "b"]]},
+        {"messages": [{"role": "system", "content": "s"}, *chat("a", "b", "i", "o")]},
+    ),
+    "several forms": ({"text": "t", "prompt": "p", "messages": chat("a", "b")}, {"messages": chat("a", "b")}),
+    "nulls of a table": ({"text": "t", "messages": None, "prompt": None}, {"text": "t"}),
+    "a pair beside a text": ({"text": "t", "prompt": "", "completion": "c"}, {"prompt": "", "completion": "c"}),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_forms_of_records(name):
+    raw, record = SAME[name]
+    found = recognised(raw)
+    assert found.record == record
+    assert recognised(found.record)[::2] == (record, ())
+    assert set(found.ignored) == {key for key in raw if raw[key] is not None} - set(found.form.known)
+
+
+def test_every_form_is_found_by_its_columns():
+    values = {"messages": chat("a", "b"), "conversations": chat("a", "b"), "conversation": chat("a", "b")}
+    for form in FORMS:
+        assert recognised({name: values.get(name, "x") for name in form.columns}).form is form
+
+
+# Damaged and hostile files
+
+
+def cut_off(content: bytes) -> bytes:
+    return content[: len(content) * 2 // 3]
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0x55]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut_off, flipped])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "saved/data-00000-of-00001.arrow"])
+def test_damaged_files(name, damage, tmp_path):
+    top = name.partition("/")[0]
+    INPUTS[top](tmp_path / top)
+    if name.endswith("zst"):
+        (tmp_path / name).write_bytes(
+            zstandard.ZstdCompressor(write_checksum=True).compress(json.dumps(RECORDS).encode())
+        )
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    if damage is flipped and not name.endswith(("gz", "zst")):  # no checksums: what is read must still be records
+        with contextlib.suppress(UserError):
+            assert all(recognised(raw.value) for raw in opened(tmp_path / top).read(0))
+        return
+    with pytest.raises(UserError, match=rf"{top}.*: expected .*found") as caught:
+        list(opened(tmp_path / top).read(0))
+    assert "\n" not in str(caught.value)
+
+
+ARRAYS = {
+    "[": "record 1: expected JSON, found",
+    '[{"text": "a"}': "record 1: expected a comma or the end of the array after it, found the end of the file",
+    '[{"text": "a"} {"text"': r"""record 1: expected a comma .*found '{"te""",
+    '[{"text": "a"},]': "record 2: expected JSON, found",
+    '[{"text": "a"}, {"te': "record 2: expected JSON, found Unterminated",
+    '[{"text" 3, ' + " " * 200: "record 1: expected JSON, found Expecting ':'",
+    '[{"text": "a"}] x': "expected nothing after the array, found 'x'",
+    "[" + "[" * 5000: "record 1: expected JSON at most 100 levels deep",
+    "[" + "1" * 5000 + "]": "record 1: expected JSON, found",
+}
+
+
+@pytest.mark.parametrize("chunk", [3, 2**18])
+@pytest.mark.parametrize("content", ARRAYS, ids=range(len(ARRAYS)))
+def test_bad_arrays(content, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "_CHUNK", chunk)
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=rf"a\.json: {ARRAYS[content]}"):
+        list(opened(tmp_path / "a.json").read(0))
+
+
+def test_an_array_that_is_not_utf8(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "\xff"}]')
+    with pytest.raises(UserError, match=r"a\.json: expected UTF-8, found byte 0xff"):
+        list(opened(tmp_path / "a.json").read(0))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("line", ["", '{"text": "a"}'])
+def test_a_bomb_does_not_explode(name, line, tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed, "_FREE", 2**17)
+    compress = gzip.compress if name.endswith("gz") else zstandard.compress
+    (tmp_path / name).write_bytes(compress((line + "\n").encode() * (2**20 // (len(line) + 1))))
+    with pytest.raises(UserError, match=rf"{name}: expected records that are at most 200 times as large as the file"):
+        list(opened(tmp_path / name).read(0))
+
+
+def test_a_parquet_bomb_does_not_explode(tmp_path, monkeypatch):
+    monkeypatch.setattr(compressed, "_FREE", 2**20)
+    parquet.write_table(datasets.Dataset.from_dict({"text": ["a" * 1000] * 10_000}).data.table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: expected records that are at most 200 times"):
+        list(opened(tmp_path / "a.parquet").read(0))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl.gz"])
+def test_a_long_record_is_not_read(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "MAX_LINE", 1000)
+    monkeypatch.setattr(json_records, "_CHUNK", 100)
+    content = '[{"text": "' + "a" * 3000 if name == "a.json" else '{"text": "' + "a" * 3000 + '"}'
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    with pytest.raises(UserError, match=rf"{name}:( record)? ?1: expected .*at most .*MiB"):
+        list(opened(tmp_path / name).read(0))
+
+
+@pytest.mark.parametrize("link", ["../x.arrow", "/etc/passwd", "", None, 3])
+def test_a_saved_folder_names_files_of_its_own(link, tmp_path):
+    INPUTS["saved"](tmp_path / "a")
+    state = tmp_path / "a" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": link}]}))
+    with pytest.raises(UserError, match=r"state\.json: _data_files: expected names of files in this folder"):
+        opened(tmp_path / "a")
+
+
+def test_a_data_set_that_is_none_of_records(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.json").write_text('{"text": "a"}')
+    (tmp_path / "a" / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: '*.png'\n---\n")
+    with pytest.raises(UserError, match=r"a: expected .*found"):
+        opened(tmp_path / "a")
+
+
+def test_names_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    found = [datasets_library.hub_name(name) for name in ("a/b", "a/b-1.5/main", "data/a", "a/b.jsonl", "../b", "a")]
+    assert found == ["a/b", "a/b-1.5/main", None, None, None, None]
