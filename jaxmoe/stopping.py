@@ -33,6 +33,7 @@ class _State:
     def __init__(self) -> None:
         self.watching = False
         self.postponed: Postponed | None = None
+        self.keyboard: Keyboard | None = None
         self.undo: list[Callable[[], object]] = []
         self.guard = threading.RLock()
 
@@ -112,6 +113,66 @@ class Postponed:
             signal.signal(each, signal.SIG_DFL)
 
 
+class Keyboard:
+    """Within its block Ctrl-C belongs to a talk with the user.
+
+    While the command asks (`asking`), Ctrl-C raises KeyboardInterrupt. While it answers (`answering`), the first Ctrl-C
+    sets `stopped` and a second one ends the process. In between it does nothing. Other signals keep their effect.
+
+    It also works in programs that do not call `watch`, in the main thread; elsewhere Ctrl-C keeps its effect, too.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._asks = self._answers = False
+        self._before: Any = None
+        # The thread that `watch` starts hears the signal at once, while the handler waits for the interpreter.
+        self._heard_by_handler = not _state.watching or os.name == "nt"
+
+    def __enter__(self) -> Keyboard:
+        """Takes Ctrl-C over."""
+        if threading.current_thread() is threading.main_thread():
+            _state.keyboard = self
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Restores what Ctrl-C did before."""
+        if _state.keyboard is self:
+            signal.signal(signal.SIGINT, self._before)
+            _state.keyboard = None
+
+    @contextlib.contextmanager
+    def asking(self) -> Iterator[None]:
+        """Within the block Ctrl-C raises KeyboardInterrupt."""
+        self._asks = True
+        try:
+            yield
+        finally:
+            self._asks = False
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Within the block the first Ctrl-C sets `stopped`, which is false at its start."""
+        self.stopped, self._answers = False, True
+        try:
+            yield
+        finally:
+            self._answers = False
+
+    def pressed(self) -> None:
+        """Ctrl-C arrived."""
+        if self._answers and self.stopped:
+            _end(signal.SIGINT)
+        self.stopped = self._answers
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._heard_by_handler:
+            self.pressed()
+        if self._asks:
+            raise KeyboardInterrupt
+
+
 def _heard() -> list[int]:
     """The signals that the process does not ignore on purpose, as it does SIGHUP after `nohup`."""
     hang_up = getattr(signal, "SIGHUP", None)
@@ -137,8 +198,10 @@ def _receive(receiver: int) -> None:
 
 def _arrived(number: int) -> None:
     _leave_lost_terminal()
-    postponed = _state.postponed
-    if postponed is not None and postponed.received is None:
+    postponed, keyboard = _state.postponed, _state.keyboard
+    if keyboard is not None and number == signal.SIGINT:
+        keyboard.pressed()
+    elif postponed is not None and postponed.received is None:
         postponed.received = number
     else:
         _end(number)

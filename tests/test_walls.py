@@ -69,7 +69,11 @@ MODULES: dict[str, set[str]] = {
     ),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "train": _under("jaxmoe.train", ". export host_memory identity loop loss metrics prepare settings speed step"),
-    "generate": _under("jaxmoe.generate", ". capture engine processors prompts sampling settings stream"),
+    "generate": _under(
+        "jaxmoe.generate",
+        ". answer_file batches capture chat conversation engine processors prompt_file prompts sampling settings speed"
+        " stream",
+    ),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),
     "doctor": _under("jaxmoe.doctor", ". cards report"),
     "commands": _under("jaxmoe", "cli.commands doctor.__main__ generate.__main__ routing.__main__ train.__main__"),

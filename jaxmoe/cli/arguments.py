@@ -2,7 +2,7 @@
 
 Exit codes: 0 on success; 2 for a user error or bad input, with one line on stderr; 130, 143 and 129 after SIGINT,
 SIGTERM and SIGHUP (`jaxmoe.stopping`); 141 if the reader closes the pipe. Any other exception is a bug and keeps its
-traceback. No command reads standard input or asks anything.
+traceback. Only `jaxmoe.generate --interactive` reads standard input.
 """
 
 from __future__ import annotations

@@ -125,7 +125,9 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any, settings: Cha
     Raises:
         UserError: malformed messages, no chat template, or nothing to learn.
     """
-    _check_messages(messages, tools)
+    check_messages(messages, tools)
+    if all(message["role"] != "assistant" for message in messages):
+        raise UserError("messages: expected at least one message from the assistant, found none")
     check_template(tokenizer, "messages", 'use records with "text", or "prompt" and "completion"')
     pieces: list[Piece] = []
     if isinstance(tokenizer.chat_template, str) and _GENERATION_TAG.search(tokenizer.chat_template):
@@ -143,13 +145,18 @@ def conversation_pieces(messages: Any, tools: Any, tokenizer: Any, settings: Cha
     return pieces
 
 
-def prompt_tokens(messages: Sequence[dict[str, Any]], tokenizer: Any, settings: ChatSettings = AS_WRITTEN) -> list[int]:
+def prompt_tokens(
+    messages: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    settings: ChatSettings = AS_WRITTEN,
+    tools: list[Any] | None = None,
+) -> list[int]:
     """Token ids of a conversation that the assistant is to continue.
 
     Raises:
         UserError: the chat template rejects the messages or the arguments.
     """
-    rendered = _rendered(messages, None, tokenizer, settings, add_generation_prompt=True)
+    rendered = _rendered(messages, tools, tokenizer, settings, add_generation_prompt=True)
     return tokenizer(rendered.text, add_special_tokens=False)["input_ids"]
 
 
@@ -161,7 +168,8 @@ def check_template(tokenizer: Any, where: str, otherwise: str) -> None:
         raise UserError(f"{where}: expected a tokenizer with a chat template, found none; {way_out}")
 
 
-def _check_messages(messages: Any, tools: Any) -> None:
+def check_messages(messages: Any, tools: Any = None) -> None:
+    """Raises UserError unless these are the messages of a conversation, and objects that describe tools or None."""
     if not isinstance(messages, list):
         raise UserError(f"messages: expected a list, found {kind_of(messages)}")
     if not messages:
@@ -185,8 +193,6 @@ def _check_messages(messages: Any, tools: Any) -> None:
                 text_field(message, key, where=f"{where}: ")
         if message["role"] == "assistant" and not message.get("content") and not calls:
             raise UserError(f"{where}: expected an answer, found an empty one")
-    if all(message["role"] != "assistant" for message in messages):
-        raise UserError("messages: expected at least one message from the assistant, found none")
 
 
 def check_objects(values: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""The command `python -m jaxmoe.generate`: prints the continuation of each prompt."""
+"""The command `python -m jaxmoe.generate`: continues prompts, answers a file of them, or chats."""
 
 from __future__ import annotations
 
@@ -9,24 +9,30 @@ if __name__ == "__main__":
 
 import argparse
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli import xla
-from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, finite_number, run, whole_number
-from jaxmoe.cli.progress import reading_weights
+from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, finite_number, run, say, whole_number
+from jaxmoe.cli.progress import progress, reading_weights
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
-from jaxmoe.data.chat import load_tokenizer, turn_end
-from jaxmoe.errors import printable
+from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, load_tokenizer, turn_end
+from jaxmoe.errors import UserError, printable
 from jaxmoe.generate import prompts
+from jaxmoe.generate.answer_file import answer_file
+from jaxmoe.generate.batches import ADDED, Answering
 from jaxmoe.generate.capture import capture_generation
+from jaxmoe.generate.chat import Chat
+from jaxmoe.generate.conversation import Conversation
 from jaxmoe.generate.engine import Generator
+from jaxmoe.generate.prompt_file import FilePrompt, digest, read_prompts
 from jaxmoe.generate.sampling import Sampling
-from jaxmoe.generate.settings import generation_defaults, without_effect
+from jaxmoe.generate.settings import Settings, generation_defaults, without_effect
 from jaxmoe.generate.stream import TextStream
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.out_of_memory import explained
@@ -60,62 +66,146 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Prints each prompt's continuation; a single one is printed token by token."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints each prompt's continuation, answers a file, or chats; 0 when done, 128 + the signal's number when a signal
+    ended the work on a file early."""
     args = _parser().parse_args(argv)
     xla.configure(args.memory_limit)
-    Qwen3MoeConfig.from_pretrained(args.model)  # before anything else in the folder is read
+    config = Qwen3MoeConfig.from_pretrained(args.model)  # before anything else in the folder is read
     tokenizer = load_tokenizer(args.model)
     defaults = generation_defaults(args.model, use_file=not args.no_generation_config)
     sampling = _with_flags(defaults.sampling, args)
     max_new_tokens = defaults.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
-    settings = Settings(
-        _MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
-        sampling,
-        _stop_tokens(defaults.stop_tokens, tokenizer, args.chat),
-    )
-    token_ids, notices = prompts.encode_prompts(args, tokenizer)
-    with explained(lambda: "use fewer prompts at once, a smaller --max-new-tokens, or --quantize nf4"):
-        _generate(args, tokenizer, token_ids, settings, [*defaults.notices, *notices, *_unused(sampling)])
+    max_new_tokens = _MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    stop_tokens = _stop_tokens(defaults.stop_tokens, tokenizer, args.chat or args.interactive)
+    settings = Settings(max_new_tokens, sampling, stop_tokens)
+    chat_settings, notices = prompts.chat_settings(args, tokenizer)
+    task = _Task(args, tokenizer, settings, chat_settings, [*defaults.notices, *notices, *_unused(sampling)])
+    if args.prompts:
+        return _answer_file(task, config)
+    if args.interactive:
+        _chat(task)
+    else:
+        _continue(task)
+    return 0
 
 
-def _generate(
-    args: argparse.Namespace, tokenizer: Any, token_ids: list[list[int]], settings: Settings, notices: list[str]
-) -> None:
-    """Loads the model, continues the prompts and prints them."""
+class _Task(NamedTuple):
+    """What every way of generating starts from; `notices` are shown once the weights are read."""
+
+    args: argparse.Namespace
+    tokenizer: Any
+    settings: Settings
+    chat: ChatSettings
+    notices: list[str]
+
+
+def _load(task: _Task) -> Generator:
+    args = task.args
     with reading_weights(on_stderr=True) as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
             args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize
         )
-    generator = Generator(model)
-    generator.check(token_ids, settings.max_new_tokens)
-    for line in notices:
+    for line in task.notices:
         print(line, file=sys.stderr)
-    if args.capture or args.replay or args.ablate or args.force or args.bias:
-        outputs = _generate_with_routing(generator, token_ids, settings, args, tokenizer)
-    elif len(token_ids) == 1:
-        stream = TextStream(tokenizer, lambda text: print(_shown(text), end="", flush=True))
-        generator.generate(token_ids, *settings, lambda _, token: stream.put(token))
-        stream.end()
-        print()
-        return
-    else:
-        outputs = generator.generate(token_ids, *settings)
+    return Generator(model)
+
+
+def _continue(task: _Task) -> None:
+    """Continues every `--prompt` and prints the texts; a single one is printed token by token."""
+    args, tokenizer, settings = task.args, task.tokenizer, task.settings
+    token_ids = prompts.encode_prompts(args, tokenizer, task.chat)
+    with explained(lambda: "use fewer prompts at once, a smaller --max-new-tokens, or --quantize nf4"):
+        generator = _load(task)
+        generator.check(token_ids, settings.max_new_tokens)
+        if _with_routing(args):
+            outputs = _generate_with_routing(generator, token_ids, settings, args, tokenizer)
+        elif len(token_ids) == 1:
+            stream = TextStream(tokenizer, lambda text: print(_shown(text), end="", flush=True))
+            generator.generate(token_ids, *settings, lambda _, token: stream.put(token))
+            stream.end()
+            print()
+            return
+        else:
+            outputs = generator.generate(token_ids, *settings)
     for text, tokens in zip(args.prompt, outputs, strict=True):
         print(_shown(f"--- {text}\n{tokenizer.decode(tokens, skip_special_tokens=True)}"))
+
+
+def _chat(task: _Task) -> None:
+    """Chats until the user leaves."""
+    _refuse_routing(task.args, "interactive")
+    with explained(lambda: "use --quantize nf4"):
+        generator = _load(task)
+    context, most = generator.config.max_position_embeddings, task.settings.max_new_tokens
+    generator.check([[0]], most)
+    Chat(generator, task.tokenizer, Conversation(task.tokenizer, task.chat, context, most), task.settings).run()
+
+
+def _answer_file(task: _Task, config: Qwen3MoeConfig) -> int:
+    """Answers the prompts of a file; returns the exit code."""
+    args, settings = task.args, task.settings
+    _refuse_routing(args, "prompts")
+    given = read_prompts(args.prompts, task.tokenizer, config.vocab_size, args.chat, task.chat)
+    if args.chat or any("messages" in prompt.fields for prompt in given):
+        settings = settings._replace(stop_tokens=_stop_tokens(settings.stop_tokens, task.tokenizer, True))
+    elif task.chat != AS_WRITTEN:
+        raise UserError(f"{args.prompts}: flags of chats were given: expected --chat, or messages, found neither")
+    if lost := [name for name in ADDED if any(name in prompt.fields for prompt in given)]:
+        task.notices.append(f"{args.prompts}: fields that the answers have, too, are not copied: {', '.join(lost)}")
+    total, batch_size = len(given), args.batch_size or prompts.BATCH_SIZE
+    with answer_file(args.out, total, _provenance(args, given, settings, batch_size)) as answers:
+        if answers.done:
+            print(f"{args.out}: {len(answers.done)} of {total} answers are there", file=sys.stderr)
+        done = None
+        if len(answers.done) < total:
+            with explained(lambda: "use a smaller --batch-size or --max-new-tokens, or --quantize nf4"):
+                answering = Answering(_load(task), task.tokenizer, settings, batch_size)
+                answering.check(given)
+                with progress("generating", on_stderr=True) as show:
+                    words = "{} of {} prompts, {:,.0f} tokens/s".format
+                    done = answering.run(given, answers, lambda n, rate: show(n, total, words(n, total, rate)))
+        answers.sort()
+    if done is not None and done.answers:
+        rate = f"{done.tokens / done.seconds:,.1f} tokens/s"
+        say(f"{done.answers} answers: {done.tokens:,} tokens in {done.seconds:.1f} s, {rate}")
+    if len(answers.done) < total:
+        assert done is not None and done.stopped_by is not None
+        name, kept = signal.Signals(done.stopped_by).name, f"{len(answers.done)} of {total} answers"
+        print(f"{name}: {kept} are in {args.out}; the same command continues from there", file=sys.stderr)
+        return 128 + done.stopped_by
+    say(f"{args.out}: complete, {total} answers")
+    return 0
+
+
+def _provenance(
+    args: argparse.Namespace, given: Sequence[FilePrompt], settings: Settings, batch_size: int
+) -> dict[str, Any]:
+    """Everything that decides what the answers are."""
+    folders = {"model": args.model, "adapter": args.adapter}
+    return {
+        "prompts": digest(given),
+        **{name: None if folder is None else str(folder.resolve()) for name, folder in folders.items()},
+        **{name: getattr(args, name) for name in ("dtype", "quantize", "dequantize")},
+        "batch_size": batch_size,
+        "max_new_tokens": settings.max_new_tokens,
+        "stop_tokens": settings.stop_tokens,
+        **asdict(settings.sampling),
+    }
+
+
+def _with_routing(args: argparse.Namespace) -> bool:
+    return bool(args.capture or args.replay or args.ablate or args.force or args.bias)
+
+
+def _refuse_routing(args: argparse.Namespace, mode: str) -> None:
+    if _with_routing(args):
+        raise UserError(f"{mode}: expected no flag that captures or changes the routing; these need --prompt")
 
 
 def _shown(text: str) -> str:
     """The text as it is; on a terminal, without what a model could make the terminal do."""
     return printable(text) if sys.stdout.isatty() else text
-
-
-class Settings(NamedTuple):
-    """What every way of generating is told."""
-
-    max_new_tokens: int
-    sampling: Sampling
-    stop_tokens: tuple[int, ...]
 
 
 def _with_flags(sampling: Sampling, args: argparse.Namespace) -> Sampling:

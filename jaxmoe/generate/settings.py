@@ -63,6 +63,14 @@ _SPECIAL_TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id")
 _LEGACY_MAX_LENGTH = 20  # transformers 4 wrote this default into every config.json
 
 
+class Settings(NamedTuple):
+    """What every way of generating is told."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    stop_tokens: tuple[int, ...]
+
+
 class GenerationDefaults(NamedTuple):
     """What a checkpoint asks for; `notices` are lines for the user.
 
