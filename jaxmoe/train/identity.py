@@ -25,9 +25,10 @@ from jaxmoe.store import digest
 from jaxmoe.store.files import check_links, output_file
 from jaxmoe.store.lock import SUFFIX
 from jaxmoe.train.settings import APART, VALUE, TrainConfig
+from jaxmoe.train.trackers import TRACKERS_FILE
 
 RUN_FILE = "train_config.json"
-FILES_OF_A_START = {RUN_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", "checkpoints"}
+FILES_OF_A_START = {RUN_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", TRACKERS_FILE, "checkpoints"}
 CONTENT = ("model", "data", "eval_data")  # entries that hold digests, which tell a user nothing
 Identity = dict[str, Any]  # entry -> what JSON can hold
 
@@ -136,15 +137,16 @@ def check_same_run(output: pathlib.Path, previous: Mapping[str, Any], identity: 
             raise UserError(f"{name}: to resume {output}, expected {shown}")
 
 
+def as_json(settings: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON holds them; paths are text."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+
+
 def write_run_file(settings: TrainConfig, identity: Mapping[str, Any]) -> None:
     """Writes settings, identity and the versions of what the run depends on into the output folder."""
-    flags = {
-        name: str(value) if isinstance(value, pathlib.Path) else value
-        for name, value in dataclasses.asdict(settings).items()
-    }
     packages = ("jaxmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     content = {
-        "settings": flags,
+        "settings": as_json(settings),
         "identity": identity,
         "versions": environment.versions(("python", *packages)),
         "device": str(jax.devices()[0].device_kind),

@@ -37,6 +37,7 @@ from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.export import export_adapter, export_full, export_merged, export_model
 from jaxmoe.train.identity import (
     Identity,
+    as_json,
     check_same_run,
     model_content,
     previous_identity,
@@ -57,6 +58,7 @@ from jaxmoe.train.step import (
     make_train_step,
     state_to_compile,
 )
+from jaxmoe.train.trackers import Ended, Reported, Trackers, check_trackers
 
 _log = logging.getLogger("jaxmoe")
 
@@ -85,6 +87,7 @@ def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> 
 def _train_locked(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     started = time.perf_counter()
     previous = previous_identity(settings)
+    check_trackers(settings.trackers)
     plan = prepare(settings, previous)
     with explained(plan.smaller_steps):
         summary = _train_plan(plan, previous, on_step)
@@ -157,21 +160,26 @@ def _run(
     if restored is not None:
         first, state, saved = restored
         before = saved["eval_loss_before"]
-    log = MetricsLog(settings.output, keep_to=first if restored is not None else -1, tensorboard=settings.tensorboard)
+    keep_to = first if restored is not None else -1
+    log = MetricsLog(settings.output, keep_to=keep_to)
     progress = TrainingProgress(plan.total_steps, first)
     arrivals = Arrivals()
+    ended: Ended = "failed"
     try:
-        for notice in [*plan.notices, *filter(None, (log.notice, checkpoints.notice))]:
+        trackers = Trackers(settings.trackers, Reported(settings.output, as_json(settings), keep_to))
+        log.also(trackers)
+        for notice in [*plan.notices, *trackers.notices, *filter(None, [checkpoints.notice])]:
             _log.info(notice)
         if settings.resumes:
             _log.info(f"continuing at step {first}" if restored else "no checkpoint yet: starting at step 0")
         loop = Loop(plan, frozen, compiled, Recorders(checkpoints, log, progress, arrivals, start), on_step)
         loop.summary |= {"steps": first, "eval_loss_before": before}
         state, stopped_by = loop.train(state, first)
+        ended = "done" if stopped_by is None else "stopped"
     finally:
         arrivals.close()
         progress.close()
-        log.close()
+        log.close(ended)
         checkpoints.close()
     return state, stopped_by, loop.summary
 

@@ -264,7 +264,17 @@ class TrainConfig:
         },
     )
     log_every: int = field(default=10, metadata={"help": "log every N steps", "identity": APART})
-    tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard files", "identity": APART})
+    report_to: tuple[Literal["none", "tensorboard", "wandb", "mlflow", "trackio"], ...] = field(
+        default=("tensorboard",),
+        metadata={
+            "help": "where the numbers go besides metrics.jsonl; a resumed run continues the same run there",
+            "identity": APART,
+        },
+    )
+    tensorboard: bool | None = field(
+        default=None,
+        metadata={"help": "add tensorboard to --report-to, or take it out", "identity": APART},
+    )
     merge: bool = field(
         default=False,
         metadata={"help": "also write the model with the adapter merged, in HF form", "identity": APART},
@@ -278,6 +288,15 @@ class TrainConfig:
     def resumes(self) -> bool:
         """Whether the run may continue another one."""
         return self.resume or self.resume_from is not None
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where the numbers go besides metrics.jsonl, each once."""
+        names = dict.fromkeys(self.report_to)
+        if self.tensorboard is not None:
+            names = {name: None for name in names if name not in ("none", "tensorboard")}
+            names |= {"tensorboard": None} if self.tensorboard else {}
+        return tuple(name for name in names if name != "none")
 
     @property
     def trains_all(self) -> bool:
@@ -308,6 +327,8 @@ def _check_ranges(settings: TrainConfig) -> None:
 def _check_combinations(settings: TrainConfig) -> None:
     if (step := settings.resume_from) is not None and step != "previous" and not (step.isascii() and step.isdigit()):
         raise UserError(f"resume_from: expected a step or previous, found {step!r}")
+    if "none" in settings.report_to and len(settings.report_to) > 1:
+        raise UserError(f"report_to: expected none alone, found {','.join(settings.report_to)}")
     if settings.epochs is not None and settings.max_steps is not None:
         raise UserError("epochs and max_steps: expected one of them, found both")
     if settings.eval_data is not None and settings.eval_fraction is not None:
