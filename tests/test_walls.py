@@ -38,7 +38,7 @@ MODULES: dict[str, set[str]] = {
     "parameters": _under("jaxmoe", "parameters"),
     "distributed": _under("jaxmoe.distributed", ". collectives mesh placement sharding"),
     "memory": _under("jaxmoe", "memory memory_advice"),
-    "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
+    "cli": _under("jaxmoe.cli", ". arguments config_file notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),
     "store": _under("jaxmoe.store", ". adapter checkpoint converted digest files items loading lock train_state"),
@@ -136,9 +136,9 @@ NEVER = {
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
-    ". broken_environment cli cli.arguments cli.commands cli.progress config cuda distributed distributed.mesh"
-    " distributed.sharding environment errors json_text lazy limited lora memory memory_advice other_fields"
-    " out_of_memory parameters presets stopping tokenizer_files weight_form",
+    ". broken_environment cli cli.arguments cli.commands cli.config_file cli.progress config cuda distributed"
+    " distributed.mesh distributed.sharding environment errors json_text lazy limited lora memory memory_advice"
+    " other_fields out_of_memory parameters presets stopping tokenizer_files weight_form",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

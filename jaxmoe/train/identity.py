@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe import environment
+from jaxmoe.cli.config_file import settings_text
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError, shown
 from jaxmoe.model.interface import Params
@@ -28,7 +30,8 @@ from jaxmoe.train.settings import APART, VALUE, TrainConfig
 from jaxmoe.train.trackers import TRACKERS_FILE
 
 RUN_FILE = "train_config.json"
-FILES_OF_A_START = {RUN_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", TRACKERS_FILE, "checkpoints"}
+CONFIG_FILE = "run.toml"
+FILES_OF_A_START = {RUN_FILE, CONFIG_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", TRACKERS_FILE, "checkpoints"}
 CONTENT = ("model", "data", "eval_data")  # entries that hold digests, which tell a user nothing
 Identity = dict[str, Any]  # entry -> what JSON can hold
 
@@ -153,3 +156,14 @@ def write_run_file(settings: TrainConfig, identity: Mapping[str, Any]) -> None:
     }
     with output_file(settings.output / RUN_FILE) as draft:
         draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config_file(settings: TrainConfig) -> None:
+    """Writes the settings as `--config` reads them into the output folder; of a resumed run, those of its last part."""
+    comments = [
+        "The settings of this run. Repeat it with: python -m jaxmoe.train --config run.toml --output NEW",
+        f"Paths that are not absolute belong to {shown(os.getcwd())}.",
+    ]
+    with output_file(settings.output / CONFIG_FILE) as draft:
+        # A path need not be Unicode.
+        draft.write_text(settings_text(settings, comments), encoding="utf-8", errors="surrogateescape")

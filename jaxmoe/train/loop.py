@@ -42,6 +42,7 @@ from jaxmoe.train.identity import (
     model_content,
     previous_identity,
     remove_start,
+    write_config_file,
     write_run_file,
 )
 from jaxmoe.train.metrics import MetricsLog, device_load, expert_load
@@ -131,6 +132,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
             remove_start(settings.output)
             settings.output.mkdir(exist_ok=True)
             write_run_file(settings, identity)
+        write_config_file(settings)
         state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, start)
     if stopped_by is None:
         _export(plan, state.trainable)

@@ -252,7 +252,11 @@ class TrainConfig:
     keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints to keep", "identity": APART})
     resume: bool = field(
         default=False,
-        metadata={"help": "continue from the last checkpoint in --output, if there is one", "identity": APART},
+        metadata={
+            "help": "continue from the last checkpoint in --output, if there is one",
+            "identity": APART,
+            "once": True,
+        },
     )
     resume_from: str | None = field(
         default=None,
@@ -261,6 +265,7 @@ class TrainConfig:
             "later ones are removed when the next one is saved",
             "metavar": "STEP",
             "identity": APART,
+            "once": True,
         },
     )
     log_every: int = field(default=10, metadata={"help": "log every N steps", "identity": APART})
