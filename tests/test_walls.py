@@ -70,7 +70,9 @@ MODULES: dict[str, set[str]] = {
     "generate": _under("jaxmoe.generate", ". capture engine processors prompts sampling settings stream"),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),
     "doctor": _under("jaxmoe.doctor", ". cards report"),
-    "commands": _under("jaxmoe", "cli.commands doctor.__main__ generate.__main__ routing.__main__ train.__main__"),
+    "commands": _under(
+        "jaxmoe", "__main__ cli.commands cli.umbrella doctor.__main__ generate.__main__ routing.__main__ train.__main__"
+    ),
     "torch_ref": _under(
         "torch_ref",
         ". adapters capture checkpoint derivatives experts export kernels lora loss low_rank model patch quantize"
@@ -136,9 +138,9 @@ NEVER = {
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
-    ". broken_environment cli cli.arguments cli.commands cli.config_file cli.progress config cuda distributed"
-    " distributed.mesh distributed.sharding environment errors json_text lazy limited lora memory memory_advice"
-    " other_fields out_of_memory parameters presets stopping tokenizer_files weight_form",
+    ". broken_environment cli cli.arguments cli.commands cli.config_file cli.progress cli.umbrella config cuda"
+    " distributed distributed.mesh distributed.sharding environment errors json_text lazy limited lora memory"
+    " memory_advice other_fields out_of_memory parameters presets stopping tokenizer_files weight_form",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

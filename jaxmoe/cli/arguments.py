@@ -36,11 +36,15 @@ MAX_MESSAGE = 2000  # characters of an error's line
 
 
 def program_name() -> str:
-    """The command as the user typed it: `python -m jaxmoe.train`, or the script's file name."""
+    """The command as the user typed it: `python -m jaxmoe.train`, `jaxmoe train`, or the script's file name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name:
-        return f"python -m {spec.name.removesuffix('.__main__')}"
-    return pathlib.Path(sys.argv[0]).name or "python"
+        name = f"python -m {spec.name.removesuffix('.__main__')}"
+    else:
+        name = pathlib.Path(sys.argv[0]).name or "python"
+    if name in ("jaxmoe", "python -m jaxmoe") and len(sys.argv) > 1 and sys.argv[1].isidentifier():
+        name += f" {sys.argv[1]}"
+    return name
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -100,6 +104,8 @@ def add_dataclass_arguments(
             if field.metadata.get("repeat"):
                 kind = typing.get_args(kind)[0]
                 options |= {"action": _Repeated, "default": list(default or ())}
+            elif typing.get_origin(kind) is Literal:
+                options["choices"] = typing.get_args(kind)  # for the completion of shells: `_choice` refuses others
             convert, metavar = _reader(kind, field.name)
             parser.add_argument(flag, type=convert, metavar=field.metadata.get("metavar", metavar), **options)
 

@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jaxmoe.cli import xla
@@ -34,7 +35,7 @@ from jaxmoe.train.loop import train
 from jaxmoe.train.settings import TrainConfig
 
 
-def parser(given: Mapping[str, Any]) -> ArgumentParser:
+def build_parser(given: Mapping[str, Any] = MappingProxyType({})) -> ArgumentParser:
     """The flags; `given` are the settings in the file of --config."""
     flags = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config(flags)
@@ -45,7 +46,8 @@ def parser(given: Mapping[str, Any]) -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jaxmoe.train`: 0 when done, 128 + the signal's number when a signal ended the run early."""
-    arguments = parser(given_settings(argv, flag_kinds(TrainConfig) | {"memory_limit": float})).parse_args(argv)
+    given = given_settings(argv, flag_kinds(TrainConfig) | {"memory_limit": float})
+    arguments = build_parser(given).parse_args(argv)
     settings = dataclass_from_arguments(TrainConfig, arguments)
     xla.configure(arguments.memory_limit)
     summary = train(settings)
