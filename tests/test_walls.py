@@ -65,7 +65,7 @@ MODULES: dict[str, set[str]] = {
     "data": _under("jaxmoe.data", ". chat chat_flags forms packing records"),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "train": _under(
-        "jaxmoe.train", ". export host_memory identity loop loss metrics prepare settings speed step trackers"
+        "jaxmoe.train", ". best export host_memory identity loop loss metrics prepare settings speed step trackers"
     ),
     "generate": _under("jaxmoe.generate", ". capture engine processors prompts sampling settings stream"),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),

@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         before, after = summary["eval_loss_before"], summary["eval_loss"]
         perplexities = f"perplexity {_perplexity(before):.2f} -> {_perplexity(after):.2f}"
         print(f"held-out loss {before:.4f} -> {after:.4f} ({perplexities})")
+    if settings.keep_best and summary["best_step"] is not None:
+        print(f"written: step {summary['best_step']}, with the lowest held-out loss, {summary['best_eval_loss']:.4f}")
     return 0
 
 

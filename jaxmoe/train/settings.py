@@ -114,27 +114,35 @@ class TrainConfig:
         },
     )
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate", "identity": VALUE})
+    learning_rate: float = field(
+        default=2e-4, metadata={"help": "peak learning rate", "identity": VALUE, "changeable": True}
+    )
     schedule: Schedule = field(
         default="cosine",
-        metadata={"help": "how the learning rate changes after the warm-up", "identity": VALUE},
+        metadata={"help": "how the learning rate changes after the warm-up", "identity": VALUE, "changeable": True},
     )
     warmup_steps: int | None = field(
         default=None,
         metadata={
             "help": "steps of linear warm-up (default: from --warmup-ratio)",
             "identity": entries("warmup_steps"),
+            "changeable": True,
         },
     )
     warmup_ratio: float = field(
         default=0.03,
-        metadata={"help": "share of all steps to warm up over", "identity": entries("warmup_steps")},
+        metadata={
+            "help": "share of all steps to warm up over",
+            "identity": entries("warmup_steps"),
+            "changeable": True,
+        },
     )
     epochs: int | None = field(
         default=None,
         metadata={
             "help": "passes over the data (default: 1, unless --max-steps)",
             "identity": entries("max_steps", "warmup_steps"),
+            "changeable": True,
         },
     )
     max_steps: int | None = field(
@@ -142,6 +150,7 @@ class TrainConfig:
         metadata={
             "help": "optimizer steps, instead of --epochs",
             "identity": entries("max_steps", "warmup_steps"),
+            "changeable": True,
         },
     )
     batch_size: int = field(default=4, metadata={"help": "sequences per micro-batch", "identity": VALUE})
@@ -268,6 +277,29 @@ class TrainConfig:
             "once": True,
         },
     )
+    allow_change: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "settings that a resumed run may change: epochs and max_steps (only more), learning_rate, "
+            "schedule, warmup_steps, warmup_ratio",
+            "identity": APART,
+            "once": True,
+        },
+    )
+    keep_best: bool = field(
+        default=False,
+        metadata={
+            "help": "keep the checkpoint with the lowest held-out loss, and write that adapter or model at the end",
+            "identity": APART,
+        },
+    )
+    patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "stop after N evaluations in a row whose held-out loss is not below the lowest before",
+            "identity": APART,
+        },
+    )
     log_every: int = field(default=10, metadata={"help": "log every N steps", "identity": APART})
     report_to: tuple[Literal["none", "tensorboard", "wandb", "mlflow", "trackio"], ...] = field(
         default=("tensorboard",),
@@ -309,9 +341,23 @@ class TrainConfig:
         return self.full or self.from_scratch is not None
 
 
+def changeable_settings() -> list[str]:
+    """The fields that --allow-change may name: no data, no weights and no shape of a stored array depend on them."""
+    return [each.name for each in dataclasses.fields(TrainConfig) if each.metadata.get("changeable")]
+
+
+def _check_allowed_changes(settings: TrainConfig) -> None:
+    known = changeable_settings()
+    for name in settings.allow_change:
+        if name not in known:
+            raise UserError(f"allow_change: expected names among {', '.join(known)}; found {name!r}")
+    if settings.allow_change and not settings.resumes:
+        raise UserError("allow_change: only valid with resume or resume_from")
+
+
 def _check_ranges(settings: TrainConfig) -> None:
     at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
-    at_least_1 += " epochs max_steps eval_every save_every"
+    at_least_1 += " epochs max_steps eval_every save_every patience"
     at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
     at_least_0 += " adam_epsilon"
     for least, names in ((1, at_least_1), (0, at_least_0)):
@@ -340,6 +386,10 @@ def _check_combinations(settings: TrainConfig) -> None:
         raise UserError("eval_data and eval_fraction: expected one of them, found both")
     if settings.eval_every is not None and settings.eval_data is None and settings.eval_fraction is None:
         raise UserError("eval_every: expected eval_data or eval_fraction with it, found neither")
+    for name in ("keep_best", "patience"):
+        if getattr(settings, name) and settings.eval_every is None:
+            raise UserError(f"{name}: expected eval_every with it, found none")
+    _check_allowed_changes(settings)
     if (settings.model is None) == (settings.from_scratch is None):
         found = "neither" if settings.model is None else "both"
         raise UserError(f"model and from_scratch: expected one of them, found {found}")
