@@ -34,7 +34,8 @@ from jaxmoe.store.converted import is_converted, read_converted
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their flags."""
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: bad input.
     """
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     # Orbax asks JAX for its devices. A conversion needs no GPU and must not occupy one. Set before JAX is first used.
     os.environ["JAX_PLATFORMS"] = "cpu"
     _give_memory_back(keep=args.command == "hf2jax" and args.quantize is not None)

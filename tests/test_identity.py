@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from jaxmoe.cli.arguments import flag_kinds
+from jaxmoe.cli.config_file import read_settings
 from jaxmoe.train import identity
 from jaxmoe.train.loop import train
 from jaxmoe.train.settings import APART, VALUE, TrainConfig
@@ -144,6 +146,8 @@ def test_the_identity_is_written_as_it_always_was(stopped: pathlib.Path) -> None
     written = json.loads((stopped / "out" / "train_config.json").read_text())
     assert written["identity"] == json.loads(json.dumps(RECORDED | {"model": [MODEL_CONFIG, WEIGHTS]}))
     assert set(written) == {"settings", "identity", "versions", "device"}
+    settings = read_settings(stopped / "out" / "run.toml", flag_kinds(TrainConfig))
+    assert TrainConfig(**settings) == options(stopped, stopped / "out", remat="fast")
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def test_a_bad_line_of_the_metrics_is_named(tmp_path):
     ):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{line}\n')
         with pytest.raises(UserError, match=rf"metrics.jsonl:2: {found}"):
-            MetricsLog(tmp_path, keep_to=5, tensorboard=False)
+            MetricsLog(tmp_path, keep_to=5)
 
 
 @pytest.mark.parametrize(

@@ -705,33 +705,15 @@ def test_expert_load() -> None:
     np.testing.assert_allclose(load["expert_load_entropy"], [1, 0, 0, half], rtol=0, atol=bound("metrics_fp64"))
 
 
-def test_metrics_log(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = MetricsLog(tmp_path, keep_to=-1, tensorboard=False)
+def test_metrics_log(tmp_path: pathlib.Path) -> None:
+    log = MetricsLog(tmp_path, keep_to=-1)
     for number in range(4):
         log.write({"step": number, "loss": 1.0})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    MetricsLog(tmp_path, keep_to=2, tensorboard=False).close()
+    MetricsLog(tmp_path, keep_to=2).close()
     assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2]
-
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    log = MetricsLog(tmp_path, keep_to=2, tensorboard=True)
-    log.close()
-    assert log.notice is not None
-    assert "tensorboardX is not installed" in log.notice
-
-
-def test_tensorboard(tmp_path: pathlib.Path) -> None:
-    pytest.importorskip("tensorboardX")
-    log = MetricsLog(tmp_path, keep_to=-1, tensorboard=True)
-    log.write({"step": 1, "loss": 1.0, "eval_loss": None, "expert_load_cv": [0.5, 0.25]})
-    log.close()
-    (written,) = (tmp_path / "tensorboard").iterdir()
-    content = written.read_bytes()
-    assert b"loss" in content
-    assert b"expert_load_cv/layer_01" in content
-    assert b"eval_loss" not in content
 
 
 # --- bad input

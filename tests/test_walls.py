@@ -38,7 +38,7 @@ MODULES: dict[str, set[str]] = {
     "parameters": _under("jaxmoe", "parameters"),
     "distributed": _under("jaxmoe.distributed", ". chunks collectives mesh placement sharding"),
     "memory": _under("jaxmoe", "memory memory_advice"),
-    "cli": _under("jaxmoe.cli", ". arguments notices progress xla"),
+    "cli": _under("jaxmoe.cli", ". arguments config_file notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),
     "store": _under("jaxmoe.store", ". adapter checkpoint converted digest files items loading lock train_state"),
@@ -68,7 +68,9 @@ MODULES: dict[str, set[str]] = {
         " tables",
     ),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
-    "train": _under("jaxmoe.train", ". export host_memory identity loop loss metrics prepare settings speed step"),
+    "train": _under(
+        "jaxmoe.train", ". best export host_memory identity loop loss metrics prepare settings speed step trackers"
+    ),
     "generate": _under(
         "jaxmoe.generate",
         ". answer_file batches capture chat conversation engine processors prompt_file prompts sampling settings speed"
@@ -76,7 +78,9 @@ MODULES: dict[str, set[str]] = {
     ),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),
     "doctor": _under("jaxmoe.doctor", ". cards report"),
-    "commands": _under("jaxmoe", "cli.commands doctor.__main__ generate.__main__ routing.__main__ train.__main__"),
+    "commands": _under(
+        "jaxmoe", "__main__ cli.commands cli.umbrella doctor.__main__ generate.__main__ routing.__main__ train.__main__"
+    ),
     "torch_ref": _under(
         "torch_ref",
         ". adapters capture checkpoint derivatives experts export kernels lora loss low_rank model patch quantize"
@@ -142,9 +146,9 @@ NEVER = {
 # These load the standard library only, and of jaxmoe only each other; inside a function they may import more.
 STANDARD_LIBRARY_ONLY = _under(
     "jaxmoe",
-    ". broken_environment cli cli.arguments cli.commands cli.progress config cuda distributed distributed.mesh"
-    " distributed.sharding environment errors json_text lazy limited lora memory memory_advice other_fields"
-    " out_of_memory parameters presets stopping tokenizer_files weight_form",
+    ". broken_environment cli cli.arguments cli.commands cli.config_file cli.progress cli.umbrella config cuda"
+    " distributed distributed.mesh distributed.sharding environment errors json_text lazy limited lora memory"
+    " memory_advice other_fields out_of_memory parameters presets stopping tokenizer_files weight_form",
 )
 # Pure functions over arrays, usable with any arrays. Imports inside functions are checked, too.
 ARRAYS_ONLY = {"jaxmoe.routing.metrics": {"numpy", "scipy", "jaxtyping"}}

@@ -18,7 +18,7 @@ import pathlib
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 from jaxmoe.errors import UserError, printable
@@ -36,11 +36,15 @@ MAX_MESSAGE = 2000  # characters of an error's line
 
 
 def program_name() -> str:
-    """The command as the user typed it: `python -m jaxmoe.train`, or the script's file name."""
+    """The command as the user typed it: `python -m jaxmoe.train`, `jaxmoe train`, or the script's file name."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name:
-        return f"python -m {spec.name.removesuffix('.__main__')}"
-    return pathlib.Path(sys.argv[0]).name or "python"
+        name = f"python -m {spec.name.removesuffix('.__main__')}"
+    else:
+        name = pathlib.Path(sys.argv[0]).name or "python"
+    if name in ("jaxmoe", "python -m jaxmoe") and len(sys.argv) > 1 and sys.argv[1].isidentifier():
+        name += f" {sys.argv[1]}"
+    return name
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -56,22 +60,38 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(EXIT_USER_ERROR, f"{self.prog}: {_one_line(message)}\n")
 
 
-def add_dataclass_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
+def flag_kinds(cls: type) -> dict[str, Any]:
+    """The fields of the dataclass `cls` that are flags: name -> type, without None."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: _without_none(hints[field.name]) for field in _flag_fields(cls)}
+
+
+class _Repeated(argparse.Action):
+    """A flag that is given once for each item; what is given replaces the default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [values] if before is self.default else [*before, values])
+
+
+def add_dataclass_arguments(
+    parser: argparse.ArgumentParser, cls: type, given: Mapping[str, Any] = types.MappingProxyType({})
+) -> None:
     """Adds one flag for each field of the dataclass `cls`: `learning_rate` becomes `--learning-rate`.
 
     The type of a field decides how the flag's text is read. str, int, float and pathlib.Path are read directly; bool
     becomes `--flag` and `--no-flag`; `Literal[...]` becomes choices; `tuple[X, ...]` is a list separated by
     commas; `X | None` is read as X. A field without a default is a required flag. `field(metadata=...)` may hold "help"
     and "metavar"; {"flag": False} leaves the field out, and {"repeat": True} makes a tuple of a flag that is given once
-    for each item.
+    for each item. `given` holds values, such as those of a file, that take the place of defaults.
 
     Raises:
         TypeError: a field has a type that no flag can hold.
     """
-    hints = typing.get_type_hints(cls)
+    kinds = flag_kinds(cls)
     for field in _flag_fields(cls):
-        default, required = _default(field)
-        kind = _without_none(hints[field.name])
+        default, required = (given[field.name], False) if field.name in given else _default(field)
+        kind = kinds[field.name]
         text = field.metadata.get("help", "").replace("%", "%%")
         if default is not None and default != ():
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -83,7 +103,9 @@ def add_dataclass_arguments(parser: argparse.ArgumentParser, cls: type) -> None:
         else:
             if field.metadata.get("repeat"):
                 kind = typing.get_args(kind)[0]
-                options |= {"action": "append", "default": list(default or ())}
+                options |= {"action": _Repeated, "default": list(default or ())}
+            elif typing.get_origin(kind) is Literal:
+                options["choices"] = typing.get_args(kind)  # for the completion of shells: `_choice` refuses others
             convert, metavar = _reader(kind, field.name)
             parser.add_argument(flag, type=convert, metavar=field.metadata.get("metavar", metavar), **options)
 
@@ -216,10 +238,11 @@ def _choice(text: str, choices: Sequence[Any]) -> Any:
     raise argparse.ArgumentTypeError(f"expected one of {', '.join(map(str, choices))}; found {text!r}")
 
 
-def add_memory_limit(parser: argparse.ArgumentParser) -> None:
+def add_memory_limit(parser: argparse.ArgumentParser, default: float | None = None) -> None:
     """Adds `--memory-limit`, for `jaxmoe.cli.xla.configure`."""
     text = "hold at most this much of an NVIDIA GPU's memory, everything counted (default: what JAX takes, 75 % of it)"
-    parser.add_argument("--memory-limit", type=finite_number, metavar="GIB", help=text.replace("%", "%%"))
+    text = text.replace("%", "%%")
+    parser.add_argument("--memory-limit", type=finite_number, metavar="GIB", default=default, help=text)
 
 
 def whole_number(text: str) -> int:

@@ -22,11 +22,16 @@ from jaxmoe.doctor.report import DoctorConfig, report
 DESCRIPTION = "Show this machine's devices, the implementation of each operation, and the memory that a model needs."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report."""
+def build_parser() -> ArgumentParser:
+    """The flags."""
     parser = ArgumentParser(description=DESCRIPTION)
     add_dataclass_arguments(parser, DoctorConfig)
-    options = dataclass_from_arguments(DoctorConfig, parser.parse_args(argv))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report."""
+    options = dataclass_from_arguments(DoctorConfig, build_parser().parse_args(argv))
     found = report(options)
     if not options.json:
         print("\n".join(_lines(found)))

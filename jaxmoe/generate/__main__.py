@@ -40,7 +40,8 @@ from jaxmoe.out_of_memory import explained
 _MAX_NEW_TOKENS = 256
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = ArgumentParser(description="Generate text with a Qwen3-MoE checkpoint.")
     add = parser.add_argument
     add("--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder")
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints each prompt's continuation, answers a file, or chats; 0 when done, 128 + the signal's number when a signal
     ended the work on a file early."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     xla.configure(args.memory_limit)
     config = Qwen3MoeConfig.from_pretrained(args.model)  # before anything else in the folder is read
     tokenizer = load_tokenizer(args.model)

@@ -23,8 +23,8 @@ from jaxmoe.out_of_memory import explained
 from jaxmoe.store.files import claimed, output_file
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command and runs it."""
+def build_parser() -> ArgumentParser:
+    """The commands and their flags."""
     parser = ArgumentParser(description="What the router does: capture it, compare it, change it, report it.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, text in (
@@ -35,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         description = text[0].upper() + text[1:] + "."
         add(commands.add_parser(name, help=text, description=description, prog=f"{program_name()} {name}"))
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command and runs it."""
+    arguments = build_parser().parse_args(argv)
     command = {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report}[arguments.command]
     with explained(lambda: "use a smaller --batch-size or --seq-length, or --quantize nf4"):
         command(arguments)

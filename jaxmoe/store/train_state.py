@@ -37,7 +37,7 @@ def _way_out(others: Collection[int]) -> str:
 
 
 class TrainCheckpoints:
-    """The last `keep` states of a training run in the folder `directory`, one Orbax step each.
+    """The last `keep` states of a training run in the folder `directory`, one Orbax step each, and one that is spared.
 
     A state is any pytree of arrays and numbers. The name, shape, dtype and SHA-256 of each leaf are stored too, and
     compared when the state is restored. A checkpoint appears whole or not at all: if a run is killed while it saves,
@@ -51,6 +51,7 @@ class TrainCheckpoints:
             UserError: a link leads out of it, or what Orbax wrote about a step is damaged or endless.
         """
         self.directory = pathlib.Path(os.path.realpath(directory))
+        self._keep = keep
         self.notice: str | None = None  # what `restore` could not verify
         check_links(self.directory)
         self._remove_unfinished()
@@ -58,7 +59,7 @@ class TrainCheckpoints:
             check_small_file(file)
         with quiet_orbax() as ocp:
             # Not asynchronous: on a CPU the next step may overwrite memory that a background thread still reads.
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
+            options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
             try:
                 self._manager = ocp.CheckpointManager(self.directory, options=options)
             except OSError:
@@ -92,10 +93,11 @@ class TrainCheckpoints:
         """The step of the newest complete checkpoint, or None."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any, metadata: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, metadata: Mapping[str, Any], spared: int | None = None) -> None:
         """Writes `state` and `metadata` (any JSON value) as the checkpoint of `step`; returns when it is on disk.
 
         Checkpoints of the same or later steps are removed first: they are those that the run did not resume from.
+        Afterwards only the last ones are kept, and that of the step `spared`, however old it is.
 
         Raises:
             OSError: the disk is full or fails. Older checkpoints stay intact.
@@ -117,6 +119,9 @@ class TrainCheckpoints:
                     metadata=ocp.args.JsonSave(content | {"sha256": _content_digest(content)}),
                 )
                 self._manager.save(step, args=items, force=True)
+                for old in self.steps()[: -self._keep]:
+                    if old != spared:
+                        self._manager.delete(old)
         except ValueError as error:
             self._remove_unfinished()
             if "os_error_code" not in str(error):  # tensorstore's mark for errors of the operating system

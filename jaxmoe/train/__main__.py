@@ -1,9 +1,9 @@
 """LoRA fine-tuning or full training of a Qwen3-MoE model: `python -m jaxmoe.train`.
 
 The output folder holds the adapter in PEFT's form (`adapter_model.safetensors`, `adapter_config.json`), or the model in
-`model/` if all parameters are trained. It also holds `metrics.jsonl`, `tensorboard/`, `checkpoints/` (Orbax) and
-`train_config.json`. A run that stops, by a signal or a crash, continues with `--resume` as if it had never stopped; on
-CPU, bit for bit.
+`model/` if all parameters are trained. It also holds `metrics.jsonl`, `tensorboard/`, `checkpoints/` (Orbax),
+`train_config.json`, and `run.toml`, with which `--config` repeats the run. A run that stops, by a signal or a crash,
+continues with `--resume` as if it had never stopped; on CPU, bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from jaxmoe.cli import xla
 from jaxmoe.cli.arguments import (
@@ -25,18 +27,27 @@ from jaxmoe.cli.arguments import (
     add_dataclass_arguments,
     add_memory_limit,
     dataclass_from_arguments,
+    flag_kinds,
     run,
 )
+from jaxmoe.cli.config_file import add_config, given_settings
 from jaxmoe.train.loop import train
 from jaxmoe.train.settings import TrainConfig
 
 
+def build_parser(given: Mapping[str, Any] = MappingProxyType({})) -> ArgumentParser:
+    """The flags; `given` are the settings in the file of --config."""
+    flags = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config(flags)
+    add_dataclass_arguments(flags, TrainConfig, given)
+    add_memory_limit(flags, given.get("memory_limit"))
+    return flags
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jaxmoe.train`: 0 when done, 128 + the signal's number when a signal ended the run early."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_dataclass_arguments(parser, TrainConfig)
-    add_memory_limit(parser)
-    arguments = parser.parse_args(argv)
+    given = given_settings(argv, flag_kinds(TrainConfig) | {"memory_limit": float})
+    arguments = build_parser(given).parse_args(argv)
     settings = dataclass_from_arguments(TrainConfig, arguments)
     xla.configure(arguments.memory_limit)
     summary = train(settings)
@@ -52,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         before, after = summary["eval_loss_before"], summary["eval_loss"]
         perplexities = f"perplexity {_perplexity(before):.2f} -> {_perplexity(after):.2f}"
         print(f"held-out loss {before:.4f} -> {after:.4f} ({perplexities})")
+    if settings.keep_best and summary["best_step"] is not None:
+        print(f"written: step {summary['best_step']}, with the lowest held-out loss, {summary['best_eval_loss']:.4f}")
     return 0
 
 

@@ -9,25 +9,30 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxmoe import environment
+from jaxmoe.cli.config_file import settings_text
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.errors import UserError, shown
 from jaxmoe.model.interface import Params
 from jaxmoe.store import digest
 from jaxmoe.store.files import check_links, output_file
 from jaxmoe.store.lock import SUFFIX
-from jaxmoe.train.settings import APART, VALUE, TrainConfig
+from jaxmoe.train.settings import APART, VALUE, TrainConfig, changeable_settings
+from jaxmoe.train.trackers import TRACKERS_FILE
 
 RUN_FILE = "train_config.json"
-FILES_OF_A_START = {RUN_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", "checkpoints"}
+CONFIG_FILE = "run.toml"
+FILES_OF_A_START = {RUN_FILE, CONFIG_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", TRACKERS_FILE, "checkpoints"}
+_ONLY_MORE = ("max_steps",)  # steps that are done are not undone
 CONTENT = ("model", "data", "eval_data")  # entries that hold digests, which tell a user nothing
 Identity = dict[str, Any]  # entry -> what JSON can hold
 
@@ -124,30 +129,89 @@ def remove_start(output: pathlib.Path) -> None:
         output.rmdir()
 
 
-def check_same_run(output: pathlib.Path, previous: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raises UserError, which names the first entry in which the run in `output` and this one differ."""
-    now = json.loads(json.dumps(identity))
-    for name in [*now, *previous]:
+def check_same_run(
+    settings: TrainConfig, previous: Mapping[str, Any], identity: Mapping[str, Any]
+) -> dict[str, list[Any]]:
+    """Compares the run in the output folder with this one: entry -> [before, now] of those that --allow-change allows.
+
+    Raises:
+        UserError: they differ in another entry; the message names the first, and the flag that would allow it.
+    """
+    now, changes = json.loads(json.dumps(identity)), {}
+    for name in dict.fromkeys([*now, *previous]):
         before, after = previous.get(name), now.get(name)
-        if before != after:
-            shown = f"{before!r}, found {after!r}"
+        if before == after:
+            continue
+        where = f"{name}: to resume {settings.output}"
+        fields = [field for field in changeable_settings() if name in _entries(field)]
+        if not {*fields} & {*settings.allow_change}:
+            found = f"{before!r}, found {after!r}"
             if name in CONTENT:
-                shown = "the same content as before, found different content"
-            raise UserError(f"{name}: to resume {output}, expected {shown}")
+                found = "the same content as before, found different content"
+            raise UserError(f"{where}, expected {found}{_way_out(settings, fields)}")
+        if name in _ONLY_MORE and not (isinstance(before, int) and after > before):
+            raise UserError(f"{where} with another value, expected more than {before!r}, found {after!r}")
+        changes[name] = [before, after]
+    return changes
+
+
+def _entries(field: str) -> tuple[str, ...]:
+    """The entries that hold a field."""
+    kind = TrainConfig.__dataclass_fields__[field].metadata["identity"]
+    return (field,) if kind == VALUE else () if kind == APART else kind
+
+
+def _way_out(settings: TrainConfig, fields: Sequence[str]) -> str:
+    """What to say of a change that one of these fields may have caused: the first that is not as by default."""
+    if not fields:
+        return ""
+    defaults = {each.name: each.default for each in dataclasses.fields(settings)}
+    changed = next((field for field in fields if getattr(settings, field) != defaults[field]), fields[0])
+    return f"; --allow-change {changed} continues with the new value"
+
+
+def as_json(settings: TrainConfig) -> dict[str, Any]:
+    """The settings as JSON holds them; paths are text."""
+    return json.loads(json.dumps(dataclasses.asdict(settings), default=str))
 
 
 def write_run_file(settings: TrainConfig, identity: Mapping[str, Any]) -> None:
     """Writes settings, identity and the versions of what the run depends on into the output folder."""
-    flags = {
-        name: str(value) if isinstance(value, pathlib.Path) else value
-        for name, value in dataclasses.asdict(settings).items()
-    }
     packages = ("jaxmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     content = {
-        "settings": flags,
+        "settings": as_json(settings),
         "identity": identity,
         "versions": environment.versions(("python", *packages)),
         "device": str(jax.devices()[0].device_kind),
     }
     with output_file(settings.output / RUN_FILE) as draft:
         draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def record_changes(
+    settings: TrainConfig, identity: Mapping[str, Any], changes: Mapping[str, list[Any]], after_step: int
+) -> None:
+    """Writes into the run's record that a resumed run differs from `after_step` on; nothing if it does not."""
+    if not changes:
+        return
+    path = settings.output / RUN_FILE
+    content = read_json(path)
+    before = content.get("changes")
+    content |= {
+        "settings": as_json(settings),
+        "identity": identity,
+        "changes": [*(before if isinstance(before, list) else []), {"after_step": after_step, **changes}],
+    }
+    with output_file(path) as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config_file(settings: TrainConfig) -> None:
+    """Writes the settings as `--config` reads them into the output folder; of a resumed run, those of its last part."""
+    comments = [
+        "The settings of this run. Repeat it with: python -m jaxmoe.train --config run.toml --output NEW",
+        f"Paths that are not absolute belong to {shown(os.getcwd())}.",
+    ]
+    with output_file(settings.output / CONFIG_FILE) as draft:
+        # A path need not be Unicode.
+        draft.write_text(settings_text(settings, comments), encoding="utf-8", errors="surrogateescape")

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -34,13 +34,17 @@ from jaxmoe.store.digest import WeightsDigest, combined
 from jaxmoe.store.files import naming_files, remove_leftovers
 from jaxmoe.store.lock import output_lock
 from jaxmoe.store.train_state import TrainCheckpoints
+from jaxmoe.train.best import Best
 from jaxmoe.train.export import export_adapter, export_full, export_merged, export_model
 from jaxmoe.train.identity import (
     Identity,
+    as_json,
     check_same_run,
     model_content,
     previous_identity,
+    record_changes,
     remove_start,
+    write_config_file,
     write_run_file,
 )
 from jaxmoe.train.metrics import MetricsLog, device_load, expert_load
@@ -57,6 +61,7 @@ from jaxmoe.train.step import (
     make_train_step,
     state_to_compile,
 )
+from jaxmoe.train.trackers import Ended, Reported, Trackers, check_trackers
 
 _log = logging.getLogger("jaxmoe")
 
@@ -65,8 +70,9 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
     """Trains and writes the output folder; `on_step` gets each step's numbers, as in metrics.jsonl.
 
     Returns:
-        steps, loss (of the last step), eval_loss_before and eval_loss (None without held-out records), seconds,
-        stopped_by (the signal that ended the run early, or None).
+        steps, loss (of the last step), eval_loss_before and eval_loss (None without held-out records), best_step and
+        best_eval_loss (of the evaluations after a step), seconds, stopped_by (the signal that ended the run early, or
+        None).
 
     Raises:
         UserError: bad input, before anything is written; a changed setting on resume; a loss that is not finite.
@@ -85,6 +91,7 @@ def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> 
 def _train_locked(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     started = time.perf_counter()
     previous = previous_identity(settings)
+    check_trackers(settings.trackers)
     plan = prepare(settings, previous)
     with explained(plan.smaller_steps):
         summary = _train_plan(plan, previous, on_step)
@@ -95,7 +102,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
     """Trains what `plan` says; `previous` is the identity of the run that is resumed."""
     settings = plan.settings
     if previous is not None:
-        check_same_run(settings.output, previous, {"model": previous.get("model")} | plan.identity)
+        check_same_run(settings, previous, {"model": previous.get("model")} | plan.identity)
     rate = learning_rate(settings.schedule, settings.learning_rate, plan.warmup_steps, plan.total_steps)
     optimizer = adamw(
         rate,
@@ -117,8 +124,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
         raise
     model = model_content(plan.model.config, frozen or trainable, weights, previous)
     identity = {"model": model} | plan.identity
-    if previous is not None:
-        check_same_run(settings.output, previous, identity)
+    changes = {} if previous is None else check_same_run(settings, previous, identity)
     if moments_on_host(plan.model.config, plan.model.lora, plan.model.remat):
         state = state._replace(trainable=trainable)
     else:
@@ -128,7 +134,9 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
             remove_start(settings.output)
             settings.output.mkdir(exist_ok=True)
             write_run_file(settings, identity)
-        state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, start)
+        write_config_file(settings)
+        begin = Begin(start, partial(record_changes, settings, identity, changes), changes)
+        state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, begin)
     if stopped_by is None:
         _export(plan, state.trainable)
     return summary | {"stopped_by": stopped_by}
@@ -147,33 +155,64 @@ def _run(
     state: TrainState,
     compiled: CompiledSteps,
     on_step: Callable[[dict[str, Any]], None],
-    start: Start,
+    begin: Begin,
 ) -> tuple[TrainState, int | None, dict[str, Any]]:
-    """Restores the state and trains: (state, the signal that ended the run early, summary)."""
-    settings = plan.settings
+    """Restores the state and trains: (state to write, the signal that ended the run early, summary)."""
+    settings, best = plan.settings, Best()
     checkpoints = TrainCheckpoints(settings.output / "checkpoints", keep=settings.keep_checkpoints)
     restored = checkpoints.restore_latest(state, settings.resume_from)
     first, before = 0, None
     if restored is not None:
         first, state, saved = restored
-        before = saved["eval_loss_before"]
-    log = MetricsLog(settings.output, keep_to=first if restored is not None else -1, tensorboard=settings.tensorboard)
+        before, best = saved["eval_loss_before"], Best.stored_in(saved)
+    begin.record(first)
+    keep_to = first if restored is not None else -1
+    log = MetricsLog(settings.output, keep_to=keep_to)
     progress = TrainingProgress(plan.total_steps, first)
     arrivals = Arrivals()
+    ended: Ended = "failed"
     try:
-        for notice in [*plan.notices, *filter(None, (log.notice, checkpoints.notice))]:
+        trackers = Trackers(settings.trackers, Reported(settings.output, as_json(settings), keep_to))
+        log.also(trackers)
+        for notice in [*plan.notices, *trackers.notices, *filter(None, [checkpoints.notice])]:
             _log.info(notice)
         if settings.resumes:
             _log.info(f"continuing at step {first}" if restored else "no checkpoint yet: starting at step 0")
-        loop = Loop(plan, frozen, compiled, Recorders(checkpoints, log, progress, arrivals, start), on_step)
+        for name, (was, now) in begin.changes.items():
+            _log.info(f"{name}: {was!r} before, {now!r} after step {first}")
+        if settings.keep_best and best.step is not None and best.step not in checkpoints.steps():
+            _log.info(f"step {best.step} had the lowest held-out loss, and its checkpoint is gone: chosen from here on")
+            best = Best()
+        loop = Loop(plan, frozen, compiled, Recorders(checkpoints, log, progress, arrivals, begin.start, best), on_step)
         loop.summary |= {"steps": first, "eval_loss_before": before}
         state, stopped_by = loop.train(state, first)
+        loop.summary |= {"best_step": best.step, "best_eval_loss": None if best.step is None else best.loss}
+        if settings.keep_best and stopped_by is None and best.step not in (None, loop.summary["steps"]):
+            state = _restored(checkpoints, state, best.step)
+        ended = "done" if stopped_by is None else "stopped"
     finally:
         arrivals.close()
         progress.close()
-        log.close()
+        log.close(ended)
         checkpoints.close()
     return state, stopped_by, loop.summary
+
+
+def _restored(checkpoints: TrainCheckpoints, like: TrainState, step: int) -> TrainState:
+    """The state of an earlier step, in the host's memory: the device's holds the last one."""
+    template = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    restored = checkpoints.restore_latest(template, str(step))
+    assert restored is not None
+    return restored[1]
+
+
+class Begin(NamedTuple):
+    """How a run begins: its folder until the first step is done, and what a resumed run does otherwise than before,
+    with a function that records it, given the step after which it does."""
+
+    start: Start
+    record: Callable[[int], None]
+    changes: Mapping[str, list[Any]]
 
 
 class Start:
@@ -252,13 +291,14 @@ class CompiledSteps:
 
 
 class Recorders(NamedTuple):
-    """Where a run's state and numbers go, and the thread that waits for the numbers."""
+    """Where a run's state and numbers go, the thread that waits for the numbers, and the best evaluation so far."""
 
     checkpoints: TrainCheckpoints
     log: MetricsLog
     progress: TrainingProgress
     arrivals: Arrivals
     start: Start
+    best: Best
 
 
 class Loop:
@@ -274,7 +314,7 @@ class Loop:
         on_step: Callable[[dict[str, Any]], None],
     ) -> None:
         self._plan, self._frozen, self._compiled = plan, frozen, compiled
-        self._checkpoints, self._log, self._progress, self._arrivals, self._start = recorders
+        self._checkpoints, self._log, self._progress, self._arrivals, self._start, self._best = recorders
         self._on_step = on_step
         self._unshown: OSError | None = None  # why progress can no longer be shown, such as a closed pipe
         self._speed = Speed()
@@ -303,6 +343,9 @@ class Loop:
         evaluates = self._plan.data.held_out is not None
         pending: tuple[int, Future[Arrived]] | None = None
         for step in range(first + 1, total + 1):
+            if self._best.is_over(settings.patience):
+                self._show(partial(self._progress.say, f"stopped after step {step - 1}: {self._best.words()}"))
+                break
             frozen, batch = self._plan.fed(self._frozen, self._plan.batch(step - 1))
             state, metrics = train_step(frozen, state, batch)
             arrival = self._arrivals.expect(metrics)
@@ -312,18 +355,28 @@ class Loop:
             last = step == total
             evaluate = evaluates and (last or _due(step, settings.eval_every))
             stop = signals.received is not None or self._unshown is not None
-            save = last or stop or _due(step, settings.save_every)
-            if evaluate or save:
-                self._report(*pending, state if evaluate else None)
+            if evaluate:
+                self._report(*pending, state)
                 pending = None
-                if save:
-                    self._checkpoints.save(step, state, {"eval_loss_before": self.summary["eval_loss_before"]})
+            is_best = settings.keep_best and self._best.step == step
+            save = last or stop or is_best or self._best.is_over(settings.patience) or _due(step, settings.save_every)
+            if save:
+                if pending is not None:
+                    self._report(*pending)
+                    pending = None
+                self._save(step, state)
+            if evaluate or save:
                 self._speed.restart(time.perf_counter())
             if stop and not last:
                 if self._unshown is not None and signals.received is None:
                     raise self._unshown
                 return state, signals.received
         return state, None
+
+    def _save(self, step: int, state: TrainState) -> None:
+        metadata = {"eval_loss_before": self.summary["eval_loss_before"], **self._best.stored()}
+        spared = self._best.step if self._plan.settings.keep_best else None
+        self._checkpoints.save(step, state, metadata, spared=spared)
 
     def _evaluate(self, state: TrainState) -> float:
         """Mean loss over the held-out sequences, in nats for next tokens."""
@@ -360,6 +413,7 @@ class Loop:
         self._show(partial(self._progress.step, numbers, logged=logged))
         if evaluate is not None:
             self.summary["eval_loss"] = numbers["eval_loss"]
+            self._best.evaluated(step, numbers["eval_loss"])
             self._show(partial(self._progress.say, f"step {step}/{total}  held-out loss {numbers['eval_loss']:.4f}"))
         self.summary |= {"steps": step, "loss": numbers["loss"]}
         self._on_step(numbers)

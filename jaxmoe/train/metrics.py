@@ -1,10 +1,10 @@
-"""The numbers of a training run on disk (metrics.jsonl, TensorBoard), and how evenly experts are loaded."""
+"""The numbers of a training run on disk (metrics.jsonl), and how evenly experts are loaded."""
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import parse_json
+from jaxmoe.train.trackers import Ended, Trackers
 
 METRICS_FILE = "metrics.jsonl"
 MAX_LINE = 2**20  # characters; a line of a model with a hundred layers has a few thousand
@@ -42,48 +43,49 @@ def device_load(counts: Int[np.ndarray, "Ls E"], devices: int) -> dict[str, list
     return {"device_load_max": (rows.max(axis=1) / np.maximum(rows.mean(axis=1), 1)).tolist()}
 
 
+def scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """A step's numbers as trackers take them: name -> number; a list becomes `name/layer_00` and so on."""
+    found = {}
+    for name, value in numbers.items():
+        values = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for layer, number in values:
+            if name != "step" and number is not None:
+                found[name if layer is None else f"{name}/layer_{layer:02d}"] = number
+    return found
+
+
 class MetricsLog:
-    """Appends one JSON object per logged step to OUTPUT/metrics.jsonl and the same numbers to OUTPUT/tensorboard.
+    """Appends one JSON object per logged step to OUTPUT/metrics.jsonl and tells the trackers the same numbers.
 
     A resumed run first drops what a stopped one wrote after its last checkpoint (steps above `keep_to`), so that both
     together read as one run that never stopped.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep_to: int, tensorboard: bool) -> None:
+    def __init__(self, folder: pathlib.Path, *, keep_to: int) -> None:
         path = folder / METRICS_FILE
         kept = [line for number, line in _complete_lines(path) if _step(line, f"{path}:{number}") <= keep_to]
         draft = path.with_suffix(".tmp")
         draft.write_text("".join(kept), encoding="utf-8")
         draft.replace(path)
-        self.notice: str | None = None
         self._file = path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                self.notice = f"tensorboardX is not installed: no TensorBoard files, only {METRICS_FILE}"
-            else:
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_to + 1 if kept else None)
+        self._trackers: Trackers | None = None
+
+    def also(self, trackers: Trackers) -> None:
+        """From now on `trackers` are told the same, and closed with the file."""
+        self._trackers = trackers
 
     def write(self, numbers: dict[str, Any]) -> None:
         """Writes one step's numbers (a list has one value per MoE layer) and flushes the file."""
         self._file.write(json.dumps(numbers) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in numbers.items():
-                values = enumerate(value) if isinstance(value, list) else [(None, value)]
-                for layer, number in values:
-                    if name != "step" and number is not None:
-                        tag = name if layer is None else f"{name}/layer_{layer:02d}"
-                        self._board.add_scalar(tag, number, numbers["step"])
-            self._board.flush()
+        if self._trackers is not None:
+            self._trackers.write(numbers["step"], scalars(numbers))
 
-    def close(self) -> None:
-        """Closes the files."""
+    def close(self, ended: Ended = "done") -> None:
+        """Closes the file, and tells the trackers how the run ended."""
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        if self._trackers is not None:
+            self._trackers.close(ended)
 
 
 def _complete_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:

@@ -222,8 +222,8 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         "remat": model.remat,
         "unroll_layers": settings.unroll_layers or None,  # runs from before this flag have no such entry
         "router_aux_loss_coef": aux_coefficient,
-        "warmup_steps": warmup_steps,
         "max_steps": total_steps,
+        "warmup_steps": warmup_steps,
     }
     return Plan(
         settings,

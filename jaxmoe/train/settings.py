@@ -116,27 +116,35 @@ class TrainConfig:
         },
     )
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate", "identity": VALUE})
+    learning_rate: float = field(
+        default=2e-4, metadata={"help": "peak learning rate", "identity": VALUE, "changeable": True}
+    )
     schedule: Schedule = field(
         default="cosine",
-        metadata={"help": "how the learning rate changes after the warm-up", "identity": VALUE},
+        metadata={"help": "how the learning rate changes after the warm-up", "identity": VALUE, "changeable": True},
     )
     warmup_steps: int | None = field(
         default=None,
         metadata={
             "help": "steps of linear warm-up (default: from --warmup-ratio)",
             "identity": entries("warmup_steps"),
+            "changeable": True,
         },
     )
     warmup_ratio: float = field(
         default=0.03,
-        metadata={"help": "share of all steps to warm up over", "identity": entries("warmup_steps")},
+        metadata={
+            "help": "share of all steps to warm up over",
+            "identity": entries("warmup_steps"),
+            "changeable": True,
+        },
     )
     epochs: int | None = field(
         default=None,
         metadata={
             "help": "passes over the data (default: 1, unless --max-steps)",
             "identity": entries("max_steps", "warmup_steps"),
+            "changeable": True,
         },
     )
     max_steps: int | None = field(
@@ -144,6 +152,7 @@ class TrainConfig:
         metadata={
             "help": "optimizer steps, instead of --epochs",
             "identity": entries("max_steps", "warmup_steps"),
+            "changeable": True,
         },
     )
     batch_size: int = field(default=4, metadata={"help": "sequences per micro-batch", "identity": VALUE})
@@ -255,7 +264,11 @@ class TrainConfig:
     keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints to keep", "identity": APART})
     resume: bool = field(
         default=False,
-        metadata={"help": "continue from the last checkpoint in --output, if there is one", "identity": APART},
+        metadata={
+            "help": "continue from the last checkpoint in --output, if there is one",
+            "identity": APART,
+            "once": True,
+        },
     )
     resume_from: str | None = field(
         default=None,
@@ -264,10 +277,44 @@ class TrainConfig:
             "later ones are removed when the next one is saved",
             "metavar": "STEP",
             "identity": APART,
+            "once": True,
+        },
+    )
+    allow_change: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "settings that a resumed run may change: epochs and max_steps (only more), learning_rate, "
+            "schedule, warmup_steps, warmup_ratio",
+            "identity": APART,
+            "once": True,
+        },
+    )
+    keep_best: bool = field(
+        default=False,
+        metadata={
+            "help": "keep the checkpoint with the lowest held-out loss, and write that adapter or model at the end",
+            "identity": APART,
+        },
+    )
+    patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "stop after N evaluations in a row whose held-out loss is not below the lowest before",
+            "identity": APART,
         },
     )
     log_every: int = field(default=10, metadata={"help": "log every N steps", "identity": APART})
-    tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard files", "identity": APART})
+    report_to: tuple[Literal["none", "tensorboard", "wandb", "mlflow", "trackio"], ...] = field(
+        default=("tensorboard",),
+        metadata={
+            "help": "where the numbers go besides metrics.jsonl; a resumed run continues the same run there",
+            "identity": APART,
+        },
+    )
+    tensorboard: bool | None = field(
+        default=None,
+        metadata={"help": "add tensorboard to --report-to, or take it out", "identity": APART},
+    )
     merge: bool = field(
         default=False,
         metadata={"help": "also write the model with the adapter merged, in HF form", "identity": APART},
@@ -283,14 +330,37 @@ class TrainConfig:
         return self.resume or self.resume_from is not None
 
     @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where the numbers go besides metrics.jsonl, each once."""
+        names = dict.fromkeys(self.report_to)
+        if self.tensorboard is not None:
+            names = {name: None for name in names if name not in ("none", "tensorboard")}
+            names |= {"tensorboard": None} if self.tensorboard else {}
+        return tuple(name for name in names if name != "none")
+
+    @property
     def trains_all(self) -> bool:
         """Whether all parameters are trained, not adapters."""
         return self.full or self.from_scratch is not None
 
 
+def changeable_settings() -> list[str]:
+    """The fields that --allow-change may name: no data, no weights and no shape of a stored array depend on them."""
+    return [each.name for each in dataclasses.fields(TrainConfig) if each.metadata.get("changeable")]
+
+
+def _check_allowed_changes(settings: TrainConfig) -> None:
+    known = changeable_settings()
+    for name in settings.allow_change:
+        if name not in known:
+            raise UserError(f"allow_change: expected names among {', '.join(known)}; found {name!r}")
+    if settings.allow_change and not settings.resumes:
+        raise UserError("allow_change: only valid with resume or resume_from")
+
+
 def _check_ranges(settings: TrainConfig) -> None:
     at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
-    at_least_1 += " epochs max_steps eval_every save_every"
+    at_least_1 += " epochs max_steps eval_every save_every patience"
     at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
     at_least_0 += " adam_epsilon"
     for least, names in ((1, at_least_1), (0, at_least_0)):
@@ -311,12 +381,18 @@ def _check_ranges(settings: TrainConfig) -> None:
 def _check_combinations(settings: TrainConfig) -> None:
     if (step := settings.resume_from) is not None and step != "previous" and not (step.isascii() and step.isdigit()):
         raise UserError(f"resume_from: expected a step or previous, found {step!r}")
+    if "none" in settings.report_to and len(settings.report_to) > 1:
+        raise UserError(f"report_to: expected none alone, found {','.join(settings.report_to)}")
     if settings.epochs is not None and settings.max_steps is not None:
         raise UserError("epochs and max_steps: expected one of them, found both")
     if settings.eval_data is not None and settings.eval_fraction is not None:
         raise UserError("eval_data and eval_fraction: expected one of them, found both")
     if settings.eval_every is not None and settings.eval_data is None and settings.eval_fraction is None:
         raise UserError("eval_every: expected eval_data or eval_fraction with it, found neither")
+    for name in ("keep_best", "patience"):
+        if getattr(settings, name) and settings.eval_every is None:
+            raise UserError(f"{name}: expected eval_every with it, found none")
+    _check_allowed_changes(settings)
     if (settings.model is None) == (settings.from_scratch is None):
         found = "neither" if settings.model is None else "both"
         raise UserError(f"model and from_scratch: expected one of them, found {found}")
