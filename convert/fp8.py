@@ -11,7 +11,6 @@ divides a weight into as many equal blocks as there are scales, and fails where 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import ml_dtypes
@@ -20,6 +19,7 @@ import numpy as np
 from convert.names import Row
 from convert.safetensors_io import Tensor
 from jaxmoe.errors import UserError
+from jaxmoe.store.boxes import Box, whole
 
 BLOCK = 128
 CODE = "F8_E4M3"
@@ -64,14 +64,18 @@ def uneven_blocks(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> list[st
     return [key for key in keys if any(size > BLOCK and size % BLOCK for size in tensors[key].shape[-2:])]
 
 
-def decode_fp8(codes: Tensor, scales: Tensor, dtype: np.dtype) -> np.ndarray:
-    """The weight in `dtype`, one matrix at a time."""
-    weight = np.empty(codes.shape, dtype)
-    matrices = codes.data.view(ml_dtypes.float8_e4m3fn).reshape(-1, *codes.shape[-2:])
-    grids = scales.read().reshape(math.prod(codes.shape[:-2]), *scales.shape[-2:])
-    for out, matrix, grid in zip(weight.reshape(matrices.shape), matrices, grids, strict=True):
-        for i, row in enumerate(grid.astype(np.float32)):
-            rows = slice(i * BLOCK, (i + 1) * BLOCK)
-            columns = np.repeat(row, BLOCK)[: matrix.shape[1]]
-            out[rows] = (matrix[rows].astype(np.float32) * columns).astype(dtype)
+def decode_fp8(codes: Tensor, scales: Tensor, dtype: np.dtype, box: Box | None = None) -> np.ndarray:
+    """The weight, or a box of it, in `dtype`, one matrix at a time."""
+    *lead, (top, bottom), (left, right) = box or whole(codes.shape)
+    blocks = tuple((start // BLOCK, -(-stop // BLOCK)) for start, stop in ((top, bottom), (left, right)))
+    if box is None:
+        matrices, grids = codes.data.view(ml_dtypes.float8_e4m3fn).reshape(codes.shape), scales.read()
+    else:
+        matrices, grids = codes.read_box(box), scales.read_box((*lead, *blocks))
+    weight = np.empty((*matrices.shape[:-2], bottom - top, right - left), dtype)
+    for place in np.ndindex(matrices.shape[:-2]):
+        for i, row in enumerate(grids[place].astype(np.float32), blocks[0][0]):
+            rows = slice(max(i * BLOCK, top) - top, min((i + 1) * BLOCK, bottom) - top)
+            columns = np.repeat(row, BLOCK)[left - blocks[1][0] * BLOCK :][: right - left]
+            weight[place][rows] = (matrices[place][rows].astype(np.float32) * columns).astype(dtype)
     return weight

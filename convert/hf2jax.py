@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.nf4.codec import NF4, decode
 from jaxmoe.nf4.recode import Recoded, quantized
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, matrix_shape, nf4_candidates
-from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
+from jaxmoe.store.boxes import Box, common, origin, shape_of, slices, whole
+from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, Parts, cast
 from jaxmoe.store.converted import write_converted
 from jaxmoe.store.files import is_file
 from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
@@ -214,6 +215,48 @@ class HFCheckpoint:
             found += [cast(row.key, part, self.dtypes[path]) for part in parts]
         return found
 
+    def parts(self, layer: int | None, wanted: Mapping[str, Collection[Box]]) -> Parts:
+        """Parts of the arrays that `block` has."""
+        found = {path: {box: self._part(layer, path, box) for box in boxes} for path, boxes in wanted.items()}
+        return Parts(str(self.path), found)
+
+    def _part(self, layer: int | None, path: str, box: Box) -> np.ndarray:
+        if path == NESTED_QUANT_MAP:
+            assert self._nested_quant_map is not None
+            return self._nested_quant_map[slices(box)]
+        weight, _, name = path.rpartition(".")
+        if self.quantization is not None and weight in self.quantization.paths and name in NF4._fields:
+            return self._nf4_part([row for row in self._rows[layer] if row.path == weight], name, box)
+        return self._plain_part([row for row in self._rows[layer] if self._stored_path(row) == path], path, box)
+
+    def _nf4_part(self, entries: list[Row], name: str, box: Box) -> np.ndarray:
+        """A box of one of NF4's arrays; its leading axes count matrices."""
+        lead = len(entries[0].matrix)
+        here = [row for row in entries if common(tuple((i, i + 1) for i in row.matrix), box[:lead])]
+        matrices: list[Any]
+        if name == "nested_offset":
+            matrices = [self._read_nf4(row)[0].nested_offset for row in here]
+        else:
+            suffix = "" if name == "codes" else f".{name}"
+            tensors = (self._tensors[f"{row.key}{suffix}"] for row in here)
+            matrices = [each.read_box((*box[lead:], *whole(each.shape[1:]))) for each in tensors]
+        return np.stack(matrices).reshape(shape_of(box))
+
+    def _plain_part(self, entries: list[Row], path: str, box: Box) -> np.ndarray:
+        dtype = self.dtypes[path]
+        if not entries[0].part:
+            return cast(entries[0].key, self._decoded(entries[0], dtype, box), dtype)
+        found = np.empty(shape_of(box), dtype)
+        for row in entries:
+            expert, height = row.part
+            assert isinstance(expert, int) and isinstance(height, slice)
+            if overlap := common(box, ((expert, expert + 1), (height.start, height.stop), (0, row.shape[1]))):
+                (top, bottom), columns = overlap[1:]
+                inner = (top - height.start, bottom - height.start), columns
+                tensor = cast(row.key, self._decoded(row, dtype, inner), dtype)
+                _copy(tensor, found[slices(overlap, origin(box))][0])
+        return found
+
     def blocks(self) -> Iterator[Block]:
         """The top level, then every layer."""
         return map(self.block, self._rows)
@@ -241,18 +284,20 @@ class HFCheckpoint:
             _copy(tensor, arrays[path][row.part])
         return arrays
 
-    def _decoded(self, row: Row, dtype: np.dtype) -> np.ndarray:
-        """One tensor; a weight in FP8 or NF4 is decoded into `dtype`, a plain one keeps its own."""
+    def _decoded(self, row: Row, dtype: np.dtype, box: Box | None = None) -> np.ndarray:
+        """One tensor, or a box of it; a weight in FP8 or NF4 is decoded into `dtype`, a plain one keeps its own."""
         if self._in_fp8(row):
-            return fp8.decode_fp8(self._tensors[row.key], self._tensors[fp8.scale_key(row.key)], dtype)
+            return fp8.decode_fp8(self._tensors[row.key], self._tensors[fp8.scale_key(row.key)], dtype, box)
         if self._in_nf4(row):
             packed, _, table = self._read_nf4(row)
-            return decode(packed, math.prod(row.shape), dtype, table).reshape(row.shape)
-        return self._tensors[row.key].read()
+            matrix = decode(packed, math.prod(row.shape), dtype, table).reshape(row.shape)
+            return matrix if box is None else matrix[slices(box)]
+        return self._tensors[row.key].read() if box is None else self._tensors[row.key].read_box(box)
 
 
 def _copy(tensor: np.ndarray, part: np.ndarray) -> None:
-    """Copies `tensor` into `part`, both contiguous, as bytes: NumPy holds Python's lock while it copies bfloat16."""
+    """Copies `tensor` into `part`, the last axis of both contiguous, as bytes: NumPy holds Python's lock while it
+    copies bfloat16."""
     part.view(np.uint8)[...] = tensor.view(np.uint8)
 
 

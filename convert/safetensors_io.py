@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import NOT_DOWNLOADED, POINTER, is_pointer, parse_json, read_json
+from jaxmoe.store.boxes import Box, runs, shape_of
 from jaxmoe.store.files import is_file, named_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,6 +34,7 @@ _ITEM_BYTES = {
 }
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}  # the dtypes that are read and written; U8 for NF4
+_FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # read only
 CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _PICKLES = (
     "can run code and are not read; transformers' from_pretrained(...) and save_pretrained(...) write safetensors"
@@ -48,13 +50,15 @@ _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """One tensor of a file: `code` is the format's name of its dtype, `data` a read-only view of its bytes."""
+    """One tensor of a file: `code` is the format's name of its dtype, `data` a read-only view of its bytes, which begin
+    at `offset` in the file."""
 
     name: str
     file: pathlib.Path
     code: str
     shape: tuple[int, ...]
     data: np.ndarray
+    offset: int = 0
 
     @property
     def dtype(self) -> np.dtype:
@@ -71,6 +75,25 @@ class Tensor:
     def read(self) -> np.ndarray:
         """The values, as a view of the mapped file: no copy is made."""
         return self.data.view(self.dtype).reshape(self.shape)
+
+    def read_box(self, box: Box) -> np.ndarray:
+        """The values in a box, in memory of their own: no other bytes of the file are read, and no page stays mapped.
+
+        Raises:
+            UserError: the file has become shorter.
+        """
+        dtype = (_DTYPES | _FP8)[self.code]
+        found = np.empty(shape_of(box), dtype)
+        rest = found.reshape(-1).view(np.uint8).data
+        with self.file.open("rb", buffering=0) as stream:
+            for first, count in runs(box, self.shape):
+                stream.seek(self.offset + first * dtype.itemsize)
+                part, rest = rest[: count * dtype.itemsize], rest[count * dtype.itemsize :]
+                while part:
+                    if not (size := stream.readinto(part)):
+                        raise UserError(f"{self.file}: expected the bytes of {self.name}, found the end of the file")
+                    part = part[size:]
+        return found
 
     def read_as(self, code: str, shape: tuple[int, ...]) -> np.ndarray:
         """Like `read`; raises UserError unless the tensor has this dtype and shape."""
@@ -123,7 +146,12 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     mapped = np.asarray(np.memmap(file, dtype=np.uint8, mode="r"))
     return {
         name: Tensor(
-            name, file, header[name]["dtype"], tuple(header[name]["shape"]), mapped[base + start : base + stop]
+            name,
+            file,
+            header[name]["dtype"],
+            tuple(header[name]["shape"]),
+            mapped[base + start : base + stop],
+            base + start,
         )
         for start, stop, name in spans
     }

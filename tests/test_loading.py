@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import threading
 import time
 import weakref
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 
 from convert.hf2jax import hf2jax, read_hf
+from convert.jax2hf import jax2hf
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.nf4.recode import quantized
+from jaxmoe.nf4.recode import dequantized, quantized
 from jaxmoe.parameters import Quantization, layer_paths, parameter_specs, top_level_paths
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout
 from jaxmoe.store.converted import read_converted
 from jaxmoe.store.loading import load_stacks
 from peers.configs import config_of
 from peers.make_checkpoint import make_checkpoint
+from tests.parts import check_parts
 
 
 @pytest.mark.parametrize("form", ["per_expert", "fused", "converted", "float32", "nf4"])
@@ -42,6 +45,33 @@ def test_stacks_hold_the_blocks(form, tmp_path):
         for path, array in block.arrays.items():
             assert found[path].dtype == array.dtype
             assert (np.asarray(found[path]).view(np.uint8) == np.ascontiguousarray(array).view(np.uint8)).all(), path
+
+
+def opened(form: str, folder: pathlib.Path) -> Checkpoint:
+    """A checkpoint of two sparse layers and a dense one, in one of the forms that can be read in parts."""
+    config, hf, jax_folder = config_of("mlp_only_layers"), folder / "hf", folder / "jax"
+    make_checkpoint(hf, config, layout="fused" if form == "fused" else "per_expert", dtype="bfloat16")
+    if form.startswith("HF in NF4"):
+        hf2jax(hf, jax_folder, quantize="nf4")
+        jax2hf(jax_folder, folder / "nf4")
+        return read_hf(folder / "nf4", dequantize=form.endswith("decoded"))
+    if not form.startswith("converted"):
+        source = read_hf(hf, "float32" if form == "cast" else None)
+        return quantized(source) if form == "encoded on the way" else source
+    hf2jax(hf, jax_folder, quantize="nf4" if "NF4" in form else None)
+    source = read_converted(jax_folder, "float32" if form.endswith("cast") else None)
+    if form.endswith("encoded"):
+        return quantized(source)
+    return dequantized(source) if form.endswith("decoded") else source
+
+
+FORMS = "per expert/fused/cast/encoded on the way/HF in NF4/HF in NF4, decoded"
+CONVERTED = "converted/converted, cast/converted, encoded/converted in NF4/converted in NF4, decoded"
+
+
+@pytest.mark.parametrize("form", [*FORMS.split("/"), *CONVERTED.split("/")])
+def test_parts_are_those_of_the_blocks(form: str, tmp_path: pathlib.Path) -> None:
+    check_parts(opened(form, tmp_path))
 
 
 class Watched:

@@ -41,7 +41,9 @@ MODULES: dict[str, set[str]] = {
     "cli": _under("jaxmoe.cli", ". arguments config_file notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),
-    "store": _under("jaxmoe.store", ". adapter checkpoint converted digest files items loading lock train_state"),
+    "store": _under(
+        "jaxmoe.store", ". adapter boxes checkpoint converted digest files items loading lock shares train_state"
+    ),
     "nf4": _under("jaxmoe.nf4", ". codec encode stack"),
     "recode": _under("jaxmoe.nf4", "recode"),
     "convert": _under(

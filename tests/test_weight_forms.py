@@ -47,6 +47,7 @@ from jaxmoe.weight_form import weight_form
 from peers.configs import random_adapters
 from peers.make_checkpoint import make_checkpoint
 from tests.parity import COMPILER_OPTIONS, make_batch, relative_error
+from tests.parts import check_parts
 from tests.test_convert import contents
 from tests.test_parity_gradients import training_batch
 from tests.test_quantize import LORA, MIXED, assert_same_bits, edit_config, stacked
@@ -166,6 +167,7 @@ def test_an_fp8_checkpoint(tmp_path: pathlib.Path) -> None:
         main(["hf2jax", str(src), str(tmp_path / "jax")])
     with pytest.raises(UserError, match="dequantize=True"):
         Qwen3MoeForCausalLM.from_pretrained(src)
+    check_parts(read_hf(src, dequantize=True))
     assert "FP8" in inspect(src)["quantization"]
     main(["hf2jax", str(src), str(tmp_path / "jax"), "--dequantize"])
     main(["jax2hf", str(tmp_path / "jax"), str(tmp_path / "back")])

@@ -71,15 +71,21 @@ class Placement:
         return jax.tree.map(spec, batch)
 
     def place(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters or adapters by path, or their shapes, where they lie on the mesh."""
+        """Parameters or adapters by path, or their shapes, where they lie on the mesh; of arrays of the host, a process
+        sends what its devices hold."""
         specs = self.specs(arrays)
         return {path: self._placed(array, specs[path]) for path, array in arrays.items()}
 
-    def place_layer(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """The arrays of one layer, without the axis of layers, as `place` does."""
+    def layer_specs(self, arrays: Mapping[str, Any]) -> dict[str, PartitionSpec]:
+        """As `specs`, for the arrays of one layer, without the axis of layers."""
         axes = {path: spec.axes for path, spec in stored_arrays(self.config, self.lora, list(arrays)).items()}
         split = {path: partition(axes[path], (1, *array.shape), self.mesh) for path, array in arrays.items()}
-        return {path: self._placed(array, PartitionSpec(*split[path][1:])) for path, array in arrays.items()}
+        return {path: PartitionSpec(*spec[1:]) for path, spec in split.items()}
+
+    def place_layer(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The arrays of one layer, without the axis of layers, as `place` does."""
+        specs = self.layer_specs(arrays)
+        return {path: self._placed(array, specs[path]) for path, array in arrays.items()}
 
     def place_batch(self, batch: T, tokens: int) -> T:
         """A batch of NumPy arrays where it lies on the mesh; of an array, a process sends what its devices hold.
@@ -116,12 +122,17 @@ class Placement:
             function, mesh=devices_of(self.mesh), in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
+    def sharding(self, spec: PartitionSpec) -> NamedSharding:
+        """How the devices of the mesh share an array."""
+        return NamedSharding(devices_of(self.mesh), spec)
+
     def _placed(self, array: Any, spec: PartitionSpec) -> Any:
         if self.mesh.size == 1:
             return array
-        sharding = NamedSharding(devices_of(self.mesh), spec)
+        sharding = self.sharding(spec)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-        if isinstance(array, np.ndarray):
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-        return jax.device_put(array, sharding)
+        if isinstance(array, jax.Array):
+            return jax.device_put(array, sharding)
+        # An array of the host, or the parts that this process has of one (`jaxmoe.store.shares.Portion`).
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -22,7 +22,8 @@ from jaxmoe.parameters import (
     parameter_specs,
     stored_specs,
 )
-from jaxmoe.store.checkpoint import Block, Checkpoint, Divisible, Layout, Pieces, cast
+from jaxmoe.store.boxes import Box, shape_of, slices, whole
+from jaxmoe.store.checkpoint import Block, Checkpoint, Divisible, Layout, Parts, Pieces, ReadInParts, cast
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # (path, first matrix, last matrix + 1) -> matrices of a weight of one layer
@@ -45,6 +46,19 @@ class Recoded:
     def blocks(self) -> Iterator[Block]:
         """The source's blocks, each changed."""
         return map(self.block, (None, *range(self.config.num_hidden_layers)))
+
+    def parts(self, layer: int | None, wanted: Mapping[str, Collection[Box]]) -> Parts:
+        """Parts of what `block` gives. Of a weight that is changed, whole matrices are read."""
+        raise NotImplementedError
+
+    def _kept(self, layer: int | None, wanted: Mapping[str, Collection[Box]]) -> Parts:
+        """Parts of arrays that stay as they are."""
+        assert isinstance(self.source, ReadInParts)
+        return self.source.parts(layer, wanted)
+
+    def _matrix_axes(self, path: str) -> int:
+        """How many leading axes of NF4's arrays count the matrices of a weight of one layer."""
+        return len(matrix_shape(self.config, path)) - 1
 
 
 class _Quantized(Recoded):
@@ -95,6 +109,48 @@ class _Quantized(Recoded):
                     ahead = pool.submit(self.block, layer)
                 yield block
                 del block
+
+    def parts(self, layer: int | None, wanted: Mapping[str, Collection[Box]]) -> Parts:
+        """Parts of the source's arrays, and of the encoded ones."""
+        if layer is None:
+            return self._top_parts(wanted)
+        made = {name: boxes for name, boxes in wanted.items() if name.rpartition(".")[0] in self._todo}
+        kept = self._kept(layer, {name: boxes for name, boxes in wanted.items() if name not in made})
+        found: dict[str, dict[Box, np.ndarray]] = {name: {} for name in made}
+        for path in self._todo:
+            axes = self._matrix_axes(path)
+            names = [name for name in made if name.rpartition(".")[0] == path]
+            for lead in dict.fromkeys(box[:axes] for name in names for box in made[name]):
+                arrays = self._encoded_matrices(layer, path, lead)
+                for name in names:
+                    for box in made[name]:
+                        if box[:axes] == lead:
+                            found[name][box] = arrays[name][(..., *slices(box[axes:]))]
+        return Parts(kept.where, kept.arrays | found, kept.digests)
+
+    def _top_parts(self, wanted: Mapping[str, Collection[Box]]) -> Parts:
+        before = self.source.quantization
+        made = {name: boxes for name, boxes in wanted.items() if name == NESTED_QUANT_MAP and before is None}
+        kept = self._kept(None, {name: boxes for name, boxes in wanted.items() if name not in made})
+        for box, table in kept.arrays.get(NESTED_QUANT_MAP, {}).items():
+            if box == whole(self._table.shape):
+                self._table = table
+        found = {name: {box: self._table[slices(box)] for box in boxes} for name, boxes in made.items()}
+        return Parts(kept.where, kept.arrays | found, kept.digests)
+
+    def _encoded_matrices(self, layer: int, path: str, lead: Box) -> dict[str, np.ndarray]:
+        """NF4's arrays of those matrices of a weight that a box of the leading axes counts."""
+        from jaxmoe.nf4.encode import group_size  # loads JAX
+
+        *experts, (first, last) = lead
+        matrices, elements = matrix_shape(self.config, path)[-2:]
+        *_, out, inner = parameter_specs(self.config)[path].shape
+        box = (*experts, (first * out // matrices, last * out // matrices), (0, inner))
+        weights = self._kept(layer, {path: [box]}).arrays[path][box].reshape(-1, elements)
+        size = group_size(len(weights), elements)
+        groups = [self._encoded(path, list(weights[i : i + size])) for i in range(0, len(weights), size)]
+        joined = {name: np.concatenate([np.asarray(group[name]) for group in groups]) for name in groups[0]}
+        return {name: array.reshape(*shape_of(lead), *array.shape[1:]) for name, array in joined.items()}
 
     def _top(self) -> Block:
         block = self.source.block(None)
@@ -161,6 +217,7 @@ class _Dequantized(Recoded):
         super().__init__(source, source.layout, None)
         specs = parameter_specs(source.config)
         self._shapes = {path: spec.shape[1:] for path, spec in specs.items() if path in quantization.paths}
+        self._stored, self._nested = stored_specs(source.config, quantization), quantization.nested
         self._table: np.ndarray | None = None
 
     def block(self, layer: int | None) -> Block:
@@ -178,6 +235,37 @@ class _Dequantized(Recoded):
             elif f"{path}.weight" in arrays:
                 arrays[path] = cast(path, arrays.pop(f"{path}.weight"), self.dtypes[path])
         return Block(layer, arrays)
+
+    def parts(self, layer: int | None, wanted: Mapping[str, Collection[Box]]) -> Parts:
+        """Parts of the source's arrays, and of the decoded ones."""
+        if layer is None:
+            kept = self._kept(None, {**wanted, NESTED_QUANT_MAP: [whole((256,))]} if self._nested else wanted)
+            self._table = next(iter(kept.arrays.pop(NESTED_QUANT_MAP, {}).values()), None)
+            return Parts(kept.where, kept.arrays)
+        stored = {name for name, _ in layer_paths(self.config, layer, self.source.quantization)}
+        kept = self._kept(layer, {path: boxes for path, boxes in wanted.items() if path not in self._shapes})
+        found = {
+            path: {box: self._decoded_part(layer, path, box, stored) for box in wanted[path]}
+            for path in self._shapes
+            if path in wanted
+        }
+        return Parts(kept.where, kept.arrays | found)
+
+    def _decoded_part(self, layer: int, path: str, box: Box, stored: Collection[str]) -> np.ndarray:
+        if f"{path}.codes" not in stored:
+            return cast(
+                path, self._kept(layer, {f"{path}.weight": [box]}).arrays[f"{path}.weight"][box], self.dtypes[path]
+            )
+        *experts, rows, columns = box
+        *_, matrices, elements = matrix_shape(self.config, path)
+        lead = (*experts, (0, matrices))
+        names = [name for name in stored if name.rpartition(".")[0] == path]
+        shapes = {name: self._stored[name].shape[1:] for name in names}
+        wanted = {name: [(*lead, *whole(shape[len(lead) :]))] for name, shape in shapes.items()}
+        arrays = {name: parts[wanted[name][0]] for name, parts in self._kept(layer, wanted).arrays.items()}
+        weight = decode(NF4.of(arrays, path), elements, self.dtypes[path], self._table)
+        weight = weight.reshape(*shape_of(tuple(experts)), *self._shapes[path][-2:])
+        return weight[(..., *slices((rows, columns)))]
 
 
 def dequantized(source: Checkpoint) -> Checkpoint:

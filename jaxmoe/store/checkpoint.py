@@ -17,6 +17,7 @@ import numpy as np
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.parameters import Quantization
+from jaxmoe.store.boxes import Box
 
 # How an HF checkpoint stores experts: one tensor per expert and projection, as transformers writes them, or all experts
 # of a layer in one tensor, as transformers holds them in memory.
@@ -91,6 +92,30 @@ class MadeOnDevice(Checkpoint, Protocol):
 
     def device_block(self, layer: int | None) -> Block:
         """Like `block`, with these arrays in `Block.on_device`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of the arrays of one decoder layer, or of the top level: path -> box -> the part, in NumPy.
+
+    `digests` are those that whole arrays must have, as far as the folder `where` says so.
+    """
+
+    where: str
+    arrays: dict[str, dict[Box, np.ndarray]]
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class ReadInParts(Checkpoint, Protocol):
+    """A checkpoint of which a process reads what its devices hold, and nothing else."""
+
+    def parts(self, layer: int | None, wanted: Mapping[str, Collection[Box]]) -> Parts:
+        """Parts of arrays as `Checkpoint.block` has them, where several threads may read; the top level comes first.
+
+        A weight that is quantised or decoded on the way is read matrix by matrix.
+        """
         ...
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -25,9 +26,18 @@ from jaxmoe.parameters import (
     stored_specs,
     top_level_paths,
 )
-from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, cast
+from jaxmoe.store.boxes import Box
+from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, Parts, cast
 from jaxmoe.store.files import check_links, output_folder, write_files
-from jaxmoe.store.items import check_entries, read_item, read_manifest, same_names, write_item, write_manifest
+from jaxmoe.store.items import (
+    check_entries,
+    read_item,
+    read_manifest,
+    read_parts,
+    same_names,
+    write_item,
+    write_manifest,
+)
 
 MANIFEST = "manifest.json"
 _KIND = "jaxmoe checkpoint"
@@ -139,14 +149,27 @@ class ConvertedCheckpoint:
         """One layer, or the top level (None), checked against the manifest."""
         item = item_name(layer)
         arrays = read_item(self.path / item, self._items[item], self._verify)
+        for name in filter(partial(self._is_cast, item), arrays):
+            arrays[name] = cast(f"{item}: {name}", arrays[name], self.dtypes[name])
+        return Block(layer, arrays, self._digests(item))
+
+    def parts(self, layer: int | None, wanted: Mapping[str, Collection[Box]]) -> Parts:
+        """Parts of the arrays that `block` has. Nobody has compared them with the manifest yet."""
+        item = item_name(layer)
+        entries = {name: self._items[item][name] for name in wanted}
+        arrays = read_parts(self.path / item, entries, wanted)
+        for name in filter(partial(self._is_cast, item), arrays):
+            arrays[name] = {box: cast(f"{item}: {name}", part, self.dtypes[name]) for box, part in arrays[name].items()}
+        return Parts(str(self.path / item), arrays, self._digests(item))
+
+    def _is_cast(self, item: str, name: str) -> bool:
+        """Whether an array is read in another dtype than it is stored in."""
+        return name in self.dtypes and self.dtypes[name].name != self._items[item][name]["dtype"]
+
+    def _digests(self, item: str) -> dict[str, str]:
+        """The digests that the arrays of an item have if they are undamaged, as far as the manifest tells."""
         entries = self._items[item].items() if self._verify else ()
-        digests = {name: entry["digest"] for name, entry in entries if "digest" in entry}
-        if self._target is not None:
-            for name in arrays.keys() & self.dtypes.keys():
-                if arrays[name].dtype != self._target:
-                    digests.pop(name, None)
-                    arrays[name] = cast(f"{item}: {name}", arrays[name], self._target)
-        return Block(layer, arrays, digests)
+        return {name: entry["digest"] for name, entry in entries if "digest" in entry and not self._is_cast(item, name)}
 
     def blocks(self) -> Iterator[Block]:
         """The top level first, then every layer, each checked against the manifest."""

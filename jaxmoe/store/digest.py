@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxmoe.errors import UserError
 from jaxmoe.store.checkpoint import Block
 
 PREFIX = "weights:"  # before a digest over all weights; that of earlier versions, over a few rows, has none
-_PIECE, _TASK = 2**20, 32 * 2**20  # bytes: what is hashed as one, and what a thread takes at a time
+PIECE, _TASK = 2**20, 32 * 2**20  # bytes: what is hashed as one, and what a thread takes at a time
 _THREADS = max(4, min(16, os.cpu_count() or 1))
 
 
@@ -63,7 +66,7 @@ class Pending:
     @classmethod
     def on_device(cls, arrays: Sequence[Any]) -> Pending:
         """The digest of an array that is on the device as several. One thread forms it unless they are whole pieces."""
-        whole = all(array.nbytes % _PIECE == 0 for array in arrays[:-1])
+        whole = all(array.nbytes % PIECE == 0 for array in arrays[:-1])
         return cls([_pool().submit(_hash_from_device, task) for task in (zip(arrays) if whole else [arrays])])
 
     def result(self) -> str:
@@ -77,8 +80,16 @@ class Pending:
 
 
 def _hash_pieces(data: np.ndarray) -> bytes:
-    starts = range(0, len(data), _PIECE)
-    return b"".join(hashlib.sha256(data[start : start + _PIECE].data).digest() for start in starts)
+    starts = range(0, len(data), PIECE)
+    return b"".join(hashlib.sha256(data[start : start + PIECE].data).digest() for start in starts)
+
+
+def _hash_piece(arrays: Sequence[np.ndarray]) -> bytes:
+    """SHA-256 of the arrays' bytes taken together."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(_bytes(array).data)
+    return total.digest()
 
 
 def _hash_from_device(arrays: Sequence[Any]) -> bytes:
@@ -88,7 +99,7 @@ def _hash_from_device(arrays: Sequence[Any]) -> bytes:
         # of a copy, because JAX keeps what it sends to the host as long as the array on the device
         data = _bytes(np.asarray(array.copy()))
         data = np.concatenate([rest, data]) if rest.size else data
-        whole = data.size - data.size % _PIECE
+        whole = data.size - data.size % PIECE
         hashes.append(_hash_pieces(data[:whole]))
         rest = data[whole:].copy()
     return b"".join([*hashes, _hash_pieces(rest)])
@@ -98,14 +109,25 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
+class _Pieces(NamedTuple):
+    """An array of which this process forms the digest of some pieces: number -> SHA-256."""
+
+    name: str  # for messages
+    expected: str | None  # the digest of the array
+    formed: dict[int, Future[bytes]]
+
+
 class WeightsDigest:
     """Collects the parts of a model; blocks may come in any order.
 
     Use it as a context manager; it ends what threads still have to do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, exchange: Callable[[bytes], list[bytes]] = lambda mine: [mine]) -> None:
+        """`exchange` gives what every process of the run has passed to it."""
         self._parts: dict[tuple[str, int], tuple[str, tuple[int, ...], str | Pending]] = {}
+        self._pieces: dict[tuple[str, int], _Pieces] = {}
+        self._exchange = exchange
 
     def __enter__(self) -> WeightsDigest:
         return self
@@ -114,6 +136,9 @@ class WeightsDigest:
         for *_, found in self._parts.values():
             if isinstance(found, Pending):
                 found.cancel()
+        for pieces in self._pieces.values():
+            for task in pieces.formed.values():
+                task.cancel()
 
     def add(self, block: Block) -> None:
         """Takes the digests that the block brings and begins to form the others; returns at once."""
@@ -124,16 +149,64 @@ class WeightsDigest:
         for path, made in block.on_device.items():
             self._parts[path, layer] = made.dtype.name, made.shape, Pending.on_device(made.pieces)
 
-    def wait(self, block: Block) -> None:
-        """Waits until the arrays of the block are read no more, so that its memory can be freed."""
+    def add_pieces(
+        self,
+        place: tuple[str, int],
+        array: Any,
+        pieces: Mapping[int, Sequence[np.ndarray]],
+        name: str,
+        expected: str | None,
+    ) -> None:
+        """Begins to form the digests of those pieces of an array that this process forms; returns at once.
+
+        `place` is a path and a layer, or -1 for the top level, `array` tells dtype and shape, and a piece is several
+        arrays, one after the other. The digest must be the `expected` one, if there is one; `name` is for the error.
+        """
+        tasks = {number: _pool().submit(_hash_piece, parts) for number, parts in pieces.items()}
+        self._parts[place] = np.dtype(array.dtype).name, tuple(array.shape), ""  # known when all processes are done
+        self._pieces[place] = _Pieces(name, expected, tasks)
+
+    def wait(self, block: Any) -> None:
+        """Waits until the arrays of a block, or of portions of one, are read no more, so that its memory can be
+        freed."""
         layer = -1 if block.layer is None else block.layer
         for path in (*block.arrays, *block.on_device):
             dtype, shape, found = self._parts[path, layer]
             self._parts[path, layer] = dtype, shape, _value(found)
+            if (path, layer) in self._pieces:
+                futures.wait(self._pieces[path, layer].formed.values())
 
     def parts(self) -> dict[tuple[str, int], str]:
-        """(path, layer, or -1 for the top level) -> the digest of the array, its dtype and its shape."""
-        return {place: f"{dtype} {list(shape)} {_value(found)}" for place, (dtype, shape, found) in self._parts.items()}
+        """(path, layer, or -1 for the top level) -> the digest of the array, its dtype and its shape.
+
+        If several processes form the digest, all of them must call this, and each has the result.
+
+        Raises:
+            UserError: an array that several processes have read has another digest than it should have.
+        """
+        digests = {place: _value(found) for place, (_, _, found) in self._parts.items()} | self._joined()
+        return {place: f"{dtype} {list(shape)} {digests[place]}" for place, (dtype, shape, _) in self._parts.items()}
+
+    def _joined(self) -> dict[tuple[str, int], str]:
+        """The digests of the arrays that several processes have read, from the pieces of all of them."""
+        if not self._pieces:
+            return {}
+        mine = [
+            (*place, number, task.result().hex())
+            for place, pieces in self._pieces.items()
+            for number, task in pieces.formed.items()
+        ]
+        hashes: dict[tuple[str, int], dict[int, bytes]] = {place: {} for place in self._pieces}
+        for part in self._exchange(json.dumps(mine).encode()):
+            for path, layer, number, text in json.loads(part):
+                hashes[path, layer][number] = bytes.fromhex(text)
+        found = {}
+        for place, pieces in self._pieces.items():
+            joined = b"".join(each for _, each in sorted(hashes[place].items()))
+            found[place] = value = hashlib.sha256(joined).hexdigest()
+            if pieces.expected not in (None, value):
+                raise UserError(f"{pieces.name}: expected SHA-256 {pieces.expected[:16]}..., found {value[:16]}...")
+        return found
 
 
 def _value(found: str | Pending) -> str:

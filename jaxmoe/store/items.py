@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -28,11 +28,13 @@ import numpy as np
 from jaxmoe.config import DTYPES, read_json
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import MAX_FILE
+from jaxmoe.store.boxes import Box, slices
 from jaxmoe.store.digest import checksum, digest
 from jaxmoe.store.files import os_error
 
 # Every core compresses a chunk at the same time and holds its compressed copy, so small chunks need less memory.
-_CHUNK_BYTES = 16 * 2**20
+# Processes that share an array read the chunks that hold their parts, so an array has several where it is not small.
+_LEAST_CHUNK, _MOST_CHUNK, _CHUNKS = 2**20, 2**24, 16
 _FORMS: dict[str, Callable[[np.ndarray], str]] = {"digest": digest, "sha256": checksum}
 _MOST_COMPRESSED = 40_000  # zstd writes at least four bytes for every 128 KiB
 
@@ -114,7 +116,10 @@ def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     with quiet_orbax() as ocp:
         # One file per chunk: the single-file format (OCDBT) collects the whole item in memory before it writes.
         checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
-        save_args = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in arrays}
+        save_args = {
+            name: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(array), shard_axes=_divided_axes(array))
+            for name, array in arrays.items()
+        }
         try:
             checkpointer.save(path, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
         except ValueError as error:
@@ -123,6 +128,16 @@ def _save(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
             raise os_error(path, first_line(error, 3000)) from error
         finally:
             checkpointer.close()
+
+
+def _chunk_bytes(array: np.ndarray) -> int:
+    return min(max(_LEAST_CHUNK, array.nbytes // _CHUNKS), _MOST_CHUNK)
+
+
+def _divided_axes(array: np.ndarray) -> tuple[int, ...]:
+    """The axes along which every chunk holds one index: experts have chunks of their own, so that a process that holds
+    some of them reads no others."""
+    return (0,) if array.ndim > 2 and array.nbytes > _LEAST_CHUNK else ()
 
 
 def wait_for_stragglers(path: pathlib.Path) -> None:
@@ -167,6 +182,43 @@ def read_item(
         if verify and (found := _FORMS[form](array)) != entry[form]:
             raise UserError(f"{path}: {name}: expected SHA-256 {entry[form][:16]}..., found {found[:16]}...")
     return arrays
+
+
+def read_parts(
+    path: pathlib.Path, entries: Mapping[str, Any], wanted: Mapping[str, Collection[Box]]
+) -> dict[str, dict[Box, np.ndarray]]:
+    """Reads boxes of arrays of one Orbax item: name -> box -> the part. Of the files only those are read that hold
+    elements of a box. Shapes and dtypes are compared with the manifest entries, digests are not.
+
+    Raises:
+        UserError: a missing or unreadable item, or an array whose shape or dtype differs.
+    """
+    if not path.is_dir():
+        raise UserError(f"folder not found: {path}")
+    for name, entry in entries.items():
+        check_stored_array(path / name, entry["shape"], entry["dtype"])
+    with quiet_orbax():
+        import tensorstore
+
+        try:
+            arrays = {
+                name: tensorstore.open(
+                    {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{(path / name).resolve()}/"}}, read=True
+                )
+                for name in wanted
+            }
+            reading = {
+                name: {box: arrays[name].result()[slices(box)].read() for box in boxes}
+                for name, boxes in wanted.items()
+            }
+            found = {name: {box: part.result() for box, part in parts.items()} for name, parts in reading.items()}
+        except Exception as error:  # the type depends on the damage
+            raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
+    for name, parts in found.items():
+        for part in parts.values():
+            if part.dtype != np.dtype(entries[name]["dtype"]):
+                raise UserError(f"{path}: {name}: expected {entries[name]['dtype']}, found {part.dtype}")
+    return found
 
 
 def check_stored_array(path: pathlib.Path, shape: Sequence[int], dtype: str) -> None:

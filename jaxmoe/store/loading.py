@@ -4,6 +4,8 @@ Several threads read layers: they copy (a layer's experts fill hundreds of tenso
 checksums, all in NumPy and C code that releases Python's lock. One thread sends each layer to the device when it is
 ready. The host holds at most `READERS` + 1 layers, whatever the size of the model. What is quantised on the device is
 sent there by the readers, piece by piece, so that reading and quantising overlap and no layer is held in 16 bits.
+
+Where several processes share a model, each reads of a layer what its devices hold (`jaxmoe.store.shares`).
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ from jaxtyping import Array, Int
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.mesh import ONE_DEVICE
 from jaxmoe.distributed.placement import Placement
-from jaxmoe.parameters import layer_paths, stored_specs
-from jaxmoe.store.checkpoint import Block, Checkpoint, MadeOnDevice
+from jaxmoe.parameters import layer_paths, stored_specs, top_level_paths
+from jaxmoe.store.checkpoint import Block, Checkpoint, MadeOnDevice, ReadInParts
 from jaxmoe.store.digest import WeightsDigest
+from jaxmoe.store.shares import Portion, Portions, Processes, Share, share
 
 READERS = 4
 # Of a checkpoint whose arrays are made on a GPU: two keep the transfers busy, and more would take memory of the GPU.
 _GPU_READERS = 2
+# Of several processes: on a CPU what they read ahead lies beside their shares, in memory that they may have to divide.
+_SHARED_READERS = 2
 OnLayer = Callable[[int, int], None]  # layers on the device, layers in all
 
 
@@ -69,6 +74,8 @@ def load_stacks(
     picks it. `on_layer` is called after each layer. `digest` collects what the weights are, in threads of its own. With
     a `placement` each device of its mesh receives its share of the arrays and nothing else.
 
+    Of several processes each reads what its devices hold, and forms some pieces of the digest.
+
     Raises:
         UserError: as `source.block`. Reads that are already running finish; no new one starts.
     """
@@ -84,17 +91,23 @@ def load_stacks(
             params |= jax.tree.map(jnp.asarray, placement.place({f"{path}.places": places}))
     # The top level first: it holds NF4's table, which a checkpoint that is recoded needs for its layers.
     made_on_device = isinstance(source, MadeOnDevice) and placement.mesh.size == 1  # several devices share no piece
-    read = partial(_read, source, made_on_device, digest)
+    processes = Processes.running()
+    if processes.count == 1:
+        read: Callable[[int | None], Block | Portions] = partial(_read, source, made_on_device, digest)
+    else:
+        read = partial(read_share, source, placement, processes, digest)
     top = read(None)
     params |= {
         path: value if path in on_host else jnp.asarray(value) for path, value in placement.place(top.arrays).items()
     }
+    if readers is None and processes.count > 1:
+        readers = _SHARED_READERS
     if readers is None:
         readers = _GPU_READERS if made_on_device and jax.default_backend() != "cpu" else READERS
     pool = ThreadPoolExecutor(readers, thread_name_prefix="read-layer")
     try:
         todo = iter(range(config.num_hidden_layers))
-        reading: deque[Future[Block]] = deque(pool.submit(read, layer) for layer in islice(todo, readers))
+        reading: deque[Future[Block | Portions]] = deque(pool.submit(read, layer) for layer in islice(todo, readers))
         while reading:
             block = reading.popleft().result()
             assert block.layer is not None
@@ -116,7 +129,7 @@ def load_stacks(
     return params
 
 
-def _filled(stack: Array, arrays: Mapping[str, Any], block: Block, path: str, slot: int) -> Array:
+def _filled(stack: Array, arrays: Mapping[str, Any], block: Block | Portions, path: str, slot: int) -> Array:
     """The stack with the array `path` of a block in place; `arrays` are the block's, where they lie on the mesh."""
     if path in arrays:
         return _fill(stack, arrays[path], slot)
@@ -132,3 +145,44 @@ def _read(source: Any, made_on_device: bool, digest: WeightsDigest | None, layer
     if digest is not None:
         digest.add(block)
     return block
+
+
+def shares_of(
+    source: Checkpoint, placement: Placement, processes: Processes, layer: int | None, *, digested: bool = True
+) -> dict[str, tuple[jax.ShapeDtypeStruct, Share]]:
+    """Path -> the shape and dtype of an array of a layer, or of the top level (None), and what this process reads of
+    it."""
+    stacks = stack_shapes(source.config, source)
+    if layer is None:
+        arrays = {path: stacks[path] for path in top_level_paths(source.config, source.quantization)}
+        specs = placement.specs(arrays)
+    else:
+        paths = [path for path, _ in layer_paths(source.config, layer, source.quantization)]
+        arrays = {path: jax.ShapeDtypeStruct(stacks[path].shape[1:], stacks[path].dtype) for path in paths}
+        specs = placement.layer_specs(arrays)
+    turn = -1 if layer is None else layer
+    return {
+        path: (array, share(placement.sharding(specs[path]), array, processes, turn, digested=digested))
+        for path, array in arrays.items()
+    }
+
+
+def read_share(
+    source: Checkpoint, placement: Placement, processes: Processes, digest: WeightsDigest | None, layer: int | None
+) -> Portions:
+    """What the devices of this process hold of a layer, or of the top level (None). The checkpoint can be read in
+    parts. `digest` collects the pieces that this process forms.
+
+    Raises:
+        UserError: as `source.parts`.
+    """
+    assert isinstance(source, ReadInParts)
+    shares = shares_of(source, placement, processes, layer, digested=digest is not None)
+    found = source.parts(layer, {path: share.boxes for path, (_, share) in shares.items()})
+    portions = {path: Portion(array.shape, share.held, found.arrays[path]) for path, (array, share) in shares.items()}
+    if digest is not None:
+        for path, (array, share) in shares.items():
+            pieces = {number: [portions[path].box(box) for box in piece] for number, piece in share.pieces.items()}
+            place = path, -1 if layer is None else layer
+            digest.add_pieces(place, array, pieces, f"{found.where}: {path}", found.digests.get(path))
+    return Portions(layer, portions, {})

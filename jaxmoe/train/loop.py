@@ -25,6 +25,7 @@ from jaxmoe import stopping
 from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import TrainingProgress, reading_weights
 from jaxmoe.data.packing import Batch
+from jaxmoe.distributed.collectives import exchange
 from jaxmoe.errors import UserError
 from jaxmoe.memory import moments_on_host
 from jaxmoe.model.interface import Params
@@ -144,7 +145,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
 
 def _read_weights(plan: Plan) -> tuple[Params, Params, str | None]:
     """The frozen and the trainable arrays, and the digest of what was read; None for random weights."""
-    with reading_weights() as on_layer, WeightsDigest() as digest:
+    with reading_weights() as on_layer, WeightsDigest(exchange) as digest:
         weights = plan.source.load(on_layer, digest, plan.on_host)
         return *weights, combined(digest.parts()) if plan.source.from_folder else None
 
