@@ -35,6 +35,8 @@ Remat = Literal["fast", "balanced", "low-memory", "offload"]
 ROOM = 0.96  # share of JAX's pool on a GPU that a forecast may fill; forecasts are 0 to 4 % above what a step holds
 HOST_ROOM = 0.9  # share of a CPU's memory that it may fill: other programs need some, too
 LARGE_MOMENTS = 2**29  # bytes of AdamW's moments that "offload" holds in the host's memory; smaller ones stay
+LossName = Literal["next-token", "dpo", "orpo"]  # what training minimises
+LOSSES_OVER_PAIRS = ("dpo", "orpo")  # they compare two sequences, a chosen and a rejected answer
 Attention = Literal["cudnn", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "tiled"]  # names of the grouped matmul there
 CONTEXT_TILE = 512  # tokens that meet at a time on a `context` axis, as in jaxmoe.ops.attention_context
@@ -94,7 +96,7 @@ class Workload:
     Attributes:
         config: the model.
         lora: the adapters, the only parameters that are trained; None: in training all parameters are.
-        batch_size: sequences of a micro-batch.
+        batch_size: sequences of a micro-batch; with `pairs`, pairs of sequences.
         seq_length: tokens per sequence; in generation prompt and answer together.
         dtype: of the frozen parameters and of the computation. Trained parameters are float32.
         accumulation: micro-batches per step. Several need memory for a sum, in addition to the gradients of one.
@@ -105,6 +107,7 @@ class Workload:
         experts: the implementation of the experts' products (`jaxmoe.ops.experts.implementation`).
         packed: a sequence may hold several documents.
         mesh: the devices that share a step; the forecast is for one of them, and `batch_size` counts its own sequences.
+        pairs: the loss compares answers, each in a sequence of its own.
     """
 
     config: Qwen3MoeConfig
@@ -120,11 +123,12 @@ class Workload:
     packed: bool = True
     quantization: Quantization | None = None
     mesh: MeshShape = ONE_DEVICE
+    pairs: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch on this device."""
-        return self.batch_size * self.seq_length // self.mesh.context
+        return self.batch_size * self.seq_length * (2 if self.pairs else 1) // self.mesh.context
 
     @property
     def size(self) -> int:

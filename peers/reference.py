@@ -227,6 +227,10 @@ class Reference:
 
     def _add_adapters(self, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:
         get_peft_model(self.model, peft_config(lora))  # in place
+        self.set_adapters(adapters)
+
+    def set_adapters(self, adapters: Mapping[str, np.ndarray]) -> None:
+        """Gives the adapters, which PEFT has made, these weights under the paths of `jaxmoe`."""
         with torch.no_grad():
             for path, slot, parameter, experts in self._adapter_parameters():
                 parameter.copy_(_pack(torch.from_numpy(adapters[path][slot]), path, experts))

@@ -231,6 +231,14 @@ def test_the_forecast_is_a_little_above_what_a_compiled_step_holds(case: tuple[A
     assert 1 <= total / int(done.stdout) < 1.04
 
 
+def test_a_pair_counts_as_two_sequences() -> None:
+    pairs = memory.Workload(SMALL, LORA, 3, 64, "bfloat16", pairs=True)
+    assert memory.training_forecast(pairs) == memory.training_forecast(replace(pairs, batch_size=6, pairs=False))
+    options = doctor.DoctorConfig(model="qwen3-30b-a3b", seq_length=4096)
+    alone, paired = (doctor.forecast(replace(options, loss=loss))["training"].total for loss in ("next-token", "dpo"))
+    assert paired > alone
+
+
 def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
     assert memory.CUDNN_SEQUENCES == cudnn.MAX_PIECES
     assert memory.MOSAIC_ROWS == HOPPER.tile_rows(1, 1) == HOPPER.tile_rows(65536, 128)

@@ -184,7 +184,7 @@ def test_evaluation_uses_the_loss_that_it_is_given() -> None:
         summed, found = evaluate(frozen, adapters, sequences)
         assert float(found) == weight
         expected = float(run((Term(loss),), 1).loss)
-        assert float(summed / found) == pytest.approx(expected, rel=bound("accumulation"))
+        assert float(summed.loss / found) == pytest.approx(expected, rel=bound("accumulation"))
     with pytest.raises(
         ValueError, match=r"^loss: expected one without totals to evaluate, found one that needs router"
     ):

@@ -16,7 +16,7 @@ from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import loop, speed
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.speed import Arrivals, Arrived, Speed
-from jaxmoe.train.step import StepMetrics
+from jaxmoe.train.step import EvalSums, StepMetrics
 from peers.make_checkpoint import TINY, make_checkpoint
 from tests.test_train import write_records
 from tests.tolerances import bound
@@ -78,7 +78,7 @@ class Device:
 
     def eval_step(self, frozen: Any, trainable: Any, batch: Any) -> tuple[Any, Any]:
         late = Late(1.0, self.work(5 * STEP_SECONDS), self._clock)
-        return late, late
+        return EvalSums(late, {}), late
 
 
 @pytest.fixture(scope="module")

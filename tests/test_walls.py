@@ -66,12 +66,14 @@ MODULES: dict[str, set[str]] = {
     ),
     "data": _under(
         "jaxmoe.data",
-        ". chat chat_flags compressed datasets_library extra forms inputs json_records packing raw record_forms records"
-        " tables",
+        ". chat chat_flags compressed datasets_library extra forms inputs json_records packing pairs raw record_forms"
+        " records tables",
     ),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "train": _under(
-        "jaxmoe.train", ". best export host_memory identity loop loss metrics prepare settings speed step trackers"
+        "jaxmoe.train",
+        ". best export host_memory identity log_probs loop loss metrics preferences prepare reference settings speed"
+        " step trackers",
     ),
     "generate": _under(
         "jaxmoe.generate",

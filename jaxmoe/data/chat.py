@@ -168,6 +168,22 @@ def check_template(tokenizer: Any, where: str, otherwise: str) -> None:
         raise UserError(f"{where}: expected a tokenizer with a chat template, found none; {way_out}")
 
 
+def chat_text(
+    messages: Sequence[dict[str, Any]],
+    tools: list[Any] | None,
+    tokenizer: Any,
+    settings: ChatSettings = AS_WRITTEN,
+    *,
+    to_continue: bool = False,
+) -> str:
+    """A conversation as the chat template renders it; `to_continue` appends the generation prompt.
+
+    Raises:
+        UserError: the chat template rejects the messages or the arguments.
+    """
+    return _rendered(messages, tools, tokenizer, settings, add_generation_prompt=to_continue).text
+
+
 def check_messages(messages: Any, tools: Any = None) -> None:
     """Raises UserError unless these are the messages of a conversation, and objects that describe tools or None."""
     if not isinstance(messages, list):

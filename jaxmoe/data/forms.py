@@ -71,7 +71,7 @@ def unread_record(keys: Iterable[str]) -> str:
     """What a record with these keys is, with a way to convert it; empty if the keys tell nothing."""
     found = set(keys)
     if {"chosen", "rejected"} <= found:
-        return "pairs of answers: only one answer per record can be learned"
+        return "pairs of answers: --loss dpo or --loss orpo learns from them"
     for prompt, answer in (("question", "answer"), ("query", "response"), ("prompt", "response"), ("input", "output")):
         if {prompt, answer} <= found:
             return f'write "prompt" ({prompt}) and "completion" ({answer})'

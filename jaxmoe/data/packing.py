@@ -4,6 +4,9 @@ A document is a record, or a piece of a long one, that fits into one sequence. A
 several documents, one after the other, then padding. Which documents share a sequence, and in which order the sequences
 come, depends only on (records, seed, epoch). The batch of a step depends only on (records, seed, step), so a run that
 resumes at a step sees the same batches as one that never stopped.
+
+Preference pairs fill pairs of sequences: document s of a sequence with an even number in the batch is the chosen side
+of a pair, document s of the next sequence its rejected side.
 """
 
 from __future__ import annotations
@@ -22,11 +25,25 @@ _WINDOW = 1024  # documents; enough to fill sequences, few enough that every epo
 
 
 class Document(NamedTuple):
-    """A record, or a piece of one, that fits into one sequence: `labels[i]` is the token that follows `inputs[i]`."""
+    """A record, or a piece of one, that fits into one sequence: `labels[i]` is the token that follows `inputs[i]`.
+
+    Of a preference pair this is the chosen side, and `rejected` the other one.
+    """
 
     inputs: Int32[np.ndarray, " n"]
     labels: Int32[np.ndarray, " n"]
     weights: Float32[np.ndarray, " n"]
+    rejected: Document | None = None
+
+    @property
+    def sides(self) -> tuple[Document, ...]:
+        """The document itself, and the rejected side of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def length(self) -> int:
+        """Tokens that it needs of a sequence; of a pair the longer side decides."""
+        return max(len(side.inputs) for side in self.sides)
 
 
 class Cut(NamedTuple):
@@ -55,7 +72,8 @@ class Batch(NamedTuple):
 
     A document has one segment id (1, 2, ... within its sequence) and positions that start at 0. `labels` is the next
     token of the same document. `experts`, if given, replays a captured routing: the k experts of each token in each MoE
-    layer, -1 where the model chooses. Arrays are NumPy here and JAX within a step.
+    layer, -1 where the model chooses. `reference`, if given, sums over a document to the log-probability that a
+    reference model gives to its learned tokens. Arrays are NumPy here and JAX within a step.
     """
 
     input_ids: Int32[Any, "*lead T"]
@@ -64,6 +82,7 @@ class Batch(NamedTuple):
     segment_ids: Int32[Any, "*lead T"]
     position_ids: Int32[Any, "*lead T"]
     experts: Int16[Any, "*lead T Ls k"] | None = None
+    reference: Float32[Any, "*lead T"] | None = None
 
 
 def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut]:
@@ -73,6 +92,10 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
     see none before it). A longer conversation, or a longer prompt with its completion, is truncated at its end. Tokens
     after the last one to learn are left out. A record without a token to learn is dropped.
 
+    Of a preference pair each side keeps its first `seq_length` tokens, the last one included although nothing follows
+    it, and a pair whose prompt leaves no room for an answer is dropped, as in TRL 1.16 (`max_length` with
+    `truncation_mode="keep_start"`).
+
     Raises:
         UserError: every record is longer than `seq_length` before its first token to learn.
     """
@@ -80,6 +103,12 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
     documents: list[Document] = []
     split = truncated = dropped = 0
     for record in records:
+        if record.rejected is not None:
+            pair = _cut_pair(record, seq_length)
+            truncated += max(len(side.tokens) for side in record.sides) > seq_length
+            dropped += pair is None
+            documents += [pair] if pair is not None else []
+            continue
         inputs, labels, weights = record.tokens[:-1], record.tokens[1:], record.weights[1:]
         learned = np.flatnonzero(weights)
         length = int(learned[-1]) + 1 if len(learned) else 0
@@ -97,6 +126,19 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
     if records and not documents:
         raise UserError(_nothing_fits(records, seq_length))
     return documents, Cut(split, truncated, dropped)
+
+
+def _cut_pair(record: Record, seq_length: int) -> Document | None:
+    """Both sides of a pair; None if one of them has no token to learn."""
+    chosen, rejected = (_from_the_start(side, seq_length) for side in record.sides)
+    if not (chosen.weights.any() and rejected.weights.any()):
+        return None
+    return chosen._replace(rejected=rejected)
+
+
+def _from_the_start(record: Record, seq_length: int) -> Document:
+    tokens, weights = record.tokens[:seq_length], record.weights[1:seq_length]
+    return Document(tokens, np.append(tokens[1:], np.int32(0)), np.append(weights, np.float32(0)))
 
 
 def _nothing_fits(records: Sequence[Record], seq_length: int) -> str:
@@ -138,7 +180,8 @@ class Sequences:
     """A stream of packed sequences, endless or `epochs` long, read in batches.
 
     Every epoch holds every document exactly once. A batch may hold the end of one epoch and the start of the next.
-    After the last epoch, sequences are empty.
+    After the last epoch, sequences are empty. Where the documents are preference pairs, a sequence stands for two lines
+    of a batch, which lie next to each other.
     """
 
     def __init__(
@@ -150,15 +193,27 @@ class Sequences:
         pack: bool = True,
         shuffle: bool = True,
         epochs: int | None = None,
+        reference: Float32[np.ndarray, "documents 2"] | None = None,
     ) -> None:
+        """`reference` holds what a reference model says of the sides of each pair; it may be filled in later."""
         if not documents:
             raise UserError("data: expected at least one record with a token to learn, found none")
         self.seq_length = seq_length
+        self.reference = reference
         self._documents = documents
-        self._lengths = [len(document.inputs) for document in documents]
+        self._lengths = [document.length for document in documents]
         self._seed, self._pack, self._shuffle, self._epochs = seed, pack, shuffle, epochs
         self._ends: list[int] = []  # sequences up to and including each epoch planned so far
         self._plans: dict[int, list[list[int]]] = {}
+
+    @property
+    def count_of_documents(self) -> int:
+        """How many documents an epoch holds."""
+        return len(self._documents)
+
+    def in_order(self) -> Sequences:
+        """One epoch of the same documents, not shuffled and without a reference."""
+        return Sequences(self._documents, self.seq_length, pack=self._pack, shuffle=False, epochs=1)
 
     @property
     def packed(self) -> bool:
@@ -190,25 +245,40 @@ class Sequences:
         return -(-self.count(epochs) // per_step)
 
     def batch(self, step: int, shape: tuple[int, ...]) -> Batch:
-        """Batch number `step` (from 0) with leading axes `shape`, for instance (accumulation, B)."""
+        """Batch number `step` (from 0) with leading axes `shape`, for instance (accumulation, B); of pairs, 2 B."""
+        sides = len(self._documents[0].sides)
+        shape = (*shape[:-1], shape[-1] * sides)
         size = int(np.prod(shape))
+        floats = {"weights"} if self.reference is None else {"weights", "reference"}
         arrays: dict[str, np.ndarray] = {
-            name: np.zeros((size, self.seq_length), np.float32 if name == "weights" else np.int32)
+            name: np.zeros((size, self.seq_length), np.float32 if name in floats else np.int32)
             for name in Batch._fields
-            if name != "experts"
+            if name not in {"experts", "reference"} - floats
         }
-        for slot, indices in enumerate(self._plan(step * size, (step + 1) * size)):
-            at = 0
-            for number, index in enumerate(indices, start=1):
-                document = self._documents[index]
-                span = slice(at, at + len(document.inputs))
-                arrays["input_ids"][slot, span] = document.inputs
-                arrays["labels"][slot, span] = document.labels
-                arrays["weights"][slot, span] = document.weights
-                arrays["segment_ids"][slot, span] = number
-                arrays["position_ids"][slot, span] = np.arange(len(document.inputs))
-                at = span.stop
+        for slot, indices in enumerate(self.plan(step, size // sides)):
+            for side in range(sides):
+                self._fill({name: array[slot * sides + side] for name, array in arrays.items()}, indices, side)
         return Batch(**{name: array.reshape(*shape, self.seq_length) for name, array in arrays.items()})
+
+    def _fill(self, line: dict[str, np.ndarray], indices: list[int], side: int) -> None:
+        """Writes one side of the documents `indices` into a line of a batch."""
+        at = 0
+        for number, index in enumerate(indices, start=1):
+            document = self._documents[index].sides[side]
+            span = slice(at, at + len(document.inputs))
+            line["input_ids"][span] = document.inputs
+            line["labels"][span] = document.labels
+            line["weights"][span] = document.weights
+            line["segment_ids"][span] = number
+            line["position_ids"][span] = np.arange(len(document.inputs))
+            if self.reference is not None:
+                line["reference"][at] = self.reference[index, side]
+            at = span.stop
+
+    def plan(self, step: int, size: int) -> Iterator[list[int]]:
+        """The sequences of batch number `step` of `size` sequences, each a list of indices of documents; fewer after
+        the last epoch."""
+        return self._plan(step * size, (step + 1) * size)
 
     def _plan(self, start: int, stop: int) -> Iterator[list[int]]:
         """Sequences `start` to `stop` of the stream, each a list of indices of documents."""

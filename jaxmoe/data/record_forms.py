@@ -59,7 +59,7 @@ def recognised(raw: Any, among: Sequence[RecordForm] | None = None) -> Recognise
     # A column that should hold something and holds null is named by the form that needs it.
     form = _first(among, present) or _first(among, set(raw))
     if form is None:
-        raise UserError(_unknown(raw))
+        raise UserError(_unknown(raw) if among is FORMS else _no_pair(raw))
     ignored = tuple(name for name in raw if name in present and name not in form.known)
     needed = {name: raw[name] for name in form.known if name in present or (name in form.columns and name in raw)}
     return Recognised(form.read(needed), form, ignored)
@@ -69,12 +69,20 @@ def _first(among: Iterable[RecordForm], columns: set[str]) -> RecordForm | None:
     return next((form for form in among if columns.issuperset(form.columns)), None)
 
 
+def _no_pair(raw: Columns) -> str:
+    wanted = 'the keys "chosen" and "rejected" (and "prompt"), since the loss compares answers'
+    return f"expected {wanted}; found {_keys(raw)}"
+
+
+def _keys(raw: Columns) -> str:
+    return ", ".join(json.dumps(key) for key in list(raw)[:20]) or "none"
+
+
 def _unknown(raw: Columns) -> str:
-    found = ", ".join(json.dumps(key) for key in list(raw)[:20]) or "none"
     advice = forms.unread_record(raw)
     return (
         'expected the keys "messages" (and "tools"), "conversations", "prompt" and "completion", "instruction" and '
-        f'"output", or "text"; found {found}{f" ({advice})" if advice else ""}'
+        f'"output", or "text"; found {_keys(raw)}{f" ({advice})" if advice else ""}'
     )
 
 
@@ -86,11 +94,15 @@ def _conversation(record: Columns, column: str) -> Columns:
     turns = record[column]
     if not isinstance(turns, list):
         raise UserError(f"{column}: expected a list, found {kind_of(turns)}")
-    messages = [_without_weight(_present(_turn(turn, n)), f"message {n}: ") for n, turn in enumerate(turns, 1)]
+    messages = _messages(turns)
     system = record.get("system")
     if system is not None and text_field(record, "system") and all(_role(each) != "system" for each in messages):
         messages = [{"role": "system", "content": system}, *messages]
     return {"messages": messages} | _tools(record)
+
+
+def _messages(turns: list[Any]) -> list[Any]:
+    return [_without_weight(_present(_turn(turn, n)), f"message {n}: ") for n, turn in enumerate(turns, 1)]
 
 
 def _role(message: Any) -> Any:
@@ -189,6 +201,21 @@ def _alpaca(record: Columns) -> Columns:
     return {"messages": messages}
 
 
+def _pair(record: Columns) -> Columns:
+    """A preference pair with lists of messages in place of turns; strings stay strings. Beside ShareGPT's
+    `conversations` the answers are one turn each."""
+    columns = {"prompt": record.get("conversations")} | record
+    read: Columns = {}
+    for name in ("prompt", "chosen", "rejected"):
+        value = columns[name]
+        value = [value] if isinstance(value, dict) else value
+        try:
+            read[name] = _messages(value) if isinstance(value, list) else value
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    return read | _tools(record)
+
+
 def _as_it_is(record: Columns) -> Columns:
     return record
 
@@ -205,6 +232,11 @@ FORMS: tuple[RecordForm, ...] = (
     RecordForm("prompt and completion", ("prompt", "completion"), _as_it_is),
     RecordForm("Alpaca's instructions", ("instruction", "output"), _alpaca, ("input", "system", "history")),
     RecordForm("text", ("text",), _as_it_is),
+)
+
+# The form for losses over pairs of answers.
+PAIRS: tuple[RecordForm, ...] = (
+    RecordForm("preference pair", ("chosen", "rejected"), _pair, ("prompt", "conversations", "tools")),
 )
 
 # Columns that some reader of records wants beside those of `FORMS`: captures the domain, preferences the pairs.

@@ -2,7 +2,7 @@
 
 A record has one of the forms in `jaxmoe.data.record_forms`. A conversation is rendered by the checkpoint's own chat
 template with the loss on the assistant's turns; a prompt with its completion has the loss on the completion; a text
-has it on every token.
+has it on every token. A preference pair has it on both answers (`jaxmoe.data.pairs`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from jaxtyping import Float32, Int32
 
 from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, Piece, conversation_pieces, text_field
 from jaxmoe.data.inputs import opened
+from jaxmoe.data.pairs import PairTexts, pair_texts
 from jaxmoe.data.raw import Input
-from jaxmoe.data.record_forms import Columns, recognised
+from jaxmoe.data.record_forms import PAIRS, Columns, recognised
 from jaxmoe.errors import UserError, printable
 
 _TOGETHER = 2**20  # bytes of records whose texts are encoded in one call: enough for many cores, little memory
@@ -34,12 +35,19 @@ class Record:
     """One tokenised record: `weights[i]` is the loss weight of predicting `tokens[i]` from the tokens before it.
 
     `splittable` says what happens to a record that is longer than a sequence: it is cut into several documents (text)
-    or truncated (everything else).
+    or truncated (everything else). A preference pair is the chosen answer with its prompt, and in `rejected` the other
+    answer with the same prompt.
     """
 
     tokens: Int32[np.ndarray, " n"]
     weights: Float32[np.ndarray, " n"]
     splittable: bool
+    rejected: Record | None = None
+
+    @property
+    def sides(self) -> tuple[Record, ...]:
+        """The record itself, and the rejected answer of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
 
 OnRead = Callable[[int, int | None, int], None]  # how much is read, of how much in all if known, records so far
@@ -47,15 +55,17 @@ OnRead = Callable[[int, int | None, int], None]  # how much is read, of how much
 
 @dataclass(frozen=True)
 class Tokenising:
-    """What turns a record into tokens: the tokenizer, the model's number of tokens, how conversations are rendered."""
+    """What turns a record into tokens: the tokenizer, the model's number of tokens, how conversations are rendered, and
+    whether the records are preference pairs."""
 
     tokenizer: Any
     vocab_size: int
     settings: ChatSettings = AS_WRITTEN
+    pairs: bool = False
 
     def check(self, record: Record, where: str) -> None:
         """Raises UserError, which starts with `where`, if the record has a token that the model does not know."""
-        if (largest := int(record.tokens.max())) >= self.vocab_size:
+        if (largest := max(int(side.tokens.max()) for side in record.sides)) >= self.vocab_size:
             wanted = f"token ids below the model's vocab_size {self.vocab_size}"
             raise UserError(f"{where}: expected {wanted}, found {largest}")
 
@@ -66,14 +76,17 @@ def read_records(
     vocab_size: int,
     on_read: OnRead = lambda *_: None,
     settings: ChatSettings = AS_WRITTEN,
+    *,
+    pairs: bool = False,
 ) -> list[Record]:
     """Every record of a file, a folder or a data set (`jaxmoe.data.inputs`), tokenised. `on_read` reports progress;
-    `settings` say how conversations are rendered. A notice names columns that are not used.
+    `settings` say how conversations are rendered; with `pairs` the records are preference pairs. A notice names columns
+    that are not used.
 
     Raises:
         UserError: there is no such file, it holds no record, or a record is bad (the message starts with its place).
     """
-    return read_input(opened(path), Tokenising(tokenizer, vocab_size, settings), on_read)
+    return read_input(opened(path), Tokenising(tokenizer, vocab_size, settings, pairs), on_read)
 
 
 def read_input(source: Input, how: Tokenising, on_read: OnRead = lambda *_: None) -> list[Record]:
@@ -118,7 +131,7 @@ def tokenised(source: Input, how: Tokenising, ignored: Ignored, first: int = 0) 
     Raises:
         UserError: a record is bad. An error in an earlier record is raised first.
     """
-    waiting: list[tuple[str, _Draft]] = []
+    waiting: list[tuple[str, _Draft | _PairDraft]] = []
     size = done = 0
 
     def encode() -> list[Record]:
@@ -131,7 +144,7 @@ def tokenised(source: Input, how: Tokenising, ignored: Ignored, first: int = 0) 
     try:
         for raw in source.read(first):
             try:
-                found = recognised(raw.value)
+                found = recognised(raw.value, PAIRS if how.pairs else None)
                 waiting.append((raw.where, _draft(found.record, how.tokenizer, how.settings)))
             except UserError as error:
                 raise UserError(f"{raw.where}: {error}") from None
@@ -181,10 +194,10 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
 def digest(records: Iterable[Record]) -> str:
     """SHA-256 over tokens and weights: equal if two runs would train on the same data in the same order."""
     total = hashlib.sha256()
-    for record in records:
-        total.update(len(record.tokens).to_bytes(8, "little"))
-        total.update(record.tokens.tobytes())
-        total.update(record.weights.tobytes())
+    for side in (side for record in records for side in record.sides):
+        total.update(len(side.tokens).to_bytes(8, "little"))
+        total.update(side.tokens.tobytes())
+        total.update(side.weights.tobytes())
     return total.hexdigest()
 
 
@@ -195,9 +208,55 @@ class _Draft(NamedTuple):
     pieces: list[Piece]
     splittable: bool = False
 
+    def texts(self) -> list[str]:
+        """What is to be encoded."""
+        return [piece for piece, _ in self.pieces if isinstance(piece, str)]
 
-def _draft(record: Columns, tokenizer: Any, settings: ChatSettings) -> _Draft:
-    """A record in one of the three forms that are tokenised."""
+    def record(self, encoded: Iterator[list[int]]) -> Record:
+        """The record, from the tokens of its texts."""
+        tokens: list[int] = []
+        weights: list[float] = []
+        for piece, weight in self.pieces:
+            ids = next(encoded) if isinstance(piece, str) else piece
+            tokens += ids
+            weights += [weight] * len(ids)
+        return _record(tokens, weights, splittable=self.splittable)
+
+
+class _PairDraft(NamedTuple):
+    """A preference pair whose texts are not yet encoded. An answer is encoded together with its prompt and begins where
+    the tokens of the prompt alone end, or where they first differ, as in TRL."""
+
+    pair: PairTexts
+
+    def texts(self) -> list[str]:
+        """What is to be encoded."""
+        return [*self.pair]
+
+    def record(self, encoded: Iterator[list[int]]) -> Record:
+        """The record, from the tokens of its texts."""
+        prompt, chosen, rejected = (next(encoded) for _ in self.pair)
+        shared = min(_shared(prompt, answer) for answer in (chosen, rejected))
+        weights = lambda answer: [0.0] * shared + [1.0] * (len(answer) - shared)
+        return _record(chosen, weights(chosen), rejected=_record(rejected, weights(rejected)))
+
+
+def _record(
+    tokens: list[int], weights: list[float], *, splittable: bool = False, rejected: Record | None = None
+) -> Record:
+    return Record(np.asarray(tokens, np.int32), np.asarray(weights, np.float32), splittable, rejected)
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """How many tokens both begin with."""
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
+
+
+def _draft(record: Columns, tokenizer: Any, settings: ChatSettings) -> _Draft | _PairDraft:
+    """A record in one of the forms that are tokenised."""
+    if "chosen" in record:
+        return _PairDraft(pair_texts(record, tokenizer, settings))
     if "messages" in record:
         return _Draft(conversation_pieces(record["messages"], record.get("tools"), tokenizer, settings))
     if "prompt" in record:
@@ -213,19 +272,10 @@ def _ended(text: str, tokenizer: Any) -> list[Piece]:
     return [(text, 1.0), ([tokenizer.eos_token_id], 1.0)]
 
 
-def _encode(drafts: Sequence[_Draft], tokenizer: Any) -> Iterator[Record]:
+def _encode(drafts: Sequence[_Draft | _PairDraft], tokenizer: Any) -> Iterator[Record]:
     """The records, with all texts encoded in one call, which uses all cores."""
-    texts = [piece for draft in drafts for piece, _ in draft.pieces if piece and isinstance(piece, str)]
+    texts = [text for draft in drafts for text in draft.texts()]
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
     encoded = iter(tokenizer(texts, **options)["input_ids"] if texts else [])
     for draft in drafts:
-        tokens: list[int] = []
-        weights: list[float] = []
-        for piece, weight in draft.pieces:
-            if isinstance(piece, str):
-                ids = next(encoded) if piece else []
-            else:
-                ids = piece
-            tokens += ids
-            weights += [weight] * len(ids)
-        yield Record(np.asarray(tokens, np.int32), np.asarray(weights, np.float32), draft.splittable)
+        yield draft.record(encoded)

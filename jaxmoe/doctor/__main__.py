@@ -68,9 +68,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         return [*lines, "", "To see what fits, name a model: --model qwen3-30b-a3b (needs no download)"]
     plan = found["forecast"]
     dtype = f"{plan['dtype']} with weights in {plan['quantize']}" if plan["quantize"] else plan["dtype"]
+    pairs = ", in pairs" if plan["loss"] in memory.LOSSES_OVER_PAIRS else ""
     lines += [
         "",
-        f"Memory of {plan['model']} in {dtype}, {plan['batch_size']} x {plan['seq_length']} tokens",
+        f"Memory of {plan['model']} in {dtype}, {plan['batch_size']} x {plan['seq_length']} tokens{pairs}",
         f"  {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active per token, "
         f"{plan['trained_parameters']:,} trained",
     ]

@@ -15,6 +15,7 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_confi
 from jaxmoe.doctor import cards
 from jaxmoe.errors import UserError
 from jaxmoe.lora import modules_to_save
+from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName
 from jaxmoe.parameters import Quantization
 from jaxmoe.presets import PRESETS
 from jaxmoe.store.converted import is_converted
@@ -47,6 +48,9 @@ class DoctorConfig:
     )
     batch_size: int = field(default=1, metadata={"help": "sequences per micro-batch"})
     seq_length: int = field(default=2048, metadata={"help": "tokens per sequence"})
+    loss: LossName = field(
+        default="next-token", metadata={"help": "dpo and orpo hold two sequences, a pair, for each one of --batch-size"}
+    )
     accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "dtype of the parameters and of the computation"}
@@ -173,6 +177,7 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
         accumulation=options.accumulation,
         packed=options.pack,
         quantization=quantization,
+        pairs=options.loss in LOSSES_OVER_PAIRS,
         **selected,
     )
     training = memory.training_forecasts(workload)
@@ -183,6 +188,7 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
         "active_parameters": memory.active_parameter_count(config),
         "trained_parameters": memory.adapter_count(config, trained) if trained else parameters,
         **shape,
+        "loss": options.loss,
         "training": training["low-memory"],
         "training_by_remat": {remat: plan.total for remat, plan in training.items()},
         "generation": memory.generation_forecast(workload),
@@ -206,6 +212,7 @@ def on_cards(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[car
             options.dtype,
             accumulation=options.accumulation,
             packed=options.pack,
+            pairs=options.loss in LOSSES_OVER_PAIRS,
         )
         found[model] = work, list(cards.rows(work))
     return found

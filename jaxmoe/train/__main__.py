@@ -61,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s, wrote {settings.output}")
     if summary["eval_loss"] is not None:
         before, after = summary["eval_loss_before"], summary["eval_loss"]
-        perplexities = f"perplexity {_perplexity(before):.2f} -> {_perplexity(after):.2f}"
-        print(f"held-out loss {before:.4f} -> {after:.4f} ({perplexities})")
+        perplexities = f" (perplexity {_perplexity(before):.2f} -> {_perplexity(after):.2f})"
+        print(f"held-out loss {before:.4f} -> {after:.4f}{'' if settings.learns_from_pairs else perplexities}")
     if settings.keep_best and summary["best_step"] is not None:
         print(f"written: step {summary['best_step']}, with the lowest held-out loss, {summary['best_eval_loss']:.4f}")
     return 0

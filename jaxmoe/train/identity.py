@@ -31,7 +31,11 @@ from jaxmoe.train.trackers import TRACKERS_FILE
 
 RUN_FILE = "train_config.json"
 CONFIG_FILE = "run.toml"
-FILES_OF_A_START = {RUN_FILE, CONFIG_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", TRACKERS_FILE, "checkpoints"}
+REFERENCE_FILE = "reference.safetensors"  # "data" and "eval_data": float32 [pairs, 2], of chosen and rejected answers
+FILES_OF_A_START = {
+    *(RUN_FILE, CONFIG_FILE, REFERENCE_FILE, "metrics.jsonl", "metrics.tmp", "tensorboard", TRACKERS_FILE),
+    "checkpoints",
+}
 _ONLY_MORE = ("max_steps",)  # steps that are done are not undone
 CONTENT = ("model", "data", "eval_data")  # entries that hold digests, which tell a user nothing
 Identity = dict[str, Any]  # entry -> what JSON can hold

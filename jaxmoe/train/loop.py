@@ -50,9 +50,11 @@ from jaxmoe.train.identity import (
 )
 from jaxmoe.train.metrics import MetricsLog, device_load, expert_load
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
+from jaxmoe.train.reference import fill_in_reference
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.speed import Arrivals, Arrived, Speed
 from jaxmoe.train.step import (
+    EvalSums,
     StepMetrics,
     TrainState,
     adamw,
@@ -136,6 +138,8 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
             settings.output.mkdir(exist_ok=True)
             write_run_file(settings, identity)
         write_config_file(settings)
+        if settings.stores_reference:
+            fill_in_reference(plan, frozen, state.trainable)
         begin = Begin(start, partial(record_changes, settings, identity, changes), changes)
         state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, begin)
     if stopped_by is None:
@@ -285,7 +289,7 @@ class CompiledSteps:
         return self._train.result()
 
     @property
-    def eval_step(self) -> Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]:
+    def eval_step(self) -> Callable[[Params, Params, Batch], tuple[EvalSums, jax.Array]]:
         """See `make_eval_step`."""
         assert self._evaluate is not None
         return self._evaluate.result()
@@ -329,9 +333,10 @@ class Loop:
         total = self._plan.total_steps
         evaluates = self._plan.data.held_out is not None
         if first == 0 and evaluates:
-            before = self._evaluate(state)
+            numbers = self._evaluate(state)
+            before = numbers["eval_loss"]
             self.summary["eval_loss_before"] = self.summary["eval_loss"] = before
-            self._log.write({"step": 0, "eval_loss": before})
+            self._log.write({"step": 0} | numbers)
             self._progress.say(f"step 0/{total}  held-out loss {before:.4f}")
         train_step = self._compiled.train_step
         with Postponed() as signals:
@@ -379,14 +384,18 @@ class Loop:
         spared = self._best.step if self._plan.settings.keep_best else None
         self._checkpoints.save(step, state, metadata, spared=spared)
 
-    def _evaluate(self, state: TrainState) -> float:
-        """Mean loss over the held-out sequences, in nats for next tokens."""
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        """`eval_loss`, the mean loss over the held-out sequences (in nats for next tokens), and with `eval_` before
+        their names the means of what the loss reports besides."""
         parts = []
         for held_out in self._plan.held_out_batches():
             frozen, batch = self._plan.fed(self._frozen, held_out)
             parts.append(self._compiled.eval_step(frozen, state.trainable, batch))
-        losses, weights = zip(*jax.device_get(parts), strict=True)
-        return float(np.sum(losses, dtype=np.float64) / np.sum(weights, dtype=np.float64))
+        sums, weights = zip(*jax.device_get(parts), strict=True)
+        weight = np.sum(weights, dtype=np.float64)
+        mean = lambda values: float(np.sum(values, dtype=np.float64) / weight)
+        further = {f"eval_{name}": mean([each.further[name] for each in sums]) for name in sums[0].further}
+        return {"eval_loss": mean([each.loss for each in sums])} | further
 
     def _report(self, step: int, arrival: Future[Arrived], evaluate: TrainState | None = None) -> None:
         """Waits for a step's numbers, checks and logs them; evaluates first if given a state to evaluate."""
@@ -401,11 +410,13 @@ class Loop:
             "grad_norm": float(metrics.grad_norm),
             "tokens_per_second": speed,
             "aux_loss": float(metrics.aux_loss),
-            "eval_loss": self._evaluate(evaluate) if evaluate is not None else None,
+            "eval_loss": None,
             **expert_load(metrics.expert_counts),
             **device_load(metrics.expert_counts, self._plan.model.mesh.expert),
             **{name: float(value) for name, value in metrics.further.items()},
         }
+        if evaluate is not None:
+            numbers |= self._evaluate(evaluate)
         total, log_every = self._plan.total_steps, self._plan.settings.log_every
         logged = step in (1, total) or _due(step, log_every) or evaluate is not None
         if logged:

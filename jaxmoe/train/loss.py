@@ -1,6 +1,6 @@
 """What a training step minimises: losses as objects, and a cross-entropy that never holds the logits of all tokens.
 
-A step minimises a sum of `Term`s, each a loss and its coefficient (`next_token_objective` builds the usual ones). To
+A step minimises a sum of `Term`s, each a loss and its coefficient (`objective` builds the usual ones). To
 add a loss, write a class with the three members of `Loss` and hand it to `make_train_step`; the step stays as it is.
 """
 
@@ -27,8 +27,9 @@ class Outputs:
     """What a forward pass over B sequences of T tokens hands to a loss; it never includes the logits of all tokens.
 
     `hidden` are the states after the final norm and `head` the output projection, both in the model's dtype; `router`
-    holds the router's statistics. The last two are for `cross_entropy`: how many tokens' logits may exist at a time,
-    and whether the head is frozen, so that it needs no gradient.
+    holds the router's statistics. `chunk` and `frozen_head` are for `cross_entropy`: how many tokens' logits may exist
+    at a time, and whether the head is frozen, so that it needs no gradient. `reference` sums over a document to the
+    log-probability that the reference model gives to its learned tokens; None in a run without a reference.
     """
 
     hidden: Float[Array, "B T D"]
@@ -36,9 +37,18 @@ class Outputs:
     router: RouterStats
     chunk: int
     frozen_head: bool
+    reference: Float[Array, "B T"] | None = None
 
 
-Total = Callable[[Outputs, Batch], PyTree]  # what one micro-batch adds to a total
+@dataclass(frozen=True)
+class BatchTotal:
+    """A total that is computed from the whole batch alone, without a forward pass."""
+
+    of: Callable[[Batch], PyTree]
+
+
+OfOutputs = Callable[[Outputs, Batch], PyTree]  # what one micro-batch adds to a total
+Total = OfOutputs | BatchTotal
 
 
 @runtime_checkable
@@ -46,8 +56,8 @@ class Loss(Protocol):
     """A loss that is a sum over a batch divided by the batch's weight, so that micro-batches add up to it.
 
     `needs` names the totals over the whole batch that the loss reads, and says what each micro-batch adds to them. If
-    the batch has several micro-batches, a first forward pass collects the totals; with one there is no such pass.
-    Totals carry no gradient.
+    the batch has several micro-batches, a first forward pass collects the totals; with one, or if all are
+    `BatchTotal`s, there is no such pass. Totals carry no gradient.
     """
 
     @property
@@ -76,10 +86,15 @@ class Term(NamedTuple):
 Objective = tuple[Term, ...]  # a run reports, and evaluates, the loss of the first term
 
 
+def objective(loss: Loss, aux_coefficient: float = 0.0) -> Objective:
+    """The loss, and load balancing unless its coefficient is 0."""
+    balancing = (Term(LoadBalancing(), aux_coefficient),) if aux_coefficient else ()
+    return Term(loss), *balancing
+
+
 def next_token_objective(aux_coefficient: float = 0.0) -> Objective:
     """Next-token cross-entropy, and load balancing unless its coefficient is 0."""
-    balancing = (Term(LoadBalancing(), aux_coefficient),) if aux_coefficient else ()
-    return Term(NextTokenCrossEntropy()), *balancing
+    return objective(NextTokenCrossEntropy(), aux_coefficient)
 
 
 class NextTokenCrossEntropy:
@@ -142,14 +157,16 @@ def cross_entropy(
     of weight 0 contributes nothing, whatever its label. The forward pass also computes the gradients (up to the factor
     that the backward pass brings), so that the logits are computed once. With `frozen_head` the head gets none.
     """
-    tokens = hidden.shape[0]
-    chunk = min(chunk, tokens)
-    pad = -tokens % chunk
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0)))
-    labels, weights = jnp.pad(labels, (0, pad)), jnp.pad(weights, (0, pad))
-    pieces = hidden.reshape(-1, chunk, hidden.shape[1]), labels.reshape(-1, chunk), weights.reshape(-1, chunk)
+    chunk = min(chunk, hidden.shape[0])
+    pieces = [in_chunks(array, chunk) for array in (hidden, labels, weights)]
     with jax.named_scope("head"):
         return (_frozen_head_loss if frozen_head else _trained_head_loss)(*pieces, head)
+
+
+def in_chunks(array: Array, chunk: int) -> Array:
+    """[M, ...] -> [chunks, chunk, ...], with zeros at the end."""
+    padded = jnp.pad(array, ((0, -len(array) % chunk), *((0, 0),) * (array.ndim - 1)))
+    return padded.reshape(-1, chunk, *array.shape[1:])
 
 
 def _chunk_loss(hidden: Array, labels: Array, weights: Array, head: Array) -> Array:

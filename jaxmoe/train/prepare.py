@@ -7,13 +7,14 @@ are compiled while that function works.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from captures import Capture
 from jaxmoe import cuda
@@ -23,7 +24,7 @@ from jaxmoe.control.replay import Replay
 from jaxmoe.data.chat import ChatSettings, load_tokenizer
 from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
-from jaxmoe.data.packing import Batch, Sequences, cut
+from jaxmoe.data.packing import Batch, Document, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, automatic
 from jaxmoe.distributed.placement import Placement
@@ -57,7 +58,8 @@ from jaxmoe.store.digest import WeightsDigest
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
 from jaxmoe.train.host_memory import EMBEDDING, looked_up
 from jaxmoe.train.identity import Identity, identity_of
-from jaxmoe.train.loss import Objective, next_token_objective
+from jaxmoe.train.loss import Loss, NextTokenCrossEntropy, Objective, objective
+from jaxmoe.train.preferences import DirectPreference, OddsRatioPreference
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model
 
@@ -190,7 +192,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         )
     # Five arrays of a batch, four bytes for each token (`jaxmoe.data.packing.Batch`).
     tokens = settings.batch_size * settings.accumulation * settings.seq_length
-    check_fits("batch_size x accumulation x seq_length", 20 * tokens)
+    check_fits("batch_size x accumulation x seq_length", 20 * tokens * (2 if settings.learns_from_pairs else 1))
     if settings.trains_all:
         check_fits("the model's parameters", FLOAT32 * parameter_count(config))
     elif lora is not None:
@@ -209,7 +211,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         aux_coefficient = config.router_aux_loss_coef
 
     source = _open(settings, config, lora, mesh).on(mesh)
-    model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers)
+    model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers, reference=settings.has_reference)
     workload = _workload(settings, model, source.quantization)
     workload, notices = _with_remat(settings, workload, previous, mesh)
     model = model._replace(remat=workload.remat)
@@ -223,19 +225,41 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         "unroll_layers": settings.unroll_layers or None,  # runs from before this flag have no such entry
         "router_aux_loss_coef": aux_coefficient,
         "max_steps": total_steps,
+        "loss": _loss_entry(settings),
         "warmup_steps": warmup_steps,
     }
     return Plan(
         settings,
         replace(source, model=model),
         data,
-        next_token_objective(aux_coefficient if config.sparse_layers else 0.0),
+        objective(_loss(settings), aux_coefficient if config.sparse_layers else 0.0),
         total_steps,
         warmup_steps,
         notices,
         identity_of(settings, worked_out),
         workload,
     )
+
+
+def _loss(settings: TrainConfig) -> Loss:
+    """What is minimised, besides load balancing."""
+    match settings.loss:
+        case "dpo":
+            return DirectPreference(settings.beta, settings.label_smoothing)
+        case "orpo":
+            return OddsRatioPreference(settings.beta)
+        case "next-token":
+            return NextTokenCrossEntropy()
+
+
+def _loss_entry(settings: TrainConfig) -> dict[str, Any] | None:
+    """The loss in the identity; runs from before this flag have no such entry."""
+    if not settings.learns_from_pairs:
+        return None
+    entry: dict[str, Any] = {"name": settings.loss, "beta": settings.beta}
+    if settings.has_reference:
+        entry |= {"label_smoothing": settings.label_smoothing, "stores_reference": settings.stores_reference}
+    return entry
 
 
 def _mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShape, list[str]]:
@@ -283,10 +307,13 @@ def _new_lora(settings: TrainConfig, config: Qwen3MoeConfig) -> LoraConfig | Non
 def _read_data(settings: TrainConfig, config: Qwen3MoeConfig) -> Data:
     tokenizer = load_tokenizer(tokenizer_folder(settings))
     chat = chat_settings(tokenizer, settings.system, settings.thinking, settings.template_arg)
-    records = _read(settings.data, tokenizer, config.vocab_size, chat)
+    read = partial(
+        _read, tokenizer=tokenizer, vocab_size=config.vocab_size, chat=chat, pairs=settings.learns_from_pairs
+    )
+    records = read(settings.data)
     held_out_records: list[Record] = []
     if settings.eval_data is not None:
-        held_out_records = _read(settings.eval_data, tokenizer, config.vocab_size, chat)
+        held_out_records = read(settings.eval_data)
     elif settings.eval_fraction is not None:
         records, held_out_records = hold_out(records, settings.eval_fraction)
     epochs = None if settings.max_steps is not None else settings.epochs or 1
@@ -296,12 +323,26 @@ def _read_data(settings: TrainConfig, config: Qwen3MoeConfig) -> Data:
     if settings.replay is not None:
         replay = Replay(Capture.open(settings.replay), config, tokenizer)
         replay.check(documents)
-    sequences = Sequences(documents, settings.seq_length, seed=settings.seed, pack=settings.pack, epochs=epochs)
+    sequences = Sequences(
+        documents,
+        settings.seq_length,
+        seed=settings.seed,
+        pack=settings.pack,
+        epochs=epochs,
+        reference=_no_reference_yet(settings, documents),
+    )
     held_out = None
     if held_out_records:
         documents, lost = cut(held_out_records, settings.seq_length)
         notices += [f"held-out: {line}" for line in lost.notices(settings.seq_length)]
-        held_out = Sequences(documents, settings.seq_length, pack=settings.pack, shuffle=False, epochs=1)
+        held_out = Sequences(
+            documents,
+            settings.seq_length,
+            pack=settings.pack,
+            shuffle=False,
+            epochs=1,
+            reference=_no_reference_yet(settings, documents),
+        )
     digests = {
         "data": digest(records),
         "eval_data": digest(held_out_records),
@@ -310,13 +351,19 @@ def _read_data(settings: TrainConfig, config: Qwen3MoeConfig) -> Data:
     return Data(sequences, held_out, replay, epochs, notices, digests)
 
 
-def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int, chat: ChatSettings) -> list[Record]:
+def _no_reference_yet(settings: TrainConfig, documents: Sequence[Document]) -> np.ndarray | None:
+    """Room for what the reference model says of each pair, if that is stored; it is computed when the weights are
+    read."""
+    return np.zeros((len(documents), 2), np.float32) if settings.stores_reference else None
+
+
+def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int, chat: ChatSettings, pairs: bool) -> list[Record]:
     with progress(f"reading {path}") as show:
 
         def on_read(done: int, total: int, records: int) -> None:
             show(done, total, f"{records:,} records, {done / total:.0%}")
 
-        return read_records(path, tokenizer, vocab_size, on_read, chat)
+        return read_records(path, tokenizer, vocab_size, on_read, chat, pairs=pairs)
 
 
 def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None, mesh: MeshShape) -> Source:
@@ -347,8 +394,8 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         raise UserError("merge: expected weights to merge into, found NF4; merge with python -m convert afterwards")
     if settings.adapter is not None:
         lora, loaded = load_adapter(settings.adapter, checkpoint_config, checkpoint)
-        if settings.lora_dropout is not None:
-            lora = replace(lora, dropout=settings.lora_dropout)
+        if settings.lora_dropout is not None or settings.learns_from_pairs:  # as in TRL, pairs are compared without it
+            lora = replace(lora, dropout=settings.lora_dropout or 0.0)
         lora.check_dropout()
         adapters: Callable[[Params], Params] = lambda base: loaded
     else:
@@ -383,6 +430,7 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
         quantization=quantization,
         packed=model.packed,
         mesh=model.mesh,
+        pairs=settings.learns_from_pairs,
         **selected,
     )
 

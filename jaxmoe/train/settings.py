@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxmoe.data.chat_flags import HELP
 from jaxmoe.distributed.mesh import AUTO, MeshShape
 from jaxmoe.errors import UserError
+from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName
 
 MAX_EPOCHS = 10_000
 Schedule = Literal["cosine", "linear", "constant"]
@@ -116,6 +117,36 @@ class TrainConfig:
         },
     )
 
+    loss: LossName = field(
+        default="next-token",
+        metadata={
+            "help": "what is minimised. next-token: cross-entropy; dpo and orpo: losses over pairs of answers, the "
+            "chosen and the rejected one of each record",
+            "identity": entries("loss"),
+        },
+    )
+    beta: float = field(
+        default=0.1,
+        metadata={
+            "help": "of dpo: how strongly the model is held to the reference; of orpo: weight of the odds ratio",
+            "identity": entries("loss"),
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of pairs that are expected to be the wrong way round (robust DPO); below 0.5, with dpo",
+            "identity": entries("loss"),
+        },
+    )
+    precompute_reference: bool = field(
+        default=False,
+        metadata={
+            "help": "with dpo: compute the reference's log-probabilities once, before the first step, and store them "
+            "with the run. With --adapter or --full this is always done: the reference is the model as the run starts",
+            "identity": entries("loss"),
+        },
+    )
     learning_rate: float = field(
         default=2e-4, metadata={"help": "peak learning rate", "identity": VALUE, "changeable": True}
     )
@@ -155,7 +186,10 @@ class TrainConfig:
             "changeable": True,
         },
     )
-    batch_size: int = field(default=4, metadata={"help": "sequences per micro-batch", "identity": VALUE})
+    batch_size: int = field(
+        default=4,
+        metadata={"help": "sequences per micro-batch; with dpo and orpo pairs of sequences", "identity": VALUE},
+    )
     accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step", "identity": VALUE})
     seq_length: int = field(default=1024, metadata={"help": "tokens per sequence", "identity": VALUE})
     pack: bool = field(
@@ -343,6 +377,23 @@ class TrainConfig:
         """Whether all parameters are trained, not adapters."""
         return self.full or self.from_scratch is not None
 
+    @property
+    def learns_from_pairs(self) -> bool:
+        """Whether each record holds a chosen and a rejected answer."""
+        return self.loss in LOSSES_OVER_PAIRS
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares the model with a reference model: itself, as the run starts."""
+        return self.loss == "dpo"
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether the reference's log-probabilities are stored with the run. New adapters change nothing yet, so the
+        model without them is the reference, and each step can ask it."""
+        changes_at_once = self.trains_all or self.adapter is not None
+        return self.has_reference and (self.precompute_reference or changes_at_once)
+
 
 def changeable_settings() -> list[str]:
     """The fields that --allow-change may name: no data, no weights and no shape of a stored array depend on them."""
@@ -362,7 +413,7 @@ def _check_ranges(settings: TrainConfig) -> None:
     at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
     at_least_1 += " epochs max_steps eval_every save_every patience"
     at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
-    at_least_0 += " adam_epsilon"
+    at_least_0 += " adam_epsilon beta"
     for least, names in ((1, at_least_1), (0, at_least_0)):
         for name in names.split():
             value = getattr(settings, name)
@@ -376,6 +427,8 @@ def _check_ranges(settings: TrainConfig) -> None:
     for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
         if not 0 <= (getattr(settings, name) or 0) < 1:
             raise UserError(f"{name}: expected a number from 0 to below 1, found {getattr(settings, name)!r}")
+    if not 0 <= settings.label_smoothing < 0.5:
+        raise UserError(f"label_smoothing: expected a number from 0 to below 0.5, found {settings.label_smoothing!r}")
 
 
 def _check_combinations(settings: TrainConfig) -> None:
@@ -414,6 +467,7 @@ def _check_combinations(settings: TrainConfig) -> None:
         mesh.check_batch(settings.batch_size)
         mesh.check_length(settings.seq_length)
     defaults = {each.name: each.default for each in dataclasses.fields(settings)}
+    _check_loss(settings, defaults)
     if settings.lora_dropout is not None and settings.trains_all:
         raise UserError("lora_dropout: only valid with LoRA training")
     names = ("lora_targets", "lora_r", "lora_alpha", "rslora", "modules_to_save")
@@ -421,3 +475,15 @@ def _check_combinations(settings: TrainConfig) -> None:
     if changed and (settings.trains_all or settings.adapter is not None):
         owner = "all parameters are trained" if settings.trains_all else "the adapter decides it"
         raise UserError(f"{changed[0]}: expected none, since {owner}")
+
+
+def _check_loss(settings: TrainConfig, defaults: dict[str, Any]) -> None:
+    only_with = {"label_smoothing": ("dpo",), "precompute_reference": ("dpo",), "beta": ("dpo", "orpo")}
+    for name, losses in only_with.items():
+        if getattr(settings, name) != defaults[name] and settings.loss not in losses:
+            raise UserError(f"{name}: only valid with --loss {' or '.join(losses)}, found --loss {settings.loss}")
+    if settings.replay is not None and settings.learns_from_pairs:
+        raise UserError(f"replay: only valid with --loss next-token, found --loss {settings.loss}")
+    mesh = settings.mesh
+    if mesh not in (None, AUTO) and MeshShape.parse(mesh).context > 1 and settings.learns_from_pairs:
+        raise UserError(f"mesh: context: only valid with --loss next-token, found --loss {settings.loss}")

@@ -7,6 +7,7 @@ Frozen parameters are an argument that is never differentiated: they have neithe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +30,8 @@ from jaxmoe.ops.low_rank import DropoutKeys
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
 from jaxmoe.parameters import parameter_specs
 from jaxmoe.train.host_memory import in_host_memory
-from jaxmoe.train.loss import Loss, Objective, Outputs, Total
+from jaxmoe.train.log_probs import learned_log_probs
+from jaxmoe.train.loss import BatchTotal, Loss, Objective, OfOutputs, Outputs, Term
 from jaxmoe.train.settings import Schedule
 
 BatchKeys = Key[Array, "accumulation B"]  # a random key for each sequence of a whole batch
@@ -58,6 +60,13 @@ class StepMetrics(NamedTuple):
     further: dict[str, Float[Array, ""]]
 
 
+class EvalSums(NamedTuple):
+    """Sums over a batch: of a loss, and of what it reports besides."""
+
+    loss: Float[Array, ""]
+    further: Mapping[str, Float[Array, ""]]
+
+
 class LossAndGradients(NamedTuple):
     """What `loss_and_gradients` computes; `metrics` are what the losses report besides their values."""
 
@@ -73,7 +82,8 @@ class Model(NamedTuple):
     With `lora`, adapters are trained in float32, and `dtype` is the dtype of the frozen parameters. Without it, all
     parameters are trained, and the model computes in `dtype` from float32 master weights. `packed` says whether a
     sequence may hold several documents, `unroll` whether a training step compiles each layer separately. `seed` is for
-    the adapters' dropout. `mesh` are the devices that share a step; its results do not depend on them.
+    the adapters' dropout. `mesh` are the devices that share a step; its results do not depend on them. With
+    `reference`, a forward pass also says what the model without its adapters says, unless the batch knows it.
     """
 
     config: Qwen3MoeConfig
@@ -84,6 +94,7 @@ class Model(NamedTuple):
     unroll: bool = False
     seed: int = 0
     mesh: MeshShape = ONE_DEVICE
+    reference: bool = False
 
     @property
     def placement(self) -> Placement:
@@ -116,6 +127,27 @@ class Model(NamedTuple):
             params, adapters = frozen, trainable
         else:
             params, adapters = {path: array.astype(self.dtype) for path, array in trainable.items()}, {}
+        outputs = self._outputs(self.lora, params, adapters, batch, train=train, dropout_keys=dropout_keys)
+        return replace(outputs, reference=self._reference(frozen, batch))
+
+    def _reference(self, frozen: Params, batch: Batch) -> Float[Array, "B T"] | None:
+        """What the batch knows of the reference model, or what the frozen parameters say without adapters."""
+        if not self.reference or batch.reference is not None:
+            return batch.reference
+        with jax.named_scope("reference"):
+            outputs = self._outputs(None, frozen, {}, batch, train=False)
+            return jax.lax.stop_gradient(learned_log_probs(outputs, batch))
+
+    def _outputs(
+        self,
+        lora: LoraConfig | None,
+        params: Params,
+        adapters: Params,
+        batch: Batch,
+        *,
+        train: bool,
+        dropout_keys: DropoutKeys | None = None,
+    ) -> Outputs:
         control = None
         if batch.experts is not None:
             control = RoutingControl(experts=jnp.moveaxis(batch.experts, -2, 0).astype(jnp.int32))
@@ -125,8 +157,8 @@ class Model(NamedTuple):
             Tokens(batch.input_ids, batch.position_ids, batch.segment_ids),
             config=self.config,
             options=Options(
-                lora=self.lora,
-                trainable="none" if not train else "all" if self.lora is None else "adapters",
+                lora=lora,
+                trainable="none" if not train else "all" if lora is None else "adapters",
                 remat=self.remat,
                 unroll=self.unroll and train,
                 packed=self.packed,
@@ -135,8 +167,8 @@ class Model(NamedTuple):
             control=control,
             dropout_keys=dropout_keys,
         )
-        head = head_weight(weights_of(params, adapters, self.lora))
-        frozen_head = self.lora is not None and not self.lora.trains_head
+        head = head_weight(weights_of(params, adapters, lora))
+        frozen_head = lora is not None and not lora.trains_head
         return Outputs(out.hidden, head, out.stats, chunk=loss_chunk(self.remat), frozen_head=frozen_head)
 
 
@@ -215,10 +247,10 @@ def loss_and_gradients(
     placement, everywhere = model.placement, PartitionSpec()
     split = placement.specs(trainable)
     shared = placement.batch_specs((batch, dropout_keys), tokens=3)
-    weights = [term.loss.weight(batch) for term in objective]
+    whole = _Whole([term.loss.weight(batch) for term in objective], _of_batch(objective, batch))
 
-    def on_a_device(frozen: Params, trainable: Params, parts: _Parts, weights: list[Array]) -> LossAndGradients:
-        found = _loss_and_gradients(model, frozen, trainable, parts, objective, weights)
+    def on_a_device(frozen: Params, trainable: Params, parts: _Parts, whole: _Whole) -> LossAndGradients:
+        found = _loss_and_gradients(model, frozen, trainable, parts, objective, whole)
         gradients = {
             path: sum_over_devices(gradient, model.mesh, but=mesh_axes(split[path]))
             for path, gradient in found.gradients.items()
@@ -231,17 +263,31 @@ def loss_and_gradients(
         (placement.specs(frozen), split, shared, everywhere),
         LossAndGradients._make([everywhere, everywhere, split, everywhere]),
     )
-    return run(frozen, trainable, (batch, dropout_keys), weights)
+    return run(frozen, trainable, (batch, dropout_keys), whole)
 
 
 _Parts = tuple[Batch, BatchKeys | None]
 
 
-def _loss_and_gradients(
-    model: Model, frozen: Params, trainable: Params, parts: _Parts, objective: Objective, weights: list[Array]
-) -> LossAndGradients:
-    """What the sequences on this device add to `loss_and_gradients`; `weights` are those of the whole batch."""
+class _Whole(NamedTuple):
+    """What is known of the whole batch before a forward pass: the losses' weights, totals by name."""
+
+    weights: list[Array]
+    totals: dict[str, PyTree]
+
+
+def _of_batch(objective: Objective, batch: Batch) -> dict[str, PyTree]:
+    """The totals that depend on the batch alone."""
     needs = {name: total for term in objective for name, total in term.loss.needs.items()}
+    return {name: total.of(batch) for name, total in needs.items() if isinstance(total, BatchTotal)}
+
+
+def _loss_and_gradients(
+    model: Model, frozen: Params, trainable: Params, parts: _Parts, objective: Objective, whole: _Whole
+) -> LossAndGradients:
+    """What the sequences on this device add to `loss_and_gradients`."""
+    all_needs = {name: total for term in objective for name, total in term.loss.needs.items()}
+    needs = {name: total for name, total in all_needs.items() if not isinstance(total, BatchTotal)}
 
     def micro_loss(trainable: Params, part: tuple[Batch, DropoutKeys | None], totals: dict[str, PyTree] | None):
         micro, keys = part
@@ -249,8 +295,8 @@ def _loss_and_gradients(
         if totals is None:
             totals = sum_over_devices(_totals(needs, outputs, micro), model.mesh)
         objective_share, values, metrics = jnp.zeros(()), [], {}
-        for term, weight in zip(objective, weights, strict=True):
-            summed, further = term.loss(outputs, micro, totals)
+        for term, weight in zip(objective, whole.weights, strict=True):
+            summed, further = term.loss(outputs, micro, whole.totals | totals)
             if twice := metrics.keys() & further.keys():
                 raise ValueError(f"objective: expected metrics of different names, found {min(twice)!r} twice")
             values.append(summed / weight)
@@ -272,7 +318,7 @@ def _loss_and_gradients(
     return LossAndGradients(loss, stats, gradients, metrics)
 
 
-def _totals(needs: Mapping[str, Total], outputs: Outputs, batch: Batch) -> dict[str, PyTree]:
+def _totals(needs: Mapping[str, OfOutputs], outputs: Outputs, batch: Batch) -> dict[str, PyTree]:
     """What one micro-batch adds to each total, without a gradient."""
     return jax.lax.stop_gradient({name: total(outputs, batch) for name, total in needs.items()})
 
@@ -313,25 +359,40 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(
-    model: Model, loss: Loss
-) -> Callable[[Params, Params, Batch], tuple[Float[Array, ""], Float[Array, ""]]]:
-    """(frozen, trainable, batch [B, T]) -> (the loss's sum, its weight); sum both over batches and divide.
+def make_eval_step(model: Model, loss: Loss) -> Callable[[Params, Params, Batch], tuple[EvalSums, Float[Array, ""]]]:
+    """(frozen, trainable, batch [B, T]) -> (sums, their weight); add up both over batches and divide.
 
     Raises:
-        ValueError: a loss that needs totals over all batches, which evaluation does not collect.
+        ValueError: a loss that needs totals over all batches, which evaluation does not collect; those that depend on a
+            batch alone are those of each batch.
     """
-    if loss.needs:
-        raise ValueError(f"loss: expected one without totals to evaluate, found one that needs {', '.join(loss.needs)}")
+    if needs := [name for name, total in loss.needs.items() if not isinstance(total, BatchTotal)]:
+        raise ValueError(f"loss: expected one without totals to evaluate, found one that needs {', '.join(needs)}")
 
     placement = model.placement
 
-    def on_a_device(frozen: Params, trainable: Params, batch: Batch) -> Array:
+    def on_a_device(frozen: Params, trainable: Params, batch: Batch, totals: dict[str, PyTree]) -> EvalSums:
         outputs = model.run(frozen, trainable, batch, train=False)
-        return sum_over_devices(loss(outputs, batch, {})[0], model.mesh)
+        return sum_over_devices(EvalSums(*loss(outputs, batch, totals)), model.mesh)
 
-    def eval_step(frozen: Params, trainable: Params, batch: Batch) -> tuple[Array, Array]:
+    def eval_step(frozen: Params, trainable: Params, batch: Batch) -> tuple[EvalSums, Array]:
         lie = placement.specs(frozen), placement.specs(trainable), placement.batch_specs(batch, tokens=2)
-        return placement.run(on_a_device, lie, PartitionSpec())(frozen, trainable, batch), loss.weight(batch)
+        run = placement.run(on_a_device, (*lie, PartitionSpec()), PartitionSpec())
+        return run(frozen, trainable, batch, _of_batch((Term(loss),), batch)), loss.weight(batch)
 
     return eval_step
+
+
+def make_reference_step(model: Model) -> Callable[[Params, Params, Batch], Float[Array, "B T"]]:
+    """(frozen, trainable, batch [B, T]) -> the log-probability of each learned token, 0 for the others."""
+    placement, plain = model.placement, model._replace(reference=False)
+
+    def on_a_device(frozen: Params, trainable: Params, batch: Batch) -> Array:
+        return learned_log_probs(plain.run(frozen, trainable, batch, train=False), batch)
+
+    def reference_step(frozen: Params, trainable: Params, batch: Batch) -> Array:
+        of_batch = placement.batch_specs(batch, tokens=2)
+        lie = placement.specs(frozen), placement.specs(trainable), of_batch
+        return placement.run(on_a_device, lie, of_batch.weights)(frozen, trainable, batch)
+
+    return reference_step
