@@ -7,9 +7,9 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
-from jaxmoe.distributed.mesh import MeshShape
+from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
 
 T = TypeVar("T")
 
@@ -18,6 +18,18 @@ def sum_over_devices(tree: T, mesh: MeshShape, but: Collection[str] = ()) -> T:
     """The sum of each array over the devices, of all axes of the mesh `but` these; every device has the result."""
     axes = tuple(axis for axis in mesh.used if axis not in but)
     return jax.lax.psum(tree, axes) if axes else tree
+
+
+def on_any_device(flags: Bool[Array, "..."], mesh: MeshShape) -> Bool[Array, ""]:
+    """Whether a flag is set on some device."""
+    found = jnp.any(flags)
+    return found if mesh.size == 1 else sum_over_devices(found.astype(jnp.int32), mesh) > 0
+
+
+def first_of_share(share: int, mesh: MeshShape) -> Int[Array, ""] | int:
+    """The index in the whole batch of the first of this device's `share` sequences."""
+    axes = tuple(axis for axis in SEQUENCE_AXES if mesh[axis] > 1)
+    return jax.lax.axis_index(axes) * share if axes else 0
 
 
 def gather(share: Shaped[Array, "..."], axis: int, over: str = "fsdp") -> Shaped[Array, "..."]:
