@@ -8,9 +8,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
-from jaxmoe.distributed.mesh import MeshShape
+from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
 
 T = TypeVar("T")
 
@@ -32,6 +32,18 @@ def exchange(message: bytes) -> list[bytes]:
     padded[: len(message)] = np.frombuffer(message, np.uint8)
     everyone = multihost_utils.process_allgather(padded)
     return [each[:size].tobytes() for each, size in zip(everyone, sizes, strict=True)]
+
+
+def on_any_device(flags: Bool[Array, "..."], mesh: MeshShape) -> Bool[Array, ""]:
+    """Whether a flag is set on some device."""
+    found = jnp.any(flags)
+    return found if mesh.size == 1 else sum_over_devices(found.astype(jnp.int32), mesh) > 0
+
+
+def first_of_share(share: int, mesh: MeshShape) -> Int[Array, ""] | int:
+    """The index in the whole batch of the first of this device's `share` sequences."""
+    axes = tuple(axis for axis in SEQUENCE_AXES if mesh[axis] > 1)
+    return jax.lax.axis_index(axes) * share if axes else 0
 
 
 def gather(share: Shaped[Array, "..."], axis: int, over: str = "fsdp") -> Shaped[Array, "..."]:

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError, shown
 
 AUTO = "auto"
@@ -101,6 +102,14 @@ class MeshShape:
                 f"chunks each), found {seq_length}; {f'{below} or ' if below else ''}{below + chunks} would do"
             )
 
+    def check_sequences_whole(self) -> None:
+        """Raises UserError if devices share the tokens of a sequence."""
+        if self.context > 1:
+            raise UserError(
+                f"mesh: context: only valid in training and capture (each device generates whole sequences; "
+                f"data, fsdp and expert share them), found {self.context}"
+            )
+
 
 # The outermost first: devices that are neighbours on the last axis exchange most.
 AXES = tuple(field.name for field in dataclasses.fields(MeshShape))
@@ -108,6 +117,21 @@ SEQUENCE_AXES = ("data", "fsdp", "expert")  # the axes that the sequences of a b
 
 
 ONE_DEVICE = MeshShape()
+
+
+def chosen(text: str, devices: int, sequences: int, config: Qwen3MoeConfig) -> tuple[MeshShape, list[str]]:
+    """(the mesh that `--mesh` names, for batches of so many sequences and this model, what to say about it).
+
+    Raises:
+        UserError: no mesh, or one that so many devices, or the model, do not allow.
+    """
+    if text == AUTO:
+        mesh, why = automatic(devices, sequences)
+        return mesh, [why]
+    mesh = MeshShape.parse(text)
+    mesh.check_devices(devices)
+    mesh.check_experts(config.num_experts if config.sparse_layers else 0)
+    return mesh, []
 
 
 def automatic(devices: int, batch_size: int) -> tuple[MeshShape, str]:

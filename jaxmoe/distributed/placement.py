@@ -8,16 +8,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed import chunks
 from jaxmoe.distributed.mesh import AXES, MeshShape
-from jaxmoe.distributed.sharding import split_axes, stored_arrays
+from jaxmoe.distributed.sharding import RULES, split_axes, stored_arrays
 from jaxmoe.lora import LoraConfig
 
 T = TypeVar("T")
@@ -111,6 +113,18 @@ class Placement:
 
         return jax.tree_util.tree_map_with_path(placed, state)
 
+    def spec(self, *axes: str | None) -> PartitionSpec:
+        """How an array is split whose first axes are these: "batch", "sequence", or None for one that stays whole."""
+        over = (tuple(each for each in RULES.get(axis or "", ()) if each in self.mesh.used) for axis in axes)
+        return PartitionSpec(*(each or None for each in over))
+
+    def zeros(self, make: Callable[[], T], spec: PartitionSpec) -> T:
+        """The arrays of zeros that `make` returns, each split like `spec` from the start."""
+        if self.mesh.size == 1:
+            return make()
+        lie = NamedSharding(devices_of(self.mesh), spec)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=lie), jax.eval_shape(make))
+
     def run(self, function: Callable[..., T], in_specs: Any, out_specs: Any) -> Callable[..., T]:
         """`function` on every device at once, each with its share of the arguments; `out_specs` put the shares of the
         results together again, of those that are the same on every device, one."""
@@ -125,6 +139,24 @@ class Placement:
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """How the devices of the mesh share an array."""
         return NamedSharding(devices_of(self.mesh), spec)
+
+    def run_in_order(self, function: Callable[..., T], in_specs: Any, out_specs: Any) -> Callable[..., T]:
+        """As `run`, for arguments and results whose tokens are in the order of the sequence."""
+        run = self.run(function, in_specs, out_specs)
+        if self.mesh.context == 1:
+            return run
+
+        def arranged(specs: Any, tree: Any, *, back: bool) -> Any:
+            def of(spec: PartitionSpec, array: Any) -> Any:
+                if "context" not in mesh_axes(spec):
+                    return array
+                axis = next(i for i, over in enumerate(spec) if over and "context" in over)
+                order = chunks.order(array.shape[axis], self.mesh.context)
+                return jnp.take(array, np.argsort(order) if back else order, axis=axis)
+
+            return jax.tree.map(lambda spec, part: jax.tree.map(partial(of, spec), part), specs, tree)
+
+        return lambda *arguments: arranged(out_specs, run(*arranged(in_specs, arguments, back=False)), back=True)
 
     def _placed(self, array: Any, spec: PartitionSpec) -> Any:
         if self.mesh.size == 1:

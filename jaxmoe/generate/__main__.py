@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
+import jax
+
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli import xla
 from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, finite_number, run, say, whole_number
@@ -22,6 +24,7 @@ from jaxmoe.cli.progress import progress, reading_weights
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
 from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, load_tokenizer, turn_end
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape, chosen
 from jaxmoe.errors import UserError, printable
 from jaxmoe.generate import prompts
 from jaxmoe.generate.answer_file import answer_file
@@ -60,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
     add("--dequantize", action="store_true", help="decode weights in FP8 or NF4 while they are read; FP8 needs it")
+    add("--mesh", metavar="MESH", help="GPUs that share model and prompts: auto, or axes (expert=8) (default: one)")
     add("--capture", type=pathlib.Path, metavar="DIR", help="write the routing of every token to this new folder")
     add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same prompts")
     add_memory_limit(parser)
@@ -81,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop_tokens = _stop_tokens(defaults.stop_tokens, tokenizer, args.chat or args.interactive)
     settings = Settings(max_new_tokens, sampling, stop_tokens)
     chat_settings, notices = prompts.chat_settings(args, tokenizer)
-    task = _Task(args, tokenizer, settings, chat_settings, [*defaults.notices, *notices, *_unused(sampling)])
+    mesh, about_mesh = _mesh(args, config)
+    notices = [*about_mesh, *defaults.notices, *notices, *_unused(sampling)]
+    task = _Task(args, tokenizer, settings, chat_settings, notices, mesh)
     if args.prompts:
         return _answer_file(task, config)
     if args.interactive:
@@ -99,13 +105,24 @@ class _Task(NamedTuple):
     settings: Settings
     chat: ChatSettings
     notices: list[str]
+    mesh: MeshShape
+
+
+def _mesh(args: argparse.Namespace, config: Qwen3MoeConfig) -> tuple[MeshShape, list[str]]:
+    """The mesh of `--mesh`, and what to say about it."""
+    if args.mesh is None:
+        return ONE_DEVICE, []
+    sequences = (args.batch_size or prompts.BATCH_SIZE) if args.prompts else len(args.prompt or [""])
+    mesh, notices = chosen(args.mesh, jax.device_count(), sequences, config)
+    mesh.check_sequences_whole()
+    return mesh, notices
 
 
 def _load(task: _Task) -> Generator:
     args = task.args
     with reading_weights(on_stderr=True) as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
-            args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize
+            args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize, task.mesh
         )
     for line in task.notices:
         print(line, file=sys.stderr)

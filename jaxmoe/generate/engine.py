@@ -19,9 +19,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.distributed.collectives import first_of_share, on_any_device
+from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.generate.processors import History, Processors, process
 from jaxmoe.generate.sampling import GREEDY, Sampling, SamplingArrays, sample
@@ -33,6 +37,7 @@ from jaxmoe.model.decoder import head_weight, logits_of
 from jaxmoe.model.interface import Options, Params
 from jaxmoe.ops.router import CapturedRouting, RoutingControl
 
+EVERYWHERE = PartitionSpec()  # whole on every device
 _MOST_TOKENS = 64  # that one call of the decode loop generates
 _SECONDS = 0.1  # that one call should take
 
@@ -66,6 +71,29 @@ class Program:
     config: Qwen3MoeConfig
     options: Options
     greedy: bool
+
+    @property
+    def placement(self) -> Placement:
+        """Where the arrays lie. The devices of a mesh share the sequences of a batch, and each decodes its own."""
+        return Placement(self.options.mesh, self.config, self.options.lora)
+
+    @property
+    def sequences(self) -> PartitionSpec:
+        """How arrays over sequences are shared."""
+        return self.placement.spec("batch")
+
+    @property
+    def stacks(self) -> PartitionSpec:
+        """How arrays whose second axis is that of sequences are shared: layers' caches, tokens, routing."""
+        return self.placement.spec(None, "batch")
+
+    def held(self, weights: Weights) -> Weights:
+        """How the weights are shared."""
+        return Weights._make(map(self.placement.specs, weights))
+
+    def imposed(self, control: RoutingControl | None) -> RoutingControl | None:
+        """How what is imposed on the routing is shared."""
+        return None if control is None else RoutingControl._make([self.stacks, EVERYWHERE, EVERYWHERE])
 
 
 @dataclass
@@ -111,7 +139,8 @@ def _next_token(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     key = jax.random.fold_in(jax.random.key(choice.sampling.seed), draws)
     # Keys depend on the sequence's index, not on the batch size: a prompt draws the same alone as first in a batch.
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(hidden.shape[0]))
+    index = first_of_share(hidden.shape[0], program.options.mesh) + jnp.arange(hidden.shape[0])
+    keys = jax.vmap(partial(jax.random.fold_in, key))(index)
     return sample(logits, keys, choice.sampling)
 
 
@@ -125,6 +154,17 @@ def _control_at(control: RoutingControl | None, positions: Int[Array, "B T"]) ->
 @partial(jax.jit, static_argnames="program", donate_argnames="cache")
 def _prefill(weights, ids, lengths, cache, choice: Choice, control, *, program: Program):
     """The prompts `ids` [B, T]: (first token of each sequence [B], cache, history or None, routing or None)."""
+    split, stacks = program.sequences, program.stacks
+    run = program.placement.run(
+        partial(_prefill_share, program=program),
+        (program.held(weights), split, split, stacks, EVERYWHERE, program.imposed(control)),
+        (split, stacks, split, stacks),
+    )
+    return run(weights, ids, lengths, cache, choice, control)
+
+
+def _prefill_share(weights, ids, lengths, cache, choice: Choice, control, *, program: Program):
+    """As `_prefill`, for the sequences of one device."""
     hidden, cache, routing = _forward(weights, NewTokens(ids, None, lengths), cache, control, program)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     history = History.of(choice.processors, ids, lengths, cache.key.shape[2], program.config.vocab_size)
@@ -174,22 +214,47 @@ def _decode(
     program: Program,
 ) -> tuple[State, Generated]:
     """Up to `most` tokens (at most `_MOST_TOKENS`) of each sequence, fewer if all have ended."""
+    split, stacks = program.sequences, program.stacks
+    lie = State._make([Step._make([split, split, EVERYWHERE]), stacks, split, split])
+    routing = program.placement.spec(None, None, "batch")
+    run = program.placement.run(
+        partial(_decode_share, program=program),
+        (program.held(weights), lie, EVERYWHERE, EVERYWHERE, program.imposed(control), EVERYWHERE),
+        (lie, Generated._make([stacks, EVERYWHERE, routing])),
+    )
+    return run(weights, state, choice, stop, control, most)
+
+
+def _decode_share(
+    weights: Weights,
+    state: State,
+    choice: Choice,
+    stop: Bool[Array, " V"],
+    control: RoutingControl | None,
+    most: Int[Array, ""],
+    *,
+    program: Program,
+) -> tuple[State, Generated]:
+    """As `_decode`, for the sequences of one device; all devices take the same number of steps."""
     step = partial(_decode_step, program=program)
     _, routing = jax.eval_shape(step, weights, state, choice, stop, control)
     room = lambda each: jnp.zeros((_MOST_TOKENS, *each.shape), each.dtype)
     generated = Generated(room(state.step.token), jnp.int32(0), jax.tree.map(room, routing))
 
-    def goes_on(carry: tuple[State, Generated]) -> Array:
-        state, generated = carry
-        return (generated.count < most) & jnp.any(state.running)
+    def goes_on(carry: tuple[State, Generated, Array]) -> Array:
+        _, generated, running = carry
+        return (generated.count < most) & running
 
-    def one(carry: tuple[State, Generated]) -> tuple[State, Generated]:
-        state, (tokens, count, routings) = carry
+    def one(carry: tuple[State, Generated, Array]) -> tuple[State, Generated, Array]:
+        state, (tokens, count, routings), _ = carry
         state, routing = step(weights, state, choice, stop, control)
         put = lambda stack, new: jax.lax.dynamic_update_index_in_dim(stack, new, count, 0)
-        return state, Generated(put(tokens, state.step.token), count + 1, jax.tree.map(put, routings, routing))
+        generated = Generated(put(tokens, state.step.token), count + 1, jax.tree.map(put, routings, routing))
+        return state, generated, on_any_device(state.running, program.options.mesh)
 
-    return jax.lax.while_loop(goes_on, one, (state, generated))
+    start = state, generated, on_any_device(state.running, program.options.mesh)
+    state, generated, _ = jax.lax.while_loop(goes_on, one, start)
+    return state, generated
 
 
 def _bucket(length: int, smallest: int = 32) -> int:
@@ -197,13 +262,14 @@ def _bucket(length: int, smallest: int = 32) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
-def _for_all_slots(control: RoutingControl | None, slots: int) -> RoutingControl | None:
-    """`control` with experts for exactly `slots` positions; -1 (the model's own choice) where it has none."""
+def _for_all_slots(control: RoutingControl | None, slots: int, idle: int) -> RoutingControl | None:
+    """`control` with experts for exactly `slots` positions and `idle` more sequences; -1 (the model's own choice) where
+    it has none."""
     if control is None or control.experts is None:
         return control
     experts = jnp.asarray(control.experts, jnp.int32)[:, :, :slots]
     missing = slots - experts.shape[2]
-    return control._replace(experts=jnp.pad(experts, ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=-1))
+    return control._replace(experts=jnp.pad(experts, ((0, 0), (0, idle), (0, missing), (0, 0)), constant_values=-1))
 
 
 class _Receiver:
@@ -247,6 +313,8 @@ class Generator:
 
     def __init__(self, model: Qwen3MoeForCausalLM):
         self.config: Qwen3MoeConfig = model.config
+        self.mesh: MeshShape = model.mesh
+        self.mesh.check_sequences_whole()
         lora: LoraConfig | None = model.lora_config
         # Weights that the adapter holds in full are cast here, once, and not again for every token.
         self.weights = Weights(weights_of(model.params, model.adapters, lora), low_rank_factors(model.adapters))
@@ -289,19 +357,23 @@ class Generator:
             UserError: no prompt, an empty one, a token id outside the vocabulary, or `max_new_tokens` below 1.
         """
         self.check(prompts, max_new_tokens)
-        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        idle = -len(prompts) % self.mesh.product(SEQUENCE_AXES)  # all devices have equally many sequences
+        lengths = np.asarray([*map(len, prompts), *[1] * idle], np.int32)
         slots = _bucket(int(lengths.max()) + max_new_tokens)
-        ids = np.zeros((len(prompts), min(_bucket(int(lengths.max())), slots)), np.int32)
+        ids = np.zeros((len(lengths), min(_bucket(int(lengths.max())), slots)), np.int32)
         for sequence, prompt in enumerate(prompts):
             ids[sequence, : len(prompt)] = prompt
 
         keep_logits = 0 if routing is None else routing.keep_logits
-        program = Program(self.config, Options(lora=self.lora, keep_logits=keep_logits), sampling.greedy)
-        control = _for_all_slots(control, slots)
+        options = Options(lora=self.lora, keep_logits=keep_logits, mesh=self.mesh)
+        program = Program(self.config, options, sampling.greedy)
+        control = _for_all_slots(control, slots, idle)
         processors = Processors.of(sampling, stop_tokens, self.config.vocab_size, max_new_tokens)
         choice = Choice(SamplingArrays.of(sampling), processors)
         dtype = self.params["embed_tokens"].dtype
-        cache: KVCache = empty_cache(self.config, len(prompts), slots, dtype)
+        cache: KVCache = program.placement.zeros(
+            partial(empty_cache, self.config, len(lengths), slots, dtype), program.stacks
+        )
         stop = jnp.asarray(np.isin(np.arange(self.config.vocab_size), list(stop_tokens)))
         token, cache, history, step_routing = _prefill(
             self.weights, ids, lengths, cache, choice, control, program=program
@@ -309,9 +381,9 @@ class Generator:
         if routing is not None and step_routing is not None:
             routing.steps.append(step_routing)
         receive = _Receiver(len(prompts), frozenset(stop_tokens), on_token)
-        running = receive(np.asarray(token))
+        running = receive(np.asarray(token)[: len(prompts)])
         step = Step(token, jnp.asarray(lengths), jnp.uint32(1))
-        state = State(step, cache, history, jnp.asarray(running))
+        state = State(step, cache, history, jnp.asarray(np.pad(running, (0, idle))))
         pace = _Pace()
         left = max_new_tokens - 1
         while left and running.any():
@@ -320,7 +392,7 @@ class Generator:
             count = int(generated.count)
             pace.took(time.perf_counter() - start, count)
             for tokens in np.asarray(generated.tokens)[:count]:
-                running = receive(tokens)
+                running = receive(tokens[: len(prompts)])
             if routing is not None and generated.routing is not None:
                 routing.steps += [jax.tree.map(operator.itemgetter(i), generated.routing) for i in range(count)]
             left -= count
@@ -334,7 +406,8 @@ class Generator:
             raise UserError(f"max-new-tokens: expected at least 1, found {max_new_tokens}")
         vocabulary = self.config.vocab_size
         longest = max(map(len, prompts))
-        config, positions = self.config, len(prompts) * (longest + max_new_tokens)
+        sequences = -(-len(prompts) // self.mesh.product(SEQUENCE_AXES))  # of a device
+        config, positions = self.config, sequences * (longest + max_new_tokens)
         if longest + max_new_tokens >= 2**31 // 2:
             raise UserError(f"max-new-tokens: expected less than {2**30:,} tokens in all, found {max_new_tokens:,}")
         width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

@@ -1,4 +1,4 @@
-"""A JSONL file of prompts: each line is text to continue, or a conversation that the assistant is to continue."""
+"""A file of prompts: each record is text to continue, or a conversation that the assistant is to continue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxmoe.data.chat import ChatSettings, check_messages, check_template, kind_of, prompt_tokens, text_field
-from jaxmoe.data.records import read_lines
+from jaxmoe.data.inputs import opened
 from jaxmoe.errors import UserError
 
 KINDS = '"prompt", or "messages" (and "tools")'
@@ -34,9 +34,9 @@ def read_prompts(
         UserError: no such file, no prompt in it, or a line that is none; the message starts with FILE:LINE.
     """
     prompts = []
-    for where, raw, _ in read_lines(path):
+    for where, value, *_ in opened(path).read(0):
         try:
-            prompts.append(FilePrompt(raw, _tokens(raw, tokenizer, vocab_size, chat, settings)))
+            prompts.append(FilePrompt(value, _tokens(value, tokenizer, vocab_size, chat, settings)))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     if not prompts:

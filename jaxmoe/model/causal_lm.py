@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial, reduce
 from operator import getitem
@@ -14,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.distributed.collectives import sum_over_devices
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight, logits_of
 from jaxmoe.model.init import init_parameters
-from jaxmoe.model.interface import DecoderOutput, Options, Params, Tokens
+from jaxmoe.model.interface import DecoderOutput, Options, Params, Tokens, control_specs
 from jaxmoe.model.opening import load_adapter, open_checkpoint
 from jaxmoe.ops.frozen import instantiated, is_perturbed, values_of
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
@@ -56,14 +60,22 @@ class Qwen3MoeForCausalLM(nnx.Module):
         params: Mapping[str, Array],
         lora_config: LoraConfig | None = None,
         adapters: Mapping[str, Array] | None = None,
+        mesh: MeshShape = ONE_DEVICE,
     ):
-        """Raises ValueError when an array is missing, unexpected or of another shape than `stored_specs` says."""
+        """The arrays are put where they lie on the mesh, unless they lie there.
+
+        Raises:
+            ValueError: an array is missing, unexpected or of another shape than `stored_specs` says.
+            UserError: the mesh needs more devices than there are, or they cannot share the experts evenly.
+        """
         self.config = nnx.static(config)
         self.lora_config = nnx.static(lora_config)
         self.quantization = nnx.static(Quantization.of(params))
         self.frozen = nnx.static(frozenset())
-        self.weights = _nest(params, stored_specs(config, self.quantization), nnx.Param)
-        self.lora_weights = _nest(adapters or {}, self._lora_specs(), nnx.LoRAParam)
+        self.mesh = nnx.static(mesh)
+        place = Placement(mesh, config, lora_config).place
+        self.weights = _nest(params, stored_specs(config, self.quantization), nnx.Param, place)
+        self.lora_weights = _nest(adapters or {}, self._lora_specs(), nnx.LoRAParam, place)
 
     def _lora_specs(self) -> dict[str, ParameterSpec]:
         return lora_specs(self.config, self.lora_config) if self.lora_config else {}
@@ -122,6 +134,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         adapter: str | pathlib.Path | None = None,
         on_layer: OnLayer = lambda *_: None,
         dequantize: bool = False,
+        mesh: str | MeshShape = ONE_DEVICE,
     ) -> Qwen3MoeForCausalLM:
         """Loads a Hugging Face folder or one written by `python -m convert hf2jax`, layer by layer.
 
@@ -134,13 +147,17 @@ class Qwen3MoeForCausalLM(nnx.Module):
             on_layer: called after each layer, with the number of layers read so far and the total.
             dequantize: decodes weights in FP8 to the dtype in config.json, and weights in NF4 to the dtype that they
                 had before quantisation, or both to `dtype`. FP8 cannot be read without it.
+            mesh: the devices that share the model and its inputs, such as "expert=4"; by default one.
 
         Raises:
             UserError: a broken or unsuitable folder; the message names the file, what was expected and what was found.
+                Also a mesh that the devices or the model do not allow.
         """
+        mesh = MeshShape.parse(mesh) if isinstance(mesh, str) else mesh
         config, source = open_checkpoint(path, dtype, quantize, dequantize)
-        params = load_stacks(config, source, on_layer=on_layer)
-        return cls(config, params) if adapter is None else cls(config, params, *load_adapter(adapter, config, source))
+        params = load_stacks(config, source, on_layer=on_layer, placement=Placement(mesh, config, None))
+        adapted = (None, None) if adapter is None else load_adapter(adapter, config, source)
+        return cls(config, params, *adapted, mesh)
 
     def __call__(
         self,
@@ -166,6 +183,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         Raises:
             ValueError: both `attention_mask` and `segment_ids`, or a document in several pieces. Also, while
                 differentiating, if the gradient of a frozen parameter is asked for.
+            UserError: sequences or tokens that the devices of the model's mesh cannot share evenly.
         """
         input_ids = jnp.asarray(input_ids, jnp.int32)
         if segment_ids is not None and attention_mask is not None:
@@ -177,10 +195,13 @@ class Qwen3MoeForCausalLM(nnx.Module):
             packed = _packed(np.asarray(segment_ids))
         if position_ids is None:
             position_ids = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        self.mesh.check_batch(input_ids.shape[0])
+        self.mesh.check_length(input_ids.shape[1])
         tokens = Tokens(input_ids, jnp.asarray(position_ids, jnp.int32), jnp.asarray(segment_ids, jnp.int32))
         options = Options(
             lora=self.lora_config,
             packed=packed,
+            mesh=self.mesh,
             router_logits=output_router_logits,
             layer_inputs=output_hidden_states,
         )
@@ -274,20 +295,37 @@ _run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 @partial(jax.jit, static_argnames=("config", "options"))
 def _jitted(params, adapters, control, tokens, *, config, options):
-    out: DecoderOutput = forward(params, adapters, tokens, config=config, options=options, control=control)
-    logits = logits_of(out.hidden, head_weight(weights_of(params, adapters, options.lora)))
-    differentiable = _Differentiable(out.hidden, out.stats.prob_sums, out.router_logits, out.layer_inputs)
-    return (logits, differentiable), (out.stats.counts, out.stats.tokens)
+    def on_a_device(params, adapters, control, tokens):
+        out: DecoderOutput = forward(params, adapters, tokens, config=config, options=options, control=control)
+        logits = logits_of(out.hidden, head_weight(weights_of(params, adapters, options.lora)))
+        stats = sum_over_devices(out.stats, options.mesh)
+        differentiable = _Differentiable(out.hidden, stats.prob_sums, out.router_logits, out.layer_inputs)
+        return (logits, differentiable), (stats.counts, stats.tokens)
+
+    placement = Placement(options.mesh, config, options.lora)
+    held = placement.specs(params), placement.specs(adapters)
+    of_tokens, of_layers = placement.spec("batch", "sequence"), placement.spec(None, "batch", "sequence")
+    differentiable = _Differentiable._make([of_tokens, PartitionSpec(), of_layers, of_layers])
+    results = (of_tokens, differentiable), PartitionSpec()
+    run = placement.run_in_order(on_a_device, (*held, control_specs(control, placement), of_tokens), results)
+    return run(params, adapters, control, tokens)
 
 
-def _nest(arrays: Mapping[str, Array], specs: Mapping[str, ParameterSpec], kind: type[nnx.Param]) -> nnx.Dict:
-    """Dotted paths -> nested `nnx.Dict`s of variables that carry their logical axes; shapes are checked."""
+def _nest(
+    arrays: Mapping[str, Array],
+    specs: Mapping[str, ParameterSpec],
+    kind: type[nnx.Param],
+    place: Callable[[Mapping[str, Array]], dict[str, Any]],
+) -> nnx.Dict:
+    """Dotted paths -> nested `nnx.Dict`s of variables that carry their logical axes; shapes are checked, then the
+    arrays are put in their places."""
     root = nnx.Dict({})
     for path in sorted(set(specs) | set(arrays)):
         if path not in arrays or path not in specs:
             raise ValueError(f"parameter {path}: {'unexpected' if path in arrays else 'missing'}")
         if arrays[path].shape != specs[path].shape:
             raise ValueError(f"parameter {path}: expected shape {specs[path].shape}, found {arrays[path].shape}")
+    for path, array in sorted(place(arrays).items()):
         *parents, name = path.split(".")
         node = root
         for parent in parents:
@@ -295,7 +333,7 @@ def _nest(arrays: Mapping[str, Array], specs: Mapping[str, ParameterSpec], kind:
                 node[parent] = nnx.Dict({})
             node = node[parent]
         # The axes are only recorded here; nothing acts on them.
-        node[name] = kind(arrays[path], out_sharding=specs[path].axes, eager_sharding=False)
+        node[name] = kind(array, out_sharding=specs[path].axes, eager_sharding=False)
     return root
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import LoraConfig
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.memory import Remat
-from jaxmoe.ops.router import CapturedRouting
+from jaxmoe.ops.router import CapturedRouting, RoutingControl
 
 Params = dict[str, Array]  # dotted path -> array, the layers' arrays stacked (`jaxmoe.parameters`)
 Trainable = Literal["none", "adapters", "all"]
@@ -77,3 +79,10 @@ class DecoderOutput(NamedTuple):
     router_logits: Float[Array, "Ls B T E"] | None
     layer_inputs: Float[Array, "L B T D"] | None  # float32
     routing: CapturedRouting | None  # [Ls, B, T, ...]
+
+
+def control_specs(control: RoutingControl | None, placement: Placement) -> Any:
+    """How devices share what a caller imposes on the routing of whole sequences: the experts of their own tokens."""
+    if control is None:
+        return None
+    return RoutingControl._make([placement.spec(None, "batch", "sequence"), PartitionSpec(), PartitionSpec()])

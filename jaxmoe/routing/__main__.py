@@ -81,6 +81,7 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add("--full-logits", action="store_true", help="keep the router logits of all experts")
     add("--no-predictions", action="store_true", help="leave out each token's loss and its predicted next token")
     add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same text")
+    add("--mesh", metavar="MESH", help="GPUs that share model and text: auto, or axes such as expert=8 (default: one)")
     add_arguments(parser)
 
 
@@ -107,8 +108,8 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--effects", type=pathlib.Path, metavar="FILE", help="also show this CSV file of `effects`")
 
 
-def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, labelled text) that the flags name."""
+def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any, Any]:
+    """(model, labelled text) that the flags name; `mesh` is the flag of that name."""
     from jaxmoe.cli.progress import reading_weights
     from jaxmoe.config import Qwen3MoeConfig
     from jaxmoe.data.chat import AS_WRITTEN, load_tokenizer
@@ -125,6 +126,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
             f"seq-length: expected at most the model's max_position_embeddings {config.max_position_embeddings}, "
             f"found {arguments.seq_length}"
         )
+    shape, about_mesh = _mesh(mesh, config, arguments.batch_size, arguments.seq_length)
     tokenizer = load_tokenizer(arguments.model)
     settings = chat_settings(tokenizer, arguments.system, arguments.thinking, arguments.template_arg)
     if arguments.text is not None:
@@ -137,7 +139,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
         labels = read_text(
             arguments.data, tokenizer, config.vocab_size, arguments.seq_length, arguments.max_tokens, settings
         )
-    for line in notices(settings, tokenizer):
+    for line in [*about_mesh, *notices(settings, tokenizer)]:
         print(line, file=sys.stderr)
     with reading_weights() as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
@@ -147,10 +149,25 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
             arguments.adapter,
             on_layer,
             arguments.dequantize,
+            shape,
         )
     if not model.config.sparse_layers:
         raise UserError(f"{arguments.model}: expected a model with mixture-of-experts layers, found none")
     return model, labels
+
+
+def _mesh(text: str | None, config: Any, batch_size: int, seq_length: int) -> tuple[Any, list[str]]:
+    """The mesh that `--mesh` names, and what to say about it."""
+    import jax
+
+    from jaxmoe.distributed.mesh import ONE_DEVICE, chosen
+
+    if text is None:
+        return ONE_DEVICE, []
+    mesh, notices = chosen(text, jax.device_count(), batch_size, config)
+    mesh.check_batch(batch_size)
+    mesh.check_length(seq_length)
+    return mesh, notices
 
 
 def _capture(arguments: argparse.Namespace) -> None:
@@ -162,7 +179,7 @@ def _capture_claimed(arguments: argparse.Namespace) -> None:
     from jaxmoe.control.interventions import intervention
     from jaxmoe.routing.capture import capture
 
-    model, labels = _loaded(arguments)
+    model, labels = _loaded(arguments, arguments.mesh)
     changes = intervention(arguments, model.config)
     started = time.perf_counter()
     found = capture(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from captures import Capture, CaptureWriter, LabelledText, Text
@@ -22,13 +23,16 @@ from captures.format import DEFAULT_KEEP_LOGITS
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.control.provenance import imposed_routing, model_of, versions
 from jaxmoe.control.replay import check_experts
+from jaxmoe.distributed.collectives import sum_over_devices
+from jaxmoe.distributed.mesh import ONE_DEVICE, SEQUENCE_AXES, MeshShape
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward, head_weight
-from jaxmoe.model.interface import Options, Params, Tokens
+from jaxmoe.model.interface import Options, Params, Tokens, control_specs
 from jaxmoe.ops.contraction import PRECISION
-from jaxmoe.ops.router import RoutingControl
+from jaxmoe.ops.router import CapturedRouting, RoutingControl
 
 
 class PackedBatch(NamedTuple):
@@ -49,11 +53,11 @@ class PackedBatch(NamedTuple):
         return self.segment_ids.reshape(-1) > 0
 
 
-def pack_in_order(labels: LabelledText, batch_size: int) -> Iterator[PackedBatch]:
+def pack_in_order(labels: LabelledText, batch_size: int, multiple: int = 1) -> Iterator[PackedBatch]:
     """Fills sequences with contexts in the order of the stream; a context that does not fit begins the next sequence.
 
     All batches have one shape, so that one program is compiled; the last batch may have empty sequences. A batch has no
-    more than `batch_size` sequences, and no more than there are.
+    more than `batch_size` sequences, and no more than there are, rounded up to a `multiple`.
 
     Raises:
         UserError: a context longer than `labels.seq_length`.
@@ -70,7 +74,7 @@ def pack_in_order(labels: LabelledText, batch_size: int) -> Iterator[PackedBatch
             used = 0
         sequences[-1].append(context)
         used += n
-    batch_size = min(batch_size, len(sequences))
+    batch_size = min(batch_size, -(-len(sequences) // multiple) * multiple)
     for first in range(0, len(sequences), batch_size):
         batch = sequences[first : first + batch_size]
         ids, positions, segments, following = (np.zeros((batch_size, length), np.int32) for _ in range(4))
@@ -111,12 +115,14 @@ def token_predictions(
 
 @dataclass(frozen=True)
 class CaptureProgram:
-    """What the compiled step depends on: the model, router logits kept per token, whether predictions are kept."""
+    """What the compiled step depends on: the model, router logits kept per token, whether predictions are kept, the
+    devices that share the tokens."""
 
     config: Qwen3MoeConfig
     lora: LoraConfig | None
     keep_logits: int
     predictions: bool
+    mesh: MeshShape = ONE_DEVICE
 
 
 @partial(jax.jit, static_argnames="program")
@@ -132,23 +138,41 @@ def capture_step(
 
     Returns the arrays of a shard (`captures.format`); padding included.
     """
+    placement = Placement(program.mesh, program.config, program.lora)
+    of_tokens = placement.spec("batch", "sequence")
+    run = placement.run_in_order(
+        partial(_capture_share, program=program),
+        (placement.specs(params), placement.specs(adapters), of_tokens, control_specs(control, placement)),
+        (placement.spec(None, "batch", "sequence"), PartitionSpec(), of_tokens),
+    )
+    routing, probability_sums, predictions = run(params, adapters, tokens, control)
+    flat = {name: a.reshape(a.shape[0], -1, *a.shape[3:]) for name, a in routing._asdict().items()}
+    flat |= {name: a.reshape(-1) for name, a in predictions.items()}
+    return flat | {"probability_sums": probability_sums}
+
+
+def _capture_share(
+    params: Params, adapters: Params, tokens: tuple[Array, ...], control: RoutingControl | None, program: CaptureProgram
+) -> tuple[CapturedRouting, Float[Array, "Ls E"], dict[str, Array]]:
+    """What one device finds for its tokens: (routing, probability sums of all devices, predictions [B, T] if kept)."""
     input_ids, position_ids, segment_ids, following = tokens
     out = forward(
         params,
         adapters,
         Tokens(input_ids, position_ids, segment_ids),
         config=program.config,
-        options=Options(lora=program.lora, keep_logits=program.keep_logits),
+        options=Options(lora=program.lora, keep_logits=program.keep_logits, mesh=program.mesh),
         control=control,
     )
     assert out.routing is not None
-    flat = {name: a.reshape(a.shape[0], -1, *a.shape[3:]) for name, a in out.routing._asdict().items()}
-    arrays = flat | {"probability_sums": out.stats.prob_sums}
+    predictions = {}
     if program.predictions:
-        hidden = out.hidden.reshape(-1, out.hidden.shape[-1])
         head = head_weight(weights_of(params, adapters, program.lora))
-        arrays["predicted"], arrays["loss"] = token_predictions(hidden, head, following.reshape(-1))
-    return arrays
+        predicted = token_predictions(out.hidden.reshape(-1, out.hidden.shape[-1]), head, following.reshape(-1))
+        predictions = {
+            name: array.reshape(input_ids.shape) for name, array in zip(("predicted", "loss"), predicted, strict=True)
+        }
+    return out.routing, sum_over_devices(out.stats.prob_sums, program.mesh), predictions
 
 
 def capture(
@@ -184,9 +208,12 @@ def capture(
         The capture, opened.
 
     Raises:
-        UserError: a replayed capture of another text or model, or a text that does not fit the model.
+        UserError: a replayed capture of another text or model, or a text that does not fit the model; a batch or a
+            length that the devices of the model's mesh cannot share evenly.
     """
-    config = model.config
+    config, mesh = model.config, model.mesh
+    mesh.check_batch(batch_size)
+    mesh.check_length(labels.seq_length)
     _check_text(labels, config)
     if replay is not None:
         _check_replay(replay, labels, config)
@@ -197,8 +224,8 @@ def capture(
     with CaptureWriter(
         folder, model_of(config), labels=labels, source=about, control=imposed, keep_logits=keep_logits
     ) as writer:
-        program = CaptureProgram(config, model.lora_config, writer.keep_logits, predictions)
-        for batch in pack_in_order(labels, batch_size):
+        program = CaptureProgram(config, model.lora_config, writer.keep_logits, predictions, mesh)
+        for batch in pack_in_order(labels, batch_size, mesh.product(SEQUENCE_AXES)):
             step_control = control
             if replay is not None:
                 step_control = (control or RoutingControl())._replace(experts=_replayed_experts(replay, batch))

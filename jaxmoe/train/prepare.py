@@ -26,7 +26,7 @@ from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.packing import Batch, Document, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
-from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, automatic
+from jaxmoe.distributed.mesh import ONE_DEVICE, SEQUENCE_AXES, MeshShape, chosen
 from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
@@ -268,13 +268,7 @@ def _mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShape, lis
     if settings.mesh is None:
         idle = [f"{found - 1} more devices are idle: --mesh auto uses all {found}"] if found > 1 else []
         return ONE_DEVICE, idle
-    if settings.mesh == AUTO:
-        mesh, why = automatic(found, settings.batch_size)
-        return mesh, [why]
-    mesh = MeshShape.parse(settings.mesh)
-    mesh.check_devices(found)
-    mesh.check_experts(config.num_experts if config.sparse_layers else 0)
-    return mesh, []
+    return chosen(settings.mesh, found, settings.batch_size, config)
 
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:

@@ -1,0 +1,157 @@
+"""Generation, captures and the model as an object: the same on every mesh; routing token by token."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from captures import Capture
+from convert.__main__ import main as convert
+from jaxmoe import Qwen3MoeForCausalLM
+from jaxmoe.errors import UserError
+from jaxmoe.generate import engine
+from jaxmoe.generate.__main__ import main as generate
+from jaxmoe.routing.__main__ import main as routing
+from peers.make_checkpoint import make_checkpoint
+from tests.mesh import trial
+from tests.mesh.test_numbers import MESHES
+from tests.mesh.test_program import exchanges
+from tests.tolerances import bound
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+LENGTH = 32  # tokens of a sequence of the captured text
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, unoptimized: None) -> pathlib.Path:
+    """A folder with a model in both forms, a text, and what one device captures of the text."""
+    folder = tmp_path_factory.mktemp("inference")
+    make_checkpoint(folder / "model", trial.MIXED)
+    convert(["hf2jax", str(folder / "model"), str(folder / "converted")])
+    (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}. " for i in range(12)))
+    capture(folder, "captured")
+    return folder
+
+
+def capture(folder: pathlib.Path, name: str, *further: str) -> Capture:
+    """What `python -m jaxmoe.routing capture` writes."""
+    command = ["capture", "--model", str(folder / "model"), "--data", str(folder / "text.txt"), "--batch-size", "8"]
+    routing([*command, "--seq-length", str(LENGTH), "--out", str(folder / name), *further])
+    return Capture.open(folder / name)
+
+
+def check_equal(found: Capture, expected: Capture) -> None:
+    """Files, texts, experts and predicted tokens are the same; other numbers up to the order of sums."""
+    assert {file.name for file in found.folder.iterdir()} == {file.name for file in expected.folder.iterdir()}
+    assert found.tokens == expected.tokens > 0
+    ours, theirs = found.read(0, found.tokens), expected.read(0, expected.tokens)
+    for name in ("experts", "top_experts", "predicted"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name), err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, ours.text, theirs.text)
+    limit = bound("mesh_fp32")
+    for name in ("top_logits", "log_sum_exp", "entropy", "loss"):
+        if getattr(theirs, name) is not None:
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), rtol=limit, atol=limit, err_msg=name)
+
+
+MORE = ["data=8", "fsdp=4", "context=4", "expert=8", "data=2,fsdp=2,expert=2", "fsdp=2,context=2,expert=2"]
+
+
+@pytest.mark.parametrize(
+    "mesh", [*(mesh for mesh, _ in MESHES), *(pytest.param(mesh, marks=pytest.mark.wide) for mesh in MORE)]
+)
+def test_every_token_goes_to_the_same_experts(mesh: str, base: pathlib.Path) -> None:
+    check_equal(capture(base, f"captured-{mesh}", "--mesh", mesh), Capture.open(base / "captured"))
+
+
+def generated(
+    base: pathlib.Path, form: str, name: str, capsys: pytest.CaptureFixture[str], *further: str
+) -> tuple[str, Capture]:
+    """(what `python -m jaxmoe.generate` prints for three prompts, what it captures)."""
+    command = ["--model", str(base / form), "--prompt", "one", "--prompt", "two and", "--prompt", "3"]
+    command += ["--max-new-tokens", "12", "--temperature", "1", "--repetition-penalty", "1.2", "--seed", "5"]
+    generate([*command, "--capture", str(base / name), *further])
+    return capsys.readouterr().out, Capture.open(base / name)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        "expert=4",
+        pytest.param("data=2,fsdp=2,expert=2", marks=pytest.mark.wide),
+        pytest.param("data=2", marks=pytest.mark.wide),
+        pytest.param("fsdp=8", marks=pytest.mark.wide),
+    ],
+)
+def test_the_same_text_is_generated(
+    mesh: str, base: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder in HF form on one device, from a converted one on the mesh; no expert's weights travel."""
+    one = f"generated-{mesh}"
+    expected, captured = generated(base, "model", one, capsys)
+    programs: list[str] = []
+    decode: Any = engine._decode
+
+    def compiled(*arguments: Any, program: Any) -> Any:
+        found = decode.lower(*arguments, program=program).compile()
+        programs.append(found.as_text())
+        return found(*arguments)
+
+    monkeypatch.setattr(engine, "_decode", compiled)
+    found, captured_on_mesh = generated(base, "converted", f"{one}-on-mesh", capsys, "--mesh", mesh)
+    assert found == expected and len(found) > 20
+    check_equal(captured_on_mesh, captured)
+    if mesh == "expert=4":
+        share = trial.MIXED.num_experts // 4 * trial.MIXED.moe_intermediate_size * trial.MIXED.hidden_size
+        assert max(each.elements for each in exchanges(programs[0])) < share
+
+
+def test_the_model_as_an_object_is_the_same(base: pathlib.Path) -> None:
+    """Logits, router logits and a gradient; what the devices cannot share is refused."""
+    ids = np.random.default_rng(1).integers(0, trial.MIXED.vocab_size, (4, 16))
+    results = []
+    for mesh in ("data=1", "context=2,expert=2"):
+        model = Qwen3MoeForCausalLM.from_pretrained(base / "model", mesh=mesh)
+
+        def loss(model: Qwen3MoeForCausalLM) -> Any:
+            out = model(ids, output_router_logits=True)
+            assert out.aux_loss is not None
+            return jnp.mean(out.logits**2) + out.aux_loss, out
+
+        gradient = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.PathContains("gate")), has_aux=True)
+        found, out = gradient(model)
+        results.append([*jax.tree.leaves(found), out.logits, *out.router_logits])
+    for one, several in zip(*results, strict=True):
+        error = np.linalg.norm(np.asarray(several) - np.asarray(one)) / np.linalg.norm(one)
+        assert error <= bound("mesh_fp32")
+    with pytest.raises(UserError, match=r"seq_length: expected a multiple of 4 .*found 15; 12 or 16 would do"):
+        model(ids[:, :15])
+    with pytest.raises(UserError, match=r"batch_size: expected a multiple of 2 .*found 3"):
+        model(ids[:3])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("expert=16", "mesh: expert=16 needs 16 devices, found 8"),
+        ("expert=3", r"mesh: expert: expected a divisor of the model's 8 experts \(1, 2, 4, 8\), found 3"),
+        ("context=2", "mesh: context: only valid in training and capture"),
+    ],
+)
+def test_a_mesh_that_cannot_generate_is_refused(mesh: str, message: str, base: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(["--model", str(base / "model"), "--prompt", "one", "--mesh", mesh])
+
+
+def test_a_text_that_devices_cannot_share_is_refused(base: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"batch_size: expected a multiple of 3"):
+        capture(base, "none", "--mesh", "data=3")
+    with pytest.raises(UserError, match=r"seq_length: expected a multiple of 6 .*found 32; 30 or 36 would do"):
+        capture(base, "none", "--mesh", "context=3")
