@@ -56,9 +56,9 @@ def demo_cases(folder: pathlib.Path) -> list[Case]:
     by_name = {case.name.removeprefix("demo-"): case for case in selected}
     one_row = str(write_batch(folder / "one-row.batch", cases.text_batch(CHECKPOINT, rows=1)))
     out = [
-        replace(by_name["fp32"], runs=("free",), faults=()),
+        replace(by_name["fp32"], runs=("free",), faults=(), mesh="context=2,expert=2"),
         by_name["bf16"],
-        replace(by_name["adapter-fp32"], batch=one_row),
+        replace(by_name["adapter-fp32"], batch=one_row, mesh="context=4"),
     ]
     if BITSANDBYTES:
         engine.quantize([(CHECKPOINT, folder / "demo-nf4")], "bfloat16", "cpu")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from jaxmoe.distributed.mesh import MeshShape
 from tests.parity.plan import Device, Plan, log
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -37,7 +38,11 @@ def run(plan: Plan, parallel: int = 1) -> None:
     first, *others = plan.sides
     run_module(*_COMMANDS[first], plan.folder, device=plan.device)
     with ThreadPoolExecutor(parallel) as pool:
-        jobs = [pool.submit(run_module, *_COMMANDS[side], plan.folder, device=plan.device) for side in others]
+        devices = {"jaxmoe": max(MeshShape.parse(case.mesh).size for case in plan.cases)}
+        jobs = [
+            pool.submit(run_module, *_COMMANDS[side], plan.folder, device=plan.device, devices=devices.get(side, 1))
+            for side in others
+        ]
     for job in jobs:
         try:
             job.result()
@@ -52,8 +57,8 @@ def quantize(pairs: Sequence[tuple[str | pathlib.Path, str | pathlib.Path]], dty
     run_module("tests.parity.torch_side", "quantize", *arguments, device=device)
 
 
-def run_module(*command: object, device: Device) -> None:
-    """Runs `python -m ...` from the repository's root."""
+def run_module(*command: object, device: Device, devices: int = 1) -> None:
+    """Runs `python -m ...` from the repository's root; a process on the CPU has so many virtual devices."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -63,6 +68,8 @@ def run_module(*command: object, device: Device) -> None:
     }
     if device == "cpu":
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        environment["XLA_FLAGS"] = flags.strip()
     else:
         # Two frameworks may share the GPU. Deterministic kernels and no autotuning, as in `make test-gpu`.
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.distributed.collectives import sum_over_devices
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.model import decoder
-from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.model.interface import DecoderOutput, Options, Tokens, control_specs
 from jaxmoe.ops.router import load_balancing_loss
 from tests import oracle
 from tests.parity.batches import Batch
@@ -58,23 +62,33 @@ def product(
     return ProductOutput(logits, hidden, out.router_logits, selected, out.stats.counts, float(aux))
 
 
-def compiled_forward(config: Qwen3MoeConfig, lora: LoraConfig | None, compiler_options: dict[str, Any]) -> Any:
+def compiled_forward(
+    config: Qwen3MoeConfig,
+    lora: LoraConfig | None,
+    compiler_options: dict[str, Any],
+    mesh: MeshShape = ONE_DEVICE,
+    keep_logits: int = 0,
+) -> Any:
     """A fresh jitted function (params, adapters, *batch, routing control) -> (logits, `DecoderOutput`, aux loss)."""
+    options = Options(lora=lora, router_logits=True, layer_inputs=True, keep_logits=keep_logits, mesh=mesh)
+    placement = Placement(mesh, config, lora)
+    of_tokens, of_layers = placement.spec("batch", "sequence"), placement.spec(None, "batch", "sequence")
+    results = of_tokens, DecoderOutput._make([of_tokens, PartitionSpec(), of_layers, of_layers, of_layers])
+
+    def on_a_device(params, adapters, tokens, control):
+        out = decoder.forward(params, adapters, tokens, config=config, options=options, control=control)
+        logits = decoder.logits_of(out.hidden, decoder.head_weight(params))
+        return logits, out._replace(stats=sum_over_devices(out.stats, mesh))
 
     @functools.partial(jax.jit, compiler_options=compiler_options)
     def run(params, adapters, input_ids, position_ids, segment_ids, control=None):
-        out = decoder.forward(
-            params,
-            adapters,
-            Tokens(input_ids, position_ids, segment_ids),
-            config=config,
-            options=Options(lora=lora, router_logits=True, layer_inputs=True),
-            control=control,
-        )
+        held = placement.specs(params), placement.specs(adapters)
+        spread = placement.run_in_order(on_a_device, (*held, of_tokens, control_specs(control, placement)), results)
+        logits, out = spread(params, adapters, Tokens(input_ids, position_ids, segment_ids), control)
         stats, aux = out.stats, jnp.zeros(())
         if config.sparse_layers:
             aux = load_balancing_loss(stats.counts, stats.prob_sums, stats.tokens)
-        return decoder.logits_of(out.hidden, decoder.head_weight(params)), out, aux
+        return logits, out, aux
 
     return run
 

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import io_callback
 
 import jaxmoe.model.decoder
 import jaxmoe.train.loss
 import jaxmoe.train.step
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.packing import Batch as TrainingBatch
-from jaxmoe.ops.router import RoutingControl
+from jaxmoe.ops.router import CapturedRouting, Routing, RoutingControl
 from tests import oracle
 from tests.parity.batches import Batch
 from tests.parity.environment import write_environment
@@ -36,19 +35,15 @@ SIDE = "jaxmoe"
 
 
 @contextlib.contextmanager
-def recorded_routing() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Collects the experts and weights [M, k] that each sparse layer receives, in layer order, from inside the scan."""
-    records: list[tuple[np.ndarray, np.ndarray]] = []
-    route = jaxmoe.model.decoder.route
+def weights_captured() -> Iterator[None]:
+    """A captured routing holds the weights that a sparse layer receives, in place of router logits."""
+    captured = jaxmoe.model.decoder.captured_routing
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        routing = route(*args, **kwargs)
-        record = lambda experts, weights: records.append((np.array(experts), np.array(weights)))
-        io_callback(record, None, routing.experts, routing.weights, ordered=True)
-        return routing
+    def with_weights(routing: Routing, top: int) -> CapturedRouting:
+        return captured(routing, top)._replace(top_logits=routing.weights)
 
-    with mock.patch.object(jaxmoe.model.decoder, "route", recording):
-        yield records
+    with mock.patch.object(jaxmoe.model.decoder, "captured_routing", with_weights):
+        yield
 
 
 def compiler_options(model: Qwen3MoeForCausalLM) -> dict[str, Any]:
@@ -65,20 +60,18 @@ def control_of(pinned: np.ndarray | None) -> RoutingControl | None:
 def forward(model: Qwen3MoeForCausalLM, batch: Batch, pinned: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The arrays that every side writes."""
     config = model.config
-    run = compiled_forward(config, model.lora_config, compiler_options(model))
-    with recorded_routing() as records:
+    k = config.num_experts_per_tok if config.sparse_layers else 0
+    run = compiled_forward(config, model.lora_config, compiler_options(model), model.mesh, keep_logits=k)
+    with weights_captured():
         result = run(model.params, model.adapters, *map(jnp.asarray, batch), control_of(pinned))
-        logits, out, aux = jax.device_get(jax.block_until_ready(result))
-        jax.effects_barrier()
+        logits, out, aux = jax.device_get(result)
     hidden = [np.asarray(h, np.float32) for h in (*out.layer_inputs, out.hidden)]
     arrays = {"logits": logits, "hidden": np.stack(hidden)}
     if config.sparse_layers:
-        assert len(records) == len(config.sparse_layers)
-        shape = (len(records), *batch.input_ids.shape, config.num_experts_per_tok)
-        selected, weights = (np.stack(part).reshape(shape) for part in zip(*records, strict=True))
+        selected, weights = out.routing.experts.astype(np.int32), out.routing.top_logits
         # what the router would have chosen: the most probable in float32; ties go to the lowest index
         probabilities = np.asarray(jax.nn.softmax(out.router_logits, axis=-1))
-        chosen = oracle.top_k(probabilities, config.num_experts_per_tok).astype(np.int32)
+        chosen = oracle.top_k(probabilities, k).astype(np.int32)
         arrays |= {"router_logits": out.router_logits, "chosen": chosen, "selected": selected, "weights": weights}
         arrays["aux_loss"] = np.asarray(aux)
     return arrays
@@ -98,7 +91,7 @@ def _check_pinned(counts: np.ndarray, pinned: np.ndarray, valid: np.ndarray) -> 
 def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarray | None) -> dict[str, np.ndarray]:
     """Loss, gradients, and the adapter after one step of jaxmoe's own training step with AdamW."""
     assert model.lora_config is not None
-    spec = jaxmoe.train.step.Model(model.config, model.lora_config, case.dtype)
+    spec = jaxmoe.train.step.Model(model.config, model.lora_config, case.dtype, mesh=model.mesh)
     rate = optax.constant_schedule(case.learning_rate)
     adamw = jaxmoe.train.step.adamw(
         rate, spec, max_grad_norm=0.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8
@@ -112,8 +105,10 @@ def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarr
     objective = jaxmoe.train.loss.next_token_objective(case.aux_coefficient)
     stepped = jaxmoe.train.step.make_train_step(spec, optimizer, rate, objective)
     run = jax.jit(stepped, compiler_options=compiler_options(model))
-    state = jaxmoe.train.step.initial_state(model.adapters, optimizer)
-    state, metrics = run(model.params, state, jax.tree.map(lambda a: jnp.asarray(a)[None], micro))
+    place = spec.placement
+    state = place.place_state(jaxmoe.train.step.initial_state(model.adapters, optimizer), model.adapters)
+    whole = place.place_batch(jax.tree.map(lambda a: np.asarray(a)[None], micro), tokens=3)
+    state, metrics = run(model.params, state, whole)
     if pinned is not None:
         _check_pinned(np.asarray(metrics.expert_counts), pinned, batch.segment_ids > 0)
     loss = metrics.loss + case.aux_coefficient * metrics.aux_loss
@@ -125,7 +120,7 @@ def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarr
 def run_case(plan: Plan, case: Case) -> None:
     """Loads the case's model once and writes the arrays of all of its runs."""
     model = Qwen3MoeForCausalLM.from_pretrained(
-        case.quantized or case.checkpoint, dtype=case.dtype, adapter=case.adapter
+        case.quantized or case.checkpoint, dtype=case.dtype, adapter=case.adapter, mesh=case.mesh
     )
     batch = read_batch(case.batch)
     pinned = plan.oracle_experts(case)

@@ -40,6 +40,7 @@ class Case:
         faults: negative controls from `tests.parity.faults` that jaxmoe also runs.
         flip_bound: entry of the tolerance table for the margin above which no choice may flip; None: the bound that
             transformers needs in the same run.
+        mesh: the devices that jaxmoe runs it on; on a CPU they are virtual.
         pinned_kl: entry of the tolerance table that limits jaxmoe's pinned KL in 16 bit; None: it is only reported.
     """
 
@@ -55,6 +56,7 @@ class Case:
     pinned_kl: str | None = None
     aux_coefficient: float = 0.1
     learning_rate: float = 1e-3
+    mesh: str = "data=1"
 
 
 @dataclass(frozen=True)

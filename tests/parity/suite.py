@@ -11,6 +11,7 @@ import argparse
 import pathlib
 import shlex
 import sys
+from dataclasses import replace
 from typing import Any
 
 from jaxmoe.config import Qwen3MoeConfig
@@ -119,6 +120,8 @@ def main() -> int:
         default=True,
         help="find the operation that makes a check fail",
     )
+    devices = "devices that jaxmoe runs on, such as context=2,expert=2; on a CPU they are virtual"
+    parser.add_argument("--mesh", default="data=1", help=f"{devices} (default: one)")
     parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens of the large model's prompt")
     args = parser.parse_args()
     checkpoint: pathlib.Path | None = args.checkpoint or (CHECKPOINT if args.suite == "demo" else None)
@@ -132,6 +135,7 @@ def main() -> int:
         selected = trained_cases(
             args.suite, checkpoint, args.out, rows=2 if on_cpu else 4, faults=on_cpu or args.suite == "demo"
         )
+    selected = [replace(case, mesh=args.mesh) for case in selected]
     quantize(selected, args.device)
     command = f"python -m tests.parity.suite {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
