@@ -19,7 +19,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxmoe import broken_environment
 
@@ -216,16 +216,22 @@ def _leave_lost_terminal() -> None:
 
 
 def _end(number: int) -> None:
-    """Undoes what is unfinished, last things first, and ends the process. The guard is never released again."""
+    """Ends the process with the signal's exit code."""
     _state.guard.acquire(timeout=_PATIENCE)
-    undone = bool(_state.undo)
+    words = f"{signal.Signals(number).name}: stopped"
+    if _state.undo:
+        words += "; what it had begun to write was removed"
+    end(128 + number, words)
+
+
+def end(code: int, words: str) -> NoReturn:
+    """Undoes what is unfinished, last things first, prints one line on standard error and ends the process, from any
+    thread. No other thread may finish a block of `uninterrupted` any more."""
+    _state.guard.acquire(timeout=_PATIENCE)
     while _state.undo:
         with contextlib.suppress(Exception):
             _state.undo.pop()()
-    words = f"{signal.Signals(number).name}: stopped"
-    if undone:
-        words += "; what it had begun to write was removed"
     with contextlib.suppress(OSError, ValueError):
         shown = "\x1b[?25h\n" if os.isatty(2) else ""  # a progress bar hides the cursor
         os.write(2, f"{shown}{words}\n".encode())
-    os._exit(128 + number)
+    os._exit(code)

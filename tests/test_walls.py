@@ -36,13 +36,14 @@ MODULES: dict[str, set[str]] = {
         " out_of_memory presets stopping tokenizer_files weight_form",
     ),
     "parameters": _under("jaxmoe", "parameters"),
-    "distributed": _under("jaxmoe.distributed", ". chunks collectives mesh placement sharding"),
+    "distributed": _under("jaxmoe.distributed", ". agreement chunks collectives ending launch mesh placement sharding"),
     "memory": _under("jaxmoe", "memory memory_advice"),
     "cli": _under("jaxmoe.cli", ". arguments config_file notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),
     "store": _under(
-        "jaxmoe.store", ". adapter boxes checkpoint converted digest files items loading lock shares train_state"
+        "jaxmoe.store",
+        ". adapter boxes checkpoint converted digest element_sums files items loading lock shares train_state",
     ),
     "nf4": _under("jaxmoe.nf4", ". codec encode stack"),
     "recode": _under("jaxmoe.nf4", "recode"),
@@ -72,8 +73,8 @@ MODULES: dict[str, set[str]] = {
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "train": _under(
         "jaxmoe.train",
-        ". best export host_memory identity log_probs loop loss metrics preferences prepare reference settings speed"
-        " step trackers",
+        ". best export host_memory identity log_probs loop loss metrics preferences prepare processes reference"
+        " settings speed step trackers",
     ),
     "generate": _under(
         "jaxmoe.generate",

@@ -1,8 +1,9 @@
 """What every command of the project shares: flags from a dataclass, one-line errors, exit codes. Standard library only.
 
-Exit codes: 0 on success; 2 for a user error or bad input, with one line on stderr; 130, 143 and 129 after SIGINT,
-SIGTERM and SIGHUP (`jaxmoe.stopping`); 141 if the reader closes the pipe. Any other exception is a bug and keeps its
-traceback. Only `jaxmoe.generate --interactive` reads standard input.
+Exit codes: 0 on success; 2 for a user error or bad input, with one line on stderr; 3 if another process of the same run
+died (`jaxmoe.distributed.ending`); 130, 143 and 129 after SIGINT, SIGTERM and SIGHUP (`jaxmoe.stopping`); 141 if the
+reader closes the pipe. Any other exception is a bug and keeps its traceback. Only `jaxmoe.generate --interactive` reads
+standard input.
 """
 
 from __future__ import annotations

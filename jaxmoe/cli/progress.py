@@ -13,6 +13,20 @@ INTERVAL = 5.0  # seconds between two lines of a job
 Show = Callable[[int, int, str], None]  # done, total, description
 
 
+class _State:
+    """Whether this process shows anything."""
+
+    hidden = False
+
+
+_state = _State()
+
+
+def hide() -> None:
+    """From now on nothing is shown: another process of the same run shows it."""
+    _state.hidden = True
+
+
 class _Bar:
     """The form for a terminal: a progress bar of rich with these columns, on standard output or standard error."""
 
@@ -36,6 +50,8 @@ class _Bar:
 
 def print_line(text: str, *, on_stderr: bool = False) -> None:
     """Prints one line and flushes it; an error names the stream."""
+    if _state.hidden:
+        return
     try:
         print(text, file=sys.stderr if on_stderr else sys.stdout, flush=True)
     except OSError as error:
@@ -49,7 +65,7 @@ def progress(what: str, *, on_stderr: bool = False) -> Iterator[Show]:
     On a terminal it shows a bar on standard error, which disappears when the job is done. Elsewhere it prints a line
     every few seconds: on standard error if `on_stderr` (standard output is for the result), else on standard output.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _state.hidden:
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
         columns = TextColumn(what, markup=False), BarColumn(), TextColumn("{task.fields[words]}"), TimeRemainingColumn()
@@ -85,7 +101,7 @@ class TrainingProgress:
         self._total = total
         self._start: tuple[float, int] | None = None  # time and step from which the pace is measured
         self._bar = None
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and not _state.hidden:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
             columns = [

@@ -44,6 +44,21 @@ def devices_of(mesh: MeshShape) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=jax.devices()[: mesh.size])
 
 
+def whole(array: Any) -> np.ndarray:
+    """An array of a run on the host; every process calls this for the same array, of which it may hold a share."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())  # pyright: ignore[reportAttributeAccessIssue]
+    if array.ndim < 2:
+        return np.asarray(jax.jit(lambda a: a, out_shardings=everywhere)(array))
+    # A layer at a time: no device could hold all of a large stack.
+    layer = jax.jit(lambda stack, index: stack[index], out_shardings=everywhere)
+    host = np.empty(array.shape, array.dtype)
+    for index in range(len(array)):
+        host[index] = np.asarray(layer(array, index))
+    return host
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the parameters, the adapters and the batches of a model lie on a mesh."""
@@ -71,6 +86,11 @@ class Placement:
             return partition(axes[: array.ndim], array.shape[:tokens], self.mesh)
 
         return jax.tree.map(spec, batch)
+
+    @property
+    def everywhere(self) -> NamedSharding | None:
+        """The sharding of what lies whole on every device; None on one device."""
+        return NamedSharding(devices_of(self.mesh), PartitionSpec()) if self.mesh.size > 1 else None
 
     def place(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters or adapters by path, or their shapes, where they lie on the mesh; of arrays of the host, a process
@@ -164,7 +184,12 @@ class Placement:
         sharding = self.sharding(spec)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-        if isinstance(array, jax.Array):
+        if not isinstance(array, jax.Array):
+            # An array of the host, or the parts that this process has of one (`jaxmoe.store.shares.Portion`).
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        if sharding.is_fully_addressable:
             return jax.device_put(array, sharding)
-        # An array of the host, or the parts that this process has of one (`jaxmoe.store.shares.Portion`).
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        if array.is_fully_addressable:  # each process has all of it, and sends what its devices hold
+            host = np.asarray(array)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return array if array.sharding == sharding else jax.jit(lambda a: a, out_shardings=sharding)(array)

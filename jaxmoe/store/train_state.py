@@ -9,20 +9,25 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from jaxmoe.distributed import launch
+from jaxmoe.distributed.agreement import exchange_values, wait_for_all
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import MAX_FILE, parse_json, read_json
+from jaxmoe.store import element_sums
 from jaxmoe.store.digest import checksums
+from jaxmoe.store.element_sums import checksum_of, sum_of_part
 from jaxmoe.store.files import check_links, os_error
 from jaxmoe.store.items import check_zarray, first_line, quiet_orbax, wait_for_stragglers
 from jaxmoe.tokenizer_files import check_small_file
 
 _VERSION = 2
 _WITHOUT_CHECKSUMS = 1  # what earlier versions wrote
+_BY_SEVERAL = 3  # several processes wrote it: no process had a whole array, so the checksums are other ones
 _MOST_DESCRIPTION = 4096  # bytes that describe an array
 _OCDBT = "manifest.ocdbt"
 _STEP_FILE = "_CHECKPOINT_METADATA"  # what Orbax writes about a step, and reads of every step at once
@@ -53,8 +58,11 @@ class TrainCheckpoints:
         self.directory = pathlib.Path(os.path.realpath(directory))
         self._keep = keep
         self.notice: str | None = None  # what `restore` could not verify
+        self._several = launch.this().count > 1
         check_links(self.directory)
-        self._remove_unfinished()
+        if launch.this().is_first:
+            self._remove_unfinished()
+        wait_for_all()
         for file in self.directory.glob(f"*/{_STEP_FILE}"):
             check_small_file(file)
         with quiet_orbax() as ocp:
@@ -103,12 +111,12 @@ class TrainCheckpoints:
             OSError: the disk is full or fails. Older checkpoints stay intact.
         """
         leaves = _named_leaves(state)
-        digests = checksums(np.asarray(leaf) for _, leaf in leaves)
+        digests = self._checksums(leaf for _, leaf in leaves)
         entries = [
             [name, list(np.shape(leaf)), str(_dtype(leaf)), digest]
             for (name, leaf), digest in zip(leaves, digests, strict=True)
         ]
-        content = {"version": _VERSION, "leaves": entries, "metadata": dict(metadata)}
+        content = {"version": _BY_SEVERAL if self._several else _VERSION, "leaves": entries, "metadata": dict(metadata)}
         try:
             with quiet_orbax() as ocp:
                 for later in self.steps():
@@ -123,15 +131,27 @@ class TrainCheckpoints:
                     if old != spared:
                         self._manager.delete(old)
         except ValueError as error:
-            self._remove_unfinished()
+            self._remove_failed()
             if "os_error_code" not in str(error):  # tensorstore's mark for errors of the operating system
                 raise
             raise os_error(self.directory / str(step), first_line(error, 3000)) from error
         except OSError as error:
-            self._remove_unfinished()
+            self._remove_failed()
             if error.errno is None:
                 raise
             raise OSError(error.errno, os.strerror(error.errno), str(self.directory / str(step))) from error
+
+    def _checksums(self, leaves: Iterable[Any]) -> list[str]:
+        """The checksum of each leaf, of which each of several processes has a share."""
+        if not self._several:
+            return checksums(np.asarray(leaf) for leaf in leaves)
+        ours = [sum(sum_of_part(*part, np.shape(leaf)) for part in _own_parts(leaf)) for leaf in leaves]
+        return [checksum_of(sums) for sums in zip(*exchange_values(ours), strict=True)]
+
+    def _remove_failed(self) -> None:
+        """Removes what a save that failed left behind, unless other processes may still write there."""
+        if not self._several:
+            self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
         """Removes what a killed run, or a save that failed, left behind: this process alone writes here."""
@@ -190,7 +210,11 @@ class TrainCheckpoints:
             stored = self._read(step, metadata=ocp.args.JsonRestore())
             digests = self._check_leaves(step, leaves, stored)
             self._check_stored(step, leaves)
-            restore_args = {str(i): ocp.RestoreArgs(restore_type=np.ndarray) for i in range(len(leaves))}
+            shared = self._several and stored["version"] == _BY_SEVERAL
+            restore_args = {
+                str(i): _of_process(ocp, leaf) if shared else ocp.RestoreArgs(restore_type=np.ndarray)
+                for i, (_, leaf) in enumerate(leaves)
+            }
             arrays = self._read(step, state=ocp.args.PyTreeRestore(restore_args=restore_args))
         values = [arrays[str(i)] for i in range(len(leaves))]
         self._check_values(step, leaves, values, digests)
@@ -202,11 +226,13 @@ class TrainCheckpoints:
         where = self._path(step)
         content = dict(stored) if isinstance(stored, dict) else {}
         digest, version = content.pop("sha256", None), content.get("version")
-        if version not in (_WITHOUT_CHECKSUMS, _VERSION):
-            raise UserError(f"{where}: version: expected {_WITHOUT_CHECKSUMS} or {_VERSION}, found {version!r}")
-        if version == _VERSION and digest != _content_digest(content):
+        if version not in (_WITHOUT_CHECKSUMS, _VERSION, _BY_SEVERAL):
+            raise UserError(
+                f"{where}: version: expected {_WITHOUT_CHECKSUMS}, {_VERSION} or {_BY_SEVERAL}, found {version!r}"
+            )
+        if version != _WITHOUT_CHECKSUMS and digest != _content_digest(content):
             raise UserError(f"{where}: metadata: expected the checksum that it names, found another")
-        entries, length = content.get("leaves"), 4 if version == _VERSION else 3
+        entries, length = content.get("leaves"), 3 if version == _WITHOUT_CHECKSUMS else 4
         listed = isinstance(entries, list) and all(isinstance(e, list) and len(e) == length for e in entries)
         if entries is None or not listed or not isinstance(content.get("metadata"), dict):
             raise UserError(f"{where}: metadata: expected leaves and metadata, found others")
@@ -257,7 +283,7 @@ class TrainCheckpoints:
         return text
 
     def _check_values(
-        self, step: int, leaves: list[tuple[str, Any]], values: list[np.ndarray], digests: list[str] | None
+        self, step: int, leaves: list[tuple[str, Any]], values: list[Any], digests: list[str] | None
     ) -> None:
         where = self._path(step)
         for (name, leaf), value in zip(leaves, values, strict=True):
@@ -266,9 +292,15 @@ class TrainCheckpoints:
                 raise UserError(f"{where}: expected {_leaf_text(name, *want)}, found {_leaf_text(name, *found)}")
         if digests is None:
             return
-        for (name, _), want, found in zip(leaves, digests, checksums(values), strict=True):
+        added_up = any(str(digest).startswith(element_sums.PREFIX) for digest in digests)
+        if added_up and not self._several:
+            formed = [checksum_of([sum_of_part(value, (0,) * value.ndim, value.shape)]) for value in values]
+        else:
+            formed = self._checksums(values) if added_up else checksums(values)
+        for (name, _), want, found in zip(leaves, digests, formed, strict=True):
             if want != found:
-                raise UserError(f"{where}: {name}: expected SHA-256 {str(want)[:16]}..., found {found[:16]}...")
+                kind = "checksum" if added_up else "SHA-256"
+                raise UserError(f"{where}: {name}: expected {kind} {str(want)[:20]}..., found {found[:20]}...")
 
     def _path(self, step: int) -> pathlib.Path:
         return self.directory / str(step)
@@ -320,10 +352,31 @@ def _leaf_text(name: str, shape: list[int], dtype: str) -> str:
     return f"{name} {dtype} {shape}"
 
 
-def _placed(value: np.ndarray, like: Any) -> Any:
+def _own_parts(leaf: Any) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+    """(array, the indices where it begins in the leaf): the parts that this process answers for, of several."""
+    import jax
+
+    if isinstance(leaf, jax.Array):
+        for shard in leaf.addressable_shards:
+            if shard.replica_id == 0:
+                yield np.asarray(shard.data), tuple(span.start or 0 for span in shard.index)
+    elif launch.this().is_first:
+        yield np.asarray(leaf), (0,) * np.ndim(leaf)
+
+
+def _of_process(ocp: Any, leaf: Any) -> Any:
+    """How Orbax restores a leaf of which this process holds a share."""
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+def _placed(value: Any, like: Any) -> Any:
     """`value` as a jax.Array with the sharding of `like`; as NumPy if `like` is not a JAX array."""
     import jax
 
+    if isinstance(value, jax.Array):
+        return value
+    if isinstance(like, jax.Array) and not like.is_fully_addressable:
+        return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
     if isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         return jax.device_put(value, like.sharding) if like.sharding is not None else jax.device_put(value)
     return value

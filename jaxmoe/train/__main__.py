@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from jaxmoe.cli import xla
+from jaxmoe.cli import progress, xla
 from jaxmoe.cli.arguments import (
     ArgumentParser,
     add_dataclass_arguments,
@@ -31,6 +31,7 @@ from jaxmoe.cli.arguments import (
     run,
 )
 from jaxmoe.cli.config_file import add_config, given_settings
+from jaxmoe.distributed import ending, launch
 from jaxmoe.train.loop import train
 from jaxmoe.train.settings import TrainConfig
 
@@ -41,6 +42,7 @@ def build_parser(given: Mapping[str, Any] = MappingProxyType({})) -> ArgumentPar
     add_config(flags)
     add_dataclass_arguments(flags, TrainConfig, given)
     add_memory_limit(flags, given.get("memory_limit"))
+    launch.add_arguments(flags)
     return flags
 
 
@@ -48,16 +50,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m jaxmoe.train`: 0 when done, 128 + the signal's number when a signal ended the run early."""
     given = given_settings(argv, flag_kinds(TrainConfig) | {"memory_limit": float})
     arguments = build_parser(given).parse_args(argv)
-    settings = dataclass_from_arguments(TrainConfig, arguments)
-    xla.configure(arguments.memory_limit)
-    summary = train(settings)
+    process = launch.start(arguments)
+    if not process.is_first:
+        progress.hide()
+    with ending.together():
+        settings = dataclass_from_arguments(TrainConfig, arguments)
+        xla.configure(arguments.memory_limit)
+        summary = train(settings)
+    if process.is_first:
+        _report(settings, summary)
+    return 0 if summary["stopped_by"] is None else 128 + summary["stopped_by"]
+
+
+def _report(settings: TrainConfig, summary: dict[str, Any]) -> None:
     if summary["stopped_by"] is not None:
         name = signal.Signals(summary["stopped_by"]).name
         print(
             f"{name}: saved after step {summary['steps']}; the same command with --resume continues from there",
             file=sys.stderr,
         )
-        return 128 + summary["stopped_by"]
+        return
     print(f"{summary['steps']} steps in {summary['seconds']:.0f} s, wrote {settings.output}")
     if summary["eval_loss"] is not None:
         before, after = summary["eval_loss_before"], summary["eval_loss"]
@@ -65,7 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"held-out loss {before:.4f} -> {after:.4f}{'' if settings.learns_from_pairs else perplexities}")
     if settings.keep_best and summary["best_step"] is not None:
         print(f"written: step {summary['best_step']}, with the lowest held-out loss, {summary['best_eval_loss']:.4f}")
-    return 0
 
 
 def _perplexity(loss: float) -> float:

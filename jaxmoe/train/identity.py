@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxmoe import environment
 from jaxmoe.cli.config_file import settings_text
 from jaxmoe.config import Qwen3MoeConfig, read_json
+from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError, shown
 from jaxmoe.model.interface import Params
 from jaxmoe.store import digest
@@ -82,7 +83,7 @@ def model_content(config: Qwen3MoeConfig, params: Params, weights: str | None, p
     before = None if previous is None else previous.get("model")
     if isinstance(before, list) and len(before) == 2 and not str(before[1]).startswith(digest.PREFIX):
         return _content_of_ends(config, params)
-    return [config.to_hf(), weights or digest.of_parameters(params)]
+    return [config.to_hf(), weights or digest.of_parameters({path: whole(array) for path, array in params.items()})]
 
 
 def previous_identity(settings: TrainConfig) -> Identity | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -25,15 +24,17 @@ from jaxmoe import stopping
 from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import TrainingProgress, reading_weights
 from jaxmoe.data.packing import Batch
+from jaxmoe.distributed import ending, launch
+from jaxmoe.distributed.agreement import check_agreement, wait_for_all
 from jaxmoe.distributed.collectives import exchange
+from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError
 from jaxmoe.memory import moments_on_host
 from jaxmoe.model.interface import Params
 from jaxmoe.out_of_memory import explained
 from jaxmoe.stopping import Postponed
 from jaxmoe.store.digest import WeightsDigest, combined
-from jaxmoe.store.files import naming_files, remove_leftovers
-from jaxmoe.store.lock import output_lock
+from jaxmoe.store.files import naming_files
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.best import Best
 from jaxmoe.train.export import export_adapter, export_full, export_merged, export_model
@@ -48,8 +49,9 @@ from jaxmoe.train.identity import (
     write_config_file,
     write_run_file,
 )
-from jaxmoe.train.metrics import MetricsLog, device_load, expert_load
+from jaxmoe.train.metrics import MetricsLog, Unwritten, device_load, expert_load
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
+from jaxmoe.train.processes import claimed_by_first, settings_of_processes
 from jaxmoe.train.reference import fill_in_reference
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.speed import Arrivals, Arrived, Speed
@@ -80,14 +82,13 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
     Raises:
         UserError: bad input, before anything is written; a changed setting on resume; a loss that is not finite.
     """
-    with shown_notices():
+    with shown_notices(), ending.together():
         return _train(settings, on_step)
 
 
 def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    with output_lock(settings.output), naming_files({settings.output: settings.output}):
-        remove_leftovers(pathlib.Path(os.path.realpath(settings.output)).parent)
-        remove_leftovers(settings.output)
+    check_agreement(settings_of_processes(settings))
+    with claimed_by_first(settings.output), naming_files({settings.output: settings.output}):
         return _train_locked(settings, on_step)
 
 
@@ -104,6 +105,7 @@ def _train_locked(settings: TrainConfig, on_step: Callable[[dict[str, Any]], Non
 def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Trains what `plan` says; `previous` is the identity of the run that is resumed."""
     settings = plan.settings
+    check_agreement(plan.identity)
     if previous is not None:
         check_same_run(settings, previous, {"model": previous.get("model")} | plan.identity)
     rate = learning_rate(settings.schedule, settings.learning_rate, plan.warmup_steps, plan.total_steps)
@@ -127,17 +129,21 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
         raise
     model = model_content(plan.model.config, frozen or trainable, weights, previous)
     identity = {"model": model} | plan.identity
+    check_agreement({"model": model})
     changes = {} if previous is None else check_same_run(settings, previous, identity)
     if moments_on_host(plan.model.config, plan.model.lora, plan.model.remat):
         state = state._replace(trainable=trainable)
     else:
         state = plan.model.placement.place_state(initial_state(trainable, optimizer), trainable)
-    with Start(settings.output, new=previous is None) as start:
-        if previous is None:
+    first = launch.this().is_first
+    with Start(settings.output, new=previous is None and first) as start:
+        if previous is None and first:
             remove_start(settings.output)
             settings.output.mkdir(exist_ok=True)
             write_run_file(settings, identity)
-        write_config_file(settings)
+        if first:
+            write_config_file(settings)
+        wait_for_all()
         if settings.stores_reference:
             fill_in_reference(plan, frozen, state.trainable)
         begin = Begin(start, partial(record_changes, settings, identity, changes), changes)
@@ -170,14 +176,17 @@ def _run(
     if restored is not None:
         first, state, saved = restored
         before, best = saved["eval_loss_before"], Best.stored_in(saved)
-    begin.record(first)
+    log: MetricsLog | Unwritten = Unwritten()
     keep_to = first if restored is not None else -1
-    log = MetricsLog(settings.output, keep_to=keep_to)
+    if launch.this().is_first:
+        begin.record(first)
+        log = MetricsLog(settings.output, keep_to=keep_to)
     progress = TrainingProgress(plan.total_steps, first)
     arrivals = Arrivals()
     ended: Ended = "failed"
     try:
-        trackers = Trackers(settings.trackers, Reported(settings.output, as_json(settings), keep_to))
+        told = settings.trackers if launch.this().is_first else ()
+        trackers = Trackers(told, Reported(settings.output, as_json(settings), keep_to))
         log.also(trackers)
         for notice in [*plan.notices, *trackers.notices, *filter(None, [checkpoints.notice])]:
             _log.info(notice)
@@ -204,8 +213,11 @@ def _run(
 
 
 def _restored(checkpoints: TrainCheckpoints, like: TrainState, step: int) -> TrainState:
-    """The state of an earlier step, in the host's memory: the device's holds the last one."""
-    template = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    """The state of an earlier step, in the host's memory: the device's holds the last one. Of several processes each
+    restores its share on its devices."""
+    template = like
+    if launch.this().count == 1:
+        template = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     restored = checkpoints.restore_latest(template, str(step))
     assert restored is not None
     return restored[1]
@@ -258,16 +270,17 @@ class CompiledSteps:
         """`state` is that of `state_to_compile`."""
         shapes, trainable = plan.source.shapes
         # The new state lies like the old one. What lies in the host's memory, the step puts there itself.
-        lie = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None, state), None
+        everywhere = plan.model.placement.everywhere
+        lie = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None, state)
         step = make_train_step(plan.model, optimizer, rate, plan.objective)
-        train_step = jax.jit(step, donate_argnums=1, out_shardings=lie)
+        train_step = jax.jit(step, donate_argnums=1, out_shardings=(lie, everywhere))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         frozen, batch = plan.fed(shapes, plan.batch(0))
         self._train = self._begin(train_step, frozen, state, batch)
         self._evaluate = None
         if plan.data.held_out is not None:
             frozen, batch = plan.fed(shapes, next(plan.held_out_batches()))
-            evaluate = jax.jit(make_eval_step(plan.model, plan.objective[0].loss))
+            evaluate = jax.jit(make_eval_step(plan.model, plan.objective[0].loss), out_shardings=everywhere)
             self._evaluate = self._begin(evaluate, frozen, trainable, batch)
 
     def _begin(self, step: Any, *shapes: Any) -> Future[Any]:
@@ -299,7 +312,7 @@ class Recorders(NamedTuple):
     """Where a run's state and numbers go, the thread that waits for the numbers, and the best evaluation so far."""
 
     checkpoints: TrainCheckpoints
-    log: MetricsLog
+    log: MetricsLog | Unwritten
     progress: TrainingProgress
     arrivals: Arrivals
     start: Start
@@ -348,6 +361,7 @@ class Loop:
         settings, total = self._plan.settings, self._plan.total_steps
         evaluates = self._plan.data.held_out is not None
         pending: tuple[int, Future[Arrived]] | None = None
+        common_stop = ending.CommonStop()
         for step in range(first + 1, total + 1):
             if self._best.is_over(settings.patience):
                 self._show(partial(self._progress.say, f"stopped after step {step - 1}: {self._best.words()}"))
@@ -360,7 +374,9 @@ class Loop:
             pending = (step, arrival)
             last = step == total
             evaluate = evaluates and (last or _due(step, settings.eval_every))
-            stop = signals.received is not None or self._unshown is not None
+            wish = signals.received if signals.received is not None or self._unshown is None else 0
+            stopped_by = common_stop.after(step, wish)
+            stop = stopped_by is not None
             if evaluate:
                 self._report(*pending, state)
                 pending = None
@@ -376,7 +392,7 @@ class Loop:
             if stop and not last:
                 if self._unshown is not None and signals.received is None:
                     raise self._unshown
-                return state, signals.received
+                return state, stopped_by
         return state, None
 
     def _save(self, step: int, state: TrainState) -> None:
@@ -451,7 +467,9 @@ class Loop:
 def _export(plan: Plan, trainable: Params) -> None:
     """Writes what was trained: the adapter (and the merged model, if asked for), or the model."""
     settings, config, lora = plan.settings, plan.model.config, plan.model.lora
-    arrays = {path: np.asarray(array) for path, array in trainable.items()}
+    arrays = {path: whole(array) for path, array in trainable.items()}
+    if not launch.this().is_first:
+        return
     if lora is None:
         if settings.model is None:
             export_model(settings.output / "model", tokenizer_folder(settings), config, arrays)

@@ -88,6 +88,19 @@ class MetricsLog:
             self._trackers.close(ended)
 
 
+class Unwritten:
+    """A log that is not written: that of every process of a run but the first."""
+
+    def also(self, trackers: Trackers) -> None:
+        """Does nothing."""
+
+    def write(self, numbers: dict[str, Any]) -> None:
+        """Does nothing."""
+
+    def close(self, ended: Ended = "done") -> None:
+        """Does nothing."""
+
+
 def _complete_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     """(number, line) for the lines that end with a newline: a killed run may leave half a line behind."""
     if not path.exists():

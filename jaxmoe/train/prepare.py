@@ -26,7 +26,8 @@ from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.packing import Batch, Document, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
-from jaxmoe.distributed.mesh import ONE_DEVICE, SEQUENCE_AXES, MeshShape, chosen
+from jaxmoe.distributed import launch
+from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, chosen
 from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
@@ -264,11 +265,17 @@ def _loss_entry(settings: TrainConfig) -> dict[str, Any] | None:
 
 def _mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShape, list[str]]:
     """The mesh of the settings, and what to say about it."""
-    found = jax.device_count()
-    if settings.mesh is None:
+    found, processes = jax.device_count(), launch.this().count
+    if settings.mesh is None and processes == 1:
         idle = [f"{found - 1} more devices are idle: --mesh auto uses all {found}"] if found > 1 else []
         return ONE_DEVICE, idle
-    return chosen(settings.mesh, found, settings.batch_size, config)
+    mesh, notices = chosen(settings.mesh or AUTO, found, settings.batch_size, config)
+    if processes > 1 and mesh.size < found:
+        raise UserError(
+            f"mesh: expected one of all {found} devices of {processes} processes, found {mesh}; name another mesh, or "
+            f"a batch_size that is a multiple of {found}"
+        )
+    return mesh, notices
 
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:

@@ -15,6 +15,8 @@ from jaxtyping import Float32
 
 from jaxmoe.cli.progress import progress
 from jaxmoe.data.packing import Sequences
+from jaxmoe.distributed import launch
+from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
 from jaxmoe.store.files import output_file
@@ -38,7 +40,8 @@ def fill_in_reference(plan: Plan, frozen: Params, trainable: Params) -> None:
         found = read_reference(path, wanted)
     else:
         found = {name: _computed(plan, sequences, frozen, trainable) for name, sequences in _parts(plan)}
-        _write(path, found)
+        if launch.this().is_first:
+            _write(path, found)
     for name, reference in wanted.items():
         reference[:] = found[name]
 
@@ -59,7 +62,7 @@ def _computed(plan: Plan, sequences: Sequences, frozen: Params, trainable: Param
         for number in range(total):
             batch = in_order.batch(number, (size,))
             arrays, placed = plan.fed(frozen, placement.place_batch(batch, tokens=2))
-            log_probs = np.asarray(jax.device_get(step(arrays, trainable, placed)), np.float64)
+            log_probs = whole(step(arrays, trainable, placed)).astype(np.float64)
             for line, documents in enumerate(in_order.plan(number, size)):
                 for place, document in enumerate(documents, start=1):
                     both = slice(2 * line, 2 * line + 2)

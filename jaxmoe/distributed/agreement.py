@@ -1,0 +1,56 @@
+"""What the processes of a run tell each other: how far they are, and whether they are about to do the same.
+
+Every process must call these functions in the same order. A process that is alone has nobody to ask.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmoe.distributed import launch
+from jaxmoe.errors import UserError, shown
+
+_FOREVER = 10**9  # milliseconds; a process that is dead ends the wait (`jaxmoe.distributed.ending`)
+_calls = itertools.count()
+
+
+def wait_for_all() -> None:
+    """Returns when every process has called it."""
+    if launch.this().count > 1:
+        launch.client().wait_at_barrier(f"jaxmoe/barrier/{next(_calls)}", _FOREVER)
+
+
+def exchange_values(value: Any) -> list[Any]:
+    """The values of all processes, in the order of their numbers: anything that JSON can hold in a megabyte.
+
+    They go through the coordinator, so no device need be ready. `jaxmoe.distributed.collectives.exchange` takes more.
+    """
+    this = launch.this()
+    if this.count == 1:
+        return [value]
+    client, place = launch.client(), f"jaxmoe/values/{next(_calls)}"
+    client.key_value_set(f"{place}/{this.index}", json.dumps(value))
+    values = [json.loads(client.blocking_key_value_get(f"{place}/{i}", _FOREVER)) for i in range(this.count)]
+    client.wait_at_barrier(f"{place}/read", _FOREVER)
+    client.key_value_delete(f"{place}/{this.index}")  # the coordinator holds in memory what nobody deletes
+    return values
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+    """Compares `facts`, anything that JSON can hold by name, over all processes.
+
+    Raises:
+        UserError: on all processes, if one differs from process 0; it names both and the first fact that differs.
+    """
+    for index, theirs in enumerate(everyone := exchange_values({"host": socket.gethostname(), "facts": facts})):
+        for name in {**everyone[0]["facts"], **theirs["facts"]}:
+            expected, found = (each["facts"].get(name) for each in (everyone[0], theirs))
+            if expected != found:
+                raise UserError(
+                    f"process {index} on {theirs['host']} differs from process 0 on {everyone[0]['host']} in {name}: "
+                    f"expected {shown(expected)}, found {shown(found)}"
+                )

@@ -1,0 +1,235 @@
+"""Several processes of one run, over gloo on the CPU: they agree, compute what one computes, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxmoe.distributed import launch
+from jaxmoe.errors import UserError
+from jaxmoe.store.element_sums import checksum_of, sum_of_part
+from jaxmoe.train.loop import train
+from peers.make_checkpoint import make_checkpoint
+from tests.conftest import ROOT
+from tests.mesh import process, trial
+from tests.tolerances import bound
+
+
+class Ended(NamedTuple):
+    """How the processes ended: exit codes, what they printed on standard error, seconds after the first one died."""
+
+    folder: pathlib.Path
+    codes: list[int]
+    errors: list[str]
+    printed: list[str]
+    seconds: float
+
+    def found(self, index: int) -> dict[str, object]:
+        return json.loads((self.folder / f"found-{index}.json").read_text())
+
+
+def make_inputs(folder: pathlib.Path) -> None:
+    """A model and records to train on."""
+    make_checkpoint(folder / "model", trial.PLAIN)
+    lines = (json.dumps({"prompt": f"{i} + {i % 7} = ", "completion": str(i + i % 7) * (1 + i % 3)}) for i in range(60))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def run_processes(folder: pathlib.Path, count: int) -> Ended:
+    """Runs `tests.mesh.process` in so many processes, with one device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.mesh.process", str(folder)]
+    started = [
+        subprocess.Popen(
+            [*command, str(index), str(count), str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    try:
+        started[-1].wait(timeout=300)
+        died = time.monotonic()
+        outputs = [each.communicate(timeout=60) for each in started]
+    finally:
+        for each in started:
+            each.kill()
+    seconds = time.monotonic() - died
+    printed, errors = ([each[stream] for each in outputs] for stream in (0, 1))
+    return Ended(folder, [each.returncode for each in started], errors, printed, seconds)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    folder = tmp_path_factory.mktemp("two")
+    make_inputs(folder)
+    return run_processes(folder, 2)
+
+
+@pytest.fixture(scope="module")
+def one(two: Ended) -> pathlib.Path:
+    """The run of one process on the same data."""
+    train(process.settings(two.folder, "one"))
+    return two.folder / "one"
+
+
+def numbers(run: pathlib.Path) -> np.ndarray:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, process.STEPS + 1))
+    return np.asarray([row[name] for row in rows for name in ("loss", "aux_loss", "grad_norm")])
+
+
+def same_results(found: pathlib.Path, expected: pathlib.Path) -> None:
+    """Raises AssertionError unless losses and adapters of two runs are the same."""
+    np.testing.assert_allclose(numbers(found), numbers(expected), rtol=bound("mesh_fp32"))
+    ours, theirs = (load_file(run / "adapter_model.safetensors") for run in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        error = np.linalg.norm(ours[name] - theirs[name]) / max(np.linalg.norm(theirs[name]), 1e-30)
+        assert error <= bound("mesh_fp32"), name
+
+
+@pytest.mark.long
+def test_processes_compute_what_one_computes(two: Ended, one: pathlib.Path) -> None:
+    """The data, then the experts are shared by two processes, with a stop and another mesh in between."""
+    same_results(two.folder / "several", one)
+    ours, theirs = (json.loads((run / "train_config.json").read_text()) for run in (two.folder / "several", one))
+    assert ours["identity"] == theirs["identity"]
+
+
+@pytest.mark.long
+def test_a_signal_to_one_stops_all_after_the_same_step(two: Ended) -> None:
+    first, second = (two.found(index)["stopped"] for index in (0, 1))
+    assert first == second
+    assert first[0] == signal.SIGTERM and 1 < first[1] < process.STEPS  # pyright: ignore[reportIndexIssue]
+    assert two.found(0)["done"] == two.found(1)["done"] == [None, process.STEPS]
+
+
+@pytest.mark.long
+def test_a_killed_process_ends_the_others_and_the_run_continues_in_one(two: Ended, one: pathlib.Path) -> None:
+    assert two.codes == [3, -signal.SIGKILL]
+    assert two.seconds < process.HEARTBEAT + 10
+    line = two.errors[0].strip().splitlines()[-1]
+    assert line.startswith("process 1 on ") and "died" in line and "--resume" in line
+    assert not (two.folder / "killed" / "adapter_model.safetensors").exists()
+    train(process.settings(two.folder, "killed"))
+    same_results(two.folder / "killed", one)
+
+
+@pytest.mark.long
+def test_what_differs_is_named_on_all(two: Ended) -> None:
+    for index in (0, 1):
+        found = two.found(index)
+        assert found["exchanged"] == [{"from": 0}, {"from": 1}]
+        differing = {"differing facts": "size: expected 0, found 1", "differing settings": "--learning-rate: expected"}
+        for what, words in differing.items():
+            message = str(found[what])
+            assert message.startswith("process 1 on ") and words in message
+    assert not (two.folder / "other").exists()
+
+
+@pytest.mark.long
+def test_only_the_first_process_reports(two: Ended) -> None:
+    assert "step 1/6  loss" in two.printed[0]
+    assert "loss" not in two.printed[1]
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (4, 6), (3, 1, 8)])
+@pytest.mark.parametrize("dtype", ["float32", "int32", "uint8"])
+def test_parts_add_up_to_the_checksum_of_the_whole(shape: tuple[int, ...], dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    whole = rng.integers(0, 100, shape).astype(dtype)
+    start = (0,) * len(shape)
+    expected = checksum_of([sum_of_part(whole, start, shape)])
+    for axis, size in enumerate(shape):
+        halves = [slice(0, size // 2), slice(size // 2, size)]
+        sums = []
+        for half in halves:
+            index = (*[slice(None)] * axis, half)
+            begins = [half.start if each == axis else 0 for each in range(len(shape))]
+            sums.append(sum_of_part(whole[index], begins, shape))
+        assert checksum_of(sums) == expected
+    if whole.size > 1:
+        changed, swapped = whole.copy(), whole.copy()
+        changed.flat[-1] += 1
+        swapped.flat[[0, 1]] = swapped.flat[0] + 1, swapped.flat[0]
+        assert len({checksum_of([sum_of_part(each, start, shape)]) for each in (whole, changed, swapped)}) == 3
+
+
+def named(coordinator: str, count: int, index: int) -> dict[str, object]:
+    return {"coordinator": coordinator, "num_processes": count, "process_id": index}
+
+
+def arguments(**given: object) -> object:
+    import argparse
+
+    flags = {"coordinator": None, "num_processes": None, "process_id": None, "heartbeat": launch.HEARTBEAT} | given
+    return argparse.Namespace(**flags)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "node:1234"}, "expected all three or none, found --coordinator"),
+        ({"num_processes": 2}, "expected all three or none, found --num-processes"),
+        (named("node", 2, 0), "coordinator: expected HOST:PORT, found 'node'"),
+        (named("node:0", 2, 0), "coordinator: expected HOST:PORT"),
+        (named("node:1", 2, 2), "process_id: expected a number from 0 to 1, found 2"),
+        (named("node:1", 0, 0), "num_processes: expected at least 1, found 0"),
+        ({"heartbeat": 3}, "heartbeat: expected at least 10 seconds, found 3"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch.start(arguments(**given))  # pyright: ignore[reportArgumentType]
+
+
+SLURM = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        (SLURM, True),
+        (SLURM | {"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # in the batch script itself, outside srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ],
+)
+def test_a_launcher_of_several_is_noticed(environment: dict[str, str], several: bool) -> None:
+    assert launch.is_one_of_several(environment) == several
+
+
+@pytest.mark.parametrize(
+    ("environment", "shares"),
+    [
+        ({}, False),
+        ({"SLURM_TASKS_PER_NODE": "1(x2)"}, False),  # one process for all GPUs of a node
+        ({"SLURM_TASKS_PER_NODE": "4(x2)"}, True),
+        ({"SLURM_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, True),
+        ({"SLURM_TASKS_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, False),  # each sees its own
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, True),
+    ],
+)
+def test_processes_that_see_the_same_devices_take_one_each(environment: dict[str, str], shares: bool) -> None:
+    assert launch.shares_its_devices(environment) == shares
