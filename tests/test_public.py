@@ -34,7 +34,7 @@ PUBLIC = {
     "torch_ref": ("FastQwen3Model", "FastQwen3MoeModel"),
 }
 COMMANDS = ("convert", "jaxmoe.doctor", "jaxmoe.generate", "jaxmoe.routing", "jaxmoe.train", "torch_ref.capture")
-SCRIPTS = ("jaxmoe-convert", "jaxmoe-doctor", "jaxmoe-generate", "jaxmoe-routing", "jaxmoe-train")
+SCRIPTS = ("jaxmoe", "jaxmoe-convert", "jaxmoe-doctor", "jaxmoe-generate", "jaxmoe-routing", "jaxmoe-train")
 
 
 @pytest.mark.parametrize("module", PUBLIC)
