@@ -25,8 +25,7 @@ from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import TrainingProgress, reading_weights
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed import ending, launch
-from jaxmoe.distributed.agreement import check_agreement, wait_for_all
-from jaxmoe.distributed.collectives import exchange
+from jaxmoe.distributed.agreement import check_agreement, exchange, wait_for_all
 from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError
 from jaxmoe.memory import moments_on_host
