@@ -74,9 +74,14 @@ PAIR = {"chosen": [USER, YES], "rejected": [USER, NO]}
         {"prompt": "Ask", **PAIR},  # the prompt is also in the answers, as in published data sets
         {"prompt": "Ask", "chosen": [YES], "rejected": [NO]},
         {"prompt": [USER], "chosen": "Y", "rejected": "N"},
-        {**PAIR, "score_chosen": 9.0, "prompt_id": "x"},
+        {
+            "conversations": [{"from": "human", "value": "Ask"}],
+            "chosen": {"from": "gpt", "value": "Y"},
+            "rejected": {"from": "gpt", "value": "N"},
+        },
+        {**PAIR, "score_chosen": 9.0, "prompt_id": "x", "prompt": None},
     ],
-    ids=["explicit", "twice", "a string", "answers as strings", "other columns"],
+    ids=["explicit", "twice", "a string", "answers as strings", "ShareGPT", "other columns"],
 )
 def test_forms_of_one_pair(record: Any, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert digest(read(folder, tmp_path, record)) == digest(read(folder, tmp_path, PAIR))
@@ -94,7 +99,7 @@ def test_forms_of_one_pair(record: Any, folder: pathlib.Path, tmp_path: pathlib.
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt: expected a string or a list of messages"),
         ({"chosen": [YES], "rejected": [NO]}, "prompt: expected a string or a list of messages, found nothing"),
         ({"prompt": "a", "chosen": [], "rejected": [NO]}, "chosen: .*found an empty list"),
-        ({"prompt": [USER], "chosen": [YES], "rejected": [USER]}, "rejected: messages: expected at least one message"),
+        ({"prompt": [USER], "chosen": [YES], "rejected": [USER]}, "rejected: expected a message from the assistant"),
         ({"prompt": [USER], "chosen": ["b"], "rejected": [NO]}, "chosen: message 2: expected an object"),
     ],
 )

@@ -62,6 +62,8 @@ def _of_messages(record: dict[str, Any], tokenizer: Any, settings: ChatSettings)
             check_messages(messages, tools)
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
+        if all(message["role"] != "assistant" for message in messages[len(prompt) :]):
+            raise UserError(f"{key}: expected a message from the assistant, found none")
     to_continue = chat_text(prompt, tools, tokenizer, settings, to_continue=True)
     return PairTexts(to_continue, *(chat_text(each, tools, tokenizer, settings) for each in (chosen, rejected)))
 
