@@ -15,10 +15,11 @@ PICTURE = pathlib.Path(__file__).with_name("architecture.svg")
 WIDTH, ROW, BOX = 960, 74, (132, 36)
 # room -> (column from 0 to 6, floor from the top)
 PLACES = {
-    "routing": (4.7, 0),
+    "routing": (4.9, 0),
     "doctor": (0.3, 1),
     "generate": (2.2, 1),
-    "train": (3.9, 1),
+    "train": (2.6, 0),
+    "runs": (4.4, 2),
     "control": (3.0, 2),
     "metrics": (5.8, 2),
     "model": (2.2, 3),

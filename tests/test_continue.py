@@ -150,8 +150,10 @@ def test_the_best_evaluation_is_kept_and_written(
     written: list[Any] = []
     monkeypatch.setattr(loop, "_export", lambda plan, trainable: written.append(trainable))
     losses = iter([9.0, 3.0, 2.0, 2.5, 2.2, 2.1, 1.0])
-    monkeypatch.setattr(loop.Loop, "_evaluate", lambda self, state: next(losses))
-    common = {"eval_every": 1, "keep_best": True, "keep_checkpoints": 1, "merge": False}
+    monkeypatch.setattr(loop.Loop, "_evaluate", lambda self, state: {"eval_loss": next(losses)})
+    (tmp_path / "prompts.txt").write_text("1 + 1 =\n\n2 + 2 =\n")
+    prompts = {"sample_prompts": tmp_path / "prompts.txt", "sample_tokens": 2}
+    common = {**prompts, "eval_every": 1, "keep_best": True, "keep_checkpoints": 1, "merge": False}
 
     def check(summary: dict[str, Any], steps: int, best: int, kept: list[int]) -> None:
         assert (summary["steps"], summary["best_step"]) == (steps, best)
@@ -166,3 +168,8 @@ def test_the_best_evaluation_is_kept_and_written(
     assert said in capsys.readouterr().out
     assert next(losses) == 2.1
     check(train(options(base, tmp_path / "run", patience=4, resume=True, **common | {"eval_every": 2})), 6, 6, [6])
+    # Its page shows every evaluation, and what the model wrote at it.
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["prompt"]) for each in samples[:2]] == [(0, "1 + 1 ="), (0, "2 + 2 =")]
+    assert [each["step"] for each in samples[::2]] == [0, 1, 2, 3, 4, 6]
+    assert "1.0000 at step 6" in (tmp_path / "run" / "report.html").read_text()

@@ -71,20 +71,23 @@ MODULES: dict[str, set[str]] = {
         " records tables",
     ),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
-    "train": _under(
-        "jaxmoe.train",
-        ". best export host_memory identity log_probs loop loss metrics preferences prepare processes reference"
-        " settings speed step trackers",
-    ),
     "generate": _under(
         "jaxmoe.generate",
         ". answer_file batches capture chat conversation engine processors prompt_file prompts sampling settings speed"
         " stream",
     ),
+    "runs": _under("jaxmoe.runs", ". history plots record report"),
+    "train": _under(
+        "jaxmoe.train",
+        ". best export host_memory identity log_probs loop loss metrics preferences prepare processes reference"
+        " run_page samples settings speed step trackers",
+    ),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),
     "doctor": _under("jaxmoe.doctor", ". cards report"),
     "commands": _under(
-        "jaxmoe", "__main__ cli.commands cli.umbrella doctor.__main__ generate.__main__ routing.__main__ train.__main__"
+        "jaxmoe",
+        "__main__ cli.commands cli.umbrella doctor.__main__ generate.__main__ routing.__main__ runs.__main__"
+        " train.__main__",
     ),
     "torch_ref": _under(
         "torch_ref",
@@ -113,8 +116,9 @@ USES: dict[str, set[str]] = {
     "model": {*_BELOW_MODEL.split()},
     "data": {"base"},
     "control": {*_BELOW_MODEL.split(), "model", "data", "captures"},
-    "train": {*_BELOW_MODEL.split(), "model", "data", "captures", "control", "metrics", "figures", "cli"},
     "generate": {*_BELOW_MODEL.split(), "model", "data", "captures", "control", "cli"},
+    "runs": {"base", "store", "figures", "cli"},
+    "train": {*_BELOW_MODEL.split(), *"model data captures control metrics figures cli generate runs".split()},
     "routing": {*_BELOW_MODEL.split(), "model", "data", "captures", "control", "metrics", "figures", "generate"},
     "doctor": {*_BELOW_MODEL.split(), "model", "cli"},
     "commands": {*MODULES} - {"commands", "torch_ref", "peers"},

@@ -1,4 +1,4 @@
-"""Figures as data: four kinds of picture and a table.
+"""Figures as data: four kinds of picture, texts, and a table.
 
 A figure holds its numbers. It writes them as the lines of a CSV file, draws them with matplotlib, and packs them for
 the HTML page, whose script draws the same numbers in the browser. A figure with several pages shows one page at a time.
@@ -65,7 +65,7 @@ def pack(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Heatmap(Figure):
-    """One matrix per page; with `center` the colours diverge around that value."""
+    """One matrix per page; with `center` the colours diverge around that value. Columns without names are numbered."""
 
     row_label: str
     column_label: str
@@ -74,14 +74,16 @@ class Heatmap(Figure):
     row_names: tuple[int, ...]
     page_names: tuple[str, ...] = ("",)
     center: float | None = None
+    column_names: tuple[int, ...] | None = None
     kind: ClassVar[str] = "heatmap"
 
     def csv_lines(self) -> Iterator[list[Any]]:
         """One line per cell."""
         yield ["page", self.row_label, self.column_label, self.unit]
         for name, matrix in zip(self.page_names, self.values, strict=True):
+            columns = range(matrix.shape[1]) if self.column_names is None else self.column_names
             for row, line in zip(self.row_names, matrix, strict=True):
-                for column, value in enumerate(line):
+                for column, value in zip(columns, line, strict=True):
                     yield [name, row, column, _short(value)]
 
     def size(self) -> tuple[float, float]:
@@ -102,6 +104,9 @@ class Heatmap(Figure):
         axes.figure.colorbar(image, ax=axes, label=self.unit)
         step = max(1, len(self.row_names) // 12)
         axes.set_yticks(range(0, len(self.row_names), step), self.row_names[::step])
+        if self.column_names is not None:
+            step = max(1, len(self.column_names) // 8)
+            axes.set_xticks(range(0, len(self.column_names), step), self.column_names[::step])
         axes.set_xlabel(self.column_label)
         axes.set_ylabel(self.row_label)
         if self.page_names[at]:
@@ -110,13 +115,15 @@ class Heatmap(Figure):
 
 @dataclass(frozen=True)
 class Series:
-    """One line, with a band from `low` to `high` if given. A dashed line is a baseline, such as chance."""
+    """One line, with a band from `low` to `high` if given. A dashed line is a baseline, such as chance. A bridged line
+    has no gaps where y is NaN, and a dot at each of few points."""
 
     name: str
     y: Num[np.ndarray, " x"]
     low: Num[np.ndarray, " x"] | None = None
     high: Num[np.ndarray, " x"] | None = None
     dashed: bool = False
+    bridged: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,7 @@ class Lines(Figure):
     log_x: bool = False
     log_y: bool = False
     ordered: bool = False  # the series have an order: shades of one colour, first to last
+    from_zero: bool = True  # the page's y axis of numbers above zero begins at zero
     kind: ClassVar[str] = "lines"
 
     def csv_lines(self) -> Iterator[list[Any]]:
@@ -150,8 +158,9 @@ class Lines(Figure):
         for number, line in enumerate(self.series):
             color = shades[number] if self.ordered else "0.45" if line.dashed else f"C{number % 10}"
             style = "--" if line.dashed else "-"
-            marker = "o" if len(self.x) < 40 and not line.dashed else None
-            axes.plot(self.x, line.y, style, color=color, marker=marker, ms=3, lw=1.2, label=line.name)
+            there = np.isfinite(line.y) if line.bridged else np.ones(len(self.x), bool)
+            marker = "o" if there.sum() < 40 and not line.dashed else None
+            axes.plot(self.x[there], line.y[there], style, color=color, marker=marker, ms=3, lw=1.2, label=line.name)
             if line.low is not None and line.high is not None:
                 axes.fill_between(self.x, line.low, line.high, color=color, alpha=0.2, lw=0)
         axes.set_xscale("log" if self.log_x else "linear")
@@ -256,6 +265,30 @@ class Passage(Figure):
         axes.set_ylim(-y - 1.5, 0.5)
         axes.axis("off")
         axes.set_title(f"{self.title}: {self.page_names[at]}")
+
+
+@dataclass(frozen=True)
+class Samples(Figure):
+    """Texts after their prompts; the last page is shown first."""
+
+    page_names: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...]  # of each page
+    texts: tuple[tuple[str, ...], ...]
+    kind: ClassVar[str] = "samples"
+
+    def csv_lines(self) -> Iterator[list[Any]]:
+        """One line per text."""
+        yield ["page", "prompt", "text"]
+        for name, prompts, texts in zip(self.page_names, self.prompts, self.texts, strict=True):
+            for prompt, text in zip(prompts, texts, strict=True):
+                yield [name, prompt, text]
+
+    def draw(self, axes: Any) -> None:
+        """Draws the beginnings of the last page's texts."""
+        axes.axis("off")
+        lines = [f"{prompt!r}: {text!r}"[:110] for prompt, text in zip(self.prompts[-1], self.texts[-1], strict=True)]
+        shown = "\n".join(lines[:20]).replace("$", r"\$")  # an unescaped dollar sign begins a formula
+        axes.text(0, 1, shown, family="monospace", fontsize=7, va="top", transform=axes.transAxes)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,19 @@ from typing import Any
 
 from jaxmoe.figures.figure import Figure
 
+_WITHOUT_SCRIPT = "The page's script draws the figures; each is also in png/ and csv/."
 
-def page(title: str, header: Sequence[str], body: Iterable[Sequence[Any]], figures: Iterable[Figure]) -> str:
-    """The page's HTML: a title, a table (`header` over the lines of `body`), and the figures.
+
+def page(
+    title: str,
+    header: Sequence[str],
+    body: Iterable[Sequence[Any]],
+    figures: Iterable[Figure],
+    *,
+    without_script: str = _WITHOUT_SCRIPT,
+) -> str:
+    """The page's HTML: a title, a table (`header` over the lines of `body`), and the figures; `without_script` is shown
+    where scripts do not run.
 
     Style, script and numbers are part of the file. All text is escaped.
     """
@@ -37,7 +47,7 @@ def page(title: str, header: Sequence[str], body: Iterable[Sequence[Any]], figur
 <h1>{title}</h1>
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>
 <nav></nav>
-<main><noscript>The page's script draws the figures; each is also in png/ and csv/.</noscript></main>
+<main><noscript>{html.escape(without_script, quote=False)}</noscript></main>
 <div id="tip"></div>
 <script type="application/json" id="figures">{numbers}</script>
 <script>

@@ -2,8 +2,8 @@
 
 The output folder holds the adapter in PEFT's form (`adapter_model.safetensors`, `adapter_config.json`), or the model in
 `model/` if all parameters are trained. It also holds `metrics.jsonl`, `tensorboard/`, `checkpoints/` (Orbax),
-`train_config.json`, and `run.toml`, with which `--config` repeats the run. A run that stops, by a signal or a crash,
-continues with `--resume` as if it had never stopped; on CPU, bit for bit.
+`report.html`, `train_config.json`, and `run.toml`, with which `--config` repeats the run. A run that stops, by a signal
+or a crash, continues with `--resume` as if it had never stopped; on CPU, bit for bit.
 """
 
 from __future__ import annotations

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxmoe.errors import UserError, shown
-from jaxmoe.json_text import parse_json
+from jaxmoe.runs.history import METRICS_FILE, complete_lines, read_line
 from jaxmoe.train.trackers import Ended, Trackers
-
-METRICS_FILE = "metrics.jsonl"
-MAX_LINE = 2**20  # characters; a line of a model with a hundred layers has a few thousand
 
 
 def expert_load(counts: Int[np.ndarray, "Ls E"]) -> dict[str, list[float]]:
@@ -63,7 +59,7 @@ class MetricsLog:
 
     def __init__(self, folder: pathlib.Path, *, keep_to: int) -> None:
         path = folder / METRICS_FILE
-        kept = [line for number, line in _complete_lines(path) if _step(line, f"{path}:{number}") <= keep_to]
+        kept = [line for number, line in complete_lines(path) if read_line(line, f"{path}:{number}")["step"] <= keep_to]
         draft = path.with_suffix(".tmp")
         draft.write_text("".join(kept), encoding="utf-8")
         draft.replace(path)
@@ -99,24 +95,3 @@ class Unwritten:
 
     def close(self, ended: Ended = "done") -> None:
         """Does nothing."""
-
-
-def _complete_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """(number, line) for the lines that end with a newline: a killed run may leave half a line behind."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), start=1):
-            if len(line) > MAX_LINE:
-                raise UserError(f"{path}:{number}: expected a line of at most {MAX_LINE:,} characters, found more")
-            if line.endswith("\n"):
-                yield number, line
-
-
-def _step(line: str, where: str) -> int:
-    """The step of a line of metrics.jsonl."""
-    raw = parse_json(line, where)
-    step = raw.get("step") if isinstance(raw, dict) else None
-    if type(step) is not int:
-        raise UserError(f"{where}: expected an object with a step, found {shown(raw)}")
-    return step

@@ -291,6 +291,17 @@ class TrainConfig:
             "identity": APART,
         },
     )
+    sample_prompts: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "prompts to continue at each evaluation, shown on the run's page: a text file with one a line, or "
+            "JSONL with prompt or messages",
+            "identity": APART,
+        },
+    )
+    sample_tokens: int = field(
+        default=64, metadata={"help": "tokens to write after each of --sample-prompts", "identity": APART}
+    )
     save_every: int | None = field(
         default=None,
         metadata={"help": "save a checkpoint every N steps (always after the last)", "identity": APART},
@@ -411,7 +422,7 @@ def _check_allowed_changes(settings: TrainConfig) -> None:
 
 def _check_ranges(settings: TrainConfig) -> None:
     at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
-    at_least_1 += " epochs max_steps eval_every save_every patience"
+    at_least_1 += " epochs max_steps eval_every save_every patience sample_tokens"
     at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
     at_least_0 += " adam_epsilon beta"
     for least, names in ((1, at_least_1), (0, at_least_0)):

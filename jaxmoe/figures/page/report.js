@@ -45,11 +45,11 @@ const viridis = t => { const at = Math.min(Math.max(t, 0), 1) * 8, i = Math.min(
 const rgb = text => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = text; c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data].slice(0, 3); };
 const diverging = middle => t => t < 0 ? mix(middle, [33, 102, 172], Math.min(-t, 1)) : mix(middle, [178, 24, 43], Math.min(t, 1));
 
-function pager(parent, names, draw) {
+function pager(parent, names, draw, first = Math.floor(names.length / 2)) {
   const place = el("div");
   if (names.length > 1) {
     const bar = el("div", { class: "pages" }, parent);
-    const slider = el("input", { type: "range", min: 0, max: names.length - 1, value: Math.floor(names.length / 2), "aria-label": "page" }, bar);
+    const slider = el("input", { type: "range", min: 0, max: names.length - 1, value: first, "aria-label": "page" }, bar);
     const label = el("output", {}, bar);
     const go = () => { label.textContent = names[+slider.value]; place.replaceChildren(); draw(place, +slider.value); };
     slider.addEventListener("input", go);
@@ -62,6 +62,7 @@ function pager(parent, names, draw) {
 }
 
 function heatmap(parent, figure) {
+  const column = k => figure.column_names ? figure.column_names[k] : k;
   const data = unpack(figure.values), [, rows, columns] = data.shape;
   let [low, high] = extent(data.values);
   const middle = figure.center, reach = middle === null ? 0 : Math.max(middle - low, high - middle) || 1;
@@ -84,7 +85,7 @@ function heatmap(parent, figure) {
     const rowStep = Math.ceil(14 / tall), columnStep = [1, 2, 4, 8, 16, 32, 64].find(s => s * cell >= 24) || 64;
     for (let r = 0; r < rows; r += rowStep) c.fillText(figure.row_names[r], left - 6, top + (r + .5) * tall);
     c.textAlign = "center";
-    for (let k = 0; k < columns; k += columnStep) c.fillText(k, left + (k + .5) * cell, top + rows * tall + 11);
+    for (let k = 0; k < columns; k += columnStep) c.fillText(column(k), left + (k + .5) * cell, top + rows * tall + 11);
     c.fillText(figure.column_label, left + columns * cell / 2, top + rows * tall + 28);
     c.save(); c.translate(9, top + rows * tall / 2); c.rotate(-Math.PI / 2); c.fillText(figure.row_label, 0, 0); c.restore();
     const x = width - right + 14, long = Math.min(rows * tall, 180);
@@ -96,7 +97,7 @@ function heatmap(parent, figure) {
       const box = canvas.getBoundingClientRect(), zoom = width / box.width;
       const k = Math.floor(((event.clientX - box.left) * zoom - left) / cell), r = Math.floor(((event.clientY - box.top) * zoom - top) / tall);
       if (k < 0 || r < 0 || k >= columns || r >= rows) return hide();
-      const names = figure.row_label.split(" ")[0] === "layer" ? `layer ${figure.row_names[r]}, ${figure.column_label} ${k}` : `${figure.row_label} ${figure.row_names[r]}, ${figure.column_label} ${k}`;
+      const names = figure.row_label.split(" ")[0] === "layer" ? `layer ${figure.row_names[r]}, ${figure.column_label} ${column(k)}` : `${figure.row_label} ${figure.row_names[r]}, ${figure.column_label} ${column(k)}`;
       show(event, `${figure.page_names[page] ? figure.page_names[page] + "\n" : ""}${names}\n${figure.unit}: ${number(data.values[(page * rows + r) * columns + k])}`);
     });
     canvas.addEventListener("mouseleave", hide);
@@ -132,15 +133,20 @@ function lines(parent, figure) {
   const xs = unpack(figure.x).values, series = figure.series.map(s => ({ ...s, y: unpack(s.y).values, low: s.low && unpack(s.low).values, high: s.high && unpack(s.high).values }));
   const all = series.flatMap(s => [...s.y, ...(s.low || []), ...(s.high || [])]);
   let [low, high] = extent(figure.log_y ? all.filter(v => v > 0) : all);
-  if (!figure.log_y) { low = Math.min(low, 0); high = high === low ? low + 1 : high + (high - low) * .04; }
+  if (!figure.log_y) {
+    if (figure.from_zero) low = Math.min(low, 0);
+    const room = (high - low) * .04;
+    if (!figure.from_zero) low -= room;
+    high = high === low ? low + 1 : high + room;
+  }
   const f = frame(parent, extent(xs), [low, high], figure);
   const solid = series.filter(s => !s.dashed).length;
   let at = 0;
   const paint = s => s.dashed ? color("--soft") : figure.ordered ? shade(at++, solid) : color(`--s${at++ % 8}`);
-  const path = (ys, back = false) => {
+  const path = (ys, back = false, bridged = false) => {
     let out = "", pen = false;
     const order = back ? [...xs.keys()].reverse() : [...xs.keys()];
-    for (const i of order) { if (!Number.isFinite(ys[i])) { pen = back; continue; } out += `${pen ? "L" : "M"}${f.x(xs[i]).toFixed(1)} ${f.y(ys[i]).toFixed(1)}`; pen = true; }
+    for (const i of order) { if (!Number.isFinite(ys[i])) { if (!bridged) pen = back; continue; } out += `${pen ? "L" : "M"}${f.x(xs[i]).toFixed(1)} ${f.y(ys[i]).toFixed(1)}`; pen = true; }
     return out;
   };
   const legend = el("div", { class: "legend" });
@@ -148,7 +154,9 @@ function lines(parent, figure) {
   const shown = painted.filter(s => !s.dashed);
   for (const s of painted) {
     if (s.low && s.high) el("path", { d: path(s.low) + path(s.high, true).replace("M", "L") + "Z", fill: s.color, opacity: .16 }, f.svg);
-    el("path", { d: path(s.y), fill: "none", stroke: s.color, "stroke-width": 1.8, "stroke-dasharray": s.dashed ? "5 4" : "none" }, f.svg);
+    el("path", { d: path(s.y, false, s.bridged), fill: "none", stroke: s.color, "stroke-width": 1.8, "stroke-dasharray": s.dashed ? "5 4" : "none" }, f.svg);
+    const there = s.bridged ? [...xs.keys()].filter(i => Number.isFinite(s.y[i])) : [];
+    if (there.length < 40) for (const i of there) el("circle", { r: 2.5, cx: f.x(xs[i]), cy: f.y(s.y[i]), fill: s.color }, f.svg);
     if (series.length <= 14 || s.dashed || s === shown[0] || s === shown[shown.length - 1]) {
       const item = el("span", {}, legend);
       el("i", { style: `border-color:${s.color};border-top-style:${s.dashed ? "dashed" : "solid"}` }, item);
@@ -212,6 +220,17 @@ function passage(parent, figure) {
   });
 }
 
+function samples(parent, figure) {
+  pager(parent, figure.page_names, (place, page) => {
+    const box = el("div", { class: "samples" }, place);
+    figure.prompts[page].forEach((prompt, i) => {
+      const text = el("p", {}, box);
+      el("b", {}, text, prompt);
+      text.append(figure.texts[page][i]);
+    });
+  }, figure.page_names.length - 1);
+}
+
 function table(parent, figure) {
   const box = el("div", { class: "scroll" }, parent), node = el("table", {}, box), head = el("tr", {}, el("thead", {}, node)), body = el("tbody", {}, node);
   for (const name of figure.header) el("th", {}, head, name);
@@ -221,7 +240,7 @@ function table(parent, figure) {
   }
 }
 
-const KINDS = { heatmap, lines, bars, passage, table };
+const KINDS = { heatmap, lines, bars, passage, samples, table };
 const figures = JSON.parse(document.getElementById("figures").textContent);
 function draw() {
   const main = document.querySelector("main"), nav = document.querySelector("nav");

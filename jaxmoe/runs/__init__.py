@@ -1,0 +1,1 @@
+"""What a training run left on disk: read, listed, and drawn as a page, alone or beside others."""

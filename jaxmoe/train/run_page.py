@@ -1,0 +1,54 @@
+"""The page of a run in progress, OUTPUT/report.html, and the samples on it: rewritten at each evaluation."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxmoe.runs.record import SAMPLES_FILE, Sample, read_run
+from jaxmoe.runs.report import REPORT_FILE, write_report
+from jaxmoe.store.files import output_file
+from jaxmoe.store.items import first_line
+
+_log = logging.getLogger("jaxmoe")
+
+
+class RunPage:
+    """The record of a run, which grows with it."""
+
+    def __init__(self, output: pathlib.Path, keep_to: int) -> None:
+        """Reads what the folder tells so far; samples of steps above `keep_to` belong to a run that did not go on."""
+        self._run = read_run(output)
+        self._draws = True
+        kept = [sample for sample in self._run.samples if sample.step <= keep_to]
+        if kept != self._run.samples:
+            self._run.samples = kept
+            with output_file(output / SAMPLES_FILE) as draft:
+                draft.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+    def add(self, numbers: Mapping[str, Any]) -> None:
+        """Adds one line of metrics.jsonl."""
+        self._run.history.add(numbers)
+
+    def draw(self, samples: Sequence[Sample] = ()) -> None:
+        """Adds samples and writes the page. A page that cannot be drawn is no reason to end the run; a full disk is."""
+        if samples:
+            self._run.samples += samples
+            with (self._run.folder / SAMPLES_FILE).open("a", encoding="utf-8") as file:
+                file.writelines(map(_line, samples))
+        if not self._draws:
+            return
+        try:
+            write_report([self._run], self._run.folder / REPORT_FILE)
+        except OSError:
+            raise
+        except Exception as error:
+            self._draws = False
+            _log.warning(f"{REPORT_FILE}: not drawn from here on: {type(error).__name__}: {first_line(error)}")
+
+
+def _line(sample: Sample) -> str:
+    return json.dumps(sample._asdict()) + "\n"

@@ -1,0 +1,250 @@
+"""Runs on disk: how numbers are thinned, what the page of one or several runs says, and the commands that write it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxmoe.errors import UserError
+from jaxmoe.figures.figure import Heatmap, Lines, Samples, Table
+from jaxmoe.runs import history
+from jaxmoe.runs.__main__ import main
+from jaxmoe.runs.history import History
+from jaxmoe.runs.plots import of_runs
+from jaxmoe.runs.record import Change, read_run
+from jaxmoe.runs.report import about, distinct_names, write_report
+from jaxmoe.train.run_page import RunPage
+
+HOSTILE = "</script><script>alert(1)</script><!--\"'&"
+DEPTH = 2
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    numbers = {"step": step, "loss": 4.0 - 0.1 * step, "learning_rate": 0.01, "grad_norm": 1.0 + step, "aux_loss": 2.0}
+    numbers |= {"tokens_per_second": None if step == 1 else 100.0 * step, "eval_loss": None}
+    return numbers | {"expert_load_cv": [0.5, 0.25 * step], "expert_load_entropy": [0.9, 1.0]} | more
+
+
+def write_run(folder: pathlib.Path, rows: list[dict[str, Any]], **record: Any) -> pathlib.Path:
+    folder.mkdir(parents=True)
+    settings = {"model": HOSTILE, "data": "d.jsonl", "learning_rate": 0.01, "adapter": None, "lora_targets": ["router"]}
+    content = {"settings": settings, "identity": {"max_steps": 4}, "device": "cpu", "versions": {}} | record
+    (folder / "train_config.json").write_text(json.dumps(content))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return folder
+
+
+ROWS = [{"step": 0, "eval_loss": 5.0}, row(1), row(2, eval_loss=3.0), row(3), row(4, eval_loss=3.5)]
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path) -> pathlib.Path:
+    return write_run(tmp_path / "runs" / "first", ROWS, changes=[{"after_step": 2, "max_steps": [2, 4]}])
+
+
+# --- the numbers
+
+
+@pytest.mark.parametrize("evaluate_every", [1000, 7, 1])
+def test_a_long_history_is_thinned(evaluate_every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "MOST_ROWS", 20)
+    long = History()
+    for step in range(1, 501):
+        evaluation = {} if step % evaluate_every else {"eval_loss": 2.0}
+        long.add({"step": step, "loss": 1.0} | evaluation)
+    steps = long.steps()
+    assert 5 <= len(steps) <= 21
+    assert steps[0] == 1
+    assert steps[-1] == long.last("step") == 500
+    assert np.diff(steps).min() > 0 and np.diff(steps).max() <= 64
+    assert np.isfinite(long.column("eval_loss")).sum() >= (5 if evaluate_every < 10 else 0)
+    assert long.every == {1000: 64, 7: 64, 1: 1}[evaluate_every]
+
+
+def test_what_is_no_number_is_left_out() -> None:
+    odd = History()
+    odd.add({"step": 1, "loss": "3", "x": True, "y": [1, None], "z": [], "huge": 10**400, "n": float("nan"), "ok": [1]})
+    assert odd.rows == [{"step": 1, "ok": [1]}]
+    assert (odd.names(per_layer=False), odd.names(per_layer=True)) == ([], ["ok"])
+    assert odd.last("loss") is None
+
+
+def test_layers_of_different_number() -> None:
+    found = History()
+    found.add({"step": 1, "load": [1.0, 2.0]})
+    found.add({"step": 2})
+    found.add({"step": 3, "load": [3.0]})
+    np.testing.assert_array_equal(found.matrix("load"), [[1, 2], [np.nan, np.nan], [3, np.nan]])
+
+
+# --- the record
+
+
+def test_the_record(run: pathlib.Path) -> None:
+    found = read_run(run)
+    before, after, lowest = found.held_out()
+    assert (before, after, lowest) == (5.0, 3.5, (3.0, 2))
+    assert found.changes == [Change(2, "max_steps", 2, 4)]
+    cells = [HOSTILE, "d.jsonl", "4 of 4", "3.6000", "5.0000 to 3.5000", "3.0000 at step 2", "300", "cpu"]
+    assert about(found) == cells
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train_config.json", None, "expected the folder of a run, found no train_config.json in it"),
+        ("train_config.json", "[]", "expected a JSON object, found list"),
+        ("metrics.jsonl", '{"loss": 1}\n', "metrics.jsonl:1: expected an object with a step"),
+        ("metrics.jsonl", "{\n", "metrics.jsonl:1: expected JSON"),
+        ("samples.jsonl", '{"step": 1, "prompt": 5}\n', "samples.jsonl:1: expected an object with step, prompt and"),
+    ],
+)
+def test_a_damaged_record_is_one_line(file: str, content: str | None, message: str, run: pathlib.Path) -> None:
+    (run / file).unlink(missing_ok=True)
+    if content is not None:
+        (run / file).write_text(content)
+    with pytest.raises(UserError) as error:
+        read_run(run)
+    assert message in str(error.value)
+
+
+def test_a_record_of_odd_types_is_still_read(run: pathlib.Path) -> None:
+    (run / "train_config.json").write_text('{"settings": [], "identity": 3, "changes": [1, {"after_step": "x"}]}')
+    found = read_run(run)
+    assert (found.settings, found.total_steps, found.changes) == ({}, None, [])
+
+
+# --- the pages
+
+
+def figures_of(*folders: pathlib.Path) -> dict[str, Any]:
+    runs = [read_run(folder) for folder in folders]
+    return {figure.key: figure for figure in of_runs(runs, distinct_names(runs))}
+
+
+def test_the_figures_of_a_run(run: pathlib.Path) -> None:
+    figures = figures_of(run)
+    names = ["loss", "learning_rate", "grad_norm", "tokens_per_second", "aux_loss", "expert_load_cv"]
+    assert [*figures] == [*names, "expert_load_entropy", "changes", "settings"]
+    losses = figures["loss"]
+    assert isinstance(losses, Lines)
+    np.testing.assert_array_equal(losses.x, range(5))
+    np.testing.assert_array_equal(losses.series[1].y, [5, np.nan, 3, np.nan, 3.5])
+    assert [series.bridged for series in losses.series] == [False, True]
+    load = figures["expert_load_cv"]
+    assert isinstance(load, Heatmap)
+    np.testing.assert_array_equal(load.values, [[[0.5] * 4, [0.25, 0.5, 0.75, 1.0]]])
+    assert load.column_names == (1, 2, 3, 4)
+    assert isinstance(figures["changes"], Table)
+    assert ("lora_targets", '["router"]') in figures["settings"].body
+
+
+def test_several_runs_in_one_figure(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    settings = {"model": HOSTILE, "learning_rate": 0.1, "lora_targets": ["router"], "data": "d.jsonl"}
+    rows = [row(2, eval_loss=2.0, rewards=0.5), row(4)]
+    other = write_run(tmp_path / "other" / "first", rows, settings=settings)
+    figures = figures_of(run, other)
+    names = [str(run), str(other)]
+    losses = figures["loss"]
+    np.testing.assert_array_equal(losses.x, range(5))
+    assert [series.name for series in losses.series] == names, "folders of one name are told apart"
+    there = np.isfinite(losses.series[1].y)
+    np.testing.assert_array_equal(losses.x[there], [2, 4])
+    assert [series.name for series in figures["rewards"].series] == names[1:]
+    np.testing.assert_allclose(figures["expert_load_cv"].series[1].y[there], [0.5, 0.75])
+    assert figures["settings"].header == ("setting", *names)
+    assert figures["settings"].body == (("learning_rate", "0.01", "0.1"),)
+
+
+def test_a_run_without_numbers_has_a_page(tmp_path: pathlib.Path) -> None:
+    empty = write_run(tmp_path / "empty", [])
+    assert [*figures_of(empty)] == ["settings"]
+    write_report([read_run(empty)], empty / "report.html")
+
+
+def test_the_page_is_html_that_no_text_breaks(run: pathlib.Path) -> None:
+    html5lib = pytest.importorskip("html5lib", reason="html5lib is not installed")
+    samples = [{"step": step, "prompt": HOSTILE, "text": f"{step} {HOSTILE}"} for step in (0, 4, 6)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
+    page = RunPage(run, keep_to=4)
+    page.add(row(5, eval_loss=2.5))
+    page.draw()
+    content = (run / "report.html").read_text()
+    parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
+    tree = parser.parse(content)
+    assert len(tree.findall(".//script")) == 2
+    assert HOSTILE in tree.find(".//tbody/tr").itertext()
+    numbers = json.loads(tree.find(".//script[@id='figures']").text)
+    kinds = {figure["key"]: figure for figure in numbers}
+    assert kinds["samples"]["page_names"] == ["step 0", "step 4"], "what a later step wrote belongs to no run"
+    assert kinds["samples"]["texts"][-1] == [f"4 {HOSTILE}"]
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 2
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", content), "the page needs no network"
+    assert "lowest held-out loss" in content and "2.5000 at step 5" in content
+
+
+def test_a_page_that_cannot_be_drawn_does_not_end_the_run(
+    run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = RunPage(run, keep_to=4)
+    monkeypatch.setattr("jaxmoe.train.run_page.write_report", lambda *_: 1 / 0)
+    page.draw()
+    page.draw()
+    said = "report.html: not drawn from here on: ZeroDivisionError: division by zero"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jaxmoe.train.run_page.write_report", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunPage(run, keep_to=4).draw()
+
+
+def test_samples_show_the_last_of_each_run(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    other = write_run(tmp_path / "second", ROWS)
+    for folder in (run, other):
+        lines = [{"step": step, "prompt": "p", "text": f"{folder.name} {step}"} for step in (0, 4)]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    samples = figures_of(run, other)["samples"]
+    assert isinstance(samples, Samples)
+    assert samples.page_names == ("first, step 4", "second, step 4")
+    assert samples.texts == (("first 4",), ("second 4",))
+    assert [*samples.csv_lines()][1] == ["first, step 4", "p", "first 4"]
+
+
+# --- the commands
+
+
+def test_list(run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "runs" / "a" / "b" / "deep", ROWS[:2])
+    write_run(tmp_path / "runs" / "a" / "b" / "c" / "too deep", ROWS[:2])
+    main(["list", str(tmp_path / "runs")])
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "of 4" in line]) == 2
+    assert any("runs/first" in line and "3.0000 at step 2" in line for line in lines)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="expected runs in or below it, found none"):
+        main(["list", str(tmp_path / "empty")])
+    with pytest.raises(UserError, match="none: expected a folder, found none"):
+        main(["list", str(tmp_path / "none")])
+
+
+def test_compare_and_report(
+    run: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_run(tmp_path / "second", ROWS)
+    monkeypatch.chdir(tmp_path)
+    main(["compare", str(run), str(other)])
+    assert "<title>Runs first, second</title>" in (tmp_path / "compare.html").read_text()
+    main(["report", str(run)])
+    assert "<title>Run first</title>" in (run / "report.html").read_text()
+    assert capsys.readouterr().out.splitlines() == ["wrote compare.html", f"wrote {run}/report.html"]
+    for same in ([str(run)], [str(run), f"{run}/../first"]):
+        with pytest.raises(UserError, match="compare: expected two runs or more, each once"):
+            main(["compare", *same])
