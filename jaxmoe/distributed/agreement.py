@@ -11,6 +11,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jaxmoe.distributed import launch
 from jaxmoe.errors import UserError, shown
 
@@ -27,7 +29,7 @@ def wait_for_all() -> None:
 def exchange_values(value: Any) -> list[Any]:
     """The values of all processes, in the order of their numbers: anything that JSON can hold in a megabyte.
 
-    They go through the coordinator, so no device need be ready. `jaxmoe.distributed.collectives.exchange` takes more.
+    They go through the coordinator, so no device need be ready.
     """
     this = launch.this()
     if this.count == 1:
@@ -38,6 +40,20 @@ def exchange_values(value: Any) -> list[Any]:
     client.wait_at_barrier(f"{place}/read", _FOREVER)
     client.key_value_delete(f"{place}/{this.index}")  # the coordinator holds in memory what nobody deletes
     return values
+
+
+def exchange(message: bytes) -> list[bytes]:
+    """The messages of all processes, in the order of their numbers; they may be long, and go through the devices."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [message]
+    sizes = multihost_utils.process_allgather(np.asarray(len(message)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(message)] = np.frombuffer(message, np.uint8)
+    everyone = multihost_utils.process_allgather(padded)
+    return [each[:size].tobytes() for each, size in zip(everyone, sizes, strict=True)]
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:
