@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.distributed import chunks
-from jaxmoe.distributed.mesh import MeshShape, automatic
+from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.errors import UserError
+from jaxmoe.memory import Workload, training_forecast
+from jaxmoe.mesh_choice import Devices, choose_mesh
+from jaxmoe.presets import PRESETS
 from tests.conftest import ROOT
 from tests.mesh import DEVICES
 
@@ -72,9 +79,45 @@ def test_what_devices_cannot_share_is_refused() -> None:
     MeshShape(data=3).check_length(7)
 
 
+LORA = LoraConfig(r=16, targets=expand_targets(["attention"]))
+KERNELS: dict[str, Any] = {"attention": "cudnn", "experts": "mosaic"}
+
+
+def step(model: str, quantize: str | None = None, **implementations: Any) -> Workload:
+    return Workload(PRESETS[model], LORA, 1, 2048, "bfloat16", quantize=quantize, **implementations)
+
+
 @pytest.mark.parametrize(("devices", "batch_size", "data"), [(1, 4, 1), (8, 8, 8), (8, 4, 4), (8, 3, 1), (6, 4, 2)])
 def test_auto_takes_as_many_devices_as_can_share_the_batch(devices: int, batch_size: int, data: int) -> None:
-    mesh, why = automatic(devices, batch_size)
-    assert mesh == MeshShape(data=data)
+    choice, why = choose_mesh(step("qwen3-30b-a3b"), batch_size, Devices(devices, devices, None))
+    assert choice.mesh == MeshShape(data=data)
+    assert choice.work.batch_size == batch_size // data
+    assert "every device holds the model" in why
     idle = devices - data
     assert (f"{idle} devices stay idle" in why) == (idle > 0)
+
+
+@pytest.mark.parametrize(
+    ("work", "devices", "gib", "mesh", "says"),
+    [
+        (step("qwen3-30b-a3b", **KERNELS), 8, 75, "data=8", "every device holds the model"),
+        (step("qwen3-30b-a3b"), 8, 22, "data=2,expert=4", "share the experts; a device then needs .*data=8 needs"),
+        (step("qwen3-235b-a22b", **KERNELS), 16, 76, "data=2,expert=8", "the devices of a node share the experts"),
+        (step("qwen3-235b-a22b", "nf4"), 16, 22, "fsdp=16", "share the layers' weights; .*expert=8 needs"),
+        (step("qwen3-235b-a22b"), 16, 37, "fsdp=8,expert=2", "no mesh holds the step by forecast .data=16 needs"),
+    ],
+)
+def test_auto_shares_what_no_device_holds(work: Workload, devices: int, gib: float, mesh: str, says: str) -> None:
+    choice, why = choose_mesh(work, devices, Devices(devices, 8, int(gib * 2**30)))
+    assert str(choice.mesh) == mesh and re.search(says, why) and "\n" not in why, why
+    assert choice.fits == ("no mesh" not in why) == (choice.forecast.total <= gib * 2**30)
+    assert choice.forecast == training_forecast(choice.work)
+
+
+def test_auto_splits_only_what_can_be_split() -> None:
+    """Experts over a divisor of their number that divides the batch; nothing over more devices than sequences."""
+    work = step("qwen3-235b-a22b")
+    work = replace(work, config=work.config.replace(num_experts=96))
+    assert choose_mesh(work, 12, Devices(10, 10, 2**38))[0].mesh.expert == 2
+    choice, why = choose_mesh(work, 1, Devices(8, 8, 2**36))
+    assert choice.mesh == MeshShape() and not choice.fits and "7 devices stay idle" in why

@@ -37,7 +37,7 @@ MODULES: dict[str, set[str]] = {
     ),
     "parameters": _under("jaxmoe", "parameters"),
     "distributed": _under("jaxmoe.distributed", ". agreement chunks collectives ending launch mesh placement sharding"),
-    "memory": _under("jaxmoe", "memory memory_advice"),
+    "memory": _under("jaxmoe", "memory memory_advice mesh_choice"),
     "cli": _under("jaxmoe.cli", ". arguments config_file notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),
     "metrics": _under("jaxmoe.routing", "metrics"),

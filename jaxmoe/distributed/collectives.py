@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
@@ -19,19 +18,6 @@ def sum_over_devices(tree: T, mesh: MeshShape, but: Collection[str] = ()) -> T:
     """The sum of each array over the devices, of all axes of the mesh `but` these; every device has the result."""
     axes = tuple(axis for axis in mesh.used if axis not in but)
     return jax.lax.psum(tree, axes) if axes else tree
-
-
-def exchange(message: bytes) -> list[bytes]:
-    """The messages of all processes, in the order of their numbers; all of them call this."""
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return [message]
-    sizes = multihost_utils.process_allgather(np.asarray(len(message)))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(message)] = np.frombuffer(message, np.uint8)
-    everyone = multihost_utils.process_allgather(padded)
-    return [each[:size].tobytes() for each, size in zip(everyone, sizes, strict=True)]
 
 
 def on_any_device(flags: Bool[Array, "..."], mesh: MeshShape) -> Bool[Array, ""]:

@@ -59,6 +59,14 @@ def whole(array: Any) -> np.ndarray:
     return host
 
 
+def devices_per_node() -> int:
+    """How many of the run's devices this machine has, whichever process they belong to."""
+    mine = jax.local_devices()[0]
+    # GPUs know which of them share a machine; the devices of a CPU belong to one process.
+    node = lambda device: getattr(device, "slice_index", None) if device.platform == "gpu" else device.process_index
+    return sum(node(device) == node(mine) for device in jax.devices())
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the parameters, the adapters and the batches of a model lie on a mesh."""

@@ -25,8 +25,7 @@ from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import TrainingProgress, reading_weights
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed import ending, launch
-from jaxmoe.distributed.agreement import check_agreement, wait_for_all
-from jaxmoe.distributed.collectives import exchange
+from jaxmoe.distributed.agreement import check_agreement, exchange, wait_for_all
 from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError
 from jaxmoe.memory import moments_on_host
@@ -53,6 +52,8 @@ from jaxmoe.train.metrics import MetricsLog, Unwritten, device_load, expert_load
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
 from jaxmoe.train.processes import claimed_by_first, settings_of_processes
 from jaxmoe.train.reference import fill_in_reference
+from jaxmoe.train.run_page import RunPage
+from jaxmoe.train.samples import Sampler
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.speed import Arrivals, Arrived, Speed
 from jaxmoe.train.step import (
@@ -118,6 +119,9 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
         beta2=settings.adam_beta2,
         epsilon=settings.adam_epsilon,
     )
+    sampler = None
+    if settings.sample_prompts is not None:
+        sampler = Sampler(settings, settings.sample_prompts, tokenizer_folder(settings), plan.model)
     state = state_to_compile(plan.model, plan.source.shapes.trainable, optimizer)
     compiled = CompiledSteps(plan, optimizer, rate, state)
     try:
@@ -146,7 +150,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
         wait_for_all()
         if settings.stores_reference:
             fill_in_reference(plan, frozen, state.trainable)
-        begin = Begin(start, partial(record_changes, settings, identity, changes), changes)
+        begin = Begin(start, partial(record_changes, settings, identity, changes), changes, sampler)
         state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, begin)
     if stopped_by is None:
         _export(plan, state.trainable)
@@ -178,9 +182,11 @@ def _run(
         before, best = saved["eval_loss_before"], Best.stored_in(saved)
     log: MetricsLog | Unwritten = Unwritten()
     keep_to = first if restored is not None else -1
+    page: RunPage | None = None
     if launch.this().is_first:
         begin.record(first)
         log = MetricsLog(settings.output, keep_to=keep_to)
+        page = RunPage(settings.output, keep_to)
     progress = TrainingProgress(plan.total_steps, first)
     arrivals = Arrivals()
     ended: Ended = "failed"
@@ -197,7 +203,8 @@ def _run(
         if settings.keep_best and best.step is not None and best.step not in checkpoints.steps():
             _log.info(f"step {best.step} had the lowest held-out loss, and its checkpoint is gone: chosen from here on")
             best = Best()
-        loop = Loop(plan, frozen, compiled, Recorders(checkpoints, log, progress, arrivals, begin.start, best), on_step)
+        recorders = Recorders(checkpoints, log, progress, arrivals, begin, best, page)
+        loop = Loop(plan, frozen, compiled, recorders, on_step)
         loop.summary |= {"steps": first, "eval_loss_before": before}
         state, stopped_by = loop.train(state, first)
         loop.summary |= {"best_step": best.step, "best_eval_loss": None if best.step is None else best.loss}
@@ -224,12 +231,13 @@ def _restored(checkpoints: TrainCheckpoints, like: TrainState, step: int) -> Tra
 
 
 class Begin(NamedTuple):
-    """How a run begins: its folder until the first step is done, and what a resumed run does otherwise than before,
-    with a function that records it, given the step after which it does."""
+    """How a run begins: its folder until the first step is done; what a resumed run does otherwise than before, with a
+    function that records it, given the step after which it does; and what writes samples."""
 
     start: Start
     record: Callable[[int], None]
     changes: Mapping[str, list[Any]]
+    sampler: Sampler | None
 
 
 class Start:
@@ -309,14 +317,16 @@ class CompiledSteps:
 
 
 class Recorders(NamedTuple):
-    """Where a run's state and numbers go, the thread that waits for the numbers, and the best evaluation so far."""
+    """Where a run's state and numbers go, the thread that waits for the numbers, how the run began, and the best
+    evaluation so far."""
 
     checkpoints: TrainCheckpoints
     log: MetricsLog | Unwritten
     progress: TrainingProgress
     arrivals: Arrivals
-    start: Start
+    begin: Begin
     best: Best
+    page: RunPage | None  # of the first process
 
 
 class Loop:
@@ -332,7 +342,7 @@ class Loop:
         on_step: Callable[[dict[str, Any]], None],
     ) -> None:
         self._plan, self._frozen, self._compiled = plan, frozen, compiled
-        self._checkpoints, self._log, self._progress, self._arrivals, self._start, self._best = recorders
+        self._checkpoints, self._log, self._progress, self._arrivals, self._begin, self._best, self._page = recorders
         self._on_step = on_step
         self._unshown: OSError | None = None  # why progress can no longer be shown, such as a closed pipe
         self._speed = Speed()
@@ -349,8 +359,10 @@ class Loop:
             numbers = self._evaluate(state)
             before = numbers["eval_loss"]
             self.summary["eval_loss_before"] = self.summary["eval_loss"] = before
-            self._log.write({"step": 0} | numbers)
+            self._write({"step": 0} | numbers)
             self._progress.say(f"step 0/{total}  held-out loss {before:.4f}")
+        if first == 0:
+            self._draw(0, state)
         train_step = self._compiled.train_step
         with Postponed() as signals:
             return self._steps(train_step, state, first, signals)
@@ -387,6 +399,8 @@ class Loop:
                     self._report(*pending)
                     pending = None
                 self._save(step, state)
+            if evaluate or last:
+                self._draw(step, state)
             if evaluate or save:
                 self._speed.restart(time.perf_counter())
             if stop and not last:
@@ -399,6 +413,17 @@ class Loop:
         metadata = {"eval_loss_before": self.summary["eval_loss_before"], **self._best.stored()}
         spared = self._best.step if self._plan.settings.keep_best else None
         self._checkpoints.save(step, state, metadata, spared=spared)
+
+    def _write(self, numbers: dict[str, Any]) -> None:
+        self._log.write(numbers)
+        if self._page is not None:
+            self._page.add(numbers)
+
+    def _draw(self, step: int, state: TrainState) -> None:
+        """Rewrites the run's page, with samples of this step if prompts were given."""
+        if self._page is not None:
+            sampler = self._begin.sampler
+            self._page.draw(sampler(step, self._frozen, state.trainable) if sampler else ())
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         """`eval_loss`, the mean loss over the held-out sequences (in nats for next tokens), and with `eval_` before
@@ -418,7 +443,7 @@ class Loop:
         metrics, when = arrival.result()
         speed = self._speed.completed(when, int(metrics.tokens))
         self._check_finite(step, metrics)
-        self._start.is_over()
+        self._begin.start.is_over()
         numbers: dict[str, Any] = {
             "step": step,
             "loss": float(metrics.loss),
@@ -436,7 +461,7 @@ class Loop:
         total, log_every = self._plan.total_steps, self._plan.settings.log_every
         logged = step in (1, total) or _due(step, log_every) or evaluate is not None
         if logged:
-            self._log.write(numbers)
+            self._write(numbers)
             self._speed.restart(when)
         self._show(partial(self._progress.step, numbers, logged=logged))
         if evaluate is not None:

@@ -28,7 +28,7 @@ from jaxmoe.data.packing import Batch, Document, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, chosen
-from jaxmoe.distributed.placement import Placement
+from jaxmoe.distributed.placement import Placement, devices_per_node
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
 from jaxmoe.memory import (
@@ -50,6 +50,7 @@ from jaxmoe.memory import (
     training_forecasts,
 )
 from jaxmoe.memory_advice import advice
+from jaxmoe.mesh_choice import ON_A_MESH, Devices, choose_mesh
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Params
 from jaxmoe.model.opening import load_adapter, open_checkpoint
@@ -84,18 +85,21 @@ class Source:
     model: Model
     shapes: Weights
     # The digest collects what is read from a checkpoint; the paths are those of arrays that stay on the host.
-    load: Callable[[OnLayer, WeightsDigest, Collection[str]], Weights]
+    read: Callable[[MeshShape, OnLayer, WeightsDigest, Collection[str]], Weights]
     from_folder: bool = True  # False: random weights, of which the digest collects nothing
     quantization: Quantization | None = None
 
     def on(self, mesh: MeshShape) -> Source:
         """The same with every array where it lies on a mesh."""
-        model = self.model._replace(mesh=mesh)
+        there = replace(self, model=self.model._replace(mesh=mesh))
+        return replace(there, shapes=there._placed(self.shapes))
 
-        def placed(weights: Weights) -> Weights:
-            return Weights(*map(model.placement.place, weights))
+    def load(self, on_layer: OnLayer, digest: WeightsDigest, on_host: Collection[str]) -> Weights:
+        """Reads the weights, or makes them."""
+        return self._placed(self.read(self.model.mesh, on_layer, digest, on_host))
 
-        return replace(self, model=model, shapes=placed(self.shapes), load=lambda *how: placed(self.load(*how)))
+    def _placed(self, weights: Weights) -> Weights:
+        return Weights(*map(self.model.placement.place, weights))
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         check_fits("the model's parameters", FLOAT32 * parameter_count(config))
     elif lora is not None:
         check_fits("lora_r: the adapters", FLOAT32 * adapter_count(config, lora))
-    mesh, about_mesh = _mesh(settings, config)
+    named_mesh, about_mesh = _named_mesh(settings, config)
     data = _read_data(settings, config)
     total_steps = settings.max_steps
     if data.epochs is not None:
@@ -211,9 +215,16 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     if aux_coefficient is None:
         aux_coefficient = config.router_aux_loss_coef
 
-    source = _open(settings, config, lora, mesh).on(mesh)
-    model = source.model._replace(packed=data.packed, unroll=settings.unroll_layers, reference=settings.has_reference)
-    workload = _workload(settings, model, source.quantization)
+    opened = _open(settings, config, lora)
+    model = opened.model._replace(packed=data.packed, unroll=settings.unroll_layers, reference=settings.has_reference)
+    workload = _workload(settings, model, opened.quantization)
+    if named_mesh is None:
+        mesh, why = _automatic_mesh(settings, workload, previous)
+        about_mesh = [why]
+    else:
+        mesh = named_mesh
+    source, model = opened.on(mesh), model._replace(mesh=mesh)
+    workload = replace(workload, mesh=mesh, batch_size=settings.batch_size // mesh.product(SEQUENCE_AXES))
     workload, notices = _with_remat(settings, workload, previous, mesh)
     model = model._replace(remat=workload.remat)
     notices = data.notices + about_mesh + notices + fallbacks(config, model.dtype)
@@ -263,19 +274,45 @@ def _loss_entry(settings: TrainConfig) -> dict[str, Any] | None:
     return entry
 
 
-def _mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShape, list[str]]:
-    """The mesh of the settings, and what to say about it."""
+def _named_mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShape | None, list[str]]:
+    """The mesh of the settings, and what to say about it; None if it is to be chosen."""
     found, processes = jax.device_count(), launch.this().count
     if settings.mesh is None and processes == 1:
         idle = [f"{found - 1} more devices are idle: --mesh auto uses all {found}"] if found > 1 else []
         return ONE_DEVICE, idle
-    mesh, notices = chosen(settings.mesh or AUTO, found, settings.batch_size, config)
+    if settings.mesh in (None, AUTO):
+        return None, []
+    mesh, notices = chosen(settings.mesh, found, settings.batch_size, config)
+    _check_used(mesh)
+    return mesh, notices
+
+
+def _check_used(mesh: MeshShape) -> None:
+    """Raises UserError if there are several processes and the mesh leaves out devices of some."""
+    found, processes = jax.device_count(), launch.this().count
     if processes > 1 and mesh.size < found:
         raise UserError(
             f"mesh: expected one of all {found} devices of {processes} processes, found {mesh}; name another mesh, or "
             f"a batch_size that is a multiple of {found}"
         )
-    return mesh, notices
+
+
+def _automatic_mesh(
+    settings: TrainConfig, workload: Workload, previous: Mapping[str, Any] | None
+) -> tuple[MeshShape, str]:
+    """The mesh that `--mesh auto` means, and a line that says which and why."""
+    device = jax.local_devices()[0]
+    room = device_bytes(device)
+    if room is not None:
+        # The devices of a CPU have its memory together.
+        room = int(HOST_ROOM * room / jax.local_device_count() if device.platform == "cpu" else ROOM * room)
+    policies: Any = ON_A_MESH if settings.remat == "auto" else (settings.remat,)
+    if settings.remat == "auto" and previous is not None and previous.get("remat") in ON_A_MESH:
+        policies = (previous["remat"],)
+    devices = Devices(jax.device_count(), devices_per_node(), room)
+    choice, why = choose_mesh(workload, settings.batch_size, devices, policies)
+    _check_used(choice.mesh)
+    return choice.mesh, why
 
 
 def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
@@ -367,7 +404,7 @@ def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int, chat: ChatSetting
         return read_records(path, tokenizer, vocab_size, on_read, chat, pairs=pairs)
 
 
-def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None, mesh: MeshShape) -> Source:
+def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> Source:
     """The model of the settings; `lora` is the configuration of new adapters, if any. A checkpoint's weights are read
     where they lie on the mesh: no device could hold all of a large model."""
     key = jax.random.key(settings.seed)
@@ -379,9 +416,9 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     dtype = "float32" if settings.full else settings.dtype
     checkpoint_config, checkpoint = open_checkpoint(settings.model, dtype, settings.quantize, settings.dequantize)
     shapes = stack_shapes(checkpoint_config, checkpoint)
-    placement = Placement(mesh, checkpoint_config, None)
 
-    def read(on_layer: OnLayer, digest: WeightsDigest, on_host: Collection[str]) -> Params:
+    def read(mesh: MeshShape, on_layer: OnLayer, digest: WeightsDigest, on_host: Collection[str]) -> Params:
+        placement = Placement(mesh, checkpoint_config, None)
         return load_stacks(
             checkpoint_config, checkpoint, on_layer=on_layer, digest=digest, on_host=on_host, placement=placement
         )
@@ -404,8 +441,8 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         adapters = partial(_fresh_adapters, config, lora, key)
     model = Model(config, lora, str(shapes["embed_tokens"].dtype), seed=settings.seed)
 
-    def load(on_layer: OnLayer, digest: WeightsDigest, on_host: Collection[str]) -> Weights:
-        base = read(on_layer, digest, on_host)
+    def load(mesh: MeshShape, on_layer: OnLayer, digest: WeightsDigest, on_host: Collection[str]) -> Weights:
+        base = read(mesh, on_layer, digest, on_host)
         return Weights(base, adapters(base))
 
     return Source(model, Weights(shapes, jax.eval_shape(adapters, shapes)), load, quantization=checkpoint.quantization)
