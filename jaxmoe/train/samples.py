@@ -9,6 +9,7 @@ from typing import Any
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.data.chat import ChatSettings, check_template, load_tokenizer, prompt_tokens, turn_end
 from jaxmoe.data.chat_flags import chat_settings
+from jaxmoe.distributed import launch
 from jaxmoe.errors import UserError, shown
 from jaxmoe.generate.engine import Generator
 from jaxmoe.json_text import parse_json
@@ -29,10 +30,10 @@ class Sampler:
         """Reads the prompts.
 
         Raises:
-            UserError: no prompts, too many or too long ones, or a line that is none; several devices.
+            UserError: no prompts, too many or too long ones, or a line that is none; several processes.
         """
-        if model.mesh.size > 1:
-            raise UserError(f"sample_prompts: only valid on one device, found the mesh {model.mesh}")
+        if (count := launch.this().count) > 1:  # the first alone writes the page
+            raise UserError(f"sample_prompts: only valid in one process, found {count}")
         self._model, self._most = model, settings.sample_tokens
         self._tokenizer = load_tokenizer(tokenizer_folder)
         chat = chat_settings(self._tokenizer, settings.system, settings.thinking, settings.template_arg)
@@ -46,9 +47,10 @@ class Sampler:
         """What the model with these arrays writes after `step` steps."""
         if self._model.lora is None:
             cast = {path: array.astype(self._model.dtype) for path, array in trainable.items()}
-            model = Qwen3MoeForCausalLM(self._model.config, cast)
+            model = Qwen3MoeForCausalLM(self._model.config, cast, mesh=self._model.mesh)
         else:
-            model = Qwen3MoeForCausalLM(self._model.config, frozen, self._model.lora, trainable)
+            lora = self._model.lora
+            model = Qwen3MoeForCausalLM(self._model.config, frozen, lora, trainable, mesh=self._model.mesh)
         outputs = Generator(model).generate([ids for _, ids in self._prompts], self._most, stop_tokens=self._stop)
         texts = (self._tokenizer.decode(tokens, skip_special_tokens=True) for tokens in outputs)
         return [Sample(step, prompt, text) for (prompt, _), text in zip(self._prompts, texts, strict=True)]
