@@ -16,7 +16,7 @@ from jaxmoe.runs import history
 from jaxmoe.runs.__main__ import main
 from jaxmoe.runs.history import History
 from jaxmoe.runs.plots import of_runs
-from jaxmoe.runs.record import Change, read_run
+from jaxmoe.runs.record import Change, Sample, read_run, read_samples
 from jaxmoe.runs.report import about, distinct_names, write_report
 from jaxmoe.train.run_page import RunPage
 
@@ -170,10 +170,10 @@ def test_a_run_without_numbers_has_a_page(tmp_path: pathlib.Path) -> None:
 def test_the_page_is_html_that_no_text_breaks(run: pathlib.Path) -> None:
     html5lib = pytest.importorskip("html5lib", reason="html5lib is not installed")
     samples = [{"step": step, "prompt": HOSTILE, "text": f"{step} {HOSTILE}"} for step in (0, 4, 6)]
-    (run / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples))
+    (run / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples) + '{"step": 7, "pro')
     page = RunPage(run, keep_to=4)
     page.add(row(5, eval_loss=2.5))
-    page.draw()
+    page.draw([Sample(5, "p", "t")])
     content = (run / "report.html").read_text()
     parser = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False)
     tree = parser.parse(content)
@@ -181,9 +181,9 @@ def test_the_page_is_html_that_no_text_breaks(run: pathlib.Path) -> None:
     assert HOSTILE in tree.find(".//tbody/tr").itertext()
     numbers = json.loads(tree.find(".//script[@id='figures']").text)
     kinds = {figure["key"]: figure for figure in numbers}
-    assert kinds["samples"]["page_names"] == ["step 0", "step 4"], "what a later step wrote belongs to no run"
-    assert kinds["samples"]["texts"][-1] == [f"4 {HOSTILE}"]
-    assert len((run / "samples.jsonl").read_text().splitlines()) == 2
+    assert kinds["samples"]["page_names"] == ["step 0", "step 4", "step 5"], "what a later step wrote is dropped"
+    assert kinds["samples"]["texts"][1] == [f"4 {HOSTILE}"]
+    assert [sample.step for sample in read_samples(run)] == [0, 4, 5]
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", content), "the page needs no network"
     assert "lowest held-out loss" in content and "2.5000 at step 5" in content
 

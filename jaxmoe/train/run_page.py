@@ -23,11 +23,10 @@ class RunPage:
         """Reads what the folder tells so far; samples of steps above `keep_to` belong to a run that did not go on."""
         self._run = read_run(output)
         self._draws = True
-        kept = [sample for sample in self._run.samples if sample.step <= keep_to]
-        if kept != self._run.samples:
-            self._run.samples = kept
+        self._run.samples = [sample for sample in self._run.samples if sample.step <= keep_to]
+        if (output / SAMPLES_FILE).exists():  # a killed run may have left half a line
             with output_file(output / SAMPLES_FILE) as draft:
-                draft.write_text("".join(map(_line, kept)), encoding="utf-8")
+                draft.write_text("".join(map(_line, self._run.samples)), encoding="utf-8")
 
     def add(self, numbers: Mapping[str, Any]) -> None:
         """Adds one line of metrics.jsonl."""
