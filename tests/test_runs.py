@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import shutil
+import subprocess
 from typing import Any
 
 import numpy as np
@@ -186,6 +188,26 @@ def test_the_page_is_html_that_no_text_breaks(run: pathlib.Path) -> None:
     assert [sample.step for sample in read_samples(run)] == [0, 4, 5]
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", content), "the page needs no network"
     assert "lowest held-out loss" in content and "2.5000 at step 5" in content
+
+
+def test_a_browser_draws_every_figure(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    sample = {"step": 4, "prompt": HOSTILE, "text": "the end"}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    runs = [read_run(run), read_run(write_run(tmp_path / "second", ROWS))]
+    write_report(runs, tmp_path / "page.html")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
+    command = [browser, *options, "--virtual-time-budget=2000", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    keys = [figure.key for figure in of_runs(runs, distinct_names(runs))]
+    assert re.findall(r'<section id="(\w+)"', done.stdout) == keys
+    assert done.stdout.count("the end") == 2, "once drawn, once in the numbers"
+    # Of each line the path and, as it has few points, its dots.
+    drawn = done.stdout.partition('<section id="eval_loss"')[2].partition("</section>")[0]
+    assert len(re.findall(r'<path d="M[^"]+L', drawn)) == 2
+    assert drawn.count("<circle") == 2 * 3 + 1
 
 
 def test_a_page_that_cannot_be_drawn_does_not_end_the_run(
