@@ -17,6 +17,7 @@ WIDTH, ROW, BOX = 960, 74, (132, 36)
 PLACES = {
     "routing": (4.9, 0),
     "doctor": (0.3, 1),
+    "evaluate": (1.3, 0),
     "generate": (2.2, 1),
     "train": (2.6, 0),
     "runs": (4.4, 2),

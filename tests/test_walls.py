@@ -82,11 +82,12 @@ MODULES: dict[str, set[str]] = {
         ". best export host_memory identity log_probs loop loss metrics preferences prepare processes reference"
         " run_page samples settings speed step trackers",
     ),
+    "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),
     "doctor": _under("jaxmoe.doctor", ". cards report"),
     "commands": _under(
         "jaxmoe",
-        "__main__ cli.commands cli.umbrella doctor.__main__ generate.__main__ routing.__main__ runs.__main__"
+        "__main__ cli.commands cli.umbrella doctor.__main__ evaluate.__main__ generate.__main__ routing.__main__ runs.__main__"
         " train.__main__",
     ),
     "torch_ref": _under(
@@ -119,6 +120,7 @@ USES: dict[str, set[str]] = {
     "generate": {*_BELOW_MODEL.split(), "model", "data", "captures", "control", "cli"},
     "runs": {"base", "store", "figures", "cli"},
     "train": {*_BELOW_MODEL.split(), *"model data captures control metrics figures cli generate runs".split()},
+    "evaluate": {*_BELOW_MODEL.split(), "model", "data", "generate", "cli"},
     "routing": {*_BELOW_MODEL.split(), "model", "data", "captures", "control", "metrics", "figures", "generate"},
     "doctor": {*_BELOW_MODEL.split(), "model", "cli"},
     "commands": {*MODULES} - {"commands", "torch_ref", "peers"},

@@ -24,6 +24,10 @@ class Tolerance(NamedTuple):
 TOLERANCES: dict[str, Tolerance] = {
     "parity_fp32": Tolerance(5e-6, 1.3e-6, "logits, hidden states, router logits against transformers, relative L2"),
     "oracle_fp32": Tolerance(5e-6, 9.3e-7, "jaxmoe, and transformers, against the float64 oracle"),
+    "log_probabilities": Tolerance(
+        2e-5, 1.3e-5, "sums of log-probabilities against logits in float64, or the harness's hf, relative"
+    ),
+    "log_probabilities_bf16": Tolerance(5e-2, 2.7e-2, "the same with NF4 and bfloat16, other batches, nats per token"),
     "load_balancing_loss": Tolerance(2e-6, 2.3e-7, "auxiliary loss against transformers, relative"),
     "parity_loss": Tolerance(2e-6, 1.6e-7, "training loss against transformers, relative"),
     "parity_gradients": Tolerance(1e-4, 5.4e-6, "each adapter's gradient in each layer against PEFT, relative L2"),

@@ -1,0 +1,1 @@
+"""Evaluation with EleutherAI's harness: `python -m jaxmoe.evaluate --help`."""
