@@ -29,7 +29,8 @@ from jaxmoe.parameters import (
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORED_BYTES = DTYPE_BYTES | {"uint8": 1, "int32": 4}
 FLOAT32 = 4
-ADAM_MOMENTS = 2  # optax.adamw keeps a first and a second moment of each trained parameter, float32
+OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
+SMALLEST_FACTORED = 128  # Adafactor keeps rows and columns of a matrix if both sides are at least this long
 # Recomputation policies, from the one that saves most results for the backward pass to the one that saves least.
 Remat = Literal["fast", "balanced", "low-memory", "offload"]
 ROOM = 0.96  # share of JAX's pool on a GPU that a forecast may fill; forecasts are 0 to 4 % above what a step holds
@@ -108,6 +109,7 @@ class Workload:
         packed: a sequence may hold several documents.
         mesh: the devices that share a step; the forecast is for one of them, and `batch_size` counts its own sequences.
         pairs: the loss compares answers, each in a sequence of its own.
+        optimizer: what it keeps of each trained parameter is counted.
     """
 
     config: Qwen3MoeConfig
@@ -124,6 +126,7 @@ class Workload:
     quantization: Quantization | None = None
     mesh: MeshShape = ONE_DEVICE
     pairs: bool = False
+    optimizer: OptimizerName = "adamw"
 
     @property
     def tokens(self) -> int:
@@ -145,7 +148,7 @@ class Workload:
 
 
 def training_forecast(work: Workload) -> Forecast:
-    """The forecast of one step of AdamW."""
+    """The forecast of one training step."""
     config, lora = work.config, work.lora
     # The loop over tiles has not been measured on a GPU. The forecast assumes that all gradients exist at once.
     times = 2 if work.experts == "tiled" else 1
@@ -165,18 +168,19 @@ def training_forecast(work: Workload) -> Forecast:
         stored = [Part("parameters", trained, True)]
         if work.dtype != "float32":
             stored.append(Part(f"{work.dtype} copy", parameters * work.size, True))
-    on_host = moments_on_host(config, lora, work.remat)
+    on_host = moments_on_host(config, lora, work.remat, work.optimizer)
     in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_gathered(work), *_decoded(work))
     in_the_head = (Part("one chunk of logits", logits, False),)
+    in_the_optimizer = (Part("orthogonal factors", orthogonal_bytes(work), False),)
     return Forecast(
         (
             *stored,
             Part("gradients", trained * min(work.accumulation, 2), True),
-            Part("optimizer state", 0 if on_host else ADAM_MOMENTS * trained, True),
+            Part("optimizer state", 0 if on_host else optimizer_bytes(work), True),
             Part("layer inputs", 0 if work.remat == "offload" else layer_input_bytes(config, work.tokens), False),
             Part("kept results", kept_bytes(work), False),
-            # No layer runs while logits exist, so only the larger of the two counts.
-            *max(in_a_layer, in_the_head, key=lambda parts: sum(part.bytes for part in parts)),
+            # No layer runs while logits exist or while weights are updated, so only the largest of these counts.
+            *max(in_a_layer, in_the_head, in_the_optimizer, key=lambda parts: sum(part.bytes for part in parts)),
         )
     )
 
@@ -202,7 +206,7 @@ def choose_remat(
 def offloaded_bytes(work: Workload) -> int:
     """Bytes that the policy "offload" holds in the host's memory."""
     inputs = layer_input_bytes(work.config, work.tokens)
-    on_host = moments_on_host(work.config, work.lora, "offload")
+    on_host = moments_on_host(work.config, work.lora, "offload", work.optimizer)
     moments = _moment_bytes(work.config, work.lora) if on_host and work.lora else 0
     table = work.config.vocab_size * work.config.hidden_size * work.size
     return inputs + moments + (table if embedding_on_host(work.config, work.lora, "offload") else 0)
@@ -304,13 +308,59 @@ def _saved_copy(work: Workload) -> tuple[Part, ...]:
     return (Part(f"{work.dtype} copy of modules to save", count * work.size, True),) if count else ()
 
 
-def moments_on_host(config: Qwen3MoeConfig, lora: LoraConfig | None, remat: Remat) -> bool:
-    """Whether AdamW's moments lie in the host's memory: they do if they are large."""
-    return remat == "offload" and lora is not None and _moment_bytes(config, lora) >= LARGE_MOMENTS
+def moments_on_host(
+    config: Qwen3MoeConfig, lora: LoraConfig | None, remat: Remat, optimizer: OptimizerName = "adamw"
+) -> bool:
+    """Whether AdamW's moments lie in the host's memory: they do if they are large. Those of other optimizers never do,
+    since an update of theirs may need more than one element at a time."""
+    large = lora is not None and _moment_bytes(config, lora) >= LARGE_MOMENTS
+    return remat == "offload" and optimizer == "adamw" and large
 
 
 def _moment_bytes(config: Qwen3MoeConfig, lora: LoraConfig) -> int:
-    return ADAM_MOMENTS * FLOAT32 * adapter_count(config, lora)
+    return 2 * FLOAT32 * adapter_count(config, lora)
+
+
+def optimizer_bytes(work: Workload) -> int:
+    """Bytes of what the optimizer keeps of the trained parameters on a device, float32; without a few counters."""
+    specs = lora_specs(work.config, work.lora) if work.lora else parameter_specs(work.config)
+    return FLOAT32 * sum(_kept_elements(spec, work) for spec in specs.values())
+
+
+def _kept_elements(spec: ParameterSpec, work: Workload) -> int:
+    """AdamW has two moments, Lion one, Muon one of a matrix. Adafactor keeps rows and columns of a matrix with long
+    sides, whole on every device, else a second moment; an element stands for what it does not keep."""
+    held = held_elements(spec, work.mesh)
+    match work.optimizer:
+        case "adamw":
+            return 2 * held
+        case "lion":
+            return held
+        case "muon":
+            return held if is_orthogonalised(spec) else 2 * held
+        case "adafactor":
+            batch, sides = math.prod(spec.shape[: batch_axes(spec)]), spec.shape[batch_axes(spec) :]
+            if len(sides) == 2 and min(sides) >= SMALLEST_FACTORED:
+                return batch * (sum(sides) + 1)
+            return held + 2 * batch
+
+
+def orthogonal_bytes(work: Workload) -> int:
+    """Bytes that Muon needs at once to orthogonalise its largest stack: three arrays of its size (estimated)."""
+    if work.optimizer != "muon":
+        return 0
+    specs = lora_specs(work.config, work.lora) if work.lora else parameter_specs(work.config)
+    return 3 * FLOAT32 * max(held_elements(spec, work.mesh) for spec in specs.values() if is_orthogonalised(spec))
+
+
+def batch_axes(spec: ParameterSpec) -> int:
+    """How many of an array's axes, the first ones, count matrices or vectors: those of layers and experts."""
+    return sum(axis in ("layers", "experts") for axis in spec.axes[:2])
+
+
+def is_orthogonalised(spec: ParameterSpec) -> bool:
+    """Whether Muon takes an array: if it holds the layers' matrices. Embedding and head are no such."""
+    return spec.axes[0] == "layers" and len(spec.shape) == 2 + batch_axes(spec)
 
 
 def embedding_on_host(config: Qwen3MoeConfig, lora: LoraConfig | None, remat: Remat) -> bool:

@@ -79,6 +79,7 @@ RECORDED: dict[str, Any] = {
     "max_steps": 6,
     "replay": None,
     "loss": None,
+    "optimizer": None,
     "seq_length": 48,
     "batch_size": 2,
     "accumulation": 2,
@@ -167,8 +168,8 @@ def test_a_run_of_an_earlier_version_continues(
 ) -> None:
     path = stopped / "out" / "train_config.json"
     recorded = RECORDED if entry is None else RECORDED | {entry: value}
-    # An earlier version did not write `unroll_layers` and `loss` either.
-    path.write_text(json.dumps({"identity": {k: v for k, v in recorded.items() if k not in ("unroll_layers", "loss")}}))
+    later = ("unroll_layers", "loss", "optimizer")  # an earlier version did not write these
+    path.write_text(json.dumps({"identity": {k: v for k, v in recorded.items() if k not in later}}))
     settings = options(stopped, stopped / "out", resume=True)
     if message is None:
         with pytest.raises(Crash):

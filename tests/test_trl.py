@@ -192,7 +192,7 @@ def of_trl_dpo(smoothing: float) -> Found:
 
 @functools.cache
 def of_trl_orpo() -> Found:
-    base = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="float32", attn_implementation="eager")
+    base: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="float32", attn_implementation="eager")
     base.config.output_router_logits, base.config.router_aux_loss_coef = True, AUX
     base.router_aux_loss_coef = AUX
     reference = Reference.of(base)

@@ -57,6 +57,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "preference_gradients": Tolerance(1e-4, 3.6e-5, "their gradients against TRL on the demo checkpoint, relative L2"),
     "preference_slope": Tolerance(1e-4, 2.9e-6, "their gradients against a difference of float64 losses, relative"),
     "stored_reference": Tolerance(1e-5, 6.4e-7, "rewards under a stored reference against one that each step asks"),
+    "optimizer_alone": Tolerance(2e-6, 7.0e-8, "an update of a matrix in a stack against that of the matrix alone"),
     "difference_quotient": Tolerance(2e-2, None, "a gradient against a central difference of 1e-2, float32"),
     "golden_losses_fp32": Tolerance(1e-5, None, "losses of ten LoRA steps against those recorded, float32, relative"),
     "golden_losses_bf16": Tolerance(5e-3, 2.6e-3, "the same in bfloat16; measured with jax 0.12 and on an H200"),

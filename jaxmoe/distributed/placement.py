@@ -131,13 +131,14 @@ class Placement:
         return jax.tree.map(self._placed, batch, specs)
 
     def place_state(self, state: T, trainable: Mapping[str, Any]) -> T:
-        """A tree of arrays or shapes that belongs to `trainable` where it lies: what stands under an array's path lies
-        like the array, everything else whole on every device."""
+        """A tree of arrays or shapes that belongs to `trainable` where it lies: what stands under an array's path and
+        has its shape lies like the array, everything else whole on every device."""
         specs = self.specs(trainable)
 
         def placed(where: tuple[Any, ...], leaf: Any) -> Any:
             paths = [key.key for key in where if isinstance(key, jax.tree_util.DictKey) and key.key in specs]
-            return self._placed(leaf, specs[paths[-1]] if paths else PartitionSpec())
+            alike = paths and leaf.shape == trainable[paths[-1]].shape
+            return self._placed(leaf, specs[paths[-1]] if alike else PartitionSpec())
 
         return jax.tree_util.tree_map_with_path(placed, state)
 

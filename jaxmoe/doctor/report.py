@@ -15,7 +15,7 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_confi
 from jaxmoe.doctor import cards
 from jaxmoe.errors import UserError
 from jaxmoe.lora import modules_to_save
-from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName
+from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName, OptimizerName
 from jaxmoe.parameters import Quantization
 from jaxmoe.presets import PRESETS
 from jaxmoe.store.converted import is_converted
@@ -51,6 +51,7 @@ class DoctorConfig:
     loss: LossName = field(
         default="next-token", metadata={"help": "dpo and orpo hold two sequences, a pair, for each one of --batch-size"}
     )
+    optimizer: OptimizerName = field(default="adamw", metadata={"help": "what keeps a state of what is trained"})
     accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "dtype of the parameters and of the computation"}
@@ -178,6 +179,7 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
         packed=options.pack,
         quantization=quantization,
         pairs=options.loss in LOSSES_OVER_PAIRS,
+        optimizer=options.optimizer,
         **selected,
     )
     training = memory.training_forecasts(workload)
@@ -213,6 +215,7 @@ def on_cards(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[car
             accumulation=options.accumulation,
             packed=options.pack,
             pairs=options.loss in LOSSES_OVER_PAIRS,
+            optimizer=options.optimizer,
         )
         found[model] = work, list(cards.rows(work))
     return found

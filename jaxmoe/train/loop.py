@@ -28,7 +28,6 @@ from jaxmoe.distributed import ending, launch
 from jaxmoe.distributed.agreement import check_agreement, exchange, wait_for_all
 from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError
-from jaxmoe.memory import moments_on_host
 from jaxmoe.model.interface import Params
 from jaxmoe.out_of_memory import explained
 from jaxmoe.stopping import Postponed
@@ -49,6 +48,7 @@ from jaxmoe.train.identity import (
     write_run_file,
 )
 from jaxmoe.train.metrics import MetricsLog, Unwritten, device_load, expert_load
+from jaxmoe.train.optimizers import make_optimizer
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
 from jaxmoe.train.processes import claimed_by_first, settings_of_processes
 from jaxmoe.train.reference import fill_in_reference
@@ -60,7 +60,6 @@ from jaxmoe.train.step import (
     EvalSums,
     StepMetrics,
     TrainState,
-    adamw,
     initial_state,
     learning_rate,
     make_eval_step,
@@ -110,15 +109,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
     if previous is not None:
         check_same_run(settings, previous, {"model": previous.get("model")} | plan.identity)
     rate = learning_rate(settings.schedule, settings.learning_rate, plan.warmup_steps, plan.total_steps)
-    optimizer = adamw(
-        rate,
-        plan.model,
-        max_grad_norm=settings.max_grad_norm,
-        weight_decay=settings.weight_decay,
-        beta1=settings.adam_beta1,
-        beta2=settings.adam_beta2,
-        epsilon=settings.adam_epsilon,
-    )
+    optimizer = make_optimizer(settings, plan.model, rate)
     sampler = None
     if settings.sample_prompts is not None:
         sampler = Sampler(settings, settings.sample_prompts, tokenizer_folder(settings), plan.model)
@@ -135,7 +126,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
     identity = {"model": model} | plan.identity
     check_agreement({"model": model})
     changes = {} if previous is None else check_same_run(settings, previous, identity)
-    if moments_on_host(plan.model.config, plan.model.lora, plan.model.remat):
+    if plan.model.moments_on_host:
         state = state._replace(trainable=trainable)
     else:
         state = plan.model.placement.place_state(initial_state(trainable, optimizer), trainable)

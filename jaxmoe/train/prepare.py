@@ -216,7 +216,12 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         aux_coefficient = config.router_aux_loss_coef
 
     opened = _open(settings, config, lora)
-    model = opened.model._replace(packed=data.packed, unroll=settings.unroll_layers, reference=settings.has_reference)
+    model = opened.model._replace(
+        packed=data.packed,
+        unroll=settings.unroll_layers,
+        reference=settings.has_reference,
+        optimizer=settings.optimizer,
+    )
     workload = _workload(settings, model, opened.quantization)
     if named_mesh is None:
         mesh, why = _automatic_mesh(settings, workload, previous)
@@ -238,6 +243,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
         "router_aux_loss_coef": aux_coefficient,
         "max_steps": total_steps,
         "loss": _loss_entry(settings),
+        "optimizer": settings.optimizer if settings.optimizer != "adamw" else None,
         "warmup_steps": warmup_steps,
     }
     return Plan(
@@ -469,6 +475,7 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
         packed=model.packed,
         mesh=model.mesh,
         pairs=settings.learns_from_pairs,
+        optimizer=settings.optimizer,
         **selected,
     )
 

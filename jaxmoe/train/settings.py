@@ -10,7 +10,7 @@ from typing import Any, Literal
 from jaxmoe.data.chat_flags import HELP
 from jaxmoe.distributed.mesh import AUTO, MeshShape
 from jaxmoe.errors import UserError
-from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName
+from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName, OptimizerName
 
 MAX_EPOCHS = 10_000
 Schedule = Literal["cosine", "linear", "constant"]
@@ -200,7 +200,17 @@ class TrainConfig:
         default=1.0,
         metadata={"help": "clip gradients to this global norm; 0 turns clipping off", "identity": VALUE},
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's decoupled weight decay", "identity": VALUE})
+    optimizer: OptimizerName = field(
+        default="adamw",
+        metadata={
+            "help": "adamw; lion keeps half as much of each trained parameter, adafactor next to nothing of a large "
+            "matrix; muon moves the layers' matrices by orthogonal factors, and everything else as adamw does",
+            "identity": entries("optimizer"),
+        },
+    )
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "decoupled weight decay, of matrices only", "identity": VALUE}
+    )
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1", "identity": VALUE})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2", "identity": VALUE})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon", "identity": VALUE})
@@ -479,6 +489,7 @@ def _check_combinations(settings: TrainConfig) -> None:
         mesh.check_length(settings.seq_length)
     defaults = {each.name: each.default for each in dataclasses.fields(settings)}
     _check_loss(settings, defaults)
+    _check_optimizer(settings, defaults)
     if settings.lora_dropout is not None and settings.trains_all:
         raise UserError("lora_dropout: only valid with LoRA training")
     names = ("lora_targets", "lora_r", "lora_alpha", "rslora", "modules_to_save")
@@ -486,6 +497,12 @@ def _check_combinations(settings: TrainConfig) -> None:
     if changed and (settings.trains_all or settings.adapter is not None):
         owner = "all parameters are trained" if settings.trains_all else "the adapter decides it"
         raise UserError(f"{changed[0]}: expected none, since {owner}")
+
+
+def _check_optimizer(settings: TrainConfig, defaults: dict[str, Any]) -> None:
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if settings.optimizer not in ("adamw", "muon") and getattr(settings, name) != defaults[name]:
+            raise UserError(f"{name}: only valid with --optimizer adamw or muon, found {settings.optimizer}")
 
 
 def _check_loss(settings: TrainConfig, defaults: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from jaxmoe.data.packing import Batch
 from jaxmoe.distributed.collectives import sum_over_devices
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.distributed.placement import Placement, mesh_axes
-from jaxmoe.memory import Remat, loss_chunk, moments_on_host
+from jaxmoe.memory import OptimizerName, Remat, loss_chunk, moments_on_host
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.interface import Options, Params, RouterStats, Tokens
@@ -84,6 +84,7 @@ class Model(NamedTuple):
     sequence may hold several documents, `unroll` whether a training step compiles each layer separately. `seed` is for
     the adapters' dropout. `mesh` are the devices that share a step; its results do not depend on them. With
     `reference`, a forward pass also says what the model without its adapters says, unless the batch knows it.
+    `optimizer` updates what is trained.
     """
 
     config: Qwen3MoeConfig
@@ -95,6 +96,12 @@ class Model(NamedTuple):
     seed: int = 0
     mesh: MeshShape = ONE_DEVICE
     reference: bool = False
+    optimizer: OptimizerName = "adamw"
+
+    @property
+    def moments_on_host(self) -> bool:
+        """Whether the optimizer's moments lie in the host's memory."""
+        return moments_on_host(self.config, self.lora, self.remat, self.optimizer)
 
     @property
     def placement(self) -> Placement:
@@ -205,7 +212,7 @@ def adamw(
         matrices = {path: spec.init == "normal" for path, spec in parameter_specs(model.config).items()}
     steps = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
     adam = optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=matrices)
-    steps.append(in_host_memory(adam) if moments_on_host(model.config, model.lora, model.remat) else adam)
+    steps.append(in_host_memory(adam) if model.moments_on_host else adam)
     return optax.chain(*steps)
 
 
@@ -219,7 +226,7 @@ def state_to_compile(model: Model, trainable: PyTree, optimizer: optax.GradientT
 
     Moments in the host's memory are the arrays themselves, since a shape does not say where an array lies.
     """
-    if moments_on_host(model.config, model.lora, model.remat):
+    if model.moments_on_host:
         return initial_state(trainable, optimizer)
     shapes = jax.eval_shape(partial(initial_state, optimizer=optimizer), trainable)
     return model.placement.place_state(shapes, trainable)
