@@ -18,7 +18,7 @@ from jaxmoe.runs import history
 from jaxmoe.runs.__main__ import main
 from jaxmoe.runs.history import History
 from jaxmoe.runs.plots import of_runs
-from jaxmoe.runs.record import Change, Sample, read_run, read_samples
+from jaxmoe.runs.record import Change, ExpertLoad, Sample, read_run, read_samples
 from jaxmoe.runs.report import about, distinct_names, write_report
 from jaxmoe.train.run_page import RunPage
 
@@ -144,6 +144,23 @@ def test_the_figures_of_a_run(run: pathlib.Path) -> None:
     assert load.column_names == (1, 2, 3, 4)
     assert isinstance(figures["changes"], Table)
     assert ("lora_targets", '["router"]') in figures["settings"].body
+
+
+def test_the_load_of_each_expert(run: pathlib.Path) -> None:
+    page = RunPage(run, keep_to=4)
+    page.add(row(5), ExpertLoad.of(5, np.asarray([[3, 1], [0, 0]])))
+    page.draw()
+    assert json.loads((run / "expert_load.json").read_text()) == {"step": 5, "load": [[1.5, 0.5], [0.0, 0.0]]}
+    load = figures_of(run)["expert_load"]
+    assert (load.title, load.center) == ("Expert load at step 5", 1.0)
+    np.testing.assert_array_equal(load.values, [[[1.5, 0.5], [0, 0]]])
+    # A run that continues from an earlier step has it no longer.
+    RunPage(run, keep_to=4).draw()
+    assert "Expert load at step" not in (run / "report.html").read_text()
+    for wrong in ('{"step": 1, "load": [[1], [1, 2]]}', '{"step": 1, "load": [1]}', '{"load": [[1.0]]}'):
+        (run / "expert_load.json").write_text(wrong)
+        with pytest.raises(UserError, match="expected a step and the load of each layer's experts"):
+            read_run(run)
 
 
 def test_several_runs_in_one_figure(run: pathlib.Path, tmp_path: pathlib.Path) -> None:

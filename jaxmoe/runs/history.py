@@ -92,7 +92,7 @@ class History:
 
     def add(self, numbers: Mapping[str, Any]) -> None:
         """Adds the numbers of one step; what is no number is left out."""
-        row = {name: value for name, value in numbers.items() if is_finite(value) or _is_list_of_numbers(value)}
+        row = {name: value for name, value in numbers.items() if is_finite(value) or is_list_of_numbers(value)}
         (self._evaluations if "eval_loss" in row else self._steps).add(self._count, row)
         self._last = self._count, row
         self._count += 1
@@ -132,5 +132,6 @@ class History:
         return next((row[name] for row in reversed(self.rows) if isinstance(row.get(name), int | float)), None)
 
 
-def _is_list_of_numbers(value: Any) -> bool:
+def is_list_of_numbers(value: Any) -> bool:
+    """Whether a JSON value is a list of finite numbers, at least one."""
     return isinstance(value, list) and bool(value) and all(map(is_finite, value))
