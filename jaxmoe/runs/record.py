@@ -148,10 +148,10 @@ def _read_load(path: pathlib.Path) -> ExpertLoad | None:
         return None
     raw = read_json(path)
     step, layers = raw.get("step"), raw.get("load")
-    is_matrix = isinstance(layers, list) and bool(layers) and all(map(is_list_of_numbers, layers))
-    if type(step) is not int or not is_matrix or len({len(layer) for layer in layers}) > 1:
+    rows = layers if isinstance(layers, list) and all(map(is_list_of_numbers, layers)) else []
+    if type(step) is not int or len({len(layer) for layer in rows}) != 1:
         raise UserError(f"{path}: expected a step and the load of each layer's experts, found {shown(raw)}")
-    return ExpertLoad(step, np.asarray(layers, np.float64))
+    return ExpertLoad(step, np.asarray(rows, np.float64))
 
 
 def _object(value: Any) -> dict[str, Any]:
