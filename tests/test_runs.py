@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -103,6 +104,7 @@ def test_the_record(run: pathlib.Path) -> None:
         ("train_config.json", "[]", "expected a JSON object, found list"),
         ("metrics.jsonl", '{"loss": 1}\n', "metrics.jsonl:1: expected an object with a step"),
         ("metrics.jsonl", "{\n", "metrics.jsonl:1: expected JSON"),
+        ("metrics.jsonl", f'{{"step": {2**63}}}\n', "metrics.jsonl:1: expected an object with a step"),
         ("samples.jsonl", '{"step": 1, "prompt": 5}\n', "samples.jsonl:1: expected an object with step, prompt and"),
     ],
 )
@@ -113,6 +115,13 @@ def test_a_damaged_record_is_one_line(file: str, content: str | None, message: s
     with pytest.raises(UserError) as error:
         read_run(run)
     assert message in str(error.value)
+
+
+def test_a_pipe_in_a_run_is_not_read(run: pathlib.Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics.jsonl: expected a file, found a pipe"):
+        read_run(run)
 
 
 def test_a_record_of_odd_types_is_still_read(run: pathlib.Path) -> None:
@@ -267,6 +276,11 @@ def test_list(run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if "of 4" in line]) == 2
     assert any("runs/first" in line and "3.0000 at step 2" in line for line in lines)
+    (run / "metrics.jsonl").write_text("{}\n")
+    main(["list", str(tmp_path / "runs")])
+    printed = capsys.readouterr()
+    assert "runs/first/metrics.jsonl:1: expected an object with a step" in printed.err
+    assert printed.out.count("of 4") == 1
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="expected runs in or below it, found none"):
         main(["list", str(tmp_path / "empty")])
