@@ -15,6 +15,7 @@ import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.figures.figure import Heatmap, Lines, Samples, Table
+from jaxmoe.figures.output import save_all
 from jaxmoe.runs import history
 from jaxmoe.runs.__main__ import main
 from jaxmoe.runs.history import History
@@ -95,6 +96,8 @@ def test_the_record(run: pathlib.Path) -> None:
     assert found.changes == [Change(2, "max_steps", 2, 4)]
     cells = [HOSTILE, "d.jsonl", "4 of 4", "3.6000", "5.0000 to 3.5000", "3.0000 at step 2", "300", "cpu"]
     assert about(found) == cells
+    found.settings["data"] = ["a.jsonl:2", "b.parquet"]
+    assert about(found)[1] == "a.jsonl:2, b.parquet"
 
 
 @pytest.mark.parametrize(
@@ -264,6 +267,16 @@ def test_samples_show_the_last_of_each_run(run: pathlib.Path, tmp_path: pathlib.
     assert samples.page_names == ("first, step 4", "second, step 4")
     assert samples.texts == (("first 4",), ("second 4",))
     assert [*samples.csv_lines()][1] == ["first, step 4", "p", "first 4"]
+
+
+def test_the_kinds_of_figures_are_pictures_and_tables(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    (run / "samples.jsonl").write_text(json.dumps({"step": 4, "prompt": "$1", "text": "$"}) + "\n")
+    figures = [figures_of(run)[key] for key in ("loss", "expert_load_cv", "samples")]
+    save_all(figures, tmp_path)
+    for kind, suffix in (("png", "png"), ("csv", "csv")):
+        assert {file.name for file in (tmp_path / kind).iterdir()} == {f"{figure.key}.{suffix}" for figure in figures}
+    assert ",1,3,0.75\n" in (tmp_path / "csv" / "expert_load_cv.csv").read_text(), "layer 1 at step 3"
 
 
 # --- the commands
