@@ -3,6 +3,8 @@
 #                 PYTEST_ARGS selects tests; then test-kernels does not run
 # make test-kernels   the tests of the GPU kernels in JAX's interpreter, on the CPU, with the newest supported jax
 # make test-mesh  training on eight virtual CPU devices against one; two minutes on two cores
+# make dist       builds the sdist and the wheel into dist/, checks them, installs the wheel into an empty environment, and
+#                 runs every command from there; half a minute
 # make lint       ruff and pyright
 # make test-gpu   the test suite on a machine with a GPU, with the packages of $(PYTHON); installs nothing
 # make notebooks  executes the notebooks in place; a few minutes
@@ -47,7 +49,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
-.PHONY: help demo test test-kernels test-mesh lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
+.PHONY: help demo test test-kernels test-mesh dist lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
 
 help:
 	@sed -n 's/^# \(make [a-z-]*  *\)/\1/p' Makefile
@@ -86,6 +88,9 @@ endif
 
 test-mesh: $(INSTALLED)
 	@JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m pytest tests/mesh $(verdict)
+
+dist: $(INSTALLED)
+	@$(RUN) -m tests.dist $(verdict)
 
 lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/pyright --pythonpath $(RUN) $(verdict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -14,11 +15,12 @@ import pytest
 
 from jaxmoe.errors import UserError
 from jaxmoe.figures.figure import Heatmap, Lines, Samples, Table
+from jaxmoe.figures.output import save_all
 from jaxmoe.runs import history
 from jaxmoe.runs.__main__ import main
 from jaxmoe.runs.history import History
 from jaxmoe.runs.plots import of_runs
-from jaxmoe.runs.record import Change, Sample, read_run, read_samples
+from jaxmoe.runs.record import Change, ExpertLoad, Sample, read_run, read_samples
 from jaxmoe.runs.report import about, distinct_names, write_report
 from jaxmoe.train.run_page import RunPage
 
@@ -94,6 +96,8 @@ def test_the_record(run: pathlib.Path) -> None:
     assert found.changes == [Change(2, "max_steps", 2, 4)]
     cells = [HOSTILE, "d.jsonl", "4 of 4", "3.6000", "5.0000 to 3.5000", "3.0000 at step 2", "300", "cpu"]
     assert about(found) == cells
+    found.settings["data"] = ["a.jsonl:2", "b.parquet"]
+    assert about(found)[1] == "a.jsonl:2, b.parquet"
 
 
 @pytest.mark.parametrize(
@@ -103,6 +107,7 @@ def test_the_record(run: pathlib.Path) -> None:
         ("train_config.json", "[]", "expected a JSON object, found list"),
         ("metrics.jsonl", '{"loss": 1}\n', "metrics.jsonl:1: expected an object with a step"),
         ("metrics.jsonl", "{\n", "metrics.jsonl:1: expected JSON"),
+        ("metrics.jsonl", f'{{"step": {2**63}}}\n', "metrics.jsonl:1: expected an object with a step"),
         ("samples.jsonl", '{"step": 1, "prompt": 5}\n', "samples.jsonl:1: expected an object with step, prompt and"),
     ],
 )
@@ -113,6 +118,13 @@ def test_a_damaged_record_is_one_line(file: str, content: str | None, message: s
     with pytest.raises(UserError) as error:
         read_run(run)
     assert message in str(error.value)
+
+
+def test_a_pipe_in_a_run_is_not_read(run: pathlib.Path) -> None:
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics.jsonl: expected a file, found a pipe"):
+        read_run(run)
 
 
 def test_a_record_of_odd_types_is_still_read(run: pathlib.Path) -> None:
@@ -144,6 +156,23 @@ def test_the_figures_of_a_run(run: pathlib.Path) -> None:
     assert load.column_names == (1, 2, 3, 4)
     assert isinstance(figures["changes"], Table)
     assert ("lora_targets", '["router"]') in figures["settings"].body
+
+
+def test_the_load_of_each_expert(run: pathlib.Path) -> None:
+    page = RunPage(run, keep_to=4)
+    page.add(row(5), ExpertLoad.of(5, np.asarray([[3, 1], [0, 0]])))
+    page.draw()
+    assert json.loads((run / "expert_load.json").read_text()) == {"step": 5, "load": [[1.5, 0.5], [0.0, 0.0]]}
+    load = figures_of(run)["expert_load"]
+    assert (load.title, load.center) == ("Expert load at step 5", 1.0)
+    np.testing.assert_array_equal(load.values, [[[1.5, 0.5], [0, 0]]])
+    # A run that continues from an earlier step has it no longer.
+    RunPage(run, keep_to=4).draw()
+    assert "Expert load at step" not in (run / "report.html").read_text()
+    for wrong in ('{"step": 1, "load": [[1], [1, 2]]}', '{"step": 1, "load": [1]}', '{"load": [[1.0]]}'):
+        (run / "expert_load.json").write_text(wrong)
+        with pytest.raises(UserError, match="expected a step and the load of each layer's experts"):
+            read_run(run)
 
 
 def test_several_runs_in_one_figure(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -240,6 +269,16 @@ def test_samples_show_the_last_of_each_run(run: pathlib.Path, tmp_path: pathlib.
     assert [*samples.csv_lines()][1] == ["first, step 4", "p", "first 4"]
 
 
+def test_the_kinds_of_figures_are_pictures_and_tables(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("matplotlib")
+    (run / "samples.jsonl").write_text(json.dumps({"step": 4, "prompt": "$1", "text": "$"}) + "\n")
+    figures = [figures_of(run)[key] for key in ("loss", "expert_load_cv", "samples")]
+    save_all(figures, tmp_path)
+    for kind, suffix in (("png", "png"), ("csv", "csv")):
+        assert {file.name for file in (tmp_path / kind).iterdir()} == {f"{figure.key}.{suffix}" for figure in figures}
+    assert ",1,3,0.75\n" in (tmp_path / "csv" / "expert_load_cv.csv").read_text(), "layer 1 at step 3"
+
+
 # --- the commands
 
 
@@ -250,6 +289,11 @@ def test_list(run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if "of 4" in line]) == 2
     assert any("runs/first" in line and "3.0000 at step 2" in line for line in lines)
+    (run / "metrics.jsonl").write_text("{}\n")
+    main(["list", str(tmp_path / "runs")])
+    printed = capsys.readouterr()
+    assert "runs/first/metrics.jsonl:1: expected an object with a step" in printed.err
+    assert printed.out.count("of 4") == 1
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="expected runs in or below it, found none"):
         main(["list", str(tmp_path / "empty")])

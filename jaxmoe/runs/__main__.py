@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 
 from jaxmoe.cli.arguments import ArgumentParser, program_name, run, say
@@ -57,12 +58,17 @@ def _list(arguments: argparse.Namespace) -> None:
     from jaxmoe.runs.record import read_run
     from jaxmoe.runs.report import ABOUT, about
 
-    table = Table(*ABOUT, box=box.SIMPLE_HEAD)
+    table, damaged = Table(*ABOUT, box=box.SIMPLE_HEAD), []
     for folder in _runs_below(arguments.folders):
-        cells = (str(folder), *about(read_run(folder)))
-        table.add_row(*(Text(printable(cell)) for cell in cells))
+        try:
+            cells = (str(folder), *about(read_run(folder)))
+            table.add_row(*(Text(printable(cell)) for cell in cells))
+        except UserError as error:  # the others are still of interest
+            damaged.append(str(error))
     console = Console()
-    if not table.row_count:
+    for line in damaged:
+        print(printable(line), file=sys.stderr)
+    if not table.row_count and not damaged:
         raise UserError(f"{', '.join(map(str, arguments.folders))}: expected runs in or below it, found none")
     # A wide table is not cut to the terminal's width, and a pipe has no width.
     Console(width=max(console.width, 200)).print(table)

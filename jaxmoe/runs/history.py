@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from jaxmoe.errors import UserError, is_finite, shown
 from jaxmoe.json_text import parse_json
+from jaxmoe.store.files import is_file
 
 METRICS_FILE = "metrics.jsonl"
 MAX_LINE = 2**20  # characters; a line of a model with a hundred layers has a few thousand
@@ -23,9 +24,9 @@ def complete_lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     """(number, line) for the lines that end with a newline: a killed run may leave half a line behind.
 
     Raises:
-        UserError: a line that is too long.
+        UserError: a line that is too long, or something whose reading may never end.
     """
-    if not path.exists():
+    if not is_file(path):
         return
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), start=1):
@@ -42,7 +43,8 @@ def read_line(line: str, where: str) -> Row:
         UserError: the line is another one.
     """
     raw = parse_json(line, where)
-    if not isinstance(raw, dict) or type(raw.get("step")) is not int:
+    step = raw.get("step") if isinstance(raw, dict) else None
+    if type(step) is not int or not 0 <= step < 2**63:
         raise UserError(f"{where}: expected an object with a step, found {shown(raw)}")
     return raw
 
@@ -92,7 +94,7 @@ class History:
 
     def add(self, numbers: Mapping[str, Any]) -> None:
         """Adds the numbers of one step; what is no number is left out."""
-        row = {name: value for name, value in numbers.items() if is_finite(value) or _is_list_of_numbers(value)}
+        row = {name: value for name, value in numbers.items() if is_finite(value) or is_list_of_numbers(value)}
         (self._evaluations if "eval_loss" in row else self._steps).add(self._count, row)
         self._last = self._count, row
         self._count += 1
@@ -132,5 +134,6 @@ class History:
         return next((row[name] for row in reversed(self.rows) if isinstance(row.get(name), int | float)), None)
 
 
-def _is_list_of_numbers(value: Any) -> bool:
+def is_list_of_numbers(value: Any) -> bool:
+    """Whether a JSON value is a list of finite numbers, at least one."""
     return isinstance(value, list) and bool(value) and all(map(is_finite, value))

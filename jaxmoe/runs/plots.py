@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmoe.figures.figure import Figure, Heatmap, Lines, Samples, Series, Table
 from jaxmoe.runs.history import History
-from jaxmoe.runs.record import RunRecord
+from jaxmoe.runs.record import ExpertLoad, RunRecord
 
 MOST_COLUMNS = 160  # of a heatmap, each some pixels wide
 
@@ -55,6 +55,8 @@ def of_runs(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Figure]:
     figures += [_numbers(name, runs, names) for name in {**NUMBERS, **scalars} if name not in ("loss", "eval_loss")]
     for name in dict.fromkeys(name for run in runs for name in run.history.names(per_layer=True)):
         figures.append(_load_by_layer(name, alone) if alone else _numbers(name, runs, names, _mean_over_layers))
+    if alone and alone.load is not None:
+        figures.append(_load_by_expert(alone.load))
     figures = [figure for figure in figures if not isinstance(figure, Lines) or figure.series]
     if samples := _samples(runs, names):
         figures.append(samples)
@@ -126,6 +128,20 @@ def _load_by_layer(name: str, run: RunRecord) -> Figure:
         values=matrix[kept].T[None],
         row_names=tuple(range(matrix.shape[1])),
         column_names=tuple(map(int, steps[kept])),
+    )
+
+
+def _load_by_expert(found: ExpertLoad) -> Figure:
+    return Heatmap(
+        "expert_load",
+        f"Expert load at step {found.step}",
+        "Each expert's share of its layer's routed rows times the number of experts: 1 is even, 0 unused.",
+        row_label="MoE layer",
+        column_label="expert",
+        unit="load",
+        values=found.load[None],
+        row_names=tuple(range(len(found.load))),
+        center=1.0,
     )
 
 

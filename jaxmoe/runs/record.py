@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import read_json
-from jaxmoe.runs.history import METRICS_FILE, History, complete_lines, read_line
+from jaxmoe.runs.history import METRICS_FILE, History, complete_lines, is_list_of_numbers, read_line
 
 RUN_FILE = "train_config.json"
 SAMPLES_FILE = "samples.jsonl"
+LOAD_FILE = "expert_load.json"
 
 
 class Sample(NamedTuple):
@@ -23,6 +25,22 @@ class Sample(NamedTuple):
     step: int
     prompt: str
     text: str
+
+
+class ExpertLoad(NamedTuple):
+    """Each expert's share of its MoE layer's routed rows at one step, times the number of experts: 1 is even."""
+
+    step: int
+    load: Float[np.ndarray, "Ls E"]
+
+    @classmethod
+    def of(cls, step: int, counts: Int[np.ndarray, "Ls E"]) -> ExpertLoad:
+        """The load in routed rows per layer and expert; 0 in a layer that received nothing."""
+        return cls(step, counts.shape[1] * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of expert_load.json."""
+        return {"step": self.step, "load": [[round(float(value), 4) for value in layer] for layer in self.load]}
 
 
 class Change(NamedTuple):
@@ -53,6 +71,7 @@ class RunRecord:
     changes: list[Change] = field(default_factory=list)
     history: History = field(default_factory=History)
     samples: list[Sample] = field(default_factory=list)
+    load: ExpertLoad | None = None
 
     @property
     def name(self) -> str:
@@ -105,6 +124,7 @@ def read_run(folder: pathlib.Path) -> RunRecord:
         changes=list(_changes(raw.get("changes"))),
         history=History.read(folder / METRICS_FILE),
         samples=list(read_samples(folder)),
+        load=_read_load(folder / LOAD_FILE),
     )
 
 
@@ -121,6 +141,17 @@ def read_samples(folder: pathlib.Path) -> Iterable[Sample]:
         if not isinstance(prompt, str) or not isinstance(text, str):
             raise UserError(f"{path}:{number}: expected an object with step, prompt and text, found {shown(raw)}")
         yield Sample(raw["step"], prompt, text)
+
+
+def _read_load(path: pathlib.Path) -> ExpertLoad | None:
+    if not path.exists():
+        return None
+    raw = read_json(path)
+    step, layers = raw.get("step"), raw.get("load")
+    rows = layers if isinstance(layers, list) and all(map(is_list_of_numbers, layers)) else []
+    if type(step) is not int or len({len(layer) for layer in rows}) != 1:
+        raise UserError(f"{path}: expected a step and the load of each layer's experts, found {shown(raw)}")
+    return ExpertLoad(step, np.asarray(rows, np.float64))
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from jaxmoe.figures.html_page import page
 from jaxmoe.runs.plots import of_runs
@@ -37,7 +38,7 @@ def about(run: RunRecord) -> list[str]:
     speed = run.speed()
     return [
         str(run.settings.get("model") or run.settings.get("from_scratch") or ""),
-        str(run.settings.get("data") or ""),
+        _paths(run.settings.get("data")),
         f"{run.step:,}" + ("" if run.total_steps is None else f" of {run.total_steps:,}"),
         _number(run.history.last("loss")),
         held_out,
@@ -45,6 +46,10 @@ def about(run: RunRecord) -> list[str]:
         "" if speed is None else f"{speed:,.0f}",
         run.device,
     ]
+
+
+def _paths(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 
 def _number(value: float | None) -> str:

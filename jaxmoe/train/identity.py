@@ -25,7 +25,7 @@ from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError, shown
 from jaxmoe.model.interface import Params
 from jaxmoe.runs.history import METRICS_FILE
-from jaxmoe.runs.record import RUN_FILE, SAMPLES_FILE
+from jaxmoe.runs.record import LOAD_FILE, RUN_FILE, SAMPLES_FILE
 from jaxmoe.runs.report import REPORT_FILE
 from jaxmoe.store import digest
 from jaxmoe.store.files import check_links, output_file
@@ -36,7 +36,7 @@ from jaxmoe.train.trackers import TRACKERS_FILE
 CONFIG_FILE = "run.toml"
 REFERENCE_FILE = "reference.safetensors"  # "data" and "eval_data": float32 [pairs, 2], of chosen and rejected answers
 FILES_OF_A_START = {RUN_FILE, CONFIG_FILE, METRICS_FILE, "metrics.tmp", TRACKERS_FILE, "tensorboard", "checkpoints"}
-FILES_OF_A_START |= {REFERENCE_FILE, SAMPLES_FILE, REPORT_FILE}
+FILES_OF_A_START |= {REFERENCE_FILE, SAMPLES_FILE, LOAD_FILE, REPORT_FILE}
 _ONLY_MORE = ("max_steps",)  # steps that are done are not undone
 CONTENT = ("model", "data", "eval_data")  # entries that hold digests, which tell a user nothing
 Identity = dict[str, Any]  # entry -> what JSON can hold

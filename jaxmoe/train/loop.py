@@ -30,6 +30,7 @@ from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
 from jaxmoe.out_of_memory import explained
+from jaxmoe.runs.record import ExpertLoad
 from jaxmoe.stopping import Postponed
 from jaxmoe.store.digest import WeightsDigest, combined
 from jaxmoe.store.files import naming_files
@@ -405,10 +406,10 @@ class Loop:
         spared = self._best.step if self._plan.settings.keep_best else None
         self._checkpoints.save(step, state, metadata, spared=spared)
 
-    def _write(self, numbers: dict[str, Any]) -> None:
+    def _write(self, numbers: dict[str, Any], load: ExpertLoad | None = None) -> None:
         self._log.write(numbers)
         if self._page is not None:
-            self._page.add(numbers)
+            self._page.add(numbers, load)
 
     def _draw(self, step: int, state: TrainState) -> None:
         """Rewrites the run's page, with samples of this step if prompts were given."""
@@ -452,7 +453,7 @@ class Loop:
         total, log_every = self._plan.total_steps, self._plan.settings.log_every
         logged = step in (1, total) or _due(step, log_every) or evaluate is not None
         if logged:
-            self._write(numbers)
+            self._write(numbers, ExpertLoad.of(step, metrics.expert_counts) if metrics.expert_counts.size else None)
             self._speed.restart(when)
         self._show(partial(self._progress.step, numbers, logged=logged))
         if evaluate is not None:
