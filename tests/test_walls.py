@@ -87,8 +87,8 @@ MODULES: dict[str, set[str]] = {
     "doctor": _under("jaxmoe.doctor", ". cards report"),
     "commands": _under(
         "jaxmoe",
-        "__main__ cli.commands cli.umbrella doctor.__main__ evaluate.__main__ generate.__main__ routing.__main__ runs.__main__"
-        " train.__main__",
+        "__main__ cli.commands cli.umbrella doctor.__main__ evaluate.__main__ generate.__main__ routing.__main__"
+        " runs.__main__ train.__main__",
     ),
     "torch_ref": _under(
         "torch_ref",
