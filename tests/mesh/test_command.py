@@ -45,7 +45,7 @@ def run(
     """The numbers of a run's steps: loss, auxiliary loss, gradient norm; continues a run of this name."""
     output = base / name
     settings: dict[str, Any] = {"lora_targets": ("attention", "experts"), "lora_r": 2, "learning_rate": 1e-3}
-    settings |= {"max_steps": STEPS, "batch_size": 4, "accumulation": 2, "seq_length": 32, "eval_fraction": 0.2}
+    settings |= {"max_steps": STEPS, "batch_size": 4, "seq_length": 32, "eval_fraction": 0.2}
     settings |= {
         "save_every": 2,
         "log_every": 1,

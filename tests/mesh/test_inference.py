@@ -31,10 +31,11 @@ LENGTH = 32  # tokens of a sequence of the captured text
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, unoptimized: None) -> pathlib.Path:
-    """A folder with a model in both forms, a text, and what one device captures of the text."""
+    """A folder with models, one of them also converted, a text, and what one device captures of the text."""
     folder = tmp_path_factory.mktemp("inference")
     make_checkpoint(folder / "model", trial.MIXED)
-    convert(["hf2jax", str(folder / "model"), str(folder / "converted")])
+    make_checkpoint(folder / "plain", trial.PLAIN)
+    convert(["hf2jax", str(folder / "plain"), str(folder / "converted")])
     (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}. " for i in range(12)))
     capture(folder, "captured")
     return folder
@@ -81,21 +82,33 @@ def generated(
     return capsys.readouterr().out, Capture.open(base / name)
 
 
+@pytest.mark.wide
+def test_imposed_experts_are_those_of_each_token(base: pathlib.Path) -> None:
+    replay = "--replay", str(base / "captured")
+    one = capture(base, "replayed", *replay)
+    check_equal(capture(base, "replayed-on-mesh", *replay, "--mesh", "data=2,context=2,expert=2"), one)
+
+
 @pytest.mark.parametrize(
-    "mesh",
+    ("mesh", "further"),
     [
-        "expert=4",
-        pytest.param("data=2,fsdp=2,expert=2", marks=pytest.mark.wide),
-        pytest.param("data=2", marks=pytest.mark.wide),
-        pytest.param("fsdp=8", marks=pytest.mark.wide),
+        ("expert=4", ()),
+        pytest.param("data=2,fsdp=2,expert=2", ("--quantize", "nf4"), marks=pytest.mark.wide),
+        pytest.param("data=2", ("--quantize", "nf4"), marks=pytest.mark.wide),
+        pytest.param("fsdp=8", (), marks=pytest.mark.wide),
+        pytest.param("data=2,expert=2", ("--force", "0:1"), marks=pytest.mark.wide),
     ],
 )
 def test_the_same_text_is_generated(
-    mesh: str, base: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mesh: str,
+    further: tuple[str, ...],
+    base: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From a folder in HF form on one device, from a converted one on the mesh; no expert's weights travel."""
     one = f"generated-{mesh}"
-    expected, captured = generated(base, "model", one, capsys)
+    expected, captured = generated(base, "plain", one, capsys, *further)
     programs: list[str] = []
     decode: Any = engine._decode
 
@@ -105,14 +118,15 @@ def test_the_same_text_is_generated(
         return found(*arguments)
 
     monkeypatch.setattr(engine, "_decode", compiled)
-    found, captured_on_mesh = generated(base, "converted", f"{one}-on-mesh", capsys, "--mesh", mesh)
+    found, captured_on_mesh = generated(base, "converted", f"{one}-on-mesh", capsys, "--mesh", mesh, *further)
     assert found == expected and len(found) > 20
     check_equal(captured_on_mesh, captured)
     if mesh == "expert=4":
-        share = trial.MIXED.num_experts // 4 * trial.MIXED.moe_intermediate_size * trial.MIXED.hidden_size
+        share = trial.PLAIN.num_experts // 4 * trial.PLAIN.moe_intermediate_size * trial.PLAIN.hidden_size
         assert max(each.elements for each in exchanges(programs[0])) < share
 
 
+@pytest.mark.wide
 def test_the_model_as_an_object_is_the_same(base: pathlib.Path) -> None:
     """Logits, router logits and a gradient; what the devices cannot share is refused."""
     ids = np.random.default_rng(1).integers(0, trial.MIXED.vocab_size, (4, 16))

@@ -12,6 +12,7 @@ from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.distributed.placement import Placement
 from jaxmoe.memory import Workload, training_forecast
 from tests.mesh import trial
+from tests.parity import COMPILER_OPTIONS
 
 _OPERATION = re.compile(
     r"= (?P<type>.*?) (?P<name>all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute)"
@@ -48,7 +49,7 @@ def test_no_weight_travels_to_tokens() -> None:
     """With an `expert` axis only rows, their experts and weights travel, and gradients of what every device holds."""
     case = trial.CASES["adapters"]
     case = case._replace(config=case.config.replace(moe_intermediate_size=192))  # a weight is larger than all rows
-    found = exchanges(trial.prepared(case, "expert=4").step.compile().as_text())
+    found = exchanges(trial.prepared(case, "expert=4").step.compile(COMPILER_OPTIONS).as_text())
     largest = {name: max(each.elements for each in found if each.name == name) for name, _ in found}
     assert largest.keys() == {"all-reduce", "all-gather", "all-to-all"}
     assert largest["all-gather"] <= 4 * 4  # how many rows go from each device to each
@@ -67,7 +68,7 @@ def test_only_keys_and_values_are_gathered_for_a_sequence() -> None:
     """With a `context` axis the loops over layers, forwards and backwards, gather keys and values and nothing else."""
     case = trial.CASES["adapters"]
     case = case._replace(config=case.config.replace(num_key_value_heads=1))  # keys are smaller than hidden states
-    found = exchanges(trial.prepared(case, "context=4").step.compile().as_text())
+    found = exchanges(trial.prepared(case, "context=4").step.compile(COMPILER_OPTIONS).as_text())
     tokens = trial.SEQUENCES * trial.LENGTH
     keys = tokens * case.config.head_dim
     assert sorted(each.elements for each in found if each.name == "all-gather") == [tokens, *[keys] * 4]
@@ -82,7 +83,7 @@ def test_each_weight_is_put_together_once_a_pass() -> None:
     """With `fsdp` the bodies of the two loops over layers, forwards and backwards, gather each shared array once."""
     case = trial.CASES["adapters"]
     ready = trial.prepared(case, "fsdp=4")
-    found = exchanges(ready.step.compile().as_text())
+    found = exchanges(ready.step.compile(COMPILER_OPTIONS).as_text())
     assert {each.name for each in found} == {"all-reduce", "all-gather", "reduce-scatter"}
     stored = {**ready.frozen, **ready.state.trainable}
     shared = {path: array for path, array in stored.items() if not array.is_fully_replicated}
@@ -108,7 +109,7 @@ def test_the_forecast_counts_what_lies_on_a_device(mesh: str, name: str) -> None
 
 def test_data_adds_up_gradients_and_nothing_else() -> None:
     case = trial.CASES["adapters"]
-    found = exchanges(trial.prepared(case, "data=8").step.compile().as_text())
+    found = exchanges(trial.prepared(case, "data=8").step.compile(COMPILER_OPTIONS).as_text())
     trained = sum(array.size for array in trial.weights(case)[1].values())
     assert {each.name for each in found} == {"all-reduce"}
     statistics = 4 * case.config.num_hidden_layers * case.config.num_experts

@@ -53,6 +53,9 @@ CASES = {
     "all parameters": Case(lora=None, aux=0.0),
     "all to two experts": Case(lora=LoraConfig(r=2, targets=expand_targets(["v_proj", "experts"])), imposed=(1, 0)),
     "NF4": Case(lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), nf4=True),
+    "NF4, all to two experts": Case(
+        lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), nf4=True, imposed=(1, 0)
+    ),
 }
 
 
