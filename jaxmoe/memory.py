@@ -250,6 +250,7 @@ def generation_forecast(work: Workload) -> Forecast:
             *_decoded(work),
             Part("KV cache", 2 * config.num_hidden_layers * work.tokens * kv_width * work.size, True),
             Part("one layer at work", layer_bytes(work), False),
+            *_gathered(work),
             Part(f"attention, {work.attention}", attention_bytes(work, training=False), False),
             Part("logits", work.batch_size * config.vocab_size * FLOAT32, False),
         )

@@ -6,7 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
@@ -37,17 +37,22 @@ class Choice:
 
 
 def choose_mesh(
-    work: Workload, batch_size: int, devices: Devices, policies: Sequence[Remat] = ON_A_MESH
+    work: Workload,
+    batch_size: int,
+    devices: Devices,
+    policies: Sequence[Remat] = ON_A_MESH,
+    forecast: Callable[[Workload], Forecast] = training_forecast,
 ) -> tuple[Choice, str]:
     """(the mesh for a step of `batch_size` sequences, which and why in a line).
 
     `work` is the step of a device, except for its mesh, batch size and policy; `policies`, the fastest first, are those
-    that it may use. In this order: every device holds the model; the devices of a node share the experts; devices share
-    the layers' weights; both. If no mesh holds the step, the choice is the one with the smallest forecast.
+    that it may use; `forecast` is for training, or for generation. In this order: every device holds the model; the
+    devices of a node share the experts; devices share the layers' weights; both. If no mesh holds the step, the choice
+    is the one with the smallest forecast.
     """
     tried: list[Choice] = []
     for kind in _kinds(work, batch_size, devices):
-        choices = [_step(work, mesh, batch_size, devices, policies) for mesh in kind]
+        choices = [_step(work, mesh, batch_size, devices, policies, forecast) for mesh in kind]
         if not choices:
             continue
         # The more devices the better, then the less is recomputed, then the less the model is divided.
@@ -81,14 +86,21 @@ def _divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
 
 
-def _step(work: Workload, mesh: MeshShape, batch_size: int, devices: Devices, policies: Sequence[Remat]) -> Choice:
+def _step(
+    work: Workload,
+    mesh: MeshShape,
+    batch_size: int,
+    devices: Devices,
+    policies: Sequence[Remat],
+    forecast: Callable[[Workload], Forecast],
+) -> Choice:
     work = replace(work, mesh=mesh, batch_size=batch_size // mesh.product(SEQUENCE_AXES))
     for policy in policies:
         work = replace(work, remat=policy)
-        forecast = training_forecast(work)
-        if devices.room is None or forecast.total <= devices.room:
-            return Choice(mesh, work, forecast, True)
-    return Choice(mesh, work, forecast, False)
+        needed = forecast(work)
+        if devices.room is None or needed.total <= devices.room:
+            return Choice(mesh, work, needed, True)
+    return Choice(mesh, work, needed, False)
 
 
 _WAYS = {"expert": "the devices of a node share the experts", "fsdp": "devices share the layers' weights"}
@@ -99,10 +111,7 @@ def _why(choice: Choice, tried: Sequence[Choice], batch_size: int, devices: Devi
     begin = f"--mesh auto picks {mesh} of {devices.count} devices: "
     end = ""
     if mesh.size < devices.count:
-        end = (
-            f"; {devices.count - mesh.size} devices stay idle: a batch_size that is a multiple of {devices.count} "
-            "would use all"
-        )
+        end = f"; {devices.count - mesh.size} devices stay idle: a multiple of {devices.count} sequences would use all"
     if not tried:
         sequences = f"{batch_size // mesh.product(SEQUENCE_AXES)} of {batch_size} sequences"
         return f"{begin}every device holds the model and takes {sequences}{end}"

@@ -7,16 +7,20 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (registers bfloat16)
+import numpy as np
 import pytest
 
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.distributed import chunks
-from jaxmoe.distributed.mesh import MeshShape
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.errors import UserError
 from jaxmoe.memory import Workload, training_forecast
 from jaxmoe.mesh_choice import Devices, choose_mesh
+from jaxmoe.model.mesh_flag import Inputs, inference_mesh
 from jaxmoe.presets import PRESETS
 from tests.conftest import ROOT
 from tests.mesh import DEVICES
@@ -112,6 +116,23 @@ def test_auto_shares_what_no_device_holds(work: Workload, devices: int, gib: flo
     assert str(choice.mesh) == mesh and re.search(says, why) and "\n" not in why, why
     assert choice.fits == ("no mesh" not in why) == (choice.forecast.total <= gib * 2**30)
     assert choice.forecast == training_forecast(choice.work)
+
+
+@pytest.mark.parametrize(
+    ("gib", "prompts", "mesh"),
+    [(80, 8, "data=8"), (80, 1, "data=1"), (20, 8, "data=2,expert=4"), (20, 1, "data=2,expert=4")],
+)
+def test_auto_where_a_model_is_not_trained(gib: int, prompts: int, mesh: str) -> None:
+    """Forecasts of the weights and the cache alone decide; a few prompts share a model that no device holds."""
+    config = PRESETS["qwen3-30b-a3b"]
+    checkpoint: Any = SimpleNamespace(quantization=None, dtypes={"embed_tokens": np.dtype("bfloat16")})
+    opened = lambda: (config, checkpoint)
+    devices = Devices(8, 8, gib * 2**30)
+    found, (why,) = inference_mesh("auto", config, opened, Inputs(prompts, 1024, more=True), devices)
+    assert str(found) == mesh and f"--mesh auto picks {mesh} of 8 devices" in why
+    assert inference_mesh(None, config, opened, Inputs(prompts, 1024)) == (ONE_DEVICE, [])
+    with pytest.raises(UserError, match="mesh: data=9 needs 9 devices, found 8"):
+        inference_mesh("data=9", config, opened, Inputs(prompts, 1024), devices)
 
 
 def test_auto_splits_only_what_can_be_split() -> None:

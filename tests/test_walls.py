@@ -63,7 +63,7 @@ MODULES: dict[str, set[str]] = {
         " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",
     ),
     "model": _under(
-        "jaxmoe.model", ". adapted cache causal_lm decoder init interface layer layer_loop opening selection"
+        "jaxmoe.model", ". adapted cache causal_lm decoder init interface layer layer_loop mesh_flag opening selection"
     ),
     "data": _under(
         "jaxmoe.data",

@@ -119,26 +119,13 @@ SEQUENCE_AXES = ("data", "fsdp", "expert")  # the axes that the sequences of a b
 ONE_DEVICE = MeshShape()
 
 
-def chosen(text: str, devices: int, sequences: int, config: Qwen3MoeConfig) -> tuple[MeshShape, list[str]]:
-    """(the mesh that `--mesh` names, for batches of so many sequences and this model, what to say about it).
+def named(text: str, devices: int, config: Qwen3MoeConfig) -> MeshShape:
+    """The mesh of a text such as "data=2,expert=4".
 
     Raises:
         UserError: no mesh, or one that so many devices, or the model, do not allow.
     """
-    if text == AUTO:
-        mesh, why = automatic(devices, sequences)
-        return mesh, [why]
     mesh = MeshShape.parse(text)
     mesh.check_devices(devices)
     mesh.check_experts(config.num_experts if config.sparse_layers else 0)
-    return mesh, []
-
-
-def automatic(devices: int, batch_size: int) -> tuple[MeshShape, str]:
-    """(the mesh that `--mesh auto` means, a line that says which and why) on so many devices."""
-    shares = math.gcd(devices, batch_size)
-    mesh = MeshShape(data=shares)
-    why = f"every device holds the model and takes {batch_size // shares} of {batch_size} sequences"
-    if shares < devices:
-        why += f"; {devices - shares} devices stay idle: a batch_size that is a multiple of {devices} would use all"
-    return mesh, f"--mesh auto picks {mesh} of {devices} devices: {why}"
+    return mesh

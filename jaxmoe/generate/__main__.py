@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jaxmoe.cli.progress import progress, reading_weights
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
 from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, load_tokenizer, turn_end
-from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape, chosen
+from jaxmoe.distributed.mesh import AUTO, named
 from jaxmoe.errors import UserError, printable
 from jaxmoe.generate import prompts
 from jaxmoe.generate.answer_file import answer_file
@@ -38,6 +39,8 @@ from jaxmoe.generate.sampling import Sampling
 from jaxmoe.generate.settings import Settings, generation_defaults, without_effect
 from jaxmoe.generate.stream import TextStream
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from jaxmoe.model.mesh_flag import Inputs, inference_mesh
+from jaxmoe.model.opening import open_checkpoint
 from jaxmoe.out_of_memory import explained
 
 _MAX_NEW_TOKENS = 256
@@ -85,9 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop_tokens = _stop_tokens(defaults.stop_tokens, tokenizer, args.chat or args.interactive)
     settings = Settings(max_new_tokens, sampling, stop_tokens)
     chat_settings, notices = prompts.chat_settings(args, tokenizer)
-    mesh, about_mesh = _mesh(args, config)
-    notices = [*about_mesh, *defaults.notices, *notices, *_unused(sampling)]
-    task = _Task(args, tokenizer, settings, chat_settings, notices, mesh)
+    if args.mesh not in (None, AUTO):
+        named(args.mesh, jax.device_count(), config).check_sequences_whole()
+    task = _Task(args, tokenizer, settings, chat_settings, [*defaults.notices, *notices, *_unused(sampling)])
     if args.prompts:
         return _answer_file(task, config)
     if args.interactive:
@@ -105,26 +108,22 @@ class _Task(NamedTuple):
     settings: Settings
     chat: ChatSettings
     notices: list[str]
-    mesh: MeshShape
 
 
-def _mesh(args: argparse.Namespace, config: Qwen3MoeConfig) -> tuple[MeshShape, list[str]]:
-    """The mesh of `--mesh`, and what to say about it."""
-    if args.mesh is None:
-        return ONE_DEVICE, []
-    sequences = (args.batch_size or prompts.BATCH_SIZE) if args.prompts else len(args.prompt or [""])
-    mesh, notices = chosen(args.mesh, jax.device_count(), sequences, config)
-    mesh.check_sequences_whole()
-    return mesh, notices
-
-
-def _load(task: _Task) -> Generator:
+def _load(task: _Task, sequences: int, longest: int) -> Generator:
+    """The model, for so many prompts at once, the longest of so many tokens."""
     args = task.args
+    mesh, about_mesh = inference_mesh(
+        args.mesh,
+        Qwen3MoeConfig.from_pretrained(args.model),
+        partial(open_checkpoint, args.model, args.dtype, args.quantize, args.dequantize),
+        Inputs(sequences, longest + task.settings.max_new_tokens, more=True),
+    )
     with reading_weights(on_stderr=True) as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
-            args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize, task.mesh
+            args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize, mesh
         )
-    for line in task.notices:
+    for line in [*about_mesh, *task.notices]:
         print(line, file=sys.stderr)
     return Generator(model)
 
@@ -134,7 +133,7 @@ def _continue(task: _Task) -> None:
     args, tokenizer, settings = task.args, task.tokenizer, task.settings
     token_ids = prompts.encode_prompts(args, tokenizer, task.chat)
     with explained(lambda: "use fewer prompts at once, a smaller --max-new-tokens, or --quantize nf4"):
-        generator = _load(task)
+        generator = _load(task, len(token_ids), max(map(len, token_ids)))
         generator.check(token_ids, settings.max_new_tokens)
         if _with_routing(args):
             outputs = _generate_with_routing(generator, token_ids, settings, args, tokenizer)
@@ -154,7 +153,7 @@ def _chat(task: _Task) -> None:
     """Chats until the user leaves."""
     _refuse_routing(task.args, "interactive")
     with explained(lambda: "use --quantize nf4"):
-        generator = _load(task)
+        generator = _load(task, 1, task.settings.max_new_tokens)
     context, most = generator.config.max_position_embeddings, task.settings.max_new_tokens
     generator.check([[0]], most)
     Chat(generator, task.tokenizer, Conversation(task.tokenizer, task.chat, context, most), task.settings).run()
@@ -178,7 +177,8 @@ def _answer_file(task: _Task, config: Qwen3MoeConfig) -> int:
         done = None
         if len(answers.done) < total:
             with explained(lambda: "use a smaller --batch-size or --max-new-tokens, or --quantize nf4"):
-                answering = Answering(_load(task), task.tokenizer, settings, batch_size)
+                generator = _load(task, batch_size, max(len(prompt.tokens) for prompt in given))
+                answering = Answering(generator, task.tokenizer, settings, batch_size)
                 answering.check(given)
                 with progress("generating", on_stderr=True) as show:
                     words = "{} of {} prompts, {:,.0f} tokens/s".format

@@ -13,6 +13,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from captures import Capture, tokenizer_digest
@@ -115,6 +116,8 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
     from jaxmoe.data.chat import AS_WRITTEN, load_tokenizer
     from jaxmoe.data.chat_flags import chat_settings, notices
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+    from jaxmoe.model.mesh_flag import Inputs, inference_mesh
+    from jaxmoe.model.opening import open_checkpoint
     from jaxmoe.routing.text import read_text
 
     for name in ("seq_length", "batch_size", "max_tokens"):
@@ -126,7 +129,10 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
             f"seq-length: expected at most the model's max_position_embeddings {config.max_position_embeddings}, "
             f"found {arguments.seq_length}"
         )
-    shape, about_mesh = _mesh(mesh, config, arguments.batch_size, arguments.seq_length)
+    opened = partial(open_checkpoint, arguments.model, arguments.dtype, arguments.quantize, arguments.dequantize)
+    shape, about_mesh = inference_mesh(mesh, config, opened, Inputs(arguments.batch_size, arguments.seq_length))
+    shape.check_batch(arguments.batch_size)
+    shape.check_length(arguments.seq_length)
     tokenizer = load_tokenizer(arguments.model)
     settings = chat_settings(tokenizer, arguments.system, arguments.thinking, arguments.template_arg)
     if arguments.text is not None:
@@ -154,20 +160,6 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
     if not model.config.sparse_layers:
         raise UserError(f"{arguments.model}: expected a model with mixture-of-experts layers, found none")
     return model, labels
-
-
-def _mesh(text: str | None, config: Any, batch_size: int, seq_length: int) -> tuple[Any, list[str]]:
-    """The mesh that `--mesh` names, and what to say about it."""
-    import jax
-
-    from jaxmoe.distributed.mesh import ONE_DEVICE, chosen
-
-    if text is None:
-        return ONE_DEVICE, []
-    mesh, notices = chosen(text, jax.device_count(), batch_size, config)
-    mesh.check_batch(batch_size)
-    mesh.check_length(seq_length)
-    return mesh, notices
 
 
 def _capture(arguments: argparse.Namespace) -> None:

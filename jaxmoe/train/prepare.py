@@ -27,8 +27,8 @@ from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.packing import Batch, Document, Sequences, cut
 from jaxmoe.data.records import Record, digest, hold_out, read_records
 from jaxmoe.distributed import launch
-from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, chosen
-from jaxmoe.distributed.placement import Placement, devices_per_node
+from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, named
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.lora import SAVED_MODULES, modules_to_save
 from jaxmoe.memory import (
@@ -50,9 +50,10 @@ from jaxmoe.memory import (
     training_forecasts,
 )
 from jaxmoe.memory_advice import advice
-from jaxmoe.mesh_choice import ON_A_MESH, Devices, choose_mesh
+from jaxmoe.mesh_choice import ON_A_MESH, choose_mesh
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Params
+from jaxmoe.model.mesh_flag import usable_devices
 from jaxmoe.model.opening import load_adapter, open_checkpoint
 from jaxmoe.model.selection import fallbacks, selected_implementations
 from jaxmoe.parameters import Quantization
@@ -288,9 +289,9 @@ def _named_mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShap
         return ONE_DEVICE, idle
     if settings.mesh in (None, AUTO):
         return None, []
-    mesh, notices = chosen(settings.mesh, found, settings.batch_size, config)
+    mesh = named(settings.mesh, found, config)
     _check_used(mesh)
-    return mesh, notices
+    return mesh, []
 
 
 def _check_used(mesh: MeshShape) -> None:
@@ -307,16 +308,10 @@ def _automatic_mesh(
     settings: TrainConfig, workload: Workload, previous: Mapping[str, Any] | None
 ) -> tuple[MeshShape, str]:
     """The mesh that `--mesh auto` means, and a line that says which and why."""
-    device = jax.local_devices()[0]
-    room = device_bytes(device)
-    if room is not None:
-        # The devices of a CPU have its memory together.
-        room = int(HOST_ROOM * room / jax.local_device_count() if device.platform == "cpu" else ROOM * room)
     policies: Any = ON_A_MESH if settings.remat == "auto" else (settings.remat,)
     if settings.remat == "auto" and previous is not None and previous.get("remat") in ON_A_MESH:
         policies = (previous["remat"],)
-    devices = Devices(jax.device_count(), devices_per_node(), room)
-    choice, why = choose_mesh(workload, settings.batch_size, devices, policies)
+    choice, why = choose_mesh(workload, settings.batch_size, usable_devices(), policies)
     _check_used(choice.mesh)
     return choice.mesh, why
 
