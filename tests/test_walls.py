@@ -85,7 +85,7 @@ MODULES: dict[str, set[str]] = {
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),
-    "doctor": _under("jaxmoe.doctor", ". cards report"),
+    "doctor": _under("jaxmoe.doctor", ". cards nodes report"),
     "commands": _under(
         "jaxmoe",
         "__main__ cli.commands cli.umbrella doctor.__main__ evaluate.__main__ generate.__main__ routing.__main__"

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxmoe import memory
 from jaxmoe.cli.arguments import ArgumentParser, add_dataclass_arguments, dataclass_from_arguments, run
+from jaxmoe.doctor.nodes import machine_lines
 from jaxmoe.doctor.report import DoctorConfig, report
 
 DESCRIPTION = "Show this machine's devices, the implementation of each operation, and the memory that a model needs."
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found["forecast"][name] = {**asdict(value), "total": value.total}
     if "cards" in found:
         found["cards"] = {model: [asdict(row) for row in rows] for model, (_, rows) in found["cards"].items()}
+    if "nodes" in found:
+        found["nodes"] = {model: [fit.to_json() for fit in fits] for model, (_, fits) in found["nodes"].items()}
     print(json.dumps(found, indent=2))
     return 0
 
@@ -64,6 +67,13 @@ def _lines(found: dict[str, Any]) -> list[str]:
             f"LoRA training of {model}, adapters on {len(work.lora.targets)} targets, one card (--memory-limit)",
         ]
         lines += [f"  {row.text(work)}" for row in rows]
+    if "node" in found:
+        lines += ["", "Several GPUs", *(f"  {line}" for line in machine_lines(found["node"]))]
+    for model, (work, fits) in found.get("nodes", {}).items():
+        trained = f"adapters on {len(work.lora.targets)} targets" if work.lora else "all parameters"
+        batch = f"{work.batch_size} x {work.seq_length} tokens on each GPU"
+        lines += ["", f"Training of {model}, {trained}, {batch}: memory of one GPU"]
+        lines += [f"  {line}" for fit in fits for line in fit.lines()]
     if "forecast" not in found:
         return [*lines, "", "To see what fits, name a model: --model qwen3-30b-a3b (needs no download)"]
     plan = found["forecast"]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jaxmoe import __version__, environment, memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config, read_json
-from jaxmoe.doctor import cards
+from jaxmoe.doctor import cards, nodes
 from jaxmoe.errors import UserError
 from jaxmoe.lora import modules_to_save
 from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName, OptimizerName
@@ -68,6 +68,13 @@ class DoctorConfig:
     cards: bool = field(
         default=False,
         metadata={"help": "show what fits on cards of 24, 32, 48 and 80 GB: of --model, or of each published shape"},
+    )
+    mesh: bool = field(
+        default=False,
+        metadata={
+            "help": "show this machine's GPUs and links, and what --mesh auto picks on nodes of 8 GPUs: of --model, "
+            "or of 30B and 235B"
+        },
     )
     json: bool = field(default=False, metadata={"help": "print the report as one JSON object"})
 
@@ -221,6 +228,32 @@ def on_cards(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[car
     return found
 
 
+def on_nodes(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[nodes.Fit]]]:
+    """For the model of the options, or 30B and 235B: a training step, whose batch is that of each device, and what
+    holds it. Weights that are stored in FP8 are held in 16 bits.
+
+    Raises:
+        UserError: adapters on layers that the model lacks, or an unknown model.
+    """
+    found = {}
+    for model in (options.model,) if options.model is not None else nodes.MODELS:
+        config = load_config(model)
+        work = memory.Workload(
+            config,
+            _lora(options, config) if options.train == "lora" else None,
+            options.batch_size,
+            options.seq_length,
+            options.dtype,
+            accumulation=options.accumulation,
+            packed=options.pack,
+        )
+        forms: dict[str, str | None] = {f"{options.dtype}, FP8": None}
+        if options.train == "lora":
+            forms["NF4"] = "nf4"
+        found[model] = work, list(nodes.fits(work, forms))
+    return found
+
+
 def _lora(options: DoctorConfig, config: Qwen3MoeConfig) -> LoraConfig:
     """The adapters of the options."""
     saved = modules_to_save(options.modules_to_save, config)
@@ -250,6 +283,10 @@ def report(options: DoctorConfig) -> dict[str, Any]:
         found["problems"].append(
             "an NVIDIA driver is installed, but JAX does not use the GPU: pip install 'jaxmoe[cuda12]' (or cuda13)"
         )
+    if options.mesh:
+        found["node"], problems = nodes.this_machine()
+        found["problems"] += problems
+        found["nodes"] = on_nodes(options)
     if options.cards:
         found["cards"] = on_cards(options)
     if options.model is not None:
