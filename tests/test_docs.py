@@ -133,7 +133,7 @@ def words_of_the_code() -> frozenset[str]:
 
 def unknown_flags(text: str) -> list[str]:
     """Long flags of our commands that no code mentions, neither as a flag nor as a field."""
-    lines = [line for line in text.splitlines() if not re.search(r"\b(?:git|pip|pytest|apt|vllm|sglang)\b", line)]
+    lines = [line for line in text.splitlines() if not re.search(r"\b(?:git|pip|pytest|apt|vllm|sglang|gguf)\b", line)]
     # a flag with an underscore is another program's
     flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)(?!\w)", "\n".join(lines)))
     known = words_of_the_code()

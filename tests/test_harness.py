@@ -93,11 +93,8 @@ def request(kind, *arguments):
 
 
 def test_arguments_of_generation(ours, theirs):
-    asked = [
-        request("generate_until", "def f(x):\n", {"until": [")", "\n\n"], "max_gen_toks": 20}),
-        request("generate_until", "import os\n" * 30, {"until": "zzz", "max_new_tokens": 8, "do_sample": False}),
-        request("generate_until", "import ", {"max_gen_toks": 5, "temperature": 0.0}),
-    ]
+    kwargs = {"until": ["zzz", ")"], "max_new_tokens": 24, "do_sample": False}
+    asked = [request("generate_until", context, kwargs) for context in ("def f(x):\n", "import os\n" * 30)]
     assert ours.generate_until(asked, disable_tqdm=True) == theirs.generate_until(asked, disable_tqdm=True)
     with pytest.raises(UserError, match="max_gen_toks: expected a number of new tokens from 1 to 63"):
         ours.generate_until([request("generate_until", "a", {"max_gen_toks": 64})], disable_tqdm=True)

@@ -539,7 +539,7 @@ def test_full_training_keeps_the_dtype_and_the_files(base: pathlib.Path, tmp_pat
     params = Qwen3MoeForCausalLM.from_pretrained(written).params
     assert {str(array.dtype) for array in params.values()} == {"bfloat16"}
     copied = {file.name for file in source.iterdir()} - {"config.json", "model.safetensors"}
-    assert copied == {file.name for file in written.iterdir()} - {"config.json", "model.safetensors"}
+    assert copied == {file.name for file in written.iterdir()} - {"config.json", "model.safetensors", "README.md"}
     assert all((written / name).read_bytes() == (source / name).read_bytes() for name in copied)
 
 

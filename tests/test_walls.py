@@ -76,12 +76,11 @@ MODULES: dict[str, set[str]] = {
         ". answer_file batches capture chat conversation engine processors prompt_file prompts sampling settings speed"
         " stream",
     ),
-    "runs": _under("jaxmoe.runs", ". history plots record report"),
+    "runs": _under("jaxmoe.runs", ". card history plots record report"),
     "train": _under(
         "jaxmoe.train",
         ". best documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
-        " processes"
-        " reference run_page samples settings speed step trackers",
+        " processes publish reference run_page samples settings speed step trackers",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),

@@ -30,6 +30,7 @@ from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
 from jaxmoe.out_of_memory import explained
+from jaxmoe.runs.card import Kind
 from jaxmoe.runs.record import ExpertLoad
 from jaxmoe.stopping import Postponed
 from jaxmoe.store.digest import WeightsDigest, combined
@@ -52,6 +53,7 @@ from jaxmoe.train.metrics import MetricsLog, Unwritten, device_load, expert_load
 from jaxmoe.train.optimizers import make_optimizer
 from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
 from jaxmoe.train.processes import claimed_by_first, settings_of_processes
+from jaxmoe.train.publish import check_access, publish
 from jaxmoe.train.reference import fill_in_reference
 from jaxmoe.train.run_page import RunPage
 from jaxmoe.train.samples import Sampler
@@ -99,6 +101,8 @@ def _train_locked(
     started = time.perf_counter()
     previous = previous_identity(settings)
     check_trackers(settings.trackers)
+    if settings.push_to_hub is not None:
+        check_access(settings.push_to_hub)
     plan = prepare(settings, previous, shared)
     with explained(plan.smaller_steps):
         summary = _train_plan(plan, previous, on_step)
@@ -484,7 +488,8 @@ class Loop:
 
 
 def _export(plan: Plan, trainable: Params) -> None:
-    """Writes what was trained: the adapter (and the merged model, if asked for), or the model."""
+    """Writes what was trained, the adapter (and the merged model, if asked for) or the model, with a card beside each,
+    and uploads the adapter or the model if asked to."""
     settings, config, lora = plan.settings, plan.model.config, plan.model.lora
     arrays = {path: whole(array) for path, array in trainable.items()}
     if not launch.this().is_first:
@@ -494,11 +499,16 @@ def _export(plan: Plan, trainable: Params) -> None:
             export_model(settings.output / "model", tokenizer_folder(settings), config, arrays)
         else:
             export_full(settings.output / "model", settings.model, config, arrays, settings.dequantize)
+        publish(settings.output, {"model": settings.output / "model"}, settings.push_to_hub)
         return
     export_adapter(settings.output, config, lora, arrays)
     if settings.merge:
         assert settings.model is not None
         export_merged(settings.output / "merged", settings.model, config, lora, arrays, settings.dequantize)
+    folders: dict[Kind, pathlib.Path] = {"adapter": settings.output}
+    if settings.merge:
+        folders["merged"] = settings.output / "merged"
+    publish(settings.output, folders, settings.push_to_hub)
 
 
 def _due(step: int, every: int | None) -> bool:

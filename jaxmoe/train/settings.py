@@ -374,6 +374,14 @@ class TrainConfig:
         default=False,
         metadata={"help": "also write the model with the adapter merged, in HF form", "identity": APART},
     )
+    push_to_hub: str | None = field(
+        default=None,
+        metadata={
+            "metavar": "ID",
+            "help": "upload the adapter, or with --full the model, to this repository of the hub; a new one is private",
+            "identity": APART,
+        },
+    )
 
     def __post_init__(self) -> None:
         _check_ranges(self)
