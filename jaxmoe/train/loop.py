@@ -100,7 +100,8 @@ def _train_locked(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     previous = previous_identity(settings)
-    check_trackers(settings.trackers)
+    if launch.this().is_first:  # it alone reports
+        check_trackers(settings.trackers)
     if settings.push_to_hub is not None:
         check_access(settings.push_to_hub)
     plan = prepare(settings, previous, shared)
