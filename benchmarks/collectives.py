@@ -139,7 +139,8 @@ def _groups(line: str, mesh: MeshShape) -> list[list[int]]:
         return _along(np.arange(mesh.size).reshape(list(sizes.values())), named)
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         shape, dims, order = ([int(n) for n in text.split(",")] if text else None for text in match.groups())
-        return np.arange(mesh.size).reshape(dims).transpose(order).reshape(shape).tolist()
+        groups: Any = np.arange(mesh.size).reshape(dims).transpose(order).reshape(shape)
+        return groups.tolist()
     match = re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", line)
     assert match is not None, line
     return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
