@@ -5,7 +5,8 @@ from __future__ import annotations
 import pathlib
 import re
 
-from rich.console import CONSOLE_SVG_FORMAT, Console
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
 
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.chat import AS_WRITTEN, load_tokenizer, turn_end

@@ -9,6 +9,7 @@ import pytest
 from jaxmoe import LoraConfig, Qwen3MoeForCausalLM
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.errors import UserError
+from jaxmoe.evaluate.__main__ import main
 from jaxmoe.evaluate.arguments import ModelArguments, sampling_of
 from jaxmoe.evaluate.scoring import Request, padded_length, score
 from jaxmoe.evaluate.stop_texts import AllStopped, StopTexts
@@ -119,3 +120,9 @@ def test_generation_arguments():
         sampling_of({"num_beams": 4}, defaults, 0)
     with pytest.raises(UserError, match="temperature: expected a number above 0"):
         sampling_of({"do_sample": True}, defaults, 0)
+
+
+def test_the_command_without_the_harness(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"lm_eval: not installed; pip install 'jaxmoe\[eval\]'"):
+        main(["--tasks", "x"])

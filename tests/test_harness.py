@@ -1,5 +1,6 @@
-# The harness is an optional extra.
-# pyright: reportMissingImports=false
+# The harness is an optional extra, and its decorators hide signatures.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportTypedDictNotRequiredAccess=false
 """The evaluation harness with this project's model beside its own `hf`, on the tasks in examples/evaluate."""
 
 from __future__ import annotations

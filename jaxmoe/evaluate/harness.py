@@ -117,9 +117,9 @@ class JaxmoeLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
-        scores = [tuple(each) for each in self._scores(requests, disable_tqdm)]
+        scores = [(each.log_probability, each.is_greedy) for each in self._scores(requests, disable_tqdm)]
         for (texts, _, _), found in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, found)
         return scores
@@ -152,24 +152,25 @@ class JaxmoeLM(TemplateLM):
 
     def _alike(self, requests: Sequence[Instance]) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Batches of requests with equal generation arguments and contexts of similar length: (indices, arguments)."""
+        asked: list[tuple[Any, ...]] = [request.args for request in requests]
         groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=repr), []).append(index)
+        for index, (_, kwargs) in enumerate(asked):
+            groups.setdefault(json.dumps(kwargs, sort_keys=True, default=repr), []).append(index)
         for group in groups.values():
-            kwargs = requests[group[0]].args[1]
-            lengths = {index: len(self.tok_encode(requests[index].args[0])) for index in group}
+            kwargs = asked[group[0]][1]
+            lengths = {index: len(self.tok_encode(asked[index][0])) for index in group}
             group.sort(key=lambda index: -lengths[index])
             while group:
-                longest = min(lengths[group[0]] + self._new_tokens(kwargs), self.max_length)
+                longest = min(lengths[group[0]] + self._normalized(kwargs)["max_gen_toks"], self.max_length)
                 size = self.arguments.sequences_of(padded_length(longest))
                 yield group[:size], kwargs
                 group = group[size:]
 
-    def _new_tokens(self, kwargs: dict[str, Any]) -> int:
-        return normalize_gen_kwargs(kwargs, self.arguments.max_gen_toks)["max_gen_toks"]
+    def _normalized(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**normalize_gen_kwargs(kwargs, self.arguments.max_gen_toks)}
 
     def _generate(self, contexts: Sequence[str], kwargs: dict[str, Any]) -> list[str]:
-        given: dict[str, Any] = {**normalize_gen_kwargs(kwargs, self.arguments.max_gen_toks)}
+        given = self._normalized(kwargs)
         eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         until, new_tokens = handle_stop_sequences(given.pop("until"), eos), given.pop("max_gen_toks")
         if not 0 < new_tokens < self.max_length:
