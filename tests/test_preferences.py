@@ -346,6 +346,8 @@ def options(folder: pathlib.Path, output: pathlib.Path, **changes: Any) -> Train
         "eval_data": folder / "held-out.jsonl",
         "tensorboard": False,
         "quantize": "nf4",
+        "optimizer": "muon",  # whose state is the least regular one
+        "weight_decay": 0.1,
         "remat": "fast",
     }
     return TrainConfig(**values | changes)
@@ -369,6 +371,8 @@ def test_a_stored_reference_resumes_bit_for_bit(
     assert (output / REFERENCE_FILE).read_bytes() == stored
     with pytest.raises(UserError, match=r"^loss: to resume .*expected .*'beta': 0\.5.*found .*'beta': 0\.4"):
         train(setup(resume=True, beta=0.4))
+    with pytest.raises(UserError, match=r"^optimizer: to resume .*expected 'muon', found 'lion'"):
+        train(setup(resume=True, optimizer="lion"))
     (output / REFERENCE_FILE).unlink()  # it is computed again, from the weights that the run began with
     train(setup(resume=True))
     assert (output / REFERENCE_FILE).read_bytes() == stored
