@@ -313,8 +313,8 @@ def test_the_sums_over_documents_need_little_memory() -> None:
         outputs = Outputs(hidden, head, router, 256, True, floats)
         return DirectPreference()(outputs, Batch(ids, ids, floats, ids, ids), {})[0]
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(hidden, head, *tokens).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2048**2
+    used: Any = jax.jit(jax.value_and_grad(loss)).lower(hidden, head, *tokens).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 2048**2
 
 
 def test_dpo_without_a_reference_is_refused() -> None:
@@ -337,6 +337,7 @@ def options(folder: pathlib.Path, output: pathlib.Path, **changes: Any) -> Train
         "output": output,
         "loss": "dpo",
         "beta": 0.5,
+        "lora_targets": ("q_proj",),
         "lora_r": 2,
         "learning_rate": 1e-2,
         "max_steps": 3,
@@ -408,13 +409,14 @@ def test_the_reference_is_the_model_as_the_run_starts(
     whole: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """With an adapter to start from it is stored without being asked for."""
-    run = options(folder, tmp_path / "out", adapter=whole, lora_r=16)
+    defaults = {"lora_targets": ("attention",), "lora_r": 16}
+    run = options(folder, tmp_path / "out", adapter=whole, **defaults)
     with pytest.raises(Crash):
         train(run, crash_at(1))
     before, first = metrics(run.output)
     assert (run.output / REFERENCE_FILE).exists()
     assert abs(before["eval_rewards/chosen"]) + abs(first["rewards/margins"]) <= bound("stored_reference")
-    assert options(folder, tmp_path / "full", full=True, quantize=None, lora_r=16).stores_reference
+    assert options(folder, tmp_path / "full", full=True, quantize=None, **defaults).stores_reference
     assert not options(folder, tmp_path / "new").stores_reference
 
 
