@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from examples import preference_pairs
 from jaxmoe.config import LoraConfig
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
@@ -110,6 +111,19 @@ def test_other_records_are_refused_in_one_line(
     with pytest.raises(UserError, match=rf"records.jsonl:2: {message}") as caught:
         read(folder, tmp_path, PAIR, record)
     assert "\n" not in str(caught.value)
+
+
+def test_pairs_are_made_from_chats(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    chats, made = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    answers = ["Y", "N", "N"]
+    said = ({"messages": [USER, {"role": "assistant", "content": answer}]} for answer in answers)
+    chats.write_text("".join(json.dumps(chat) + "\n" for chat in said))
+    preference_pairs.main([str(chats), str(made)])
+    expected = read(folder, tmp_path, PAIR, {"chosen": [USER, NO], "rejected": [USER, YES]})
+    found = read_records(made, load_tokenizer(folder / "model"), CONFIG.vocab_size, pairs=True)
+    assert digest(found) == digest(expected)  # the second chat has the third one's answer
+    with pytest.raises(UserError, match="file not found"):
+        preference_pairs.main(["nowhere.jsonl", str(made)])
 
 
 def test_both_sides_count(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
