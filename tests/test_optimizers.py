@@ -1,4 +1,7 @@
-"""Optimizers: what they keep, that they see each matrix alone, and that a run continues with what they kept."""
+"""Optimizers: what they keep, that it is stored, and that they see each matrix alone.
+
+A run with Muon resumes bit for bit in `tests/test_preferences.py`.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,13 @@ from jaxmoe.lora import modules_to_save
 from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
 from jaxmoe.presets import PRESETS
 from jaxmoe.store.train_state import TrainCheckpoints
-from jaxmoe.train.loop import train
 from jaxmoe.train.optimizers import make_optimizer
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model, initial_state
 from tests.parity import COMPILER_OPTIONS, relative_error
-from tests.test_train import CONFIG, Crash, base, check_resume, compilation_cache, crash_at, options
+from tests.test_train import CONFIG
 from tests.tolerances import bound
 
-__all__ = ["base", "compilation_cache"]  # fixtures
 OPTIMIZERS = get_args(memory.OptimizerName)
 LARGE = PRESETS["qwen3-30b-a3b"].replace(num_hidden_layers=3, mlp_only_layers=(1,))
 RATE = optax.constant_schedule(1e-2)
@@ -132,17 +133,6 @@ def test_what_an_optimizer_keeps_is_stored_bit_for_bit(optimizer: Any, tmp_path:
     assert restored is not None
     found, expected = (jax.tree.leaves(tree) for tree in (restored[1].optimizer, kept))
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_run_with_muon_resumes_bit_for_bit(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    quick = {"lora_targets": ("attention",), "accumulation": 1, "max_steps": 3, "merge": False, "eval_data": None}
-    setup = functools.partial(options, optimizer="muon", weight_decay=0.1, **quick)
-    train(setup(base, tmp_path / "whole"))
-    with pytest.raises(Crash):
-        train(setup(base, tmp_path / "crashed", save_every=1), crash_at(2))
-    with pytest.raises(UserError, match=r"^optimizer: to resume .*expected 'muon', found 'lion'"):
-        train(setup(base, tmp_path / "crashed", resume=True, optimizer="lion"))
-    check_resume((setup, tmp_path / "whole"), tmp_path / "crashed", base, tmp_path / "out", steps=3)
 
 
 def test_adams_numbers_are_for_adam() -> None:

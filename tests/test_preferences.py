@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from examples import preference_pairs
 from jaxmoe.config import LoraConfig
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.packing import Batch, Sequences, cut
@@ -110,6 +111,19 @@ def test_other_records_are_refused_in_one_line(
     with pytest.raises(UserError, match=rf"records.jsonl:2: {message}") as caught:
         read(folder, tmp_path, PAIR, record)
     assert "\n" not in str(caught.value)
+
+
+def test_pairs_are_made_from_chats(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    chats, made = tmp_path / "chats.jsonl", tmp_path / "pairs.jsonl"
+    answers = ["Y", "N", "N"]
+    said = ({"messages": [USER, {"role": "assistant", "content": answer}]} for answer in answers)
+    chats.write_text("".join(json.dumps(chat) + "\n" for chat in said))
+    preference_pairs.main([str(chats), str(made)])
+    expected = read(folder, tmp_path, PAIR, {"chosen": [USER, NO], "rejected": [USER, YES]})
+    found = read_records(made, load_tokenizer(folder / "model"), CONFIG.vocab_size, pairs=True)
+    assert digest(found) == digest(expected)  # the second chat has the third one's answer
+    with pytest.raises(UserError, match="file not found"):
+        preference_pairs.main(["nowhere.jsonl", str(made)])
 
 
 def test_both_sides_count(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -313,8 +327,8 @@ def test_the_sums_over_documents_need_little_memory() -> None:
         outputs = Outputs(hidden, head, router, 256, True, floats)
         return DirectPreference()(outputs, Batch(ids, ids, floats, ids, ids), {})[0]
 
-    compiled = jax.jit(jax.value_and_grad(loss)).lower(hidden, head, *tokens).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 2048**2
+    used: Any = jax.jit(jax.value_and_grad(loss)).lower(hidden, head, *tokens).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 2048**2
 
 
 def test_dpo_without_a_reference_is_refused() -> None:
@@ -337,6 +351,7 @@ def options(folder: pathlib.Path, output: pathlib.Path, **changes: Any) -> Train
         "output": output,
         "loss": "dpo",
         "beta": 0.5,
+        "lora_targets": ("q_proj",),
         "lora_r": 2,
         "learning_rate": 1e-2,
         "max_steps": 3,
@@ -346,6 +361,8 @@ def options(folder: pathlib.Path, output: pathlib.Path, **changes: Any) -> Train
         "eval_data": folder / "held-out.jsonl",
         "tensorboard": False,
         "quantize": "nf4",
+        "optimizer": "muon",  # whose state is the least regular one
+        "weight_decay": 0.1,
         "remat": "fast",
     }
     return TrainConfig(**values | changes)
@@ -369,6 +386,8 @@ def test_a_stored_reference_resumes_bit_for_bit(
     assert (output / REFERENCE_FILE).read_bytes() == stored
     with pytest.raises(UserError, match=r"^loss: to resume .*expected .*'beta': 0\.5.*found .*'beta': 0\.4"):
         train(setup(resume=True, beta=0.4))
+    with pytest.raises(UserError, match=r"^optimizer: to resume .*expected 'muon', found 'lion'"):
+        train(setup(resume=True, optimizer="lion"))
     (output / REFERENCE_FILE).unlink()  # it is computed again, from the weights that the run began with
     train(setup(resume=True))
     assert (output / REFERENCE_FILE).read_bytes() == stored
@@ -404,13 +423,14 @@ def test_the_reference_is_the_model_as_the_run_starts(
     whole: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """With an adapter to start from it is stored without being asked for."""
-    run = options(folder, tmp_path / "out", adapter=whole, lora_r=16)
+    defaults = {"lora_targets": ("attention",), "lora_r": 16}
+    run = options(folder, tmp_path / "out", adapter=whole, **defaults)
     with pytest.raises(Crash):
         train(run, crash_at(1))
     before, first = metrics(run.output)
     assert (run.output / REFERENCE_FILE).exists()
     assert abs(before["eval_rewards/chosen"]) + abs(first["rewards/margins"]) <= bound("stored_reference")
-    assert options(folder, tmp_path / "full", full=True, quantize=None, lora_r=16).stores_reference
+    assert options(folder, tmp_path / "full", full=True, quantize=None, **defaults).stores_reference
     assert not options(folder, tmp_path / "new").stores_reference
 
 
