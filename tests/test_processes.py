@@ -116,6 +116,12 @@ def test_processes_compute_what_one_computes(two: Ended, one: pathlib.Path) -> N
 
 
 @pytest.mark.long
+def test_a_batch_that_is_read_twice_is_noticed(two: Ended, one: pathlib.Path) -> None:
+    with pytest.raises(AssertionError):
+        same_results(two.folder / "read twice", one)
+
+
+@pytest.mark.long
 def test_a_signal_to_one_stops_all_after_the_same_step(two: Ended) -> None:
     first, second = (two.found(index)["stopped"] for index in (0, 1))
     assert first == second

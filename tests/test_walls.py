@@ -68,7 +68,7 @@ MODULES: dict[str, set[str]] = {
     "data": _under(
         "jaxmoe.data",
         ". chat chat_flags compressed datasets_library extra forms inputs json_records packing pairs raw record_forms"
-        " records tables",
+        " records shared tables",
     ),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "generate": _under(
@@ -79,8 +79,8 @@ MODULES: dict[str, set[str]] = {
     "runs": _under("jaxmoe.runs", ". history plots record report"),
     "train": _under(
         "jaxmoe.train",
-        ". best export host_memory identity log_probs loop loss metrics optimizers preferences prepare processes"
-        " reference run_page samples settings speed step trackers",
+        ". best documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
+        " processes reference run_page samples settings speed step trackers",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),

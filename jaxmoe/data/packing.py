@@ -12,7 +12,7 @@ of a pair, document s of the next sequence its rejected side.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,9 +49,9 @@ class Document(NamedTuple):
 class Cut(NamedTuple):
     """How many records `cut` changed: split into several documents, truncated, dropped."""
 
-    split: int
-    truncated: int
-    dropped: int
+    split: int = 0
+    truncated: int = 0
+    dropped: int = 0
 
     def notices(self, seq_length: int) -> list[str]:
         """Messages for the user, one line for each kind of change that happened."""
@@ -100,32 +100,31 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
         UserError: every record is longer than `seq_length` before its first token to learn.
     """
     records = list(records)
-    documents: list[Document] = []
-    split = truncated = dropped = 0
-    for record in records:
-        if record.rejected is not None:
-            pair = _cut_pair(record, seq_length)
-            truncated += max(len(side.tokens) for side in record.sides) > seq_length
-            dropped += pair is None
-            documents += [pair] if pair is not None else []
-            continue
-        inputs, labels, weights = record.tokens[:-1], record.tokens[1:], record.weights[1:]
-        learned = np.flatnonzero(weights)
-        length = int(learned[-1]) + 1 if len(learned) else 0
-        if length > seq_length and not record.splittable:
-            truncated += 1
-            learned = learned[learned < seq_length]
-            length = int(learned[-1]) + 1 if len(learned) else 0
-        if not length:
-            dropped += 1
-            continue
-        split += length > seq_length
-        for start in range(0, length, seq_length):
-            piece = slice(start, min(start + seq_length, length))
-            documents.append(Document(inputs[piece], labels[piece], weights[piece]))
+    cuts = [documents_of(record, seq_length) for record in records]
+    documents = [document for found, _ in cuts for document in found]
     if records and not documents:
         raise UserError(_nothing_fits(records, seq_length))
-    return documents, Cut(split, truncated, dropped)
+    return documents, Cut(*(sum(counts) for counts in zip(*(lost for _, lost in cuts), strict=True))) if cuts else Cut()
+
+
+def documents_of(record: Record, seq_length: int) -> tuple[list[Document], Cut]:
+    """What `cut` makes of one record."""
+    if record.rejected is not None:
+        pair = _cut_pair(record, seq_length)
+        truncated = max(len(side.tokens) for side in record.sides) > seq_length
+        return [pair] if pair is not None else [], Cut(truncated=int(truncated), dropped=int(pair is None))
+    inputs, labels, weights = record.tokens[:-1], record.tokens[1:], record.weights[1:]
+    learned = np.flatnonzero(weights)
+    length = int(learned[-1]) + 1 if len(learned) else 0
+    truncated = length > seq_length and not record.splittable
+    if truncated:
+        learned = learned[learned < seq_length]
+        length = int(learned[-1]) + 1 if len(learned) else 0
+    if not length:
+        return [], Cut(truncated=int(truncated), dropped=1)
+    pieces = [slice(start, min(start + seq_length, length)) for start in range(0, length, seq_length)]
+    documents = [Document(inputs[piece], labels[piece], weights[piece]) for piece in pieces]
+    return documents, Cut(int(len(pieces) > 1), int(truncated))
 
 
 def _cut_pair(record: Record, seq_length: int) -> Document | None:
@@ -176,6 +175,15 @@ def pack(lengths: Sequence[int], seq_length: int, rng: np.random.Generator) -> l
     return [sequences[i] for i in rng.permutation(len(sequences))]
 
 
+LinesOf = Callable[[tuple[int, ...]], Container[int] | None]
+
+
+def lengths_of(documents: Sequence[Document]) -> list[int]:
+    """`Document.length` of each; documents that are read when they are wanted know it without being read."""
+    known = getattr(documents, "lengths", None)
+    return [document.length for document in documents] if known is None else known
+
+
 class Sequences:
     """A stream of packed sequences, endless or `epochs` long, read in batches.
 
@@ -201,7 +209,7 @@ class Sequences:
         self.seq_length = seq_length
         self.reference = reference
         self._documents = documents
-        self._lengths = [document.length for document in documents]
+        self._lengths = lengths_of(documents)
         self._seed, self._pack, self._shuffle, self._epochs = seed, pack, shuffle, epochs
         self._ends: list[int] = []  # sequences up to and including each epoch planned so far
         self._plans: dict[int, list[list[int]]] = {}
@@ -244,11 +252,15 @@ class Sequences:
         """How many batches of `per_step` sequences cover the first `epochs` epochs."""
         return -(-self.count(epochs) // per_step)
 
-    def batch(self, step: int, shape: tuple[int, ...]) -> Batch:
-        """Batch number `step` (from 0) with leading axes `shape`, for instance (accumulation, B); of pairs, 2 B."""
+    def batch(self, step: int, shape: tuple[int, ...], lines_of: LinesOf = lambda shape: None) -> Batch:
+        """Batch number `step` (from 0) with leading axes `shape`, for instance (accumulation, B); of pairs, 2 B.
+
+        `lines_of` says of such axes which lines are wanted, numbered from 0 on in all axes taken together; None: all.
+        The others are left empty, and their documents are not read.
+        """
         sides = len(self._documents[0].sides)
         shape = (*shape[:-1], shape[-1] * sides)
-        size = int(np.prod(shape))
+        size, lines = int(np.prod(shape)), lines_of(shape)
         floats = {"weights"} if self.reference is None else {"weights", "reference"}
         arrays: dict[str, np.ndarray] = {
             name: np.zeros((size, self.seq_length), np.float32 if name in floats else np.int32)
@@ -257,6 +269,8 @@ class Sequences:
         }
         for slot, indices in enumerate(self.plan(step, size // sides)):
             for side in range(sides):
+                if lines is not None and slot * sides + side not in lines:
+                    continue
                 self._fill({name: array[slot * sides + side] for name, array in arrays.items()}, indices, side)
         return Batch(**{name: array.reshape(*shape, self.seq_length) for name, array in arrays.items()})
 

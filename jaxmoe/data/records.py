@@ -12,7 +12,7 @@ import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -25,8 +25,10 @@ from jaxmoe.data.record_forms import PAIRS, Columns, recognised
 from jaxmoe.errors import UserError, printable
 
 _TOGETHER = 2**20  # bytes of records whose texts are encoded in one call: enough for many cores, little memory
+OF_RECORDS = "records:"  # before a digest over the digests of records; that of earlier versions has none
 _MOST_NAMES = 20  # of columns in a notice
 
+T = TypeVar("T")
 _log = logging.getLogger("jaxmoe")
 
 
@@ -172,9 +174,9 @@ def tokenize_record(raw: Any, tokenizer: Any, settings: ChatSettings = AS_WRITTE
     return next(_encode([_draft(recognised(raw).record, tokenizer, settings)], tokenizer))
 
 
-def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list[Record]]:
-    """(training records, held-out records). The choice depends only on the number of records, not on the run's seed,
-    so that runs with different seeds are evaluated on the same text.
+def hold_out(records: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
+    """(training records, held-out records), of records or their numbers. The choice depends only on how many there are,
+    not on the run's seed, so that runs with different seeds are evaluated on the same text.
 
     Raises:
         UserError: a fraction outside (0, 1), or one of the two parts would be empty.
@@ -191,14 +193,36 @@ def hold_out(records: list[Record], fraction: float) -> tuple[list[Record], list
     )
 
 
-def digest(records: Iterable[Record]) -> str:
-    """SHA-256 over tokens and weights: equal if two runs would train on the same data in the same order."""
-    total = hashlib.sha256()
-    for side in (side for record in records for side in record.sides):
+def digest(records: Iterable[Record], like: Any = None) -> str:
+    """SHA-256 over that of each record: equal if two runs would train on the same data in the same order.
+
+    Of the form of `like`, if that is the digest of an earlier version: over the tokens and weights of all records.
+    """
+    if isinstance(like, str) and not like.startswith(OF_RECORDS):
+        total = hashlib.sha256()
+        for record in records:
+            _add(total, record)
+        return total.hexdigest()
+    return digest_of_records(map(record_digest, records))
+
+
+def digest_of_records(digests: Iterable[bytes]) -> str:
+    """The digest of the data from `record_digest` of each record, whoever formed it."""
+    return OF_RECORDS + hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def record_digest(record: Record) -> bytes:
+    """SHA-256 over a record's tokens and weights."""
+    found = hashlib.sha256()
+    _add(found, record)
+    return found.digest()
+
+
+def _add(total: Any, record: Record) -> None:
+    for side in record.sides:
         total.update(len(side.tokens).to_bytes(8, "little"))
         total.update(side.tokens.tobytes())
         total.update(side.weights.tobytes())
-    return total.hexdigest()
 
 
 class _Draft(NamedTuple):

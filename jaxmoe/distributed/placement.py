@@ -117,6 +117,17 @@ class Placement:
         specs = self.layer_specs(arrays)
         return {path: self._placed(array, specs[path]) for path, array in arrays.items()}
 
+    def lines_of_process(self, shape: tuple[int, ...]) -> frozenset[int] | None:
+        """Which sequences of a batch with the leading axes `shape` [..., B] this process's devices hold, numbered from
+        0 on in all axes taken together; None if there is only one process."""
+        if self.mesh.size == 1 or jax.process_count() == 1:
+            return None
+        axes = [*[None] * (len(shape) - 1), "batch", None]
+        spec = partition(axes, (*shape, 1), self.mesh)
+        numbers = np.arange(np.prod(shape)).reshape(*shape, 1)
+        held = self.sharding(spec).addressable_devices_indices_map(numbers.shape).values()
+        return frozenset(int(number) for index in held for number in numbers[index].flat)
+
     def place_batch(self, batch: T, tokens: int) -> T:
         """A batch of NumPy arrays where it lies on the mesh; of an array, a process sends what its devices hold.
 

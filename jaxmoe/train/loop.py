@@ -89,15 +89,17 @@ def train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None] = lam
 
 def _train(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     check_agreement(settings_of_processes(settings))
-    with claimed_by_first(settings.output), naming_files({settings.output: settings.output}):
-        return _train_locked(settings, on_step)
+    with claimed_by_first(settings.output) as shared, naming_files({settings.output: settings.output}):
+        return _train_locked(settings, on_step, shared)
 
 
-def _train_locked(settings: TrainConfig, on_step: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _train_locked(
+    settings: TrainConfig, on_step: Callable[[dict[str, Any]], None], shared: pathlib.Path | None
+) -> dict[str, Any]:
     started = time.perf_counter()
     previous = previous_identity(settings)
     check_trackers(settings.trackers)
-    plan = prepare(settings, previous)
+    plan = prepare(settings, previous, shared)
     with explained(plan.smaller_steps):
         summary = _train_plan(plan, previous, on_step)
     return summary | {"seconds": time.perf_counter() - started}

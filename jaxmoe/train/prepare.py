@@ -18,14 +18,13 @@ import numpy as np
 
 from captures import Capture
 from jaxmoe import cuda
-from jaxmoe.cli.progress import progress
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config
 from jaxmoe.control.replay import Replay
-from jaxmoe.data.chat import ChatSettings, load_tokenizer
+from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
-from jaxmoe.data.packing import Batch, Document, Sequences, cut
-from jaxmoe.data.records import Record, digest, hold_out, read_records
+from jaxmoe.data.packing import Batch, Document, Sequences
+from jaxmoe.data.records import Tokenising, digest
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, chosen
 from jaxmoe.distributed.placement import Placement, devices_per_node
@@ -58,6 +57,7 @@ from jaxmoe.model.selection import fallbacks, selected_implementations
 from jaxmoe.parameters import Quantization
 from jaxmoe.store.digest import WeightsDigest
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
+from jaxmoe.train.documents import read_parts
 from jaxmoe.train.host_memory import EMBEDDING, looked_up
 from jaxmoe.train.identity import Identity, identity_of
 from jaxmoe.train.loss import Loss, NextTokenCrossEntropy, Objective, objective
@@ -141,7 +141,8 @@ class Plan:
 
     def batch(self, step: int) -> Batch:
         """The input of a step, from 0 on."""
-        batch = self.data.sequences.batch(step, (self.settings.accumulation, self.settings.batch_size))
+        shape = (self.settings.accumulation, self.settings.batch_size)
+        batch = self.data.sequences.batch(step, shape, self.model.placement.lines_of_process)
         batch = batch if self.data.replay is None else self.data.replay.on(batch)
         return self.model.placement.place_batch(batch, tokens=3)
 
@@ -149,8 +150,9 @@ class Plan:
         """The inputs of an evaluation; there are held-out records."""
         held_out, size = self.data.held_out, self.settings.batch_size
         assert held_out is not None
+        placement = self.model.placement
         for number in range(held_out.steps(1, size)):
-            yield self.model.placement.place_batch(held_out.batch(number, (size,)), tokens=2)
+            yield placement.place_batch(held_out.batch(number, (size,), placement.lines_of_process), tokens=2)
 
     @property
     def on_host(self) -> tuple[str, ...]:
@@ -180,8 +182,9 @@ def tokenizer_folder(settings: TrainConfig) -> pathlib.Path:
     return folder
 
 
-def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
-    """Reads and checks everything; `previous` is the identity of the run that is resumed.
+def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None, shared: pathlib.Path | None = None) -> Plan:
+    """Reads and checks everything; `previous` is the identity of the run that is resumed. Several processes read the
+    data together, by way of the folder `shared`, which all of them see.
 
     Raises:
         UserError: bad input.
@@ -203,7 +206,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None) -> Plan:
     elif lora is not None:
         check_fits("lora_r: the adapters", FLOAT32 * adapter_count(config, lora))
     named_mesh, about_mesh = _named_mesh(settings, config)
-    data = _read_data(settings, config)
+    data = _read_data(settings, config, previous, shared)
     total_steps = settings.max_steps
     if data.epochs is not None:
         total_steps = data.sequences.steps(data.epochs, settings.batch_size * settings.accumulation)
@@ -348,48 +351,41 @@ def _new_lora(settings: TrainConfig, config: Qwen3MoeConfig) -> LoraConfig | Non
     return lora
 
 
-def _read_data(settings: TrainConfig, config: Qwen3MoeConfig) -> Data:
+def _read_data(
+    settings: TrainConfig, config: Qwen3MoeConfig, previous: Mapping[str, Any] | None, shared: pathlib.Path | None
+) -> Data:
     tokenizer = load_tokenizer(tokenizer_folder(settings))
     chat = chat_settings(tokenizer, settings.system, settings.thinking, settings.template_arg)
-    read = partial(
-        _read, tokenizer=tokenizer, vocab_size=config.vocab_size, chat=chat, pairs=settings.learns_from_pairs
-    )
-    records = read(settings.data)
-    held_out_records: list[Record] = []
-    if settings.eval_data is not None:
-        held_out_records = read(settings.eval_data)
-    elif settings.eval_fraction is not None:
-        records, held_out_records = hold_out(records, settings.eval_fraction)
+    how = Tokenising(tokenizer, config.vocab_size, chat, pairs=settings.learns_from_pairs)
+    part, held_out_part = read_parts(settings, how, previous, shared)
     epochs = None if settings.max_steps is not None else settings.epochs or 1
-    documents, lost = cut(records, settings.seq_length)
-    notices = notices_of_template(chat, tokenizer) + lost.notices(settings.seq_length)
+    notices = notices_of_template(chat, tokenizer) + part.lost.notices(settings.seq_length)
     replay = None
     if settings.replay is not None:
         replay = Replay(Capture.open(settings.replay), config, tokenizer)
-        replay.check(documents)
+        replay.check(part.of_this_process())
     sequences = Sequences(
-        documents,
+        part.documents,
         settings.seq_length,
         seed=settings.seed,
         pack=settings.pack,
         epochs=epochs,
-        reference=_no_reference_yet(settings, documents),
+        reference=_no_reference_yet(settings, part.documents),
     )
     held_out = None
-    if held_out_records:
-        documents, lost = cut(held_out_records, settings.seq_length)
-        notices += [f"held-out: {line}" for line in lost.notices(settings.seq_length)]
+    if held_out_part is not None:
+        notices += [f"held-out: {line}" for line in held_out_part.lost.notices(settings.seq_length)]
         held_out = Sequences(
-            documents,
+            held_out_part.documents,
             settings.seq_length,
             pack=settings.pack,
             shuffle=False,
             epochs=1,
-            reference=_no_reference_yet(settings, documents),
+            reference=_no_reference_yet(settings, held_out_part.documents),
         )
     digests = {
-        "data": digest(records),
-        "eval_data": digest(held_out_records),
+        "data": part.digest,
+        "eval_data": digest([], (previous or {}).get("eval_data")) if held_out_part is None else held_out_part.digest,
         "replay": replay.digest if replay else None,
     }
     return Data(sequences, held_out, replay, epochs, notices, digests)
@@ -399,15 +395,6 @@ def _no_reference_yet(settings: TrainConfig, documents: Sequence[Document]) -> n
     """Room for what the reference model says of each pair, if that is stored; it is computed when the weights are
     read."""
     return np.zeros((len(documents), 2), np.float32) if settings.stores_reference else None
-
-
-def _read(path: pathlib.Path, tokenizer: Any, vocab_size: int, chat: ChatSettings, pairs: bool) -> list[Record]:
-    with progress(f"reading {path}") as show:
-
-        def on_read(done: int, total: int, records: int) -> None:
-            show(done, total, f"{records:,} records, {done / total:.0%}")
-
-        return read_records(path, tokenizer, vocab_size, on_read, chat, pairs=pairs)
 
 
 def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> Source:

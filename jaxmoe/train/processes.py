@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +13,9 @@ import jax
 
 from jaxmoe import environment
 from jaxmoe.distributed import launch
-from jaxmoe.distributed.agreement import exchange_values, wait_for_all
+from jaxmoe.distributed.agreement import exchange_values
 from jaxmoe.errors import UserError
-from jaxmoe.store.files import remove_leftovers
+from jaxmoe.store.files import remove_leftovers, unfinished_folder
 from jaxmoe.store.lock import output_lock
 from jaxmoe.train.settings import TrainConfig
 
@@ -37,48 +36,32 @@ def settings_of_processes(settings: TrainConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def claimed_by_first(output: pathlib.Path) -> Iterator[None]:
+def claimed_by_first(output: pathlib.Path) -> Iterator[pathlib.Path | None]:
     """Process 0 holds the lock of the output folder; what dead processes left in it is gone when the block begins.
+
+    Yields a folder beside it that all processes see, and that is removed at the end; None if there is only one process.
 
     Raises:
         InUse: another run writes the folder.
         UserError: a process does not see what process 0 writes beside the folder.
     """
-    if launch.this().count == 1:
-        with _claimed(output):
-            yield
-        return
-    if launch.this().is_first:
-        with _claimed(output):
-            _check_shared(output)
-            yield
-    else:
-        _check_shared(output)
-        yield
-
-
-@contextlib.contextmanager
-def _claimed(output: pathlib.Path) -> Iterator[None]:
-    with output_lock(output):
-        remove_leftovers(pathlib.Path(os.path.realpath(output)).parent)
-        remove_leftovers(output)
-        yield
-
-
-def _check_shared(output: pathlib.Path) -> None:
-    """Raises UserError on all processes if one of them does not see the parent of the output folder as process 0 does:
-    checkpoints are written by all."""
-    parent = pathlib.Path(os.path.realpath(output)).parent
-    [name, *_] = exchange_values(f".jaxmoe-seen-{secrets.token_hex(8)}")
-    token = parent / name
-    if launch.this().is_first:
-        token.touch()
-    wait_for_all()
-    seen = exchange_values(token.exists())
-    if launch.this().is_first:
-        token.unlink(missing_ok=True)
-    if not all(seen):
-        raise UserError(
-            f"{output}: expected a folder on a disk that all processes share, but process {seen.index(False)} does not "
-            "see what process 0 writes there"
-        )
+    this = launch.this()
+    with contextlib.ExitStack() as held:
+        shared = None
+        if this.is_first:
+            held.enter_context(output_lock(output))
+            beside = pathlib.Path(os.path.realpath(output))
+            remove_leftovers(beside.parent)
+            remove_leftovers(output)
+            if this.count > 1:
+                shared = held.enter_context(unfinished_folder(beside))
+        if this.count > 1:
+            [name, *_] = exchange_values(str(shared))
+            shared = pathlib.Path(name)
+            seen = exchange_values(shared.is_dir())
+            if not all(seen):
+                raise UserError(
+                    f"{output}: expected a folder on a disk that all processes share, but process {seen.index(False)} "
+                    "does not see what process 0 writes there"
+                )
+        yield shared

@@ -7,13 +7,16 @@ in the middle of a run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from jaxmoe.cli import progress
 from jaxmoe.distributed import ending, launch
@@ -44,6 +47,30 @@ def refused(action: Callable[[], object]) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def read_twice() -> Iterator[None]:
+    """A fault: the second half of every batch holds the sequences of the first."""
+    from jaxmoe.data.packing import Sequences
+
+    right = Sequences.batch
+
+    def wrong(self: Any, step: int, shape: tuple[int, ...], *_: Any) -> Any:
+        batch, half = right(self, step, shape), shape[-1] // 2
+        return batch._replace(
+            **{
+                name: np.concatenate([array[:, :half]] * 2, axis=1)
+                for name, array in batch._asdict().items()
+                if array is not None
+            }
+        )
+
+    Sequences.batch = wrong
+    try:
+        yield
+    finally:
+        Sequences.batch = right
+
+
 def main(folder: pathlib.Path, index: int, count: int) -> None:
     """All that a process does."""
     from jaxmoe.train.loop import train
@@ -62,6 +89,8 @@ def main(folder: pathlib.Path, index: int, count: int) -> None:
     found["stopped"] = [stopped["stopped_by"], stopped["steps"]]
     done = train(settings(folder, "several", mesh=f"expert={count}"))
     found["done"] = [done["stopped_by"], done["steps"]]
+    with read_twice():
+        train(settings(folder, "read twice", mesh=f"data={count}"))
     other = settings(folder, "other", mesh=f"data={count}", learning_rate=1e-3 * (1 + index))
     found["differing settings"] = refused(lambda: train(other))
     (folder / f"found-{index}.json").write_text(json.dumps(found))
