@@ -100,10 +100,10 @@ def _train_locked(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     previous = previous_identity(settings)
-    if launch.this().is_first:  # it alone reports
+    if launch.this().is_first:  # it alone reports and publishes
         check_trackers(settings.trackers)
-    if settings.push_to_hub is not None:
-        check_access(settings.push_to_hub)
+        if settings.push_to_hub is not None:
+            check_access(settings.push_to_hub)
     plan = prepare(settings, previous, shared)
     with explained(plan.smaller_steps):
         summary = _train_plan(plan, previous, on_step)
