@@ -64,7 +64,7 @@ def read_twice() -> Iterator[None]:
             }
         )
 
-    Sequences.batch = wrong
+    Sequences.batch = wrong  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
