@@ -67,8 +67,8 @@ MODULES: dict[str, set[str]] = {
     ),
     "data": _under(
         "jaxmoe.data",
-        ". chat chat_flags compressed datasets_library extra forms inputs json_records packing pairs raw record_forms"
-        " records shared tables",
+        ". chat chat_flags compressed datasets_library extra forms inputs json_records mixture packing pairs raw"
+        " record_forms records shared sources stream tables",
     ),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "generate": _under(
@@ -79,7 +79,7 @@ MODULES: dict[str, set[str]] = {
     "runs": _under("jaxmoe.runs", ". card history plots record report"),
     "train": _under(
         "jaxmoe.train",
-        ". best documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
+        ". best data documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
         " processes publish reference run_page samples settings speed step trackers",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),

@@ -193,6 +193,20 @@ def hold_out(records: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
     )
 
 
+def hold_out_of_parts(parts: Sequence[Sequence[T]], fraction: float) -> tuple[list[list[T]], list[T]]:
+    """As `hold_out`, of the records of several sources taken together; the training records stay apart by source.
+
+    Raises:
+        UserError: as `hold_out`, or a source without training records would be left.
+    """
+    together = [(number, record) for number, part in enumerate(parts) for record in part]
+    kept, held = hold_out(together, fraction)
+    left = [[record for owner, record in kept if owner == number] for number in range(len(parts))]
+    if not all(left):
+        raise UserError("eval_fraction: expected records for training in each source, found a source without any")
+    return left, [record for _, record in held]
+
+
 def digest(records: Iterable[Record], like: Any = None) -> str:
     """SHA-256 over that of each record: equal if two runs would train on the same data in the same order.
 
