@@ -225,7 +225,8 @@ def test_a_stream_holds_each_record_once_in_a_pass(files, how):
     assert Counter(text[0] for text in first) == {"a": 20, "b": 10}
 
 
-def test_a_stream_without_anything_to_learn(how, tmp_path):
+def test_a_stream_without_anything_to_learn(how, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxmoe.data.stream._FRUITLESS", 20)
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "%s", "completion": "b"}\n' % ("a" * 40))
     with pytest.raises(UserError, match="data: expected at least one record with a token to learn, found none within"):

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.data.mixture import next_source
-from jaxmoe.data.packing import Batch, Cut, Document, Sequences, divide, nothing_fits, pack
+from jaxmoe.data.packing import Batch, Cut, Document, LinesOf, Sequences, divide, nothing_fits, pack
 from jaxmoe.data.raw import Input
-from jaxmoe.data.records import Ignored, Record, Tokenising, digest, tokenised
+from jaxmoe.data.records import Noticed, Record, Tokenising, digest, tokenised
 from jaxmoe.errors import UserError
 
 _FRUITLESS = 1000  # records without a token to learn after which a stream ends
@@ -72,24 +72,25 @@ class Stream:
         self._inputs, self._how, self._seq_length = inputs, how, seq_length
         self._weights = list(weights or [1.0] * len(inputs))
         self._size, self._seed = window, seed
-        self._ignored = [Ignored(each) for each in inputs]
+        self._noticed = [Noticed(each) for each in inputs]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="data")
         self._closed = False
         self._next: Future[_Window] | None = None
         self._go_to(0, Places((0,) * len(inputs), (0,) * len(inputs)))
         self.cut, self.digest = self._window.cut, self._window.digest  # of the first window
-        for ignored in self._ignored:
-            ignored.tell()
+        for noticed in self._noticed:
+            noticed.tell()
 
-    def batch(self, step: int, shape: tuple[int, ...]) -> Batch:
-        """Batch number `step` (from 0) with leading axes `shape`, for instance (accumulation, B).
+    def batch(self, step: int, shape: tuple[int, ...], lines_of: LinesOf = lambda shape: None) -> Batch:
+        """Batch number `step` (from 0) with leading axes `shape`, for instance (accumulation, B); `lines_of` is that of
+        `Sequences.batch`.
 
         Any step may be asked for, but only the next one is quick.
         """
         size = int(np.prod(shape))
         if step * size != self._passed:
             self._skip_to(step * size)
-        return self._of(list(itertools.islice(self._sequences(), size)), shape)
+        return self._of(list(itertools.islice(self._sequences(), size)), shape, lines_of)
 
     def position(self) -> Position:
         """Where the next batch begins."""
@@ -114,11 +115,11 @@ class Stream:
         self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _of(self, sequences: list[list[Document]], shape: tuple[int, ...]) -> Batch:
+    def _of(self, sequences: list[list[Document]], shape: tuple[int, ...], lines_of: LinesOf) -> Batch:
         numbers = itertools.count()
         plan = [[next(numbers) for _ in sequence] for sequence in sequences]
         documents = list(itertools.chain.from_iterable(sequences))
-        return Sequences.planned(documents, plan, self._seq_length).batch(0, shape)
+        return Sequences.planned(documents, plan, self._seq_length).batch(0, shape, lines_of)
 
     def _sequences(self) -> Iterator[list[Document]]:
         while True:
@@ -144,7 +145,7 @@ class Stream:
             self._closed = True  # what is being read ahead is not needed
             self._next.exception()
             self._closed = False
-        self._reader = _Records(self._inputs, self._how, self._weights, places, self._ignored)
+        self._reader = _Records(self._inputs, self._how, self._weights, places, self._noticed)
         self._passed = 0
         self._begin(self._read(number))
 
@@ -185,12 +186,12 @@ class _Records:
         how: Tokenising,
         weights: Sequence[float],
         places: Places,
-        ignored: Sequence[Ignored],
+        noticed: Sequence[Noticed],
     ) -> None:
         self._weights = weights
         self._taken = list(places.taken)
         self._sources = [
-            _Again(each, how, at, names) for each, at, names in zip(inputs, places.at, ignored, strict=True)
+            _Again(each, how, at, names) for each, at, names in zip(inputs, places.at, noticed, strict=True)
         ]
 
     @property
@@ -211,8 +212,8 @@ class _Records:
 class _Again:
     """The records of one source, from number `at` on, again and again."""
 
-    def __init__(self, source: Input, how: Tokenising, at: int, ignored: Ignored) -> None:
-        self._source, self._how, self._ignored = source, how, ignored
+    def __init__(self, source: Input, how: Tokenising, at: int, noticed: Noticed) -> None:
+        self._source, self._how, self._noticed = source, how, noticed
         self.at = at
         self._open = self._read()
 
@@ -230,5 +231,5 @@ class _Again:
         return record
 
     def _read(self) -> Iterator[Record]:
-        for records, _ in tokenised(self._source, self._how, self._ignored, self.at):
+        for records, _ in tokenised(self._source, self._how, self._noticed, self.at):
             yield from records
