@@ -7,6 +7,8 @@ own JSON, or the arrays before the mutation where a checksum guards them.
 from __future__ import annotations
 
 import functools
+import gzip
+import importlib.util
 import json
 import os
 import pathlib
@@ -61,9 +63,15 @@ def prepare(shared: pathlib.Path) -> None:
     _write_capture(shared / "capture")
     (shared / "data").mkdir()
     (shared / "data" / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in _LINES))
+    if WITH_TABLES:
+        _write_forms(shared / "forms")
     checkpoints = TrainCheckpoints(shared / "state" / "checkpoints")
     checkpoints.save(1, _state(), {"eval_loss_before": None})
     checkpoints.close()
+
+
+# What reads tables is an extra.
+WITH_TABLES = all(map(importlib.util.find_spec, ("datasets", "pyarrow", "zstandard")))
 
 
 def trial(folder: pathlib.Path, shared: pathlib.Path, number: int, rng: random.Random) -> Outcome:
@@ -78,6 +86,8 @@ def trial(folder: pathlib.Path, shared: pathlib.Path, number: int, rng: random.R
 def _load_libraries(shared: pathlib.Path) -> None:
     """Loads what tokenizers need, once per process: libraries of gigabytes are no memory of the first trial's."""
     load_tokenizer(shared / "hf")
+    if WITH_TABLES:
+        _read_forms(shared / "forms", shared)
 
 
 def _mutated(
@@ -225,6 +235,70 @@ def _same_records(src: pathlib.Path, shared: pathlib.Path) -> str:
     return ""
 
 
+def _write_forms(folder: pathlib.Path) -> None:
+    """The records in every form of file."""
+    import datasets
+    import zstandard
+
+    datasets.disable_progress_bars()
+    folder.mkdir()
+    lines = "".join(json.dumps(line) + "\n" for line in _LINES).encode()
+    (folder / "a.json").write_text(json.dumps(_LINES))
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    columns = dict.fromkeys(name for line in _LINES for name in line)
+    table = datasets.Dataset.from_list([columns | line for line in _LINES])
+    table.to_parquet(folder / "a.parquet")
+    table.save_to_disk(folder / "saved")
+
+
+_FORMS = ("a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "saved")
+
+
+def _read_forms(src: pathlib.Path, shared: pathlib.Path) -> None:
+    for name in _FORMS:
+        read_records(src / name, load_tokenizer(shared / "hf"), MODEL.vocab_size)
+
+
+def _same_forms(src: pathlib.Path, shared: pathlib.Path) -> str:
+    """Texts as other readers of the same files find them."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(shared / "hf" / "tokenizer.json")).encode
+    for name in _FORMS:
+        lines = _read_otherwise(src / name)
+        records = read_records(src / name, load_tokenizer(shared / "hf"), MODEL.vocab_size)
+        if len(lines) != len(records):
+            return f"{name}: {len(lines)} records, {len(records)} were read"
+        for line, record in zip(lines, records, strict=True):
+            text = line["text"] if {name for name in line if line[name] is not None} == {"text"} else None
+            if text is not None and record.tokens[:-1].tolist() != encode(text, add_special_tokens=False).ids:
+                return f"{name}: other tokens of {line}"
+    return ""
+
+
+def _read_otherwise(path: pathlib.Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import zstandard
+    from pyarrow import parquet
+
+    if path.is_dir():
+        (file,) = path.glob("*.arrow")
+        with pyarrow.memory_map(str(file)) as source:
+            return pyarrow.ipc.open_stream(source).read_all().to_pylist()
+    if path.suffix == ".parquet":
+        return parquet.read_table(path, use_threads=False).to_pylist()
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    elif path.suffix == ".zst":
+        content = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True).read()
+    text = content.decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
 def _tokenize(src: pathlib.Path, shared: pathlib.Path) -> None:
     from jaxmoe.data.chat import render_chat
 
@@ -325,6 +399,7 @@ _KINDS: dict[str, Callable[..., Outcome]] = {
     "training checkpoint": _mutated("state", (), _restore, _same_state),
     "capture": _mutated("capture", (), _compare, _same_routing),
     "data": _mutated("data", (), _data, _same_records),
+    **({"forms of data": _mutated("forms", (), _read_forms, _same_forms)} if WITH_TABLES else {}),
     "tokenizer": _mutated("hf", _TOKENIZER, _tokenize, _same_tokens),
     "flags": _flags,
     "environment": _environment,

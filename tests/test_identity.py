@@ -83,6 +83,8 @@ RECORDED: dict[str, Any] = {
     "replay": None,
     "loss": None,
     "optimizer": None,
+    "mixture": None,
+    "streaming": None,
     "seq_length": 48,
     "batch_size": 2,
     "accumulation": 2,

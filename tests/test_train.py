@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ from jaxmoe import memory
 from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch, Sequences
+from jaxmoe.data.sources import DEFAULT_WINDOW
 from jaxmoe.errors import UserError
 from jaxmoe.model import layer_loop
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
@@ -37,6 +39,7 @@ from jaxmoe.stopping import Postponed
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import prepare
 from jaxmoe.train.__main__ import main
+from jaxmoe.train.data import read_data
 from jaxmoe.train.export import export_full
 from jaxmoe.train.loop import CompiledSteps, train
 from jaxmoe.train.loss import NextTokenCrossEntropy, Outputs, next_token_objective
@@ -681,6 +684,29 @@ def test_long_runs_hear_of_unrolling(steps: int, on_gpu: bool, changes: dict[str
     assert [notice[: len(said or "")] for notice in notices] == ([said] if said else [])
 
 
+def test_a_streamed_mixture_goes_on_in_the_middle(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Bit for bit, from a checkpoint in the middle of a window; what decides the batches cannot change."""
+    with gzip.open(tmp_path / "b.json.gz", "wt") as file:
+        json.dump([{"text": f"text {i}" * (i % 5 + 1)} for i in range(9)], file)
+    mixed: dict[str, Any] = {"data": (f"{base / 'data.jsonl'}:2", f"{tmp_path / 'b.json.gz'}:1")}
+    streamed = mixed | {"streaming": True, "shuffle_buffer": 7, "save_every": 3, "merge": False}
+    train(options(base, tmp_path / "whole", **streamed))
+    with pytest.raises(Crash):
+        train(options(base, tmp_path / "run", **streamed), crash_at(5))
+    for change, entry in (
+        ({"shuffle_buffer": 8}, "data|streaming"),
+        ({"data": (f"{base / 'data.jsonl'}:3", mixed["data"][1])}, "mixture|data"),
+        ({"streaming": False, "shuffle_buffer": DEFAULT_WINDOW}, "data"),
+    ):
+        with pytest.raises(UserError, match=f"^({entry}): to resume"):
+            train(options(base, tmp_path / "run", **streamed | change, resume=True))
+    train(options(base, tmp_path / "run", **streamed, resume=True))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    unstreamed = read_data(options(base, tmp_path / "x", **mixed), CONFIG)
+    assert unstreamed.digests["mixture"] == [[2.0, 36], [1.0, 9]]
+
+
 def test_settings_of_the_chat_template(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """They reach the data of training and evaluation, so they belong to the run; what has no effect is said."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -688,7 +714,7 @@ def test_settings_of_the_chat_template(base: pathlib.Path, tmp_path: pathlib.Pat
     paths = {"data": tmp_path / "chats.jsonl", "eval_data": tmp_path / "chats.jsonl"}
 
     def read(**changes: Any) -> Any:
-        return prepare._read_data(options(base, tmp_path / "out", **paths, **changes), CONFIG)
+        return read_data(options(base, tmp_path / "out", **paths, **changes), CONFIG)
 
     plain, changed = read(), read(system="Sys", thinking=False, template_arg=("made_up=[1,2]",))
     said = [f"the chat template does not read {name}, which has no effect" for name in ("made_up", "enable_thinking")]

@@ -67,8 +67,8 @@ MODULES: dict[str, set[str]] = {
     ),
     "data": _under(
         "jaxmoe.data",
-        ". chat chat_flags compressed datasets_library extra forms inputs json_records packing pairs raw record_forms"
-        " records shared tables",
+        ". chat chat_flags compressed datasets_library extra forms inputs json_records mixture overview packing pairs"
+        " raw record_forms records shared show sources stream tables",
     ),
     "control": _under("jaxmoe.control", ". interventions provenance replay"),
     "generate": _under(
@@ -79,7 +79,7 @@ MODULES: dict[str, set[str]] = {
     "runs": _under("jaxmoe.runs", ". card history plots record report"),
     "train": _under(
         "jaxmoe.train",
-        ". best documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
+        ". best data documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
         " processes publish reference run_page samples settings speed step trackers",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
@@ -87,7 +87,8 @@ MODULES: dict[str, set[str]] = {
     "doctor": _under("jaxmoe.doctor", ". cards nodes report"),
     "commands": _under(
         "jaxmoe",
-        "__main__ cli.commands cli.umbrella doctor.__main__ evaluate.__main__ generate.__main__ routing.__main__"
+        "__main__ cli.commands cli.umbrella data.__main__ doctor.__main__ evaluate.__main__ generate.__main__"
+        " routing.__main__"
         " runs.__main__ train.__main__",
     ),
     "torch_ref": _under(
@@ -115,7 +116,7 @@ USES: dict[str, set[str]] = {
     "captures": {"base", "cli"},
     "ops": {"base", "parameters", "distributed", "nf4"},
     "model": {*_BELOW_MODEL.split()},
-    "data": {"base"},
+    "data": {"base", "figures"},
     "control": {*_BELOW_MODEL.split(), "model", "data", "captures"},
     "generate": {*_BELOW_MODEL.split(), "model", "data", "captures", "control", "cli"},
     "runs": {"base", "store", "figures", "cli"},

@@ -75,16 +75,25 @@ class _Repeated(argparse.Action):
         setattr(namespace, self.dest, [values] if before is self.default else [*before, values])
 
 
+class _Several(argparse.Action):
+    """A flag with several values, which may be given again for more; what is given replaces the default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(() if before is self.default else before), *values])
+
+
 def add_dataclass_arguments(
     parser: argparse.ArgumentParser, cls: type, given: Mapping[str, Any] = types.MappingProxyType({})
 ) -> None:
     """Adds one flag for each field of the dataclass `cls`: `learning_rate` becomes `--learning-rate`.
 
     The type of a field decides how the flag's text is read. str, int, float and pathlib.Path are read directly; bool
-    becomes `--flag` and `--no-flag`; `Literal[...]` becomes choices; `tuple[X, ...]` is a list separated by
-    commas; `X | None` is read as X. A field without a default is a required flag. `field(metadata=...)` may hold "help"
-    and "metavar"; {"flag": False} leaves the field out, and {"repeat": True} makes a tuple of a flag that is given once
-    for each item. `given` holds values, such as those of a file, that take the place of defaults.
+    becomes `--flag` and `--no-flag`; `Literal[...]` becomes choices; `tuple[X, ...]` is a list separated by commas;
+    `X | None` is read as X. A field without a default is a required flag.
+    `field(metadata=...)` may hold "help" and "metavar"; {"flag": False} leaves the field out. {"repeat": True} makes a
+    tuple of a flag that is given once for each item, {"several": True} a tuple of strings of one with several values,
+    which may also be given again. `given` holds values, such as those of a file, that take the place of defaults.
 
     Raises:
         TypeError: a field has a type that no flag can hold.
@@ -102,7 +111,10 @@ def add_dataclass_arguments(
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            if field.metadata.get("repeat"):
+            if field.metadata.get("several"):
+                kind = str
+                options |= {"action": _Several, "nargs": "+"}
+            elif field.metadata.get("repeat"):
                 kind = typing.get_args(kind)[0]
                 options |= {"action": _Repeated, "default": list(default or ())}
             elif typing.get_origin(kind) is Literal:

@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": Command("jaxmoe.generate.__main__", "continue prompts"),
     "convert": Command("convert.__main__", "convert checkpoints and adapters between HF or PEFT and JAX"),
     "routing": Command("jaxmoe.routing.__main__", "capture, compare, change and report what the router does"),
+    "data": Command("jaxmoe.data.__main__", "show data as a model sees it"),
     "runs": Command("jaxmoe.runs.__main__", "list training runs, compare them, draw their pages"),
     "doctor": Command("jaxmoe.doctor.__main__", "show this machine, the implementations, and what fits"),
 }

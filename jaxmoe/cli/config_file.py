@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import tomllib
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -68,7 +69,10 @@ def _read_toml(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a field of type `kind` holds it."""
+    """`value` as a field of type `kind` holds it; a union has a tuple and the type of one item alone."""
+    if isinstance(kind, types.UnionType):
+        is_list = isinstance(value, list)
+        kind = next(part for part in typing.get_args(kind) if (typing.get_origin(part) is tuple) == is_list)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         if not isinstance(value, list):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int16, Int32
 
+from jaxmoe.data.mixture import Mixture
 from jaxmoe.data.records import Record
 from jaxmoe.errors import UserError
 
@@ -100,11 +101,21 @@ def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut
         UserError: every record is longer than `seq_length` before its first token to learn.
     """
     records = list(records)
-    cuts = [documents_of(record, seq_length) for record in records]
-    documents = [document for found, _ in cuts for document in found]
+    documents, lost = divide(records, seq_length)
     if records and not documents:
-        raise UserError(_nothing_fits(records, seq_length))
-    return documents, Cut(*(sum(counts) for counts in zip(*(lost for _, lost in cuts), strict=True))) if cuts else Cut()
+        raise UserError(nothing_fits(records, seq_length))
+    return documents, lost
+
+
+def divide(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut]:
+    """As `cut`, of records that may all be without a token to learn."""
+    cuts = [documents_of(record, seq_length) for record in records]
+    return [document for found, _ in cuts for document in found], total_of([lost for _, lost in cuts])
+
+
+def total_of(cuts: Sequence[Cut]) -> Cut:
+    """What happened to several lots of records."""
+    return Cut(*(sum(counts) for counts in zip(*cuts, strict=True))) if cuts else Cut()
 
 
 def documents_of(record: Record, seq_length: int) -> tuple[list[Document], Cut]:
@@ -140,7 +151,7 @@ def _from_the_start(record: Record, seq_length: int) -> Document:
     return Document(tokens, np.append(tokens[1:], np.int32(0)), np.append(weights, np.float32(0)))
 
 
-def _nothing_fits(records: Sequence[Record], seq_length: int) -> str:
+def nothing_fits(records: Sequence[Record], seq_length: int) -> str:
     """Why no record has a token to learn, with the lengths that a user needs to choose another `seq_length`."""
     message = "data: expected at least one record with a token to learn, found none"
     first = [int(learned[0]) + 1 for r in records if len(learned := np.flatnonzero(r.weights[1:]))]
@@ -187,9 +198,9 @@ def lengths_of(documents: Sequence[Document]) -> list[int]:
 class Sequences:
     """A stream of packed sequences, endless or `epochs` long, read in batches.
 
-    Every epoch holds every document exactly once. A batch may hold the end of one epoch and the start of the next.
-    After the last epoch, sequences are empty. Where the documents are preference pairs, a sequence stands for two lines
-    of a batch, which lie next to each other.
+    Every epoch holds every document exactly once, or what a mixture of sources says. A batch may hold the end of one
+    epoch and the start of the next. After the last epoch, sequences are empty. Where the documents are preference
+    pairs, a sequence stands for two lines of a batch, which lie next to each other.
     """
 
     def __init__(
@@ -202,8 +213,10 @@ class Sequences:
         shuffle: bool = True,
         epochs: int | None = None,
         reference: Float32[np.ndarray, "documents 2"] | None = None,
+        mixture: Mixture | None = None,
     ) -> None:
-        """`reference` holds what a reference model says of the sides of each pair; it may be filled in later."""
+        """`reference` holds what a reference model says of the sides of each pair; it may be filled in later. `mixture`
+        says which documents an epoch holds (default: each of them once)."""
         if not documents:
             raise UserError("data: expected at least one record with a token to learn, found none")
         self.seq_length = seq_length
@@ -213,6 +226,14 @@ class Sequences:
         self._seed, self._pack, self._shuffle, self._epochs = seed, pack, shuffle, epochs
         self._ends: list[int] = []  # sequences up to and including each epoch planned so far
         self._plans: dict[int, list[list[int]]] = {}
+        self._mixture = mixture
+
+    @classmethod
+    def planned(cls, documents: Sequence[Document], plan: list[list[int]], seq_length: int) -> Sequences:
+        """One epoch whose sequences are given, each as indices of documents."""
+        sequences = cls(documents, seq_length, epochs=1)
+        sequences._plans, sequences._ends = {0: plan}, [len(plan)]
+        return sequences
 
     @property
     def count_of_documents(self) -> int:
@@ -232,12 +253,14 @@ class Sequences:
         """The sequences of one epoch, each a list of indices of documents."""
         if epoch not in self._plans:
             rng = np.random.default_rng((self._seed, epoch))
+            members = range(len(self._documents)) if self._mixture is None else self._mixture.epoch(epoch)
             if self._pack:
-                plan = pack(self._lengths, self.seq_length, rng)
+                plan = pack([self._lengths[i] for i in members], self.seq_length, rng)
                 plan = plan if self._shuffle else sorted(plan)
             else:
-                order = rng.permutation(len(self._documents)) if self._shuffle else range(len(self._documents))
+                order = rng.permutation(len(members)) if self._shuffle else range(len(members))
                 plan = [[int(i)] for i in order]
+            plan = [[members[i] for i in sequence] for sequence in plan]
             self._plans = {e: kept for e, kept in self._plans.items() if e == epoch - 1} | {epoch: plan}
         return self._plans[epoch]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pathlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -21,7 +22,7 @@ from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, Piece, conversation_piece
 from jaxmoe.data.inputs import opened
 from jaxmoe.data.pairs import PairTexts, pair_texts
 from jaxmoe.data.raw import Input
-from jaxmoe.data.record_forms import PAIRS, Columns, recognised
+from jaxmoe.data.record_forms import PAIRS, Columns, Recognised, recognised
 from jaxmoe.errors import UserError, printable
 
 _TOGETHER = 2**20  # bytes of records whose texts are encoded in one call: enough for many cores, little memory
@@ -94,38 +95,43 @@ def read_records(
 def read_input(source: Input, how: Tokenising, on_read: OnRead = lambda *_: None) -> list[Record]:
     """As `read_records`, of an input that is open."""
     records: list[Record] = []
-    ignored = Ignored(source)
-    for part, done in tokenised(source, how, ignored):
+    noticed = Noticed(source)
+    for part, done in tokenised(source, how, noticed):
         records += part
         on_read(done, source.size, len(records))
     if not records:
         raise UserError(f"{source.name}: expected at least one record, found none")
-    ignored.tell()
+    noticed.tell()
     return records
 
 
-class Ignored:
-    """The columns of an input that no record used."""
+class Noticed:
+    """What was noticed about an input: how many records have each form, and the columns that none of them used."""
 
     def __init__(self, source: Input) -> None:
         self._name = source.name
-        self._names = dict.fromkeys(source.unread)
+        self.forms: Counter[str] = Counter()
+        self.unused = dict.fromkeys(source.unread)
 
-    def add(self, names: Iterable[str]) -> None:
-        """Columns of one record."""
-        if len(self._names) < 10 * _MOST_NAMES:  # every record may bring others
-            self._names |= dict.fromkeys(names)
+    def add(self, found: Recognised) -> None:
+        """One record."""
+        self.forms[found.form.name] += 1
+        if len(self.unused) < 10 * _MOST_NAMES:  # every record may bring others
+            self.unused |= dict.fromkeys(found.ignored)
 
     def tell(self) -> None:
-        """Logs a notice, if there are any."""
-        if self._names:
-            names = list(self._names)
-            shown = ", ".join(name[:50] for name in names[:_MOST_NAMES])
-            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-            _log.warning(printable(f"{self._name}: columns that are not used: {shown}{more}"))
+        """Logs a notice of unused columns, if there are any."""
+        if self.unused:
+            _log.warning(printable(f"{self._name}: columns that are not used: {self.unused_in_words()}"))
+
+    def unused_in_words(self) -> str:
+        """The unused columns, or some of very many."""
+        names = list(self.unused)
+        shown = ", ".join(name[:50] for name in names[:_MOST_NAMES])
+        return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")
 
 
-def tokenised(source: Input, how: Tokenising, ignored: Ignored, first: int = 0) -> Iterator[tuple[list[Record], int]]:
+def tokenised(source: Input, how: Tokenising, noticed: Noticed, first: int = 0) -> Iterator[tuple[list[Record], int]]:
     """The records of an input from number `first` on, many at a time: (records, how much of the input is read).
 
     Each record is recognised by itself and becomes one `Record`.
@@ -150,7 +156,7 @@ def tokenised(source: Input, how: Tokenising, ignored: Ignored, first: int = 0) 
                 waiting.append((raw.where, _draft(found.record, how.tokenizer, how.settings)))
             except UserError as error:
                 raise UserError(f"{raw.where}: {error}") from None
-            ignored.add(found.ignored)
+            noticed.add(found)
             size, done = size + raw.size, raw.done
             if size >= _TOGETHER:
                 size = 0
@@ -191,6 +197,20 @@ def hold_out(records: Sequence[T], fraction: float) -> tuple[list[T], list[T]]:
         [record for i, record in enumerate(records) if i not in held],
         [record for i, record in enumerate(records) if i in held],
     )
+
+
+def hold_out_of_parts(parts: Sequence[Sequence[T]], fraction: float) -> tuple[list[list[T]], list[T]]:
+    """As `hold_out`, of the records of several sources taken together; the training records stay apart by source.
+
+    Raises:
+        UserError: as `hold_out`, or a source without training records would be left.
+    """
+    together = [(number, record) for number, part in enumerate(parts) for record in part]
+    kept, held = hold_out(together, fraction)
+    left = [[record for owner, record in kept if owner == number] for number in range(len(parts))]
+    if not all(left):
+        raise UserError("eval_fraction: expected records for training in each source, found a source without any")
+    return left, [record for _, record in held]
 
 
 def digest(records: Iterable[Record], like: Any = None) -> str:
@@ -300,6 +320,7 @@ def _encode(drafts: Sequence[_Draft | _PairDraft], tokenizer: Any) -> Iterator[R
     """The records, with all texts encoded in one call, which uses all cores."""
     texts = [text for draft in drafts for text in draft.texts()]
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    options["verbose"] = False  # its warning about long texts does not hold: they are cut later
     encoded = iter(tokenizer(texts, **options)["input_ids"] if texts else [])
     for draft in drafts:
         yield draft.record(encoded)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxmoe.data.packing import Cut, Document, documents_of
 from jaxmoe.data.raw import Input, Raw
-from jaxmoe.data.records import Ignored, OnRead, Record, Tokenising, digest_of_records, record_digest, tokenised
+from jaxmoe.data.records import Noticed, OnRead, Record, Tokenising, digest_of_records, record_digest, tokenised
 from jaxmoe.errors import UserError
 
 _TOGETHER = 16  # consecutive records that one process tokenises
@@ -49,13 +49,13 @@ class Share:
                     yield raw
 
         records: list[Record] = []
-        ignored = Ignored(source)
-        for part, done in tokenised(replace(source, read=own), how, ignored):
+        noticed = Noticed(source)
+        for part, done in tokenised(replace(source, read=own), how, noticed):
             records += part
             on_read(done, source.size, len(records))
         if not total:
             raise UserError(f"{source.name}: expected at least one record, found none")
-        ignored.tell()
+        noticed.tell()
         numbers = (number for number in range(total) if self.owner(number) == self.index)
         return dict(zip(numbers, records, strict=True)), total
 

@@ -292,6 +292,32 @@ class Samples(Figure):
 
 
 @dataclass(frozen=True)
+class Highlighted(Figure):
+    """Texts in pieces, each "plain", "trained" or "cut"; one page per text."""
+
+    page_names: tuple[str, ...]
+    pieces: tuple[tuple[str, ...], ...]  # of each page
+    kinds: tuple[tuple[str, ...], ...]
+    kind: ClassVar[str] = "highlighted"
+
+    def csv_lines(self) -> Iterator[list[Any]]:
+        """One line per piece."""
+        yield ["page", "kind", "piece"]
+        for name, pieces, kinds in zip(self.page_names, self.pieces, self.kinds, strict=True):
+            for piece, kind in zip(pieces, kinds, strict=True):
+                yield [name, kind, piece]
+
+    def draw(self, axes: Any) -> None:
+        """Draws the beginning of each text."""
+        axes.axis("off")
+        lines = [
+            f"{name}: {''.join(pieces)!r}"[:110] for name, pieces in zip(self.page_names, self.pieces, strict=True)
+        ]
+        shown = "\n".join(lines[:20]).replace("$", r"\$")  # an unescaped dollar sign begins a formula
+        axes.text(0, 1, shown, family="monospace", fontsize=7, va="top", transform=axes.transAxes)
+
+
+@dataclass(frozen=True)
 class Table(Figure):
     """Lines of cells under a header."""
 

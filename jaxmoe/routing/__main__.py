@@ -64,6 +64,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text or records (docs/data.md); may be repeated",
     )
+    add("--split", metavar="NAME", help="part of a folder of datasets or of a data set of the hub (default: train)")
     text.add_argument("--text", type=pathlib.Path, metavar="DIR", help="the text of this capture, token by token")
     add("--seq-length", type=whole_number, default=1024, metavar="N", help="most tokens per context (default: 1024)")
     add("--max-tokens", type=whole_number, metavar="N", help="stop after the record that reaches this many tokens")
@@ -143,7 +144,13 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
             raise UserError(f"{arguments.text}: expected a text made with the model's tokenizer, found another")
     else:
         labels = read_text(
-            arguments.data, tokenizer, config.vocab_size, arguments.seq_length, arguments.max_tokens, settings
+            arguments.data,
+            tokenizer,
+            config.vocab_size,
+            arguments.seq_length,
+            arguments.max_tokens,
+            settings,
+            split=arguments.split,
         )
     for line in [*about_mesh, *notices(settings, tokenizer)]:
         print(line, file=sys.stderr)

@@ -20,7 +20,7 @@ from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, assistant_spans
 from jaxmoe.data.compressed import ENDINGS, GZIP, ZSTD
 from jaxmoe.data.inputs import opened
 from jaxmoe.data.record_forms import recognised
-from jaxmoe.data.records import Ignored, Record, tokenize_record
+from jaxmoe.data.records import Noticed, Record, tokenize_record
 from jaxmoe.data.tables import PARQUET
 from jaxmoe.errors import UserError
 
@@ -36,15 +36,21 @@ class Document(NamedTuple):
 
 
 def read_documents(
-    paths: Sequence[str | pathlib.Path], tokenizer: Any, vocab_size: int, settings: ChatSettings = AS_WRITTEN
+    paths: Sequence[str | pathlib.Path],
+    tokenizer: Any,
+    vocab_size: int,
+    settings: ChatSettings = AS_WRITTEN,
+    *,
+    split: str | None = None,
 ) -> Iterator[Document]:
-    """Every record of every file, tokenised and labelled; `settings` say how conversations are rendered.
+    """Every record of every file, tokenised and labelled; `settings` say how conversations are rendered,
+    `split` which part of a data set is read.
 
     Raises:
         UserError: a missing file, a bad record (FILE:LINE first), a token that the model does not know.
     """
     for path in map(pathlib.Path, paths):
-        for where, raw, domain in _raw_records(path):
+        for where, raw, domain in _raw_records(path, split):
             try:
                 document = label(raw, tokenizer, domain, settings)
             except UserError as error:
@@ -100,12 +106,14 @@ def read_text(
     seq_length: int,
     limit: int | None = None,
     settings: ChatSettings = AS_WRITTEN,
+    *,
+    split: str | None = None,
 ) -> LabelledText:
     """The files as one labelled stream, which ends after the record that reaches `limit` tokens."""
 
     def limited() -> Iterator[Document]:
         total = 0
-        for document in read_documents(paths, tokenizer, vocab_size, settings):
+        for document in read_documents(paths, tokenizer, vocab_size, settings, split=split):
             yield document
             total += len(document.tokens)
             if limit is not None and total >= limit:
@@ -114,13 +122,13 @@ def read_text(
     return labelled_text(limited(), seq_length, tokenizer_digest(tokenizer))
 
 
-def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
+def _raw_records(path: pathlib.Path, split: str | None) -> Iterator[tuple[str, Any, str]]:
     """(where, record without its domain, domain)."""
     if _is_plain_text(path):
         yield str(path), {"text": _whole_text(path)}, path.stem
         return
-    source = opened(path)
-    ignored = Ignored(source)
+    source = opened(path, split)
+    noticed = Noticed(source)
     usual = path.name.partition(".")[0] or path.name
     for where, raw, *_ in source.read(0):
         domain = usual
@@ -132,9 +140,9 @@ def _raw_records(path: pathlib.Path) -> Iterator[tuple[str, Any, str]]:
             found = recognised(raw)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        ignored.add(name for name in found.ignored if name != "domain")
+        noticed.add(found._replace(ignored=tuple(name for name in found.ignored if name != "domain")))
         yield where, found.record, domain
-    ignored.tell()
+    noticed.tell()
 
 
 def _is_plain_text(path: pathlib.Path) -> bool:

@@ -37,6 +37,7 @@ from jaxmoe.store.digest import WeightsDigest, combined
 from jaxmoe.store.files import naming_files
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.best import Best
+from jaxmoe.train.data import tokenizer_folder
 from jaxmoe.train.export import export_adapter, export_full, export_merged, export_model
 from jaxmoe.train.identity import (
     Identity,
@@ -51,7 +52,7 @@ from jaxmoe.train.identity import (
 )
 from jaxmoe.train.metrics import MetricsLog, Unwritten, device_load, expert_load
 from jaxmoe.train.optimizers import make_optimizer
-from jaxmoe.train.prepare import Plan, prepare, tokenizer_folder
+from jaxmoe.train.prepare import Plan, prepare
 from jaxmoe.train.processes import claimed_by_first, settings_of_processes
 from jaxmoe.train.publish import check_access, publish
 from jaxmoe.train.reference import fill_in_reference
@@ -105,7 +106,7 @@ def _train_locked(
         if settings.push_to_hub is not None:
             check_access(settings.push_to_hub)
     plan = prepare(settings, previous, shared)
-    with explained(plan.smaller_steps):
+    with contextlib.closing(plan.data), explained(plan.smaller_steps):
         summary = _train_plan(plan, previous, on_step)
     return summary | {"seconds": time.perf_counter() - started}
 
@@ -179,6 +180,7 @@ def _run(
     if restored is not None:
         first, state, saved = restored
         before, best = saved["eval_loss_before"], Best.stored_in(saved)
+        plan.data.restore(saved.get("data"))
     log: MetricsLog | Unwritten = Unwritten()
     keep_to = first if restored is not None else -1
     page: RunPage | None = None
@@ -409,7 +411,8 @@ class Loop:
         return state, None
 
     def _save(self, step: int, state: TrainState) -> None:
-        metadata = {"eval_loss_before": self.summary["eval_loss_before"], **self._best.stored()}
+        metadata = {"eval_loss_before": self.summary["eval_loss_before"], "data": self._plan.data.position()}
+        metadata |= self._best.stored()
         spared = self._best.step if self._plan.settings.keep_best else None
         self._checkpoints.save(step, state, metadata, spared=spared)
 

@@ -7,24 +7,17 @@ are compiled while that function works.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from captures import Capture
 from jaxmoe import cuda
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config
-from jaxmoe.control.replay import Replay
-from jaxmoe.data.chat import load_tokenizer
-from jaxmoe.data.chat_flags import chat_settings
-from jaxmoe.data.chat_flags import notices as notices_of_template
-from jaxmoe.data.packing import Batch, Document, Sequences
-from jaxmoe.data.records import Tokenising, digest
+from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, named
 from jaxmoe.distributed.placement import Placement
@@ -58,7 +51,7 @@ from jaxmoe.model.selection import fallbacks, selected_implementations
 from jaxmoe.parameters import Quantization
 from jaxmoe.store.digest import WeightsDigest
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
-from jaxmoe.train.documents import read_parts
+from jaxmoe.train.data import Data, read_data
 from jaxmoe.train.host_memory import EMBEDDING, looked_up
 from jaxmoe.train.identity import Identity, identity_of
 from jaxmoe.train.loss import Loss, NextTokenCrossEntropy, Objective, objective
@@ -101,24 +94,6 @@ class Source:
 
     def _placed(self, weights: Weights) -> Weights:
         return Weights(*map(self.model.placement.place, weights))
-
-
-@dataclass(frozen=True)
-class Data:
-    """The sequences to train on and to evaluate on (None: no evaluation); `digests` are the identity's
-    entries for their content."""
-
-    sequences: Sequences
-    held_out: Sequences | None
-    replay: Replay | None
-    epochs: int | None  # None: as many as the steps take
-    notices: list[str]
-    digests: Identity
-
-    @property
-    def packed(self) -> bool:
-        """Whether some sequence may hold several documents."""
-        return any(each.packed for each in (self.sequences, self.held_out) if each is not None)
 
 
 @dataclass(frozen=True)
@@ -176,13 +151,6 @@ class Plan:
         return available is not None and training_forecast(self.workload).total > _ROOM_TO_COMPILE * available
 
 
-def tokenizer_folder(settings: TrainConfig) -> pathlib.Path:
-    """The folder that holds the run's tokenizer."""
-    folder = settings.tokenizer if settings.from_scratch is not None else settings.model
-    assert folder is not None
-    return folder
-
-
 def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None, shared: pathlib.Path | None = None) -> Plan:
     """Reads and checks everything; `previous` is the identity of the run that is resumed. Several processes read the
     data together, by way of the folder `shared`, which all of them see.
@@ -207,9 +175,10 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None, shared: p
     elif lora is not None:
         check_fits("lora_r: the adapters", FLOAT32 * adapter_count(config, lora))
     named_mesh, about_mesh = _named_mesh(settings, config)
-    data = _read_data(settings, config, previous, shared)
+    data = read_data(settings, config, previous, shared)
     total_steps = settings.max_steps
     if data.epochs is not None:
+        assert isinstance(data.sequences, Sequences), "the length of a stream is unknown"
         total_steps = data.sequences.steps(data.epochs, settings.batch_size * settings.accumulation)
     assert total_steps is not None
     warmup_steps = settings.warmup_steps
@@ -344,52 +313,6 @@ def _new_lora(settings: TrainConfig, config: Qwen3MoeConfig) -> LoraConfig | Non
     lora.check_against(config)
     lora.check_dropout()
     return lora
-
-
-def _read_data(
-    settings: TrainConfig, config: Qwen3MoeConfig, previous: Mapping[str, Any] | None, shared: pathlib.Path | None
-) -> Data:
-    tokenizer = load_tokenizer(tokenizer_folder(settings))
-    chat = chat_settings(tokenizer, settings.system, settings.thinking, settings.template_arg)
-    how = Tokenising(tokenizer, config.vocab_size, chat, pairs=settings.learns_from_pairs)
-    part, held_out_part = read_parts(settings, how, previous, shared)
-    epochs = None if settings.max_steps is not None else settings.epochs or 1
-    notices = notices_of_template(chat, tokenizer) + part.lost.notices(settings.seq_length)
-    replay = None
-    if settings.replay is not None:
-        replay = Replay(Capture.open(settings.replay), config, tokenizer)
-        replay.check(part.of_this_process())
-    sequences = Sequences(
-        part.documents,
-        settings.seq_length,
-        seed=settings.seed,
-        pack=settings.pack,
-        epochs=epochs,
-        reference=_no_reference_yet(settings, part.documents),
-    )
-    held_out = None
-    if held_out_part is not None:
-        notices += [f"held-out: {line}" for line in held_out_part.lost.notices(settings.seq_length)]
-        held_out = Sequences(
-            held_out_part.documents,
-            settings.seq_length,
-            pack=settings.pack,
-            shuffle=False,
-            epochs=1,
-            reference=_no_reference_yet(settings, held_out_part.documents),
-        )
-    digests = {
-        "data": part.digest,
-        "eval_data": digest([], (previous or {}).get("eval_data")) if held_out_part is None else held_out_part.digest,
-        "replay": replay.digest if replay else None,
-    }
-    return Data(sequences, held_out, replay, epochs, notices, digests)
-
-
-def _no_reference_yet(settings: TrainConfig, documents: Sequence[Document]) -> np.ndarray | None:
-    """Room for what the reference model says of each pair, if that is stored; it is computed when the weights are
-    read."""
-    return np.zeros((len(documents), 2), np.float32) if settings.stores_reference else None
 
 
 def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None) -> Source:

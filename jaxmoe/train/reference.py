@@ -47,6 +47,7 @@ def fill_in_reference(plan: Plan, frozen: Params, trainable: Params) -> None:
 
 
 def _parts(plan: Plan) -> Iterator[tuple[str, Sequences]]:
+    assert isinstance(plan.data.sequences, Sequences), "a run that stores this does not stream its data"
     yield "data", plan.data.sequences
     if plan.data.held_out is not None:
         yield "eval_data", plan.data.held_out

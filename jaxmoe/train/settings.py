@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxmoe.data.chat_flags import HELP
+from jaxmoe.data.sources import DEFAULT_WINDOW, Source, Sources, as_tuple, sources, weights_of
 from jaxmoe.distributed.mesh import AUTO, MeshShape
 from jaxmoe.errors import UserError
 from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName, OptimizerName
@@ -34,8 +35,14 @@ class TrainConfig:
         UserError: a value out of range, or flags that exclude each other.
     """
 
-    data: pathlib.Path = field(
-        metadata={"help": "records to train on: a file, a folder or a data set of the hub", "identity": entries("data")}
+    data: Sources = field(
+        metadata={
+            "help": "records to train on: files, folders or data sets of the hub, each with :WEIGHT if they are mixed "
+            "in shares (docs/data.md)",
+            "metavar": "SOURCE",
+            "several": True,
+            "identity": entries("data", "mixture"),
+        }
     )
     output: pathlib.Path = field(metadata={"help": "folder to write; new or empty, unless --resume", "identity": APART})
     model: pathlib.Path | None = field(
@@ -284,8 +291,41 @@ class TrainConfig:
         },
     )
 
-    eval_data: pathlib.Path | None = field(
-        default=None, metadata={"help": "records to evaluate on", "identity": entries("eval_data")}
+    split: str | None = field(
+        default=None,
+        metadata={
+            "help": "part of a folder of datasets or of a data set of the hub (default: train, or the only one)",
+            "metavar": "NAME",
+            "identity": entries("data"),
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "read --data while the run trains, for what does not fit into memory; needs --max-steps",
+            "identity": entries("streaming"),
+        },
+    )
+    shuffle_buffer: int = field(
+        default=DEFAULT_WINDOW,
+        metadata={
+            "help": "records that are shuffled and packed together, with --streaming",
+            "identity": entries("streaming"),
+        },
+    )
+
+    eval_data: Sources | None = field(
+        default=None,
+        metadata={
+            "help": "records to evaluate on",
+            "metavar": "SOURCE",
+            "several": True,
+            "identity": entries("eval_data"),
+        },
+    )
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "as --split, of --eval-data", "metavar": "NAME", "identity": entries("eval_data")},
     )
     eval_fraction: float | None = field(
         default=None,
@@ -384,8 +424,21 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in ("data", "eval_data"):  # equal settings are equal, whether one source was given alone or as a tuple
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_tuple(given))
         _check_ranges(self)
         _check_combinations(self)
+
+    @property
+    def sources(self) -> list[Source]:
+        """Where the training data comes from."""
+        return sources(self.data, "data")
+
+    @property
+    def eval_sources(self) -> list[Source]:
+        """Where the held-out data comes from; none without `eval_data`."""
+        return [] if self.eval_data is None else sources(self.eval_data, "eval_data")
 
     @property
     def resumes(self) -> bool:
@@ -440,7 +493,7 @@ def _check_allowed_changes(settings: TrainConfig) -> None:
 
 def _check_ranges(settings: TrainConfig) -> None:
     at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
-    at_least_1 += " epochs max_steps eval_every save_every patience sample_tokens"
+    at_least_1 += " epochs max_steps eval_every save_every patience sample_tokens shuffle_buffer"
     at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
     at_least_0 += " adam_epsilon beta"
     for least, names in ((1, at_least_1), (0, at_least_0)):
@@ -495,6 +548,7 @@ def _check_combinations(settings: TrainConfig) -> None:
         mesh = MeshShape.parse(settings.mesh)
         mesh.check_batch(settings.batch_size)
         mesh.check_length(settings.seq_length)
+    _check_data(settings)
     defaults = {each.name: each.default for each in dataclasses.fields(settings)}
     _check_loss(settings, defaults)
     _check_optimizer(settings, defaults)
@@ -523,3 +577,24 @@ def _check_loss(settings: TrainConfig, defaults: dict[str, Any]) -> None:
     mesh = settings.mesh
     if mesh not in (None, AUTO) and MeshShape.parse(mesh).context > 1 and settings.learns_from_pairs:
         raise UserError(f"mesh: context: only valid with --loss next-token, found --loss {settings.loss}")
+
+
+def _check_data(settings: TrainConfig) -> None:
+    assert settings.sources
+    if weights_of(settings.eval_sources) is not None:
+        raise UserError("eval_data: expected sources without weights, since each record is evaluated once")
+    if settings.eval_split is not None and settings.eval_data is None:
+        raise UserError("eval_split: only valid with eval_data")
+    if not settings.streaming:
+        if settings.shuffle_buffer != DEFAULT_WINDOW:
+            raise UserError("shuffle_buffer: only valid with streaming")
+        return
+    if settings.max_steps is None:
+        raise UserError("streaming: expected max_steps with it (how many records there are is not known), found none")
+    for name, instead in (("eval_fraction", "use eval_data"), ("replay", "leave one of them out")):
+        if getattr(settings, name) is not None:
+            raise UserError(f"streaming and {name}: expected one of them, found both; {instead}")
+    if settings.stores_reference:
+        raise UserError(
+            "streaming: expected data that is read once, since the run stores what its reference says of it"
+        )

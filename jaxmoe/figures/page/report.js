@@ -220,6 +220,13 @@ function passage(parent, figure) {
   });
 }
 
+function highlighted(parent, figure) {
+  pager(parent, figure.page_names, (place, page) => {
+    const box = el("div", { class: "passage" }, place);
+    figure.pieces[page].forEach((piece, i) => el("span", { class: figure.kinds[page][i] }, box, piece));
+  }, 0);
+}
+
 function samples(parent, figure) {
   pager(parent, figure.page_names, (place, page) => {
     const box = el("div", { class: "samples" }, place);
@@ -240,7 +247,7 @@ function table(parent, figure) {
   }
 }
 
-const KINDS = { heatmap, lines, bars, passage, samples, table };
+const KINDS = { heatmap, lines, bars, passage, highlighted, samples, table };
 const figures = JSON.parse(document.getElementById("figures").textContent);
 function draw() {
   const main = document.querySelector("main"), nav = document.querySelector("nav");
