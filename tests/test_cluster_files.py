@@ -118,7 +118,7 @@ wait
 """
 # In place of `python -m jaxmoe.train`: joins the others as the command does, and writes what it was told.
 JOIN = """#!{python}
-import argparse, json, pathlib, sys
+import argparse, jax, json, pathlib, sys
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.agreement import exchange_values
 parser = argparse.ArgumentParser()
@@ -126,6 +126,7 @@ launch.add_arguments(parser)
 process = launch.start(parser.parse_known_args()[0])
 everyone = exchange_values(process.index)
 pathlib.Path({folder!r}, f"process-{{process.index}}.json").write_text(json.dumps([sys.argv, everyone]))
+jax.distributed.shutdown()  # waits for all: the others abort when the coordinator ends before they do
 """
 
 

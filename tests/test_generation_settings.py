@@ -195,7 +195,9 @@ def encoded(*words: str, template: str | None = TEMPLATE) -> tuple[list[str], li
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="folder")
     prompts.add_arguments(parser)
-    found, notices = prompts.encode_prompts(parser.parse_args(["--prompt", "q", *words]), tokenizer)
+    arguments = parser.parse_args(["--prompt", "q", *words])
+    settings, notices = prompts.chat_settings(arguments, tokenizer)
+    found = prompts.encode_prompts(arguments, tokenizer, settings)
     return [tokenizer.decode(tokens) for tokens in found], notices
 
 

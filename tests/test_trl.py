@@ -99,10 +99,16 @@ def data_of(records: list[Any]) -> dict[str, Any]:
     return {"train_dataset": datasets.Dataset.from_list(records), "processing_class": tokenizer}
 
 
+def transformers_model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        CHECKPOINT, dtype="float32", attn_implementation="eager", use_safetensors=True, trust_remote_code=False
+    )
+
+
 @functools.cache
 def dpo_trainer() -> tuple[Any, Reference]:
     """TRL's trainer, whose reference is the model without adapters."""
-    base = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="float32", attn_implementation="eager")
+    base = transformers_model()
     reference = Reference.of(base)
     arguments = trl.DPOConfig(**arguments_of(STRINGS), router_aux_loss_coef=AUX)
     trainer = trl.DPOTrainer(base, args=arguments, peft_config=peft_config(LORA), **data_of(STRINGS))
@@ -192,7 +198,7 @@ def of_trl_dpo(smoothing: float) -> Found:
 
 @functools.cache
 def of_trl_orpo() -> Found:
-    base: Any = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="float32", attn_implementation="eager")
+    base: Any = transformers_model()
     base.config.output_router_logits, base.config.router_aux_loss_coef = True, AUX
     base.router_aux_loss_coef = AUX
     reference = Reference.of(base)
