@@ -82,7 +82,18 @@ def test_numbers(model, how):
     assert (found.cut.split, found.cut.truncated, found.cut.dropped) == (1, 2, 1)
     assert found.wasted(found.documents) == pytest.approx(1 - found.used / (4 * LENGTH))
     assert found.sequences <= found.documents
-    assert len(numbers(model, how, limit=2).lengths) == 2
+    some = numbers(model, how, limit=2)
+    assert (len(some.lengths), some.forms) == (2, {"messages": 1, "prompt and completion": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"txt": "a"}', "bad.jsonl:1: expected the keys"), ("", "bad.jsonl: expected at least one record, found none")],
+)
+def test_a_bad_input_is_named(content, message, model, tmp_path):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        main(["show", "--model", str(model), "--data", str(model / "data.jsonl"), str(tmp_path / "bad.jsonl")])
 
 
 def test_what_is_printed(model, how):

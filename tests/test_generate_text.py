@@ -217,7 +217,7 @@ def prompt_file(tmp_path):
 
 
 def answer(tokenizer, prompt_file, out, interrupt=lambda prompts, tokens: False, **settings):
-    prompts = read_prompts(prompt_file, tokenizer, 2048, False, AS_WRITTEN)
+    prompts = read_prompts(prompt_file, tokenizer, 2048, False, AS_WRITTEN, 2048)
     generator = Echo(tokenizer, interrupt)
     with answer_file(out, len(prompts), {"prompts": digest(prompts), **settings}) as answers:
         how = Settings(20, GREEDY, (STOP,))
@@ -287,6 +287,7 @@ def test_another_run_s_answers_are_refused(tokenizer, prompt_file, tmp_path, spo
     [
         ("{}", "out.jsonl:1: .*index below 11"),
         ('{"index": 11}', "found 11"),
+        ('{"index": 3}', "out.jsonl:1: expected the field 'completion', found none"),
         ("nonsense", "out.jsonl:1: expected JSON"),
     ],
 )
@@ -338,17 +339,27 @@ def test_prompts_that_are_none(tokenizer, tmp_path, record, message):
     path = tmp_path / "prompts.jsonl"
     path.write_text(record + "\n")
     with pytest.raises(UserError, match=message):
-        read_prompts(path, tokenizer, 2048, False, AS_WRITTEN)
+        read_prompts(path, tokenizer, 2048, False, AS_WRITTEN, 2048)
+
+
+def test_a_prompt_that_fills_the_context(tokenizer, tmp_path):
+    path = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "q"}, {"prompt": "a longer prompt"}])
+    length = len(tokenizer("a longer prompt")["input_ids"])
+    assert len(read_prompts(path, tokenizer, 2048, False, AS_WRITTEN, length + 1)) == 2
+    with pytest.raises(UserError, match=f"prompts.jsonl:2: expected a prompt of fewer than {length} tokens"):
+        read_prompts(path, tokenizer, 2048, False, AS_WRITTEN, length)
+    with pytest.raises(UserError, match="expected a file of prompts, found a folder"):
+        read_prompts(tmp_path, tokenizer, 2048, False, AS_WRITTEN, length)
 
 
 def test_prompts_and_messages_become_tokens(tokenizer, tmp_path):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     path = write_lines(tmp_path / "prompts.jsonl", [{"prompt": "q", "kept": [1]}, {"messages": messages}])
-    plain, chat = read_prompts(path, tokenizer, 2048, False, ChatSettings("unused"))
+    plain, chat = read_prompts(path, tokenizer, 2048, False, ChatSettings("unused"), 2048)
     assert plain == ({"prompt": "q", "kept": [1]}, tokenizer("q")["input_ids"])
     rendered = "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     assert chat.tokens == tokenizer(rendered)["input_ids"]
-    asked, same = read_prompts(path, tokenizer, 2048, True, ChatSettings("s"))
+    asked, same = read_prompts(path, tokenizer, 2048, True, ChatSettings("s"), 2048)
     assert asked.tokens == same.tokens == chat.tokens
 
 

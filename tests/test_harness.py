@@ -89,6 +89,13 @@ def test_generation_in_the_chat_template(ours, theirs):
     assert found != evaluated(ours, TASKS[2:], limit=4)
 
 
+def test_arguments_count_more_than_the_harness_s_flags():
+    flags = {"batch_size": 8, "max_batch_size": None, "device": "cpu"}
+    model = get_model("jaxmoe").create_from_arg_string(f"pretrained={CHECKPOINT},batch_size=2", flags)
+    assert model.arguments.batch_size == 2
+    assert get_model("jaxmoe").create_from_arg_obj({"pretrained": CHECKPOINT}, flags).arguments.batch_size == 8
+
+
 def request(kind, *arguments):
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 

@@ -86,6 +86,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     if eos is None:
         raise UserError(f"{folder}: expected a tokenizer with an eos_token, found none")
     _check_templates(folder, tokenizer.chat_template)
+    # Lengths are compared with the model's context where it matters; transformers would warn of every long text.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

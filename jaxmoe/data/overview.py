@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,15 +98,12 @@ def overview(inputs: Sequence[Input], how: Tokenising, seq_length: int, limit: i
     records: list[Record] = []
     noticed = [Noticed(each) for each in inputs]
     for source, names in zip(inputs, noticed, strict=True):
-        count = 0
-        for part, done in tokenised(source, how, names):
-            records += part[: None if limit is None else limit - count]
-            count += len(part)
+        before = len(records)
+        for part, done in tokenised(_beginning(source, limit), how, names):
+            records += part
             on_read(done, source.size, len(records))
-            if limit is not None and count >= limit:
-                break
-    if not records:
-        raise UserError("data: expected at least one record, found none")
+        if len(records) == before:
+            raise UserError(f"{source.name}: expected at least one record, found none")
     documents, cut = divide(records, seq_length)
     lengths = [document.length for document in documents]
     forms: dict[str, int] = {}
@@ -128,6 +125,10 @@ def overview(inputs: Sequence[Input], how: Tokenising, seq_length: int, limit: i
     )
 
 
+def _beginning(source: Input, limit: int | None) -> Input:
+    return source if limit is None else replace(source, read=lambda first: itertools.islice(source.read(first), limit))
+
+
 def examples(source: Input, how: Tokenising, seq_length: int, count: int, most: int) -> list[Example]:
     """The first `count` records of an input, each with at most `most` of its tokens as text.
 
@@ -137,7 +138,10 @@ def examples(source: Input, how: Tokenising, seq_length: int, count: int, most: 
     found = []
     one_by_one = itertools.islice(source.read(0), count)
     for raw in one_by_one:
-        form = recognised(raw.value, PAIRS if how.pairs else None).form.name
+        try:
+            form = recognised(raw.value, PAIRS if how.pairs else None).form.name
+        except UserError as error:
+            raise UserError(f"{raw.where}: {error}") from None
         alone = Input(source.name, lambda _, raw=raw: iter([raw]))
         ((records, _),) = tokenised(alone, how, Noticed(alone))
         for side in records[0].sides:

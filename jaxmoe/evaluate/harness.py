@@ -20,7 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
 from jaxmoe.cli.progress import reading_weights
@@ -55,6 +55,17 @@ class JaxmoeLM(TemplateLM):
                 folder, given.dtype, given.quantize, given.adapter, on_layer, given.dequantize
             )
         self.generator = Generator(model)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> JaxmoeLM:
+        """A model from `--model_args`, which count more than the harness's own flags of the same name."""
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**flags | arg_dict)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> JaxmoeLM:
+        """As `create_from_arg_obj`, from "name=value,name=value"."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def eot_token_id(self) -> int:

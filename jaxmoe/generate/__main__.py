@@ -163,7 +163,8 @@ def _answer_file(task: _Task, config: Qwen3MoeConfig) -> int:
     """Answers the prompts of a file; returns the exit code."""
     args, settings = task.args, task.settings
     _refuse_routing(args, "prompts")
-    given = read_prompts(args.prompts, task.tokenizer, config.vocab_size, args.chat, task.chat)
+    context = config.max_position_embeddings
+    given = read_prompts(args.prompts, task.tokenizer, config.vocab_size, args.chat, task.chat, context)
     if args.chat or any("messages" in prompt.fields for prompt in given):
         settings = settings._replace(stop_tokens=_stop_tokens(settings.stop_tokens, task.tokenizer, True))
     elif task.chat != AS_WRITTEN:

@@ -19,6 +19,7 @@ from jaxmoe.store.files import naming_files, output_file
 from jaxmoe.store.lock import output_lock
 
 INDEX = "index"
+ADDED = (INDEX, "completion", "finish_reason", "new_tokens")  # the fields of an answer beside those of its prompt
 
 
 class AnswerFile:
@@ -82,6 +83,8 @@ class AnswerFile:
                 if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < self._total:
                     wanted = f"an answer with an index below {self._total}"
                     raise UserError(f"{where}: expected {wanted}, found {shown(index)}; write to another file")
+                if lost := [name for name in ADDED if name not in answer]:
+                    raise UserError(f"{where}: expected the field {lost[0]!r}, found none; write to another file")
                 if index in seen:
                     raise UserError(f"{where}: expected one answer to prompt {index}, found two; write to another file")
                 seen.add(index)

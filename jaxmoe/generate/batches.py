@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from jaxmoe.generate.answer_file import INDEX, AnswerFile
+from jaxmoe.generate.answer_file import ADDED, INDEX, AnswerFile
 from jaxmoe.generate.engine import Generator
 from jaxmoe.generate.prompt_file import FilePrompt
 from jaxmoe.generate.settings import Settings
 from jaxmoe.stopping import Postponed
-
-ADDED = (INDEX, "completion", "finish_reason", "new_tokens")  # the fields of an answer beside those of its prompt
 
 OnBatch = Callable[[int, float], None]  # answers so far, new tokens per second
 

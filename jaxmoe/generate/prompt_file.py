@@ -23,7 +23,7 @@ class FilePrompt(NamedTuple):
 
 
 def read_prompts(
-    path: pathlib.Path, tokenizer: Any, vocab_size: int, chat: bool, settings: ChatSettings
+    path: pathlib.Path, tokenizer: Any, vocab_size: int, chat: bool, settings: ChatSettings, context: int
 ) -> list[FilePrompt]:
     """The prompts of a file, in its order; blank lines are skipped.
 
@@ -31,12 +31,19 @@ def read_prompts(
     read. Messages are rendered with the chat template and `settings`, and so are prompts if `chat`.
 
     Raises:
-        UserError: no such file, no prompt in it, or a line that is none; the message starts with FILE:LINE.
+        UserError: no such file, no prompt in it, a line that is none, or a prompt that fills the model's `context`; the
+            message starts with FILE:LINE.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file of prompts, found a folder")
     prompts = []
     for where, value, *_ in opened(path).read(0):
         try:
-            prompts.append(FilePrompt(value, _tokens(value, tokenizer, vocab_size, chat, settings)))
+            prompt = FilePrompt(value, _tokens(value, tokenizer, vocab_size, chat, settings))
+            if len(prompt.tokens) >= context:
+                limit = f"a prompt of fewer than {context:,} tokens, the model's context"
+                raise UserError(f"expected {limit}, found {len(prompt.tokens):,}")
+            prompts.append(prompt)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     if not prompts:
