@@ -118,7 +118,7 @@ wait
 """
 # In place of `python -m jaxmoe.train`: joins the others as the command does, and writes what it was told.
 JOIN = """#!{python}
-import argparse, jax, json, pathlib, sys
+import argparse, json, os, pathlib, sys, time
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.agreement import exchange_values
 parser = argparse.ArgumentParser()
@@ -126,7 +126,11 @@ launch.add_arguments(parser)
 process = launch.start(parser.parse_known_args()[0])
 everyone = exchange_values(process.index)
 pathlib.Path({folder!r}, f"process-{{process.index}}.json").write_text(json.dumps([sys.argv, everyone]))
-jax.distributed.shutdown()  # waits for all: the others abort when the coordinator ends before they do
+# Process 0 has the coordinator, without which the others abort: it ends last.
+while process.index == 0 and len([*pathlib.Path({folder!r}).glob("process-*.json")]) < process.count:
+    time.sleep(0.05)
+time.sleep(0.5 * (process.index == 0))
+os._exit(0)
 """
 
 

@@ -73,7 +73,7 @@ def test_a_step_that_fits_by_forecast_and_did_not() -> None:
 @pytest.mark.parametrize(
     ("main", "arguments", "fails", "says"),
     [
-        (generate, ["--prompt", "x"], "_generate", "use fewer prompts at once, a smaller --max-new-tokens"),
+        (generate, ["--prompt", "x"], "_load", "use fewer prompts at once, a smaller --max-new-tokens"),
         (routing, ["capture", "--data", "x", "--out", "y"], "_capture", "use a smaller --batch-size or --seq-length"),
     ],
     ids=["generate", "capture"],

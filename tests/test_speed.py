@@ -105,10 +105,10 @@ def reported(
 
     save = TrainCheckpoints.save
 
-    def slow_save(self: TrainCheckpoints, step: int, *rest: Any) -> None:
+    def slow_save(self: TrainCheckpoints, step: int, *rest: Any, **options: Any) -> None:
         clock.now += 3 * STEP_SECONDS
         if step == STEPS:
-            save(self, step, *rest)
+            save(self, step, *rest, **options)
 
     monkeypatch.setattr(TrainCheckpoints, "save", slow_save)
     monkeypatch.setattr(loop, "CompiledSteps", Steps)

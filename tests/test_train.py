@@ -190,11 +190,11 @@ def forget_moments(monkeypatch: pytest.MonkeyPatch) -> None:
 def start_data_over(monkeypatch: pytest.MonkeyPatch) -> None:
     right = Sequences.batch
 
-    def batch(self: Sequences, step: int, shape: tuple[int, ...]) -> Batch:
+    def batch(self: Sequences, step: int, shape: tuple[int, ...], *rest: Any) -> Batch:
         if len(shape) == 2:  # training, not evaluation: whatever the step, what this object has not served yet
             step = vars(self).setdefault("served", 0)
             vars(self)["served"] += 1
-        return right(self, step, shape)
+        return right(self, step, shape, *rest)
 
     monkeypatch.setattr(Sequences, "batch", batch)
 
@@ -571,8 +571,8 @@ def test_the_written_model_has_the_form_of_the_one_that_was_trained(
 def test_loss_that_is_not_finite(base: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Sequences.batch
 
-    def batch(self: Sequences, step: int, shape: tuple[int, ...]) -> Batch:
-        found = right(self, step, shape)
+    def batch(self: Sequences, step: int, shape: tuple[int, ...], *rest: Any) -> Batch:
+        found = right(self, step, shape, *rest)
         return found if step < 2 else found._replace(weights=np.full_like(found.weights, np.inf))
 
     monkeypatch.setattr(Sequences, "batch", batch)
