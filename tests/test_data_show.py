@@ -116,7 +116,7 @@ def test_the_command_and_its_page(model, tmp_path, capsys):
     )
     assert "é<b><|im_end|>" in capsys.readouterr().out
     document = html5lib.parse(page.read_text(encoding="utf-8"), namespaceHTMLElements=False)
-    figures = json.loads(next(each.text for each in document.iter("script") if each.get("id") == "figures"))
+    figures = json.loads(next(each.text or "" for each in document.iter("script") if each.get("id") == "figures"))
     assert [figure["kind"] for figure in figures] == ["highlighted", "lines"]
     assert figures[0]["pieces"][0][1] == "é<b><|im_end|>"
     assert figures[0]["kinds"][1] == [PLAIN, TRAINED, CUT]

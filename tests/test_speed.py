@@ -77,7 +77,7 @@ class Device:
         return state, numbers
 
     def eval_step(self, frozen: Any, trainable: Any, batch: Any) -> tuple[Any, Any]:
-        late = Late(1.0, self.work(5 * STEP_SECONDS), self._clock)
+        late: Any = Late(1.0, self.work(5 * STEP_SECONDS), self._clock)
         return EvalSums(late, {}), late
 
 
