@@ -231,6 +231,12 @@ def test_an_argument_that_the_template_does_not_read() -> None:
     assert notices == ["the chat template does not read enable_thinking, which has no effect"]
 
 
+def test_a_prompt_that_fills_the_context() -> None:
+    words = ["--model", str(CHECKPOINT), "--prompt", "word " * 3000]
+    with pytest.raises(UserError, match="expected a prompt of fewer than 2,048 tokens, the model's context, found"):
+        command.main(words)
+
+
 @pytest.mark.parametrize("name", ["documents", "tokenizer", "template", "bos_token"])
 def test_arguments_of_any_name_reach_the_template(name: str) -> None:
     words = ["--chat", "--template-arg", f'{name}=[{{"a": 1}}]']

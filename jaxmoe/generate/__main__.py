@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.interactive:
         _chat(task)
     else:
-        _continue(task)
+        _continue(task, config)
     return 0
 
 
@@ -128,10 +128,12 @@ def _load(task: _Task, sequences: int, longest: int) -> Generator:
     return Generator(model)
 
 
-def _continue(task: _Task) -> None:
+def _continue(task: _Task, config: Qwen3MoeConfig) -> None:
     """Continues every `--prompt` and prints the texts; a single one is printed token by token."""
     args, tokenizer, settings = task.args, task.tokenizer, task.settings
     token_ids = prompts.encode_prompts(args, tokenizer, task.chat)
+    for tokens in token_ids:
+        prompts.check_context(tokens, config.max_position_embeddings)
     with explained(lambda: "use fewer prompts at once, a smaller --max-new-tokens, or --quantize nf4"):
         generator = _load(task, len(token_ids), max(map(len, token_ids)))
         generator.check(token_ids, settings.max_new_tokens)

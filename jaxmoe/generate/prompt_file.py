@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jaxmoe.data.chat import ChatSettings, check_messages, check_template, kind_of, prompt_tokens, text_field
 from jaxmoe.data.inputs import opened
 from jaxmoe.errors import UserError
+from jaxmoe.generate.prompts import check_context
 
 KINDS = '"prompt", or "messages" (and "tools")'
 
@@ -40,9 +41,7 @@ def read_prompts(
     for where, value, *_ in opened(path).read(0):
         try:
             prompt = FilePrompt(value, _tokens(value, tokenizer, vocab_size, chat, settings))
-            if len(prompt.tokens) >= context:
-                limit = f"a prompt of fewer than {context:,} tokens, the model's context"
-                raise UserError(f"expected {limit}, found {len(prompt.tokens):,}")
+            check_context(prompt.tokens, context)
             prompts.append(prompt)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from jaxmoe.cli.arguments import whole_number
@@ -69,3 +70,10 @@ def encode_prompts(arguments: argparse.Namespace, tokenizer: Any, settings: Chat
     if not arguments.chat:
         return [tokenizer(text)["input_ids"] for text in arguments.prompt]
     return [prompt_tokens([{"role": "user", "content": text}], tokenizer, settings) for text in arguments.prompt]
+
+
+def check_context(tokens: Sequence[int], context: int) -> None:
+    """Raises UserError if a prompt leaves no room for an answer in the model's context of so many tokens."""
+    if len(tokens) >= context:
+        limit = f"a prompt of fewer than {context:,} tokens, the model's context"
+        raise UserError(f"expected {limit}, found {len(tokens):,}")
