@@ -20,13 +20,19 @@ from jaxmoe.model.interface import Options
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.few_rows import GATHERED, Rows
 from jaxmoe.ops.implementations import forced
-from jaxmoe.ops.kernels import few_rows
+from jaxmoe.ops.kernels import cached_attention, expert_choice, few_rows, residual_norm
 from jaxmoe.ops.router import largest_by_rank
 from peers.configs import config_of
 from tests.parity import relative_error
 from tests.row_kernels import INTERPRETED, draw, made_up_gpu
 from tests.tolerances import bound
 
+KERNELS = (
+    (cached_attention, "attend"),
+    (expert_choice, "choose_experts"),
+    (few_rows, "products"),
+    (residual_norm, "add_and_norm"),
+)
 GROUPS, OUT, INNER = 6, 64, 128
 multiply = partial(few_rows.products, interpret=INTERPRETED)
 
@@ -68,7 +74,7 @@ def test_only_the_chosen_experts(form: str, tokens: int) -> None:
     (expected,) = GATHERED.products(x, [stack], rows, jnp.float32)
     (found,) = multiply(x, [stack], rows, jnp.float32)
     assert relative_error(found, expected) <= bound("few_rows_fp32")
-    (shifted,) = multiply(x, [stack], rows._replace(group=rows.group - 1), jnp.float32)
+    (shifted,) = multiply(x, [stack], rows._replace(offset=rows.offset - 1), jnp.float32)
     assert relative_error(shifted, expected) > 0.1
     (expected,) = GATHERED.products(x, [stack], rows, jnp.bfloat16, swiglu=True)
     (found,) = multiply(x, [stack], rows, jnp.bfloat16, swiglu=True)
@@ -115,7 +121,13 @@ def test_ranks_choose_as_top_k_does() -> None:
 def test_a_decoding_step_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states and cache of one new token per sequence, with adapters, in bfloat16."""
     batch = 3
-    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2}
+    sizes = {
+        "hidden_size": 128,
+        "moe_intermediate_size": 128,
+        "head_dim": 32,
+        "num_hidden_layers": 2,
+        "num_experts": 32,
+    }
     config = config_of("plain").replace(**sizes, num_attention_heads=4, num_key_value_heads=2)
     lora = LoraConfig(r=4, targets=("q_proj", "experts.gate_up_proj", "experts.down_proj"))
     params = init_parameters(config, jax.random.key(0), jnp.bfloat16)
@@ -132,9 +144,12 @@ def test_a_decoding_step_with_the_kernels(monkeypatch: pytest.MonkeyPatch) -> No
     plain, expected = step()
     if INTERPRETED:
         made_up_gpu(monkeypatch)
-        monkeypatch.setattr(few_rows, "products", multiply)
-    with forced(norm_rotary="xla", grouped_matmul="tiled"):
+        for module, name in KERNELS:
+            monkeypatch.setattr(module, name, partial(getattr(module, name), interpret=True))
+    one_launch = dict.fromkeys(("cached_attention", "expert_choice", "residual_norm"), "triton")
+    with forced(norm_rotary="xla", grouped_matmul="tiled", **one_launch):
         kernels, found = step()
-    assert (plain, kernels) == (0, 4)  # projections, output projection, gate and up, down
+    # norm, projections, attention, output projection, norm, router, choice, gate and up, down
+    assert (plain, kernels) == (0, 9)
     errors = [relative_error(*pair) for pair in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
     assert max(errors) <= bound("few_rows_model_bf16")

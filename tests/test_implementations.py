@@ -24,6 +24,10 @@ def nothing_forced(monkeypatch):
         monkeypatch.delenv(f"JAXMOE_{operation.upper()}", raising=False)
 
 
+ROW_KERNELS = ("few rows", "norm rotary", "swiglu gradient")
+BY_NAME_ONLY = ("cached attention", "expert choice", "residual norm")  # but for what runs anywhere
+
+
 def on(monkeypatch, device):
     monkeypatch.setattr(implementations, "default_device", lambda: device)
 
@@ -42,11 +46,9 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
     on(monkeypatch, device)
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
-        ("cached attention", "xla"),
-        ("few rows", row_kernels),
         ("grouped matmul", grouped_matmul),
-        ("norm rotary", row_kernels),
-        ("swiglu gradient", row_kernels),
+        *((what, row_kernels) for what in ROW_KERNELS),
+        *((what, "xla") for what in BY_NAME_ONLY),
     }
 
 
@@ -120,8 +122,8 @@ def test_unknown_names_are_errors(monkeypatch):
         pass
     with pytest.raises(
         UserError,
-        match="expected operations among attention, cached_attention, grouped_matmul, few_rows, norm_rotary, "
-        "swiglu_gradient; found 'atention'",
+        match="expected operations among attention, cached_attention, grouped_matmul, few_rows, residual_norm, "
+        "expert_choice, norm_rotary, swiglu_gradient; found 'atention'",
     ):
         forced(atention="blocks").__enter__()
 

@@ -57,8 +57,9 @@ MODULES: dict[str, set[str]] = {
         "jaxmoe.ops",
         ". attention attention_chunked attention_context attention_cudnn attention_masked cached_attention contraction"
         " dispatch embedding experts few_experts few_rows frozen grouped_matmul implementations kept linear low_rank"
-        " norm norm_rotary projections rotary router schedule swiglu kernels kernels.few_rows"
-        " kernels.norm_rotary kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
+        " norm norm_rotary projections residual_norm rotary router schedule swiglu kernels kernels.cached_attention"
+        " kernels.expert_choice kernels.few_rows kernels.norm_rotary kernels.residual_norm"
+        " kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
         " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer"
         " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",
     ),

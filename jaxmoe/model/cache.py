@@ -12,7 +12,7 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.model.decoder import Context, captured_of_layers, decode
 from jaxmoe.model.interface import Options, Params
 from jaxmoe.ops.attention import causal_attention
-from jaxmoe.ops.cached_attention import CacheStacks, Heads, cached_attention
+from jaxmoe.ops.cached_attention import CacheStacks, Heads, Rotation, cached_attention
 from jaxmoe.ops.rotary import rotary_tables
 from jaxmoe.ops.router import CapturedRouting, RoutingControl
 
@@ -67,18 +67,19 @@ def forward_cached(
         )
 
     def attend(query: Array, key: Array, value: Array, layer: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        if start is None:
-            # Padding comes after every real token, so causality alone excludes it.
-            out = causal_attention(query, key, value, None, config.sliding_window)
-            pairs = (cache.key, key), (cache.value, value)
-            return out, KVCache(*(whole_sequences(*pair, layer) for pair in pairs))
-        out, stacks = cached_attention(
-            Heads(query, key, value), CacheStacks(*cache), layer, positions, config.sliding_window
-        )
+        # Padding comes after every real token, so causality alone excludes it.
+        out = causal_attention(query, key, value, None, config.sliding_window)
+        pairs = (cache.key, key), (cache.value, value)
+        return out, KVCache(*(whole_sequences(*pair, layer) for pair in pairs))
+
+    def attend_cached(new: Heads, rotation: Rotation, layer: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        stacks = CacheStacks(*cache)
+        out, stacks = cached_attention(new, rotation, stacks, layer, positions, config.sliding_window)
         return out, KVCache(*stacks)
 
     tables = rotary_tables(positions, config.rope_parameters, config.head_dim)
     valid = (jnp.arange(T) < length[:, None]).reshape(-1)
-    context = Context(config, options, tables, valid, attend, control)
+    decoding = start is not None
+    context = Context(config, options, tables, valid, attend_cached if decoding else attend, control, decoding=decoding)
     hidden, cache, records, _ = decode(params, adapters, input_ids, context, cache)
     return hidden, cache, captured_of_layers(records, config, input_ids.shape)

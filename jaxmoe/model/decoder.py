@@ -26,19 +26,23 @@ from jaxmoe.model.interface import DecoderOutput, Options, Params, RouterStats, 
 from jaxmoe.model.layer import Layer
 from jaxmoe.model.layer_loop import run_layers
 from jaxmoe.ops.attention import causal_attention
+from jaxmoe.ops.cached_attention import Heads, Rotation
 from jaxmoe.ops.contraction import product
 from jaxmoe.ops.embedding import embed
 from jaxmoe.ops.experts import sorted_experts
 from jaxmoe.ops.kept import ATTENTION_UPDATE, PROJECTED
-from jaxmoe.ops.linear import linears
+from jaxmoe.ops.linear import linears, logits_of_few
 from jaxmoe.ops.low_rank import DropoutKeys
 from jaxmoe.ops.norm import rms_norm
 from jaxmoe.ops.norm_rotary import norm_and_rotate
+from jaxmoe.ops.residual_norm import add_and_norm
 from jaxmoe.ops.rotary import rotary_tables
 from jaxmoe.ops.router import (
     CapturedRouting,
+    Routing,
     RoutingControl,
     captured_routing,
+    choose_experts,
     expert_counts,
     no_routing,
     route,
@@ -47,6 +51,8 @@ from jaxmoe.ops.swiglu import swiglu
 
 # (query [B, T, N, H], key and value [B, T, K, H], layer index, cache) -> (the heads' output [B, T, N, H], cache)
 Attend = Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]]
+# (what is projected, norms and rotation, layer index, cache) -> as `Attend`
+AttendCached = Callable[[Heads, Rotation, Array, Any], tuple[Array, Any]]
 
 
 class Context(NamedTuple):
@@ -56,9 +62,10 @@ class Context(NamedTuple):
     options: Options
     tables: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]  # cosine and sine of the positions' angles
     valid: Bool[Array, " M"]  # which tokens are not padding
-    attend: Attend
+    attend: Callable[..., tuple[Array, Any]]  # an `Attend`, or for decoding an `AttendCached`
     control: RoutingControl | None
     dropout_keys: DropoutKeys | None = None
+    decoding: bool = False  # new tokens attend over a cache, and nothing can be differentiated
 
 
 class RoutingRecord(NamedTuple):
@@ -125,12 +132,21 @@ def decoder_layer(
     h: Float[Array, "B T D"], cache: Any, layer: Layer, context: Context
 ) -> tuple[Float[Array, "B T D"], Any, RoutingRecord]:
     """Attention, then the MLP of the layer's kind; each is normalised first and added to the residual stream."""
-    x = rms_norm(h, layer.weight("attention.input_layernorm"), layer.eps).astype(layer.dtype)
+    h, x = _add_and_norm(h, None, "attention.input_layernorm", layer, context)
     update, cache = attention(x, cache, layer, context)
-    h = h + update
-    x = rms_norm(h, layer.weight("attention.post_attention_layernorm"), layer.eps).astype(layer.dtype)
+    h, x = _add_and_norm(h, update, "attention.post_attention_layernorm", layer, context)
     update, record = mlp(x.reshape(-1, x.shape[-1]), layer, context)
     return h + update.reshape(h.shape), cache, record
+
+
+def _add_and_norm(
+    h: Float[Array, "B T D"], update: Float[Array, "B T D"] | None, path: str, layer: Layer, context: Context
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """(the residual stream with the update, what the norm `path` makes of it)."""
+    if context.decoding:
+        return add_and_norm(h, update, layer.stacked_norm(path), layer.dtype)
+    h = h if update is None else h + update
+    return h, rms_norm(h, layer.weight(path), layer.eps).astype(layer.dtype)
 
 
 def attention(
@@ -143,9 +159,14 @@ def attention(
             checkpoint_name(y, PROJECTED).reshape(B, T, -1, context.config.head_dim)
             for y in linears(x, *layer.linear_maps("attention.q_proj", "attention.k_proj", "attention.v_proj"))
         )
-        query = norm_and_rotate(query, *layer.norm("attention.q_norm"), context.tables)
-        key = norm_and_rotate(key, *layer.norm("attention.k_norm"), context.tables)
-        heads, cache = context.attend(query, key, value, layer.index, cache)
+        if context.decoding:
+            norms = map(layer.stacked_norm, ("attention.q_norm", "attention.k_norm"))
+            rotation = Rotation(*norms, tables=context.tables)
+            heads, cache = context.attend(Heads(query, key, value), rotation, layer.index, cache)
+        else:
+            query = norm_and_rotate(query, *layer.norm("attention.q_norm"), context.tables)
+            key = norm_and_rotate(key, *layer.norm("attention.k_norm"), context.tables)
+            heads, cache = context.attend(query, key, value, layer.index, cache)
         (update,) = linears(heads.reshape(B, T, -1), *layer.linear_maps("attention.o_proj"))
         return checkpoint_name(update, ATTENTION_UPDATE), cache
 
@@ -165,14 +186,7 @@ def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[
     """Routes each token to k of E experts and sums their outputs by the router's weights."""
     config, options = context.config, context.options
     with jax.named_scope("router"):
-        routing = route(
-            x,
-            layer.weight("sparse.gate"),
-            num_experts_per_tok=config.num_experts_per_tok,
-            norm_topk_prob=config.norm_topk_prob,
-            adapter=layer.adapter("sparse.gate"),
-            control=context.control and context.control.layer(layer.slot),
-        )
+        routing = _route(x, layer, context)
         record = RoutingRecord(
             expert_counts(routing.experts, context.valid, config.num_experts),
             jnp.sum(jnp.where(context.valid[:, None], routing.probabilities, 0), axis=0),
@@ -183,6 +197,23 @@ def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[
         adapters = layer.adapter("sparse.gate_up_proj"), layer.adapter("sparse.down_proj")
         how = {"in_scan": not options.unroll, "one_by_one": options.remat == "offload", "mesh": options.mesh}
         return sorted_experts(x, routing, layer.experts(), *adapters, **how), record
+
+
+def _route(x: Float[Array, "M D"], layer: Layer, context: Context) -> Routing:
+    config = context.config
+    adapter = layer.adapter("sparse.gate")
+    control = context.control and context.control.layer(layer.slot)
+    if context.decoding and adapter is None and control is None:
+        logits = logits_of_few(x, *layer.stacked("sparse.gate"))
+        return choose_experts(logits, config.num_experts_per_tok, config.norm_topk_prob)
+    return route(
+        x,
+        layer.weight("sparse.gate"),
+        num_experts_per_tok=config.num_experts_per_tok,
+        norm_topk_prob=config.norm_topk_prob,
+        adapter=adapter,
+        control=control,
+    )
 
 
 def dense_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[Float[Array, "M D"], RoutingRecord]:

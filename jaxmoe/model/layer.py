@@ -22,6 +22,7 @@ from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.experts import ExpertWeights
 from jaxmoe.ops.linear import LinearMap, layer_slice
 from jaxmoe.ops.low_rank import Adapter, Dropout, DropoutKeys
+from jaxmoe.ops.norm import StackedNorm
 from jaxmoe.parameters import NESTED_QUANT_MAP, nf4_paths, parameter_specs
 
 _EXPERTS = ("sparse.gate_up_proj", "sparse.down_proj")
@@ -144,6 +145,18 @@ class Layer:
     def norm(self, path: str) -> tuple[Array, float, bool]:
         """(a norm's weight, its eps, whether it is frozen)."""
         return self.weight(path), self.eps, path in self.stacks.weights.whole
+
+    def stacked_norm(self, path: str) -> StackedNorm:
+        """A norm whose weight a kernel reads in place."""
+        return StackedNorm(*self.stacked(path), self.eps)
+
+    def stacked(self, path: str) -> tuple[Array, Array | int]:
+        """(a stack that holds the array `path` of this layer, its place in it): the whole stack if it is frozen."""
+        if path in self.stacks.weights.whole and not self._is_shared(path):
+            stack = self.stacks.weights.whole[path]
+            assert not isinstance(stack, NF4Stack)
+            return stack, self._slot(path)
+        return self.weight(path)[None], 0
 
     def linear_maps(self, *paths: str) -> list[LinearMap]:
         """Linear maps with bias and adapter; a frozen weight is passed as its whole stack, and read in place.

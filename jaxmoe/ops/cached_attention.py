@@ -11,10 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops.attention_masked import attention, attention_mask
 from jaxmoe.ops.implementations import choose
+from jaxmoe.ops.norm import StackedNorm
+from jaxmoe.ops.norm_rotary import norm_and_rotate
 
 
 class Heads(NamedTuple):
-    """Queries, keys and values of T new tokens per sequence, normalised and rotated."""
+    """Queries, keys and values of T new tokens per sequence, as they are projected."""
 
     query: Float[Array, "B T N H"]
     key: Float[Array, "B T K H"]
@@ -28,16 +30,33 @@ class CacheStacks(NamedTuple):
     value: Float[Array, "L B S K H"]
 
 
+class Rotation(NamedTuple):
+    """What is done to queries and keys by head: a norm each, then rotation by the positions' cosine and sine."""
+
+    query: StackedNorm
+    key: StackedNorm
+    tables: tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
+
+
 def cached_attention(
-    new: Heads, cache: CacheStacks, layer: Any, positions: Int[Array, "B T"], sliding_window: int | None
+    new: Heads, rotation: Rotation, cache: CacheStacks, layer: Any, at: Int[Array, "B T"], sliding_window: int | None
 ) -> tuple[Float[Array, "B T N H"], CacheStacks]:
-    """Writes the new keys and values to their positions and attends to all positions up to each query's own.
+    """Normalises and rotates queries and keys, writes the new keys and values to their positions, and attends to all
+    positions up to each query's own.
 
     A position past the end of the cache is not written: it belongs to padding. With a window of w a query sees the
-    last w positions, its own included.
+    last w positions, its own included. There is no backward pass.
+
+    Args:
+        new: what is projected of the new tokens.
+        rotation: norms and rotation of queries and keys, in float32, rounded once.
+        cache: the keys and values of all layers.
+        layer: whose part of the cache it is.
+        at: the new tokens' positions.
+        sliding_window: the window, if there is one.
     """
     run = choose("cached_attention", new.query, cache.key).value
-    return run(new, cache, jnp.asarray(layer, jnp.int32), positions, sliding_window)
+    return run(new, rotation, cache, jnp.asarray(layer, jnp.int32), at, sliding_window)
 
 
 class Masked:
@@ -48,24 +67,32 @@ class Masked:
         return None
 
     def __call__(
-        self, new: Heads, cache: CacheStacks, layer: Array, positions: Array, sliding_window: int | None
+        self,
+        new: Heads,
+        rotation: Rotation,
+        cache: CacheStacks,
+        layer: Array,
+        at: Array,
+        sliding_window: int | None,
     ) -> tuple[Array, CacheStacks]:
         """As `cached_attention`."""
-        B, T = positions.shape
+        norms = zip((new.query, new.key), rotation[:2], strict=True)
+        query, key = (norm_and_rotate(x, norm.weight, norm.eps, True, rotation.tables) for x, norm in norms)
+        B, T = at.shape
         S = cache.key.shape[2]
         ones = partial(jnp.ones, dtype=jnp.int32)
         slots = jnp.broadcast_to(jnp.arange(S), (B, S))
         # One segment: a slot after the sequence's own position is excluded by causality alone.
-        mask = attention_mask(positions, slots, ones((B, T)), ones((B, S)), sliding_window)
+        mask = attention_mask(at, slots, ones((B, T)), ones((B, S)), sliding_window)
         sequences = jnp.arange(B)[:, None]
 
         def written(stack: Array, rows: Array) -> Array:
             # Out-of-range writes (a bucket's padding past S) are dropped, never clamped onto the last slot.
-            return stack.at[layer, sequences, positions].set(rows.astype(stack.dtype), mode="drop")
+            return stack.at[layer, sequences, at].set(rows.astype(stack.dtype), mode="drop")
 
-        cache = CacheStacks(written(cache.key, new.key), written(cache.value, new.value))
+        cache = CacheStacks(written(cache.key, key), written(cache.value, new.value))
         keys, values = (jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in cache)
-        return attention(new.query, keys, values, mask), cache
+        return attention(query, keys, values, mask), cache
 
 
 MASKED = Masked()

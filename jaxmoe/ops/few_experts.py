@@ -38,7 +38,7 @@ def few_experts(
     with jax.named_scope("gate_up"):
         hidden = _product(x, stacks[0], rows, adapters[0], experts, kernel, swiglu=True)
     with jax.named_scope("down"):
-        rows = rows._replace(source=rows.target)  # the hidden rows lie in the order of tokens
+        rows = rows._replace(per_source=1)  # a hidden row for each row of the result
         y = _product(hidden, stacks[1], rows, adapters[1], experts, kernel)
     with jax.named_scope("combine"):
         return jnp.einsum("mkd,mk->md", y.reshape(M, k, -1).astype(jnp.float32), weights, precision=PRECISION)

@@ -18,33 +18,52 @@ from jaxmoe.ops.swiglu import swiglu_of_product
 
 
 class Rows(NamedTuple):
-    """R products: which row of x is multiplied with which group, and which row of the result it is.
+    """R products: which row of x is multiplied with which group of matrices, and which row of the result it is.
 
-    Products of one group follow each other, so that the group is read once for many of them, unless `separate` says
-    that no two have the same group.
+    Product number i gives row `order[i]` of the result, or row i without an order. It multiplies row n // `per_source`
+    of x, for that row n of the result, by group `offset` + `group[i]`, or `offset` without groups. Products of one
+    group follow each other, so that the group is read once for many of them, unless they are `separate`.
     """
 
-    group: Int[Array, " R"]
-    source: Int[Array, " R"]
-    target: Int[Array, " R"]
+    count: int
+    group: Int[Array, " R"] | None
+    order: Int[Array, " R"] | None
+    offset: Int[Array, ""]
+    per_source: int
     separate: bool
-    most_groups: int
 
     @classmethod
     def of_layer(cls, rows: int, layer: Any) -> Rows:
         """All rows times the matrix of one layer."""
-        index = jnp.arange(rows, dtype=jnp.int32)
-        return cls(jnp.broadcast_to(jnp.asarray(layer, jnp.int32), (rows,)), index, index, rows == 1, 1)
+        return cls(rows, None, None, jnp.asarray(layer, jnp.int32), 1, rows == 1)
 
     @classmethod
     def of_experts(cls, experts: Int[Array, "M k"], offset: Any) -> Rows:
-        """Each token times its k experts; `offset` is the group of expert 0. Product m*k + i is token m's i-th."""
+        """Each token times its k experts; `offset` is the group of expert 0. Row m*k + i is token m's i-th."""
         M, k = experts.shape
-        index = jnp.arange(M * k, dtype=jnp.int32)
-        groups = experts.reshape(-1).astype(jnp.int32) + offset
+        group, order = experts.reshape(-1).astype(jnp.int32), None
         if M > 1:
-            groups, index = jax.lax.sort((groups, index), num_keys=1)
-        return cls(groups, index // k, index, M == 1, M * k)
+            group, order = _in_order(group)
+        return cls(M * k, group, order, jnp.asarray(offset, jnp.int32), k, M == 1)
+
+    def listed(self) -> tuple[Int[Array, " R"], Int[Array, " R"], Int[Array, " R"]]:
+        """(group, row of x, row of the result) of each product."""
+        index = jnp.arange(self.count, dtype=jnp.int32)
+        row = index if self.order is None else self.order
+        return self.offset + (index * 0 if self.group is None else self.group), row // self.per_source, row
+
+
+def _in_order(experts: Int[Array, " R"]) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
+    """(`experts` in ascending order, where each was).
+
+    All pairs are compared: two small kernels on a GPU, where sorting takes four.
+    """
+    index = jnp.arange(len(experts), dtype=jnp.int32)
+    own, other = experts[:, None], experts[None, :]
+    place = jnp.sum((other < own) | ((other == own) & (index < index[:, None])), axis=1, dtype=jnp.int32)
+    hit = place[:, None] == index
+    ordered = lambda each: jnp.sum(jnp.where(hit, each[:, None], 0), axis=0)
+    return ordered(experts), ordered(index)
 
 
 @runtime_checkable
@@ -99,7 +118,8 @@ class Gathered:
             row = jax.lax.dynamic_index_in_dim(x, source, keepdims=False)
             return [product("i,oi->o", row, stack[group]) for stack in stacks]
 
-        found = [each[jnp.argsort(rows.target)] for each in jax.lax.map(one, (rows.group, rows.source))]
+        group, source, target = rows.listed()
+        found = [each[jnp.argsort(target)] for each in jax.lax.map(one, (group, source))]
         return [(swiglu_of_product(y.astype(x.dtype)) if swiglu else y).astype(dtype) for y in found]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +58,11 @@ def linears(x: Float[Array, "*batch inner"], *maps: LinearMap) -> list[Float[Arr
         biases = [each.bias for each in maps]
         return projections.frozen_linears(x, stacks, layer, biases, adapters)
     if layer is not None and len(stacks) == len(maps) and _few_rows(x, stacks) is not None:
-        ys = few_products(x.reshape(-1, x.shape[-1]), tuple(stacks), jnp.asarray(layer, jnp.int32))
+        # Without bias and adapter the kernel itself rounds, which saves a launch.
+        rounded = all(each.bias is None and each.adapter is None for each in maps)
+        dtype = x.dtype if rounded else jnp.float32
+        flat = x.reshape(-1, x.shape[-1])
+        ys: Any = few_products(flat, tuple(stacks), jnp.asarray(layer, jnp.int32), jnp.dtype(dtype))
         ys = [y.reshape(*x.shape[:-1], -1) for y in ys]
         return [finish_linear(y, x, each.bias, each.adapter) for y, each in zip(ys, maps, strict=True)]
     return [_single(x, each) for each in maps]
@@ -82,20 +87,37 @@ def _few_rows(x: Array, stacks: Sequence[Any]) -> FewRows | None:
     return kernel if kernel.shares_launch and x.size // x.shape[-1] <= kernel.most_rows else None
 
 
-@jax.custom_vjp
+def logits_of_few(
+    x: Float[Array, "M inner"], stack: Float[Array, "L out inner"], layer: Int[Array, ""] | int
+) -> Float[Array, "M out"]:
+    """Forms x W^T in float32 with W = stack[layer], in x's dtype; there is no backward pass."""
+    x = x.astype(stack.dtype)
+    if (kernel := _few_rows(x, [stack])) is None:
+        return contract(x, layer_slice(stack, layer))
+    # So narrow a matrix stays in the cache: it may be read again for each row, by many more programs.
+    rows = Rows.of_layer(x.shape[0], layer)._replace(separate=True)
+    return kernel.products(x, [stack], rows, jnp.float32)[0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def few_products(
-    x: Float[Array, "M inner"], stacks: tuple[Array | NF4Stack, ...], layer: Int[Array, ""]
+    x: Float[Array, "M inner"], stacks: tuple[Array | NF4Stack, ...], layer: Int[Array, ""], dtype: Any
 ) -> tuple[Float[Array, "M _"], ...]:
-    """Forms x W^T in float32 for each W = stack[layer], which are frozen, by the implementation for few rows."""
+    """Forms x W^T for each W = stack[layer], which are frozen, by the implementation for few rows.
+
+    Sums are float32 and rounded once, to `dtype`.
+    """
     kernel: FewRows = choose("few_rows", x.dtype, *stacks).value
-    return tuple(kernel.products(x, stacks, Rows.of_layer(x.shape[0], layer), jnp.float32))
+    return tuple(kernel.products(x, stacks, Rows.of_layer(x.shape[0], layer), dtype))
 
 
-def _few_products_forward(x: Array, stacks: tuple[Any, ...], layer: Array):
-    return tuple(contract(x, stack[layer]) for stack in stacks), (x, stacks, layer)
+def _few_products_forward(x: Array, stacks: tuple[Any, ...], layer: Array, dtype: Any):
+    return tuple(contract(x, stack[layer]).astype(dtype) for stack in stacks), (x, stacks, layer)
 
 
-def _few_products_backward(residuals: tuple[Any, ...], d_ys: tuple[Array, ...]) -> tuple[Array, None, None]:
+def _few_products_backward(
+    _dtype: Any, residuals: tuple[Any, ...], d_ys: tuple[Array, ...]
+) -> tuple[Array, None, None]:
     x, stacks, layer = residuals
     d_x = sum(product("mo,oi->mi", d_y, stack[layer]) for d_y, stack in zip(d_ys, stacks, strict=True))
     return jnp.asarray(d_x).astype(x.dtype), None, None

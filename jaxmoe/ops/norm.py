@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+
+class StackedNorm(NamedTuple):
+    """The norm of one layer: a stack of weights, the layer's place in it, and what is added to the mean square."""
+
+    stack: Float[Array, "L D"]
+    place: Int[Array, ""] | int
+    eps: float
+
+    @property
+    def weight(self) -> Array:
+        """The layer's own weight."""
+        return jax.lax.dynamic_index_in_dim(self.stack, self.place, keepdims=False)
 
 
 def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmoe.ops.contraction import PRECISION, contract
-from jaxmoe.ops.implementations import default_device
+from jaxmoe.ops.implementations import choose, default_device
 from jaxmoe.ops.kept import ROUTING
 from jaxmoe.ops.low_rank import Adapter
 
@@ -95,10 +95,35 @@ def route(
         experts = jnp.where(control.experts[:, :1] < 0, experts, control.experts)
     # The weights are read at the indices of the saved experts, so that the backward pass does not sort again.
     experts = checkpoint_name(experts, ROUTING)
-    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
-    if norm_topk_prob:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = _weights(probabilities, experts, norm_topk_prob)
     return Routing(logits, probabilities, experts, checkpoint_name(weights, ROUTING))
+
+
+def choose_experts(logits: Float[Array, "M E"], count: int, norm_topk_prob: bool) -> Routing:
+    """What `route` makes of its logits, for few tokens that nothing is imposed on; there is no backward pass."""
+    return choose("expert_choice", logits).value(logits, count, norm_topk_prob)
+
+
+class Plain:
+    """The implementation "xla" of the choice of experts."""
+
+    def unsupported(self, logits: Any) -> str | None:
+        """None: it runs anywhere."""
+        return None
+
+    def __call__(self, logits: Array, count: int, norm_topk_prob: bool) -> Routing:
+        """As `choose_experts`."""
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        experts = _largest(probabilities, count)
+        return Routing(logits, probabilities, experts, _weights(probabilities, experts, norm_topk_prob))
+
+
+PLAIN = Plain()
+
+
+def _weights(probabilities: Float[Array, "M E"], experts: Int[Array, "M k"], norm_topk_prob: bool) -> Array:
+    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True) if norm_topk_prob else weights
 
 
 def _largest(scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:

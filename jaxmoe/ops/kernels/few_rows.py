@@ -10,13 +10,14 @@ Each program computes some columns of the result, of one row (`_each_row`) or of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
@@ -28,7 +29,7 @@ from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK
 
 _TOGETHER = 16  # rows that one product on the tensor cores takes
 _HALF = NF4_BLOCK // 2  # bytes of a block; each holds an even element in its high half and the next in its low half
-_COLUMNS = 32  # of a matrix; so a program's columns, at most as many in NF4, lie in one matrix
+_COLUMNS = 32  # of a matrix, or a multiple
 _UNSAFE = range(2**31, 2**32 + 1)  # bytes of codes that Triton's 32-bit offsets, which are signed, do not reach
 
 
@@ -86,50 +87,77 @@ def products(
         return [alone(x, [stack], rows, dtype)[0] for stack in stacks]
     weights = [_Weights(stack, 2 if swiglu else 1) for stack in stacks]
     blocks = blocks or _default_blocks(x.shape[1], rows, nf4)
-    parted = nf4 and not rows.separate
-    if parted:
-        x = jnp.concatenate([x[:, ::2], x[:, 1::2]], axis=1)
-    programs = [each.columns // math.gcd(blocks.columns, each.columns) for each in weights]
-    count = len(rows.group)
+    decode = _looked_up if interpret else _decoded_pairs
+    programs = [each.columns // math.gcd(blocks.columns, each.columns, each.in_matrix) for each in weights]
+    numbers = [rows.offset.reshape(1), *(each for each in (rows.group, rows.order) if each is not None)]
     operands = [array for each in weights for array in each.arrays]
 
     def body(*refs: Any) -> None:
-        listed = rows._replace(group=refs[0], source=refs[1], target=refs[2])
-        (table, x_ref), refs = refs[3:5], refs[5:]
+        listed = _Listed(rows, refs[: len(numbers)], pl.program_id(0))
+        (table, x_ref), refs = refs[len(numbers) : len(numbers) + 2], refs[len(numbers) + 2 :]
         outs, refs, first = refs[len(operands) :], refs[: len(operands)], 0
         program = _each_row if rows.separate else _rows_of_group
-        place = pl.program_id(0), count
         for each, out, own in zip(weights, outs, programs, strict=True):
-            tile = _Tile(each, refs[: len(each.arrays)], table, x_ref, blocks.depth, parted)
+            tile = _Tile(each, refs[: len(each.arrays)], table, x_ref, blocks.depth, decode, nf4 or rows.separate)
             refs = refs[len(each.arrays) :]
             columns = each.columns // own
             mine = pl.program_id(1) - first
-            work = partial(program, tile, listed, place, out, mine * columns, columns)
+            work = partial(program, tile, listed, out, mine * columns, columns)
             work() if len(weights) == 1 else pl.when((mine >= 0) & (mine < own))(work)
             first += own
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     kernel = pl.pallas_call(
         body,
-        grid=(count, sum(programs)),
-        out_shape=[jax.ShapeDtypeStruct((count, each.columns), dtype) for each in weights],
-        in_specs=[anywhere] * (5 + len(operands)),
+        grid=(rows.count, sum(programs)),
+        out_shape=[jax.ShapeDtypeStruct((rows.count, each.columns), dtype) for each in weights],
+        in_specs=[anywhere] * (len(numbers) + 2 + len(operands)),
         out_specs=[anywhere] * len(weights),
         compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name="few_rows",
     )
-    return list(kernel(rows.group, rows.source, rows.target, jnp.asarray(NF4_TABLE), x, *operands))
+    return list(kernel(*numbers, jnp.asarray(NF4_TABLE), x, *operands))
 
 
 def _default_blocks(inner: int, rows: Rows, nf4: bool) -> Blocks:
+    """What was fastest on an H200 for Qwen3-30B-A3B's widths, cut to a divisor of `inner`."""
+    one_group = rows.group is None
     if rows.separate:
-        return Blocks(4, 1024, 4, 3) if inner % 1024 == 0 else Blocks(4, math.gcd(inner, 512), 1, 3)
-    # With stages, Triton would copy NF4's table to shared memory element by element, which takes four times as long.
-    if rows.most_groups > 1:
-        return Blocks(32, 128, 4, 1) if nf4 else Blocks(64, 128, 4, 3)
+        # Without the tensor cores a step needs no barrier: few steps with many loads in flight.
+        if inner % 512:
+            return Blocks(4, math.gcd(inner, 512), 1, 3)
+        if nf4:
+            return Blocks(4, math.gcd(inner, 1024), 4, 3) if one_group else Blocks(8, 512, 4, 3)
+        return Blocks(4 if one_group else 2, depth := math.gcd(inner, 2048), depth // 256, 3)
+    # Triton's stages copy 16-bit weights ahead; what NF4 needs ahead is held in registers.
+    if not one_group:
+        return Blocks(64, 128, 4, 1 if nf4 else 3)
     # A single group has few columns in all: they are divided among more programs.
+    if inner > 2048:
+        return Blocks(16, math.gcd(inner, 512), 4, 1 if nf4 else 4)
     return Blocks(16, math.gcd(inner, 256), 4, 1) if nf4 else Blocks(32, 128, 4, 4)
+
+
+class _Listed(NamedTuple):
+    """The products inside the kernel, by their numbers; `own` is the number of the program's."""
+
+    rows: Rows
+    refs: Sequence[Any]
+    own: Array
+
+    def group(self, number: Array) -> Array:
+        """The group that product `number` multiplies by."""
+        return self.refs[0][0] if self.rows.group is None else self.refs[0][0] + self.refs[1][number]
+
+    def source(self, number: Array) -> Array:
+        """Its row of x."""
+        target = self.target(number)
+        return target if self.rows.per_source == 1 else jax.lax.div(target, jnp.full_like(target, self.rows.per_source))
+
+    def target(self, number: Array) -> Array:
+        """Its row of the result."""
+        return number if self.rows.order is None else self.refs[-1][number]
 
 
 class _Weights(NamedTuple):
@@ -142,6 +170,11 @@ class _Weights(NamedTuple):
     def columns(self) -> int:
         """Columns of the result."""
         return self.stack.shape[1] // self.halves
+
+    @property
+    def in_matrix(self) -> int:
+        """Columns of one matrix, so that a program's columns lie in one."""
+        return self.stack.shape[1] // (self.stack.codes.shape[-2] if isinstance(self.stack, NF4Stack) else 1)
 
     @property
     def arrays(self) -> list[Array]:
@@ -163,109 +196,175 @@ class _Tile:
     table: Any
     x: Any
     depth: int
-    parted: bool  # the rows hold their even elements, then the odd ones
+    decode: Any  # (codes, absmax, NF4's table, dtype to round to, dtype) -> even and odd elements
+    ahead: bool  # a step's operands are loaded during the step before
 
     @property
     def steps(self) -> int:
         """Steps along the contraction."""
         return self.x.shape[1] // self.depth
 
-    def pairs(self, group: Array, column: Array, count: int, step: Array) -> list[tuple[Array, Array]]:
-        """(weights [count, *n], their places [*n] in a row), together the `depth` elements of this step."""
+    def load(self, group: Array, column: Array, count: int, step: Any) -> tuple[Array, ...]:
+        """What is read of the matrix for this step and `count` columns, as it lies in memory."""
         start = step * self.depth
-        columns = column + jnp.arange(count)
         if not isinstance(self.weights.stack, NF4Stack):
-            places = start + jnp.arange(self.depth)
-            return [(self.refs[0][group, columns[:, None], places[None, :]], places)]
-        return self._decoded(group, column, count, start)
-
-    def _decoded(self, group: Array, column: Array, count: int, start: Array) -> list[tuple[Array, Array]]:
-        """The even elements, then the odd ones, [count, blocks, 32] each."""
+            columns = column + jnp.arange(count)
+            return (self.refs[0][group, columns[:, None], (start + jnp.arange(self.depth))[None, :]],)
         stack = self.weights.stack
         _, out, inner = stack.shape
         matrix, row = jnp.int32(0), column + jnp.arange(count)
         if (matrices := stack.codes.shape[-2]) > 1:  # all columns of a program lie in one matrix
             matrix = jax.lax.div(column, jnp.int32(out // matrices))
             row -= matrix * (out // matrices)
-        block = (
-            (row * (inner // NF4_BLOCK))[:, None] + start // NF4_BLOCK + jnp.arange(self.depth // NF4_BLOCK)[None, :]
-        )
-        absmax = self._absmax(group, matrix, block)[:, :, None]
+        first = start // NF4_BLOCK
+        block = (row * (inner // NF4_BLOCK))[:, None] + first + jnp.arange(self.depth // NF4_BLOCK)[None, :]
         codes = self.refs[0][group, matrix, block[:, :, None] * _HALF + jnp.arange(_HALF)[None, None, :]]
-        codes = codes.astype(jnp.int32)
-        block = jnp.arange(self.depth // NF4_BLOCK)[:, None]
-        if self.parted:
-            places = start // 2 + block * _HALF + jnp.arange(_HALF)[None, :]
-            further = inner // 2
-        else:
-            places = start + block * NF4_BLOCK + 2 * jnp.arange(_HALF)[None, :]
-            further = 1
-        halves = (codes >> 4, places), (codes & 15, places + further)
-        return [((self.table[code] * absmax).astype(self.x.dtype), places) for code, places in halves]
-
-    def _absmax(self, group: Array, matrix: Array, block: Array) -> Array:
         absmax = self.refs[1][group, matrix, block]
         if len(self.refs) == 2:
-            return absmax
-        _, _, nested_absmax, offset, table = self.refs
-        nested = nested_absmax[group, matrix, block // NF4_NESTED_BLOCK]
-        # As in `jaxmoe.nf4.stack`: the bound changes no finite number, it keeps product and sum apart.
-        product = jnp.minimum(table[absmax.astype(jnp.int32)] * nested, jnp.finfo(jnp.float32).max)
-        return product + offset[group, matrix]
+            return codes, absmax
+        nested_absmax, offset = self.refs[2:4]
+        return codes, absmax, nested_absmax[group, matrix, block // NF4_NESTED_BLOCK], offset[group, matrix]
+
+    def weights_of(self, loaded: tuple[Array, ...], dtype: Any) -> Array:
+        """The weights [columns, depth] that were loaded, rounded to x's dtype and given in `dtype`."""
+        if len(loaded) == 1:
+            return loaded[0].astype(dtype)
+        codes, absmax, *nested = loaded
+        if nested:
+            # As in `jaxmoe.nf4.stack`: the bound changes no finite number, it keeps product and sum apart.
+            product = jnp.minimum(self.refs[4][absmax.astype(jnp.int32)] * nested[0], jnp.finfo(jnp.float32).max)
+            absmax = product + nested[1]
+        absmax = jnp.broadcast_to(absmax[:, :, None], codes.shape)
+        pairs = self.decode(codes, absmax, self.table, self.x.dtype, dtype)
+        return jnp.stack(pairs, axis=-1).reshape(len(codes), self.depth)
+
+    def sums(
+        self, group: Array, column: Array, count: int, x_of: Callable[[Any], Array], add: Callable[..., Array]
+    ) -> list[Array]:
+        """For each half of the matrix, the sum of `add(loaded, x)` over all steps along the contraction.
+
+        What the next step needs is loaded before this step's is used, except where Triton itself does that.
+        """
+        columns = [column + n * self.weights.columns for n in range(self.weights.halves)]
+
+        def load(step: Any) -> tuple[list[tuple[Array, ...]], Array]:
+            return [self.load(group, first, count, step) for first in columns], x_of(step)
+
+        def used(accs: Sequence[Array], loaded: tuple[list[tuple[Array, ...]], Array]) -> list[Array]:
+            return [add(acc, each, loaded[1]) for acc, each in zip(accs, loaded[0], strict=True)]
+
+        shape = jax.eval_shape(lambda: used([jnp.zeros(())] * len(columns), load(0)))
+        accs = [jnp.zeros(each.shape, jnp.float32) for each in shape]
+        if not self.ahead:
+            return jax.lax.fori_loop(0, self.steps, lambda step, accs: used(accs, load(step)), accs)
+
+        def step(number: Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            accs, loaded = state
+            following = load(number)
+            return used(accs, loaded), following
+
+        return used(*jax.lax.fori_loop(1, self.steps, step, (accs, load(0))))
 
 
-def _each_row(tile: _Tile, rows: Rows, place: tuple[Array, int], out: Any, column: Array, columns: int) -> None:
+def _looked_up(codes: Array, absmax: Array, table: Any, dtype: Any, wanted: Any) -> list[Array]:
+    """The even and the odd elements of bytes of codes, rounded to `dtype` and given in `wanted`."""
+    code = codes.astype(jnp.int32)
+    return [(table[each] * absmax).astype(dtype).astype(wanted) for each in (code >> 4, code & 15)]
+
+
+def _decoded_pairs(codes: Array, absmax: Array, table: Any, dtype: Any, wanted: Any) -> list[Array]:
+    """As `_looked_up`, in assembly: each lane of a warp holds one value of the table, and a shuffle looks it up.
+
+    A load would need an address for each element. Four bytes of codes are decoded at a time.
+    """
+    word = jax.ShapeDtypeStruct(codes.shape, jnp.int32)
+    asm, lanes = triton.elementwise_inline_asm, jax.ShapeDtypeStruct(codes.shape, jnp.float32)
+    (own,) = asm(
+        _LANE_TABLE, args=[jnp.zeros(codes.shape, jnp.float32)], constraints="=f,f", pack=1, result_shape_dtypes=[lanes]
+    )
+    (words,) = asm(
+        _DECODE.replace("TYPE", "bf16x2" if dtype == jnp.bfloat16 else "f16x2"),
+        args=[codes, absmax, own],
+        constraints=",".join(["=r"] * 4 + ["r"] + ["f"] * 8),
+        pack=4,
+        result_shape_dtypes=[word],
+    )
+    if dtype == jnp.bfloat16 and wanted == jnp.float32:  # the upper half of a float32
+        return [jax.lax.bitcast_convert_type(half, jnp.float32) for half in (words << 16, words & -65536)]
+    halves = words.astype(jnp.int16), jax.lax.shift_right_logical(words, 16).astype(jnp.int16)
+    return [jax.lax.bitcast_convert_type(half, dtype).astype(wanted) for half in halves]
+
+
+def _lane_table() -> str:
+    """Gives each lane of a warp the table's value of its own number, modulo 16."""
+    bits = [f"0f{value:08X}" for value in NF4_TABLE.view(np.uint32)]
+    choices = [f"setp.eq.u32 p, l, {i}; selp.f32 $0, {value}, $0, p;" for i, value in enumerate(bits[1:], 1)]
+    head = f"{{ .reg .u32 l; .reg .pred p; mov.u32 l, %laneid; and.b32 l, l, 15; mov.f32 $0, {bits[0]};"
+    return " ".join([head, *choices, "}"])
+
+
+def _decode_asm() -> str:
+    """Decodes four bytes ($4) with their absmax ($5 to $8) and the lane's value ($9) to four words of two ($0 to $3).
+
+    The even element, in the high half of its byte, becomes the low half of the word.
+    """
+    lines = ["{ .reg .b32 c; .reg .f32 v0; .reg .f32 v1;"]
+    for byte in range(4):
+        for half, value in ((8 * byte + 4, "v0"), (8 * byte, "v1")):
+            # 0x101f: the lane is chosen among the 16 of the own half by four bits
+            lines += [f"shr.u32 c, $4, {half};", f"shfl.sync.idx.b32 {value}, $9, c, 0x101f, 0xffffffff;"]
+            lines += [f"mul.rn.f32 {value}, {value}, ${5 + byte};"]
+        lines += [f"cvt.rn.TYPE.f32 ${byte}, v1, v0;"]
+    return " ".join([*lines, "}"])
+
+
+_LANE_TABLE, _DECODE = _lane_table(), _decode_asm()
+
+
+def _each_row(tile: _Tile, rows: _Listed, out: Any, column: Array, columns: int) -> None:
     """Multiplies the program's own row element by element; a program's threads add up their sums once, at the end."""
-    number, _ = place
-    group, source = rows.group[number], rows.source[number]
+    number = rows.own
+    group, source = rows.group(number), rows.source(number)
 
-    def half(first: Array) -> Array:
-        def step(number: Array, acc: Array) -> Array:
-            for weights, places in tile.pairs(group, first, columns, number):
-                acc += weights.astype(jnp.float32) * tile.x[source, places].astype(jnp.float32)[None]
-            return acc
+    def x_of(step: Any) -> Array:
+        return tile.x[source, step * tile.depth + jnp.arange(tile.depth)]
 
-        shape = jax.eval_shape(lambda: tile.pairs(group, first, columns, jnp.int32(0))[0][0]).shape
-        acc = jax.lax.fori_loop(0, tile.steps, step, jnp.zeros(shape, jnp.float32))
-        while acc.ndim > 1:
-            acc = jnp.sum(acc, axis=-1)
-        return acc
+    def add(acc: Array, loaded: tuple[Array, ...], x: Array) -> Array:
+        return acc + tile.weights_of(loaded, jnp.float32) * x.astype(jnp.float32)[None]
 
-    result = _finish([half(column + n * tile.weights.columns) for n in range(tile.weights.halves)], tile.x.dtype)
-    out[rows.target[number], column + jnp.arange(columns)] = result.astype(out.dtype)
+    halves = [jnp.sum(acc, axis=-1) for acc in tile.sums(group, column, columns, x_of, add)]
+    result = _finish(halves, tile.x.dtype)
+    out[rows.target(number), column + jnp.arange(columns)] = result.astype(out.dtype)
 
 
-def _rows_of_group(tile: _Tile, rows: Rows, place: tuple[Array, int], out: Any, column: Array, columns: int) -> None:
+def _rows_of_group(tile: _Tile, rows: _Listed, out: Any, column: Array, columns: int) -> None:
     """Multiplies all rows of a group on the tensor cores, if the program's row is the first of them."""
-    number, count = place
-    group = rows.group[number]
+    number, count = rows.own, rows.rows.count
+    group = rows.group(number)
 
     def of_group(position: Array) -> Array:
-        return (position < count) & (rows.group[jnp.minimum(position, count - 1)] == group)
+        return (position < count) & (rows.group(jnp.minimum(position, count - 1)) == group)
 
     def some(position: Array) -> Array:
         positions = position + jnp.arange(_TOGETHER)
         inside = jnp.minimum(positions, count - 1)
-        source = rows.source[inside]
+        source = rows.source(inside)
 
-        def half(first: Array) -> Array:
-            def step(number: Array, acc: Array) -> Array:
-                for weights, places in tile.pairs(group, first, columns, number):
-                    x = tile.x[source[None, :], places.reshape(-1)[:, None]]
-                    acc += jnp.dot(weights.reshape(columns, -1), x, preferred_element_type=jnp.float32)
-                return acc
+        def x_of(step: Any) -> Array:
+            return tile.x[source[None, :], (step * tile.depth + jnp.arange(tile.depth))[:, None]]
 
-            return jax.lax.fori_loop(0, tile.steps, step, jnp.zeros((columns, _TOGETHER), jnp.float32))
+        def add(acc: Array, loaded: tuple[Array, ...], x: Array) -> Array:
+            return acc + jnp.dot(tile.weights_of(loaded, x.dtype), x, preferred_element_type=jnp.float32)
 
-        result = _finish([half(column + n * tile.weights.columns) for n in range(tile.weights.halves)], tile.x.dtype)
-        own = (positions < count) & (rows.group[inside] == group)
+        result = _finish(tile.sums(group, column, columns, x_of, add), tile.x.dtype)
+        own = (positions < count) & (rows.group(inside) == group)
         # Places of nothing are different from each other: the interpreter writes what is masked back.
-        target = jnp.where(positions < count, rows.target[inside], positions)
+        target = jnp.where(positions < count, rows.target(inside), positions)
         where = out.at[target[None, :], (column + jnp.arange(columns))[:, None]]
         triton.store(where, result.astype(out.dtype), mask=own[None, :])
         return position + _TOGETHER
 
-    @pl.when((number == 0) | (rows.group[jnp.maximum(number - 1, 0)] != group))
+    @pl.when((number == 0) | (rows.group(jnp.maximum(number - 1, 0)) != group))
     def _() -> None:
         jax.lax.while_loop(of_group, some, number)
 
