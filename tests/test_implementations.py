@@ -24,8 +24,7 @@ def nothing_forced(monkeypatch):
         monkeypatch.delenv(f"JAXMOE_{operation.upper()}", raising=False)
 
 
-ROW_KERNELS = ("few rows", "norm rotary", "swiglu gradient")
-BY_NAME_ONLY = ("cached attention", "expert choice", "residual norm")  # but for what runs anywhere
+ROW_KERNELS = ("cached attention", "expert choice", "few rows", "norm rotary", "residual norm", "swiglu gradient")
 
 
 def on(monkeypatch, device):
@@ -48,7 +47,6 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("attention", attention),
         ("grouped matmul", grouped_matmul),
         *((what, row_kernels) for what in ROW_KERNELS),
-        *((what, "xla") for what in BY_NAME_ONLY),
     }
 
 

@@ -41,14 +41,12 @@ class Implementation(NamedTuple):
     """One way to run an operation.
 
     `what` describes it, `unsupported` says why a device cannot run it (None: it can), and `home` is "module:name" of
-    its value, which is imported only where the device can run it. With `by_name` it runs only where it is selected by
-    name: it has been tested, but no model has been timed with it.
+    its value, which is imported only where the device can run it.
     """
 
     what: str
     unsupported: Callable[[Device], str | None]
     home: str
-    by_name: bool = False
 
     def load(self) -> Any:
         """The value: it runs the operation, and its `unsupported(*operands)` says why it cannot (None: it can)."""
@@ -113,7 +111,6 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "Pallas Triton kernel for one new token, from its projections on, over the filled slots",
             _needs_capability((8, 0)),
             "jaxmoe.ops.kernels.cached_attention:FLASH",
-            by_name=True,
         ),
         "xla": Implementation("all slots under a mask", _anywhere, "jaxmoe.ops.cached_attention:MASKED"),
     },
@@ -140,7 +137,6 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "Pallas Triton kernel, one launch for few tokens",
             _needs_capability((8, 0)),
             "jaxmoe.ops.kernels.residual_norm:ONE_LAUNCH",
-            by_name=True,
         ),
         "xla": Implementation("sum, then norm, as XLA fuses them", _anywhere, "jaxmoe.ops.residual_norm:TWO_STEPS"),
     },
@@ -149,7 +145,6 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "Pallas Triton kernel, one launch for few tokens",
             _needs_capability((8, 0)),
             "jaxmoe.ops.kernels.expert_choice:ONE_LAUNCH",
-            by_name=True,
         ),
         "xla": Implementation("softmax, then top-k, as XLA fuses them", _anywhere, "jaxmoe.ops.router:PLAIN"),
     },
@@ -236,8 +231,6 @@ def choose(operation: str, *operands: Any) -> Choice:
         return Choice(name, f"{choices[name].what}; selected by {source}", choices[name].load())
     passed = []
     for name, implementation in choices.items():
-        if implementation.by_name:
-            continue
         why = unsupported(implementation)
         if why is None:
             return Choice(name, "; ".join([implementation.what, *passed]), implementation.load())
