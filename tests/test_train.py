@@ -35,6 +35,8 @@ from jaxmoe.model import layer_loop
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.parameters import parameter_specs
+from jaxmoe.runs.plots import of_runs
+from jaxmoe.runs.record import read_run
 from jaxmoe.stopping import Postponed
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import prepare
@@ -46,6 +48,7 @@ from jaxmoe.train.loss import NextTokenCrossEntropy, Outputs, next_token_objecti
 from jaxmoe.train.metrics import MetricsLog, expert_load
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
+from jaxmoe.train.watch import CHANGED, DIVERGENCE
 from peers.make_checkpoint import TINY, make_checkpoint
 from tests.conftest import ROOT
 from tests.tolerances import bound
@@ -175,6 +178,27 @@ def check_resume(
 
 def test_resume_is_bit_for_bit(whole: Any, crashed: pathlib.Path, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     check_resume(whole, crashed, base, tmp_path / "out")
+
+
+def test_a_watched_run_learns_the_same(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Measuring changes nothing, and a resumed run finds the same numbers: its base is the model as the run began."""
+    setup, expected = whole
+    watched = functools.partial(setup, watch_routing=base / "held-out.jsonl", watch_every=2, save_every=3)
+    with pytest.raises(Crash):
+        train(watched(base, tmp_path / "out"), crash_at(4))
+    before = metrics(tmp_path / "out")
+    train(watched(base, tmp_path / "out", resume=True))
+    rows = metrics(tmp_path / "out")
+    assert weights(tmp_path / "out") == weights(expected)
+    assert rows[:5] == before
+
+    measured = {row["step"]: row for row in rows if CHANGED in row}
+    assert [*measured] == [0, 2, 4, STEPS]
+    assert measured[0][CHANGED] == measured[0][DIVERGENCE] == [0, 0]
+    assert min(measured[STEPS][CHANGED]) > 0 and min(measured[STEPS][DIVERGENCE]) > 0
+    titles = [figure.title for figure in of_runs([read_run(tmp_path / "out")], ["run"])]
+    assert len([title for title in titles if title.startswith("Probe: ")]) == 4
+    assert "Probe: tokens with other experts" in (tmp_path / "out" / "report.html").read_text()
 
 
 def forget_moments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -776,6 +800,8 @@ BAD_FLAGS = {
     "steps and epochs": ("--max-steps 3 --epochs 1", "epochs and max_steps: expected one of them, found both"),
     "two ways to evaluate": ("--eval-data a --eval-fraction 0.1", "eval_data and eval_fraction: expected one of them"),
     "nothing to evaluate": ("--eval-every 3", "eval_every: expected eval_data or eval_fraction"),
+    "watched never": ("--watch-every 3", "watch_every: expected watch_routing with it, found none"),
+    "no such probe": ("--watch-routing {tmp}/nowhere.jsonl", "file not found: .*nowhere.jsonl"),
     "all held out": ("--eval-fraction 1", "eval_fraction: expected a number between 0 and 1"),
     "two models": ("--from-scratch {tmp}/config.json", "model and from_scratch: expected one of them, found both"),
     "stray tokenizer": ("--tokenizer {tmp}", "tokenizer: only valid with from_scratch, which needs it; found it alone"),

@@ -81,7 +81,7 @@ MODULES: dict[str, set[str]] = {
     "train": _under(
         "jaxmoe.train",
         ". best data documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
-        " processes publish reference run_page samples settings speed step trackers",
+        " processes publish reference run_page samples settings speed step trackers watch",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),

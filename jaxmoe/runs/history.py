@@ -68,7 +68,7 @@ class _Thinned:
 
 class History:
     """The rows of a run, in order. Of a long run every second, fourth, ... row is kept, and the last one; rows of
-    evaluations are counted by themselves."""
+    evaluations, or with measures of the routing, are counted by themselves."""
 
     def __init__(self) -> None:
         self._steps, self._evaluations = _Thinned(), _Thinned()
@@ -95,7 +95,8 @@ class History:
     def add(self, numbers: Mapping[str, Any]) -> None:
         """Adds the numbers of one step; what is no number is left out."""
         row = {name: value for name, value in numbers.items() if is_finite(value) or is_list_of_numbers(value)}
-        (self._evaluations if "eval_loss" in row else self._steps).add(self._count, row)
+        measured = "eval_loss" in row or "routing_changed" in row
+        (self._evaluations if measured else self._steps).add(self._count, row)
         self._last = self._count, row
         self._count += 1
 

@@ -44,6 +44,25 @@ LOADS = {
         "In each MoE layer, the routed rows of the busiest device of the expert axis over the mean: 1 is even.",
     ),
 }
+WATCHED = {
+    "routing_changed": (
+        "Probe: tokens with other experts",
+        "share of tokens",
+        "The share of the probe's tokens that use another set of experts than with the base model.",
+    ),
+    "routing_divergence": (
+        "Probe: divergence from the base's router",
+        "nats",
+        "Jensen-Shannon divergence of the router's probabilities from the base's, mean over the probe's tokens.",
+    ),
+    "routing_load_cv": (
+        "Probe: load variation",
+        "standard deviation / mean",
+        "How unevenly the probe's tokens load each MoE layer's experts: 0 is even.",
+    ),
+    "routing_dead_experts": ("Probe: unused experts", "experts", "How many experts no token of the probe uses."),
+}
+BY_LAYER = LOADS | WATCHED
 
 
 def of_runs(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Figure]:
@@ -102,9 +121,9 @@ def _numbers(
         y = np.full(len(x), np.nan)
         y[np.searchsorted(x, steps)] = column
         series.append(Series(label, y, bridged=True))
-    title, unit, caption = NUMBERS.get(name) or LOADS.get(name) or (name, name, "As the loss reports it.")
-    caption += " Mean over the layers." if name in LOADS else ""
-    from_zero = name not in ("loss", "eval_loss", *LOADS) and name in NUMBERS
+    title, unit, caption = NUMBERS.get(name) or BY_LAYER.get(name) or (name, name, "As the loss reports it.")
+    caption += " Mean over the layers." if name in BY_LAYER else ""
+    from_zero = name not in ("loss", "eval_loss", *BY_LAYER) and name in NUMBERS
     return Lines(name, title, caption, "step", unit, x=x, series=tuple(series), from_zero=from_zero)
 
 
@@ -117,7 +136,7 @@ def _load_by_layer(name: str, run: RunRecord) -> Figure:
     matrix, steps = run.history.matrix(name), run.history.steps()
     kept = np.flatnonzero(np.isfinite(matrix).any(axis=1))
     kept = kept[np.unique(np.linspace(0, len(kept) - 1, min(len(kept), MOST_COLUMNS)).round().astype(int))]
-    title, unit, caption = LOADS.get(name) or (name, name, "One number per MoE layer.")
+    title, unit, caption = BY_LAYER.get(name) or (name, name, "One number per MoE layer.")
     return Heatmap(
         name,
         title,

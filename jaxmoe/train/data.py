@@ -6,7 +6,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
 from jaxmoe.data.inputs import opened
 from jaxmoe.data.mixture import Mixture
-from jaxmoe.data.packing import Document, Sequences
-from jaxmoe.data.records import Tokenising, digest
+from jaxmoe.data.packing import Document, Sequences, cut
+from jaxmoe.data.records import Tokenising, digest, read_input
 from jaxmoe.data.sources import weights_of
 from jaxmoe.data.stream import Position, Stream
 from jaxmoe.train.documents import Part, read_held_out, read_parts
@@ -30,11 +30,12 @@ from jaxmoe.train.settings import TrainConfig
 
 @dataclass(frozen=True)
 class Data:
-    """The sequences to train on and to evaluate on (None: no evaluation); `digests` are the identity's entries for
-    their content."""
+    """The sequences to train on, to evaluate on (None: no evaluation) and to measure the routing on; `digests` are the
+    identity's entries for their content."""
 
     sequences: Sequences | Stream
     held_out: Sequences | None
+    probe: Sequences | None
     replay: Replay | None
     epochs: int | None  # None: as many as the steps take
     notices: list[str]
@@ -84,12 +85,13 @@ def read_data(
     how = Tokenising(tokenizer, config.vocab_size, chat, pairs=settings.learns_from_pairs)
     notices = notices_of_template(chat, tokenizer)
     none = digest([], (previous or {}).get("eval_data"))
+    probe = _probe(settings, how)
     if settings.streaming:
         part = read_held_out(settings, how, previous or {})
         held_out, more = _held_out(settings, part)
         stream, said, digests = _streamed(settings, how)
         digests["eval_data"] = none if part is None else part.digest
-        return Data(stream, held_out, None, None, notices + said + more, digests)
+        return Data(stream, held_out, probe, None, None, notices + said + more, digests)
     part, held_out_part = read_parts(settings, how, previous, shared)
     epochs = None if settings.max_steps is not None else settings.epochs or 1
     notices += part.lost.notices(settings.seq_length)
@@ -115,7 +117,7 @@ def read_data(
         "mixture": weights and [[weight, size] for weight, size in zip(weights, part.sizes, strict=True)],
         "streaming": None,
     }
-    return Data(sequences, held_out, replay, epochs, notices + more, digests)
+    return Data(sequences, held_out, probe, replay, epochs, notices + more, digests)
 
 
 def _held_out(settings: TrainConfig, part: Part | None) -> tuple[Sequences | None, list[str]]:
@@ -131,6 +133,15 @@ def _held_out(settings: TrainConfig, part: Part | None) -> tuple[Sequences | Non
         reference=_no_reference_yet(settings, part.documents),
     )
     return sequences, [f"held-out: {line}" for line in part.lost.notices(settings.seq_length)]
+
+
+def _probe(settings: TrainConfig, how: Tokenising) -> Sequences | None:
+    """The sequences to measure the routing on."""
+    if settings.watch_routing is None:
+        return None
+    records = read_input(opened(str(settings.watch_routing)), replace(how, pairs=False))
+    documents, _ = cut(records, settings.seq_length)
+    return Sequences(documents, settings.seq_length, pack=settings.pack, shuffle=False, epochs=1)
 
 
 def _no_reference_yet(settings: TrainConfig, documents: Sequence[Document]) -> np.ndarray | None:

@@ -10,7 +10,7 @@ import logging
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
@@ -71,6 +71,7 @@ from jaxmoe.train.step import (
     state_to_compile,
 )
 from jaxmoe.train.trackers import Ended, Reported, Trackers, check_trackers
+from jaxmoe.train.watch import CHANGED, Watch, watch_in_words
 
 _log = logging.getLogger("jaxmoe")
 
@@ -150,7 +151,9 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
         wait_for_all()
         if settings.stores_reference:
             fill_in_reference(plan, frozen, state.trainable)
-        begin = Begin(start, partial(record_changes, settings, identity, changes), changes, sampler)
+        # Before a checkpoint is restored: the trained arrays are still those of the model as the run began.
+        watch = None if plan.data.probe is None else Watch(plan, plan.data.probe, frozen, state.trainable)
+        begin = Begin(start, partial(record_changes, settings, identity, changes), changes, sampler, watch)
         state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, begin)
     if stopped_by is None:
         _export(plan, state.trainable)
@@ -195,7 +198,8 @@ def _run(
         told = settings.trackers if launch.this().is_first else ()
         trackers = Trackers(told, Reported(settings.output, as_json(settings), keep_to))
         log.also(trackers)
-        for notice in [*plan.notices, *trackers.notices, *filter(None, [checkpoints.notice])]:
+        about_watch = begin.watch.notices if begin.watch is not None else []
+        for notice in [*plan.notices, *about_watch, *trackers.notices, *filter(None, [checkpoints.notice])]:
             _log.info(notice)
         if settings.resumes:
             _log.info(f"continuing at step {first}" if restored else "no checkpoint yet: starting at step 0")
@@ -233,12 +237,13 @@ def _restored(checkpoints: TrainCheckpoints, like: TrainState, step: int) -> Tra
 
 class Begin(NamedTuple):
     """How a run begins: its folder until the first step is done; what a resumed run does otherwise than before, with a
-    function that records it, given the step after which it does; and what writes samples."""
+    function that records it, given the step after which it does; what writes samples, and what measures the routing."""
 
     start: Start
     record: Callable[[int], None]
     changes: Mapping[str, list[Any]]
     sampler: Sampler | None
+    watch: Watch | None
 
 
 class Start:
@@ -356,17 +361,28 @@ class Loop:
         """
         total = self._plan.total_steps
         evaluates = self._plan.data.held_out is not None
-        if first == 0 and evaluates:
-            numbers = self._evaluate(state)
-            before = numbers["eval_loss"]
-            self.summary["eval_loss_before"] = self.summary["eval_loss"] = before
-            self._write({"step": 0} | numbers)
-            self._progress.say(f"step 0/{total}  held-out loss {before:.4f}")
         if first == 0:
+            numbers = self._measured(state, Due(evaluates, self._begin.watch is not None))
+            if evaluates:
+                self.summary["eval_loss_before"] = self.summary["eval_loss"] = numbers["eval_loss"]
+            if numbers:
+                self._write({"step": 0} | numbers)
+                self._progress.say(f"step 0/{total}  {_in_words(numbers)}")
             self._draw(0, state)
         train_step = self._compiled.train_step
-        with Postponed() as signals:
+        with Postponed() as signals, self._time_of_watch():
             return self._steps(train_step, state, first, signals)
+
+    @contextlib.contextmanager
+    def _time_of_watch(self) -> Iterator[None]:
+        """Says in the end how long measuring the routing took."""
+        started, watch = time.perf_counter(), self._begin.watch
+        before = watch.seconds if watch is not None else 0.0
+        yield
+        if watch is not None and (spent := watch.seconds - before):
+            share = spent / (time.perf_counter() - started)
+            line = f"measuring the routing took {spent:.1f} s, {share:.1%} of the training"
+            self._show(partial(self._progress.say, line))
 
     def _steps(
         self, train_step: Any, state: TrainState, first: int, signals: Postponed
@@ -386,12 +402,15 @@ class Loop:
                 self._report(*pending)
             pending = (step, arrival)
             last = step == total
-            evaluate = evaluates and (last or _due(step, settings.eval_every))
+            due = Due(
+                evaluates and (last or _due(step, settings.eval_every)),
+                self._begin.watch is not None and (last or _due(step, settings.watch_every)),
+            )
             wish = signals.received if signals.received is not None or self._unshown is None else 0
             stopped_by = common_stop.after(step, wish)
             stop = stopped_by is not None
-            if evaluate:
-                self._report(*pending, state)
+            if any(due):
+                self._report(*pending, partial(self._measured, state, due))
                 pending = None
             is_best = settings.keep_best and self._best.step == step
             save = last or stop or is_best or self._best.is_over(settings.patience) or _due(step, settings.save_every)
@@ -400,9 +419,9 @@ class Loop:
                     self._report(*pending)
                     pending = None
                 self._save(step, state)
-            if evaluate or last:
-                self._draw(step, state)
-            if evaluate or save:
+            if any(due) or last:
+                self._draw(step, state, samples=due.evaluation or last)
+            if any(due) or save:
                 self._speed.restart(time.perf_counter())
             if stop and not last:
                 if self._unshown is not None and signals.received is None:
@@ -421,11 +440,18 @@ class Loop:
         if self._page is not None:
             self._page.add(numbers, load)
 
-    def _draw(self, step: int, state: TrainState) -> None:
+    def _draw(self, step: int, state: TrainState, *, samples: bool = True) -> None:
         """Rewrites the run's page, with samples of this step if prompts were given."""
         if self._page is not None:
-            sampler = self._begin.sampler
+            sampler = self._begin.sampler if samples else None
             self._page.draw(sampler(step, self._frozen, state.trainable) if sampler else ())
+
+    def _measured(self, state: TrainState, due: Due) -> dict[str, Any]:
+        """The numbers of what is due."""
+        numbers: dict[str, Any] = self._evaluate(state) if due.evaluation else {}
+        if due.watch and self._begin.watch is not None:
+            numbers |= self._begin.watch(self._frozen, state.trainable)
+        return numbers
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         """`eval_loss`, the mean loss over the held-out sequences (in nats for next tokens), and with `eval_` before
@@ -440,8 +466,8 @@ class Loop:
         further = {f"eval_{name}": mean([each.further[name] for each in sums]) for name in sums[0].further}
         return {"eval_loss": mean([each.loss for each in sums])} | further
 
-    def _report(self, step: int, arrival: Future[Arrived], evaluate: TrainState | None = None) -> None:
-        """Waits for a step's numbers, checks and logs them; evaluates first if given a state to evaluate."""
+    def _report(self, step: int, arrival: Future[Arrived], measure: Callable[[], dict[str, Any]] | None = None) -> None:
+        """Waits for a step's numbers, checks and logs them, together with what `measure` finds."""
         metrics, when = arrival.result()
         speed = self._speed.completed(when, int(metrics.tokens))
         self._check_finite(step, metrics)
@@ -458,18 +484,19 @@ class Loop:
             **device_load(metrics.expert_counts, self._plan.model.mesh.expert),
             **{name: float(value) for name, value in metrics.further.items()},
         }
-        if evaluate is not None:
-            numbers |= self._evaluate(evaluate)
+        measured = {} if measure is None else measure()
+        numbers |= measured
         total, log_every = self._plan.total_steps, self._plan.settings.log_every
-        logged = step in (1, total) or _due(step, log_every) or evaluate is not None
+        logged = step in (1, total) or _due(step, log_every) or measure is not None
         if logged:
             self._write(numbers, ExpertLoad.of(step, metrics.expert_counts) if metrics.expert_counts.size else None)
             self._speed.restart(when)
         self._show(partial(self._progress.step, numbers, logged=logged))
-        if evaluate is not None:
-            self.summary["eval_loss"] = numbers["eval_loss"]
-            self._best.evaluated(step, numbers["eval_loss"])
-            self._show(partial(self._progress.say, f"step {step}/{total}  held-out loss {numbers['eval_loss']:.4f}"))
+        if "eval_loss" in measured:
+            self.summary["eval_loss"] = measured["eval_loss"]
+            self._best.evaluated(step, measured["eval_loss"])
+        if measured:
+            self._show(partial(self._progress.say, f"step {step}/{total}  {_in_words(measured)}"))
         self.summary |= {"steps": step, "loss": numbers["loss"]}
         self._on_step(numbers)
 
@@ -513,6 +540,19 @@ def _export(plan: Plan, trainable: Params) -> None:
     if settings.merge:
         folders["merged"] = settings.output / "merged"
     publish(settings.output, folders, settings.push_to_hub)
+
+
+class Due(NamedTuple):
+    """What is measured after a step, besides the step's own numbers."""
+
+    evaluation: bool
+    watch: bool
+
+
+def _in_words(measured: Mapping[str, Any]) -> str:
+    """What is said of the numbers that were measured after a step."""
+    said = [f"held-out loss {measured['eval_loss']:.4f}"] if "eval_loss" in measured else []
+    return ", ".join(said + ([watch_in_words(measured)] if CHANGED in measured else []))
 
 
 def _due(step: int, every: int | None) -> bool:

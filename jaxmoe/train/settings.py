@@ -341,6 +341,23 @@ class TrainConfig:
             "identity": APART,
         },
     )
+    watch_routing: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "records to measure the routing on, in every MoE layer: how many tokens use other experts than in "
+            "the base model, how far the router's probabilities are from the base's, the load, unused experts "
+            "(docs/routing.md)",
+            "metavar": "PROBE",
+            "identity": APART,
+        },
+    )
+    watch_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "measure the routing every N steps (always before the first and after the last)",
+            "identity": APART,
+        },
+    )
     sample_prompts: pathlib.Path | None = field(
         default=None,
         metadata={
@@ -493,7 +510,7 @@ def _check_allowed_changes(settings: TrainConfig) -> None:
 
 def _check_ranges(settings: TrainConfig) -> None:
     at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
-    at_least_1 += " epochs max_steps eval_every save_every patience sample_tokens shuffle_buffer"
+    at_least_1 += " epochs max_steps eval_every save_every patience sample_tokens shuffle_buffer watch_every"
     at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
     at_least_0 += " adam_epsilon beta"
     for least, names in ((1, at_least_1), (0, at_least_0)):
@@ -527,6 +544,8 @@ def _check_combinations(settings: TrainConfig) -> None:
     for name in ("keep_best", "patience"):
         if getattr(settings, name) and settings.eval_every is None:
             raise UserError(f"{name}: expected eval_every with it, found none")
+    if settings.watch_every is not None and settings.watch_routing is None:
+        raise UserError("watch_every: expected watch_routing with it, found none")
     _check_allowed_changes(settings)
     if (settings.model is None) == (settings.from_scratch is None):
         found = "neither" if settings.model is None else "both"

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Integer, Key, PyTree
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.packing import Batch
@@ -25,7 +25,7 @@ from jaxmoe.distributed.placement import Placement, mesh_axes
 from jaxmoe.memory import OptimizerName, Remat, loss_chunk, moments_on_host
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight
-from jaxmoe.model.interface import Options, Params, RouterStats, Tokens
+from jaxmoe.model.interface import DecoderOutput, Options, Params, RouterStats, Tokens
 from jaxmoe.ops.low_rank import DropoutKeys
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
 from jaxmoe.parameters import parameter_specs
@@ -65,6 +65,14 @@ class EvalSums(NamedTuple):
 
     loss: Float[Array, ""]
     further: Mapping[str, Float[Array, ""]]
+
+
+class ProbeRouting(NamedTuple):
+    """What the router does with a batch [B, T]: its float32 logits, and the experts that each token uses. Arrays are
+    JAX's within a step and NumPy's on the host."""
+
+    logits: Float[Any, "Ls B T E"]
+    experts: Integer[Any, "Ls B T k"]
 
 
 class LossAndGradients(NamedTuple):
@@ -130,12 +138,26 @@ class Model(NamedTuple):
         dropout_keys: DropoutKeys | None = None,
     ) -> Outputs:
         """The forward pass over B sequences of T tokens, on one device; `train` if it will be differentiated."""
-        if self.lora is not None:
-            params, adapters = frozen, trainable
-        else:
-            params, adapters = {path: array.astype(self.dtype) for path, array in trainable.items()}, {}
+        params, adapters = self._arrays(frozen, trainable)
         outputs = self._outputs(self.lora, params, adapters, batch, train=train, dropout_keys=dropout_keys)
         return replace(outputs, reference=self._reference(frozen, batch))
+
+    def routing(self, frozen: Params, trainable: Params, batch: Batch, *, adapted: bool) -> ProbeRouting:
+        """What the router does with B sequences of T tokens, on one device; `adapted` says whether with the adapters.
+
+        If all parameters are trained, there are none, and the trainable arrays are those of the model to ask.
+        """
+        params, adapters = self._arrays(frozen, trainable)
+        lora, adapters = (self.lora, adapters) if adapted else (None, {})
+        out = self._decoded(lora, params, adapters, batch, Options(router_logits=True, keep_logits=1))
+        assert out.router_logits is not None and out.routing is not None
+        return ProbeRouting(out.router_logits, out.routing.experts)
+
+    def _arrays(self, frozen: Params, trainable: Params) -> tuple[Params, Params]:
+        """The model's parameters in the dtype to compute in, and its adapters."""
+        if self.lora is not None:
+            return frozen, trainable
+        return {path: array.astype(self.dtype) for path, array in trainable.items()}, {}
 
     def _reference(self, frozen: Params, batch: Batch) -> Float[Array, "B T"] | None:
         """What the batch knows of the reference model, or what the frozen parameters say without adapters."""
@@ -155,28 +177,35 @@ class Model(NamedTuple):
         train: bool,
         dropout_keys: DropoutKeys | None = None,
     ) -> Outputs:
+        trainable = "none" if not train else "all" if lora is None else "adapters"
+        options = Options(trainable=trainable, unroll=self.unroll and train)
+        out = self._decoded(lora, params, adapters, batch, options, dropout_keys)
+        head = head_weight(weights_of(params, adapters, lora))
+        frozen_head = lora is not None and not lora.trains_head
+        return Outputs(out.hidden, head, out.stats, chunk=loss_chunk(self.remat), frozen_head=frozen_head)
+
+    def _decoded(
+        self,
+        lora: LoraConfig | None,
+        params: Params,
+        adapters: Params,
+        batch: Batch,
+        options: Options,
+        dropout_keys: DropoutKeys | None = None,
+    ) -> DecoderOutput:
+        """The decoder over a batch; `options` say what to return and what will be differentiated."""
         control = None
         if batch.experts is not None:
             control = RoutingControl(experts=jnp.moveaxis(batch.experts, -2, 0).astype(jnp.int32))
-        out = forward(
+        return forward(
             params,
             adapters,
             Tokens(batch.input_ids, batch.position_ids, batch.segment_ids),
             config=self.config,
-            options=Options(
-                lora=lora,
-                trainable="none" if not train else "all" if lora is None else "adapters",
-                remat=self.remat,
-                unroll=self.unroll and train,
-                packed=self.packed,
-                mesh=self.mesh,
-            ),
+            options=replace(options, lora=lora, remat=self.remat, packed=self.packed, mesh=self.mesh),
             control=control,
             dropout_keys=dropout_keys,
         )
-        head = head_weight(weights_of(params, adapters, lora))
-        frozen_head = lora is not None and not lora.trains_head
-        return Outputs(out.hidden, head, out.stats, chunk=loss_chunk(self.remat), frozen_head=frozen_head)
 
 
 def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:

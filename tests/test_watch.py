@@ -1,0 +1,95 @@
+"""The measures of the routing of a probe, on the device, against plain loops in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.train.step import ProbeRouting
+from jaxmoe.train.watch import CHANGED, DEAD, DIVERGENCE, LOAD_CV, compared, divergence, watch_in_words, watched
+from tests.tolerances import bound
+
+LAYERS, SEQUENCES, LENGTH, EXPERTS, CHOSEN = 2, 3, 5, 6, 2
+
+
+def routing(seed: int) -> ProbeRouting:
+    logits = np.random.default_rng(seed).normal(size=(LAYERS, SEQUENCES, LENGTH, EXPERTS)).astype(np.float32)
+    logits[..., -1] -= 100  # an expert that no token uses
+    return ProbeRouting(logits, np.argsort(-logits, axis=-1)[..., :CHOSEN].astype(np.uint8))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+
+
+def plainly(now: ProbeRouting, base: ProbeRouting, valid: np.ndarray) -> dict[str, list[float]]:
+    """The four measures, token by token, as their definitions say."""
+    found: dict[str, list[float]] = {name: [] for name in (CHANGED, DIVERGENCE, LOAD_CV, DEAD)}
+    tokens = [(line, place) for line in range(SEQUENCES) for place in range(LENGTH) if valid[line, place]]
+    for layer in range(LAYERS):
+        changed, total, load = 0, 0.0, [0] * EXPERTS
+        for line, place in tokens:
+            at = layer, line, place
+            changed += {*now.experts[at].tolist()} != {*base.experts[at].tolist()}
+            p, q = softmax(np.asarray(now.logits[at])), softmax(np.asarray(base.logits[at]))
+            m = (p + q) / 2
+            total += sum(p * np.log(p / m)) / 2 + sum(q * np.log(q / m)) / 2
+            for expert in now.experts[at].tolist():
+                load[expert] += 1
+        mean = sum(load) / EXPERTS
+        found[CHANGED].append(changed / len(tokens))
+        found[DIVERGENCE].append(total / len(tokens))
+        found[LOAD_CV].append((sum((each - mean) ** 2 for each in load) / EXPERTS) ** 0.5 / mean)
+        found[DEAD].append(load.count(0))
+    return found
+
+
+def inputs() -> tuple[ProbeRouting, ProbeRouting, np.ndarray]:
+    now, base = routing(0), routing(1)
+    now.experts[:, 0], now.logits[:, 0] = base.experts[:, 0, :, ::-1], base.logits[:, 0]  # another order, the same set
+    valid = np.ones((SEQUENCES, LENGTH), bool)
+    valid[1, 3:] = False
+    return now, base, valid
+
+
+def check(now: ProbeRouting, base: ProbeRouting, valid: Any) -> None:
+    expected = plainly(*inputs())
+    found = watched(*jax.device_get(compared(*jax.tree.map(jnp.asarray, (now, base, valid)))))
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=bound("watch_fp32"))
+    assert min(expected[CHANGED]) > 0 and max(expected[CHANGED]) < 1 and min(expected[DEAD]) >= 1
+    assert f"{np.mean(expected[CHANGED]):.1%} of the probe's tokens" in watch_in_words(found)
+
+
+def test_the_measures_are_those_of_plain_loops() -> None:
+    check(*inputs())
+
+
+@pytest.mark.parametrize("fault", ["padding counts", "experts in order", "base and model alike"])
+def test_other_measures_are_noticed(fault: str) -> None:
+    now, base, valid = inputs()
+    if fault == "padding counts":
+        valid[:] = True
+    elif fault == "experts in order":  # not as sets
+        now, base = (routing._replace(experts=routing.experts * [1, 2]) for routing in (now, base))
+    else:
+        base = now
+    with pytest.raises(AssertionError):
+        check(now, base, valid)
+
+
+def test_small_divergences_keep_their_digits() -> None:
+    """They grow with the square of the difference of the logits, down to what float32 logits can tell apart."""
+    logits = jnp.asarray(routing(0).logits[0, 0, :, :-1])
+    assert float(jnp.max(divergence(logits, logits))) == 0
+    step = 2.0**-10 * jnp.asarray([1, -1, 1, 0, 1])
+    for token in range(LENGTH):
+        p, q = softmax(np.asarray(logits[token] + step)), softmax(np.asarray(logits[token]))
+        m = (p + q) / 2
+        expected = (sum(p * np.log(p / m)) + sum(q * np.log(q / m))) / 2
+        found = float(divergence(logits + step, logits)[token])
+        assert 0 < expected < step[0] ** 2 and found == pytest.approx(expected, rel=bound("small_divergence_fp32"))
