@@ -50,15 +50,15 @@ MODULES: dict[str, set[str]] = {
     "convert": _under(
         "convert",
         ". __main__ adapters foreign_names forms fp8 hf2jax hub jax2hf names nf4 peft_experts peft_served "
-        "peft_settings report safetensors_io saved_modules",
+        "peft_settings pruned report safetensors_io saved_modules",
     ),
     "captures": _under("captures", ". format shared"),
     "ops": _under(
         "jaxmoe.ops",
         ". attention attention_chunked attention_context attention_cudnn attention_masked cached_attention contraction"
         " dispatch embedding experts few_experts few_rows frozen grouped_matmul implementations kept linear low_rank"
-        " norm norm_rotary projections residual_norm rotary router schedule swiglu kernels kernels.cached_attention"
-        " kernels.expert_choice kernels.few_rows kernels.norm_rotary kernels.residual_norm"
+        " norm norm_rotary projections residual_norm rotary router saliency schedule swiglu kernels"
+        " kernels.cached_attention kernels.expert_choice kernels.few_rows kernels.norm_rotary kernels.residual_norm"
         " kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
         " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer"
         " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",
@@ -84,7 +84,9 @@ MODULES: dict[str, set[str]] = {
         " processes publish reference run_page samples settings speed step trackers watch",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
-    "routing": _under("jaxmoe.routing", ". capture compare effects figures generation plots report summary text"),
+    "routing": _under(
+        "jaxmoe.routing", ". capture compare effects figures generation plots pruning report summary text"
+    ),
     "doctor": _under("jaxmoe.doctor", ". cards nodes report"),
     "commands": _under(
         "jaxmoe",

@@ -29,7 +29,7 @@ from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.cached_attention import Heads, Rotation
 from jaxmoe.ops.contraction import product
 from jaxmoe.ops.embedding import embed
-from jaxmoe.ops.experts import sorted_experts
+from jaxmoe.ops.experts import routed_outputs, sorted_experts
 from jaxmoe.ops.kept import ATTENTION_UPDATE, PROJECTED
 from jaxmoe.ops.linear import linears, logits_of_few
 from jaxmoe.ops.low_rank import DropoutKeys
@@ -47,6 +47,7 @@ from jaxmoe.ops.router import (
     no_routing,
     route,
 )
+from jaxmoe.ops.saliency import ExpertSums, candidates, expert_sums
 from jaxmoe.ops.swiglu import swiglu
 
 # (query [B, T, N, H], key and value [B, T, K, H], layer index, cache) -> (the heads' output [B, T, N, H], cache)
@@ -75,6 +76,7 @@ class RoutingRecord(NamedTuple):
     prob_sums: Float[Array, " E"]
     logits: Float[Array, "M E"] | None
     captured: CapturedRouting | None
+    saliency: ExpertSums | None = None
 
 
 def forward(
@@ -108,7 +110,9 @@ def forward(
     logits = None
     if records.logits is not None:
         logits = records.logits[sparse].reshape(len(sparse), *input_ids.shape, config.num_experts)
-    return DecoderOutput(hidden, stats, logits, layer_inputs, captured_of_layers(records, config, input_ids.shape))
+    captured = captured_of_layers(records, config, input_ids.shape)
+    saliency = records.saliency and ExpertSums(*(sums[sparse] for sums in records.saliency))
+    return DecoderOutput(hidden, stats, logits, layer_inputs, captured, saliency)
 
 
 def decode(
@@ -195,6 +199,11 @@ def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[
         )
     with jax.named_scope("experts"):
         adapters = layer.adapter("sparse.gate_up_proj"), layer.adapter("sparse.down_proj")
+        if options.saliency:
+            experts = candidates(routing)
+            outputs = routed_outputs(x, experts, config.num_experts, layer.experts(), *adapters)
+            y, sums = expert_sums(routing, experts, outputs, context.valid, config.norm_topk_prob)
+            return y, record._replace(saliency=sums)
         how = {"in_scan": not options.unroll, "one_by_one": options.remat == "offload", "mesh": options.mesh}
         return sorted_experts(x, routing, layer.experts(), *adapters, **how), record
 
@@ -230,6 +239,7 @@ def dense_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[F
         jnp.zeros(context.config.num_experts, jnp.float32),
         nothing.logits if options.router_logits else None,
         captured_routing(nothing, options.keep_logits) if options.keep_logits else None,
+        ExpertSums(nothing.logits[0], nothing.logits[0]) if options.saliency else None,
     )
 
 

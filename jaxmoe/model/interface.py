@@ -13,6 +13,7 @@ from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.distributed.placement import Placement
 from jaxmoe.memory import Remat
 from jaxmoe.ops.router import CapturedRouting, RoutingControl
+from jaxmoe.ops.saliency import ExpertSums
 
 Params = dict[str, Array]  # dotted path -> array, the layers' arrays stacked (`jaxmoe.parameters`)
 Trainable = Literal["none", "adapters", "all"]
@@ -46,6 +47,7 @@ class Options:
         router_logits: also return all router logits.
         layer_inputs: also return each layer's input.
         keep_logits: also return the routing of each token with this many of its largest router logits (0: none).
+        saliency: also return how much each expert contributes; on one device, without a gradient, and with k below E.
     """
 
     lora: LoraConfig | None = None
@@ -57,6 +59,7 @@ class Options:
     router_logits: bool = False
     layer_inputs: bool = False
     keep_logits: int = 0
+    saliency: bool = False
 
     def trains(self, path: str) -> bool:
         """Whether the weight `path` will be differentiated."""
@@ -79,6 +82,7 @@ class DecoderOutput(NamedTuple):
     router_logits: Float[Array, "Ls B T E"] | None
     layer_inputs: Float[Array, "L B T D"] | None  # float32
     routing: CapturedRouting | None  # [Ls, B, T, ...]
+    saliency: ExpertSums | None = None  # [Ls, E]
 
 
 def control_specs(control: RoutingControl | None, placement: Placement) -> Any:

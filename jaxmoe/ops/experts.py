@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.nf4.stack import NF4Stack
@@ -111,6 +111,29 @@ def sorted_experts(
     few = choose("few_rows", x.dtype, *stacks).value.most_rows if mesh["expert"] == 1 else 0
     experts = routing.experts if not weights.trainable and x.shape[0] <= few else None
     return _mixture(x, routing.weights, stacks, offset, adapters, dispatch, experts, plan)
+
+
+def routed_outputs(
+    x: Float[Array, "M D"],
+    experts: Int[Array, "M k"],
+    num_experts: int,
+    weights: ExpertWeights,
+    gate_up_adapter: Adapter | None = None,
+    down_adapter: Adapter | None = None,
+) -> Float[Array, "M k D"]:
+    """The output down_e(silu(gate_e x) * up_e x) of each token's experts, before they are weighted and summed.
+
+    As `sorted_experts` on one device, without a gradient; the experts of a token may be any, but no two the same.
+    """
+    widths = *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]
+    products: GroupedMatmul = choose("grouped_matmul", x.dtype, *widths).value
+    dispatch = make_dispatch(experts, num_experts, products, ONE_DEVICE)
+    factors = [adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter)]
+    offset, schedule = jnp.asarray(weights.offset, jnp.int32), dispatch.schedule
+    rows = dispatch.rows(x)
+    hidden, _ = _project(rows, weights.gate_up_proj, offset, factors[0], schedule, products, swiglu=True)
+    rows, _ = _project(hidden, weights.down_proj, offset, factors[1], schedule, products)
+    return dispatch.back(rows)
 
 
 class _Plan(NamedTuple):

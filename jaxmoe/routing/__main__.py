@@ -1,4 +1,4 @@
-"""The commands `python -m jaxmoe.routing capture | compare | effects | report`."""
+"""The commands `python -m jaxmoe.routing capture | compare | effects | report | prune`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import csv
+import json
 import pathlib
 import sys
 import time
@@ -33,6 +34,7 @@ def build_parser() -> ArgumentParser:
         ("compare", _compare_arguments, "compare two captures of one text, or the domains of one capture"),
         ("effects", _effects_arguments, "measure what removing or forcing each expert does to the loss and the output"),
         ("report", _report_arguments, "write an HTML page of figures about captures, each figure also as PNG and CSV"),
+        ("prune", _prune_arguments, "write a model with the experts that a text needs most, in Hugging Face form"),
     ):
         description = text[0].upper() + text[1:] + "."
         add(commands.add_parser(name, help=text, description=description, prog=f"{program_name()} {name}"))
@@ -42,17 +44,18 @@ def build_parser() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command and runs it."""
     arguments = build_parser().parse_args(argv)
-    command = {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report}[arguments.command]
+    commands = {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report, "prune": _prune}
     with explained(lambda: "use a smaller --batch-size or --seq-length, or --quantize nf4"):
-        command(arguments)
+        commands[arguments.command](arguments)
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
+def _model_arguments(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     from jaxmoe.data import chat_flags
 
     add = parser.add_argument
     add("--model", type=pathlib.Path, required=True, metavar="DIR", help="HF folder or converted folder")
-    add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
+    if adapter:
+        add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
     add("--dequantize", action="store_true", help="decode weights in FP8 or NF4 while they are read; FP8 needs it")
@@ -110,6 +113,21 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--effects", type=pathlib.Path, metavar="FILE", help="also show this CSV file of `effects`")
 
 
+def _prune_arguments(parser: argparse.ArgumentParser) -> None:
+    from jaxmoe.routing.pruning import METHODS
+
+    _model_arguments(parser, adapter=False)
+    add = parser.add_argument
+    add("--keep", type=whole_number, required=True, metavar="N", help="experts that stay in each MoE layer")
+    method = (
+        "what decides. reap: an expert's mean weight times the norm of its output, over the tokens that use it; "
+        "frequency: how many tokens use it; effect: how far the layer's output moves without it (default: reap)"
+    )
+    add("--method", choices=METHODS, default="reap", help=method)
+    add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
+    add("--table", type=pathlib.Path, metavar="FILE", help="also write each expert's saliency to this CSV file")
+
+
 def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any, Any]:
     """(model, labelled text) that the flags name; `mesh` is the flag of that name."""
     from jaxmoe.cli.progress import reading_weights
@@ -159,7 +177,7 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
             arguments.model,
             arguments.dtype,
             arguments.quantize,
-            arguments.adapter,
+            getattr(arguments, "adapter", None),
             on_layer,
             arguments.dequantize,
             shape,
@@ -269,6 +287,61 @@ def _report(arguments: argparse.Namespace) -> None:
     captures = [Capture.open(folder) for folder in arguments.captures]
     figures = write_report(captures, arguments.out, tokenizer=tokenizer, effects=arguments.effects)
     say(f"{arguments.out}/index.html: {figures} figures, each also as PNG and CSV")
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    with claimed(arguments.out):
+        _prune_claimed(arguments)
+
+
+def _prune_claimed(arguments: argparse.Namespace) -> None:
+    from convert.pruned import write_pruned
+    from jaxmoe.model.opening import open_checkpoint
+
+    _check_prune(arguments)
+    measured, kept, files = _pruning(arguments)
+    # Only the measurement may be in 4 bits or another dtype: what stays keeps the checkpoint's own bytes.
+    source = open_checkpoint(arguments.model, dequantize=arguments.dequantize)[1]
+    write_pruned(arguments.out, source, kept, files)
+    if arguments.table is not None:
+        _write_csv(arguments.table, *measured)
+        say(f"{arguments.table}: {len(measured[1])} experts")
+    say(f"{arguments.out}: {arguments.keep} of {source.config.num_experts} experts in each of {len(kept)} MoE layers")
+
+
+def _check_prune(arguments: argparse.Namespace) -> None:
+    """Refuses what can be refused before weights are read."""
+    from jaxmoe.config import Qwen3MoeConfig
+    from jaxmoe.model.opening import open_checkpoint
+    from jaxmoe.routing.pruning import check_keep
+
+    check_keep(Qwen3MoeConfig.from_pretrained(arguments.model), arguments.keep)
+    source = open_checkpoint(arguments.model, dequantize=arguments.dequantize)[1]
+    if source.quantization is not None:
+        raise UserError(f"{arguments.model}: expected weights in 16 or 32 bits, found NF4 (--dequantize decodes them)")
+
+
+def _pruning(arguments: argparse.Namespace) -> tuple[tuple[list[str], list[list[Any]]], Any, dict[str, bytes]]:
+    """((header, one line per expert) of its saliency, the experts that stay, the files that tell of it)."""
+    from jaxmoe.routing import pruning
+
+    model, labels = _loaded(arguments)
+    config = model.config
+    found = pruning.measure(model, labels, batch_size=arguments.batch_size)
+    kept = pruning.kept_experts(config, found.scores(arguments.method), arguments.keep)
+    header = ["layer", "expert", *pruning.METHODS, "kept"]
+    scores = [found.scores(method) for method in pruning.METHODS]
+    lines = [
+        [layer, expert, *(float(score[slot, expert]) for score in scores), int(expert in kept[layer])]
+        for slot, layer in enumerate(config.sparse_layers)
+        for expert in range(config.num_experts)
+    ]
+    about = pruning.record(config, kept, labels, arguments.method, arguments.model.resolve().name)
+    files = {
+        "pruning.json": (json.dumps(about, indent=1) + "\n").encode(),
+        "README.md": pruning.card(about).encode(),
+    }
+    return (header, lines), kept, files
 
 
 def _numbers(name: str, text: str | None, known: Sequence[int]) -> list[int]:
