@@ -7,7 +7,7 @@ import time
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.memory import active_parameter_count
-from jaxmoe.parameters import nf4_candidates, parameter_specs
+from jaxmoe.parameters import parameter_specs, quantizable
 
 
 def _head(config: Qwen3MoeConfig) -> int:
@@ -85,7 +85,7 @@ def decoded_token_bytes(config: Qwen3MoeConfig, experts: float, slots: int, batc
         nf4: the matrices of the layers are in NF4 with double quantisation: 4 bits an element, 8 a block of 64, 32 a
             block of 256 blocks. All other arrays have 16 bits.
     """
-    quantized = nf4_candidates(config) if nf4 else ()
+    quantized = quantizable(config) if nf4 else ()
     total = 2.0 * slots * batch * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
     for path, spec in parameter_specs(config).items():
         if path == "embed_tokens" and not config.tie_word_embeddings:

@@ -71,9 +71,9 @@ def _nf4_parameters(config: Qwen3MoeConfig, on_host: Collection[str]) -> dict[st
     import jax.numpy as jnp
 
     from jaxmoe.nf4.codec import NF4_TABLE, dynamic_map
-    from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, nf4_candidates, parameter_specs, stored_specs
+    from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, parameter_specs, quantizable, stored_specs
 
-    quantization = Quantization(nf4_candidates(config))
+    quantization = Quantization(quantizable(config))
     specs = stored_specs(config, quantization)
     unchanged = {path: spec for path, spec in parameter_specs(config).items() if path in specs}
     keys = dict(zip(specs, jax.random.split(jax.random.key(0, impl="rbg"), len(specs)), strict=True))

@@ -22,7 +22,7 @@ from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, run
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.cuda import OUTSIDE_POOL
 from jaxmoe.memory import Remat, Workload, embedding_on_host, format_bytes, training_forecast
-from jaxmoe.parameters import Quantization, nf4_candidates, stored_specs
+from jaxmoe.parameters import Quantization, quantizable, stored_specs
 
 LEARNING_RATE = 1e-4
 
@@ -81,7 +81,7 @@ def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lo
     sequences = case.batch // case.accumulation
     workload = Workload(config, lora, sequences, case.length, "bfloat16", case.accumulation, **selected)
     plan = training_forecast(replace(workload, remat=remat, packed=packed, quantize=args.quantize))
-    specs = stored_specs(config, Quantization(nf4_candidates(config)) if args.quantize else None)
+    specs = stored_specs(config, Quantization(quantizable(config)) if args.quantize else None)
     shapes = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or "bfloat16") for path, spec in specs.items()}
     adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
     model: Any = Model(config, lora, "bfloat16", remat, packed, args.unroll)

@@ -47,7 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("hf2jax", "Converts an HF checkpoint into a converted folder.", "HF folder or hub id")
     sub.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its dtype)")
-    sub.add_argument("--quantize", choices=("nf4",), help="store projections, dense MLPs and experts in 4 bits")
+    sub.add_argument(
+        "--quantize", choices=("nf4", "fp8"), help="store projections, dense MLPs and experts in 4 or 8 bits"
+    )
     sub.add_argument("--strict", action="store_true", help="refuse a config.json with unknown fields")
     sub.add_argument(
         "--dequantize",
@@ -57,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
     sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, PEFT or converted")
     sub.add_argument(
-        "--dequantize", action="store_true", help="decode weights in NF4 into their dtype before quantisation"
+        "--dequantize",
+        action="store_true",
+        help="decode weights in NF4 or FP8 into their dtype before quantisation, or that in config.json",
     )
     sub.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a safetensors file (default: 5GB)"

@@ -12,21 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from convert import fp8
+from convert import fp8, nf4
 from convert.foreign_names import EMBEDDING, HEAD, missing_tensors, only_head, unexpected_tensors, usual_names
 from convert.forms import find_form
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
-from convert.nf4 import companions, find_quantization, in_nf4, read_matrix, settings_of
+from convert.nf4 import companions, in_nf4, read_matrix
 from convert.safetensors_io import CODES, open_folder
 from jaxmoe.config import DTYPES, read_config, read_json
 from jaxmoe.errors import UserError
+from jaxmoe.fp8.codec import E4M3
 from jaxmoe.nf4.codec import NF4, decode
-from jaxmoe.nf4.recode import Recoded, quantized
-from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, matrix_shape, nf4_candidates
+from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, matrix_shape, quantizable
+from jaxmoe.recode import quantized
 from jaxmoe.store.boxes import Box, common, origin, shape_of, slices, whole
 from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, Parts, cast
 from jaxmoe.store.converted import write_converted
 from jaxmoe.store.files import is_file
+from jaxmoe.store.recoded import Recoded
 from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
 from jaxmoe.weight_form import WeightForm
 
@@ -63,9 +65,10 @@ class HFCheckpoint:
         self._target = np.dtype(_known(dtype)) if dtype else None
         self._rows = {layer: list(rows(self.config, layer, self.layout)) for layer in blocks_of(self.config)}
         self.quantization: Quantization | None = None
-        if self._form == "nf4" and not dequantize:
-            self.quantization = find_quantization(str(path), self.config, self._tensors, self._rows)
-        self._nf4_candidates = nf4_candidates(self.config, router=True)
+        if self._form is not None and not dequantize:
+            find = nf4.find_quantization if self._form == "nf4" else fp8.find_quantization
+            self.quantization = find(str(path), self.config, self._tensors, self._rows)
+        self._nf4_candidates = quantizable(self.config, router=True)
         self._nested = any(key.endswith(".nested_absmax") for key in self._tensors)
         self._decoded_dtype = self._target or self._dtype_in_config()
         self.stored_tied_head = self._check_tied_head()
@@ -94,11 +97,14 @@ class HFCheckpoint:
     def _in_fp8(self, row: Row) -> bool:
         return self._form == "fp8" and self._tensors[row.key].code == fp8.CODE
 
+    def _is_quantized(self, row: Row) -> bool:
+        return self._in_nf4(row) or self._in_fp8(row)
+
     def _read_nf4(self, row: Row) -> tuple[NF4, str, np.ndarray | None]:
         return read_matrix(row, self._tensors, self._nested)
 
     def _stored_path(self, row: Row) -> str:
-        """The array that a row which is not in NF4 is a part of."""
+        """The array that a row is a part of which is not held in a quantised form."""
         mixed = self.quantization is not None and row.path in self.quantization.paths
         return f"{row.path}.weight" if mixed else row.path
 
@@ -130,7 +136,7 @@ class HFCheckpoint:
         first: dict[str, tuple[str, np.dtype]] = {}
         for row in self._every_row():
             dtype, code = self._check_tensor(row)
-            path = row.path if self._in_nf4(row) else self._stored_path(row)
+            path = row.path if self._is_quantized(row) else self._stored_path(row)
             key, expected = first.setdefault(path, (row.key, dtype))
             if dtype != expected and self._target is None:
                 one = f"NF4 of {expected}" if code.startswith("NF4") else CODES[expected.name]
@@ -160,7 +166,7 @@ class HFCheckpoint:
             layer
             for layer, block in self._rows.items()
             if any(
-                path == (row.path if self._in_nf4(row) else self._stored_path(row))
+                path == (row.path if self._is_quantized(row) else self._stored_path(row))
                 and self._check_tensor(row)[0] != expected
                 for row in block
             )
@@ -204,7 +210,7 @@ class HFCheckpoint:
         return Block(layer, self._gather(layer, [row for row in self._rows[layer] if row.path not in without]))
 
     def matrices(self, layer: int, path: str, start: int, stop: int) -> list[np.ndarray]:
-        """Some matrices of a weight that is not in NF4, each contiguous; views of the file if nothing changes them."""
+        """Some matrices of a weight that is not kept quantised, each contiguous; views of the file where possible."""
         entries = [row for row in self._rows[layer] if row.path == path]
         each = math.prod(matrix_shape(self.config, path)[:-1]) // len(entries)  # experts may be in one tensor
         found: list[np.ndarray] = []
@@ -225,9 +231,15 @@ class HFCheckpoint:
             assert self._nested_quant_map is not None
             return self._nested_quant_map[slices(box)]
         weight, _, name = path.rpartition(".")
-        if self.quantization is not None and weight in self.quantization.paths and name in NF4._fields:
-            return self._nf4_part([row for row in self._rows[layer] if row.path == weight], name, box)
-        return self._plain_part([row for row in self._rows[layer] if self._stored_path(row) == path], path, box)
+        if self.quantization is None or weight not in self.quantization.paths or name in ("weight", "places"):
+            entries = [row for row in self._rows[layer] if self._stored_path(row) == path]
+            return self._plain_part(entries, self.dtypes[path], box)
+        entries = [row for row in self._rows[layer] if row.path == weight]
+        if self._form == "nf4":
+            return self._nf4_part(entries, name, box)
+        if name == "codes":
+            return self._plain_part(entries, E4M3, box)
+        return self._scales_part(entries, box)
 
     def _nf4_part(self, entries: list[Row], name: str, box: Box) -> np.ndarray:
         """A box of one of NF4's arrays; its leading axes count matrices."""
@@ -242,8 +254,23 @@ class HFCheckpoint:
             matrices = [each.read_box((*box[lead:], *whole(each.shape[1:]))) for each in tensors]
         return np.stack(matrices).reshape(shape_of(box))
 
-    def _plain_part(self, entries: list[Row], path: str, box: Box) -> np.ndarray:
-        dtype = self.dtypes[path]
+    def _scales_part(self, entries: list[Row], box: Box) -> np.ndarray:
+        """A box of FP8's scales [..., matrices, rows, columns]."""
+        if not entries[0].part:
+            return self._read_scales(entries[0])[slices(box)]
+        *lead, rows, columns = box
+        here = [row for row in entries if common(tuple((i, i + 1) for i in row.matrix), tuple(lead))]
+        found = [self._tensors[fp8.scale_key(row.key)].read_box((rows, columns)) for row in here]
+        return np.stack(found).reshape(shape_of(box))
+
+    def _read_scales(self, row: Row) -> np.ndarray:
+        """The scales of one tensor; with leading axes for experts and matrices if it is a whole parameter."""
+        assert self.quantization is not None
+        shape = block_shapes(self.config, int(row.key.split(".")[2]), self.quantization)[f"{row.path}.scales"]
+        scales = self._tensors[fp8.scale_key(row.key)].read()
+        return scales if row.part else scales.reshape(shape)
+
+    def _plain_part(self, entries: list[Row], dtype: np.dtype, box: Box) -> np.ndarray:
         if not entries[0].part:
             return cast(entries[0].key, self._decoded(entries[0], dtype, box), dtype)
         found = np.empty(shape_of(box), dtype)
@@ -267,11 +294,8 @@ class HFCheckpoint:
         if layer is None and self._nested_quant_map is not None:
             arrays[NESTED_QUANT_MAP] = self._nested_quant_map
         for row in block:
-            if self.quantization is not None and self._in_nf4(row):
-                for name, part in self._read_nf4(row)[0].named(row.path).items():
-                    if name not in arrays:
-                        arrays[name] = np.empty(shapes[name], part.dtype)
-                    arrays[name][row.matrix] = part
+            if self.quantization is not None and self._is_quantized(row):
+                self._place(row, arrays, shapes)
                 continue
             path = self._stored_path(row)
             dtype = self.dtypes[path]
@@ -284,8 +308,27 @@ class HFCheckpoint:
             _copy(tensor, arrays[path][row.part])
         return arrays
 
+    def _place(self, row: Row, arrays: dict[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Puts the arrays of a quantised weight into those of its parameter, as they are stored."""
+        parts: dict[str, tuple[Any, np.ndarray]]  # name -> where in the parameter's array, what
+        if self._in_nf4(row):
+            parts = {name: (row.matrix, part) for name, part in self._read_nf4(row)[0].named(row.path).items()}
+        else:
+            codes, scales = fp8.read_codes(self._tensors[row.key]), self._read_scales(row)
+            parts = {f"{row.path}.codes": (row.part, codes), f"{row.path}.scales": (row.matrix, scales)}
+            if not row.part:
+                arrays |= {name: part for name, (_, part) in parts.items()}
+                return
+        for name, (where, part) in parts.items():
+            if name not in arrays:
+                arrays[name] = np.empty(shapes[name], part.dtype)
+            arrays[name][where] = part
+
     def _decoded(self, row: Row, dtype: np.dtype, box: Box | None = None) -> np.ndarray:
-        """One tensor, or a box of it; a weight in FP8 or NF4 is decoded into `dtype`, a plain one keeps its own."""
+        """One tensor, or a box of it; a weight in FP8 or NF4 is decoded into `dtype` unless that is FP8's own, a plain
+        one keeps its own."""
+        if dtype == E4M3:
+            return fp8.read_codes(self._tensors[row.key], box)
         if self._in_fp8(row):
             return fp8.decode_fp8(self._tensors[row.key], self._tensors[fp8.scale_key(row.key)], dtype, box)
         if self._in_nf4(row):
@@ -304,23 +347,18 @@ def _copy(tensor: np.ndarray, part: np.ndarray) -> None:
 def read_hf(path: str | os.PathLike[str], dtype: str | None = None, dequantize: bool = False) -> HFCheckpoint:
     """Opens an HF checkpoint and checks everything except the values. `dtype` casts every tensor, once.
 
-    Weights in NF4 keep their bytes; for them `dtype` is the dtype to decode into. `dequantize` decodes weights in NF4
-    and FP8, one tensor at a time: NF4 to the dtype before quantisation, FP8 to the dtype in config.json, or to `dtype`.
+    Quantised weights keep their bytes; for them `dtype` is the dtype to decode into. `dequantize` decodes weights in
+    NF4 and FP8, one tensor at a time: NF4 to the dtype before quantisation, FP8 to that in config.json, or to `dtype`.
 
     Raises:
         UserError: no safetensors, another model type, a quantisation other than bitsandbytes' NF4 and blocks of FP8, a
             key that is missing, unexpected or stored twice, a wrong shape or dtype, dtypes that differ within a stack
-            that is not cast, FP8 without `dequantize`, or `dequantize` of plain weights.
+            that is not cast, weights in FP8 that can only be decoded, or `dequantize` of plain weights.
     """
     return HFCheckpoint(pathlib.Path(path), dtype, dequantize)
 
 
 def _check_dequantize(path: pathlib.Path, form: WeightForm | None, dequantize: bool) -> None:
-    if form == "fp8" and not dequantize:
-        raise UserError(
-            f"{path}: quantization_config: found weights in FP8; --dequantize (dequantize=True in Python) decodes them "
-            "to 16 bits"
-        )
     if form is None and dequantize:
         raise UserError(f"{path}: dequantize: expected weights in FP8 or NF4, found neither")
 
@@ -359,9 +397,12 @@ def config_bytes(source: Checkpoint, dtype: str | None) -> bytes:
     decoded = raw.get("quantization_config") is not None and source.quantization is None
     if isinstance(source, Recoded) or decoded:
         changes["quantization_config"] = None
-        if source.quantization is not None:
-            settings = settings_of(source.config, source.quantization, source.dtypes["embed_tokens"].name)
-            changes["quantization_config"] = settings
+        if (quantization := source.quantization) is not None:
+            changes["quantization_config"] = (
+                fp8.settings_of(source.config, quantization)
+                if quantization.form == "fp8"
+                else nf4.settings_of(source.config, quantization, source.dtypes["embed_tokens"].name)
+            )
     raw = {key: value for key, value in (raw | changes).items() if key not in changes or value is not None}
     return (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode() if changes else content
 
@@ -376,8 +417,8 @@ def hf2jax(
 ) -> None:
     """Converts the HF folder `src` into the converted folder `dst`, which must be new or empty.
 
-    `quantize` "nf4" encodes projections, dense MLPs and experts. Weights that are in NF4 already keep their bytes,
-    unless `dequantize` decodes them; weights in FP8 need it.
+    `quantize` "nf4" or "fp8" encodes projections, dense MLPs and experts. Weights that are in NF4 or FP8 already keep
+    their bytes, unless `dequantize` decodes them.
     `on_block` is called after each block with the block and the number of layers.
 
     Raises:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from convert import fp8
 from convert.adapters import load_adapter, merge
 from convert.hf2jax import companion_files, config_bytes
 from convert.names import Layout, block_shapes, blocks_of, rows
@@ -23,8 +24,8 @@ from convert.saved_modules import merged_form
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError, shown
 from jaxmoe.nf4.codec import NF4
-from jaxmoe.nf4.recode import dequantized
 from jaxmoe.parameters import NESTED_QUANT_MAP, Quantization, stored_specs
+from jaxmoe.recode import dequantized
 from jaxmoe.store.checkpoint import Block
 from jaxmoe.store.converted import is_converted, read_converted
 from jaxmoe.store.files import output_folder, write_files
@@ -37,9 +38,9 @@ class HFForm:
     """How the weights of an HF folder are written.
 
     `max_shard_size` is in bytes. `stored_tied_head` repeats a tied embedding as lm_head. With `quantization`, weights
-    come as the arrays of `stored_specs(config, quantization)` and are written as bitsandbytes does, with the offset of
-    the second quantisation as text. The length of that text must be known before the first byte is written, so
-    `nested_offsets` holds all offsets, by layer and path.
+    come as the arrays of `stored_specs(config, quantization)`. Those in FP8 are written as Qwen does. Those in NF4 are
+    written as bitsandbytes does, with the offset of the second quantisation as text. The length of that text must be
+    known before the first byte is written, so `nested_offsets` holds all offsets, by layer and path.
     """
 
     max_shard_size: int = MAX_SHARD_SIZE
@@ -95,6 +96,11 @@ def _tensors(
                 path = f"{row.path}.weight" if f"{row.path}.weight" in block.arrays else row.path
                 yield row.key, block.arrays[path][row.part]
                 continue
+            if f"{row.path}.scales" in block.arrays:
+                yield from fp8.matrix_tensors(
+                    row, block.arrays[f"{row.path}.codes"], block.arrays[f"{row.path}.scales"]
+                )
+                continue
             one = NF4.of(block.arrays, row.path).matrix(row.matrix)
             yield from matrix_tensors(row, one, dtypes[row.path], nested_quant_map)
         if block.layer is None and form.stored_tied_head:
@@ -134,9 +140,9 @@ def jax2hf(
 ) -> None:
     """Converts the converted folder `src` into the HF folder `dst`, which must be new or empty.
 
-    `adapter`, a PEFT or a converted one, is merged into the weights. Weights in NF4 keep their bytes and are written as
-    bitsandbytes does. With `dequantize` they are decoded into their dtype before quantisation; only then can an adapter
-    be merged into them. `on_block` is called after each block with the block and the number of layers.
+    `adapter`, a PEFT or a converted one, is merged into the weights. Quantised weights keep their bytes and are written
+    as bitsandbytes does (NF4) or as Qwen does (FP8). With `dequantize` they are decoded; only then can an adapter be
+    merged into them. `on_block` is called after each block with the block and the number of layers.
 
     Raises:
         UserError: no converted folder, a damaged one, an adapter that does not fit, or `dst` is not empty.
@@ -144,12 +150,12 @@ def jax2hf(
     if not is_converted(src):
         raise UserError(f"{src}: expected a converted folder, found no manifest.json")
     stored = read_converted(src)
-    in_nf4 = stored.quantization is not None
-    if dequantize and not in_nf4:
-        raise UserError(f"{src}: dequantize: expected weights in NF4, found none")
-    if adapter is not None and in_nf4 and not dequantize:
+    if dequantize and stored.quantization is None:
+        raise UserError(f"{src}: dequantize: expected weights in NF4 or FP8, found none")
+    if adapter is not None and stored.quantization is not None and not dequantize:
+        form = stored.quantization.form.upper()
         raise UserError(
-            f"{src}: adapter: expected weights that it can be merged into, found NF4 (--dequantize decodes them)"
+            f"{src}: adapter: expected weights that it can be merged into, found {form} (--dequantize decodes them)"
         )
     source = dequantized(stored) if dequantize else stored
     adapted = load_adapter(adapter, source.config, source) if adapter is not None else None

@@ -33,7 +33,7 @@ _EXPERT = {"sparse.gate_up_proj": ("gate_proj", "up_proj"), "sparse.down_proj": 
 class Row:
     """One HF tensor: its key and shape on disk, and which part (a NumPy index) of which parameter it is.
 
-    `matrix` is its index among the matrices that NF4 quantises separately: (expert, matrix), or (0,).
+    `matrix` is its index among the matrices that NF4 and FP8 quantise separately: (expert, matrix), or (0,).
     """
 
     key: str

@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from convert.names import Row, rows
+from convert.mixed import quantized_stacks, skipped_modules
+from convert.names import Row
 from convert.safetensors_io import Tensor
 from jaxmoe.config import DTYPES, Qwen3MoeConfig
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import parse_json
 from jaxmoe.nf4.codec import NF4, NF4_TABLE
-from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK, Quantization, nf4_candidates
+from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK, Quantization
 
 _STATE = ".quant_state.bitsandbytes__"
 _PLAIN = (".absmax", ".quant_map", f"{_STATE}nf4")
@@ -37,68 +38,20 @@ def find_quantization(
     Raises:
         UserError: no tensor is in NF4, or a layer has experts of both kinds.
     """
-    candidates = nf4_candidates(config, router=True)
-    kinds: dict[str, dict[int, bool]] = {}  # path -> layer -> whether it is in NF4
-    for layer, block in blocks.items():
-        if layer is None:
-            continue
-        first: dict[str, Row] = {}
-        for row in block:
-            found = in_nf4(row.key, tensors)
-            if row.path not in candidates or not (found or row.key in tensors):  # what is missing is reported later
-                continue
-            one = first.setdefault(row.path, row)
-            if kinds.setdefault(row.path, {}).setdefault(layer, found) != found:
-                raise UserError(
-                    f"{where}: {row.key}: expected {_form(one.key, tensors)} as in {one.key}, found "
-                    f"{_form(row.key, tensors)} (in one layer, {_together(row)} of all experts must have one form; "
-                    "--dequantize, or dequantize=True, decodes all weights)"
-                )
-    marked = {path: layers for path, layers in kinds.items() if any(layers.values())}
-    if not marked:
+    form_of = lambda key: "NF4" if in_nf4(key, tensors) else None
+    paths, left = quantized_stacks(where, config, tensors, blocks, form_of)
+    if not paths:
         raise UserError(
             f"{where}: quantization_config: expected tensors in NF4, found none; if they were decoded, remove "
             "quantization_config from config.json"
         )
-    nested = any(key.endswith(_NESTED[-2:]) for key in tensors)
-    slots = {path: tuple(i for i, found in enumerate(layers.values()) if not found) for path, layers in marked.items()}
-    mixed = tuple(sorted((path, left) for path, left in slots.items() if left))
-    return Quantization(tuple(sorted(marked)), nested, mixed)
-
-
-def _form(key: str, tensors: Mapping[str, Tensor]) -> str:
-    return "NF4" if in_nf4(key, tensors) else tensors[key].code
-
-
-def _together(row: Row) -> str:
-    """The projections that share an array with the tensor of `row`."""
-    return "gate_proj and up_proj" if row.path == "sparse.gate_up_proj" else "down_proj"
+    return Quantization(paths, any(key.endswith(_NESTED[-2:]) for key in tensors), left)
 
 
 def in_nf4(key: str, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the weight `key` is in NF4: its codes or a tensor that accompanies them are there."""
     codes = tensors.get(key)
     return (codes is not None and codes.code == "U8") or any(f"{key}{suffix}" in tensors for suffix in _NESTED)
-
-
-def unquantized_layers(config: Qwen3MoeConfig, quantization: Quantization) -> dict[str, list[int]]:
-    """Path -> the decoder layers of a mixed stack that are not in NF4."""
-    kinds = {"attention": range(config.num_hidden_layers), "sparse": config.sparse_layers, "dense": config.dense_layers}
-    return {path: [kinds[path.split(".")[0]][slot] for slot in left] for path, left in quantization.unquantized}
-
-
-def _skipped_modules(config: Qwen3MoeConfig, quantization: Quantization) -> list[str]:
-    """The modules that transformers must not quantise: head, routers, and layers of mixed stacks."""
-    left = unquantized_layers(config, quantization)
-    if "sparse.gate" not in quantization.paths:
-        left["sparse.gate"] = list(config.sparse_layers)
-    keys = (
-        row.key.removesuffix(".weight")
-        for layer in range(config.num_hidden_layers)
-        for row in rows(config, layer, "per_expert")
-        if layer in left.get(row.path, ())
-    )
-    return ["lm_head", *keys]
 
 
 def settings_of(config: Qwen3MoeConfig, quantization: Quantization, dtype: str) -> dict[str, Any]:
@@ -112,7 +65,7 @@ def settings_of(config: Qwen3MoeConfig, quantization: Quantization, dtype: str) 
         "bnb_4bit_use_double_quant": quantization.nested,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": _skipped_modules(config, quantization),
+        "llm_int8_skip_modules": skipped_modules(config, quantization),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": True,
         "load_in_8bit": False,

@@ -32,8 +32,9 @@ def write_pruned(
         UserError: weights in NF4, or layers that would have different numbers of experts.
     """
     if source.quantization is not None:
+        form = source.quantization.form.upper()
         raise UserError(
-            f"{source.path}: expected weights that can be written without some experts, found NF4 (--dequantize "
+            f"{source.path}: expected weights that can be written without some experts, found {form} (--dequantize "
             "decodes them)"
         )
     config = source.config

@@ -14,14 +14,13 @@ import numpy as np
 from convert import fp8
 from convert.adapters import SETTINGS, WEIGHTS
 from convert.hf2jax import read_hf
-from convert.nf4 import unquantized_layers
+from convert.mixed import unquantized_layers
 from convert.safetensors_io import Tensor, open_folder, read_header
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.memory import parameter_count
 from jaxmoe.parameters import Quantization
 from jaxmoe.store.adapter import is_adapter, read_adapter
 from jaxmoe.store.converted import is_converted, read_converted
-from jaxmoe.weight_form import is_fp8
 
 Entry = tuple[str, tuple[int, ...], str, int]  # name, shape, dtype, bytes
 
@@ -42,7 +41,7 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
             for block in source.blocks()
             for name, array in block.arrays.items()
         ]
-        more = _nf4(source.config, source.quantization) | {"checksums": "verified"}
+        more = _quantized(source.config, source.quantization) | {"checksums": "verified"}
         return _report("converted checkpoint", _model(source.config), entries, **more)
     if is_adapter(path):
         config, lora, arrays = read_adapter(path)
@@ -54,12 +53,9 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         settings = {key: value for key, value in read_json(path / SETTINGS).items() if value not in (None, {}, [])}
         kind, summary = "PEFT adapter", settings
     else:
-        settings = read_json(path / "config.json").get("quantization_config") if path.is_dir() else None
-        checkpoint = read_hf(path, dequantize=is_fp8(settings))
+        checkpoint = read_hf(path)
         summary, kind = _model(checkpoint.config), "HF checkpoint"
-        more = _nf4(checkpoint.config, checkpoint.quantization)
-        if is_fp8(settings):
-            more = {"parameters": parameter_count(checkpoint.config), "quantization": "FP8 in blocks of 128 x 128"}
+        more = _quantized(checkpoint.config, checkpoint.quantization)
         tensors = open_folder(path).values()
     return _report(kind, summary, _hf_entries(tensors), **more)
 
@@ -85,16 +81,19 @@ def _facts(array: np.ndarray) -> tuple[tuple[int, ...], str, int]:
     return array.shape, array.dtype.name, array.nbytes
 
 
-def _nf4(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str, Any]:
-    """What a report says of NF4, and the number of parameters, which is then not the number of stored elements."""
+def _quantized(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str, Any]:
+    """What a report says of a quantised form, and the number of parameters, which is then not that of the stored
+    elements."""
     if quantization is None:
         return {}
-    nested = "double quantisation" if quantization.nested else "float32 block maxima"
+    form = f"NF4 with {'double quantisation' if quantization.nested else 'float32 block maxima'}"
+    if quantization.form == "fp8":
+        form = f"FP8 in blocks of 128 x 128 with {quantization.scales} scales"
     left = {
         path: f" (but not in layers {', '.join(map(str, layers))})"
         for path, layers in unquantized_layers(config, quantization).items()
     }
-    text = f"NF4 with {nested}: {', '.join(path + left.get(path, '') for path in quantization.paths)}"
+    text = f"{form}: {', '.join(path + left.get(path, '') for path in quantization.paths)}"
     return {"parameters": parameter_count(config), "quantization": text}
 
 

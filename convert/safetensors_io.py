@@ -33,8 +33,8 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "I8", "U8", "BOOL"), 1),
 }
 FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
-_DTYPES = {**FLOATS, "U8": np.dtype(np.uint8)}  # the dtypes that are read and written; U8 for NF4
-_FP8 = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # read only
+# The dtypes that are read and written: also those of the codes of NF4 and FP8.
+_DTYPES = {**FLOATS, "U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _PICKLES = (
     "can run code and are not read; transformers' from_pretrained(...) and save_pretrained(...) write safetensors"
@@ -69,8 +69,8 @@ class Tensor:
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """The NumPy dtype; raises UserError unless it is uint8 or a float of 16 or 32 bits."""
-        return _DTYPES["U8"] if self.code == "U8" else self.dtype
+        """The NumPy dtype; raises UserError unless it is uint8, e4m3, or a float of 16 or 32 bits."""
+        return _DTYPES[self.code] if self.code in ("U8", "F8_E4M3") else self.dtype
 
     def read(self) -> np.ndarray:
         """The values, as a view of the mapped file: no copy is made."""
@@ -82,7 +82,7 @@ class Tensor:
         Raises:
             UserError: the file has become shorter.
         """
-        dtype = (_DTYPES | _FP8)[self.code]
+        dtype = _DTYPES[self.code]
         found = np.empty(shape_of(box), dtype)
         rest = found.reshape(-1).view(np.uint8).data
         with self.file.open("rb", buffering=0) as stream:

@@ -34,13 +34,21 @@ PLACES = {
     "recode": (0.3, 5),
     "memory": (3.3, 5),
     "store": (0.3, 6),
-    "nf4": (2.2, 6),
-    "distributed": (3.6, 6),
-    "parameters": (2.2, 7),
+    "fp8": (1.4, 6),
+    "nf4": (2.5, 6),
+    "forms": (1.95, 7),
+    "distributed": (3.7, 6),
+    "parameters": (3.7, 7),
 }
 BARS = {"cli": "cli: flags, errors and progress of every command", "base": "config, lora, presets, errors"}
 """Rooms that nearly every other room uses: drawn as bars at the bottom, without arrows."""
-LABELS = {"metrics": "routing/metrics", "nf4": "nf4 codec, stack", "recode": "nf4/recode"}
+LABELS = {
+    "metrics": "routing/metrics",
+    "nf4": "nf4 codec, stack",
+    "fp8": "fp8 codec, stack",
+    "forms": "quantized_stack",
+    "recode": "recode: nf4, fp8",
+}
 """A room's label in the picture, if it differs from its name."""
 
 

@@ -21,13 +21,12 @@ from jaxmoe.parameters import (
     ParameterSpec,
     Quantization,
     lora_specs,
-    nf4_candidates,
     parameter_specs,
     stored_specs,
 )
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-STORED_BYTES = DTYPE_BYTES | {"uint8": 1, "int32": 4}
+STORED_BYTES = DTYPE_BYTES | {"uint8": 1, "float8_e4m3fn": 1, "int32": 4}
 FLOAT32 = 4
 OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
 SMALLEST_FACTORED = 128  # Adafactor keeps rows and columns of a matrix if both sides are at least this long
@@ -101,8 +100,8 @@ class Workload:
         seq_length: tokens per sequence; in generation prompt and answer together.
         dtype: of the frozen parameters and of the computation. Trained parameters are float32.
         accumulation: micro-batches per step. Several need memory for a sum, in addition to the gradients of one.
-        quantize: "nf4" holds the frozen parameters in 4 bits.
-        quantization: which of them, if it is not all that NF4 is used for.
+        quantize: "nf4" holds the frozen parameters in 4 bits, "fp8" in 8.
+        quantization: which of them, if it is not all that the form is used for.
         remat: the recomputation policy.
         attention: the implementation that runs on the device (`jaxmoe.ops.attention.implementation`).
         experts: the implementation of the experts' products (`jaxmoe.ops.experts.implementation`).
@@ -262,10 +261,14 @@ def _frozen(work: Workload) -> tuple[Part, ...]:
     config, size = work.config, work.size
     if work.quantize is None:
         return (Part("parameters", _held(parameter_specs(config), work.mesh) * size, True),)
-    quantization = work.quantization or Quantization(nf4_candidates(config))
-    specs = stored_specs(config, quantization).values()
+    specs = stored_specs(config, _quantization(work)).values()
     stored = sum(held_elements(spec, work.mesh) * (STORED_BYTES[spec.dtype] if spec.dtype else size) for spec in specs)
-    return (Part("parameters (nf4)", stored, True),)
+    return (Part(f"parameters ({work.quantize})", stored, True),)
+
+
+def _quantization(work: Workload) -> Quantization | None:
+    """Which frozen parameters are quantised."""
+    return work.quantization or (Quantization.default(work.config, work.quantize) if work.quantize else None)
 
 
 def _gathered(work: Workload) -> tuple[Part, ...]:
@@ -273,8 +276,8 @@ def _gathered(work: Workload) -> tuple[Part, ...]:
     one while this one computes."""
     if work.mesh.fsdp == 1:
         return ()
-    quantization = work.quantization or (Quantization(nf4_candidates(work.config)) if work.quantize else None)
-    stacks = [spec for spec in stored_specs(work.config, quantization).values() if spec.axes[0] == "layers"]
+    stored = stored_specs(work.config, _quantization(work)).values()
+    stacks = [spec for spec in stored if spec.axes[0] == "layers"]
     whole = replace(work.mesh, fsdp=1)
     layer = sum(
         held_elements(spec, whole) // spec.shape[0] * (STORED_BYTES[spec.dtype] if spec.dtype else work.size)
@@ -284,16 +287,15 @@ def _gathered(work: Workload) -> tuple[Part, ...]:
 
 
 def _decoded(work: Workload) -> tuple[Part, ...]:
-    """With NF4 the weights in `dtype` that exist at once: each is decoded for a short time when it is used.
+    """With quantised weights those in `dtype` that exist at once: each is decoded for a short time when it is used.
 
     The kernel reads all experts of a layer, decoded. XLA decodes those of both products together, unless the policy
     is "offload" (`jaxmoe.ops.experts`). The loop over tiles decodes the experts of a few tiles, no more than it has
     rows.
     """
-    if work.quantize is None:
+    if (quantization := _quantization(work)) is None:
         return ()
-    specs = parameter_specs(work.config)
-    paths = work.quantization.paths if work.quantization else nf4_candidates(work.config)
+    specs, paths = parameter_specs(work.config), quantization.paths
     held = work.mesh.expert
     experts = [math.prod(specs[path].shape[1:]) // held for path in paths if path.startswith("sparse.")] or [0]
     others = max(math.prod(specs[path].shape[1:]) for path in paths if not path.startswith("sparse."))

@@ -4,7 +4,7 @@ Standard library only, so that `convert` can check a checkpoint without loading 
 the dimension key (`jaxmoe.config`). Weights are laid out as transformers holds them in memory: [out, in], and experts
 as one array [E, out, in]. Layers of one kind are stacked along a leading axis: `attention` [L, ...] holds every decoder
 layer, `sparse` [Ls, ...] and `dense` [Ld, ...] hold the MLPs of their kind. Nothing is transposed on the way from a
-checkpoint to the device, so NF4 blocks, which follow the flat [out, in] order, stay whole.
+checkpoint to the device, so the blocks of NF4 and FP8 stay whole.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from typing import Any
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
+from jaxmoe.weight_form import WeightForm
 
 # NF4: weights in a block, and absmax values in a block of the second quantisation; the defaults of bitsandbytes
 NF4_BLOCK, NF4_NESTED_BLOCK = 64, 256
+# FP8: a scale belongs to a block of this many rows and columns; blocks at the lower and right edges may be smaller.
+FP8_BLOCK = 128
+FP8_DTYPE = "float8_e4m3fn"
 # The 256 values of the second quantisation: one table for the whole model, a parameter of the top level.
 NESTED_QUANT_MAP = "nested_quant_map"
-# How many matrices a parameter holds, one below the other. HF stores, and NF4 quantises, each separately.
+# How many matrices a parameter holds, one below the other. HF stores, and NF4 and FP8 quantise, each separately.
 _MATRICES = {"sparse.gate_up_proj": 2}
 
 
@@ -40,28 +44,52 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Which parameters are held in NF4 (Dettmers et al. 2023); `nested`: with double quantisation.
+    """Which parameters are held in a quantised form, and in which: NF4 or FP8.
 
-    The arrays "x.codes" (two 4-bit codes in a byte) and "x.absmax" (largest magnitude in each block) replace the weight
-    "x". Double quantisation quantises absmax too and adds "x.nested_absmax" and "x.nested_offset". The gate, up and
-    down matrices of an expert are quantised separately.
+    NF4 (Dettmers et al. 2023): the arrays "x.codes" (two 4-bit codes in a byte) and "x.absmax" (largest magnitude in
+    each block) replace the weight "x". Double quantisation (`nested`) quantises absmax too and adds "x.nested_absmax"
+    and "x.nested_offset".
+
+    FP8: "x.codes" (e4m3, in the shape of the weight) and "x.scales" (one for each block of 128 x 128, of the dtype
+    `scales`) replace it. Source: the checkpoints that Qwen publishes.
+
+    The gate, up and down matrices of an expert are quantised separately.
 
     A mixed stack has layers that are not quantised. `unquantized` has its path and these layers, as indices in the
-    stack, in rising order. Its NF4 arrays hold the other layers only, "x.weight" holds these, and "x.places" says for
-    each layer of the stack where it is: i in the NF4 arrays, or -1 - i in "x.weight".
+    stack, in rising order. Its quantised arrays hold the other layers only, "x.weight" holds these, and "x.places" says
+    for each layer of the stack where it is: i in the quantised arrays, or -1 - i in "x.weight".
     """
 
     paths: tuple[str, ...]
     nested: bool = True
     unquantized: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    form: WeightForm = "nf4"
+    scales: str = "float32"
+
+    @classmethod
+    def in_fp8(
+        cls, paths: Iterable[str], scales: str = "float32", unquantized: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    ) -> Quantization:
+        """These parameters in FP8."""
+        return cls(tuple(sorted(paths)), False, unquantized, "fp8", scales)
+
+    @classmethod
+    def default(cls, config: Qwen3MoeConfig, form: str) -> Quantization:
+        """All parameters that the form is used for, as `--quantize` makes it."""
+        paths = quantizable(config)
+        return cls.in_fp8(paths) if form == "fp8" else cls(paths)
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Quantization | None:
-        """The quantisation of a model with these arrays; None for a model without NF4. Reads the places' values."""
-        paths = nf4_paths(params)
+        """The quantisation of a model with these arrays; None for plain weights. Reads the places' values."""
+        paths = quantized_paths(params)
         mixed = {path: params[f"{path}.places"].tolist() for path in paths if f"{path}.places" in params}
         slots = ((path, tuple(i for i, place in enumerate(places) if place < 0)) for path, places in mixed.items())
-        return cls(paths, NESTED_QUANT_MAP in params, tuple(slots)) if paths else None
+        if not paths:
+            return None
+        if (scales := params.get(f"{paths[0]}.scales")) is not None:
+            return cls.in_fp8(paths, str(scales.dtype), tuple(slots))
+        return cls(paths, NESTED_QUANT_MAP in params, tuple(slots))
 
     def places(self, path: str, layers: int) -> list[int]:
         """The values of "x.places", for the mixed stack `path` of that many layers."""
@@ -70,8 +98,8 @@ class Quantization:
         return [-1 - before[i] if i in left else i - before[i] for i in range(layers)]
 
 
-def nf4_paths(names: Iterable[str]) -> tuple[str, ...]:
-    """The parameters that are in NF4, wholly or in part, in a model whose arrays have these names."""
+def quantized_paths(names: Iterable[str]) -> tuple[str, ...]:
+    """The parameters that are quantised, wholly or in part, in a model whose arrays have these names."""
     return tuple(sorted(name.removesuffix(".codes") for name in names if name.endswith(".codes")))
 
 
@@ -118,9 +146,9 @@ def parameter_specs(config: Qwen3MoeConfig) -> dict[str, ParameterSpec]:
     return specs
 
 
-def nf4_candidates(config: Qwen3MoeConfig, router: bool = False) -> tuple[str, ...]:
-    """The parameters that NF4 is used for: attention projections, experts, dense MLPs; with `router` also the router,
-    which transformers 4 quantises."""
+def quantizable(config: Qwen3MoeConfig, router: bool = False) -> tuple[str, ...]:
+    """The parameters that NF4 and FP8 are used for: attention projections, experts, dense MLPs; with `router` also the
+    router, which transformers 4 quantises to NF4."""
     specs = parameter_specs(config).items()
     matrices = (path for path, spec in specs if spec.axes[0] == "layers" and spec.init == "normal")
     return tuple(path for path in matrices if router or path != "sparse.gate")
@@ -135,32 +163,55 @@ def matrix_shape(config: Qwen3MoeConfig, path: str) -> tuple[int, ...]:
 
 
 def stored_specs(config: Qwen3MoeConfig, quantization: Quantization | None) -> dict[str, ParameterSpec]:
-    """The specs of all stored arrays: `parameter_specs`, with NF4's arrays in place of each quantised weight."""
+    """The specs of all stored arrays: `parameter_specs`, with several arrays in place of each quantised weight."""
     specs = parameter_specs(config)
     if quantization is None:
         return specs
     unquantized = dict(quantization.unquantized)
     for path in quantization.paths:
         weight = specs.pop(path)
-        *lead, elements = matrix_shape(config, path)
         layers, *shape = weight.shape
         if left := len(unquantized.get(path, ())):
             specs[f"{path}.weight"] = ParameterSpec((left, *shape), weight.axes)
             specs[f"{path}.places"] = ParameterSpec((layers,), weight.axes[:1], dtype="int32")
-        lead, axes = (layers - left, *lead), (*weight.axes[:-2], "matrices")
-        blocks = -(-elements // NF4_BLOCK)
-        nested = quantization.nested
-        specs[f"{path}.codes"] = ParameterSpec((*lead, -(-elements // 2)), (*axes, "codes"), dtype="uint8")
-        specs[f"{path}.absmax"] = ParameterSpec(
-            (*lead, blocks), (*axes, "blocks"), dtype="uint8" if nested else "float32"
-        )
-        if nested:
-            outer = -(-blocks // NF4_NESTED_BLOCK)
-            specs[f"{path}.nested_absmax"] = ParameterSpec((*lead, outer), (*axes, "blocks"), dtype="float32")
-            specs[f"{path}.nested_offset"] = ParameterSpec(tuple(lead), axes, dtype="float32")
+        quantized = replace(weight, shape=(layers - left, *shape))
+        matrices = _MATRICES.get(path, 1)
+        if quantization.form == "fp8":
+            arrays = _fp8_specs(quantized, matrices, quantization.scales)
+        else:
+            arrays = _nf4_specs(quantized, matrices, quantization.nested)
+        specs |= {f"{path}.{name}": spec for name, spec in arrays.items()}
     if quantization.nested:
         specs[NESTED_QUANT_MAP] = ParameterSpec((256,), ("codes",), dtype="float32")
     return specs
+
+
+def _nf4_specs(weight: ParameterSpec, matrices: int, nested: bool) -> dict[str, ParameterSpec]:
+    """NF4's arrays in place of a weight."""
+    *lead, out, inner = weight.shape
+    lead, axes = (*lead, matrices), (*weight.axes[:-2], "matrices")
+    elements = out // matrices * inner
+    blocks = -(-elements // NF4_BLOCK)
+    arrays = {
+        "codes": ParameterSpec((*lead, -(-elements // 2)), (*axes, "codes"), dtype="uint8"),
+        "absmax": ParameterSpec((*lead, blocks), (*axes, "blocks"), dtype="uint8" if nested else "float32"),
+    }
+    if nested:
+        outer = -(-blocks // NF4_NESTED_BLOCK)
+        arrays["nested_absmax"] = ParameterSpec((*lead, outer), (*axes, "blocks"), dtype="float32")
+        arrays["nested_offset"] = ParameterSpec(lead, axes, dtype="float32")
+    return arrays
+
+
+def _fp8_specs(weight: ParameterSpec, matrices: int, scales: str) -> dict[str, ParameterSpec]:
+    """FP8's arrays in place of a weight: codes in its shape, and scales by matrix."""
+    *lead, out, inner = weight.shape
+    grid = -(-out // matrices // FP8_BLOCK), -(-inner // FP8_BLOCK)
+    axes = (*weight.axes[:-2], "matrices", "blocks", "block_columns")
+    return {
+        "codes": ParameterSpec(weight.shape, weight.axes, dtype=FP8_DTYPE),
+        "scales": ParameterSpec((*lead, matrices, *grid), axes, dtype=scales),
+    }
 
 
 def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterSpec]:
@@ -207,5 +258,5 @@ def layer_paths(
 
 
 def top_level_paths(config: Qwen3MoeConfig, quantization: Quantization | None = None) -> tuple[str, ...]:
-    """Paths of the arrays outside the layers: embed_tokens, norm, lm_head unless tied, nested_quant_map with NF4."""
+    """Paths of the arrays outside the layers: embed_tokens, norm, lm_head unless tied, nested_quant_map of NF4."""
     return tuple(path for path in stored_specs(config, quantization) if "." not in path)

@@ -16,7 +16,7 @@ from jaxmoe.cli import xla
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
 from jaxmoe.memory import embedding_on_host
-from jaxmoe.parameters import Quantization, lora_specs, nf4_candidates, stored_specs
+from jaxmoe.parameters import Quantization, lora_specs, quantizable, stored_specs
 from jaxmoe.presets import PRESETS
 from jaxmoe.train.host_memory import looked_up
 from jaxmoe.train.loss import next_token_objective
@@ -32,7 +32,7 @@ def compiled_memory(case: tuple[Any, ...], config: Qwen3MoeConfig, dtype: str) -
     targets, sequences, length, remat, packed, quantize = case
     lora = lora_of(targets)
     struct = jax.ShapeDtypeStruct
-    stored = stored_specs(config, Quantization(nf4_candidates(config)) if quantize else None)
+    stored = stored_specs(config, Quantization(quantizable(config)) if quantize else None)
     frozen_dtype = dtype if lora else "float32"
     frozen = {path: struct(spec.shape, spec.dtype or frozen_dtype) for path, spec in stored.items()}
     trained = frozen

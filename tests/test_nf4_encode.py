@@ -15,6 +15,7 @@ from jaxmoe.nf4 import codec, encode
 from jaxmoe.nf4.codec import NF4, NF4_TABLE, dynamic_map
 from jaxmoe.nf4.recode import quantized
 from jaxmoe.parameters import NF4_BLOCK, matrix_shape
+from jaxmoe.store import recoded
 from jaxmoe.store.checkpoint import Divisible, MadeOnDevice
 from jaxmoe.store.digest import Pending, WeightsDigest, combined, digest
 from jaxmoe.store.loading import load_stacks
@@ -170,7 +171,7 @@ def test_matrices_are_those_of_the_block(layout: Any, dtype: str | None, tmp_pat
 @pytest.mark.usefixtures("by_xla")
 def test_the_device_makes_what_the_host_makes(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stacks and the digest of a model that is quantised on the device, in several pieces, and in NumPy."""
-    monkeypatch.setattr(encode, "group_size", lambda matrices, elements: max(1, matrices // 2))
+    monkeypatch.setattr(recoded, "group_size", lambda matrices, elements: max(1, matrices // 2))
     config = config_of("mlp_only_layers").replace(hidden_size=64, moe_intermediate_size=64, intermediate_size=64)
     make_checkpoint(tmp_path, config, dtype="bfloat16")
     source = quantized(read_hf(tmp_path))

@@ -58,13 +58,14 @@ def test_what_fits_on_nodes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert found["node"]["links"] == ["PCIe (SYS)", "PCIe (PIX)"] and len(found["node"]["gpus"]) == 3
     assert found["nodes"].keys() == {"qwen3-30b-a3b", "qwen3-235b-a22b"}
     for fits in found["nodes"].values():
-        assert [fit["devices"] for fit in fits] == [8, 8, 16, 16] * 3
+        assert [fit["devices"] for fit in fits] == [8, 8, 8, 16, 16, 16] * 3
         for fit in fits:
             assert fit["total"] == sum(part["bytes"] for part in fit["parts"])
             assert fit["fits"] == (fit["total"] <= fit["room"])
     large = {(fit["machines"], fit["weights"]): fit for fit in found["nodes"]["qwen3-235b-a22b"]}
     assert not large["8 x 24 GB (RTX 4090)", "NF4"]["fits"] and large["2 x 8 x 24 GB (RTX 4090)", "NF4"]["fits"]
-    assert large["8 x 141 GB (H200)", "bfloat16, FP8"]["mesh"] == "expert=8"
+    assert large["8 x 141 GB (H200)", "bfloat16"]["mesh"] == "expert=8"
+    assert large["8 x 141 GB (H200)", "FP8"]["mesh"] == "data=2,expert=4"
 
 
 def test_what_fits_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,8 +32,8 @@ from jaxmoe.nf4 import stack as dequantize
 from jaxmoe.nf4.codec import NF4, decode, dynamic_map, encode
 from jaxmoe.nf4.recode import dequantized, quantized
 from jaxmoe.nf4.stack import NF4Stack
-from jaxmoe.ops.linear import nf4_product
-from jaxmoe.parameters import NESTED_QUANT_MAP, matrix_shape, nf4_candidates, parameter_specs
+from jaxmoe.ops.linear import quantized_product
+from jaxmoe.parameters import NESTED_QUANT_MAP, matrix_shape, parameter_specs, quantizable
 from jaxmoe.store.checkpoint import Checkpoint
 from jaxmoe.store.converted import read_converted
 from jaxmoe.train.loop import train
@@ -295,7 +295,7 @@ def test_products_of_sixteen_bit_weights_have_sixteen_bit_operands() -> None:
     packed = encode(np.ones((64, 64), np.float32))
     params = {name: jnp.asarray(array)[None, None] for name, array in packed.named("x").items()}
     stack = NF4Stack.of(params, "x", (1, 64, 64), "bfloat16")
-    run = lambda x: nf4_product(x, stack, jnp.int32(0)).sum()
+    run = lambda x: quantized_product(x, stack, jnp.int32(0)).sum()
     found = dots(jax.make_jaxpr(jax.value_and_grad(run))(jnp.ones((8, 64), jnp.bfloat16)).jaxpr)
     assert found == [(jnp.bfloat16, jnp.bfloat16)] * 2
 
@@ -310,7 +310,7 @@ def test_a_wrong_decoder_changes_the_model(folder: pathlib.Path, monkeypatch: py
 def test_what_is_quantised_and_what_is_not(folder: pathlib.Path) -> None:
     model = Qwen3MoeForCausalLM.from_pretrained(folder, quantize="nf4")
     kept = {path: array for path, array in model.params.items() if array.dtype == jnp.bfloat16}
-    assert set(kept) == set(parameter_specs(MIXED)) - set(nf4_candidates(MIXED))
+    assert set(kept) == set(parameter_specs(MIXED)) - set(quantizable(MIXED))
     assert {"embed_tokens", "lm_head", "sparse.gate", "attention.q_norm"} <= set(kept)
     parts = {
         part.name: part.bytes
@@ -339,7 +339,7 @@ def wide_parameters(dtype: str) -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
     params: dict[str, jax.Array] = {NESTED_QUANT_MAP: jnp.asarray(dynamic_map())}
     for path, spec in parameter_specs(WIDE).items():
-        if path not in nf4_candidates(WIDE):
+        if path not in quantizable(WIDE):
             params[path] = jnp.ones(spec.shape, dtype)
             continue
         one = encode(rng.standard_normal(matrix_shape(WIDE, path)[-1]).astype(np.float32), dynamic_map())
@@ -352,7 +352,7 @@ def wide_parameters(dtype: str) -> dict[str, jax.Array]:
 def wide_gradients(params: Any, adapters: Any, batch: Any, dtype: str, remat: str, decode_first: bool) -> Any:
     """The adapters' gradients of WIDE, with its weights decoded where they are used, or all of them before."""
     if decode_first:
-        for path in nf4_candidates(WIDE):
+        for path in quantizable(WIDE):
             *lead, out, inner = parameter_specs(WIDE)[path].shape
             stack = NF4Stack.of(params, path, (math.prod(lead), out, inner), dtype)
             params = params | {path: stack[jnp.arange(math.prod(lead))].reshape(*lead, out, inner)}
@@ -400,7 +400,7 @@ def test_no_more_than_one_layer_is_ever_decoded(remat: str) -> None:
 
     The results are half of that; all layers' attention weights would exceed it. The control decodes the model first.
     """
-    layer = sum(4 * math.prod(parameter_specs(WIDE)[path].shape[1:]) for path in nf4_candidates(WIDE))
+    layer = sum(4 * math.prod(parameter_specs(WIDE)[path].shape[1:]) for path in quantizable(WIDE))
     assert temporary_bytes(remat, decode_first=False) < layer * (2 if remat == "fast" else 1)
     assert temporary_bytes(remat, decode_first=True) > WIDE.num_hidden_layers * layer
 

@@ -43,13 +43,15 @@ MODULES: dict[str, set[str]] = {
     "metrics": _under("jaxmoe.routing", "metrics"),
     "store": _under(
         "jaxmoe.store",
-        ". adapter boxes checkpoint converted digest element_sums files items loading lock shares train_state",
+        ". adapter boxes checkpoint converted digest element_sums files items loading lock recoded shares train_state",
     ),
+    "forms": _under("jaxmoe", "quantized_stack"),
     "nf4": _under("jaxmoe.nf4", ". codec encode stack"),
-    "recode": _under("jaxmoe.nf4", "recode"),
+    "fp8": _under("jaxmoe.fp8", ". codec encode stack"),
+    "recode": _under("jaxmoe", "recode nf4.recode fp8.recode"),
     "convert": _under(
         "convert",
-        ". __main__ adapters foreign_names forms fp8 hf2jax hub jax2hf names nf4 peft_experts peft_served "
+        ". __main__ adapters foreign_names forms fp8 hf2jax hub jax2hf mixed names nf4 peft_experts peft_served "
         "peft_settings pruned report safetensors_io saved_modules",
     ),
     "captures": _under("captures", ". format shared"),
@@ -102,7 +104,7 @@ MODULES: dict[str, set[str]] = {
     "peers": _under("peers", ". configs make_checkpoint reference"),
 }
 
-_BELOW_MODEL = "base parameters distributed memory nf4 recode store ops"
+_BELOW_MODEL = "base parameters distributed memory forms nf4 fp8 recode store ops"
 # room -> the rooms that it may use, beside itself
 USES: dict[str, set[str]] = {
     "base": set(),
@@ -113,11 +115,13 @@ USES: dict[str, set[str]] = {
     "figures": {"base"},
     "metrics": {"base"},
     "store": {"base", "parameters", "distributed"},
-    "nf4": {"base", "parameters"},
-    "recode": {"base", "parameters", "nf4", "store"},
-    "convert": {"base", "parameters", "memory", "nf4", "recode", "store", "cli"},
+    "forms": {"base"},
+    "nf4": {"base", "parameters", "forms"},
+    "fp8": {"base", "parameters", "forms"},
+    "recode": {"base", "parameters", "nf4", "fp8", "store"},
+    "convert": {"base", "parameters", "memory", "nf4", "fp8", "recode", "store", "cli"},
     "captures": {"base", "cli"},
-    "ops": {"base", "parameters", "distributed", "nf4"},
+    "ops": {"base", "parameters", "distributed", "forms", "nf4", "fp8"},
     "model": {*_BELOW_MODEL.split()},
     "data": {"base", "figures"},
     "control": {*_BELOW_MODEL.split(), "model", "data", "captures"},
@@ -469,8 +473,8 @@ def test_a_planted_circle_is_found(module: str, line: str) -> None:
 def test_an_unlisted_module_is_found() -> None:
     found = set(unlisted(project().planted("jaxmoe.ops.swish", ""))) - faults()
     assert found == {'jaxmoe.ops.swish is in no room: add "swish" (below jaxmoe.ops) to MODULES["ops"]'}
-    found = set(unlisted(project().planted("jaxmoe.fp8.codec", ""))) - faults()
-    assert found == {'jaxmoe.fp8.codec is in no room: add "codec" (below jaxmoe.fp8) to MODULES, as a room of its own'}
+    found = set(unlisted(project().planted("jaxmoe.fp4.codec", ""))) - faults()
+    assert found == {'jaxmoe.fp4.codec is in no room: add "codec" (below jaxmoe.fp4) to MODULES, as a room of its own'}
 
 
 @pytest.mark.parametrize(

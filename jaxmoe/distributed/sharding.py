@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.lora import LoraConfig
-from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, nf4_paths, stored_specs
+from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, quantized_paths, stored_specs
 
 # logical axis -> the mesh axes that may split it, the outermost first
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -54,11 +54,14 @@ def held_elements(spec: ParameterSpec, mesh: MeshShape) -> int:
 def stored_arrays(config: Qwen3MoeConfig, lora: LoraConfig | None, names: Sequence[str]) -> dict[str, ParameterSpec]:
     """The spec of every array of a model, which has the arrays `names`, and of its adapters.
 
-    In NF4's mixed stacks the number of layers is not the stack's own: the names do not tell it.
+    In mixed stacks the number of layers is not the stack's own: the names do not tell it.
     """
     mixed = {name.rpartition(".")[0] for name in names if name.endswith((".weight", ".places"))}
-    quantized = tuple(mixed.union(nf4_paths(names)))
-    quantization = Quantization(quantized, True, tuple((path, (0,)) for path in mixed))
+    quantized, unquantized = tuple(mixed.union(quantized_paths(names))), tuple((path, (0,)) for path in mixed)
+    if any(name.endswith(".scales") for name in names):
+        quantization = Quantization.in_fp8(quantized, unquantized=unquantized)
+    else:
+        quantization = Quantization(quantized, True, unquantized)
     return stored_specs(config, quantization) | (lora_specs(config, lora) if lora else {})
 
 

@@ -85,9 +85,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"  {plan['parameters']:,} parameters, {plan['active_parameters']:,} of them active per token, "
         f"{plan['trained_parameters']:,} trained",
     ]
-    if plan["stored"] == "fp8":
-        held = plan["quantize"] or plan["dtype"]
-        lines.append(f"  stored in FP8, held in {held}: training, generation and conversion need --dequantize")
+    if plan["stored"] is not None and plan["stored"] != plan["quantize"]:
+        lines.append(f"  stored in {plan['stored']}, decoded to {plan['dtype']} while it is read (--dequantize)")
     for name in ("training", "generation"):
         total = plan[name].total
         lines += ["", f"  {name}: {memory.format_bytes(total)}"]

@@ -1,4 +1,4 @@
-"""What fits on cards that one can buy: for each card, in 16 bits and in NF4, how long and how many sequences train."""
+"""What fits on cards that one can buy: for each, in 16 bits, FP8 and NF4, how long and how many sequences train."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Row:
 
     Attributes:
         card: the card's name.
-        weights: the dtype, or "nf4".
+        weights: the dtype, or "fp8" or "nf4".
         remat: the fastest policy with which the workload's own batch fits.
         needed: bytes of that step, with what lies outside JAX's pool; of the most frugal policy if none fits.
         batch: the most sequences of the workload's length, a power of two.
@@ -70,9 +70,9 @@ class Row:
 
 
 def rows(work: Workload) -> Iterator[Row]:
-    """The rows of all cards for LoRA training like `work`, in its dtype and in NF4."""
+    """The rows of all cards for LoRA training like `work`, in its dtype, in FP8 and in NF4."""
     for card in CARDS:
-        for quantize in (None, "nf4"):
+        for quantize in (None, "fp8", "nf4"):
             yield _row(card, replace(work, quantize=quantize, **card.implementations))
 
 

@@ -56,12 +56,11 @@ class DoctorConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "dtype of the parameters and of the computation"}
     )
-    quantize: Literal["nf4"] | None = field(
-        default=None, metadata={"help": "hold frozen projections, dense MLPs and experts in 4 bits (QLoRA)"}
+    quantize: WeightForm | None = field(
+        default=None,
+        metadata={"help": "hold frozen projections, dense MLPs and experts in 4 bits (nf4: QLoRA) or in 8 (fp8)"},
     )
-    dequantize: bool = field(
-        default=False, metadata={"help": "decode weights in FP8 or NF4 while they are read; FP8 needs it"}
-    )
+    dequantize: bool = field(default=False, metadata={"help": "decode weights in FP8 or NF4 while they are read"})
     pack: bool = field(
         default=True, metadata={"help": "pack several records into a sequence; attention then needs more memory"}
     )
@@ -140,13 +139,13 @@ def stored_in(model: str) -> WeightForm | None:
 
 
 def quantization_of(model: str) -> Quantization | None:
-    """Which weights of the checkpoint in the folder `model` are in NF4; None if there is no such checkpoint.
+    """Which weights of the checkpoint in the folder `model` are quantised; None if there is no such checkpoint.
 
     Raises:
         UserError: a checkpoint that cannot be read.
     """
     path = pathlib.Path(model)
-    if stored_in(model) != "nf4" or not (is_converted(path) or any(path.glob("*.safetensors"))):
+    if stored_in(model) is None or not (is_converted(path) or any(path.glob("*.safetensors"))):
         return None
     from jaxmoe.model.opening import open_checkpoint
 
@@ -156,11 +155,11 @@ def quantization_of(model: str) -> Quantization | None:
 def forecast(options: DoctorConfig) -> dict[str, Any]:
     """Parameter counts, and the memory that training and generation need, part by part, in bytes.
 
-    Weights in FP8 are decoded when they are read, so the forecast is that of 16 bits, or of NF4 with `quantize`.
+    Quantised weights stay as they are stored unless `dequantize` decodes them.
 
     Raises:
-        UserError: full training of a model in NF4, `dequantize` of plain weights, adapters on layers that the model
-            lacks, or an unknown model.
+        UserError: full training of a quantised model, another form for one, `dequantize` of plain weights, adapters on
+            layers that the model lacks, or an unknown model.
     """
     assert options.model is not None
     config = load_config(options.model)
@@ -168,9 +167,15 @@ def forecast(options: DoctorConfig) -> dict[str, Any]:
     stored = stored_in(options.model)
     if options.dequantize and stored is None:
         raise UserError(f"{options.model}: dequantize: expected weights in FP8 or NF4, found neither")
-    held = "nf4" if stored == "nf4" and not options.dequantize else None
+    held = None if options.dequantize else stored
+    if held and options.quantize not in (None, held):
+        raise UserError(
+            f"quantize: expected plain weights or {options.quantize}, found {held} in {options.model} "
+            "(--dequantize decodes it)"
+        )
     if held and options.train == "full":
-        raise UserError(f"train: expected lora, since {options.model} is in nf4 (--dequantize decodes it), found full")
+        why = f"since {options.model} is in {held} (--dequantize decodes it)"
+        raise UserError(f"train: expected lora, {why}, found full")
     quantize = options.quantize or held
     shape = {"batch_size": options.batch_size, "seq_length": options.seq_length, "dtype": options.dtype}
     shape["quantize"] = quantize
@@ -230,7 +235,7 @@ def on_cards(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[car
 
 def on_nodes(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[nodes.Fit]]]:
     """For the model of the options, or 30B and 235B: a training step, whose batch is that of each device, and what
-    holds it. Weights that are stored in FP8 are held in 16 bits.
+    holds it.
 
     Raises:
         UserError: adapters on layers that the model lacks, or an unknown model.
@@ -247,9 +252,9 @@ def on_nodes(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[nod
             accumulation=options.accumulation,
             packed=options.pack,
         )
-        forms: dict[str, str | None] = {f"{options.dtype}, FP8": None}
+        forms: dict[str, str | None] = {options.dtype: None}
         if options.train == "lora":
-            forms["NF4"] = "nf4"
+            forms |= {"FP8": "fp8", "NF4": "nf4"}
         found[model] = work, list(nodes.fits(work, forms))
     return found
 

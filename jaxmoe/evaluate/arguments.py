@@ -27,7 +27,7 @@ class ModelArguments:
         pretrained: the model's folder, in HF form or converted.
         adapter: a PEFT folder, a converted adapter, or the folder of a training run.
         dtype: float32, bfloat16 or float16; by default the checkpoint's.
-        quantize: nf4 holds projections, dense MLPs and experts in 4 bits.
+        quantize: nf4 holds projections, dense MLPs and experts in 4 bits, fp8 in 8.
         dequantize: decodes weights in FP8 or NF4 while they are read.
         batch_size: sequences at once, or auto: as many as have 16,384 tokens together.
         max_batch_size: the largest number of sequences with batch_size=auto.

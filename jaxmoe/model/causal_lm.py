@@ -28,7 +28,7 @@ from jaxmoe.model.interface import DecoderOutput, Options, Params, Tokens, contr
 from jaxmoe.model.opening import load_adapter, open_checkpoint
 from jaxmoe.ops.frozen import instantiated, is_perturbed, values_of
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss
-from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, nf4_paths, stored_specs
+from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, quantized_paths, stored_specs
 from jaxmoe.store.loading import OnLayer, load_stacks
 
 TokenArray = Int[Array, "B T"] | Int[np.ndarray, "B T"]
@@ -51,7 +51,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
     the same arrays as flat dictionaries, which the pure functions expect. Hot loops use those, never the object.
 
     `nnx.grad` of a loss that calls the model returns the gradient of every parameter that it is asked for. Parameters
-    named by `freeze` and weights in NF4 are frozen: asking for their gradient is an error.
+    named by `freeze` and quantised weights are frozen: asking for their gradient is an error.
     """
 
     def __init__(
@@ -141,12 +141,13 @@ class Qwen3MoeForCausalLM(nnx.Module):
         Args:
             path: the model's folder.
             dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's.
-            quantize: "nf4" holds projections, dense MLPs and experts in NF4 with double quantisation; None keeps the
-                checkpoint's form. Weights that are in NF4 already keep their bytes.
+            quantize: "nf4" holds projections, dense MLPs and experts in NF4 with double quantisation, "fp8" in e4m3
+                with a scale for each 128 x 128 block; None keeps the checkpoint's form. Weights that are in that form
+                already keep their bytes.
             adapter: a PEFT adapter's folder or a converted one.
             on_layer: called after each layer, with the number of layers read so far and the total.
             dequantize: decodes weights in FP8 to the dtype in config.json, and weights in NF4 to the dtype that they
-                had before quantisation, or both to `dtype`. FP8 cannot be read without it.
+                had before quantisation, or both to `dtype`.
             mesh: the devices that share the model and its inputs, such as "expert=4"; by default one.
 
         Raises:
@@ -271,10 +272,10 @@ def _run_forward(call: _Call, params: Any, adapters: Any, control: Any, tokens: 
     if frozen := sorted(asked & call.frozen):
         raise ValueError(f"{frozen[0]}: frozen, but its gradient was asked for")
     params, adapters, control, tokens = map(values_of, (params, adapters, control, tokens))
-    quantized = nf4_paths(params)
+    quantized = quantized_paths(params)
     for path in sorted(trained):
         if path.rpartition(".")[0] in quantized:
-            raise ValueError(f"weights.{path}: frozen (NF4), but its gradient was asked for")
+            raise ValueError(f"weights.{path}: frozen (quantised), but its gradient was asked for")
     options = replace(call.options, trainable=frozenset(trained))
 
     def run(trained: Params, adapters: Params, control: RoutingControl | None) -> Any:

@@ -15,6 +15,8 @@ from jaxtyping import Array
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.collectives import gather
 from jaxmoe.distributed.sharding import gathered_axes
+from jaxmoe.fp8.codec import FP8
+from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.lora import LORA_TARGETS, LoraConfig
 from jaxmoe.model.interface import Options, Params
 from jaxmoe.nf4.codec import NF4
@@ -23,7 +25,8 @@ from jaxmoe.ops.experts import ExpertWeights
 from jaxmoe.ops.linear import LinearMap, layer_slice
 from jaxmoe.ops.low_rank import Adapter, Dropout, DropoutKeys
 from jaxmoe.ops.norm import StackedNorm
-from jaxmoe.parameters import NESTED_QUANT_MAP, nf4_paths, parameter_specs
+from jaxmoe.parameters import NESTED_QUANT_MAP, parameter_specs, quantized_paths
+from jaxmoe.quantized_stack import QuantizedStack
 
 _EXPERTS = ("sparse.gate_up_proj", "sparse.down_proj")
 # The weights whose adapters may have dropout, in the order in which a layer numbers its draws.
@@ -34,14 +37,14 @@ class Stacks(NamedTuple):
     """Stacked arrays by path. `sliced` ones already hold one layer inside the loop; `whole` ones are indexed there."""
 
     sliced: Params
-    whole: Mapping[str, Array | NF4Stack]
+    whole: Mapping[str, Array | QuantizedStack]
 
     def pick(self, path: str, slot: Any) -> Array:
         """One layer's array."""
         if path in self.sliced:
             return self.sliced[path]
         stack = self.whole[path]
-        return stack[slot] if isinstance(stack, NF4Stack) else layer_slice(stack, slot)
+        return stack[slot] if isinstance(stack, QuantizedStack) else layer_slice(stack, slot)
 
     def __contains__(self, path: object) -> bool:
         return path in self.sliced or path in self.whole
@@ -72,7 +75,7 @@ class ModelStacks(NamedTuple):
     scales: Mapping[str, float | Array]  # an adapter's path -> the factor on its product, or one per layer
     dropout: float  # of the adapters' inputs, in training
     devices: int  # that share the tokens of a sequence
-    experts: Mapping[str, Array | NF4Stack]  # frozen expert stacks as [layers * E, out, in]; empty if they are trained
+    experts: Mapping[str, Array | QuantizedStack]  # frozen ones, [layers * E, out, in]; empty if they are trained
     experts_here: int  # experts of a layer on this device
     params: Params  # as they are stored
     shared: Mapping[str, int]  # path of an array that devices share with fsdp -> which axis of one layer's
@@ -86,14 +89,15 @@ class ModelStacks(NamedTuple):
         The experts' two stacks are always treated alike.
 
         Raises:
-            ValueError: a weight in NF4 is to be trained, or one of the experts' stacks while the other is in NF4.
+            ValueError: a quantised weight is to be trained, or one of the experts' stacks while the other is quantised.
         """
         trained = {path for path in params if "." in path and options.trains(path)}
         if trained & set(_EXPERTS):
             trained |= set(_EXPERTS)
         stacks = _layer_stacks(params, config)
-        if quantized := [path for path in sorted(trained) if isinstance(stacks[path], NF4Stack)]:
-            raise ValueError(f"{quantized[0]}: frozen (NF4), but it or the experts' other stack is to be trained")
+        for path in sorted(trained):
+            if isinstance(stack := stacks[path], QuantizedStack):
+                raise ValueError(f"{path}: frozen ({stack.form}), but it or the experts' other stack is to be trained")
         weights = _split(stacks, config, trained)
         experts = {path: _by_expert(stack) for path in _EXPERTS if (stack := weights.whole.get(path)) is not None}
         scales = _scales(options.lora)
@@ -154,7 +158,7 @@ class Layer:
         """(a stack that holds the array `path` of this layer, its place in it): the whole stack if it is frozen."""
         if path in self.stacks.weights.whole and not self._is_shared(path):
             stack = self.stacks.weights.whole[path]
-            assert not isinstance(stack, NF4Stack)
+            assert not isinstance(stack, QuantizedStack)
             return stack, self._slot(path)
         return self.weight(path)[None], 0
 
@@ -205,8 +209,8 @@ class Layer:
         """One layer's array, put together if devices share it."""
         return share if path not in self.stacks.shared else gather(share, self.stacks.shared[path])
 
-    def _alone(self, path: str) -> Array | NF4Stack:
-        """A frozen weight's stack with this layer alone, put together from the shares: NF4's bytes if it is in NF4."""
+    def _alone(self, path: str) -> Array | QuantizedStack:
+        """A frozen weight's stack with this layer alone, put together from the shares: its bytes if it is quantised."""
         params, slot = self.stacks.params, self._slot(path)
         at = dict.fromkeys(_stored(path), slot)
         own = {}
@@ -252,9 +256,9 @@ def _only_trained_parts(adapters: Params, lora: LoraConfig | None) -> Params:
     return {**adapters, path: adapters[path] * rows[:, None, :, None]}
 
 
-def _layer_stacks(params: Params, config: Qwen3MoeConfig) -> dict[str, Array | NF4Stack]:
-    """The parameters of the layers: as they are, or one `NF4Stack` in place of a quantised weight's arrays."""
-    if not nf4_paths(params):
+def _layer_stacks(params: Params, config: Qwen3MoeConfig) -> dict[str, Array | QuantizedStack]:
+    """The parameters of the layers: as they are, or one `QuantizedStack` in place of several arrays."""
+    if not quantized_paths(params):
         return {path: stack for path, stack in params.items() if "." in path}
     dtype = params["embed_tokens"].dtype
     return {
@@ -262,22 +266,23 @@ def _layer_stacks(params: Params, config: Qwen3MoeConfig) -> dict[str, Array | N
     }
 
 
-def _stack(params: Params, path: str, shape: tuple[int, ...], dtype: Any) -> Array | NF4Stack:
-    """The weight `path` of a flat dictionary, as it is or in NF4; `shape` counts the experts of the whole model."""
+def _stack(params: Params, path: str, shape: tuple[int, ...], dtype: Any) -> Array | QuantizedStack:
+    """The weight `path` of a flat dictionary, as it is or quantised; `shape` counts the experts of the whole model."""
     if (codes := params.get(f"{path}.codes")) is None:
         return params[path]
     experts = codes.shape[1:-2]  # those of this device
-    return NF4Stack.of(params, path, (shape[0] * math.prod(experts), *shape[-2:]), dtype)
+    kind = FP8Stack if f"{path}.scales" in params else NF4Stack
+    return kind.of(params, path, (shape[0] * math.prod(experts), *shape[-2:]), dtype)
 
 
 def _stored(path: str) -> tuple[str, ...]:
     """The arrays that may hold the weight `path`, without the places of a mixed stack."""
-    return (path, *(f"{path}.{field}" for field in (*NF4._fields, "weight")))
+    return (path, *(f"{path}.{field}" for field in (*NF4._fields, *FP8._fields, "weight")))
 
 
-def _by_expert(stack: Array | NF4Stack) -> Array | NF4Stack:
+def _by_expert(stack: Array | QuantizedStack) -> Array | QuantizedStack:
     """A stack of experts with one leading axis for layers and experts."""
-    return stack if isinstance(stack, NF4Stack) else stack.reshape(-1, *stack.shape[2:])
+    return stack if isinstance(stack, QuantizedStack) else stack.reshape(-1, *stack.shape[2:])
 
 
 def _split(stacks: Mapping[str, Any], config: Qwen3MoeConfig, sliced: set[str]) -> Stacks:

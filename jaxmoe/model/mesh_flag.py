@@ -57,7 +57,8 @@ def inference_mesh(
         return named(text, devices.count, config), []
     config, checkpoint = opened()
     dtype = str(checkpoint.dtypes["embed_tokens"])
-    quantized: Any = {"quantize": "nf4" if checkpoint.quantization else None, "quantization": checkpoint.quantization}
+    form = checkpoint.quantization
+    quantized: Any = {"quantize": form and form.form, "quantization": form}
     work = Workload(config, None, 1, inputs.length, dtype, **quantized, **selected_implementations(config, dtype))
     choice, why = choose_mesh(work, inputs.sequences, devices, forecast=generation_forecast)
     if not choice.fits and inputs.more:

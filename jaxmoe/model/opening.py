@@ -11,7 +11,7 @@ from convert.hf2jax import read_hf
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.model.interface import Params
-from jaxmoe.nf4.recode import dequantized, quantized
+from jaxmoe.recode import dequantized, quantized
 from jaxmoe.store.adapter import is_adapter, read_adapter
 from jaxmoe.store.checkpoint import Checkpoint
 from jaxmoe.store.converted import is_converted, read_converted
@@ -25,7 +25,7 @@ def open_checkpoint(
     source: Checkpoint = read_hf(path, dtype, dequantize) if not is_converted(path) else read_converted(path, dtype)
     if dequantize and is_converted(path):
         if source.quantization is None:
-            raise UserError(f"{path}: dequantize: expected weights in NF4 (or FP8 in an HF folder), found neither")
+            raise UserError(f"{path}: dequantize: expected weights in FP8 or NF4, found neither")
         source = dequantized(source)
     if quantize is not None:
         source = quantized(source, quantize)

@@ -29,15 +29,6 @@ _MANTISSA, _IMPLICIT, _MAGNITUDE = 0x7FFFFF, 0x800000, 0x7FFFFFFF
 _FEWEST = 2**18  # elements of a matrix; smaller ones are encoded by the codec before XLA has compiled its code
 
 
-def group_size(matrices: int, elements: int) -> int:
-    """How many matrices of a weight `encode` should take at a time, a divisor of `matrices`.
-
-    On a CPU intermediate results then stay in its cache, on a GPU transfers are large enough to be fast.
-    """
-    most = max(1, (2**21 if jax.default_backend() == "cpu" else 2**25) // elements)
-    return next(size for size in range(min(most, matrices), 0, -1) if matrices % size == 0)
-
-
 def encode(matrices: Sequence[np.ndarray], nested_quant_map: np.ndarray | None = None) -> NF4:
     """Quantises contiguous matrices of one size and dtype, as `codec.encode` does each of them.
 

@@ -1,14 +1,10 @@
-"""NF4 on the device: a stack of weights that is decoded where it is indexed, and only there.
-
-A mixed stack also holds layers that are not quantised. It looks up which kind a layer is while it is indexed, so that
-one loop runs over all layers. A stack of one kind has no such lookup.
-"""
+"""NF4 on the device: a stack of weights that is decoded where it is indexed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +12,19 @@ from jaxtyping import Array
 
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.parameters import NESTED_QUANT_MAP, NF4_BLOCK, NF4_NESTED_BLOCK
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class NF4Stack:
-    """Frozen weights [groups, out, in] in NF4; `stack[group]` returns them in `dtype`, decoded each time.
+class NF4Stack(QuantizedStack):
+    """A `QuantizedStack` in NF4.
 
-    A group is a layer, or an expert of a layer, and holds the codes of one matrix or of several that follow each other.
-    The fields are those of `jaxmoe.nf4.codec.NF4`, codes uint8 [groups, matrices, bytes] and so on, and the table
-    float32 [256]. `shape` and `dtype` are those of the weights.
-
-    In a mixed stack (`jaxmoe.parameters.Quantization`) these fields hold the quantised layers only, `weight` [_, out,
-    in] the groups of the others, and `places` int32 [layers] says where each layer is. Otherwise both are None.
+    A group holds the codes of one matrix or of several that follow each other. The fields are those of
+    `jaxmoe.nf4.codec.NF4`, codes uint8 [groups, matrices, bytes] and so on, and the table float32 [256].
     """
+
+    form: ClassVar[str] = "NF4"
 
     # JAX stores placeholders here while it flattens trees, so annotations of arrays would not hold.
     codes: Any
@@ -55,21 +50,6 @@ class NF4Stack:
         nested = joined("nested_absmax", 2), joined("nested_offset", 1), params.get(NESTED_QUANT_MAP)
         mixed = joined("weight", 2), params.get(f"{path}.places")
         return cls(codes, absmax, *nested, shape, jnp.dtype(dtype), *mixed)
-
-    def __getitem__(self, group: Any) -> Array:
-        """The weights [..., out, in] of one group (a scalar) or several of one layer (an array), in bounds."""
-        return self._decoded(group) if self.places is None else self._looked_up(jnp.asarray(group))
-
-    def _looked_up(self, group: Array) -> Array:
-        """`self[group]` of a mixed stack."""
-        in_layer = self.shape[0] // self.places.shape[0]
-        layer = group.reshape(-1)[0] // in_layer
-        place = self.places.at[layer].get(mode="promise_in_bounds")
-        quantized = place >= 0
-        # `at` takes the index inside the arrays of the layer's kind
-        at = jnp.where(quantized, place, -1 - place) * in_layer + group % in_layer
-        unchanged = lambda at: self.weight.at[at].get(mode="promise_in_bounds").astype(self.dtype)
-        return jax.lax.cond(quantized, self._decoded, unchanged, at)
 
     def _decoded(self, group: Any) -> Array:
         def at(array: Array) -> Array:

@@ -20,7 +20,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.dispatch import Dispatch, combine, make_dispatch
 from jaxmoe.ops.few_experts import few_experts
@@ -32,18 +31,19 @@ from jaxmoe.ops.low_rank import Adapter, Factors, fold, unfold
 from jaxmoe.ops.router import Routing
 from jaxmoe.ops.schedule import Schedule
 from jaxmoe.ops.swiglu import swiglu_of_product
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 class ExpertWeights(NamedTuple):
     """The fused experts of one layer inside a stack of groups (layers * experts): group = offset + expert.
 
     `gate_up_proj` [groups, 2F, D] (rows :F gate, F: up) and `down_proj` [groups, D, F] may hold all layers: `offset`
-    selects the layer, and no slice of it is copied. `trainable` says whether they get a gradient. Frozen ones may be in
-    NF4: an expert is decoded when it is multiplied, forwards and backwards.
+    selects the layer, and no slice of it is copied. `trainable` says whether they get a gradient. Frozen ones may be
+    quantised: an expert is decoded when it is multiplied, forwards and backwards.
     """
 
-    gate_up_proj: Array | NF4Stack
-    down_proj: Array | NF4Stack
+    gate_up_proj: Array | QuantizedStack
+    down_proj: Array | QuantizedStack
     offset: Array | int
     trainable: bool
 
@@ -64,8 +64,8 @@ def dense_experts(
     M, E = routing.logits.shape
     layer = partial(jax.lax.dynamic_slice_in_dim, start_index=weights.offset, slice_size=E)
 
-    def project(rows: Array, equation: str, weight: Array | NF4Stack, adapter: Adapter | None) -> Array:
-        assert not isinstance(weight, NF4Stack)
+    def project(rows: Array, equation: str, weight: Array | QuantizedStack, adapter: Adapter | None) -> Array:
+        assert not isinstance(weight, QuantizedStack)
         full = layer(weight).astype(jnp.float32)
         if adapter is not None:
             delta = jnp.einsum("eor,eri->eoi", adapter.lora_B, adapter.lora_A, precision=PRECISION)
@@ -93,7 +93,7 @@ def sorted_experts(
 
     Adapters hold one A and B per expert ([E, r, in], [E, out, r]); their products join the base's before it is rounded.
     `in_scan` says that this is a step of a scan that will be differentiated: its saved results are then slices of a
-    stack. `one_by_one` decodes a stack in NF4 for each product anew, so that no two decoded ones exist at once; that
+    stack. `one_by_one` decodes a quantised stack for each product anew, so that no two decoded ones exist at once; that
     takes less memory and more time. On a mesh with an `expert` axis, x are the tokens of this device, `weights` and
     adapters its own share of the experts.
     """
@@ -106,7 +106,7 @@ def sorted_experts(
     adapters = tuple(adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter))
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
-    one_by_one = one_by_one and any(isinstance(stack, NF4Stack) for stack in stacks)
+    one_by_one = one_by_one and any(isinstance(stack, QuantizedStack) for stack in stacks)
     plan = _Plan(products, weights.trainable, in_scan, one_by_one)
     few = choose("few_rows", x.dtype, *stacks).value.most_rows if mesh["expert"] == 1 else 0
     experts = routing.experts if not weights.trainable and x.shape[0] <= few else None
@@ -138,7 +138,7 @@ def routed_outputs(
 
 class _Plan(NamedTuple):
     """What is decided while tracing: the products' implementation, whether the stacks get gradients, whether the
-    results saved for the backward pass lie in a scan's stack, and whether stacks in NF4 are decoded one by one."""
+    results saved for the backward pass lie in a scan's stack, and whether quantised stacks are decoded one by one."""
 
     products: GroupedMatmul
     trainable: bool

@@ -1,7 +1,7 @@
 """The mixture of experts for a few tokens: each routed row times its own expert's matrices, without sorting into tiles.
 
-Only the chosen experts' weights are read, in 16 bits or in NF4. It has no backward pass of its own: `ops.experts` uses
-it where nothing is differentiated.
+Only the chosen experts' weights are read, in 16 bits or quantised. It has no backward pass of its own: `ops.experts`
+uses it where nothing is differentiated.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.contraction import PRECISION, product
 from jaxmoe.ops.few_rows import FewRows, Rows
 from jaxmoe.ops.low_rank import Factors
 from jaxmoe.ops.swiglu import swiglu_of_product
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 def few_experts(
     x: Float[Array, "M D"],
     experts: Int[Array, "M k"],
     weights: Float[Array, "M k"],
-    stacks: tuple[Array | NF4Stack, Array | NF4Stack],
+    stacks: tuple[Array | QuantizedStack, Array | QuantizedStack],
     offset: Any,
     adapters: tuple[Factors | None, Factors | None],
     kernel: FewRows,
@@ -46,7 +46,7 @@ def few_experts(
 
 def _product(
     x: Array,
-    stack: Array | NF4Stack,
+    stack: Array | QuantizedStack,
     rows: Rows,
     adapter: Factors | None,
     experts: Array,

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.contraction import product
 from jaxmoe.ops.swiglu import swiglu_of_product
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 class Rows(NamedTuple):
@@ -80,7 +80,7 @@ class FewRows(Protocol):
     def products(
         self,
         x: Float[Array, "X inner"],
-        stacks: Sequence[Float[Array, "groups _ inner"] | NF4Stack],
+        stacks: Sequence[Float[Array, "groups _ inner"] | QuantizedStack],
         rows: Rows,
         dtype: Any,
         *,
@@ -109,7 +109,7 @@ class Gathered:
         return None
 
     def products(
-        self, x: Array, stacks: Sequence[Array | NF4Stack], rows: Rows, dtype: Any, *, swiglu: bool = False
+        self, x: Array, stacks: Sequence[Array | QuantizedStack], rows: Rows, dtype: Any, *, swiglu: bool = False
     ) -> list[Array]:
         """As `FewRows.products`."""
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.schedule import Schedule
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 class LowRankTerm(NamedTuple):
@@ -40,7 +40,7 @@ class GroupedMatmul(Protocol):
     def matmul(
         self,
         x: Float[Array, "P inner"],
-        weight: Array | NF4Stack,
+        weight: Array | QuantizedStack,
         schedule: Schedule,
         offset: Any,
         *,

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops import projections
 from jaxmoe.ops.contraction import contract, product
 from jaxmoe.ops.few_rows import FewRows, Rows
 from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.low_rank import Adapter, low_rank
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 def linear(
@@ -44,7 +44,7 @@ def finish_linear(y: Array, x: Array, bias: Array | None, adapter: Adapter | Non
 class LinearMap(NamedTuple):
     """One layer's linear map. `weight` is its own [out, in], or a frozen stack of which `layer` is the index."""
 
-    weight: Float[Array, "out inner"] | Float[Array, "L out inner"] | NF4Stack
+    weight: Float[Array, "out inner"] | Float[Array, "L out inner"] | QuantizedStack
     layer: Int[Array, ""] | int | None  # None: `weight` is the layer's own
     bias: Float[Array, " out"] | None
     adapter: Adapter | None
@@ -70,8 +70,8 @@ def linears(x: Float[Array, "*batch inner"], *maps: LinearMap) -> list[Float[Arr
 
 def _single(x: Array, each: LinearMap) -> Array:
     weight, layer, bias, adapter = each
-    if isinstance(weight, NF4Stack):
-        y: Array = nf4_product(x, weight, layer)
+    if isinstance(weight, QuantizedStack):
+        y: Array = quantized_product(x, weight, layer)
         return finish_linear(y, x, bias, adapter)
     return linear(x, weight if layer is None else layer_slice(weight, layer), bias, adapter)
 
@@ -101,7 +101,7 @@ def logits_of_few(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def few_products(
-    x: Float[Array, "M inner"], stacks: tuple[Array | NF4Stack, ...], layer: Int[Array, ""], dtype: Any
+    x: Float[Array, "M inner"], stacks: tuple[Array | QuantizedStack, ...], layer: Int[Array, ""], dtype: Any
 ) -> tuple[Float[Array, "M _"], ...]:
     """Forms x W^T for each W = stack[layer], which are frozen, by the implementation for few rows.
 
@@ -127,7 +127,9 @@ define_vjp(few_products, _few_products_forward, _few_products_backward, frozen={
 
 
 @jax.custom_vjp
-def nf4_product(x: Float[Array, "*batch inner"], stack: NF4Stack, group: Int[Array, ""]) -> Float[Array, "*batch out"]:
+def quantized_product(
+    x: Float[Array, "*batch inner"], stack: QuantizedStack, group: Int[Array, ""]
+) -> Float[Array, "*batch out"]:
     """Forms x W^T in float32 with W = stack[group], which is frozen.
 
     The backward pass decodes W again: it keeps the stack, whatever the recomputation policy.
@@ -135,14 +137,16 @@ def nf4_product(x: Float[Array, "*batch inner"], stack: NF4Stack, group: Int[Arr
     return contract(x, stack[group])
 
 
-def _nf4_product_forward(x: Array, stack: NF4Stack, group: Array) -> tuple[Array, tuple[NF4Stack, Array]]:
-    return nf4_product(x, stack, group), (stack, group)
+def _quantized_product_forward(
+    x: Array, stack: QuantizedStack, group: Array
+) -> tuple[Array, tuple[QuantizedStack, Array]]:
+    return quantized_product(x, stack, group), (stack, group)
 
 
-def _nf4_product_backward(residuals: tuple[NF4Stack, Array], d_y: Array) -> tuple[Array, None, None]:
+def _quantized_product_backward(residuals: tuple[QuantizedStack, Array], d_y: Array) -> tuple[Array, None, None]:
     stack, group = residuals
     d_x = product("...o,oi->...i", d_y.astype(stack.dtype), stack[group])  # rounded for the reason given in `contract`
     return d_x.astype(stack.dtype), None, None
 
 
-define_vjp(nf4_product, _nf4_product_forward, _nf4_product_backward, frozen={1: "weights in NF4"})
+define_vjp(quantized_product, _quantized_product_forward, _quantized_product_backward, frozen={1: "quantised weights"})

@@ -2,7 +2,7 @@
 
 The expert kernel does this with one group of rows: it indexes the stack in place, adds the low-rank term in the same
 accumulators and rounds once. XLA would copy the layer's weight out of the stack, and write a float32 result to memory
-for the adapter to be added to. A weight in NF4 is decoded for the product, forwards and backwards.
+for the adapter to be added to. A quantised weight is decoded for the product, forwards and backwards.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kept import PROJECTED
 from jaxmoe.ops.low_rank import Adapter, Factors, fold, pad_to_multiple, split_high_low, unfold
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 def unsupported(
@@ -45,7 +45,7 @@ def unsupported(
 
 def frozen_linears(
     x: Float[Array, "*batch inner"],
-    stacks: Sequence[Float[Array, "L _ inner"] | NF4Stack],
+    stacks: Sequence[Float[Array, "L _ inner"] | QuantizedStack],
     layer: Int[Array, ""] | int,
     biases: Sequence[Float[Array, " _"] | None],
     adapters: Sequence[Adapter | None],
@@ -62,7 +62,7 @@ def frozen_linears(
 
 @jax.custom_vjp
 def _products(
-    x: Array, stacks: tuple[Array | NF4Stack, ...], layer: Any, adapters: tuple[Factors | None, ...]
+    x: Array, stacks: tuple[Array | QuantizedStack, ...], layer: Any, adapters: tuple[Factors | None, ...]
 ) -> tuple[Array, ...]:
     return _products_forward(x, stacks, layer, adapters)[0]
 
@@ -89,7 +89,9 @@ def _low_rows(x: Array, pairs: Sequence[Factors]) -> list[Array]:
     return [checkpoint_name(part, PROJECTED) for part in folded]
 
 
-def _products_forward(x: Array, stacks: tuple[Array | NF4Stack, ...], layer: Any, adapters: tuple[Factors | None, ...]):
+def _products_forward(
+    x: Array, stacks: tuple[Array | QuantizedStack, ...], layer: Any, adapters: tuple[Factors | None, ...]
+):
     pairs = [pair for pair in adapters if pair is not None]
     low_rows = _low_rows(x, pairs) if pairs else []
     low = iter(low_rows)

@@ -57,8 +57,8 @@ def _model_arguments(parser: argparse.ArgumentParser, adapter: bool = True) -> N
     if adapter:
         add("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT folder or converted adapter")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
-    add("--quantize", choices=("nf4",), help="hold projections, dense MLPs and experts in 4 bits")
-    add("--dequantize", action="store_true", help="decode weights in FP8 or NF4 while they are read; FP8 needs it")
+    add("--quantize", choices=("nf4", "fp8"), help="hold projections, dense MLPs and experts in 4 or 8 bits")
+    add("--dequantize", action="store_true", help="decode weights in FP8 or NF4 while they are read")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument(
         "--data",
@@ -318,7 +318,8 @@ def _check_prune(arguments: argparse.Namespace) -> None:
     check_keep(Qwen3MoeConfig.from_pretrained(arguments.model), arguments.keep)
     source = open_checkpoint(arguments.model, dequantize=arguments.dequantize)[1]
     if source.quantization is not None:
-        raise UserError(f"{arguments.model}: expected weights in 16 or 32 bits, found NF4 (--dequantize decodes them)")
+        found = f"{source.quantization.form.upper()} (--dequantize decodes them)"
+        raise UserError(f"{arguments.model}: expected weights in 16 or 32 bits, found {found}")
 
 
 def _pruning(arguments: argparse.Namespace) -> tuple[tuple[list[str], list[list[Any]]], Any, dict[str, bytes]]:

@@ -192,7 +192,7 @@ def capture(
     """Runs `model` once over the text and writes the capture `folder`.
 
     Args:
-        model: any Qwen3-MoE, with adapter or in NF4.
+        model: any Qwen3-MoE, with adapter or quantised.
         labels: the text, from `jaxmoe.routing.text` or another capture's `labelled_text`.
         folder: new or empty; it appears whole or not at all.
         batch_size: sequences of `labels.seq_length` tokens per step.
@@ -218,7 +218,7 @@ def capture(
     if replay is not None:
         _check_replay(replay, labels, config)
     about = {"framework": "jaxmoe", "dtype": str(model.params["embed_tokens"].dtype)}
-    about |= {"quantization": "nf4" if model.quantization else None, **(source or {}), "versions": versions()}
+    about |= {"quantization": model.quantization and model.quantization.form, **(source or {}), "versions": versions()}
     imposed = imposed_routing(control, replay, description)
     params, adapters = model.params, model.adapters
     with CaptureWriter(

@@ -123,7 +123,7 @@ def effects(
     chunks. Removing an expert that no token uses changes nothing, to the last bit.
 
     Args:
-        model: any Qwen3-MoE, with adapter or in NF4.
+        model: any Qwen3-MoE, with adapter or quantised.
         labels: the text.
         action: what is done to each expert.
         experts: (layer, expert) pairs; all by default.

@@ -74,7 +74,7 @@ def measure(
     """Runs the text once through the model and sums up, expert by expert, what `Saliency` holds.
 
     Args:
-        model: any Qwen3-MoE on one device, with adapter or in NF4, with more experts than a token uses.
+        model: any Qwen3-MoE on one device, with adapter or quantised, with more experts than a token uses.
         labels: the text.
         batch_size: sequences of `labels.seq_length` tokens per step.
         on_batch: called with the number of tokens done so far.

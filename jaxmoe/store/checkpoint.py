@@ -1,7 +1,7 @@
 """A checkpoint as its readers see it: a config, dtypes, and the arrays of one layer after the other.
 
 An HF folder (`convert.hf2jax`), a converted folder (`jaxmoe.store.converted`) and a checkpoint that is recoded while it
-is read (`jaxmoe.nf4.recode`) share this interface. Arrays are NumPy, bfloat16 as `ml_dtypes.bfloat16`.
+is read (`jaxmoe.recode`) share this interface. Arrays are NumPy, bfloat16 as `ml_dtypes.bfloat16`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pieces:
 class Block:
     """The arrays of one decoder layer, or of the top level (None): dotted path -> array without the layer axis.
 
-    The paths are those of `jaxmoe.parameters.stored_specs`: a weight in NF4 is several arrays.
+    The paths are those of `jaxmoe.parameters.stored_specs`: a quantised weight is several arrays.
     """
 
     layer: int | None
@@ -58,8 +58,8 @@ class Checkpoint(Protocol):
     path: pathlib.Path
     config: Qwen3MoeConfig
     quantization: Quantization | None
-    # Of every path of `parameter_specs(config)`; for NF4 the dtype before quantisation. In a mixed stack "x" the
-    # dtype of the layers that are not quantised is that of "x.weight".
+    # Of every path of `parameter_specs(config)`; for quantised weights the dtype to decode into. In a mixed stack "x"
+    # the dtype of the layers that are not quantised is that of "x.weight".
     dtypes: dict[str, np.dtype]
     layout: Layout  # of the original HF checkpoint
     stored_tied_head: bool  # whether the original HF checkpoint stores lm_head although it is tied
@@ -82,7 +82,7 @@ class Divisible(Checkpoint, Protocol):
         ...
 
     def matrices(self, layer: int, path: str, start: int, stop: int) -> list[np.ndarray]:
-        """Some of the matrices of `jaxmoe.parameters.matrix_shape` of a weight that is not in NF4, each contiguous."""
+        """Some of the matrices of `jaxmoe.parameters.matrix_shape` of a plain weight, each contiguous."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 It holds one Orbax item per decoder layer (`layers/00012`) and one for the rest (`top`), the files of the HF checkpoint
 that are not weights, and `manifest.json`. Reading and writing need memory for one layer, not for the model. If weights
-are in NF4, the manifest says so and has version 5, or 6 if some layers of a stack are not; otherwise it has version 4.
+are in NF4, the manifest says so and has version 5, or 6 if some layers of a stack are not. If they are in FP8, it says
+so and has version 7. Otherwise it has version 4.
 Versions 1 to 3 are the same, except that their checksums are those of whole arrays, not of pieces.
 """
 
@@ -21,8 +22,8 @@ from jaxmoe.errors import UserError
 from jaxmoe.parameters import (
     Quantization,
     layer_paths,
-    nf4_candidates,
     parameter_specs,
+    quantizable,
     stored_specs,
     top_level_paths,
 )
@@ -38,11 +39,13 @@ from jaxmoe.store.items import (
     write_item,
     write_manifest,
 )
+from jaxmoe.weight_form import WeightForm
 
 MANIFEST = "manifest.json"
 _KIND = "jaxmoe checkpoint"
-_VERSION, _NF4_VERSION, _MIXED_VERSION = 4, 5, 6
-_READ = (1, 2, 3, _VERSION, _NF4_VERSION, _MIXED_VERSION)
+_VERSION, _NF4_VERSION, _MIXED_VERSION, _FP8_VERSION = 4, 5, 6, 7
+_READ = (1, 2, 3, _VERSION, _NF4_VERSION, _MIXED_VERSION, _FP8_VERSION)
+_SCALES = ("float32", "bfloat16")  # the dtypes of FP8's scales
 
 
 def item_name(layer: int | None) -> str:
@@ -73,13 +76,20 @@ def write_converted(
         manifest: dict[str, Any] = {"source": source_form, "items": items}
         version = _VERSION
         if source.quantization is not None:
-            version, paths = _NF4_VERSION, source.quantization.paths
-            weights = {path: source.dtypes[path].name for path in paths}
-            entry: dict[str, Any] = {"nested": source.quantization.nested, "weights": weights}
-            if mixed := dict(source.quantization.unquantized):
-                version, entry["unquantized"] = _MIXED_VERSION, mixed
-            manifest = {"nf4": entry} | manifest
+            version, entry = _entry(source.quantization, source.dtypes)
+            manifest = {source.quantization.form: entry} | manifest
         write_manifest(folder / MANIFEST, _KIND, version, manifest)
+
+
+def _entry(quantization: Quantization, dtypes: Mapping[str, np.dtype]) -> tuple[int, dict[str, Any]]:
+    """(the version of a manifest with quantised weights, what it says of them)."""
+    mixed = dict(quantization.unquantized)
+    entry: dict[str, Any] = {"weights": {path: dtypes[path].name for path in quantization.paths}}
+    if mixed:
+        entry["unquantized"] = mixed
+    if quantization.form == "fp8":
+        return _FP8_VERSION, {"scales": quantization.scales} | entry
+    return _MIXED_VERSION if mixed else _NF4_VERSION, {"nested": quantization.nested} | entry
 
 
 class ConvertedCheckpoint:
@@ -98,20 +108,24 @@ class ConvertedCheckpoint:
             found = f"{manifest.get('source')!r}"[:200]
             raise UserError(f"{path / MANIFEST}: source: expected layout and stored_tied_head, found {found}") from None
         self._target = np.dtype(dtype) if dtype else None
-        self.quantization, weights = self._check_nf4(manifest.get("nf4"))
+        form: WeightForm = "fp8" if "fp8" in manifest else "nf4"
+        self.quantization, weights = self._check_quantization(form, manifest.get(form))
         self.stored_dtypes = self._check_items() | weights
         mixed = dict(self.quantization.unquantized) if self.quantization else {}
         names = (*parameter_specs(self.config), *(f"{path}.weight" for path in mixed))
         self.dtypes = {name: self._target or self.stored_dtypes[name] for name in names}
 
-    def _check_nf4(self, entry: Any) -> tuple[Quantization | None, dict[str, np.dtype]]:
-        """(which weights are in NF4, the dtype of each of them before quantisation)."""
+    def _check_quantization(self, form: WeightForm, entry: Any) -> tuple[Quantization | None, dict[str, np.dtype]]:
+        """(which weights are quantised, the dtype of each of them before quantisation, or to decode it into)."""
         if entry is None:
             return None, {}
+        first = {"nf4": "nested", "fp8": "scales"}[form]
         try:
-            nested, weights = entry["nested"], dict(entry["weights"])
-            known = nf4_candidates(self.config, router=True)
-            if type(nested) is not bool or not weights or not set(weights) <= set(known):
+            value, weights = entry[first], dict(entry["weights"])
+            known = quantizable(self.config, router=True)
+            if type(value) is not bool if form == "nf4" else value not in _SCALES:
+                raise ValueError
+            if not weights or not set(weights) <= set(known):
                 raise ValueError
             dtypes = {path: np.dtype({name: name for name in DTYPES}[dtype]) for path, dtype in weights.items()}
             mixed = {path: tuple(slots) for path, slots in entry.get("unquantized", {}).items()}
@@ -124,9 +138,12 @@ class ConvertedCheckpoint:
                 raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
-                f"{self.path / MANIFEST}: nf4: expected nested and weights, found {entry!r}"[:300]
+                f"{self.path / MANIFEST}: {form}: expected {first} and weights, found {entry!r}"[:300]
             ) from None
-        return Quantization(tuple(sorted(weights)), nested, tuple(sorted(mixed.items()))), dtypes
+        paths, unquantized = tuple(sorted(weights)), tuple(sorted(mixed.items()))
+        if form == "fp8":
+            return Quantization.in_fp8(paths, value, unquantized), dtypes
+        return Quantization(paths, value, unquantized), dtypes
 
     def _check_items(self) -> dict[str, np.dtype]:
         specs = stored_specs(self.config, self.quantization)
@@ -190,7 +207,7 @@ class ConvertedCheckpoint:
 
 
 def read_converted(path: str | os.PathLike[str], dtype: str | None = None, verify: bool = True) -> ConvertedCheckpoint:
-    """Opens a converted folder. `dtype` casts every weight that is not in NF4; `verify` compares checksums.
+    """Opens a converted folder. `dtype` casts every weight that is not quantised; `verify` compares checksums.
 
     Raises:
         UserError: the manifest or the config is damaged, they do not agree, or a link leads out of the folder. Reading

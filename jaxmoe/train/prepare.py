@@ -343,11 +343,13 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
 
     if settings.full:
         if checkpoint.quantization is not None:
-            raise UserError(f"full: expected weights that can be trained, found NF4 in {settings.model}")
+            form = checkpoint.quantization.form.upper()
+            raise UserError(f"full: expected weights that can be trained, found {form} in {settings.model}")
         model = Model(config, None, settings.dtype or "float32")
         return Source(model, Weights({}, shapes), lambda *how: Weights({}, read(*how)))
     if settings.merge and checkpoint.quantization is not None:
-        raise UserError("merge: expected weights to merge into, found NF4; merge with python -m convert afterwards")
+        form = checkpoint.quantization.form.upper()
+        raise UserError(f"merge: expected weights to merge into, found {form}; merge with python -m convert afterwards")
     if settings.adapter is not None:
         lora, loaded = load_adapter(settings.adapter, checkpoint_config, checkpoint)
         if settings.lora_dropout is not None or settings.learns_from_pairs:  # as in TRL, pairs are compared without it
@@ -382,7 +384,7 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
         settings.seq_length,
         model.dtype,
         accumulation=settings.accumulation,
-        quantize="nf4" if quantization else None,
+        quantize=quantization and quantization.form,
         quantization=quantization,
         packed=model.packed,
         mesh=model.mesh,

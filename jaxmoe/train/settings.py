@@ -12,6 +12,7 @@ from jaxmoe.data.sources import DEFAULT_WINDOW, Source, Sources, as_tuple, sourc
 from jaxmoe.distributed.mesh import AUTO, MeshShape
 from jaxmoe.errors import UserError
 from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName, OptimizerName
+from jaxmoe.weight_form import WeightForm
 
 MAX_EPOCHS = 10_000
 Schedule = Literal["cosine", "linear", "constant"]
@@ -238,10 +239,10 @@ class TrainConfig:
             "identity": entries("dtype"),
         },
     )
-    quantize: Literal["nf4"] | None = field(
+    quantize: WeightForm | None = field(
         default=None,
         metadata={
-            "help": "hold the frozen projections, dense MLPs and experts in 4 bits (QLoRA)",
+            "help": "hold the frozen projections, dense MLPs and experts in 4 bits (nf4: QLoRA) or in 8 (fp8)",
             "identity": VALUE,
         },
     )

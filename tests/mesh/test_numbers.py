@@ -44,6 +44,8 @@ MORE = [
     ("fsdp=2", "all parameters"),
     ("data=2,fsdp=2,expert=2", "all parameters"),
     ("fsdp=8", "NF4"),
+    ("fsdp=2,expert=2", "FP8"),
+    ("data=2,expert=2", "FP8"),
     ("data=2,fsdp=2", "dropout, accumulation"),
 ]
 

@@ -22,7 +22,7 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.distributed.placement import Placement, devices_of
 from jaxmoe.errors import UserError
-from jaxmoe.parameters import Quantization, nf4_candidates, parameter_specs
+from jaxmoe.parameters import Quantization, parameter_specs, quantizable
 from jaxmoe.presets import PRESETS
 from jaxmoe.store import digest, items
 from jaxmoe.store.boxes import Box, shape_of, slices
@@ -218,7 +218,7 @@ class Outline:
 def test_of_published_models_a_process_reads_its_share(in_nf4: bool, mesh: str) -> None:
     """Eight processes, a device each: what their devices hold, and pieces of the digest."""
     config = PRESETS["qwen3-235b-a22b" if mesh == "expert=8" else "qwen3-30b-a3b"]
-    source = Outline(config, Quantization(nf4_candidates(config)) if in_nf4 else None)
+    source = Outline(config, Quantization(quantizable(config)) if in_nf4 else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digest, "PIECE", 2**20)
         held = read = 0

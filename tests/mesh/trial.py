@@ -13,14 +13,15 @@ from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.distributed.placement import Placement
+from jaxmoe.fp8 import codec as fp8
 from jaxmoe.nf4.codec import NF4, dynamic_map, encode
 from jaxmoe.parameters import (
     NESTED_QUANT_MAP,
     ParameterSpec,
     lora_specs,
     matrix_shape,
-    nf4_candidates,
     parameter_specs,
+    quantizable,
 )
 from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import Model, TrainState, adamw, initial_state, learning_rate, make_train_step
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     aux: float = 0.1
     imposed: tuple[int, ...] = ()
     nf4: bool = False
+    fp8: bool = False
 
 
 CASES = {
@@ -53,6 +55,7 @@ CASES = {
     "all parameters": Case(lora=None, aux=0.0),
     "all to two experts": Case(lora=LoraConfig(r=2, targets=expand_targets(["v_proj", "experts"])), imposed=(1, 0)),
     "NF4": Case(lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), nf4=True),
+    "FP8": Case(lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), fp8=True),
     "NF4, all to two experts": Case(
         lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), nf4=True, imposed=(1, 0)
     ),
@@ -85,14 +88,29 @@ def weights(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     if case.lora is None:
         return {}, params
     adapters = draw(lora_specs(case.config, case.lora))
+    if case.fp8:
+        return _in_fp8(case.config, params), adapters
     return _in_nf4(case.config, params) if case.nf4 else params, adapters
+
+
+def _in_fp8(config: Qwen3MoeConfig, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters with everything that FP8 is used for in FP8."""
+    found = {}
+    for path, array in params.items():
+        if path not in quantizable(config):
+            found[path] = array
+            continue
+        *lead, matrices, elements = len(array), *matrix_shape(config, path)
+        packed = fp8.encode(array.reshape(*lead, matrices, elements // array.shape[-1], array.shape[-1]))
+        found |= {f"{path}.codes": packed.codes.reshape(array.shape), f"{path}.scales": packed.scales}
+    return found
 
 
 def _in_nf4(config: Qwen3MoeConfig, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The parameters with everything that NF4 is used for in NF4."""
     found = {NESTED_QUANT_MAP: dynamic_map()}
     for path, array in params.items():
-        if path not in nf4_candidates(config):
+        if path not in quantizable(config):
             found[path] = array
             continue
         *lead, elements = len(array), *matrix_shape(config, path)

@@ -26,6 +26,7 @@ from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.few_rows import Rows
 from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK
+from jaxmoe.quantized_stack import QuantizedStack
 
 _TOGETHER = 16  # rows that one product on the tensor cores takes
 _HALF = NF4_BLOCK // 2  # bytes of a block; each holds an even element in its high half and the next in its low half
@@ -47,6 +48,8 @@ def unsupported(dtype: Any, *stacks: Any) -> str | None:
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
     for stack in stacks:
+        if isinstance(stack, QuantizedStack) and not isinstance(stack, NF4Stack):
+            return f"needs weights in 16 bits or NF4, found {stack.form}"
         if stack.dtype != dtype:
             return f"needs weights in {jnp.dtype(dtype).name}, found {jnp.dtype(stack.dtype).name}"
         *_, out, inner = stack.shape

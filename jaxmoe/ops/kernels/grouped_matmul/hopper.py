@@ -41,7 +41,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.kernels.grouped_matmul import hopper_matmul, hopper_outer
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
@@ -55,6 +54,7 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     default_tiles,
 )
 from jaxmoe.ops.schedule import Schedule, Spans
+from jaxmoe.quantized_stack import QuantizedStack
 
 __all__ = [
     "HOPPER",
@@ -216,7 +216,7 @@ class Hopper:
     def matmul(
         self,
         x: Array,
-        weight: Array | NF4Stack,
+        weight: Array | QuantizedStack,
         schedule: Schedule,
         offset: Any,
         *,
@@ -225,7 +225,7 @@ class Hopper:
         low: LowRankTerm | None = None,
     ) -> Array:
         """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
-        if isinstance(weight, NF4Stack):  # one layer's experts are decoded at a time, for this product alone
+        if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
         rows = LARGE if large and LARGE in schedule.spans else SMALL
@@ -253,7 +253,7 @@ class Hopper:
         low: LowRankTerm | None = None,
     ) -> Array:
         """As `GroupedMatmul.linear`: all rows are one group, and the layer is read in place from the stack."""
-        if isinstance(stack, NF4Stack):
+        if isinstance(stack, QuantizedStack):
             others = [(other_x, other[layer][None]) for other_x, other in others]
             stack, layer = stack[layer][None], jnp.int32(0)
         count = -(-x.shape[0] // SMALL)

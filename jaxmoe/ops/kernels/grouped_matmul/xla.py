@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.contraction import product
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.schedule import Schedule
 from jaxmoe.ops.swiglu import swiglu_of_product
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 def grouped_matmul(
     x: Float[Array, "P inner"],
-    weight: Float[Array, "groups a b"] | NF4Stack,
+    weight: Float[Array, "groups a b"] | QuantizedStack,
     tile_group: Int[Array, " tiles"],
     tiles_used: Int[Array, ""],
     offset: Any = 0,
@@ -33,7 +33,7 @@ def grouped_matmul(
     """Each tile of rows times weight[offset + its group], summed in float32, rounded once; unused tiles yield zeros.
 
     `weight` is [groups, out, inner] and contracted over `inner` if `transposed`, else [groups, inner, out]. A low-rank
-    term low @ low_weight[group], with the same layout, is added before rounding. An expert in NF4 is decoded when one
+    term low @ low_weight[group], with the same layout, is added before rounding. A quantised expert is decoded when one
     of its tiles is multiplied.
     """
     tiles = tile_group.shape[0]
@@ -128,7 +128,7 @@ class Xla:
     def matmul(
         self,
         x: Array,
-        weight: Array | NF4Stack,
+        weight: Array | QuantizedStack,
         schedule: Schedule,
         offset: Any,
         *,
