@@ -128,8 +128,8 @@ parity-gpu:
 	@rm -rf $(SCRATCH) $(SUITES:%=parity-output/%-gpu) && mkdir -p $(SCRATCH) $(SUITES:%=parity-output/%-gpu)
 	@PYTHON=$(PYTHON) bash examples/pretrain/run.sh deep $(SCRATCH)/trained
 	@$(PYTHON) -m tests.parity.large $(SCRATCH)/checkpoint-large
-	@{ $(PYTHON) -m tests.parity.suite demo --device gpu --parallel 3 --out $(SCRATCH)/demo; \
-	  $(PYTHON) -m tests.parity.suite deep --checkpoint $(SCRATCH)/trained/run/model --device gpu --parallel 3 --out $(SCRATCH)/deep; \
+	@{ $(PYTHON) -m tests.parity.suite demo --device gpu --parallel 10 --out $(SCRATCH)/demo; \
+	  $(PYTHON) -m tests.parity.suite deep --checkpoint $(SCRATCH)/trained/run/model --device gpu --parallel 6 --out $(SCRATCH)/deep; \
 	  $(PYTHON) -m tests.parity.suite large --checkpoint $(SCRATCH)/checkpoint-large --device gpu --out $(SCRATCH)/large; \
 	  for suite in $(SUITES); do for what in results.json flips.csv.gz report minimal; do \
 	    cp -r $(SCRATCH)/$$suite/$$what parity-output/$$suite-gpu/ 2>/dev/null; done; done; rm -rf $(SCRATCH); \

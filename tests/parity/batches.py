@@ -37,6 +37,11 @@ class Batch(NamedTuple):
         labels[:, :-1] = np.where(follows, self.input_ids[:, 1:], -100)
         return labels
 
+    def labels_of(self, part: int, parts: int) -> np.ndarray:
+        """[B, T]: the labels of one of `parts` equal pieces of the batch's tokens, -100 elsewhere."""
+        tokens = np.arange(self.input_ids.size).reshape(self.input_ids.shape)
+        return np.where(tokens * parts // tokens.size == part, self.labels, -100)
+
 
 def make_batch(config: Qwen3MoeConfig, layout: list[list[int]], seed: int = 0) -> Batch:
     """One sequence per list of lengths: n > 0 is a document of n tokens, n < 0 is -n tokens of padding."""

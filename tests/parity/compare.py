@@ -61,14 +61,43 @@ def compare_case(plan: Plan, case: Case) -> Figures:
         if against := _forward(plan, case, config, exact, "jaxmoe", f"free+{fault}", "free"):
             figures["runs"]["jaxmoe"][f"free+{fault}"] = against
     if "gradients" in case.runs:
-        sides = {side: plan.load(case, side, "gradients") for side in plan.sides if plan.has(case, side, "gradients")}
-        for side in [side for side in sides if side != "exact"]:
-            others = [other for other in ("exact", "transformers") if other in sides and other != side]
-            figures["gradients"][side] = {
-                other: compare_gradients(sides[side], sides[other], sides["exact"], case.learning_rate)
-                for other in others
-            }
+        figures["gradients"] = _gradients(plan, case)
     return figures
+
+
+def _gradients(plan: Plan, case: Case) -> dict[str, dict[str, Figures]]:
+    """By side and by what it is compared with, over all draws."""
+    made = [side for side in plan.sides if all(plan.has(case, side, run) for run in case.gradient_runs)]
+    pairs = [
+        (side, other) for side in made[1:] for other in ("exact", "transformers") if other in made and other != side
+    ]
+    draws: dict[tuple[str, str], list[Figures]] = {pair: [] for pair in pairs}
+    for run in case.gradient_runs:
+        arrays = {side: plan.load(case, side, run) for side in made}
+        for side, other in pairs:
+            compared = compare_gradients(arrays[side], arrays[other], arrays["exact"], case.learning_rate)
+            draws[side, other].append(compared)
+    out: dict[str, dict[str, Figures]] = {}
+    for (side, other), figures in draws.items():
+        out.setdefault(side, {})[other] = figures[0] if len(figures) == 1 else _over_draws(figures)
+    return out
+
+
+def _over_draws(draws: list[Figures]) -> Figures:
+    """Root mean squares of the errors of several gradients; of the loss the worst."""
+    rms = lambda values: float(np.sqrt(np.mean(np.square(values))))
+    paths = draws[0]["gradients"]
+    gradients = {
+        path: [rms(errors) for errors in zip(*(draw["gradients"][path] for draw in draws), strict=True)]
+        for path in paths
+    }
+    return {
+        "loss": max(draw["loss"] for draw in draws),
+        "gradients": gradients,
+        "gradient_max": max(max(errors) for errors in gradients.values()),
+        "gradient_all": rms([draw["gradient_all"] for draw in draws]),
+        "draws": [draw["gradient_all"] for draw in draws],
+    }
 
 
 def _forward(

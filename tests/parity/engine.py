@@ -28,8 +28,9 @@ class SideFailed(Exception):
 def run(plan: Plan, parallel: int = 1) -> None:
     """Writes the plan and runs every side of it, the oracle first: the others are pinned to its experts.
 
-    `parallel` is how many of the others run at the same time; the device needs the memory for them. If a case fails on
-    a side, its arrays are missing, so its verdict fails; the other cases continue.
+    `parallel` is how many processes run at the same time; the device needs the memory for them. There is one for each
+    of the others; what is left of `parallel` goes to jaxmoe, which compiles the most: its processes share the cases. If
+    a case fails on a side, its arrays are missing, so its verdict fails; the other cases continue.
 
     Raises:
         SideFailed: the oracle failed.
@@ -40,14 +41,23 @@ def run(plan: Plan, parallel: int = 1) -> None:
     with ThreadPoolExecutor(parallel) as pool:
         devices = {"jaxmoe": max(MeshShape.parse(case.mesh).size for case in plan.cases)}
         jobs = [
-            pool.submit(run_module, *_COMMANDS[side], plan.folder, device=plan.device, devices=devices.get(side, 1))
+            pool.submit(
+                run_module, *_COMMANDS[side], plan.folder, *names, device=plan.device, devices=devices.get(side, 1)
+            )
             for side in others
+            for names in _shares(plan, parallel - len(others) + 1 if side == "jaxmoe" else 1)
         ]
     for job in jobs:
         try:
             job.result()
         except SideFailed as error:
             log("run", str(error))
+
+
+def _shares(plan: Plan, count: int) -> list[list[str]]:
+    """The names of the cases, dealt to at most so many processes; one process needs no names."""
+    count = min(count, len(plan.cases))
+    return [[case.name for case in plan.cases[i::count]] for i in range(count)] if count > 1 else [[]]
 
 
 def quantize(pairs: Sequence[tuple[str | pathlib.Path, str | pathlib.Path]], dtype: str, device: Device) -> None:

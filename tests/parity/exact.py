@@ -76,11 +76,11 @@ class Exact:
             out["aux_loss"] = self._load_balancing_loss(out["router_logits"], out["selected"])
         return out
 
-    def loss(self, batch: Batch, aux_coefficient: float) -> Tensor:
-        """Mean cross-entropy over labelled tokens plus the weighted load-balancing loss."""
+    def loss(self, batch: Batch, labels: np.ndarray, aux_coefficient: float) -> Tensor:
+        """Mean cross-entropy over the tokens with a label plus the weighted load-balancing loss."""
         out = self.forward(batch)
-        labels = torch.from_numpy(batch.labels.astype(np.int64)).to(self.weights.device)
-        loss = F.cross_entropy(out["logits"].flatten(0, 1), labels.flatten(), ignore_index=-100)
+        expected = torch.from_numpy(labels.astype(np.int64)).to(self.weights.device)
+        loss = F.cross_entropy(out["logits"].flatten(0, 1), expected.flatten(), ignore_index=-100)
         return loss + aux_coefficient * out["aux_loss"] if "aux_loss" in out else loss
 
     def _recompute(self) -> bool:
@@ -190,13 +190,12 @@ def run_case(plan: Plan, case: Case) -> None:
         assert adapters is not None, f"{case.name}: expected an adapter for gradients"
         for leaf in adapters.values():
             leaf.requires_grad_()
-        loss = exact.loss(batch, case.aux_coefficient)
-        loss.backward()
-        out = {"loss": np.asarray(loss.item())}
-        for path, leaf in adapters.items():
-            assert leaf.grad is not None, f"{path} has no gradient"
-            out[f"gradient.{path}"] = leaf.grad.cpu().numpy()
-        plan.save(case, SIDE, "gradients", out)
+        for draw, run in enumerate(case.gradient_runs):
+            loss = exact.loss(batch, batch.labels_of(draw, case.draws), case.aux_coefficient)
+            gradients = torch.autograd.grad(loss, list(adapters.values()))
+            out = {"loss": np.asarray(loss.item())}
+            out |= {f"gradient.{path}": g.cpu().numpy() for path, g in zip(adapters, gradients, strict=True)}
+            plan.save(case, SIDE, run, out)
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ import contextlib
 import pathlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -88,8 +89,10 @@ def _check_pinned(counts: np.ndarray, pinned: np.ndarray, valid: np.ndarray) -> 
     assert np.array_equal(counts, expected), "the training step did not route as it was told"
 
 
-def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Loss, gradients, and the adapter after one step of jaxmoe's own training step with AdamW."""
+def train(
+    model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarray | None
+) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """By draw: its run, and loss, gradients and adapter after one step of jaxmoe's own training step with AdamW."""
     assert model.lora_config is not None
     spec = jaxmoe.train.step.Model(model.config, model.lora_config, case.dtype, mesh=model.mesh)
     rate = optax.constant_schedule(case.learning_rate)
@@ -97,24 +100,29 @@ def train(model: Qwen3MoeForCausalLM, case: Case, batch: Batch, pinned: np.ndarr
         rate, spec, max_grad_norm=0.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8
     )
     optimizer = optax.chain(keep_gradients(), adamw)
-    labels = batch.labels
-    arrays = (batch.input_ids, np.maximum(labels, 0), (labels >= 0).astype(np.float32))
-    fields = dict(zip(("input_ids", "labels", "weights"), arrays, strict=True))
     experts = None if pinned is None else np.moveaxis(pinned, 0, -2)
-    micro = TrainingBatch(**fields, position_ids=batch.position_ids, segment_ids=batch.segment_ids, experts=experts)
     objective = jaxmoe.train.loss.next_token_objective(case.aux_coefficient)
     stepped = jaxmoe.train.step.make_train_step(spec, optimizer, rate, objective)
     run = jax.jit(stepped, compiler_options=compiler_options(model))
     place = spec.placement
-    state = place.place_state(jaxmoe.train.step.initial_state(model.adapters, optimizer), model.adapters)
-    whole = place.place_batch(jax.tree.map(lambda a: np.asarray(a)[None], micro), tokens=3)
-    state, metrics = run(model.params, state, whole)
-    if pinned is not None:
-        _check_pinned(np.asarray(metrics.expert_counts), pinned, batch.segment_ids > 0)
-    loss = metrics.loss + case.aux_coefficient * metrics.aux_loss
-    out = {"loss": np.asarray(loss, np.float32)}
-    out |= {f"gradient.{path}": np.asarray(a) for path, a in state.optimizer[0].items()}
-    return out | {f"after.{path}": np.asarray(a) for path, a in state.trainable.items()}
+    first = place.place_state(jaxmoe.train.step.initial_state(model.adapters, optimizer), model.adapters)
+    for draw, name in enumerate(case.gradient_runs):
+        labels = batch.labels_of(draw, case.draws)
+        micro = TrainingBatch(
+            input_ids=batch.input_ids,
+            labels=np.maximum(labels, 0),
+            weights=(labels >= 0).astype(np.float32),
+            segment_ids=batch.segment_ids,
+            position_ids=batch.position_ids,
+            experts=experts,
+        )
+        whole = place.place_batch(jax.tree.map(lambda a: np.asarray(a)[None], micro), tokens=3)
+        state, metrics = run(model.params, first, whole)
+        if pinned is not None:
+            _check_pinned(np.asarray(metrics.expert_counts), pinned, batch.segment_ids > 0)
+        out = {"loss": np.asarray(metrics.loss + case.aux_coefficient * metrics.aux_loss, np.float32)}
+        out |= {f"gradient.{path}": np.asarray(a) for path, a in state.optimizer[0].items()}
+        yield name, out | {f"after.{path}": np.asarray(a) for path, a in state.trainable.items()}
 
 
 def run_case(plan: Plan, case: Case) -> None:
@@ -126,7 +134,8 @@ def run_case(plan: Plan, case: Case) -> None:
     pinned = plan.oracle_experts(case)
     for run in case.runs:
         if run == "gradients":
-            plan.save(case, SIDE, run, train(model, case, batch, pinned))
+            for name, arrays in train(model, case, batch, pinned):
+                plan.save(case, SIDE, name, arrays)
         elif run == "trace":
             plan.save(case, SIDE, run, jax_trace(model, batch))
         else:
@@ -139,8 +148,10 @@ def run_case(plan: Plan, case: Case) -> None:
 
 
 def main() -> int:
-    """Runs every case of a plan."""
-    plan = Plan.read(pathlib.Path(sys.argv[1]))
+    """Runs the named cases of a plan; without names, every case."""
+    folder, *names = sys.argv[1:]
+    plan = Plan.read(pathlib.Path(folder))
+    plan = replace(plan, cases=tuple(case for case in plan.cases if not names or case.name in names))
     if jax.default_backend() != plan.device:
         raise SystemExit(f"device: expected {plan.device}, JAX runs on {jax.default_backend()}")
     failed = run_cases(plan, SIDE, lambda case: run_case(plan, case))

@@ -40,6 +40,8 @@ class Case:
         faults: negative controls from `tests.parity.faults` that jaxmoe also runs.
         flip_bound: entry of the tolerance table for the margin above which no choice may flip; None: the bound that
             transformers needs in the same run.
+        draws: how many gradients are computed, each of the loss of another equal part of the batch's tokens. In 16 bit
+            the distance of a single one from float64 depends on how a few large entries are rounded.
         mesh: the devices that jaxmoe runs it on; on a CPU they are virtual.
         pinned_kl: entry of the tolerance table that limits jaxmoe's pinned KL in 16 bit; None: it is only reported.
     """
@@ -56,7 +58,13 @@ class Case:
     pinned_kl: str | None = None
     aux_coefficient: float = 0.1
     learning_rate: float = 1e-3
+    draws: int = 1
     mesh: str = "data=1"
+
+    @property
+    def gradient_runs(self) -> list[str]:
+        """The run "gradients" by draw: the name of each draw's file."""
+        return ["gradients"] if self.draws == 1 else [f"gradients.{draw}" for draw in range(self.draws)]
 
 
 @dataclass(frozen=True)

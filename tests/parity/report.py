@@ -220,8 +220,9 @@ def _gradients(results: list[Result]) -> Iterator[Block]:
         yield Heading(2, "Training, from random adapters")
         yield Paragraph(
             "Relative errors of the loss and of the gradients (experts pinned): the worst adapter of a layer, and all "
-            "together. After one step of AdamW, a sign, the largest difference of an adapter's entries in learning "
-            "rates, over the entries whose gradient stands above its own rounding."
+            "together; in 16 bit the root mean square over several gradients, each of another part of the tokens. "
+            "After one step of AdamW, a sign, the largest difference of an adapter's entries in learning rates, over "
+            "the entries whose gradient stands above its own rounding."
         )
         header = ("case", "side", "against", "loss", "worst gradient", "all gradients", "after a step", "compared")
         yield Table(header, rows)

@@ -33,6 +33,7 @@ def trained_cases(
 ) -> list[Case]:
     """A trained checkpoint in float32, bfloat16 and NF4, and with a random adapter on everything, on Python's text."""
     text = cases.text_batch(checkpoint, rows)
+    draws = 2 * rows
     batch = write_batch(folder / f"{name}.batch", text)
     model_faults = cases.faults_of(Qwen3MoeConfig.from_pretrained(checkpoint), text, False, False)
     quantized = str(folder / f"{name}-nf4")
@@ -64,9 +65,16 @@ def trained_cases(
             runs=("free", "gradients"),
             faults=("adapter scaled by 1 over r",),
         ),
-        case("adapter-bf16", "bfloat16", adapter=adapter, runs=("pinned", "gradients")),
+        case("adapter-bf16", "bfloat16", adapter=adapter, runs=("pinned", "gradients"), draws=draws),
         case("nf4-adapter-fp32", "float32", quantized=quantized, adapter=adapter, runs=("free", "gradients")),
-        case("nf4-adapter-bf16", "bfloat16", quantized=quantized, adapter=adapter, runs=("pinned", "gradients")),
+        case(
+            "nf4-adapter-bf16",
+            "bfloat16",
+            quantized=quantized,
+            adapter=adapter,
+            runs=("pinned", "gradients"),
+            draws=draws,
+        ),
     ]
 
 
@@ -91,6 +99,7 @@ def large_cases(checkpoint: pathlib.Path, folder: pathlib.Path, layers: int, len
             adapter=str(adapter),
             runs=every,
             flip_bound=bound,
+            draws=4,
         ),
     ]
 
@@ -109,7 +118,10 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder")
     parser.add_argument(
-        "--parallel", type=int, default=1, help="number of sides that run at the same time (default: 1)"
+        "--parallel",
+        type=int,
+        default=1,
+        help="processes at the same time; more than three share the cases of jaxmoe (default: 1)",
     )
     parser.add_argument(
         "--layers", type=int, default=12, help="layers of the large model in NF4 and with an adapter (default: 12)"

@@ -215,23 +215,36 @@ def run_case(plan: Plan, side: Side, case: Case) -> None:
                 arrays["aux_loss"] = to_numpy(out.aux_loss)
             plan.save(case, side.name, run, arrays | recorder.arrays(batch))
         elif run == "gradients":
-            plan.save(case, side.name, run, train(side, model, reference, case, batch, recorder, device))
+            for draw, name in enumerate(case.gradient_runs):
+                labels = batch.labels_of(draw, case.draws)
+                arrays = train(side, model, reference, case, batch, labels, recorder, device)
+                plan.save(case, side.name, name, arrays)
         else:
             plan.save(case, side.name, run, torch_trace(model, inputs_of(batch, device)))
 
 
 def train(
-    side: Side, model: Any, reference: Reference, case: Case, batch: Batch, recorder: Recorder, device: str
+    side: Side,
+    model: Any,
+    reference: Reference,
+    case: Case,
+    batch: Batch,
+    labels: np.ndarray,
+    recorder: Recorder,
+    device: str,
 ) -> dict[str, np.ndarray]:
-    """Loss, gradients, and the adapter after one step of AdamW without weight decay."""
-    labels = torch.from_numpy(batch.labels.astype(np.int64)).to(device)
+    """Loss, gradients, and, if there is only one draw, the adapter after one step of AdamW without weight decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=case.learning_rate, weight_decay=0.0)
+    optimizer.zero_grad()
     with recorder.watching():
-        loss = side.loss(model, inputs_of(batch, device), labels, case.aux_coefficient)
+        expected = torch.from_numpy(labels.astype(np.int64)).to(device)
+        loss = side.loss(model, inputs_of(batch, device), expected, case.aux_coefficient)
         loss.backward()
     out = {"loss": to_numpy(loss.detach())}
     out |= {f"gradient.{path}": array for path, array in reference.gradients().items()}
+    if case.draws > 1:
+        return out
     optimizer.step()
     return out | {f"after.{path}": array for path, array in reference.adapters().items()}
 
