@@ -84,7 +84,7 @@ def _cases(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
         strict = dtype == "float32" and args.faults
         faults = cases.faults_of(config, batch, adapter is not None, bool(quantized)) if strict else ()
         name = f"{args.checkpoint.resolve().name}-{dtype}"
-        draws = 1 if dtype == "float32" else 2 * len(batch.input_ids)
+        draws = 1 if dtype == "float32" else 4
         out.append(Case(name, str(args.checkpoint), dtype, at, quantized, adapter, runs, faults, draws=draws))
     return out
 

@@ -33,7 +33,6 @@ def trained_cases(
 ) -> list[Case]:
     """A trained checkpoint in float32, bfloat16 and NF4, and with a random adapter on everything, on Python's text."""
     text = cases.text_batch(checkpoint, rows)
-    draws = 2 * rows
     batch = write_batch(folder / f"{name}.batch", text)
     model_faults = cases.faults_of(Qwen3MoeConfig.from_pretrained(checkpoint), text, False, False)
     quantized = str(folder / f"{name}-nf4")
@@ -65,7 +64,7 @@ def trained_cases(
             runs=("free", "gradients"),
             faults=("adapter scaled by 1 over r",),
         ),
-        case("adapter-bf16", "bfloat16", adapter=adapter, runs=("pinned", "gradients"), draws=draws),
+        case("adapter-bf16", "bfloat16", adapter=adapter, runs=("pinned", "gradients"), draws=4),
         case("nf4-adapter-fp32", "float32", quantized=quantized, adapter=adapter, runs=("free", "gradients")),
         case(
             "nf4-adapter-bf16",
@@ -73,7 +72,7 @@ def trained_cases(
             quantized=quantized,
             adapter=adapter,
             runs=("pinned", "gradients"),
-            draws=draws,
+            draws=4,
         ),
     ]
 
