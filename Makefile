@@ -2,8 +2,8 @@
 # make test       the test suite, on the CPU, in WORKERS processes (default: 2), then test-kernels.
 #                 PYTEST_ARGS selects tests; then test-kernels does not run
 # make test-kernels   the tests of the GPU kernels in JAX's interpreter, on the CPU, with the newest supported jax
-# make test-mesh  training, generation and captures on eight virtual CPU devices against one; about eight minutes of one
-#                 core's time. make test runs the part that has all pairs of axes, in less than three
+# make test-mesh  training, generation and captures on sixteen virtual CPU devices against one; about eight minutes of one
+#                 core's time. make test runs the part that has all pairs of axes, in less than two
 # make dist       builds the sdist and the wheel into dist/, checks them, installs the wheel into an empty environment, and
 #                 runs every command from there; half a minute
 # make lint       ruff and pyright
@@ -88,7 +88,7 @@ test-kernels: $(KERNELS_INSTALLED)
 endif
 
 test-mesh: $(INSTALLED)
-	@JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=8 $(RUN) -m pytest tests/mesh $(verdict)
+	@JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=16 $(RUN) -m pytest tests/mesh $(verdict)
 
 dist: $(INSTALLED)
 	@$(RUN) -m tests.dist $(verdict)

@@ -27,7 +27,7 @@ from tests.mesh import DEVICES
 
 
 @pytest.mark.long
-def test_on_eight_virtual_devices() -> None:
+def test_on_virtual_devices() -> None:
     """The smaller part of `tests/mesh`, on the CPU: the number of devices is fixed when JAX starts."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "XLA_FLAGS"))}
     environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": DEVICES}

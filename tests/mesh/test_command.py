@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxmoe.errors import UserError
 from jaxmoe.train.loop import train
@@ -44,15 +45,9 @@ def run(
 ) -> np.ndarray:
     """The numbers of a run's steps: loss, auxiliary loss, gradient norm; continues a run of this name."""
     output = base / name
-    settings: dict[str, Any] = {"lora_targets": ("attention", "experts"), "lora_r": 2, "learning_rate": 1e-3}
-    settings |= {"max_steps": STEPS, "batch_size": 4, "seq_length": 32, "eval_fraction": 0.2}
-    settings |= {
-        "save_every": 2,
-        "log_every": 1,
-        "tensorboard": False,
-        "resume": output.exists(),
-        "mesh": mesh,
-    } | further
+    settings: dict[str, Any] = {"lora_targets": ("q_proj", "experts"), "lora_r": 2, "learning_rate": 1e-3}
+    settings |= {"max_steps": STEPS, "batch_size": 8, "seq_length": 32, "save_every": 2, "log_every": 1}
+    settings |= {"tensorboard": False, "resume": output.exists(), "mesh": mesh} | further
     train(TrainConfig(model=base / "model", data=base / "data.jsonl", output=output, **settings), on_step)
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     names = "loss", "aux_loss", "grad_norm", "eval_loss"
@@ -64,7 +59,17 @@ def test_offloading_is_for_one_device(base: pathlib.Path) -> None:
         run(base, "offloaded", "data=2", remat="offload")
 
 
-def test_a_run_continues_on_another_mesh(base: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("meshes", "further"),
+    [
+        ((trial.ALL_AXES, None), {}),
+        pytest.param(("data=2,fsdp=2,context=2", "fsdp=2,expert=2"), {"eval_fraction": 0.2}, marks=pytest.mark.wide),
+        pytest.param(("data=8", None), {"eval_fraction": 0.2}, marks=pytest.mark.wide),
+    ],
+)
+def test_a_run_continues_on_another_mesh(
+    meshes: tuple[str | None, str | None], further: dict[str, Any], base: pathlib.Path
+) -> None:
     class Crash(Exception):
         pass
 
@@ -72,11 +77,14 @@ def test_a_run_continues_on_another_mesh(base: pathlib.Path) -> None:
         if numbers["step"] == 3:
             raise Crash
 
+    several, one = f"{meshes}", f"one, {further}"
     with pytest.raises(Crash):
-        run(base, "several", "data=2", crash)
-    several, one = run(base, "several", "data=2,expert=2"), run(base, "one", None)
-    np.testing.assert_allclose(several, one, rtol=bound("mesh_fp32"))
-    assert (
-        json.loads((base / "several" / "train_config.json").read_text())["identity"]
-        == json.loads((base / "one" / "train_config.json").read_text())["identity"]
-    )
+        run(base, several, meshes[0], crash, **further)
+    found, expected = run(base, several, meshes[1], **further), run(base, one, None, **further)
+    np.testing.assert_allclose(found, expected, rtol=bound("mesh_fp32"))
+    ours, theirs = (load_file(base / name / "adapter_model.safetensors") for name in (several, one))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert np.linalg.norm(ours[name] - array) <= bound("mesh_fp32") * np.linalg.norm(array), name
+    ours, theirs = (json.loads((base / name / "train_config.json").read_text()) for name in (several, one))
+    assert ours["identity"] == theirs["identity"]

@@ -114,7 +114,9 @@ def not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "gather", lambda share, axis, over: wrong(share))
 
 
-@pytest.mark.parametrize("fault", [left_out, swapped, contiguous, not_summed])
+@pytest.mark.parametrize(
+    "fault", [swapped, not_summed, *(pytest.param(each, marks=pytest.mark.wide) for each in (left_out, contiguous))]
+)
 def test_a_planted_fault_is_noticed(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
     assert error(4, 48, None) > bound("mesh_fp32")

@@ -40,14 +40,14 @@ def exchanges(program: str) -> list[Exchange]:
 
 
 def test_one_device_runs_the_program_without_a_mesh() -> None:
-    with_mesh = trial.prepared(trial.CASES["adapters"], "data=1").step.as_text()
+    with_mesh = trial.prepared(trial.CASES["queries"], "data=1").step.as_text()
     assert "num_partitions = 1 " in with_mesh and "sharding" not in with_mesh
     assert not re.search(r"all_reduce|all_gather|all_to_all|manual_computation", with_mesh)
 
 
 def test_no_weight_travels_to_tokens() -> None:
     """With an `expert` axis only rows, their experts and weights travel, and gradients of what every device holds."""
-    case = trial.CASES["adapters"]
+    case = trial.CASES["few adapters"]
     case = case._replace(config=case.config.replace(moe_intermediate_size=192))  # a weight is larger than all rows
     found = exchanges(trial.prepared(case, "expert=4").step.compile(COMPILER_OPTIONS).as_text())
     largest = {name: max(each.elements for each in found if each.name == name) for name, _ in found}
@@ -66,7 +66,7 @@ def test_no_weight_travels_to_tokens() -> None:
 
 def test_only_keys_and_values_are_gathered_for_a_sequence() -> None:
     """With a `context` axis the loops over layers, forwards and backwards, gather keys and values and nothing else."""
-    case = trial.CASES["adapters"]
+    case = trial.CASES["queries"]
     case = case._replace(config=case.config.replace(num_key_value_heads=1))  # keys are smaller than hidden states
     found = exchanges(trial.prepared(case, "context=4").step.compile(COMPILER_OPTIONS).as_text())
     tokens = trial.SEQUENCES * trial.LENGTH
@@ -81,7 +81,7 @@ def test_only_keys_and_values_are_gathered_for_a_sequence() -> None:
 
 def test_each_weight_is_put_together_once_a_pass() -> None:
     """With `fsdp` the bodies of the two loops over layers, forwards and backwards, gather each shared array once."""
-    case = trial.CASES["adapters"]
+    case = trial.CASES["few adapters"]
     ready = trial.prepared(case, "fsdp=4")
     found = exchanges(ready.step.compile(COMPILER_OPTIONS).as_text())
     assert {each.name for each in found} == {"all-reduce", "all-gather", "reduce-scatter"}
@@ -108,7 +108,7 @@ def test_the_forecast_counts_what_lies_on_a_device(mesh: str, name: str) -> None
 
 
 def test_data_adds_up_gradients_and_nothing_else() -> None:
-    case = trial.CASES["adapters"]
+    case = trial.CASES["queries"]
     found = exchanges(trial.prepared(case, "data=8").step.compile(COMPILER_OPTIONS).as_text())
     trained = sum(array.size for array in trial.weights(case)[1].values())
     assert {each.name for each in found} == {"all-reduce"}

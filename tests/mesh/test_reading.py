@@ -1,6 +1,6 @@
 """What each of several processes reads of a checkpoint: nothing but what its devices hold, never the whole model.
 
-The processes are imagined: the eight devices of this one are divided among 2, 4 or 8, and each reads its share in turn.
+The processes are imagined: eight devices of this one are divided among 2, 4 or 8, and each reads its share in turn.
 """
 
 from __future__ import annotations

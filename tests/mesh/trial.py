@@ -31,7 +31,9 @@ from tests.parity import COMPILER_OPTIONS
 PLAIN = TINY.replace(num_hidden_layers=2)
 MIXED = TINY.replace(num_hidden_layers=3, mlp_only_layers=(1,), sliding_window=5)
 LORA = LoraConfig(r=2, targets=expand_targets(["attention", "router", "experts"]))
+FEW = LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"]))
 MIXED_LORA = LoraConfig(r=2, targets=expand_targets(["q_proj", "experts", "dense"]))
+ALL_AXES = "data=2,fsdp=2,context=2,expert=2"
 STEPS, SEQUENCES, LENGTH = 5, 8, 16
 BETA1 = 0.9
 
@@ -50,15 +52,15 @@ class Case(NamedTuple):
 
 CASES = {
     "adapters": Case(),
+    "few adapters": Case(lora=FEW),
+    "queries": Case(lora=LoraConfig(r=2, targets=("q_proj",))),
     "mixed layers, accumulation": Case(MIXED, MIXED_LORA, accumulation=2),
     "dropout, accumulation": Case(lora=LoraConfig(r=2, targets=("q_proj", "o_proj"), dropout=0.25), accumulation=2),
     "all parameters": Case(lora=None, aux=0.0),
     "all to two experts": Case(lora=LoraConfig(r=2, targets=expand_targets(["v_proj", "experts"])), imposed=(1, 0)),
-    "NF4": Case(lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), nf4=True),
-    "FP8": Case(lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), fp8=True),
-    "NF4, all to two experts": Case(
-        lora=LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"])), nf4=True, imposed=(1, 0)
-    ),
+    "NF4": Case(lora=FEW, nf4=True),
+    "FP8": Case(lora=FEW, fp8=True),
+    "NF4, all to two experts": Case(lora=FEW, nf4=True, imposed=(1, 0)),
 }
 
 
