@@ -43,8 +43,8 @@ MODULES: dict[str, set[str]] = {
     "metrics": _under("jaxmoe.routing", "metrics"),
     "store": _under(
         "jaxmoe.store",
-        ". adapter boxes checkpoint converted digest element_sums expert_adapters files items loading lock recoded shares"
-        " train_state",
+        ". adapter boxes checkpoint converted digest element_sums expert_adapters files items loading lock recoded"
+        " shares train_state",
     ),
     "forms": _under("jaxmoe", "quantized_stack"),
     "nf4": _under("jaxmoe.nf4", ". codec encode stack"),
