@@ -40,6 +40,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets, layers_of
 from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
 from jaxmoe.store.checkpoint import Block, Checkpoint, cast
+from jaxmoe.store.expert_adapters import with_all_experts
 from jaxmoe.store.files import output_folder
 
 WEIGHTS = "adapter_model.safetensors"
@@ -358,6 +359,7 @@ def write_peft(
     """
     arrays = {name: np.asarray(array) for name, array in adapters.items()}
     check_adapter("adapter", config, lora, arrays)
+    lora, arrays = with_all_experts(config, lora, arrays)
     pairs = dict(_layers(config, lora, arrays))
     if layout == "peft":
         tensors, settings = dict(_peft_tensors(pairs)), _settings(config, lora)
@@ -477,13 +479,14 @@ def merge(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapp
         scale = np.float32(lora.scale(target, slot))
         base = block.arrays[path]
         a, b = adapters[f"{path}.lora_A"][slot], adapters[f"{path}.lora_B"][slot]
+        adapted = lora.adapted_experts[slot] if lora.expert_places(target) else range(len(a))
         name = f"layer {block.layer}: {path}"
         if base.ndim == 2:
             block.arrays[path] = _merged(name, base, a, b, scale)
             continue
-        merged = np.empty_like(base)
-        for expert in range(base.shape[0]):
-            merged[expert] = _merged(f"{name}[{expert}]", base[expert], a[expert], b[expert], scale)
+        merged = np.array(base)
+        for place, expert in enumerate(adapted):
+            merged[expert] = _merged(f"{name}[{expert}]", base[expert], a[place], b[place], scale)
         block.arrays[path] = merged
     return block
 

@@ -21,6 +21,7 @@ OPTIONAL_FIELDS = (
     "layer_ranks",
     "layer_alphas",
     "gate_up_parts",
+    "adapted_experts",
     "dropout",
     "modules_to_save",
     "ensure_weight_tying",
@@ -29,12 +30,14 @@ OPTIONAL_FIELDS = (
 
 class LayerKinds(Protocol):
     """What adapters depend on in a model's config: the indices of the layers with experts and of those with a dense
-    MLP, and whether the head is the embedding."""
+    MLP, the number of experts, and whether the head is the embedding."""
 
     @property
     def sparse_layers(self) -> tuple[int, ...]: ...
     @property
     def dense_layers(self) -> tuple[int, ...]: ...
+    @property
+    def num_experts(self) -> int: ...
     @property
     def tie_word_embeddings(self) -> bool: ...
 
@@ -94,6 +97,13 @@ LORA_TARGETS: dict[str, LoraTarget] = {
     "up_proj": _dense("up_proj", "I D"),
     "down_proj": _dense("down_proj", "D I"),
 }
+
+
+def adapts_experts(target: str) -> bool:
+    """Whether a target is a weight of experts, which has an adapter for each."""
+    return LORA_TARGETS[target].group == "experts"
+
+
 # A group's name -> the targets that it stands for.
 LORA_GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(name for name, target in LORA_TARGETS.items() if target.group == group)
@@ -118,6 +128,10 @@ class LoraConfig:
     training leaves them zero. `gate_up_parts` says, for each sparse layer, which half of experts.gate_up_proj has an
     adapter: gate, up, or both. B is zero for the other half and is not trained there.
 
+    `adapted_experts` has, for each sparse layer, the experts that have an adapter, in rising order; empty: all have
+    one. The arrays of expert weights then have one place for each, as many as the longest entry has: a layer with fewer
+    leaves its last places unused, which are zero.
+
     In training, `dropout` is the probability that an element of an adapter's
     x is dropped; the others are divided by 1 - `dropout`.
 
@@ -135,6 +149,7 @@ class LoraConfig:
     layer_ranks: tuple[tuple[str, tuple[int, ...]], ...] = ()
     layer_alphas: tuple[tuple[str, tuple[float, ...]], ...] = ()
     gate_up_parts: tuple[GateUpPart, ...] = ()
+    adapted_experts: tuple[tuple[int, ...], ...] = ()
     dropout: float = 0.0
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
@@ -156,6 +171,7 @@ class LoraConfig:
                 if name not in self.targets:
                     raise ConfigError(f"LoRA pattern: {name!r} is not among the targets {', '.join(self.targets)}")
         self._check_layers()
+        self._check_experts()
         check_number("LoRA dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"LoRA dropout: expected a probability below 1, found {self.dropout}")
@@ -179,6 +195,23 @@ class LoraConfig:
             raise ConfigError(f"gate_up_parts: expected gate, up or both, found {min(unknown)!r}")
         if self.gate_up_parts and "experts.gate_up_proj" not in self.targets:
             raise ConfigError("gate_up_parts: only valid with the target experts.gate_up_proj")
+
+    def _check_experts(self) -> None:
+        for experts in self.adapted_experts:
+            for expert in experts:
+                check_integer("adapted_experts", expert, at_least=0)
+            if list(experts) != sorted(set(experts)):
+                raise ConfigError(f"adapted_experts: expected each expert once, in rising order, found {list(experts)}")
+        if not self.adapted_experts:
+            return
+        if not any(map(adapts_experts, self.targets)):
+            raise ConfigError(f"adapted_experts: only valid with the targets {', '.join(LORA_GROUPS['experts'])}")
+        if not any(self.adapted_experts):
+            raise ConfigError("adapted_experts: expected at least one expert, found none")
+
+    def expert_places(self, target: str) -> int | None:
+        """How many experts of a layer have a place in the target's arrays; None: all, or the target is of no expert."""
+        return max(map(len, self.adapted_experts)) if self.adapted_experts and adapts_experts(target) else None
 
     def rank(self, target: str) -> int:
         """Rank r of one target's arrays, the largest of its layers."""
@@ -250,6 +283,14 @@ class LoraConfig:
             for name, values in entries:
                 if len(values) != (layers := len(layers_of(config, name))):
                     raise ConfigError(f"{field}: {name}: expected {layers} layers, found {len(values)}")
+        if self.adapted_experts and len(self.adapted_experts) != len(config.sparse_layers):
+            raise ConfigError(
+                f"adapted_experts: expected {len(config.sparse_layers)} layers, found {len(self.adapted_experts)}"
+            )
+        if (most := max((expert for experts in self.adapted_experts for expert in experts), default=-1)) >= (
+            E := config.num_experts
+        ):
+            raise ConfigError(f"adapted_experts: expected experts below {E}, found {most}")
         if self.gate_up_parts and len(self.gate_up_parts) != len(config.sparse_layers):
             raise ConfigError(
                 f"gate_up_parts: expected {len(config.sparse_layers)} layers, found {len(self.gate_up_parts)}"

@@ -16,7 +16,7 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.distributed.sharding import held_elements
 from jaxmoe.errors import UserError
-from jaxmoe.lora import LORA_GROUPS, LoraConfig
+from jaxmoe.lora import LORA_GROUPS, LORA_TARGETS, LoraConfig
 from jaxmoe.parameters import (
     ParameterSpec,
     Quantization,
@@ -152,6 +152,7 @@ def training_forecast(work: Workload) -> Forecast:
     # The loop over tiles has not been measured on a GPU. The forecast assumes that all gradients exist at once.
     times = 2 if work.experts == "tiled" else 1
     layer = times * layer_bytes(work) + adapted_bytes(work) + attention_bytes(work, training=True)
+    layer += scattered_bytes(work)
     parameters = _held(parameter_specs(config), work.mesh)
     # The logits of a chunk and their gradient.
     logits = 2 * min(loss_chunk(work.remat), work.tokens) * config.vocab_size * FLOAT32
@@ -358,7 +359,7 @@ def orthogonal_bytes(work: Workload) -> int:
 
 def batch_axes(spec: ParameterSpec) -> int:
     """How many of an array's axes, the first ones, count matrices or vectors: those of layers and experts."""
-    return sum(axis in ("layers", "experts") for axis in spec.axes[:2])
+    return sum(axis in ("layers", "experts", "adapted_experts") for axis in spec.axes[:2])
 
 
 def is_orthogonalised(spec: ParameterSpec) -> bool:
@@ -424,6 +425,17 @@ def adapted_bytes(work: Workload) -> int:
     if not config.sparse_layers or (work.lora and not _ranks(work.lora, LORA_GROUPS["experts"])):
         return 0
     return work.rows * (2 * config.hidden_size + config.moe_intermediate_size) * work.size
+
+
+def scattered_bytes(work: Workload) -> int:
+    """Bytes of one layer's adapters of all experts, which exist for a short time where only some experts have one, and
+    of their gradients."""
+    if not (work.lora and work.lora.adapted_experts):
+        return 0
+    lora = replace(work.lora, adapted_experts=())
+    paths = {LORA_TARGETS[target].path for target in lora.targets if target in LORA_GROUPS["experts"]}
+    specs = {name: spec for name, spec in lora_specs(work.config, lora).items() if name.rpartition(".")[0] in paths}
+    return 2 * FLOAT32 * sum(held_elements(spec, work.mesh) // spec.shape[0] for spec in specs.values())
 
 
 def attention_bytes(work: Workload, *, training: bool) -> int:

@@ -216,7 +216,8 @@ def _fp8_specs(weight: ParameterSpec, matrices: int, scales: str) -> dict[str, P
 
 def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterSpec]:
     """Dotted path -> spec of every adapter array: `attention.q_proj.lora_A` -> [L, r, D], `.lora_B` -> [L, N*H, r];
-    experts have one A and B each: `sparse.gate_up_proj.lora_A` -> [Ls, E, r, D]. A weight that the adapter holds in
+    experts have one A and B each: `sparse.gate_up_proj.lora_A` -> [Ls, E, r, D], or fewer than E where only some have
+    an adapter (`LoraConfig.adapted_experts`). A weight that the adapter holds in
     full has the path and shape of the base's: `lm_head` -> [V, D]."""
     lora.check_against(config)
     base = parameter_specs(config)
@@ -224,6 +225,8 @@ def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterS
     for target in lora.targets:
         path, rank = LORA_TARGETS[target].path, lora.rank(target)
         (*lead, out, inner), (*lead_axes, out_axis, in_axis) = base[path].shape, base[path].axes
+        if (places := lora.expert_places(target)) is not None:
+            lead[1], lead_axes[1] = places, "adapted_experts"
         # As PEFT initialises them: A uniform (Kaiming, a = sqrt 5), B zero, so that the adapted model equals the base.
         specs[f"{path}.lora_A"] = ParameterSpec((*lead, rank, inner), (*lead_axes, "lora_rank", in_axis), "uniform")
         specs[f"{path}.lora_B"] = ParameterSpec((*lead, out, rank), (*lead_axes, out_axis, "lora_rank"), "zeros")

@@ -43,7 +43,8 @@ MODULES: dict[str, set[str]] = {
     "metrics": _under("jaxmoe.routing", "metrics"),
     "store": _under(
         "jaxmoe.store",
-        ". adapter boxes checkpoint converted digest element_sums files items loading lock recoded shares train_state",
+        ". adapter boxes checkpoint converted digest element_sums expert_adapters files items loading lock recoded"
+        " shares train_state",
     ),
     "forms": _under("jaxmoe", "quantized_stack"),
     "nf4": _under("jaxmoe.nf4", ". codec encode stack"),
@@ -73,7 +74,7 @@ MODULES: dict[str, set[str]] = {
         ". chat chat_flags compressed datasets_library extra forms inputs json_records mixture overview packing pairs"
         " raw record_forms records shared show sources stream tables",
     ),
-    "control": _under("jaxmoe.control", ". interventions provenance replay"),
+    "control": _under("jaxmoe.control", ". expert_choice interventions provenance replay"),
     "generate": _under(
         "jaxmoe.generate",
         ". answer_file batches capture chat conversation engine processors prompt_file prompts sampling settings speed"

@@ -22,17 +22,18 @@ from jaxmoe.data.packing import Batch, Document
 from jaxmoe.errors import UserError
 
 
-def check_experts(capture: Capture, config: Qwen3MoeConfig) -> None:
-    """Raises UserError unless the capture's model has the same MoE layers and experts as `config`."""
+def check_experts(capture: Capture, config: Qwen3MoeConfig, setting: str = "replay") -> None:
+    """Raises UserError, which names the setting, unless the capture's model has the MoE layers and experts of
+    `config`."""
     found, layers = capture.model, tuple(config.sparse_layers)
     expected = (len(layers), config.num_experts, config.num_experts_per_tok)
     if (len(found.layers), found.num_experts, found.num_experts_per_tok) != expected:
         raise UserError(
-            f"replay: expected {expected[0]} MoE layers with {expected[2]} of {expected[1]} experts, "
+            f"{setting}: expected {expected[0]} MoE layers with {expected[2]} of {expected[1]} experts, "
             f"found {len(found.layers)} with {found.num_experts_per_tok} of {found.num_experts} in {capture.folder}"
         )
     if found.layers != layers:
-        raise UserError(f"replay: expected the MoE layers {layers}, found {found.layers} in {capture.folder}")
+        raise UserError(f"{setting}: expected the MoE layers {layers}, found {found.layers} in {capture.folder}")
 
 
 class Replay:

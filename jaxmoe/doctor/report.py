@@ -14,7 +14,7 @@ from jaxmoe import __version__, environment, memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config, read_json
 from jaxmoe.doctor import cards, nodes
 from jaxmoe.errors import UserError
-from jaxmoe.lora import modules_to_save
+from jaxmoe.lora import adapts_experts, modules_to_save
 from jaxmoe.memory import LOSSES_OVER_PAIRS, LossName, OptimizerName
 from jaxmoe.parameters import Quantization
 from jaxmoe.presets import PRESETS
@@ -41,6 +41,9 @@ class DoctorConfig:
     train: Literal["lora", "full"] = field(default="lora", metadata={"help": "train adapters or all parameters"})
     lora_targets: tuple[str, ...] = field(
         default=("attention", "experts"), metadata={"help": "groups (attention, router, experts, dense) or targets"}
+    )
+    lora_experts: int | None = field(
+        default=None, metadata={"help": "how many experts of a layer get an adapter (default: all)"}
     )
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
     modules_to_save: tuple[str, ...] = field(
@@ -82,9 +85,9 @@ class DoctorConfig:
             raise UserError("quantize: only valid with LoRA training, found train full")
         if self.train == "full" and self.cards:
             raise UserError("cards: only valid with LoRA training, found train full")
-        for name in ("lora_r", "batch_size", "seq_length", "accumulation"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("lora_experts", "lora_r", "batch_size", "seq_length", "accumulation"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name}: expected at least 1, found {value}")
 
 
 def versions() -> dict[str, str | None]:
@@ -262,7 +265,10 @@ def on_nodes(options: DoctorConfig) -> dict[str, tuple[memory.Workload, list[nod
 def _lora(options: DoctorConfig, config: Qwen3MoeConfig) -> LoraConfig:
     """The adapters of the options."""
     saved = modules_to_save(options.modules_to_save, config)
-    return LoraConfig(r=options.lora_r, targets=expand_targets(options.lora_targets), **saved)
+    targets, experts = expand_targets(options.lora_targets), ()
+    if options.lora_experts is not None and any(map(adapts_experts, targets)):
+        experts = (tuple(range(options.lora_experts)),) * len(config.sparse_layers)  # the memory is that of any others
+    return LoraConfig(r=options.lora_r, targets=targets, adapted_experts=experts, **saved)
 
 
 def _implementations(config: Qwen3MoeConfig, dtype: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
@@ -30,7 +31,8 @@ def init_adapters(
 ) -> Params:
     """Fresh adapters: A uniform, B zero, so that the adapted model starts equal to the base.
 
-    Rows of A beyond a layer's rank are zero, as `LoraConfig.layer_ranks` says. `base` holds the model's parameters;
+    Rows of A beyond a layer's rank are zero, as `LoraConfig.layer_ranks` says, and so are the places of experts that a
+    layer does not use. `base` holds the model's parameters;
     needed for `modules_to_save`, which start as copies.
     """
     specs = lora_specs(config, lora)
@@ -39,6 +41,10 @@ def init_adapters(
         path = f"{LORA_TARGETS[target].path}.lora_A"
         used = jnp.arange(lora.rank(target)) < jnp.asarray(ranks)[:, None]  # [layers, r]
         drawn[path] *= used.reshape(len(ranks), *[1] * (drawn[path].ndim - 3), -1, 1)
+    for target in filter(lora.expert_places, lora.targets):
+        path = f"{LORA_TARGETS[target].path}.lora_A"
+        used = np.arange(drawn[path].shape[1]) < np.asarray([*map(len, lora.adapted_experts)])[:, None]  # [Ls, places]
+        drawn[path] *= used[..., None, None]
     return drawn | {path: _copy_of_base(base or {}, path, dtype) for path in lora.modules_to_save}
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Int, Shaped
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.collectives import gather
@@ -77,6 +77,7 @@ class ModelStacks(NamedTuple):
     devices: int  # that share the tokens of a sequence
     experts: Mapping[str, Array | QuantizedStack]  # frozen ones, [layers * E, out, in]; empty if they are trained
     experts_here: int  # experts of a layer on this device
+    adapted: Int[np.ndarray, "Ls n"] | None  # the experts of each place of the experts' adapters; None: place = expert
     params: Params  # as they are stored
     shared: Mapping[str, int]  # path of an array that devices share with fsdp -> which axis of one layer's
     dtype: Any  # of the operands of products
@@ -108,7 +109,16 @@ class ModelStacks(NamedTuple):
         shared = gathered_axes(config, options.lora, [*params, *adapters], options.mesh)
         dtype = params["embed_tokens"].dtype
         devices = options.mesh["context"]
-        return cls(config, weights, adapter_stacks, scales, dropout, devices, experts, here, params, shared, dtype)
+        adapted = _adapted(options.lora, config.num_experts)
+        return cls(
+            config, weights, adapter_stacks, scales, dropout, devices, experts, here, adapted, params, shared, dtype
+        )
+
+    @property
+    def first_expert(self) -> Array | int:
+        """The index of this device's first expert in its layer."""
+        whole = self.experts_here == self.config.num_experts
+        return 0 if whole else jax.lax.axis_index("expert") * self.experts_here
 
     def layer(self, index: LayerIndex, sliced: Params, sliced_adapters: Params) -> Layer:
         """The layer `index`, given its slices of the scanned arrays."""
@@ -176,6 +186,9 @@ class Layer:
             return None
         names = f"{path}.lora_A", f"{path}.lora_B"
         a, b = (self._whole(name, self.stacks.adapters.pick(name, self._slot(path))) for name in names)
+        if path in _EXPERTS and self.stacks.adapted is not None:
+            experts = layer_slice(jnp.asarray(self.stacks.adapted), self.slot)
+            a, b = (by_expert(array, experts, self.stacks.experts_here, self.stacks.first_expert) for array in (a, b))
         scale = self.stacks.scales[path]
         own = scale if isinstance(scale, int | float) else scale[self._slot(path)]
         return Adapter(a, b, own, self._dropout(path))
@@ -244,6 +257,29 @@ def _scales(lora: LoraConfig | None) -> dict[str, float | Array]:
         each = lora.scales(target)
         scales[LORA_TARGETS[target].path] = jnp.asarray(each, jnp.float32) if isinstance(each, tuple) else each
     return scales
+
+
+def _adapted(lora: LoraConfig | None, num_experts: int) -> Int[np.ndarray, "Ls n"] | None:
+    """The experts of each place of the experts' adapters; for an unused place one that does not exist."""
+    if lora is None or not lora.adapted_experts:
+        return None
+    places = max(map(len, lora.adapted_experts))
+    unused = [num_experts + place for place in range(places)]
+    return np.asarray([[*experts, *unused[len(experts) :]] for experts in lora.adapted_experts], np.int32)
+
+
+def by_expert(
+    array: Shaped[Array, "n ..."], experts: Int[Array, " n"], here: int, first: Array | int
+) -> Shaped[Array, "here ..."]:
+    """Puts the adapter of each place where its expert lies among the `here` experts from `first` on; others get zeros.
+
+    The gradient is read back from the same places, so what the optimizer holds is as small as `array`.
+    """
+    place = experts - first
+    outside = here + jnp.arange(len(experts))  # indices stay unique, and those beyond the end are dropped
+    place = jnp.where((place < 0) | (place >= here), outside, place)
+    empty = jnp.zeros((here, *array.shape[1:]), array.dtype)
+    return empty.at[place].set(array, mode="drop", unique_indices=True)
 
 
 def _only_trained_parts(adapters: Params, lora: LoraConfig | None) -> Params:

@@ -92,12 +92,20 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
 
 def check_adapter(where: str, config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:
     """Raises UserError, which starts with `where`, unless `adapters` has the names and shapes of `lora_specs`, and
-    zeros beyond a layer's rank."""
+    zeros beyond a layer's rank and its experts."""
     specs = lora_specs(config, lora)
     same_names(where, specs, adapters)
     for name, spec in specs.items():
         if adapters[name].shape != spec.shape:
             raise UserError(f"{where}: {name}: expected shape {spec.shape}, found {adapters[name].shape}")
+    for target in filter(lora.expert_places, lora.targets):
+        arrays = [adapters[f"{LORA_TARGETS[target].path}.lora_{x}"] for x in "AB"]
+        for slot, experts in enumerate(lora.adapted_experts):
+            if any(array[slot, len(experts) :].any() for array in arrays):
+                raise UserError(
+                    f"{where}: {target}: expected zeros after the adapters of {len(experts)} experts, found others in "
+                    f"layer {slot} of its stack"
+                )
     for target, ranks in lora.layer_ranks:
         a, b = (adapters[f"{LORA_TARGETS[target].path}.lora_{x}"] for x in "AB")
         for slot, rank in enumerate(ranks):

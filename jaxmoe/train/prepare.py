@@ -17,12 +17,13 @@ import jax.numpy as jnp
 
 from jaxmoe import cuda
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets, read_config
+from jaxmoe.control.expert_choice import chosen_experts
 from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, named
 from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
-from jaxmoe.lora import SAVED_MODULES, modules_to_save
+from jaxmoe.lora import SAVED_MODULES, adapts_experts, modules_to_save
 from jaxmoe.memory import (
     FLOAT32,
     HOST_ROOM,
@@ -50,6 +51,7 @@ from jaxmoe.model.opening import load_adapter, open_checkpoint
 from jaxmoe.model.selection import fallbacks, selected_implementations
 from jaxmoe.parameters import Quantization
 from jaxmoe.store.digest import WeightsDigest
+from jaxmoe.store.expert_adapters import without_void_experts
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
 from jaxmoe.train.data import Data, read_data
 from jaxmoe.train.host_memory import EMBEDDING, looked_up
@@ -308,11 +310,19 @@ def _new_lora(settings: TrainConfig, config: Qwen3MoeConfig) -> LoraConfig | Non
     """The configuration of new adapters; None if all parameters are trained, or an adapter is given."""
     if settings.trains_all or settings.adapter is not None:
         return None
+    targets, experts = expand_targets(settings.lora_targets), ()
+    if settings.lora_experts is not None:
+        if not any(map(adapts_experts, targets)):
+            raise UserError(
+                f"lora_experts: expected lora_targets with experts, found {','.join(settings.lora_targets)}"
+            )
+        experts = chosen_experts(settings.lora_experts, settings.lora_capture, config)
     lora = LoraConfig(
         r=settings.lora_r,
         alpha=settings.lora_alpha,
         use_rslora=settings.rslora,
-        targets=expand_targets(settings.lora_targets),
+        targets=targets,
+        adapted_experts=experts,
         base_model_name_or_path=str(settings.model),
         dropout=settings.lora_dropout or 0.0,
         **modules_to_save(settings.modules_to_save, config),
@@ -351,7 +361,7 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         form = checkpoint.quantization.form.upper()
         raise UserError(f"merge: expected weights to merge into, found {form}; merge with python -m convert afterwards")
     if settings.adapter is not None:
-        lora, loaded = load_adapter(settings.adapter, checkpoint_config, checkpoint)
+        lora, loaded = without_void_experts(*load_adapter(settings.adapter, checkpoint_config, checkpoint))
         if settings.lora_dropout is not None or settings.learns_from_pairs:  # as in TRL, pairs are compared without it
             lora = replace(lora, dropout=settings.lora_dropout or 0.0)
         lora.check_dropout()

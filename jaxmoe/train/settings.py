@@ -102,6 +102,23 @@ class TrainConfig:
             "identity": entries("lora"),
         },
     )
+    lora_experts: str | None = field(
+        default=None,
+        metadata={
+            "help": "which experts of a layer get an adapter, with the target experts: top:N, the N that "
+            '--lora-capture uses most, or a JSON file such as {"0": [3, 17], "1": [5, 8]} (default: all)',
+            "metavar": "top:N|FILE",
+            "identity": entries("lora"),
+        },
+    )
+    lora_capture: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "for --lora-experts top:N: a capture of the task's text (python -m jaxmoe.routing capture)",
+            "metavar": "DIR",
+            "identity": entries("lora"),
+        },
+    )
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters", "identity": entries("lora")})
     lora_alpha: float = field(
         default=32.0, metadata={"help": "the low-rank product is scaled by alpha / r", "identity": entries("lora")}
@@ -574,7 +591,10 @@ def _check_combinations(settings: TrainConfig) -> None:
     _check_optimizer(settings, defaults)
     if settings.lora_dropout is not None and settings.trains_all:
         raise UserError("lora_dropout: only valid with LoRA training")
-    names = ("lora_targets", "lora_r", "lora_alpha", "rslora", "modules_to_save")
+    if (settings.lora_experts or "").startswith("top:") != (settings.lora_capture is not None):
+        found = "it alone" if settings.lora_capture is not None else f"{settings.lora_experts} alone"
+        raise UserError(f"lora_capture: only valid with lora_experts top:N, which needs it; found {found}")
+    names = ("lora_targets", "lora_experts", "lora_r", "lora_alpha", "rslora", "modules_to_save")
     changed = [name for name in names if getattr(settings, name) != defaults[name]]
     if changed and (settings.trains_all or settings.adapter is not None):
         owner = "all parameters are trained" if settings.trains_all else "the adapter decides it"
