@@ -31,7 +31,7 @@ def init_adapters(
     """Fresh adapters: A uniform, B zero, so that the adapted model starts equal to the base.
 
     Rows of A beyond a layer's rank are zero, as `LoraConfig.layer_ranks` says. `base` holds the model's parameters;
-    needed for `modules_to_save`, which start as copies.
+    needed for weights that the adapters hold in full, which start as copies.
     """
     specs = lora_specs(config, lora)
     drawn = _draw_all({path: spec for path, spec in specs.items() if spec.init != "base"}, key, dtype, 0.0)
@@ -39,7 +39,7 @@ def init_adapters(
         path = f"{LORA_TARGETS[target].path}.lora_A"
         used = jnp.arange(lora.rank(target)) < jnp.asarray(ranks)[:, None]  # [layers, r]
         drawn[path] *= used.reshape(len(ranks), *[1] * (drawn[path].ndim - 3), -1, 1)
-    return drawn | {path: _copy_of_base(base or {}, path, dtype) for path in lora.modules_to_save}
+    return drawn | {path: _copy_of_base(base or {}, path, dtype) for path in lora.saved_paths}
 
 
 def _copy_of_base(base: Mapping[str, Array], path: str, dtype: Any) -> Array:
