@@ -34,10 +34,18 @@ from convert.peft_experts import (
 from convert.peft_served import served
 from convert.peft_settings import MERGE, SETTINGS, PeftSettings
 from convert.safetensors_io import read_header, write_file
-from convert.saved_modules import KEYS, merge_saved, read_saved, saved_settings, saved_tensors, without_copies
+from convert.saved_modules import (
+    KEYS,
+    is_saved,
+    merge_saved,
+    read_saved,
+    saved_settings,
+    saved_tensors,
+    without_copies,
+)
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
-from jaxmoe.lora import LORA_TARGETS, LoraConfig, expand_targets, layers_of
+from jaxmoe.lora import LORA_TARGETS, ROUTER, LoraConfig, expand_targets, layers_of
 from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
 from jaxmoe.store.checkpoint import Block, Checkpoint, cast
 from jaxmoe.store.expert_adapters import with_all_experts
@@ -97,7 +105,7 @@ def read_peft(
     _check_biases(path, config, settings)
     tensors = without_copies(_tensors(path))
     saved = read_saved(path, config, settings.raw, tensors, base)
-    modules = _modules(path, config, {key: tensor for key, tensor in tensors.items() if key not in KEYS})
+    modules = _modules(path, config, {key: tensor for key, tensor in tensors.items() if not is_saved(key)})
     pairs = _pairs(path / WEIGHTS, config, settings, modules, layout)
     lora = LoraConfig(
         r=settings.raw["r"],
@@ -108,6 +116,7 @@ def read_peft(
         dropout=float(settings.raw.get("lora_dropout") or 0.0),
         modules_to_save=tuple(name for name in KEYS.values() if name in saved.arrays),
         ensure_weight_tying=saved.tied,
+        full_router=ROUTER in saved.arrays,
     )
     stacks = {target: _in_slots(path / WEIGHTS, config, target, pairs) for target in lora.targets}
     lora = _with_patterns(lora, stacks)
@@ -363,8 +372,8 @@ def write_peft(
     pairs = dict(_layers(config, lora, arrays))
     if layout == "peft":
         tensors, settings = dict(_peft_tensors(pairs)), _settings(config, lora)
-    elif lora.modules_to_save:
-        names = ", ".join(lora.modules_to_save)
+    elif lora.saved_paths:
+        names = ", ".join(lora.saved_paths)
         raise UserError(
             f"layout {layout}: expected an adapter of layers, found {names} trained in full, which servers do not "
             f"load: merge it with `jax2hf --adapter`, or write it with --layout peft"
@@ -372,7 +381,7 @@ def write_peft(
     else:
         assert layout in ("per-expert", "stacked"), layout
         tensors, settings = served(config, lora, pairs, layout)
-    named = {f"{PREFIX}layers.{key}": array for key, array in tensors.items()} | saved_tensors(lora, arrays)
+    named = {f"{PREFIX}layers.{key}": array for key, array in tensors.items()} | saved_tensors(config, lora, arrays)
     with output_folder(dst) as folder:
         write_file(folder / WEIGHTS, named, {"format": "pt"})
         common = {"peft_type": "LORA", "peft_version": _WRITTEN_VERSION, "task_type": "CAUSAL_LM"}
@@ -467,10 +476,13 @@ def merge(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapp
     """Replaces the weights in `block` by those with the layer's adapters merged, and returns `block`.
 
     W + scale * B A: product and sum in float32, one cast to the weight's dtype at the end; one expert at a time.
-    Weights that the adapter holds in full replace those of the top level.
+    Weights that the adapter holds in full replace the base's.
     """
     if block.layer is None:
         merge_saved(config, block, lora, adapters)
+    if lora.full_router and block.layer in config.sparse_layers:
+        own = adapters[ROUTER][config.sparse_layers.index(block.layer)]
+        block.arrays[ROUTER] = cast(f"layer {block.layer}: {ROUTER}", own, block.arrays[ROUTER].dtype)
     for target in lora.targets:
         path, layers = LORA_TARGETS[target].path, layers_of(config, target)
         if block.layer not in layers or not lora.layer_rank(target, layers.index(block.layer)):

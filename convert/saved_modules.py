@@ -1,5 +1,7 @@
 """The weights that a PEFT adapter stores in full: its `modules_to_save`, and embeddings that lie beside it.
 
+Besides embedding and head these may be the routers of all layers, which are one array here.
+
 PEFT stores embeddings beside an adapter if it is told to (`save_embedding_layers`), or if it believes that the
 vocabulary was resized. When it loads the adapter, it copies them into the base model. Here, those that equal the base's
 are dropped, and the others are treated as modules to save: the logits are the same.
@@ -17,20 +19,27 @@ import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import ConfigError, UserError
-from jaxmoe.lora import SAVED_MODULES, LoraConfig, saved_modules
+from jaxmoe.lora import LORA_TARGETS, ROUTER, SAVED_MODULES, LoraConfig, saved_modules
 from jaxmoe.store.checkpoint import Block, Checkpoint, cast
 
 _log = logging.getLogger("jaxmoe")
 KEYS = {f"base_model.model.{module}.weight": name for name, module in SAVED_MODULES.items()}
+_ROUTER_MODULE = LORA_TARGETS["gate"].peft_module
+_ROUTER_KEY = re.compile(rf"base_model\.model\.model\.layers\.(\d+)\.{re.escape(_ROUTER_MODULE)}\.weight")
 # What PEFT stores beside `X.weight` where X is a module to save and embeddings are saved too.
 _COPY = re.compile(r"(.+)\.(modules_to_save|original_module)(?:\.[^.]+)?\.weight")
 
 
 class SavedModules(NamedTuple):
-    """Weights by name, and whether the one embedding stands for a tied head too (`LoraConfig.ensure_weight_tying`)."""
+    """Weights by path, and whether the one embedding stands for a tied head too (`LoraConfig.ensure_weight_tying`)."""
 
     arrays: dict[str, np.ndarray]
     tied: bool
+
+
+def is_saved(key: str) -> bool:
+    """Whether a key is that of a weight that the adapter stores in full."""
+    return key in KEYS or _ROUTER_KEY.fullmatch(key) is not None
 
 
 def without_copies(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -63,7 +72,7 @@ def read_saved(
         UserError: a module that is not in `SAVED_MODULES`, a tensor that is missing, a resized vocabulary, or two
             different tensors for a tied embedding.
     """
-    listed = _listed(path, raw)
+    listed, lists_router = _listed(path, raw)
     stored = {name: tensors[key] for key, name in KEYS.items() if key in tensors}
     for name, array in stored.items():
         _check_shape(path, config, name, array)
@@ -78,15 +87,38 @@ def read_saved(
         del stored[name]
     for name in (name for name in beside if name in stored and base is not None):
         _log.info(f"{path}: {name} differs from the base's; it replaces it, and further training changes it")
-    return SavedModules(stored, tied and bool(stored))
+    routers = _routers(path, config, tensors, listed=lists_router)
+    return SavedModules(stored | routers, tied and bool(stored))
 
 
-def _listed(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[str, ...]:
+def _routers(
+    path: pathlib.Path, config: Qwen3MoeConfig, tensors: Mapping[str, np.ndarray], *, listed: bool
+) -> dict[str, np.ndarray]:
+    """The routers of all layers as one array, if the adapter stores them."""
+    found = {int(match[1]): tensors[key] for key in tensors if (match := _ROUTER_KEY.fullmatch(key))}
+    if not found and not listed:
+        return {}
+    if sorted(found) != list(config.sparse_layers):
+        raise UserError(
+            f"{path}: {_ROUTER_MODULE}: expected the routers of all {len(config.sparse_layers)} MoE layers in full, "
+            f"found those of {len(found)}"
+        )
+    expected = config.num_experts, config.hidden_size
+    for layer, array in found.items():
+        if array.shape != expected:
+            where = f"{path}: layers.{layer}.{_ROUTER_MODULE}"
+            raise UserError(f"{where}: expected shape {list(expected)}, found {list(array.shape)}")
+    return {ROUTER: np.stack([found[layer] for layer in config.sparse_layers])}
+
+
+def _listed(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[tuple[str, ...], bool]:
+    """The names in `modules_to_save` that `SAVED_MODULES` knows, and whether the router is among them."""
     names = raw.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: modules_to_save: expected a list of names, found {names!r}")
+    routers = ("gate", _ROUTER_MODULE)
     try:
-        return saved_modules(names)
+        return saved_modules([name for name in names if name not in routers]), any(name in routers for name in names)
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -122,20 +154,26 @@ def _equal_to_base(names: list[str], stored: Mapping[str, np.ndarray], base: Che
         return [name for name in names if np.array_equal(stored[name], weights[name].astype(stored[name].dtype))]
 
 
-def saved_tensors(lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def saved_tensors(
+    config: Qwen3MoeConfig, lora: LoraConfig, adapters: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """The weights that the adapter holds in full, by PEFT's keys. PEFT stores a tied weight under both names."""
     tensors = {key: adapters[name] for key, name in KEYS.items() if name in lora.modules_to_save}
     if lora.ensure_weight_tying:
         tensors |= dict.fromkeys(KEYS, adapters["embed_tokens"])
+    if lora.full_router:
+        routers = zip(config.sparse_layers, adapters[ROUTER], strict=True)
+        tensors |= {f"base_model.model.model.layers.{at}.{_ROUTER_MODULE}.weight": array for at, array in routers}
     return tensors
 
 
 def saved_settings(lora: LoraConfig) -> dict[str, Any]:
     """The entries of adapter_config.json that belong to them."""
-    if not lora.modules_to_save:
+    if not lora.saved_paths:
         return {}
     tying = {"ensure_weight_tying": True} if lora.ensure_weight_tying else {}
-    return {"modules_to_save": list(lora.modules_to_save)} | tying
+    router = [_ROUTER_MODULE] if lora.full_router else []
+    return {"modules_to_save": [*lora.modules_to_save, *router]} | tying
 
 
 def merge_saved(config: Qwen3MoeConfig, block: Block, lora: LoraConfig, adapters: Mapping[str, np.ndarray]) -> None:

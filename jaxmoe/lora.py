@@ -25,6 +25,7 @@ OPTIONAL_FIELDS = (
     "dropout",
     "modules_to_save",
     "ensure_weight_tying",
+    "full_router",
 )
 
 
@@ -113,6 +114,7 @@ LORA_GROUPS: dict[str, tuple[str, ...]] = {
 # A weight that an adapter can hold in full -> its module in transformers. The name is also the weight's path in
 # `jaxmoe.parameters` and in the dictionary of an adapter's arrays.
 SAVED_MODULES: dict[str, str] = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+ROUTER = LORA_TARGETS["gate"].path  # a stack of layers, which an adapter can also hold in full (`full_router`)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class LoraConfig:
     x is dropped; the others are divided by 1 - `dropout`.
 
     `modules_to_save`, keys of `SAVED_MODULES`, are trained and stored in full. In a model with a tied head,
-    `ensure_weight_tying` says that the head follows the embedding; without it, the adapter separates the two.
+    `ensure_weight_tying` says that the head follows the embedding; without it, the adapter separates the two. With
+    `full_router` the same holds for the router of every layer, instead of an adapter on it.
     """
 
     r: int = 16
@@ -153,6 +156,7 @@ class LoraConfig:
     dropout: float = 0.0
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
+    full_router: bool = False
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -181,6 +185,8 @@ class LoraConfig:
             )
         if self.ensure_weight_tying and self.modules_to_save != ("embed_tokens",):
             raise ConfigError("ensure_weight_tying: only valid with modules_to_save embed_tokens")
+        if self.full_router and "gate" in self.targets:
+            raise ConfigError("full_router: expected no target gate, since the router is trained in full, found one")
 
     def _check_layers(self) -> None:
         for name, ranks in self.layer_ranks:
@@ -252,6 +258,16 @@ class LoraConfig:
         return {name: value for name, value in asdict(self).items() if value or name not in OPTIONAL_FIELDS}
 
     @property
+    def saved_paths(self) -> tuple[str, ...]:
+        """The paths of the weights that the adapter holds in full."""
+        return (*self.modules_to_save, *self.trained_in_layers)
+
+    @property
+    def trained_in_layers(self) -> frozenset[str]:
+        """The paths of those that lie in the layers' stacks."""
+        return frozenset({ROUTER} if self.full_router else ())
+
+    @property
     def trains_head(self) -> bool:
         """Whether the output projection is trained in full, as lm_head or as the embedding that it is tied to."""
         return "lm_head" in self.modules_to_save or self.ensure_weight_tying
@@ -273,6 +289,8 @@ class LoraConfig:
         """Raises ConfigError when the adapter is for another kind of model, or for another number of layers."""
         if self.ensure_weight_tying and not config.tie_word_embeddings:
             raise ConfigError("ensure_weight_tying: the model's head is not tied to its embedding")
+        if self.full_router and not config.sparse_layers:
+            raise ConfigError("full_router: the model has no mixture-of-experts layer")
         for name in self.targets:
             stack = LORA_TARGETS[name].stack
             if stack == "sparse" and not config.sparse_layers:

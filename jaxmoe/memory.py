@@ -77,7 +77,8 @@ def adapter_count(config: Qwen3MoeConfig, lora: LoraConfig) -> int:
 
 def saved_count(config: Qwen3MoeConfig, lora: LoraConfig | None) -> int:
     """Number of parameters of the weights that the adapters hold in full."""
-    return len(lora.modules_to_save) * config.vocab_size * config.hidden_size if lora else 0
+    specs = lora_specs(config, lora) if lora else {}
+    return _count({path: specs[path] for path in lora.saved_paths}) if lora else 0
 
 
 def active_parameter_count(config: Qwen3MoeConfig) -> int:
@@ -109,6 +110,7 @@ class Workload:
         mesh: the devices that share a step; the forecast is for one of them, and `batch_size` counts its own sequences.
         pairs: the loss compares answers, each in a sequence of its own.
         optimizer: what it keeps of each trained parameter is counted.
+        router_logits: how many arrays of all router logits the losses of a step read or differentiate.
     """
 
     config: Qwen3MoeConfig
@@ -126,6 +128,7 @@ class Workload:
     mesh: MeshShape = ONE_DEVICE
     pairs: bool = False
     optimizer: OptimizerName = "adamw"
+    router_logits: int = 0
 
     @property
     def tokens(self) -> int:
@@ -179,10 +182,17 @@ def training_forecast(work: Workload) -> Forecast:
             Part("optimizer state", 0 if on_host else optimizer_bytes(work), True),
             Part("layer inputs", 0 if work.remat == "offload" else layer_input_bytes(config, work.tokens), False),
             Part("kept results", kept_bytes(work), False),
+            *_router_logits(work),
             # No layer runs while logits exist or while weights are updated, so only the largest of these counts.
             *max(in_a_layer, in_the_head, in_the_optimizer, key=lambda parts: sum(part.bytes for part in parts)),
         )
     )
+
+
+def _router_logits(work: Workload) -> tuple[Part, ...]:
+    """The router's logits of all MoE layers."""
+    count = work.router_logits * len(work.config.sparse_layers) * work.tokens * work.config.num_experts
+    return (Part("router logits", count * FLOAT32, True),) if count else ()
 
 
 def training_forecasts(work: Workload) -> dict[Remat, Forecast]:

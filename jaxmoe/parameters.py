@@ -217,8 +217,8 @@ def _fp8_specs(weight: ParameterSpec, matrices: int, scales: str) -> dict[str, P
 def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterSpec]:
     """Dotted path -> spec of every adapter array: `attention.q_proj.lora_A` -> [L, r, D], `.lora_B` -> [L, N*H, r];
     experts have one A and B each: `sparse.gate_up_proj.lora_A` -> [Ls, E, r, D], or fewer than E where only some have
-    an adapter (`LoraConfig.adapted_experts`). A weight that the adapter holds in
-    full has the path and shape of the base's: `lm_head` -> [V, D]."""
+    an adapter (`LoraConfig.adapted_experts`). A weight that the adapter holds in full has the path and shape of the
+    base's: `lm_head` -> [V, D], `sparse.gate` -> [Ls, E, D]."""
     lora.check_against(config)
     base = parameter_specs(config)
     specs: dict[str, ParameterSpec] = {}
@@ -232,6 +232,8 @@ def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterS
         specs[f"{path}.lora_B"] = ParameterSpec((*lead, out, rank), (*lead_axes, out_axis, "lora_rank"), "zeros")
     for name in lora.modules_to_save:
         specs[name] = replace(base["embed_tokens"], init="base")  # the head has the embedding's shape
+    for path in sorted(lora.trained_in_layers):
+        specs[path] = replace(base[path], init="base")
     return specs
 
 

@@ -83,6 +83,7 @@ RECORDED: dict[str, Any] = {
     "replay": None,
     "loss": None,
     "optimizer": None,
+    "router_training": None,
     "mixture": None,
     "streaming": None,
     "seq_length": 48,

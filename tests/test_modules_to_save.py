@@ -48,6 +48,7 @@ CASES: dict[str, tuple[bool, dict[str, Any], tuple[str, ...], bool]] = {
     "tied": (True, {"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, ("embed_tokens",), True),
     "tied, both untied": (True, {"modules_to_save": ["lm_head", "embed_tokens"]}, EMBEDDINGS, False),
     "tied, the head untied": (True, {"modules_to_save": ["lm_head"]}, ("lm_head",), False),
+    "the router": (False, {"modules_to_save": ["mlp.gate"]}, (), False),
     "tied, the embedding untied": (True, {"modules_to_save": ["embed_tokens"]}, ("embed_tokens",), False),
 }
 
@@ -117,6 +118,7 @@ def test_what_peft_saves_is_read_merged_and_written(
     for name, found in (("lm_head", head_weight(weights)), ("model.embed_tokens", weights["embed_tokens"])):
         key = f"base_model.model.{name}.modules_to_save.default.weight"
         np.testing.assert_array_equal(found, state.get(key, state.get(f"base_model.model.{name}.weight")))
+    assert lora.full_router == (case == "the router") == ("sparse.gate" in arrays)
 
     jax2hf(folder.parent / "jax", tmp_path / "merged", tmp_path / "peft")
     check_close(logits_of_torch(torch_base(tmp_path / "merged")), expected)
@@ -235,7 +237,7 @@ def run_product(folder: pathlib.Path, adapter: pathlib.Path) -> dict[str, Any]:
     return {name: np.asarray(array) for name, array in run(frozen, trained, batch).gradients.items()}
 
 
-@pytest.mark.parametrize("case", ["both", "tied"])
+@pytest.mark.parametrize("case", ["both", "tied", "the router"])
 def test_gradients_are_those_of_peft(
     case: str, tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -249,10 +251,13 @@ def test_gradients_are_those_of_peft(
     inner = model.base_model.model
     query = inner.model.layers[0].self_attn.q_proj
     theirs = {
-        "embed_tokens": inner.model.embed_tokens.modules_to_save["default"].weight,
         "attention.q_proj.lora_A": query.lora_A["default"].weight,
         "attention.q_proj.lora_B": query.lora_B["default"].weight,
     }
+    if "embed_tokens" in modules:
+        theirs["embed_tokens"] = inner.model.embed_tokens.modules_to_save["default"].weight
+    if case == "the router":
+        theirs["sparse.gate"] = inner.model.layers[0].mlp.gate.modules_to_save["default"].weight
     if "lm_head" in modules:
         theirs["lm_head"] = inner.lm_head.modules_to_save["default"].weight
     assert found.keys() == theirs.keys()

@@ -249,6 +249,9 @@ def test_modules_to_save_and_dropout(base: pathlib.Path, tmp_path: pathlib.Path)
         options,
         lora_targets=("attention",),
         modules_to_save=("lm_head", "embed_tokens"),
+        router="full",
+        router_z_loss=0.01,
+        routing_penalty=0.1,
         lora_dropout=0.1,
         accumulation=1,
         max_steps=4,
@@ -261,14 +264,17 @@ def test_modules_to_save_and_dropout(base: pathlib.Path, tmp_path: pathlib.Path)
         train(setup(base, tmp_path / "crashed", resume=True, lora_dropout=0.2))
     check_resume((setup, tmp_path / "whole"), tmp_path / "crashed", base, tmp_path / "out", steps=4)
 
-    last = metrics(tmp_path / "whole")[-1]["eval_loss"]
-    kept = {"modules_to_save": (), "lora_dropout": None, "adapter": tmp_path / "whole"}
+    rows = metrics(tmp_path / "whole")
+    assert rows[-1]["routing_kl"] > 0 and rows[-1]["router_z_loss"] > 0
+    last = rows[-1]["eval_loss"]
+    kept = {"modules_to_save": (), "router": None, "lora_dropout": None, "adapter": tmp_path / "whole"}
     again = setup(base, tmp_path / "again", **NO_LORA, **kept)
     with pytest.raises(Crash):
         train(again, crash_at(1))
     assert abs(metrics(again.output)[0]["eval_loss"] - last) <= bound("reloaded_loss") * last
     lora = json.loads((again.output / "train_config.json").read_text())["identity"]["lora"]
     assert (lora["dropout"], lora["modules_to_save"]) == (0.1, ["embed_tokens", "lm_head"])
+    assert lora["full_router"]
 
 
 @pytest.mark.parametrize("whole", [scratch], indirect=True, ids=["from scratch"])
@@ -802,6 +808,10 @@ BAD_FLAGS = {
     "nothing to evaluate": ("--eval-every 3", "eval_every: expected eval_data or eval_fraction"),
     "watched never": ("--watch-every 3", "watch_every: expected watch_routing with it, found none"),
     "no such probe": ("--watch-routing {tmp}/nowhere.jsonl", "file not found: .*nowhere.jsonl"),
+    "router twice": ("--router full --lora-targets q_proj,gate", "router full and lora_targets router: expected one"),
+    "full and router": ("--full --router full", "router: expected none, since all parameters are trained"),
+    "full and penalty": ("--full --routing-penalty 1", "routing_penalty: only valid with LoRA training"),
+    "negative z-loss": ("--router-z-loss -1", "router_z_loss: expected at least 0"),
     "all held out": ("--eval-fraction 1", "eval_fraction: expected a number between 0 and 1"),
     "two models": ("--from-scratch {tmp}/config.json", "model and from_scratch: expected one of them, found both"),
     "stray tokenizer": ("--tokenizer {tmp}", "tokenizer: only valid with from_scratch, which needs it; found it alone"),

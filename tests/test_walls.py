@@ -59,8 +59,8 @@ MODULES: dict[str, set[str]] = {
     "ops": _under(
         "jaxmoe.ops",
         ". attention attention_chunked attention_context attention_cudnn attention_masked cached_attention contraction"
-        " dispatch embedding experts few_experts few_rows frozen grouped_matmul implementations kept linear low_rank"
-        " norm norm_rotary projections residual_norm rotary router saliency schedule swiglu kernels"
+        " dense_router dispatch embedding experts few_experts few_rows frozen grouped_matmul implementations kept"
+        " linear low_rank norm norm_rotary projections residual_norm rotary router saliency schedule swiglu kernels"
         " kernels.cached_attention kernels.expert_choice kernels.few_rows kernels.norm_rotary kernels.residual_norm"
         " kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
         " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer"
@@ -84,7 +84,7 @@ MODULES: dict[str, set[str]] = {
     "train": _under(
         "jaxmoe.train",
         ". best data documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
-        " processes publish reference run_page samples settings speed step trackers watch",
+        " processes publish reference router_losses run_page samples settings speed step trackers watch",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under(

@@ -61,6 +61,8 @@ TOLERANCES: dict[str, Tolerance] = {
     "preference_gradients": Tolerance(1e-4, 3.6e-5, "their gradients against TRL on the demo checkpoint, relative L2"),
     "preference_slope": Tolerance(1e-4, 3.0e-6, "their gradients against a difference of float64 losses, relative"),
     "stored_reference": Tolerance(1e-5, 6.4e-7, "rewards under a stored reference against one that each step asks"),
+    "router_losses_fp32": Tolerance(2e-6, None, "z-loss and routing penalty against loops in float64, relative"),
+    "no_penalty_fp32": Tolerance(1e-7, None, "gradient of the penalty where router and base are equal, absolute"),
     "watch_fp32": Tolerance(2e-6, None, "measures of a probe's routing against loops in float64, relative"),
     "small_divergence_fp32": Tolerance(2e-3, None, "a divergence of 1e-7 nats, from float32 logits, relative"),
     "optimizer_alone": Tolerance(2e-6, 7.0e-8, "an update of a matrix in a stack against that of the matrix alone"),

@@ -318,7 +318,7 @@ class Generator:
         lora: LoraConfig | None = model.lora_config
         # Weights that the adapter holds in full are cast here, once, and not again for every token.
         self.weights = Weights(weights_of(model.params, model.adapters, lora), low_rank_factors(model.adapters))
-        self.lora = lora and replace(lora, modules_to_save=(), ensure_weight_tying=False)
+        self.lora = lora and replace(lora, modules_to_save=(), ensure_weight_tying=False, full_router=False)
 
     @property
     def params(self) -> Params:

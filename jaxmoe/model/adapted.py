@@ -15,15 +15,15 @@ def weights_of(params: Params, adapters: Params, lora: LoraConfig | None) -> Par
 
     If the adapter separates a tied head from the embedding, the result has an `lm_head` of its own.
     """
-    if lora is None or not lora.modules_to_save:
+    if lora is None or not lora.saved_paths:
         return params
     embedding = params["embed_tokens"]
-    saved = {path: adapters[path].astype(embedding.dtype) for path in lora.modules_to_save}
-    if not lora.ensure_weight_tying:
+    saved = {path: adapters[path].astype(params.get(path, embedding).dtype) for path in lora.saved_paths}
+    if lora.modules_to_save and not lora.ensure_weight_tying:
         saved = {"lm_head": params.get("lm_head", embedding)} | saved
     return params | saved
 
 
 def low_rank_factors(adapters: Params) -> Params:
     """The adapter's arrays without the weights that it holds in full."""
-    return {path: array for path, array in adapters.items() if "." in path}
+    return {path: array for path, array in adapters.items() if path.endswith((".lora_A", ".lora_B"))}

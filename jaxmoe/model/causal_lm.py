@@ -276,7 +276,9 @@ def _run_forward(call: _Call, params: Any, adapters: Any, control: Any, tokens: 
     for path in sorted(trained):
         if path.rpartition(".")[0] in quantized:
             raise ValueError(f"weights.{path}: frozen (quantised), but its gradient was asked for")
-    options = replace(call.options, trainable=frozenset(trained))
+    held = call.options.lora.trained_in_layers if call.options.lora else frozenset()
+    asked_of_held = {path for path in held if f"lora_weights.{path}" in asked}
+    options = replace(call.options, trainable=frozenset(trained) | asked_of_held)
 
     def run(trained: Params, adapters: Params, control: RoutingControl | None) -> Any:
         return _jitted(params | trained, adapters, control, tokens, config=call.config, options=options)

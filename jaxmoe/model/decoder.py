@@ -28,6 +28,7 @@ from jaxmoe.model.layer_loop import run_layers
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.cached_attention import Heads, Rotation
 from jaxmoe.ops.contraction import product
+from jaxmoe.ops.dense_router import straight_through
 from jaxmoe.ops.embedding import embed
 from jaxmoe.ops.experts import routed_outputs, sorted_experts
 from jaxmoe.ops.kept import ATTENTION_UPDATE, PROJECTED
@@ -205,7 +206,11 @@ def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[
             y, sums = expert_sums(routing, experts, outputs, context.valid, config.norm_topk_prob)
             return y, record._replace(saliency=sums)
         how = {"in_scan": not options.unroll, "one_by_one": options.remat == "offload", "mesh": options.mesh}
-        return sorted_experts(x, routing, layer.experts(), *adapters, **how), record
+        out = sorted_experts(x, routing, layer.experts(), *adapters, **how)
+    if options.dense_router:
+        norm = config.norm_topk_prob
+        out += straight_through(x, routing, layer.experts(), *adapters, norm_topk_prob=norm, mesh=options.mesh)
+    return out, record
 
 
 def _route(x: Float[Array, "M D"], layer: Layer, context: Context) -> Routing:

@@ -32,8 +32,8 @@ def init_adapters(
     """Fresh adapters: A uniform, B zero, so that the adapted model starts equal to the base.
 
     Rows of A beyond a layer's rank are zero, as `LoraConfig.layer_ranks` says, and so are the places of experts that a
-    layer does not use. `base` holds the model's parameters;
-    needed for `modules_to_save`, which start as copies.
+    layer does not use. `base` holds the model's parameters; needed for weights that the adapters hold in full, which
+    start as copies.
     """
     specs = lora_specs(config, lora)
     drawn = _draw_all({path: spec for path, spec in specs.items() if spec.init != "base"}, key, dtype, 0.0)
@@ -45,7 +45,7 @@ def init_adapters(
         path = f"{LORA_TARGETS[target].path}.lora_A"
         used = np.arange(drawn[path].shape[1]) < np.asarray([*map(len, lora.adapted_experts)])[:, None]  # [Ls, places]
         drawn[path] *= used[..., None, None]
-    return drawn | {path: _copy_of_base(base or {}, path, dtype) for path in lora.modules_to_save}
+    return drawn | {path: _copy_of_base(base or {}, path, dtype) for path in lora.saved_paths}
 
 
 def _copy_of_base(base: Mapping[str, Array], path: str, dtype: Any) -> Array:

@@ -48,6 +48,7 @@ class Options:
         layer_inputs: also return each layer's input.
         keep_logits: also return the routing of each token with this many of its largest router logits (0: none).
         saliency: also return how much each expert contributes; on one device, without a gradient, and with k below E.
+        dense_router: the router's gradient also counts the experts that a token does not use (DenseMixer).
     """
 
     lora: LoraConfig | None = None
@@ -60,6 +61,7 @@ class Options:
     layer_inputs: bool = False
     keep_logits: int = 0
     saliency: bool = False
+    dense_router: bool = False
 
     def trains(self, path: str) -> bool:
         """Whether the weight `path` will be differentiated."""

@@ -30,6 +30,8 @@ class Outputs:
     holds the router's statistics. `chunk` and `frozen_head` are for `cross_entropy`: how many tokens' logits may exist
     at a time, and whether the head is frozen, so that it needs no gradient. `reference` sums over a document to the
     log-probability that the reference model gives to its learned tokens; None in a run without a reference.
+    `router_logits` are the router's, and `base_router_logits` those of the model without adapters, if a loss of the run
+    reads them.
     """
 
     hidden: Float[Array, "B T D"]
@@ -38,6 +40,8 @@ class Outputs:
     chunk: int
     frozen_head: bool
     reference: Float[Array, "B T"] | None = None
+    router_logits: Float[Array, "Ls B T E"] | None = None
+    base_router_logits: Float[Array, "Ls B T E"] | None = None
 
 
 @dataclass(frozen=True)

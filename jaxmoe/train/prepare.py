@@ -23,7 +23,7 @@ from jaxmoe.distributed import launch
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, named
 from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
-from jaxmoe.lora import SAVED_MODULES, adapts_experts, modules_to_save
+from jaxmoe.lora import adapts_experts, modules_to_save
 from jaxmoe.memory import (
     FLOAT32,
     HOST_ROOM,
@@ -56,8 +56,9 @@ from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
 from jaxmoe.train.data import Data, read_data
 from jaxmoe.train.host_memory import EMBEDDING, looked_up
 from jaxmoe.train.identity import Identity, identity_of
-from jaxmoe.train.loss import Loss, NextTokenCrossEntropy, Objective, objective
+from jaxmoe.train.loss import Loss, NextTokenCrossEntropy, Objective, Term, objective
 from jaxmoe.train.preferences import DirectPreference, OddsRatioPreference
+from jaxmoe.train.router_losses import RouterZLoss, RoutingPenalty
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.step import Model
 
@@ -203,7 +204,11 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None, shared: p
         unroll=settings.unroll_layers,
         reference=settings.has_reference,
         optimizer=settings.optimizer,
+        router_logits=bool(settings.router_z_loss or settings.routing_penalty),
+        base_router=bool(settings.routing_penalty),
+        dense_router=settings.dense_mixer,
     )
+    _check_router(settings, config)
     workload = _workload(settings, model, opened.quantization)
     if named_mesh is None:
         mesh, why = _automatic_mesh(settings, workload, previous)
@@ -226,13 +231,14 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None, shared: p
         "max_steps": total_steps,
         "loss": _loss_entry(settings),
         "optimizer": settings.optimizer if settings.optimizer != "adamw" else None,
+        "router_training": _router_entry(settings),
         "warmup_steps": warmup_steps,
     }
     return Plan(
         settings,
         replace(source, model=model),
         data,
-        objective(_loss(settings), aux_coefficient if config.sparse_layers else 0.0),
+        objective(_loss(settings), aux_coefficient if config.sparse_layers else 0.0) + _router_terms(settings),
         total_steps,
         warmup_steps,
         notices,
@@ -260,6 +266,24 @@ def _loss_entry(settings: TrainConfig) -> dict[str, Any] | None:
     if settings.has_reference:
         entry |= {"label_smoothing": settings.label_smoothing, "stores_reference": settings.stores_reference}
     return entry
+
+
+def _check_router(settings: TrainConfig, config: Qwen3MoeConfig) -> None:
+    for name in ("router_z_loss", "routing_penalty", "dense_mixer"):
+        if getattr(settings, name) and not config.sparse_layers:
+            raise UserError(f"{name}: expected a model with mixture-of-experts layers, found none")
+
+
+def _router_terms(settings: TrainConfig) -> Objective:
+    """The losses on the router's logits; none whose weight is 0."""
+    terms = Term(RouterZLoss(), settings.router_z_loss), Term(RoutingPenalty(), settings.routing_penalty)
+    return tuple(term for term in terms if term.coefficient)
+
+
+def _router_entry(settings: TrainConfig) -> dict[str, float] | None:
+    """How routers are trained, in the identity; runs from before these flags have no such entry."""
+    names = ("router_z_loss", "routing_penalty", "dense_mixer")
+    return {name: value for name in names if (value := getattr(settings, name))} or None
 
 
 def _named_mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShape | None, list[str]]:
@@ -325,6 +349,7 @@ def _new_lora(settings: TrainConfig, config: Qwen3MoeConfig) -> LoraConfig | Non
         adapted_experts=experts,
         base_model_name_or_path=str(settings.model),
         dropout=settings.lora_dropout or 0.0,
+        full_router=settings.router == "full",
         **modules_to_save(settings.modules_to_save, config),
     )
     lora.check_against(config)
@@ -380,7 +405,8 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
 
 def _fresh_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: jax.Array, base: Params) -> Params:
     """New adapters for a model with the parameters `base`, which they never alias: the state is donated later."""
-    copied = {path: base[path] for path in SAVED_MODULES if path in base} if lora.modules_to_save else {}
+    copied = {path: base[path] for path in ("embed_tokens", *lora.saved_paths) if path in base}
+    copied = copied if lora.saved_paths else {}
     return jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, key, base=copied)
 
 
@@ -400,6 +426,8 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
         mesh=model.mesh,
         pairs=settings.learns_from_pairs,
         optimizer=settings.optimizer,
+        # The logits and their gradient, and the base's.
+        router_logits=2 * model.router_logits + model.base_router,
         **selected,
     )
 

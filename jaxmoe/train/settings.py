@@ -246,6 +246,37 @@ class TrainConfig:
             "identity": entries("router_aux_loss_coef"),
         },
     )
+    router: Literal["full"] | None = field(
+        default=None,
+        metadata={
+            "help": "full: train the router's weights themselves beside the adapters (default: frozen, or an adapter "
+            "with the target router)",
+            "identity": entries("lora"),
+        },
+    )
+    router_z_loss: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the router z-loss, the mean square of the log-sum-exp of the router's logits",
+            "identity": entries("router_training"),
+        },
+    )
+    routing_penalty: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of the KL divergence of the router's probabilities from those without adapters, "
+            "which costs a second forward pass",
+            "identity": entries("router_training"),
+        },
+    )
+    dense_mixer: bool = field(
+        default=False,
+        metadata={
+            "help": "DenseMixer: the router also learns from the experts that a token does not use; the backward pass "
+            "computes all experts",
+            "identity": entries("router_training"),
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "seed of fresh weights and of the order of the data", "identity": VALUE}
     )
@@ -530,7 +561,7 @@ def _check_ranges(settings: TrainConfig) -> None:
     at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
     at_least_1 += " epochs max_steps eval_every save_every patience sample_tokens shuffle_buffer watch_every"
     at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
-    at_least_0 += " adam_epsilon beta"
+    at_least_0 += " adam_epsilon beta router_z_loss routing_penalty"
     for least, names in ((1, at_least_1), (0, at_least_0)):
         for name in names.split():
             value = getattr(settings, name)
@@ -589,12 +620,16 @@ def _check_combinations(settings: TrainConfig) -> None:
     defaults = {each.name: each.default for each in dataclasses.fields(settings)}
     _check_loss(settings, defaults)
     _check_optimizer(settings, defaults)
+    if settings.routing_penalty and settings.trains_all:
+        raise UserError("routing_penalty: only valid with LoRA training, which leaves the base model as it is")
+    if settings.router == "full" and {"router", "gate"} & {*settings.lora_targets}:
+        raise UserError("router full and lora_targets router: expected one of them, found both")
     if settings.lora_dropout is not None and settings.trains_all:
         raise UserError("lora_dropout: only valid with LoRA training")
     if (settings.lora_experts or "").startswith("top:") != (settings.lora_capture is not None):
         found = "it alone" if settings.lora_capture is not None else f"{settings.lora_experts} alone"
         raise UserError(f"lora_capture: only valid with lora_experts top:N, which needs it; found {found}")
-    names = ("lora_targets", "lora_experts", "lora_r", "lora_alpha", "rslora", "modules_to_save")
+    names = ("lora_targets", "lora_experts", "lora_r", "lora_alpha", "rslora", "modules_to_save", "router")
     changed = [name for name in names if getattr(settings, name) != defaults[name]]
     if changed and (settings.trains_all or settings.adapter is not None):
         owner = "all parameters are trained" if settings.trains_all else "the adapter decides it"

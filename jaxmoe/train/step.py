@@ -91,7 +91,9 @@ class Model(NamedTuple):
     parameters are trained, and the model computes in `dtype` from float32 master weights. `packed` says whether a
     sequence may hold several documents, `unroll` whether a training step compiles each layer separately. `seed` is for
     the adapters' dropout. `mesh` are the devices that share a step; its results do not depend on them. With
-    `reference`, a forward pass also says what the model without its adapters says, unless the batch knows it.
+    `reference`, a forward pass also says what the model without its adapters says, unless the batch knows it; with
+    `router_logits` what its routers say, and with `base_router` what those of the model without adapters say.
+    With `dense_router`, routers also learn from the experts that a token does not use.
     `optimizer` updates what is trained.
     """
 
@@ -105,6 +107,9 @@ class Model(NamedTuple):
     mesh: MeshShape = ONE_DEVICE
     reference: bool = False
     optimizer: OptimizerName = "adamw"
+    router_logits: bool = False
+    base_router: bool = False
+    dense_router: bool = False
 
     @property
     def moments_on_host(self) -> bool:
@@ -140,7 +145,8 @@ class Model(NamedTuple):
         """The forward pass over B sequences of T tokens, on one device; `train` if it will be differentiated."""
         params, adapters = self._arrays(frozen, trainable)
         outputs = self._outputs(self.lora, params, adapters, batch, train=train, dropout_keys=dropout_keys)
-        return replace(outputs, reference=self._reference(frozen, batch))
+        reference, base = self._reference(frozen, batch), self._base_router_logits(frozen, batch)
+        return replace(outputs, reference=reference, base_router_logits=base)
 
     def routing(self, frozen: Params, trainable: Params, batch: Batch, *, adapted: bool) -> ProbeRouting:
         """What the router does with B sequences of T tokens, on one device; `adapted` says whether with the adapters.
@@ -177,12 +183,28 @@ class Model(NamedTuple):
         train: bool,
         dropout_keys: DropoutKeys | None = None,
     ) -> Outputs:
-        trainable = "none" if not train else "all" if lora is None else "adapters"
-        options = Options(trainable=trainable, unroll=self.unroll and train)
+        trainable = "none" if not train else "all" if lora is None else lora.trained_in_layers or "adapters"
+        options = Options(trainable=trainable, unroll=self.unroll and train, router_logits=self.router_logits)
+        options = replace(options, dense_router=self.dense_router and train)
         out = self._decoded(lora, params, adapters, batch, options, dropout_keys)
         head = head_weight(weights_of(params, adapters, lora))
         frozen_head = lora is not None and not lora.trains_head
-        return Outputs(out.hidden, head, out.stats, chunk=loss_chunk(self.remat), frozen_head=frozen_head)
+        return Outputs(
+            out.hidden,
+            head,
+            out.stats,
+            chunk=loss_chunk(self.remat),
+            frozen_head=frozen_head,
+            router_logits=out.router_logits,
+        )
+
+    def _base_router_logits(self, frozen: Params, batch: Batch) -> Float[Array, "Ls B T E"] | None:
+        """What the routers of the frozen parameters say without adapters."""
+        if not self.base_router:
+            return None
+        with jax.named_scope("base_router"):
+            out = self._decoded(None, frozen, {}, batch, Options(router_logits=True))
+            return jax.lax.stop_gradient(out.router_logits)
 
     def _decoded(
         self,
