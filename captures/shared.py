@@ -6,8 +6,8 @@ Importing this module loads the standard library only.
 
 from __future__ import annotations
 
-from jaxmoe.cli.arguments import ArgumentParser, run, whole_number
-from jaxmoe.errors import UserError, shown
+from jaxmoe.cli.arguments import ArgumentParser, path_name, run, whole_number
+from jaxmoe.errors import UserError, counted, shown
 from jaxmoe.json_text import read_json
 from jaxmoe.stopping import watch
 from jaxmoe.store.files import claimed, os_error, output_folder
@@ -18,8 +18,10 @@ __all__ = [
     "UserError",
     "check_small_files",
     "claimed",
+    "counted",
     "os_error",
     "output_folder",
+    "path_name",
     "read_json",
     "run",
     "shown",

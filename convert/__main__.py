@@ -23,10 +23,10 @@ from convert.hub import local_folder
 from convert.jax2hf import jax2hf, parse_size
 from convert.peft_experts import LAYOUTS
 from convert.report import as_text, inspect, size_text
-from jaxmoe.cli.arguments import ArgumentParser, run, say
+from jaxmoe.cli.arguments import ArgumentParser, path_name, run, say
 from jaxmoe.cli.progress import progress
 from jaxmoe.config import DTYPES, Qwen3MoeConfig, read_json
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, counted
 from jaxmoe.store.adapter import read_adapter, write_adapter
 from jaxmoe.store.checkpoint import Block, Checkpoint
 from jaxmoe.store.converted import is_converted, read_converted
@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str, source: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("src", metavar="SRC", help=source)
-        sub.add_argument("dst", metavar="DST", help="folder to write; must be new or empty")
+        sub.add_argument("src", type=path_name, metavar="SRC", help=source)
+        sub.add_argument("dst", type=path_name, metavar="DST", help="folder to write; must be new or empty")
         return sub
 
     sub = command("hf2jax", "Converts an HF checkpoint into a converted folder.", "HF folder or hub id")
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="decode weights in FP8 to the dtype in config.json, weights in NF4 to theirs before quantisation",
     )
     sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
-    sub.add_argument("--adapter", metavar="DIR", help="adapter to merge, PEFT or converted")
+    sub.add_argument("--adapter", type=path_name, metavar="DIR", help="adapter to merge, PEFT or converted")
     sub.add_argument(
         "--dequantize",
         action="store_true",
@@ -67,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a safetensors file (default: 5GB)"
     )
     sub = command("peft2jax", "Converts a PEFT adapter into a converted adapter.", "PEFT adapter folder or hub id")
-    sub.add_argument("--model", metavar="DIR", help="base model, HF or converted (default: the one named in SRC)")
+    sub.add_argument(
+        "--model", type=path_name, metavar="DIR", help="base model, HF or converted (default: the one named in SRC)"
+    )
     sub.add_argument(
         "--layout",
         "--packing",
@@ -84,7 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
         "projection; stacked: one 3-D tensor per layer, for SGLang (default: peft)",
     )
     sub = commands.add_parser("inspect", help="Shows what a folder holds.", description="Shows what a folder holds.")
-    sub.add_argument("path", metavar="PATH", help="HF checkpoint, converted folder, PEFT adapter or converted adapter")
+    sub.add_argument(
+        "path",
+        type=path_name,
+        metavar="PATH",
+        help="HF checkpoint, converted folder, PEFT adapter or converted adapter",
+    )
     sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -162,7 +169,7 @@ def _progress(dst: str) -> Iterator[Callable[[Block, int], None]]:
 
         yield on_block
     seconds = time.monotonic() - start
-    say(f"{dst}: {layers} layers, {size_text(nbytes)} in {seconds:.1f} s")
+    say(f"{dst}: {counted(layers, 'layer')}, {size_text(nbytes)} in {seconds:.1f} s")
 
 
 def _give_memory_back(keep: bool) -> None:

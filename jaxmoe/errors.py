@@ -38,6 +38,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
+def in_words(value: Any) -> str:
+    """A setting for a message: "none" for None, the items of a list, and `shown(value)` for everything else."""
+    if isinstance(value, list | tuple) and value:
+        return ", ".join(map(in_words, value))
+    return "none" if value is None or value == [] else shown(value)
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things: "1 record", "2,000 records"."""
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
+
+
 # What a terminal obeys or hides: control characters other than tabs and line ends, and changes of direction.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 

@@ -16,6 +16,7 @@ MAX_DEPTH = 100  # lists and objects inside each other; errors must be able to s
 # How a file starts that Git wrote in place of a large one.
 POINTER = b"version https://git-lfs.github.com/spec/"
 NOT_DOWNLOADED = "a Git LFS pointer: the file was not downloaded; run git lfs pull in its folder"
+LONG_NUMBER = "a whole number of thousands of digits"  # Python reads none, whatever the format
 
 
 def is_pointer(content: str | bytes) -> bool:
@@ -36,13 +37,43 @@ def parse_json(text: str | bytes, where: object, *, strict: bool = False) -> Any
         raise ConfigError(f"{where}: expected JSON at most {MAX_DEPTH} levels deep, found more") from None
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    except ValueError as error:  # also UnicodeDecodeError, and an integer of thousands of digits
-        found = NOT_DOWNLOADED if is_pointer(text) else error
-        raise ConfigError(f"{where}: expected JSON, found {found}") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: expected JSON, found {_mistake(text, error)}") from None
     openings = (text.count("[") + text.count("{")) if isinstance(text, str) else (text.count(b"[") + text.count(b"{"))
     if openings > MAX_DEPTH and _depth_above(value, MAX_DEPTH):
         raise ConfigError(f"{where}: expected JSON at most {MAX_DEPTH} levels deep, found more")
     return value
+
+
+# What Python's parser says -> what it found.
+_MISTAKES = {
+    "Expecting value": "no value",
+    "Expecting ',' delimiter": "no comma and no end",
+    "Expecting ':' delimiter": "no colon",
+    "Expecting property name enclosed in double quotes": "no key in double quotes",
+    "Extra data": "more text after the value",
+    "Unterminated string starting at": "a string that does not end",
+    "Invalid control character at": "a control character in a string",
+    "Invalid \\escape": "an unknown escape",
+    "Invalid \\uXXXX escape": "an incomplete escape",
+    "Illegal trailing comma before end of object": "a comma before the end",
+    "Illegal trailing comma before end of array": "a comma before the end",
+}
+
+
+def _mistake(text: str | bytes, error: ValueError) -> str:
+    """What a text that is no JSON has instead, in words, with its place."""
+    if is_pointer(text):
+        return NOT_DOWNLOADED
+    if isinstance(error, json.JSONDecodeError):
+        if not error.doc.strip():
+            return "an empty text"
+        words = _MISTAKES.get(error.msg.partition(": ")[0], error.msg)
+        line = f"line {error.lineno:,}, " if "\n" in error.doc.rstrip("\n") else ""
+        return f"{words} at {line}column {error.colno:,}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"bytes that are no UTF-8, at byte {error.start + 1:,}"
+    return LONG_NUMBER
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -71,6 +102,15 @@ _STRICT: dict[str, Any] = {
     "parse_float": _finite,
     "parse_constant": _finite,
 }
+
+
+def without_nan(value: Any) -> Any:
+    """The value with null in place of NaN and infinities: Python reads them in a text, but JSON does not have them."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _depth_above(value: Any, limit: int) -> bool:
@@ -106,7 +146,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: expected JSON, found {error}") from None
+        raise ConfigError(f"{path}: expected JSON, found {_mistake(content, error)}") from None
     raw = parse_json(text, path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(raw).__name__}")

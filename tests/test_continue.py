@@ -67,6 +67,10 @@ def test_a_change_needs_the_flag_that_the_refusal_names(
         ({"max_steps": 5}, "max_steps: to resume output with another value, expected more than 6, found 5"),
         ({"seq_length": 64}, "seq_length: to resume output, expected 48, found 64$"),
         ({"data": "x"}, "data: to resume output, expected the same content as before, found different content$"),
+        # What makes other entries differ is named first.
+        ({"data": "x", "max_steps": 7}, "data: .* found different content$"),
+        ({"data": "x", "mixture": [[2.0, 5]]}, "data: to resume output, expected weights none, found 2.0$"),
+        ({"mixture": [], "seq_length": 64}, "seq_length: to resume output"),
     ],
 )
 def test_other_changes_are_refused_in_any_case(entries: dict[str, Any], message: str) -> None:
@@ -87,6 +91,10 @@ def test_other_changes_are_refused_in_any_case(entries: dict[str, Any], message:
 def test_flags_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resumed(**changes)
+
+
+def test_a_setting_may_be_named_as_its_flag_is() -> None:
+    assert resumed(allow_change=("max-steps", "learning_rate")).allow_change == ("max_steps", "learning_rate")
 
 
 def test_the_help_names_what_may_change() -> None:

@@ -654,7 +654,7 @@ def test_long_records() -> None:
     message = r"within seq_length 10: in all 2 records .* \(after 15 tokens in the shortest, 30 in the longest\)"
     with pytest.raises(UserError, match=f"expected at least one record with a token to learn, found none {message}"):
         cut([answer_too_late, later], 10)
-    with pytest.raises(UserError, match="found none in 1 records"):
+    with pytest.raises(UserError, match=r"found none in 1 record$"):
         cut([Record(np.arange(9, dtype=np.int32), np.zeros(9, np.float32), True)], 10)
     with pytest.raises(UserError, match="expected at least one record with a token to learn, found none"):
         Sequences([], 10)

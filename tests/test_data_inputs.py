@@ -14,7 +14,7 @@ import pytest
 
 from jaxmoe.data import compressed, datasets_library, json_records
 from jaxmoe.data.chat import load_tokenizer
-from jaxmoe.data.inputs import opened
+from jaxmoe.data.inputs import check_split, opened
 from jaxmoe.data.record_forms import FORMS, recognised
 from jaxmoe.data.records import digest, read_records, tokenize_record
 from jaxmoe.errors import UserError
@@ -137,6 +137,22 @@ def test_splits(tokenizer, tmp_path):
         opened(tmp_path / "b", "test")
 
 
+def test_a_split_is_not_ignored_silently(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.parquet"):
+        (tmp_path / name).touch()
+    check_split(["a.jsonl", "owner/name"], None, "split")
+    assert not caplog.messages
+    check_split(["a.jsonl", "owner/name", "b.parquet"], "test", "split")
+    assert caplog.messages == ["split: read as a whole, since files have no parts: a.jsonl, b.parquet"]
+    for names, split, message in (
+        (["a.jsonl", "b.parquet"], "test", "eval_split: expected none, since a file has no parts; found 'test' for a"),
+        (["owner/name"], "", "eval_split: expected the name of a part, found an empty text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_split(names, split, "eval_split")
+
+
 def test_a_data_set_of_the_hub(expected, tokenizer, tmp_path, monkeypatch):
     """The hub is stood in for by a folder; whether it is streamed or downloaded changes nothing."""
     write_folder(tmp_path / "hub")
@@ -148,12 +164,48 @@ def test_a_data_set_of_the_hub(expected, tokenizer, tmp_path, monkeypatch):
         return build(str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: __import__("fsspec").filesystem("file"))
     assert digest(read_records("owner/name", tokenizer, VOCAB)) == expected
     streamed = opened("owner/name/subset", "train", streaming=True)
     assert asked == [("owner/name",), ("owner/name", "subset")]
     assert [raw.value for raw in streamed.read(0)] == [raw.value for raw in opened("owner/name").read(0)]
     assert streamed.name == "owner/name/subset (train)"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_that_does_not_answer(kept, streaming, tmp_path, monkeypatch):
+    """It is asked once. What was read before is read again, without the network."""
+    asked = []
+
+    def unreachable(self: Any, name: str, timeout: float) -> None:
+        asked.append(name)
+        raise ConnectionError("[Errno -2] Name or service not known")
+
+    build = datasets.load_dataset_builder
+    folder = tmp_path / "cache" / "owner___name" / "default" / "0.0.0" / "hash"
+    if kept:
+        folder.mkdir(parents=True)
+        write_folder(tmp_path / "hub")
+        build(str(tmp_path / "hub"), cache_dir=str(tmp_path / "made")).download_and_prepare(output_dir=str(folder))
+        for file in folder.glob("*.arrow"):
+            file.rename(folder / file.name.replace("parquet", "name").replace("hub", "name"))
+        (folder / "dataset_info.json").write_text(
+            (folder / "dataset_info.json").read_text().replace('"parquet"', '"name"').replace('"hub"', '"name"')
+        )
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.hf_hub_download", None)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    if kept and not streaming:
+        assert len(list(opened("owner/name").read(0))) == len(RECORDS)
+    else:
+        message = r"^owner/name: no file or folder of this name, and the hub does not answer: \[Errno -2\] Name"
+        with pytest.raises(UserError, match=message):
+            opened("owner/name", streaming=streaming)
+    assert asked == ["owner/name"]
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_what_is_no_data_set_of_records(tmp_path, monkeypatch):
@@ -272,8 +324,8 @@ ARRAYS = {
     '[{"text": "a"}': "record 1: expected a comma or the end of the array after it, found the end of the file",
     '[{"text": "a"} {"text"': r"""record 1: expected a comma .*found '{"te""",
     '[{"text": "a"},]': "record 2: expected JSON, found",
-    '[{"text": "a"}, {"te': "record 2: expected JSON, found Unterminated",
-    '[{"text" 3, ' + " " * 200: "record 1: expected JSON, found Expecting ':'",
+    '[{"text": "a"}, {"te': "record 2: expected JSON, found a string that does not end at column 2",
+    '[{"text" 3, ' + " " * 200: "record 1: expected JSON, found no colon at column 9",
     '[{"text": "a"}] x': "expected nothing after the array, found 'x'",
     "[" + "[" * 5000: "record 1: expected JSON at most 100 levels deep",
     "[" + "1" * 5000 + "]": "record 1: expected JSON, found",

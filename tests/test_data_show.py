@@ -15,7 +15,7 @@ from rich.console import Console
 from jaxmoe.data.__main__ import main
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.inputs import opened
-from jaxmoe.data.overview import CUT, PLAIN, TRAINED, Overview, examples, overview
+from jaxmoe.data.overview import CUT, PLAIN, TRAINED, Overview, examples, overview, percent
 from jaxmoe.data.records import Tokenising
 from jaxmoe.data.show import print_overview
 from jaxmoe.errors import UserError
@@ -105,7 +105,12 @@ def test_what_is_printed(model, how):
     text = out.getvalue()
     assert "\x1b[1;32mé<b><|im_end|>" in text  # trained: bold green
     assert "\x1b[9;31mccc" in text  # cut off: struck out, red
-    for line in ("columns that are not used", "4: 1 messages", "trained tokens cut off", "padding"):
+    for line in (
+        "columns that are not used",
+        "4 (messages: 1, prompt and completion: 2, text: 1)",
+        "trained tokens cut off",
+        "padding",
+    ):
         assert line in text
 
 
@@ -130,11 +135,26 @@ def test_the_command_and_its_page(model, tmp_path, capsys):
         (["--seq-length", "0"], "seq_length: expected a number from 1"),
         (["--data", "nowhere.jsonl"], "file not found: nowhere.jsonl"),
         (["--html", "."], "expected a file to write, found a folder"),
+        (["--split", "test"], "split: expected none, since a file has no parts; found 'test'"),
     ],
 )
 def test_what_is_refused(flags, message, model):
     with pytest.raises(UserError, match=message):
         main(["show", "--model", str(model), "--data", str(model / "data.jsonl"), *flags])
+
+
+def test_a_page_that_cannot_be_written_is_an_error_at_once(model, capsys):
+    data = str(model / "data.jsonl")
+    with pytest.raises(NotADirectoryError, match=r"data\.jsonl"):
+        main(["show", "--model", str(model), "--data", data, "--html", f"{data}/page.html"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(0, "0%"), (1, "100%"), (0.9999, "99.9%"), (1e-9, "0.1%"), (0.125, "12.5%")]
+)
+def test_shares(share, words):
+    assert percent(share) == words
 
 
 def test_hostile_text_cannot_command_the_terminal(model, how, tmp_path):

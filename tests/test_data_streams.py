@@ -97,6 +97,8 @@ STREAMING = {"streaming": True, "max_steps": 1}
         ({"eval_data": ("a:2",)}, "eval_data: expected sources without weights"),
         ({"eval_split": "x"}, "eval_split: only valid with eval_data"),
         ({"data": ()}, "data: expected at least one file, folder or data set, found none"),
+        ({"data": ("a", "")}, "data: expected the name of a file, a folder or a data set, found an empty text"),
+        ({"eval_data": ""}, "eval_data: expected the name of a file, a folder or a data set, found an empty text"),
     ],
     ids=str,
 )

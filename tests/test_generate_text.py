@@ -227,6 +227,15 @@ def answer(tokenizer, prompt_file, out, interrupt=lambda prompts, tokens: False,
     return done, generator
 
 
+def test_what_json_does_not_have_is_null_in_the_answers(tokenizer, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "score": NaN, "all": {"of": [1.5, -Infinity, "NaN"]}}\n')
+    answer(tokenizer, prompts, tmp_path / "out.jsonl")
+    (found,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    parsed = json.loads(found, parse_constant=pytest.fail)
+    assert (parsed["score"], parsed["all"]) == (None, {"of": [1.5, None, "NaN"]})
+
+
 def test_batches_have_prompts_of_similar_length():
     assert batches_by_length([3, 9, 1, 9, 4], 2) == [[1, 3], [4, 0], [2]]
 
@@ -267,7 +276,10 @@ def test_a_complete_file_is_left_alone(tokenizer, prompt_file, tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda out: None, r"temperature: begun with 0, found 1; continue with the same settings"),
+        (
+            lambda out: None,
+            r"temperature: expected 0, as when out.jsonl was begun, found 1; continue with the same settings",
+        ),
         (lambda out: out.with_name("out.jsonl.settings.json").unlink(), "expected a new file"),
         (lambda out: out.with_name("out.jsonl.settings.json").write_text("[]"), "settings.json"),
     ],
@@ -388,7 +400,7 @@ def test_commands_answer_a_file_and_chat(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert printed.out.removesuffix("\n") == chat["completion"]
     assert main([*common, *files]) == 0
-    assert f"{out}: 2 of 2 answers are there" in capsys.readouterr().err
+    assert f"{out}: there are 2 of 2 answers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,10 @@ def test_the_identity_is_written_as_it_always_was(stopped: pathlib.Path) -> None
     ("entry", "value", "message"),
     [
         (None, None, None),
-        ("lora", None, "lora: to resume .*, expected None, found {'r': 2"),
+        ("lora", None, "lora: to resume .*, expected none, found {'r': 2"),
         ("warmup_steps", 3, "warmup_steps: to resume .*, expected 3, found 2"),
         ("model", [{}, ""], "model: to resume .*, expected the same content as before, found different content"),
-        ("dropout", 0.1, "dropout: to resume .*, expected 0.1, found None"),
+        ("dropout", 0.1, "dropout: to resume .*, expected 0.1, found none"),
     ],
     ids=str,
 )

@@ -70,7 +70,7 @@ def test_wandb_offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     pytest.importorskip("wandb", reason="the extra jaxmoe[wandb] is not installed")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    check_trackers(["wandb"])
+    check_trackers(["wandb"], pathlib.Path("run"))
     first = report("wandb", tmp_path / "run", [1, 2, 3])
     again = report("wandb", tmp_path / "run", [3, 4], keep_to=2)
     other = report("wandb", tmp_path / "other", [1])
@@ -81,6 +81,54 @@ def test_wandb_offline(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(b"expert_load_cv/layer_01" in file.read_bytes() for file in files)
 
 
+@pytest.mark.parametrize("folder", ["run", "run/logs", "run/../run"])
+def test_the_links_of_wandb_stay_out_of_the_output_folder(
+    folder: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / folder))
+    with pytest.raises(UserError, match=r"expected a folder for its files outside .*run, .*; set WANDB_DIR"):
+        check_trackers(["wandb"], tmp_path / "run")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    check_trackers(["wandb"], tmp_path / "run")
+    monkeypatch.delenv("WANDB_DIR")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="set WANDB_DIR"):
+        check_trackers(["wandb"], pathlib.Path())
+
+
+def test_wandb_that_dies_says_nothing_more(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its process is gone: the library must not try to reach it when the interpreter ends."""
+
+    class Dead(types.ModuleType):
+        torn_down = 0
+
+        def init(self, **_: Any) -> Any:
+            def log(numbers: Any) -> None:
+                raise ConnectionResetError("Connection lost")
+
+            return types.SimpleNamespace(define_metric=lambda *_, **__: None, log=log)
+
+        def teardown(self, exit_code: int) -> None:
+            self.torn_down += 1
+            raise ConnectionResetError("Connection lost")
+
+    wandb = Dead("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    together = Trackers(["wandb"], Reported(tmp_path))
+    with caplog.at_level(logging.WARNING, "jaxmoe"):
+        together.write(1, {"loss": 1.0})
+        together.write(2, {"loss": 1.0})
+        together.close("done")
+    assert [record.getMessage() for record in caplog.records] == [
+        "report_to: wandb failed and is left out from here on: Connection lost"
+    ]
+    assert wandb.torn_down == 1
+
+
 def test_wandb_without_a_key(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra jaxmoe[wandb] is not installed")
     for name, value in {"HOME": tmp_path, "NETRC": tmp_path / "netrc", "WANDB_CONFIG_DIR": tmp_path}.items():
@@ -88,7 +136,7 @@ def test_wandb_without_a_key(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=r"expected an API key .* or WANDB_MODE=offline, found neither"):
-        check_trackers(["wandb"])
+        check_trackers(["wandb"], pathlib.Path("run"))
 
 
 @pytest.mark.parametrize("store", ["file://{}/store", "sqlite:///{}/store.db"])
@@ -149,7 +197,7 @@ class StandIn(types.ModuleType):
 def test_trackio(first_version: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trackio = StandIn(first_version=first_version)
     monkeypatch.setitem(sys.modules, "trackio", trackio)
-    check_trackers(["trackio"])
+    check_trackers(["trackio"], pathlib.Path("run"))
     first = report("trackio", tmp_path / "run", [1])
     assert report("trackio", tmp_path / "run", [2], keep_to=1) == first
     assert [run["name"] for run in trackio.runs] == [first["name"]] * 2
@@ -183,7 +231,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(
 def test_a_library_that_is_missing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"report_to: {name} is not installed: pip install 'jaxmoe\[{name}\]'"):
-        check_trackers([name])
+        check_trackers([name], pathlib.Path("run"))
 
 
 def test_tensorboard(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +247,7 @@ def test_tensorboard(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not (tmp_path / trackers.TRACKERS_FILE).exists()
 
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    check_trackers(["tensorboard"])
+    check_trackers(["tensorboard"], pathlib.Path("run"))
     assert Trackers(["tensorboard"], Reported(tmp_path)).notices == [
         "tensorboardX is not installed: nothing is reported to tensorboard"
     ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import shutil
 import subprocess
 import sys
 import tomllib
+import types
 
 import pytest
 
@@ -23,7 +25,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "evaluate"])
 def test_a_command_gets_the_arguments_after_its_name(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         umbrella.main([name, "--help"])
@@ -33,6 +35,19 @@ def test_a_command_gets_the_arguments_after_its_name(name: str, capsys: pytest.C
         umbrella.main([name, "--no-such-flag"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_evaluate_hands_its_arguments_to_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    harness = types.SimpleNamespace(cli_evaluate=lambda: given.append(sys.argv[1:]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    for name, module in {"lm_eval.__main__": harness, "jaxmoe.evaluate.harness": harness}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    umbrella.main(["evaluate", "--model", "jaxmoe", "--tasks", "x"])
+    assert given == [["--model", "jaxmoe", "--tasks", "x"]]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"lm_eval: not installed; pip install 'jaxmoe\[eval\]'"):
+        umbrella.main(["evaluate"])
 
 
 @pytest.mark.parametrize(
@@ -102,6 +117,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("train --learning-r", {"--learning-rate"}),
         ("train --schedule co", {"cosine", "constant"}),
         ("routing comp", {"compare"}),
+        ("eval", {"evaluate"}),
         ("convert hf2jax --quant", {"--quantize"}),
         ("completion z", {"zsh"}),
     ],

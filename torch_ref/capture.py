@@ -5,7 +5,7 @@ The text comes from another capture, with its tokens, contexts and labels, so th
 
 from __future__ import annotations
 
-from captures.shared import ArgumentParser, UserError, claimed, run, watch, whole_number
+from captures.shared import ArgumentParser, UserError, claimed, counted, path_name, run, watch, whole_number
 
 if __name__ == "__main__":
     watch()  # before the other imports, which take seconds
@@ -160,7 +160,9 @@ def _predict(hidden: Tensor, head: Any, following: np.ndarray) -> tuple[np.ndarr
 def main(argv: Sequence[str] | None = None) -> None:
     """`python -m torch_ref.capture`."""
     parser = ArgumentParser(description=str(__doc__).split("\n")[0])
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder in HF form, or a hub id")
+    parser.add_argument(
+        "--model", type=path_name, required=True, metavar="DIR", help="model folder in HF form, or a hub id"
+    )
     parser.add_argument("--adapter", type=pathlib.Path, metavar="DIR", help="PEFT adapter folder")
     parser.add_argument("--text", required=True, type=pathlib.Path, metavar="DIR", help="capture that holds the text")
     parser.add_argument("--out", required=True, type=pathlib.Path, metavar="DIR", help="folder to write; new or empty")
@@ -190,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             result = capture(model, labels, args.out, keep_logits=args.top, source=about)
         except (ValueError, torch.OutOfMemoryError) as error:
             raise UserError(str(error)) from error
-    print(f"{args.out}: {result.tokens:,} tokens, {len(result.model.layers)} MoE layers")
+    print(f"{args.out}: {counted(result.tokens, 'token')}, {counted(len(result.model.layers), 'MoE layer')}")
 
 
 def _load(args: argparse.Namespace, labels: LabelledText) -> Any:

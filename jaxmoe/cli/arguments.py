@@ -56,6 +56,7 @@ class ArgumentParser(argparse.ArgumentParser):
         # A new flag could make an abbreviation ambiguous.
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.register("type", pathlib.Path, _path)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USER_ERROR, f"{self.prog}: {_one_line(message)}\n")
@@ -256,6 +257,20 @@ def add_memory_limit(parser: argparse.ArgumentParser, default: float | None = No
     text = "hold at most this much of an NVIDIA GPU's memory, everything counted (default: what JAX takes, 75 % of it)"
     text = text.replace("%", "%%")
     parser.add_argument("--memory-limit", type=finite_number, metavar="GIB", default=default, help=text)
+
+
+def path_name(text: str) -> str:
+    """A path, or a name that may be one, as it is; a type for `add_argument`.
+
+    An empty text, which an unset variable of the shell leaves, is refused: it would stand for the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found an empty text")
+    return text
+
+
+def _path(text: str) -> pathlib.Path:
+    return pathlib.Path(path_name(text))
 
 
 def whole_number(text: str) -> int:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from jaxmoe.cli.arguments import ArgumentParser, flag_kinds
 from jaxmoe.errors import UserError, shown
-from jaxmoe.json_text import MAX_FILE
+from jaxmoe.json_text import LONG_NUMBER, MAX_FILE
 
 _HELP = "TOML file with settings by the names of the flags; flags on the command line count more"
 
@@ -64,8 +64,12 @@ def _read_toml(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected at most {MAX_FILE >> 20} MiB, found {size >> 20:,} MiB")
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}: expected a TOML file, found another ({error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: expected TOML, found a mistake: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: expected TOML, found too many arrays inside each other") from None
+    except ValueError:
+        raise UserError(f"{path}: expected TOML, found {LONG_NUMBER}") from None
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
@@ -94,6 +98,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         fits = -(2**63) <= value < 2**63
     if kind is float and fits:
         fits = _finite(value)
+    if kind is pathlib.Path and fits:
+        words, fits = "a path", value != ""
     if not fits:
         raise UserError(f"{where}: expected {words}, found {shown(value)}")
     return kind(value)

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     stopping.watch()  # before the other imports, which take seconds
 
 import argparse
+import contextlib
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -21,12 +22,13 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.data import chat_flags
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.chat_flags import chat_settings, notices
-from jaxmoe.data.inputs import opened
+from jaxmoe.data.inputs import check_split, opened
 from jaxmoe.data.overview import Example, Overview, examples, overview
+from jaxmoe.data.raw import Input
 from jaxmoe.data.records import Tokenising
 from jaxmoe.data.show import figures, print_overview
 from jaxmoe.data.sources import sources
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, counted
 from jaxmoe.figures.html_page import page
 from jaxmoe.store.files import output_file
 
@@ -72,39 +74,53 @@ def _show(arguments: argparse.Namespace) -> None:
     settings = chat_settings(tokenizer, arguments.system, arguments.thinking, arguments.template_arg)
     how = Tokenising(tokenizer, config.vocab_size, settings, arguments.pairs)
     found = sources(tuple(arguments.data), "data")
+    check_split([each.name for each in found], arguments.split, "split")
     inputs = [opened(each.name, arguments.split, streaming=arguments.limit is not None) for each in found]
-    shown = [
+    with contextlib.ExitStack() as stack:
+        # A page that cannot be written is an error before everything is read and printed.
+        draft = None if arguments.html is None else stack.enter_context(output_file(arguments.html))
+        numbers = _print(arguments, inputs, how, notices(settings, tokenizer))
+        if draft is not None:
+            _write_page(draft, inputs, _examples(arguments, inputs, how, _MOST_TOKENS), numbers)
+    if draft is not None:
+        say(f"wrote {arguments.html}")
+
+
+def _examples(
+    arguments: argparse.Namespace, inputs: Sequence[Input], how: Tokenising, most_tokens: int
+) -> list[Example]:
+    """The first records of each input."""
+    return [
         example
         for each in inputs
-        for example in examples(each, how, arguments.seq_length, arguments.records, arguments.tokens)
+        for example in examples(each, how, arguments.seq_length, arguments.records, most_tokens)
     ]
+
+
+def _print(
+    arguments: argparse.Namespace, inputs: Sequence[Input], how: Tokenising, about_template: Sequence[str]
+) -> Overview:
+    """Reads everything and prints it."""
+    shown = _examples(arguments, inputs, how, arguments.tokens)
     with progress("reading", on_stderr=True) as show:
         numbers = overview(
             inputs,
             how,
             arguments.seq_length,
             arguments.limit,
-            lambda done, total, records: show(done, total or 0, f"{records:,} records"),
+            lambda done, total, records: show(done, total or 0, counted(records, "record")),
         )
-    for line in notices(settings, tokenizer):
+    for line in about_template:
         print(line, file=sys.stderr)
     print_overview(Console(highlight=False, soft_wrap=False), shown, numbers)
-    if arguments.html is not None:
-        pages = [
-            example
-            for each in inputs
-            for example in examples(each, how, arguments.seq_length, arguments.records, _MOST_TOKENS)
-        ]
-        _write_page(arguments.html, [each.name for each in inputs], pages, numbers)
+    return numbers
 
 
-def _write_page(path: pathlib.Path, names: Sequence[str], shown: Sequence[Example], numbers: Overview) -> None:
-    title = f"Data: {', '.join(names)}"
+def _write_page(draft: pathlib.Path, inputs: Sequence[Input], shown: Sequence[Example], numbers: Overview) -> None:
+    title = f"Data: {', '.join(each.name for each in inputs)}"
     without = "The page's script shows the records."
     text = page(title, ("", ""), numbers.table(), figures(shown, numbers), without_script=without)
-    with output_file(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-    say(f"wrote {path}")
+    draft.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?")  # owner/name, or own
 # How the files of a data set may be stored: each of these packages of `datasets` only reads records. The last one
 # stands for a data set that was read before, where the hub cannot be reached.
 _READERS = ("parquet", "json", "arrow", "csv", "text", "cache")
+_PATIENCE = 10  # seconds that the hub has to answer
 _READ_HERE = ("parquet", "json")  # of these, those whose files this package reads by itself
 
 
@@ -81,15 +83,19 @@ def hub_name(name: str) -> str | None:
 
 def hub_input(name: str, split: str | None, streaming: bool) -> Input:
     """The records of a data set of the hub. It is downloaded once and kept by `datasets`, or read over the network if
-    `streaming`.
+    `streaming`. If the hub does not answer, what was kept is read.
 
     Raises:
         UserError: `datasets` is missing, there is no such data set or split, or it cannot be reached.
     """
     owner, short, *subset = name.split("/")
     datasets = _datasets(name)
+    problem = _hub_problem(f"{owner}/{short}")
+    if problem is not None and (streaming or not _is_kept(datasets, f"{owner}/{short}")):
+        raise UserError(f"{name}: no file or folder of this name, and the hub does not answer: {problem}")
     with naming(name):
-        builder = _builder(datasets, f"{owner}/{short}", name, *subset)
+        with _without_network(datasets, problem is not None):
+            builder = _builder(datasets, f"{owner}/{short}", name, *subset)
         chosen = _chosen(split, list(builder.info.splits or builder.config.data_files or {}), name)
         shown = f"{name} ({chosen})"
         if streaming:
@@ -99,6 +105,41 @@ def hub_input(name: str, split: str | None, streaming: bool) -> Input:
             return joined(shown, [_file_input(builder, file) for file in opened], str(builder.hash))
         builder.download_and_prepare()
         return _of_dataset(builder.as_dataset(split=chosen), shown, str(builder.hash), None)
+
+
+def _hub_problem(repository: str) -> str | None:
+    """Why the hub does not answer; None if it does, whatever it says.
+
+    It is asked once. `datasets` would ask again and again, for half a minute.
+    """
+    hub = library("huggingface_hub", repository)
+    try:
+        hub.HfApi().dataset_info(repository, timeout=_PATIENCE)
+    except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
+        return None  # `datasets` gets the same answer, and says what it means
+    except Exception as error:  # that of an HTTP library, which depends on the version
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def _is_kept(datasets: Any, repository: str) -> bool:
+    """Whether `datasets` has kept a data set of the hub that was read before."""
+    try:
+        datasets.load.CachedDatasetModuleFactory(repository).get_module()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def _without_network(datasets: Any, apply: bool) -> Iterator[None]:
+    """If `apply`, `datasets` takes what it has kept at once, as with HF_DATASETS_OFFLINE=1."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = apply or before
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
 
 
 def folder_input(folder: pathlib.Path, split: str | None) -> Input:

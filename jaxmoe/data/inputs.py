@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import pathlib
+from collections.abc import Sequence
 
 from jaxmoe.data import forms
 from jaxmoe.data.datasets_library import folder_input, hub_input, hub_name, is_saved, saved_input
 from jaxmoe.data.json_records import json_input
 from jaxmoe.data.raw import File, Input
 from jaxmoe.data.tables import PARQUET, parquet_input
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, printable
+
+_log = logging.getLogger("jaxmoe")
+
+
+def check_split(names: Sequence[str | pathlib.Path], split: str | None, flag: str) -> None:
+    """Checks that `split`, which `flag` gives, chooses a part of at least one of the inputs. A file has no parts; a
+    notice names files among other inputs.
+
+    Raises:
+        UserError: all inputs are files, or an empty name.
+    """
+    if split is None:
+        return
+    if not split:
+        raise UserError(f"{flag}: expected the name of a part, found an empty text")
+    files = [str(name) for name in names if pathlib.Path(name).is_file()]
+    if files and len(files) == len(names):
+        raise UserError(f"{flag}: expected none, since a file has no parts; found {split!r} for {files[0]}")
+    if files:
+        _log.warning(printable(f"{flag}: read as a whole, since files have no parts: {', '.join(files)}"))
 
 
 def opened(name: str | pathlib.Path, split: str | None = None, streaming: bool = False) -> Input:

@@ -15,7 +15,7 @@ from jaxmoe.data.packing import Cut, divide, pack
 from jaxmoe.data.raw import Input
 from jaxmoe.data.record_forms import PAIRS, recognised
 from jaxmoe.data.records import Noticed, OnRead, Record, Tokenising, tokenised
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, counted
 
 PLAIN, TRAINED, CUT = "plain", "trained", "cut"
 
@@ -66,7 +66,7 @@ class Overview:
         """(name, value) of each number, in words."""
         at = lambda share: f"{int(np.quantile(self.lengths, share, method='nearest')):,}"
         lines = [
-            ("records", f"{len(self.lengths):,}: " + ", ".join(f"{n:,} {form}" for form, n in self.forms.items())),
+            ("records", f"{len(self.lengths):,} ({', '.join(f'{form}: {n:,}' for form, n in self.forms.items())})"),
             *(("columns that are not used", line) for line in self.unused),
             ("tokens", f"{self.tokens:,}, of which {self.trained:,} ({_share(self.trained, self.tokens)}) are trained"),
             ("tokens per record", f"{at(0)} to {at(1)}, half of them up to {at(0.5)}, 95 % up to {at(0.95)}"),
@@ -74,15 +74,25 @@ class Overview:
             ("trained tokens cut off", _of(self.trained - self.trained_kept, self.trained)),
             (
                 "sequences an epoch",
-                f"{self.sequences:,} of {self.seq_length:,} tokens, for {self.documents:,} documents",
+                f"{self.sequences:,} of {self.seq_length:,} tokens, for {counted(self.documents, 'document')}",
             ),
-            ("padding", f"{self.wasted(self.sequences):.1%} packed, {self.wasted(self.documents):.1%} with --no-pack"),
+            (
+                "padding",
+                " packed, ".join(map(percent, map(self.wasted, (self.sequences, self.documents)))) + " with --no-pack",
+            ),
         ]
         return lines
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "0 %"
+    return percent(part / whole if whole else 0.0)
+
+
+def percent(share: float) -> str:
+    """With one decimal; what is not all and not nothing is not rounded to these."""
+    if share in (0, 1):
+        return f"{share:.0%}"
+    return f"{min(max(share, 0.001), 0.999):.1%}"
 
 
 def _of(part: int, whole: int) -> str:

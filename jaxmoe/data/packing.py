@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int16, Int32
 
 from jaxmoe.data.mixture import Mixture
 from jaxmoe.data.records import Record
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, counted
 
 _WINDOW = 1024  # documents; enough to fill sequences, few enough that every epoch packs different documents together
 
@@ -59,12 +59,12 @@ class Cut(NamedTuple):
         lines = []
         if self.split:
             lines.append(
-                f"{self.split} text records are longer than {seq_length} tokens: split into consecutive sequences"
+                f"longer than {seq_length} tokens: {counted(self.split, 'text')}, split into several documents"
             )
         if self.truncated:
-            lines.append(f"{self.truncated} records are longer than {seq_length} tokens: truncated at the end")
+            lines.append(f"longer than {seq_length} tokens: {counted(self.truncated, 'record')}, truncated at the end")
         if self.dropped:
-            lines.append(f"{self.dropped} records have no token to learn within {seq_length} tokens: dropped")
+            lines.append(f"no token to learn within {seq_length} tokens: {counted(self.dropped, 'record')}, dropped")
         return lines
 
 
@@ -156,9 +156,10 @@ def nothing_fits(records: Sequence[Record], seq_length: int) -> str:
     message = "data: expected at least one record with a token to learn, found none"
     first = [int(learned[0]) + 1 for r in records if len(learned := np.flatnonzero(r.weights[1:]))]
     if not first:
-        return f"{message} in {len(records)} records"
+        return f"{message} in {counted(len(records), 'record')}"
+    found = f"in all {len(records):,} records" if len(records) > 1 else "in the only record"
     return (
-        f"{message} within seq_length {seq_length}: in all {len(records)} records the answer comes later "
+        f"{message} within seq_length {seq_length}: {found} the answer comes later "
         f"(after {min(first) - 1} tokens in the shortest, {max(first) - 1} in the longest); raise --seq-length"
     )
 

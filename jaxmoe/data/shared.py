@@ -18,7 +18,7 @@ import numpy as np
 from jaxmoe.data.packing import Cut, Document, documents_of
 from jaxmoe.data.raw import Input, Raw
 from jaxmoe.data.records import Noticed, OnRead, Record, Tokenising, digest_of_records, record_digest, tokenised
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, counted
 
 _TOGETHER = 16  # consecutive records that one process tokenises
 
@@ -131,7 +131,7 @@ def shared_part(
     if not owners:
         raise UserError(
             f"data: expected at least one record with a token to learn within seq_length {seq_length}, found none in "
-            f"{len(numbers)} records"
+            f"{counted(len(numbers), 'record')}"
         )
     files = [_file_of(file, index) for index in range(share.count)]
     shared = SharedDocuments(files, [each.lengths for each in everyone], owners, places, share.index)

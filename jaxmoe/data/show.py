@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxmoe.data.overview import CUT, PLAIN, TRAINED, Example, Overview
-from jaxmoe.errors import printable
+from jaxmoe.errors import counted, printable
 from jaxmoe.figures.figure import Figure, Highlighted, Lines, Series
 
 _STYLES = {PLAIN: "dim", TRAINED: "bold green", CUT: "strike red"}
@@ -32,7 +32,7 @@ def print_overview(console: Console, shown: Sequence[Example], numbers: Overview
         for piece in example.pieces:
             text.append(printable(piece.text), _STYLES[piece.kind])
         if example.more:
-            text.append(f" ... {example.more:,} more tokens", "italic")
+            text.append(f" ... {counted(example.more, 'more token')}", "italic")
         console.print(text)
     console.rule()
     legend = Text()
@@ -73,7 +73,7 @@ def figures(shown: Sequence[Example], numbers: Overview) -> list[Figure]:
 
 
 def _sizes(example: Example) -> str:
-    return f"{example.tokens:,} tokens, {example.trained:,} trained"
+    return f"{counted(example.tokens, 'token')}, {example.trained:,} trained"
 
 
 def _histogram(numbers: Overview, bars: int = _BARS) -> tuple[list[int], list[int]]:

@@ -31,11 +31,13 @@ def sources(given: Sources, field: str) -> list[Source]:
     If one source has a weight, the others have 1.
 
     Raises:
-        UserError: no source, or a weight that is no number above 0; the message starts with `field`.
+        UserError: no source, an empty name, or a weight that is no number above 0; the message starts with `field`.
     """
     texts = as_tuple(given)
     if not texts:
         raise UserError(f"{field}: expected at least one file, folder or data set, found none")
+    if "" in texts:
+        raise UserError(f"{field}: expected the name of a file, a folder or a data set, found an empty text")
     found = [_source(text, field) for text in texts]
     if all(each.weight is None for each in found):
         return found

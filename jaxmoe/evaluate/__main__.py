@@ -11,14 +11,24 @@ from jaxmoe import stopping
 if __name__ == "__main__":
     stopping.watch()  # before the other imports, which take seconds
 
+import argparse
 import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
 
 from jaxmoe.cli import xla
-from jaxmoe.cli.arguments import program_name, run
+from jaxmoe.cli.arguments import ArgumentParser, program_name, run
 from jaxmoe.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The harness's flags, for the completion of shells; none where it is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        return ArgumentParser()
+    from lm_eval._cli import HarnessCLI
+
+    return HarnessCLI()._parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

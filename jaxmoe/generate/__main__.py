@@ -26,7 +26,7 @@ from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
 from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, load_tokenizer, turn_end
 from jaxmoe.distributed.mesh import AUTO, named
-from jaxmoe.errors import UserError, printable
+from jaxmoe.errors import UserError, counted, printable
 from jaxmoe.generate import prompts
 from jaxmoe.generate.answer_file import answer_file
 from jaxmoe.generate.batches import ADDED, Answering
@@ -176,7 +176,7 @@ def _answer_file(task: _Task, config: Qwen3MoeConfig) -> int:
     total, batch_size = len(given), args.batch_size or prompts.BATCH_SIZE
     with answer_file(args.out, total, _provenance(args, given, settings, batch_size)) as answers:
         if answers.done:
-            print(f"{args.out}: {len(answers.done)} of {total} answers are there", file=sys.stderr)
+            print(f"{args.out}: there are {len(answers.done):,} of {counted(total, 'answer')}", file=sys.stderr)
         done = None
         if len(answers.done) < total:
             with explained(lambda: "use a smaller --batch-size or --max-new-tokens, or --quantize nf4"):
@@ -189,13 +189,13 @@ def _answer_file(task: _Task, config: Qwen3MoeConfig) -> int:
         answers.sort()
     if done is not None and done.answers:
         rate = f"{done.tokens / done.seconds:,.1f} tokens/s"
-        say(f"{done.answers} answers: {done.tokens:,} tokens in {done.seconds:.1f} s, {rate}")
+        say(f"{counted(done.answers, 'answer')}: {counted(done.tokens, 'token')} in {done.seconds:.1f} s, {rate}")
     if len(answers.done) < total:
         assert done is not None and done.stopped_by is not None
-        name, kept = signal.Signals(done.stopped_by).name, f"{len(answers.done)} of {total} answers"
-        print(f"{name}: {kept} are in {args.out}; the same command continues from there", file=sys.stderr)
+        name, kept = signal.Signals(done.stopped_by).name, f"{len(answers.done):,} of {counted(total, 'answer')}"
+        print(f"{name}: {kept} in {args.out}; the same command continues from there", file=sys.stderr)
         return 128 + done.stopped_by
-    say(f"{args.out}: complete, {total} answers")
+    say(f"{args.out}: complete, {counted(total, 'answer')}")
     return 0
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from jaxmoe import stopping
-from jaxmoe.errors import ConfigError, UserError, shown
+from jaxmoe.errors import ConfigError, UserError, in_words, shown
 from jaxmoe.json_text import parse_json, read_json
 from jaxmoe.store.files import naming_files, output_file
 from jaxmoe.store.lock import output_lock
@@ -119,6 +119,7 @@ def answer_file(path: pathlib.Path, total: int, settings: Mapping[str, Any]) -> 
 
 
 def _check_settings(path: pathlib.Path, record: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    begun_with = f"as when {path.name} was begun"
     way_out = "continue with the same settings, or write to another file"
     if not record.is_file():
         raise UserError(f"{path}: expected a new file, found one without its {record.name}; write to another file")
@@ -126,7 +127,9 @@ def _check_settings(path: pathlib.Path, record: pathlib.Path, settings: Mapping[
     for name in settings.keys() | found.keys():
         begun, given = found.get(name), json.loads(json.dumps(settings.get(name)))
         if begun != given:
-            raise ConfigError(f"{record}: {name}: begun with {shown(begun)}, found {shown(given)}; {way_out}")
+            raise ConfigError(
+                f"{record}: {name}: expected {in_words(begun)}, {begun_with}, found {in_words(given)}; {way_out}"
+            )
 
 
 def _line(answer: Mapping[str, Any]) -> bytes:

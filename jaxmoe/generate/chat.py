@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from jaxmoe.data.chat import text_field
-from jaxmoe.errors import UserError, printable
+from jaxmoe.errors import UserError, counted, printable
 from jaxmoe.generate.conversation import Conversation, Turn
 from jaxmoe.generate.engine import Generator
 from jaxmoe.generate.settings import Settings
@@ -69,7 +69,7 @@ class Chat:
                 elif text.strip():
                     self._reply(text.strip())
         if self._answers:
-            self._say(f"{self._answers} {'answer' if self._answers == 1 else 'answers'}, {self._speed}")
+            self._say(f"{counted(self._answers, 'answer')}, {self._speed}")
 
     def _question(self, ask: Callable[[str], str]) -> str | None:
         """What the user types next; None at the end of the input."""
@@ -160,7 +160,7 @@ class Chat:
             return f"{words}; stopped"
         if tokens and tokens[-1] in self._settings.stop_tokens:
             return words
-        return f"{words}; cut off at {turn.max_new_tokens:,} tokens"
+        return f"{words}; cut off at {counted(turn.max_new_tokens, 'token')}"
 
     def _show(self, text: str) -> None:
         """Part of an answer; on a terminal, without what a model could make the terminal do."""

@@ -12,6 +12,7 @@ from jaxmoe.data.chat import ChatSettings, check_messages, check_template, kind_
 from jaxmoe.data.inputs import opened
 from jaxmoe.errors import UserError
 from jaxmoe.generate.prompts import check_context
+from jaxmoe.json_text import without_nan
 
 KINDS = '"prompt", or "messages" (and "tools")'
 
@@ -40,6 +41,7 @@ def read_prompts(
     prompts = []
     for where, value, *_ in opened(path).read(0):
         try:
+            value = without_nan(value)
             prompt = FilePrompt(value, _tokens(value, tokenizer, vocab_size, chat, settings))
             check_context(prompt.tokens, context)
             prompts.append(prompt)

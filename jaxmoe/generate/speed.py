@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from jaxmoe.errors import counted
+
 
 class Speed:
     """Counts tokens and their time, over one answer or several.
@@ -41,14 +43,14 @@ class Speed:
     def of_answer(self) -> str:
         """The tokens of the last answer, and how long the first one took."""
         rate = self._rate(self._timed())
-        words = f"{_tokens(self._in_answer)}, the first after {self._first_after:.2f} s"
+        words = f"{counted(self._in_answer, 'token')}, the first after {self._first_after:.2f} s"
         return words if rate is None else f"{words}, then {rate}"
 
     def __str__(self) -> str:
         """All tokens, and the rate of those that are timed."""
         (tokens, seconds), (more, longer) = self._timed_before, self._timed()
         rate = self._rate((tokens + more, seconds + longer))
-        return _tokens(self.tokens) + ("" if rate is None else f", {rate}")
+        return counted(self.tokens, "token") + ("" if rate is None else f", {rate}")
 
     def _timed(self) -> tuple[int, float]:
         return max(0, self._in_answer - 2), self._last - self._second
@@ -56,7 +58,3 @@ class Speed:
     def _rate(self, timed: tuple[int, float]) -> str | None:
         tokens, seconds = timed
         return f"{tokens / seconds:,.1f} tokens/s" if tokens and seconds > 0 else None
-
-
-def _tokens(count: int) -> str:
-    return f"{count:,} token{'' if count == 1 else 's'}"

@@ -20,7 +20,7 @@ from typing import Any
 from captures import Capture, tokenizer_digest
 from captures.format import DEFAULT_KEEP_LOGITS
 from jaxmoe.cli.arguments import ArgumentParser, program_name, run, say, whole_number
-from jaxmoe.errors import UserError, printable
+from jaxmoe.errors import UserError, counted, printable
 from jaxmoe.out_of_memory import explained
 from jaxmoe.store.files import claimed, output_file
 
@@ -157,6 +157,8 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
     if arguments.text is not None:
         if settings != AS_WRITTEN:
             raise UserError("system, no-thinking and template-arg: only valid with data, found text")
+        if arguments.split is not None:
+            raise UserError("split: only valid with data, found text")
         labels = Capture.open(arguments.text).labelled_text()
         if labels.tokenizer != tokenizer_digest(tokenizer):
             raise UserError(f"{arguments.text}: expected a text made with the model's tokenizer, found another")
@@ -214,8 +216,8 @@ def _capture_claimed(arguments: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     size = sum(file.stat().st_size for file in found.folder.iterdir())
     say(
-        f"{arguments.out}: {found.tokens:,} tokens, {len(found.text['domains'])} domains, {len(found.model.layers)} "
-        f"MoE layers, {size / 1e6:,.1f} MB in {seconds:.1f} s"
+        f"{arguments.out}: {counted(found.tokens, 'token')}, {counted(len(found.text['domains']), 'domain')}, "
+        f"{counted(len(found.model.layers), 'MoE layer')}, {size / 1e6:,.1f} MB in {seconds:.1f} s"
     )
 
 

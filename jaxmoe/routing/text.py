@@ -18,7 +18,7 @@ from captures import ROLES, LabelledText, Text, tokenizer_digest
 from jaxmoe.data import forms
 from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, assistant_spans
 from jaxmoe.data.compressed import ENDINGS, GZIP, ZSTD
-from jaxmoe.data.inputs import opened
+from jaxmoe.data.inputs import check_split, opened
 from jaxmoe.data.record_forms import recognised
 from jaxmoe.data.records import Noticed, Record, tokenize_record
 from jaxmoe.data.tables import PARQUET
@@ -49,6 +49,7 @@ def read_documents(
     Raises:
         UserError: a missing file, a bad record (FILE:LINE first), a token that the model does not know.
     """
+    check_split(paths, split, "split")
     for path in map(pathlib.Path, paths):
         for where, raw, domain in _raw_records(path, split):
             try:

@@ -87,10 +87,22 @@ def _parents(output: pathlib.Path) -> Iterator[None]:
 
     with stopping.undone_by(remove):
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
+            _make(output.parent)
             yield
         finally:
             remove()
+
+
+def _make(folder: pathlib.Path) -> None:
+    """Makes a folder and those above it.
+
+    Raises:
+        NotADirectoryError: one of them is a file; it is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), error.filename) from None
 
 
 @contextlib.contextmanager

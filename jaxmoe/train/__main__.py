@@ -32,6 +32,7 @@ from jaxmoe.cli.arguments import (
 )
 from jaxmoe.cli.config_file import add_config, given_settings
 from jaxmoe.distributed import ending, launch
+from jaxmoe.errors import counted
 from jaxmoe.train.loop import train
 from jaxmoe.train.settings import TrainConfig
 
@@ -70,7 +71,7 @@ def _report(settings: TrainConfig, summary: dict[str, Any]) -> None:
             file=sys.stderr,
         )
         return
-    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s, wrote {settings.output}")
+    print(f"{counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s, wrote {settings.output}")
     if summary["eval_loss"] is not None:
         before, after = summary["eval_loss_before"], summary["eval_loss"]
         perplexities = f" (perplexity {_perplexity(before):.2f} -> {_perplexity(after):.2f})"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxmoe.errors import counted
+
 
 @dataclass
 class Best:
@@ -35,7 +37,8 @@ class Best:
 
     def words(self) -> str:
         """The evaluation, as a line for the user."""
-        return f"{self.since} evaluations since the lowest held-out loss, {self.loss:.4f} at step {self.step}"
+        since = counted(self.since, "evaluation")
+        return f"{since} since the lowest held-out loss, {self.loss:.4f} at step {self.step}"
 
     def is_over(self, patience: int | None) -> bool:
         """Whether the last `patience` evaluations (None: no limit) were not lower."""

@@ -17,7 +17,7 @@ from jaxmoe.control.replay import Replay
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.chat_flags import chat_settings
 from jaxmoe.data.chat_flags import notices as notices_of_template
-from jaxmoe.data.inputs import opened
+from jaxmoe.data.inputs import check_split, opened
 from jaxmoe.data.mixture import Mixture
 from jaxmoe.data.packing import Document, Sequences, cut
 from jaxmoe.data.records import Tokenising, digest, read_input
@@ -80,6 +80,8 @@ def read_data(
     Raises:
         UserError: a source that cannot be read, or none with a token to learn.
     """
+    check_split([source.name for source in settings.sources], settings.split, "split")
+    check_split([source.name for source in settings.eval_sources], settings.eval_split, "eval_split")
     tokenizer = load_tokenizer(tokenizer_folder(settings))
     chat = chat_settings(tokenizer, settings.system, settings.thinking, settings.template_arg)
     how = Tokenising(tokenizer, config.vocab_size, chat, pairs=settings.learns_from_pairs)

@@ -25,7 +25,7 @@ from jaxmoe.data.shared import Share, SharedDocuments, shared_part
 from jaxmoe.data.sources import Source, weights_of
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.agreement import exchange
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, counted
 from jaxmoe.train.settings import TrainConfig
 
 
@@ -126,4 +126,4 @@ def _shown(source: Source, split: str | None, read: Callable[[Input, OnRead], li
 
 def _in_words(done: int, total: int | None, records: int) -> tuple[int, int, str]:
     share = f", {done / total:.0%}" if total else ""
-    return done, total or done, f"{records:,} records{share}"
+    return done, total or done, f"{counted(records, 'record')}{share}"

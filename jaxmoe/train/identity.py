@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jaxmoe import environment
 from jaxmoe.cli.config_file import settings_text
 from jaxmoe.config import Qwen3MoeConfig, read_json
 from jaxmoe.distributed.placement import whole
-from jaxmoe.errors import UserError, shown
+from jaxmoe.errors import UserError, in_words, shown
 from jaxmoe.model.interface import Params
 from jaxmoe.runs.history import METRICS_FILE
 from jaxmoe.runs.record import LOAD_FILE, RUN_FILE, SAMPLES_FILE
@@ -143,21 +144,61 @@ def check_same_run(
         UserError: they differ in another entry; the message names the first, and the flag that would allow it.
     """
     now, changes = json.loads(json.dumps(identity)), {}
-    for name in dict.fromkeys([*now, *previous]):
+    for name in sorted(dict.fromkeys([*now, *previous]), key=partial(_rank, previous, now)):
         before, after = previous.get(name), now.get(name)
         if before == after:
             continue
-        where = f"{name}: to resume {settings.output}"
         fields = [field for field in changeable_settings() if name in _entries(field)]
         if not {*fields} & {*settings.allow_change}:
-            found = f"{before!r}, found {after!r}"
-            if name in CONTENT:
-                found = "the same content as before, found different content"
-            raise UserError(f"{where}, expected {found}{_way_out(settings, fields)}")
+            what = f"{_difference(name, before, after, settings.output)}{_changed_settings(settings, name)}"
+            raise UserError(f"{what}{_way_out(settings, fields)}")
         if name in _ONLY_MORE and not (isinstance(before, int) and after > before):
-            raise UserError(f"{where} with another value, expected more than {before!r}, found {after!r}")
+            where = f"{name}: to resume {settings.output} with another value"
+            raise UserError(f"{where}, expected more than {in_words(before)}, found {in_words(after)}")
         changes[name] = [before, after]
     return changes
+
+
+def _rank(previous: Mapping[str, Any], now: Mapping[str, Any], name: str) -> int:
+    """Which of the entries that differ is named first: one that makes others differ."""
+    if name == "mixture":  # other weights are a setting; other sizes follow from the data and from other settings
+        return 2 if _weights(previous.get(name)) == _weights(now.get(name)) else 0
+    return 0 if name == "streaming" else 1
+
+
+def _difference(name: str, before: Any, after: Any, output: pathlib.Path) -> str:
+    """How the entry `name` of two runs differs, in words."""
+    part, of_content = "", name in CONTENT
+    if name == "mixture":
+        name, part, before, after = "data", "weights ", _weights(before), _weights(after)
+        of_content = before == after  # what differs are the sizes of the sources
+    elif isinstance(before, dict) and isinstance(after, dict):
+        key = next(key for key in (*before, *after) if before.get(key) != after.get(key))
+        part, before, after = f"{key} ", before.get(key), after.get(key)
+    where = f"{name}: to resume {output}"
+    if of_content:
+        return f"{where}, expected the same content as before, found different content"
+    return f"{where}, expected {part}{in_words(before)}, found {in_words(after)}"
+
+
+def _weights(mixture: Any) -> list[Any]:
+    """The weights in the entry "mixture", which also holds the sizes of sources that are not streamed."""
+    if not isinstance(mixture, list):
+        return []
+    return [each[0] if isinstance(each, list) and each else each for each in mixture]
+
+
+def _changed_settings(settings: TrainConfig, entry: str) -> str:
+    """The settings that decide an entry and differ from those in the run's record."""
+    path = settings.output / RUN_FILE
+    before = read_json(path).get("settings") if path.is_file() else None
+    if not isinstance(before, dict):
+        return ""
+    now = as_json(settings)
+    fields = [field for field in now if field != entry and entry in _entries(field)]
+    fields = [field for field in fields if field in before and before[field] != now[field]]
+    changed = [f"{field} {in_words(before[field])} before, {in_words(now[field])} now" for field in fields]
+    return f" ({'; '.join(changed)})" if changed else ""
 
 
 def _entries(field: str) -> tuple[str, ...]:

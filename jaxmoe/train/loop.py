@@ -27,7 +27,7 @@ from jaxmoe.data.packing import Batch
 from jaxmoe.distributed import ending, launch
 from jaxmoe.distributed.agreement import check_agreement, exchange, wait_for_all
 from jaxmoe.distributed.placement import whole
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, in_words
 from jaxmoe.model.interface import Params
 from jaxmoe.out_of_memory import explained
 from jaxmoe.runs.card import Kind
@@ -103,7 +103,7 @@ def _train_locked(
     started = time.perf_counter()
     previous = previous_identity(settings)
     if launch.this().is_first:  # it alone reports and publishes
-        check_trackers(settings.trackers)
+        check_trackers(settings.trackers, settings.output)
         if settings.push_to_hub is not None:
             check_access(settings.push_to_hub)
     plan = prepare(settings, previous, shared)
@@ -204,7 +204,7 @@ def _run(
         if settings.resumes:
             _log.info(f"continuing at step {first}" if restored else "no checkpoint yet: starting at step 0")
         for name, (was, now) in begin.changes.items():
-            _log.info(f"{name}: {was!r} before, {now!r} after step {first}")
+            _log.info(f"{name}: {in_words(was)} before, {in_words(now)} after step {first}")
         if settings.keep_best and best.step is not None and best.step not in checkpoints.steps():
             _log.info(f"step {best.step} had the lowest held-out loss, and its checkpoint is gone: chosen from here on")
             best = Best()

@@ -22,7 +22,7 @@ from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, SEQUENCE_AXES, MeshShape, named
 from jaxmoe.distributed.placement import Placement
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, counted
 from jaxmoe.lora import adapts_experts, modules_to_save
 from jaxmoe.memory import (
     FLOAT32,
@@ -290,7 +290,7 @@ def _named_mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShap
     """The mesh of the settings, and what to say about it; None if it is to be chosen."""
     found, processes = jax.device_count(), launch.this().count
     if settings.mesh is None and processes == 1:
-        idle = [f"{found - 1} more devices are idle: --mesh auto uses all {found}"] if found > 1 else []
+        idle = [f"idle: {counted(found - 1, 'more device')}; --mesh auto uses all {found}"] if found > 1 else []
         return ONE_DEVICE, idle
     if settings.mesh in (None, AUTO):
         return None, []

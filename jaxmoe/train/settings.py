@@ -493,6 +493,8 @@ class TrainConfig:
         for name in ("data", "eval_data"):  # equal settings are equal, whether one source was given alone or as a tuple
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_tuple(given))
+        # Names as flags have them are names, too.
+        object.__setattr__(self, "allow_change", tuple(name.replace("-", "_") for name in self.allow_change))
         _check_ranges(self)
         _check_combinations(self)
 

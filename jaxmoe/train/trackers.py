@@ -6,6 +6,7 @@ What a tracker needs to continue the same run later is stored in OUTPUT/trackers
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -56,8 +57,8 @@ class Tracker:
         self.stored: dict[str, Any] = dict(stored)
 
     @classmethod
-    def check(cls) -> None:
-        """Raises UserError if the tracker cannot work here, before the run begins."""
+    def check(cls, output: pathlib.Path) -> None:
+        """Raises UserError if the tracker cannot work here for a run with this output folder, before it begins."""
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Shows the numbers of one step."""
@@ -66,6 +67,9 @@ class Tracker:
     def close(self, ended: Ended) -> None:
         """Tells how the run ended; called once."""
         raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Releases what the library holds after it has failed; called instead of `close`."""
 
 
 class TensorBoard(Tracker):
@@ -96,9 +100,15 @@ class WeightsAndBiases(Tracker):
     library = "wandb"
 
     @classmethod
-    def check(cls) -> None:
+    def check(cls, output: pathlib.Path) -> None:
         import wandb
 
+        folder = pathlib.Path(os.environ.get("WANDB_DIR") or os.curdir).resolve()
+        if folder.is_relative_to(output.resolve()):
+            raise UserError(
+                f"report_to: wandb: expected a folder for its files outside {output}, since they hold links; found "
+                f"{folder}; set WANDB_DIR to another one"
+            )
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False, verify=False):
             raise UserError(
                 "report_to: wandb: expected an API key (`wandb login`, or WANDB_API_KEY) or WANDB_MODE=offline, "
@@ -124,6 +134,12 @@ class WeightsAndBiases(Tracker):
     def close(self, ended: Ended) -> None:
         self._run.finish(exit_code=int(ended == "failed"))
 
+    def abandon(self) -> None:
+        import wandb
+
+        # Otherwise the library tries to reach its process once more when the interpreter ends.
+        wandb.teardown(exit_code=1)
+
 
 class MLflow(Tracker):
     """A run of MLflow; the variables MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME and so on count."""
@@ -135,6 +151,9 @@ class MLflow(Tracker):
         from mlflow.entities import Param
 
         super().__init__(run, stored)
+        # A step waits for the server. The library's own limits would hold up a run for minutes if the server is gone.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds
         self._client = MlflowClient()
         if "run_id" in self.stored:
             self._client.update_run(self.stored["run_id"], status="RUNNING")
@@ -196,15 +215,17 @@ KINDS: dict[str, type[Tracker]] = {
 }
 
 
-def check_trackers(names: Iterable[str]) -> None:
-    """Raises UserError if a tracker cannot work here. TensorBoard's library, which is there by default, may be missing:
-    `Trackers` then says so."""
+def check_trackers(names: Iterable[str], output: pathlib.Path) -> None:
+    """Raises UserError if a tracker cannot work here for a run with this output folder.
+
+    TensorBoard's library, which is there by default, may be missing: `Trackers` then says so.
+    """
     for name in names:
         kind = KINDS[name]
         if name != "tensorboard" and not _installed(kind.library):
             raise UserError(f"report_to: {kind.library} is not installed: pip install '{PROJECT}[{name}]'")
         if _installed(kind.library):
-            kind.check()
+            kind.check(output)
 
 
 class Trackers:
@@ -255,7 +276,9 @@ class Trackers:
         except Exception as error:  # the type depends on the library
             if not self._open[name].remote:
                 raise
-            del self._open[name]
+            failed = self._open.pop(name)
+            with contextlib.suppress(Exception):
+                failed.abandon()
             _log.warning(f"report_to: {name} failed and is left out from here on: {first_line(error)}")
 
 
