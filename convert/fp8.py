@@ -34,7 +34,7 @@ def scale_key(key: str) -> str:
     return f"{key}{_SUFFIX}"
 
 
-def check_fp8(rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> list[str]:
+def check_fp8(where: str, rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> list[str]:
     """The keys of all weights in FP8, after a check of their scales.
 
     Raises:
@@ -54,11 +54,15 @@ def check_fp8(rows: Iterable[Row], tensors: Mapping[str, Tensor]) -> list[str]:
             raise UserError(f"{key}: expected {' or '.join(_SCALES)} {list(shape)}, found {found}")
         keys.append(row.key)
     if not keys:
-        raise UserError(
-            f"quantization_config: expected weights in FP8 ({CODE}), found none; if they were decoded, remove "
-            "quantization_config from config.json"
-        )
+        raise _none(where)
     return keys
+
+
+def _none(where: str) -> UserError:
+    return UserError(
+        f"{where}: quantization_config: expected weights in FP8 ({CODE}), found none; if they were decoded, remove "
+        "quantization_config from config.json"
+    )
 
 
 def uneven_blocks(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> list[str]:
@@ -72,11 +76,14 @@ def find_quantization(
     """The parameters of an HF checkpoint in FP8, and the layers of them that are not.
 
     Raises:
-        UserError: weights in FP8 that can only be decoded: other ones than projections, routers and MLPs, a layer whose
-            experts are not all in FP8, scales of several dtypes, or blocks that lie in gate and up of fused experts.
+        UserError: no tensor is in FP8, or weights in FP8 that can only be decoded: other ones than projections, routers
+            and MLPs, a layer whose experts are not all in FP8, scales of several dtypes, or blocks that lie in gate and
+            up of fused experts.
     """
     form_of = lambda key: "FP8" if key in tensors and tensors[key].code == CODE else None
     paths, left = quantized_stacks(where, config, tensors, blocks, form_of)
+    if not paths:
+        raise _none(where)
     found = [row for block in blocks.values() for row in block if form_of(row.key) is not None]
     codes = {tensors[scale_key(row.key)].code for row in found if scale_key(row.key) in tensors}
     for row in found:

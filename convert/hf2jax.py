@@ -122,7 +122,7 @@ class HFCheckpoint:
 
     def _check_fp8(self) -> list[str]:
         """The keys of the weights in FP8; a notice says if transformers' dequantisation would read some otherwise."""
-        keys = fp8.check_fp8(self._every_row(), self._tensors)
+        keys = fp8.check_fp8(str(self.path), self._every_row(), self._tensors)
         if uneven := fp8.uneven_blocks(keys, self._tensors):
             first = f"{uneven[0]} {list(self._tensors[uneven[0]].shape)} ({len(uneven)} such weights)"
             logging.getLogger("jaxmoe").warning(

@@ -374,7 +374,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     ),
     "quantised": (
         edit_json("config.json", lambda raw: raw.update(quantization_config={"quant_method": "fp8"})),
-        ("quantization_config", "FP8", "--dequantize"),
+        ("quantization_config", "FP8", "remove quantization_config"),
     ),
     "tied, with another head": (
         edit_json("config.json", lambda raw: raw.update(tie_word_embeddings=True)),

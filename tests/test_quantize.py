@@ -552,7 +552,7 @@ def test_merging_needs_the_weights(folder: pathlib.Path, tmp_path: pathlib.Path)
     changed = {key for key in merged if merged[key] != whole[key]}
     assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(4)}
     hf2jax(folder, tmp_path / "plain")
-    with pytest.raises(UserError, match="expected weights in NF4, found none"):
+    with pytest.raises(UserError, match="expected weights in NF4 or FP8, found none"):
         main(["jax2hf", str(tmp_path / "plain"), str(tmp_path / "x"), "--dequantize"])
 
 

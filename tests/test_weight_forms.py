@@ -199,7 +199,7 @@ def test_an_fp8_checkpoint(tmp_path: pathlib.Path) -> None:
 def test_fp8_without_its_scales_is_refused(tensors: dict[str, Any], says: str) -> None:
     made = {k: Tensor(k, pathlib.Path("x"), code, shape, np.empty(0)) for k, (code, shape) in tensors.items()}
     with pytest.raises(UserError, match=says):
-        fp8.check_fp8([Row("w", (64, 64), "w", ())], made)
+        fp8.check_fp8("x", [Row("w", (64, 64), "w", ())], made)
 
 
 # --- forms that are refused: what config.json says, and what the message must name

@@ -274,8 +274,9 @@ def _run_forward(call: _Call, params: Any, adapters: Any, control: Any, tokens: 
     params, adapters, control, tokens = map(values_of, (params, adapters, control, tokens))
     quantized = quantized_paths(params)
     for path in sorted(trained):
-        if path.rpartition(".")[0] in quantized:
-            raise ValueError(f"weights.{path}: frozen (quantised), but its gradient was asked for")
+        if (weight := path.rpartition(".")[0]) in quantized:
+            form = "FP8" if f"{weight}.scales" in params else "NF4"
+            raise ValueError(f"weights.{path}: frozen ({form}), but its gradient was asked for")
     held = call.options.lora.trained_in_layers if call.options.lora else frozenset()
     asked_of_held = {path for path in held if f"lora_weights.{path}" in asked}
     options = replace(call.options, trainable=frozenset(trained) | asked_of_held)
