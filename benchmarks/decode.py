@@ -1,10 +1,11 @@
 """Generating text on a GPU, token by token, beside transformers: `python -m benchmarks.decode`.
 
-Each side runs in its own process, with random weights of a published shape, the same routers and the same prompts.
-A figure is the time between a generation of few tokens and one of many, so that reading the prompts does not count.
-"of limit" is the share of the speed of a plain copy, measured in the same process, at which the bytes that a step must
-read are read. With `--quantize nf4` jaxmoe holds all matrices of the layers in NF4; transformers uses bitsandbytes for
-its linear maps, but its experts are no linear maps, so they stay in 16 bits.
+With `--mesh`, jaxmoe on several GPUs stands beside one; a batch counts the sequences of all GPUs together. Each side
+runs in its own process, with random weights of a published shape, the same routers and the same prompts. A figure is
+the time between a generation of few tokens and one of many, so that reading the prompts does not count. "of limit" is
+the share of the speed of a plain copy, measured in the same process, at which the bytes that a step must read are read.
+With `--quantize nf4` jaxmoe holds all matrices of the layers in NF4; transformers uses bitsandbytes for its linear
+maps, but its experts are no linear maps, so they stay in 16 bits.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int) -> dict[str, 
     xla.configure()
     import jax
 
+    from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+    from jaxmoe.distributed.placement import Placement
     from jaxmoe.generate.engine import Generator, RoutingLog
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 
-    generator = Generator(Qwen3MoeForCausalLM(config, random_model.jax_parameters(config, args.quantize)))
+    mesh = MeshShape.parse(args.mesh[0]) if args.mesh else ONE_DEVICE
+    params = random_model.jax_parameters(config, args.quantize, placement=Placement(mesh, config, None))
+    generator = Generator(Qwen3MoeForCausalLM(config, params, mesh=mesh))
     prompts = _prompts(args, config, batch)
     found = _timed(lambda tokens: generator.generate(prompts, tokens), args)
     log = RoutingLog(keep_logits=1)
@@ -48,7 +53,7 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int) -> dict[str, 
     found |= {"device": device.device_kind, "experts": experts}
     found["bytes"] = limits.decoded_token_bytes(config, experts, int(slots), batch, nf4=args.quantize == "nf4")
     found["peak"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    if device.platform == "gpu":
+    if device.platform == "gpu" and mesh == ONE_DEVICE:  # the limit is that of one GPU
         found["bytes_per_second"] = limits.copied_bytes_per_second()
     return found
 
@@ -109,6 +114,8 @@ def main() -> None:
     add("--few", type=int, default=65, metavar="N", help="tokens of the generation that is subtracted (default: 65)")
     add("--many", type=int, default=192, metavar="N", help="tokens of the generation that is timed (default: 192)")
     add("--rounds", type=int, default=3, metavar="N", help="timed generations, of which the median counts (default: 3)")
+    mesh = "jaxmoe on several GPUs beside one; may be repeated (expert=2)"
+    add("--mesh", action="append", metavar="MESH", help=mesh)
     add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
     add("--case", type=int, metavar="N", help="with --side: the batch")
     add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the table (default: all)")
@@ -126,15 +133,22 @@ def main() -> None:
     print(f"{args.preset}, {config.num_hidden_layers} layers, {form}")
     print(f"{'batch':>5} {'side':14}{'ms/step':>9}{'tokens/s':>10}{'limit':>8}{'of limit':>9}{'peak':>10}{'first':>8}")
     for batch in args.batch:
-        for side in args.sides.split(","):
+        for name, side, further in _rows(args):
             found: dict[str, Any] = {"failed": "not installed"}
             if args.quantize and side == "transformers" and not installed("bitsandbytes"):
                 found["failed"] = "bitsandbytes is not installed"
             elif installed(side):
-                found = measure_apart("benchmarks.decode", side, str(batch), argv)
-            record[f"{batch}: {side}"] = found
-            print(f"{batch:5} {side:14}{_line(found, batch)}", flush=True)
+                found = measure_apart("benchmarks.decode", side, str(batch), argv + further)
+            record[f"{batch}: {name}"] = found
+            print(f"{batch:5} {name:14}{_line(found, batch)}", flush=True)
     shapes.write_json(args.json, record)
+
+
+def _rows(args: argparse.Namespace) -> list[tuple[str, str, list[str]]]:
+    """(name, side, further flags) of each row of the table."""
+    if args.mesh:
+        return [("one GPU", "jaxmoe", []), *((mesh, "jaxmoe", [f"--mesh={mesh}"]) for mesh in args.mesh)]
+    return [(side, side, []) for side in args.sides.split(",")]
 
 
 def _line(found: dict[str, Any], batch: int) -> str:

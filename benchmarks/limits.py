@@ -35,14 +35,15 @@ def forward_flops(config: Qwen3MoeConfig, length: int, *, head: bool) -> float:
     return 2 * (_matrices(config) + (_head(config) if head else 0)) + _attention(config, length)
 
 
-def lora_step_flops(config: Qwen3MoeConfig, length: int) -> float:
-    """Operations per token of a LoRA step: forward, and backward for the activations (frozen weights have no gradient).
+def step_flops(config: Qwen3MoeConfig, length: int, *, full: bool = False) -> float:
+    """Operations per token of a training step: forward, and backward for the activations.
 
-    Recomputation and the adapters' own products do not count. Attention's backward pass counts as twice its forward
-    pass: a kernel may recompute the logits, but the mathematics does not need it.
+    With LoRA frozen weights have no gradient; with `full` each has one, which takes as many operations as its forward
+    product. Recomputation and the adapters' own products do not count. Attention's backward pass counts as twice its
+    forward pass: a kernel may recompute the logits, but the mathematics does not need it.
     """
     matrices = 2 * (_matrices(config) + _head(config))
-    return 2 * matrices + 3 * _attention(config, length)
+    return (3 if full else 2) * matrices + 3 * _attention(config, length)
 
 
 def matmul_flops_per_second(size: int = 8192, repeat: int = 20) -> float:

@@ -11,13 +11,16 @@ all tokens of a sequence would choose the same experts (measured: the busiest of
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
+
+if TYPE_CHECKING:
+    from jaxmoe.distributed.placement import Placement  # importing it would start JAX
 
 STD = 0.02
 ROUTER_SCALES = (0.25, 1.75)  # of the shortest and the longest vector
@@ -44,28 +47,50 @@ def load_ratio(counts: np.ndarray) -> float:
 
 
 def jax_parameters(
-    config: Qwen3MoeConfig, quantize: str | None = None, on_host: Collection[str] = ()
+    config: Qwen3MoeConfig,
+    quantize: str | None = None,
+    on_host: Collection[str] = (),
+    placement: Placement | None = None,
+    dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """Parameters in bfloat16 on JAX's default device; with `quantize` "nf4" the weights that it covers in NF4.
+    """Parameters in `dtype` on JAX's default device, or where they lie on a mesh; with `quantize` "nf4" the weights
+    that it covers in NF4. No device ever holds more than its share of them.
 
     In NF4, the 16-bit ones that `on_host` names are NumPy arrays.
     """
     if quantize is not None:
-        return _nf4_parameters(config, on_host)
+        return _nf4_parameters(config, on_host, placement)
     import jax
     import jax.numpy as jnp
 
     from jaxmoe.model.init import init_parameters
 
-    params = jax.jit(init_parameters, static_argnums=(0, 2))(config, jax.random.key(0), jnp.bfloat16)
+    draw = partial(init_parameters, config, dtype=jnp.dtype(dtype))
+    key = jax.random.key(0)
+    lie = _shardings(jax.eval_shape(draw, key), placement)
+    params = jax.jit(draw, out_shardings=lie or None)(key)
     scales = {"embed_tokens": 1 / STD} | dict.fromkeys(RESIDUAL, 1 / config.num_hidden_layers)
     scaled = jax.jit(lambda weight, scale: weight * scale.astype(weight.dtype), donate_argnums=0)
     for path in scales.keys() & params.keys():
         params[path] = scaled(params[path], jnp.float32(scales[path]))
-    return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
+    return params | _gates(config, lie, dtype)
 
 
-def _nf4_parameters(config: Qwen3MoeConfig, on_host: Collection[str]) -> dict[str, Any]:
+def _shardings(arrays: Mapping[str, Any], placement: Placement | None) -> dict[str, Any]:
+    """Path -> where the array lies on the mesh; empty for one device."""
+    if placement is None or placement.mesh.size == 1:
+        return {}
+    return {path: placement.sharding(spec) for path, spec in placement.specs(arrays).items()}
+
+
+def _gates(config: Qwen3MoeConfig, lie: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    return {"sparse.gate": jax.device_put(routers(config).astype(jnp.dtype(dtype)), lie.get("sparse.gate"))}
+
+
+def _nf4_parameters(config: Qwen3MoeConfig, on_host: Collection[str], placement: Placement | None) -> dict[str, Any]:
     """Parameters whose codes are drawn, layer by layer, so that no weight ever exists in 16 bits."""
     import jax
     import jax.numpy as jnp
@@ -75,30 +100,38 @@ def _nf4_parameters(config: Qwen3MoeConfig, on_host: Collection[str]) -> dict[st
 
     quantization = Quantization(quantizable(config))
     specs = stored_specs(config, quantization)
+    lie = _shardings(specs, placement)
     unchanged = {path: spec for path, spec in parameter_specs(config).items() if path in specs}
     keys = dict(zip(specs, jax.random.split(jax.random.key(0, impl="rbg"), len(specs)), strict=True))
 
-    @partial(jax.jit, static_argnums=1)
-    def random_bytes(key: Any, shape: tuple[int, ...]) -> Any:
-        layers = jax.random.split(key, shape[0])
-        return jax.lax.map(lambda key: jax.random.bits(key, shape[1:], jnp.uint8), layers)
+    def random_bytes(path: str) -> Any:
+        shape = specs[path].shape
+
+        def draw(key: Any) -> Any:
+            layers = jax.random.split(key, shape[0])
+            return jax.lax.map(lambda key: jax.random.bits(key, shape[1:], jnp.uint8), layers)
+
+        return jax.jit(draw, out_shardings=lie.get(path))(keys[path])
+
+    def normal(path: str, std: float) -> Any:
+        draw = lambda key: std * jax.random.normal(key, specs[path].shape, jnp.bfloat16)
+        return jax.jit(draw, out_shardings=lie.get(path))(keys[path])
 
     params: dict[str, Any] = {}
     for path, spec in unchanged.items():
-        std = 1.0 if path == "embed_tokens" else STD
-        draw = jax.jit(lambda key, shape=spec.shape, std=std: std * jax.random.normal(key, shape, jnp.bfloat16))
-        params[path] = jnp.ones(spec.shape, jnp.bfloat16) if spec.init == "ones" else draw(keys[path])
+        ones = partial(jnp.ones, spec.shape, jnp.bfloat16, device=lie.get(path))
+        params[path] = ones() if spec.init == "ones" else normal(path, 1.0 if path == "embed_tokens" else STD)
         if path in on_host:
             params[path] = np.asarray(params[path])
     for path in quantization.paths:
         std = STD / config.num_hidden_layers if path in RESIDUAL else STD
         absmax = std / float(np.sqrt(np.mean(NF4_TABLE**2)))  # of a block whose codes are equally frequent
-        for name in ("codes", "absmax"):
-            params[f"{path}.{name}"] = random_bytes(keys[f"{path}.{name}"], specs[f"{path}.{name}"].shape)
-        for name, value in (("nested_absmax", absmax / 8), ("nested_offset", absmax)):
-            params[f"{path}.{name}"] = jnp.full(specs[f"{path}.{name}"].shape, value, jnp.float32)
-    params[NESTED_QUANT_MAP] = jnp.asarray(dynamic_map())
-    return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
+        for name in (f"{path}.codes", f"{path}.absmax"):
+            params[name] = random_bytes(name)
+        for name, value in ((f"{path}.nested_absmax", absmax / 8), (f"{path}.nested_offset", absmax)):
+            params[name] = jnp.full(specs[name].shape, value, jnp.float32, device=lie.get(name))
+    params[NESTED_QUANT_MAP] = jax.device_put(dynamic_map(), lie.get(NESTED_QUANT_MAP))
+    return params | _gates(config, lie, "bfloat16")
 
 
 def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:

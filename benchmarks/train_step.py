@@ -1,8 +1,9 @@
-"""One LoRA training step on a GPU beside transformers + PEFT and Unsloth: `python -m benchmarks.train_step`.
+"""One training step on GPUs: `python -m benchmarks.train_step`.
 
-Each side runs in its own process, with random weights of a published shape, the same token ids and routers, rank
-16 and AdamW; the optimizer's time counts. "of limit" is the share of the speed of a plain matmul, measured in the same
-process, that the operations of a step reach; recomputed operations do not count.
+jaxmoe's LoRA step stands beside transformers + PEFT and Unsloth; with `--mesh`, on several GPUs beside one. Each side
+runs in its own process, with random weights of a published shape, the same token ids and routers, rank 16 and AdamW;
+the optimizer's time counts. "of limit" is the share of the speed of a plain matmul, measured in the same process, that
+the operations of a step reach; recomputed operations do not count.
 """
 
 from __future__ import annotations
@@ -10,35 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
-from benchmarks import limits, random_model, shapes, stages
+from benchmarks import limits, random_model, shapes
+from benchmarks.jaxmoe_step import LEARNING_RATE, Case, measure, timed, tokens_per_second
 from benchmarks.sides import installed, measure_apart, stages_apart
 from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, run
-from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.cuda import OUTSIDE_POOL
-from jaxmoe.memory import Remat, Workload, embedding_on_host, format_bytes, training_forecast
-from jaxmoe.parameters import Quantization, quantizable, stored_specs
-
-LEARNING_RATE = 1e-4
-
-
-class Case(NamedTuple):
-    """What has adapters, sequences, tokens per sequence, and jaxmoe's recomputation policy and micro-batches.
-
-    The small cases are for a memory limit.
-    """
-
-    targets: str
-    batch: int
-    length: int
-    remat: str
-    accumulation: int = 1
-
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.memory import Remat, format_bytes
 
 CASES = {
     "attention": Case("attention", 2, 4096, "fast"),
@@ -50,6 +33,7 @@ CASES = {
     "longest": Case("attention", 1, 65536, "low-memory"),
     "attention, 1 x 2048": Case("attention", 1, 2048, "balanced"),
     "attention + experts, 1 x 1024": Case("attention,experts", 1, 1024, "offload"),
+    "all parameters": Case("", 1, 4096, "low-memory"),
 }
 PEERS = {
     "transformers + PEFT": "grouped_mm experts, sdpa, gradient checkpointing",
@@ -58,105 +42,15 @@ PEERS = {
 SIDES = {**PEERS, "jaxmoe": "the case's --remat"}
 
 
-def jaxmoe_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, Any]:
-    """The training step of jaxmoe: speed, memory and, with --stages, time by stage."""
-    from jaxmoe import cuda
-    from jaxmoe.cli import xla
-
-    xla.configure(args.memory_limit)
-    import jax
-    import numpy as np
-
-    from jaxmoe.data.packing import Batch
-    from jaxmoe.model.init import init_adapters
-    from jaxmoe.model.selection import selected_implementations
-    from jaxmoe.train.host_memory import EMBEDDING, looked_up
-    from jaxmoe.train.loss import next_token_objective
-    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
-
-    # By default a sequence is one document, as in training when no two fit into one.
-    packed = args.documents > 1
-    selected: Any = selected_implementations(config, "bfloat16")
-    remat: Any = args.remat or case.remat
-    sequences = case.batch // case.accumulation
-    workload = Workload(config, lora, sequences, case.length, "bfloat16", case.accumulation, **selected)
-    plan = training_forecast(replace(workload, remat=remat, packed=packed, quantize=args.quantize))
-    specs = stored_specs(config, Quantization(quantizable(config)) if args.quantize else None)
-    shapes = {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or "bfloat16") for path, spec in specs.items()}
-    adapters = jax.jit(init_adapters, static_argnums=(0, 1))(config, lora, jax.random.key(1))
-    model: Any = Model(config, lora, "bfloat16", remat, packed, args.unroll)
-    rate = learning_rate("constant", LEARNING_RATE, 0, 1)
-    optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
-    state = initial_state(adapters, optimizer)
-    on_host = (EMBEDDING,) if args.quantize and embedding_on_host(config, lora, remat) else ()
-    shape, document = (case.accumulation, -1, case.length), case.length // args.documents
-    place = np.tile(np.arange(case.length, dtype=np.int32), case.batch).reshape(shape)
-    segments, positions = place // document + 1, place % document
-    weights = (positions < document - packed).astype(np.float32)
-
-    def batch(index: int) -> Batch:
-        ids = random_model.token_ids(config, case.batch, case.length, index)
-        return Batch(ids[:, :-1].reshape(shape), ids[:, 1:].reshape(shape), weights, segments, positions)
-
-    # Compiled before the weights are made, as in training: XLA tries out products on its own buffers.
-    start = time.perf_counter()
-    step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
-    fed: Any = looked_up if on_host else lambda frozen, batch: (frozen, batch)
-    frozen, first_batch = fed(shapes, batch(0))
-    compiled = step.lower(frozen, state, first_batch).compile()
-    first = time.perf_counter() - start
-    metrics: Any = None
-    device = jax.local_devices()[0]
-    peak = lambda: (device.memory_stats() or {}).get("peak_bytes_in_use")
-    params = jax.block_until_ready(random_model.jax_parameters(config, args.quantize, on_host))
-    before = peak()
-
-    def one(index: int) -> float:
-        nonlocal state, metrics
-        frozen, tokens = fed(params, batch(index))
-        state, metrics = compiled(frozen, state, tokens)
-        return float(metrics.loss)
-
-    seconds, losses = _timed(one, args.warmup, args.steps)
-    memory: Any = compiled.memory_analysis()
-    found = {
-        "seconds": seconds,
-        "loss": losses[0],
-        "device": device.device_kind,
-        "first_s": first,
-        "load": random_model.load_ratio(np.asarray(metrics.expert_counts)),
-        "peak": peak(),
-        "peak_before": before,
-        "temporaries": memory.temp_size_in_bytes,
-        "forecast": plan.total,
-    }
-    on_gpu = device.platform == "gpu"
-    if on_gpu:
-        found |= {"pool": (device.memory_stats() or {}).get("bytes_limit"), "used": cuda.used_bytes()}
-    if args.stages:
-
-        def queued() -> Any:
-            nonlocal state, metrics
-            frozen, tokens = fed(params, batch(0))
-            state, metrics = compiled(frozen, state, tokens)
-            return metrics
-
-        found["profile"] = stages.profile(queued, compiled, keep=args.trace)
-    if on_gpu:
-        for array in jax.tree.leaves((params, state)):  # under a memory limit the products have no room beside them
-            if isinstance(array, jax.Array):
-                array.delete()
-        found["flops"] = limits.matmul_flops_per_second()
-    return found
-
-
-def torch_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, Any]:
+def torch_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig) -> dict[str, Any]:
     """The step of transformers + PEFT, or of Unsloth on a random checkpoint."""
     import torch
     from peft import get_peft_model
 
     from peers.reference import peft_config
 
+    lora = case.lora(args.lora_r)
+    assert lora is not None
     if args.side == "Unsloth":
         model: Any = _unsloth(args, case, config, lora)
     else:
@@ -190,7 +84,7 @@ def torch_side(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lor
     start = time.perf_counter()
     one(0)
     first = time.perf_counter() - start
-    seconds, losses = _timed(one, args.warmup, args.steps)
+    seconds, losses = timed(one, args.warmup, args.steps)
     return {
         "seconds": seconds,
         "loss": losses[0],
@@ -220,18 +114,6 @@ def _unsloth(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig, lora:
     )
 
 
-def _timed(one: Callable[[int], float], warmup: int, steps: int) -> tuple[float, list[float]]:
-    """(median seconds of a step, the losses), from inputs on the host to the loss on the host."""
-    for index in range(warmup):
-        one(index)
-    seconds, losses = [], []
-    for index in range(steps):
-        start = time.perf_counter()
-        losses.append(one(warmup + index))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), losses
-
-
 def _held(found: dict[str, Any]) -> str:
     """What the process holds of the GPU, measured and forecast."""
     if found["used"] is None or found["pool"] is None:
@@ -246,6 +128,22 @@ def _held(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Prints one table per case; with --side a single measurement as JSON."""
+    args = _parser().parse_args()
+    names = args.case or [name for name in CASES if CASES[name].targets or not args.mesh]
+    cases = {name: CASES[name]._replace(length=args.length or CASES[name].length) for name in names}
+    config = shapes.config_of(args)
+    if args.side:
+        case = cases[names[0]]
+        print(json.dumps(measure(args, case, config) if args.side == "jaxmoe" else torch_side(args, case, config)))
+        return
+    table = mesh_table if args.mesh else _sides_table
+    record: dict[str, Any] = {}
+    for name, case in cases.items():
+        record |= table(args, name, case, config)
+    shapes.write_json(args.json, record)
+
+
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(description="One LoRA training step beside transformers + PEFT and Unsloth.")
     shapes.add_arguments(parser)
     add = parser.add_argument
@@ -256,6 +154,8 @@ def main() -> None:
     add("--steps", type=int, default=5, metavar="N", help="timed steps, of which the median counts (default: 5)")
     add("--remat", choices=get_args(Remat), help="jaxmoe's recomputation policy (default: the case's)")
     add("--unroll", action="store_true", help="unroll jaxmoe's layers")
+    mesh = "jaxmoe on several GPUs beside one, the case's sequences on each; may be repeated (data=2)"
+    add("--mesh", action="append", metavar="MESH", help=mesh)
     add("--stages", action="store_true", help="also print jaxmoe's time by stage")
     add("--trace", type=pathlib.Path, metavar="FILE", help="with --stages: keep the profiler's trace")
     scratch = "where Unsloth's checkpoint is written (default: /dev/shm)"
@@ -265,59 +165,96 @@ def main() -> None:
     add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
     add("--case", choices=CASES, action="append", help="measure this case; may be repeated (default: all)")
     add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the tables (default: all)")
-    args = parser.parse_args()
-    names = args.case or list(CASES)
-    config = shapes.config_of(args)
-    if args.side:
-        case = CASES[names[0]]
-        case = case._replace(length=args.length or case.length)
-        lora = LoraConfig(r=args.lora_r, targets=expand_targets(case.targets.split(",")))
-        side = jaxmoe_side if args.side == "jaxmoe" else torch_side
-        print(json.dumps(side(args, case, config, lora)))
-        return
+    return parser
 
+
+def flags(args: argparse.Namespace) -> list[str]:
+    """What a process that measures one side is given, besides the side, the case and the mesh."""
     known = "preset layers width length documents lora_r warmup steps remat trace scratch quantize memory_limit".split()
-    argv = ["--unroll"] if args.unroll else []
-    argv += [f"--{key.replace('_', '-')}={value}" for key in known if (value := getattr(args, key)) is not None]
-    record: dict[str, Any] = {}
-    for name in names:
-        case = CASES[name]
-        case = case._replace(length=args.length or case.length)
-        tokens = case.batch * case.length
-        print(f"\n{name}: {args.preset}, {config.num_hidden_layers} layers, {case.batch} x {case.length} tokens")
+    found = ["--unroll"] if args.unroll else []
+    return found + [f"--{key.replace('_', '-')}={value}" for key in known if (value := getattr(args, key)) is not None]
+
+
+def _sides_table(args: argparse.Namespace, name: str, case: Case, config: Qwen3MoeConfig) -> dict[str, Any]:
+    """Prints jaxmoe and its peers, and returns their numbers."""
+    tokens, record, argv = case.batch * case.length, {}, flags(args)
+    print(f"\n{name}: {args.preset}, {config.num_hidden_layers} layers, {case.batch} x {case.length} tokens")
+    print(
+        f"{'':22}{'ms/step':>9}{'tokens/s':>10}{'of limit':>9}{'peak':>10}{'first':>8}{'load':>6}  {'loss':<8}",
+        flush=True,
+    )
+    for side in args.sides.split(","):
+        found: dict[str, Any] = {"failed": "not installed"}
+        if side != "jaxmoe" and not case.targets:
+            found = {"failed": "not compared: the peers train adapters"}
+        elif installed(side):
+            found = measure_apart("benchmarks.train_step", side, name, argv)
+        record[f"{name}: {side}"] = found
+        if "failed" in found:
+            print(f"{side:22} {found['failed']}", flush=True)
+            continue
+        speed = tokens / found["seconds"]
+        work = limits.step_flops(config, case.length // args.documents, full=not case.targets)
+        limit = found["flops"] / work if "flops" in found else None
         print(
-            f"{'':22}{'ms/step':>9}{'tokens/s':>10}{'of limit':>9}{'peak':>10}{'first':>8}{'load':>6}  {'loss':<8}",
+            f"{side:22}{found['seconds'] * 1e3:9.1f}{speed:10,.0f}{f'{speed / limit:.1%}' if limit else '':>9}"
+            f"{format_bytes(found['peak']) if found['peak'] else '':>10}{found['first_s']:7.1f}s"
+            f"{found['load']:6.2f}  {found['loss']:<8.4f}{found['device']}",
             flush=True,
         )
-        for side in args.sides.split(","):
-            found: dict[str, Any] = {"failed": "not installed"}
-            if installed(side):
-                found = measure_apart("benchmarks.train_step", side, name, argv)
-            record[f"{name}: {side}"] = found
-            if "failed" in found:
-                print(f"{side:22} {found['failed']}", flush=True)
-                continue
-            speed = tokens / found["seconds"]
-            work = limits.lora_step_flops(config, case.length // args.documents)
-            limit = found["flops"] / work if "flops" in found else None
+        if limit:
             print(
-                f"{side:22}{found['seconds'] * 1e3:9.1f}{speed:10,.0f}{f'{speed / limit:.1%}' if limit else '':>9}"
-                f"{format_bytes(found['peak']) if found['peak'] else '':>10}{found['first_s']:7.1f}s"
-                f"{found['load']:6.2f}  {found['loss']:<8.4f}{found['device']}",
+                f"limit: {limit:,.0f} tokens/s at {found['flops'] / 1e12:.0f} TFLOP/s; "
+                f"temporary buffers of the step: {format_bytes(found['temporaries'])}; "
+                f"peak before the step: {format_bytes(found['peak_before'])}; "
+                f"forecast: {format_bytes(found['forecast'])}",
                 flush=True,
             )
-            if limit:
-                print(
-                    f"limit: {limit:,.0f} tokens/s at {found['flops'] / 1e12:.0f} TFLOP/s; "
-                    f"temporary buffers of the step: {format_bytes(found['temporaries'])}; "
-                    f"peak before the step: {format_bytes(found['peak_before'])}; "
-                    f"forecast: {format_bytes(found['forecast'])}",
-                    flush=True,
-                )
-                print(_held(found), flush=True)
+            print(_held(found), flush=True)
+    if args.stages:
+        print("\n".join(stages_apart("benchmarks.train_step", name, argv)), flush=True)
+    return record
+
+
+def mesh_table(args: argparse.Namespace, name: str, case: Case, config: Qwen3MoeConfig) -> dict[str, Any]:
+    """Prints jaxmoe on each mesh beside one GPU, all measured in turn, and returns their numbers.
+
+    "of n" is the speed over n times that of one GPU; "of limit" that over the limit of n GPUs. "peak" is the most that
+    each GPU has held.
+    """
+    record: dict[str, Any] = {}
+    print(
+        f"\n{name}: {args.preset}, {config.num_hidden_layers} layers, {case.batch} x {case.length} tokens on each GPU"
+    )
+    print(
+        f"{'':22}{'ms/step':>9}{'tokens/s':>10}{'of n':>7}{'of limit':>9}{'forecast':>10}{'first':>8}{'load':>6}  "
+        f"{'loss':<9}peak",
+        flush=True,
+    )
+    one = None
+    for text in (None, *args.mesh):
+        mesh = MeshShape.parse(text) if text else ONE_DEVICE
+        argv = flags(args) + ([f"--mesh={text}"] if text else [])
+        found = record[f"{name}: {text or 'one GPU'}"] = measure_apart("benchmarks.train_step", "jaxmoe", name, argv)
+        if "failed" in found:
+            print(f"{text or 'one GPU':22} {found['failed']}", flush=True)
+            continue
+        speed = tokens_per_second(found, case, mesh)
+        one = one if text else speed
+        limit = ""
+        if "flops" in found:
+            work = limits.step_flops(config, case.length // args.documents, full=not case.targets)
+            limit = f"{speed / mesh.size * work / found['flops']:.1%}"
+        print(
+            f"{text or 'one GPU':22}{found['seconds'] * 1e3:9.1f}{speed:10,.0f}"
+            f"{f'{speed / mesh.size / one:.3f}' if one else '':>7}{limit:>9}{format_bytes(found['forecast']):>10}"
+            f"{found['first_s']:7.1f}s{found['load']:6.2f}  {found['loss']:<9.4f}"
+            f"{', '.join(map(format_bytes, found['peaks']))}",
+            flush=True,
+        )
         if args.stages:
             print("\n".join(stages_apart("benchmarks.train_step", name, argv)), flush=True)
-    shapes.write_json(args.json, record)
+    return record
 
 
 if __name__ == "__main__":

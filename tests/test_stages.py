@@ -91,7 +91,7 @@ def test_every_stage_is_named_in_a_compiled_step():
 def test_limits_of_the_published_shape(length, step, prefill):
     """Tokens per second at 790 TFLOP/s, worked out by hand from the shape."""
     config = PRESETS["qwen3-30b-a3b"]
-    assert 790e12 / limits.lora_step_flops(config, length) == pytest.approx(step, rel=bound("published_limits"))
+    assert 790e12 / limits.step_flops(config, length) == pytest.approx(step, rel=bound("published_limits"))
     assert 790e12 / limits.forward_flops(config, length, head=False) == pytest.approx(
         prefill, rel=bound("published_limits")
     )
