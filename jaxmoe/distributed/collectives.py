@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int, Shaped
 from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
 
 T = TypeVar("T")
+PIECES = 512  # of the rows that a device sends to another one
 
 
 def sum_over_devices(tree: T, mesh: MeshShape, but: Collection[str] = ()) -> T:
@@ -38,6 +39,11 @@ def gather(share: Shaped[Array, "..."], axis: int, over: str = "fsdp") -> Shaped
     return jax.lax.all_gather(share, over, axis=axis, tiled=True)
 
 
+def shares_of_sum(parts: Shaped[Array, "all ..."], over: str) -> Shaped[Array, "share ..."]:
+    """The sum over the devices of a mesh axis; of its first axis, each has a share, the first device the first."""
+    return jax.lax.psum_scatter(parts, over, scatter_dimension=0, tiled=True)
+
+
 def sizes_between(going: Int[Array, " n"], axis: str) -> Int[Array, "n n"]:
     """How many rows go from each device to each, given how many this one sends; every device has the result."""
     return jax.lax.all_gather(going, axis)
@@ -57,11 +63,24 @@ def travel(
     sends, starts = sizes[me], before(sizes[me])
     receives, ends = sizes[:, me], jnp.cumsum(sizes[:, me])
     if jax.default_backend() != "cpu":
-        arrived = jnp.zeros((most, *rows.shape[1:]), rows.dtype)
-        return jax.lax.ragged_all_to_all(rows, arrived, starts, sends, before(sizes)[me], receives, axis_name=axis)
+        arrived = jax.lax.empty((most, *rows.shape[1:]), rows.dtype)
+        ours, sent = _in_pieces(starts, sends)
+        theirs, _ = _in_pieces(before(sizes)[me], sends)
+        _, received = _in_pieces(starts, receives)
+        return jax.lax.ragged_all_to_all(rows, arrived, ours, sent, theirs, received, axis_name=axis)
     room = min(rows.shape[0], most)
     index = starts[:, None] + jnp.arange(room)
     padded = jax.lax.all_to_all(rows.at[index].get(mode="clip"), axis, 0, 0)
     place = jnp.arange(most)
     source = jnp.minimum(jnp.searchsorted(ends, place, side="right", method="compare_all"), len(ends) - 1)
     return padded.at[source, place - (ends - receives)[source]].get(mode="clip")
+
+
+def _in_pieces(starts: Int[Array, " n"], sizes: Int[Array, " n"]) -> tuple[Int[Array, " all"], Int[Array, " all"]]:
+    """(where each piece begins, its size) of ranges of rows, each cut into `PIECES` of nearly equal size.
+
+    XLA copies each range of a ragged exchange with one block of 128 threads: undivided, 134 MB took 49 ms on an H200.
+    """
+    part, more = jnp.divmod(sizes[:, None], PIECES)
+    piece = jnp.arange(PIECES)
+    return (starts[:, None] + piece * part + jnp.minimum(piece, more)).reshape(-1), (part + (piece < more)).reshape(-1)

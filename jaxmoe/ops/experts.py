@@ -257,7 +257,7 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
     with jax.named_scope("gate_up"):
         d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], dispatch.schedule, plan.products)
     with jax.named_scope("permute"):
-        d_x = dispatch.back(d_x_rows).astype(jnp.float32).sum(axis=1).astype(x.dtype)
+        d_x = dispatch.total(d_x_rows, None).astype(x.dtype)
         d_weights = dispatch.back(d_weight_of_row).astype(weights.dtype)
 
     def weighed(rows: Array) -> Array:

@@ -65,7 +65,8 @@ def make_schedule(
         num_experts: E.
         tile: rows per tile.
         span_rows: the heights, in rows, to list spans for, if a kernel will read them.
-        some_nowhere: some rows have the expert E, which does not exist; they lie behind the tiles that are used.
+        some_nowhere: some rows have the expert E, which does not exist; their places, which count as padding, lie after
+            the tiles that are used.
     """
     rows = experts.size
     flat = experts.reshape(-1).astype(jnp.int32)
@@ -91,6 +92,7 @@ def make_schedule(
     source = source.at[destination].set(index, unique_indices=True, mode="promise_in_bounds")
 
     if some_nowhere:
+        source = jnp.where(jnp.arange(tiles * tile) < first_tile[-1] * tile, source, -1)
         first_tile, tile_count, tile_end = first_tile[:-1], tile_count[:-1], tile_end[:-1]
     # Tiles past the last used one are given to the last expert; they hold only padding.
     ends = jnp.searchsorted(tile_end, jnp.arange(tiles), side="right", method="compare_all")

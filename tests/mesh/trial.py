@@ -29,6 +29,7 @@ from peers.make_checkpoint import TINY
 from tests.parity import COMPILER_OPTIONS
 
 PLAIN = TINY.replace(num_hidden_layers=2)
+FOUR = PLAIN.replace(num_experts_per_tok=4)  # with expert=2 tokens are gathered, with the two of the others rows travel
 MIXED = TINY.replace(num_hidden_layers=3, mlp_only_layers=(1,), sliding_window=5)
 LORA = LoraConfig(r=2, targets=expand_targets(["attention", "router", "experts"]))
 FEW = LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"]))
@@ -60,7 +61,8 @@ CASES = {
     "all to two experts": Case(lora=LoraConfig(r=2, targets=expand_targets(["v_proj", "experts"])), imposed=(1, 0)),
     "NF4": Case(lora=FEW, nf4=True),
     "FP8": Case(lora=FEW, fp8=True),
-    "NF4, all to two experts": Case(lora=FEW, nf4=True, imposed=(1, 0)),
+    "NF4, all to four experts": Case(FOUR, FEW, nf4=True, imposed=(1, 0, 3, 2)),
+    "all parameters, four experts": Case(FOUR, lora=None, aux=0.0),
 }
 
 
