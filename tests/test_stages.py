@@ -35,10 +35,13 @@ TRACE = {
     "traceEvents": [
         {"ph": "M", "pid": 1, "name": "process_name", "args": {"name": "/device:GPU:0"}},
         {"ph": "M", "pid": 2, "name": "process_name", "args": {"name": "/host:CPU"}},
+        {"ph": "M", "pid": 3, "name": "process_name", "args": {"name": "/device:GPU:1"}},
         event("loop_fusion", 0.0, 2000.0, hlo_op="fusion.1", correlation_id=1),
         event("flash", 2000.0, 3000.0, hlo_op="gemm.2", correlation_id=2),
         event("sort", 4000.0, 4000.0, hlo_op="sort.3", correlation_id=3),
         event("MemcpyD2D", 9000.0, 1000.0, correlation_id=4),
+        event("ncclDevKernel_AllGather", 9500.0, 1500.0, hlo_op="fusion.1", correlation_id=5),
+        {**event("sort", 0.0, 9999.0, hlo_op="sort.3", correlation_id=6), "pid": 3},
         event("a derived line", 0.0, 9999.0, hlo_op="fusion.1"),
         {**event("host", 0.0, 9999.0, hlo_op="fusion.1", correlation_id=1), "pid": 2},
     ]
@@ -52,8 +55,10 @@ def test_a_trace_by_stage():
         ("dot_product_attention", "backward"): 1.5,
         ("permute", "recomputed"): 2.0,
         ("other", "forward"): 0.5,
+        ("exchange", "forward"): 0.75,
     }
-    assert stages.busy(events) == 9.0  # one of the ten milliseconds is idle, one is two kernels at once
+    assert stages.busy(events) == 10.0  # one of the eleven milliseconds is idle, one is two kernels at once
+    assert stages.only_exchanging(events) == 1.0
     assert stages.slowest(events, paths, 1, 1)[0][:3] == ("sort.3", 4.0, 1)
 
 
