@@ -12,7 +12,8 @@ A capture is a stream of n tokens, divided into shards, so that writers and read
     predicted, loss [n]           optional: the most probable next token; -log p(next), nats, NaN without a next token
 
 `Chunk` computes everything else (weights, margins) exactly from these. t is 16 by default and at most E. If the routing
-was imposed, t is E, because the experts that were used need not be among the most probable.
+was imposed, t is E, because the experts that were used need not be among the most probable. If t is 0, the experts come
+from elsewhere (`jaxmoe.routing.imported`): the capture has the arrays of the text and `experts` only.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class CaptureWriter:
                 the tokens.
             source: what was run: framework, model, dtype, versions.
             control: what was imposed on the routing, if anything.
-            keep_logits: how many router logits to keep for each token, the largest ones.
+            keep_logits: how many router logits to keep for each token, the largest ones; 0: only the experts are known.
 
         Raises:
             UserError: `keep_logits` is too small for the margin.
@@ -209,7 +210,9 @@ class CaptureWriter:
         self.model = model
         self.keep_logits = model.num_experts if control else min(max(keep_logits, 1), model.num_experts)
         least = min(model.num_experts_per_tok + 1, model.num_experts)
-        if self.keep_logits < least:
+        if keep_logits == 0 and not control:
+            self.keep_logits = 0
+        elif self.keep_logits < least:
             raise UserError(
                 f"top: expected at least {least} logits per token, which the margin needs, found {keep_logits}"
             )
@@ -308,9 +311,14 @@ def _layout(
 ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """Dtype and shape of every array in a shard of n tokens."""
     layers, expert, real = len(model.layers), expert_dtype(model.num_experts), np.dtype(np.float32)
-    return {
+    always = {
         **{name: (dtype, (n,)) for name, dtype in (_TEXT | (_PREDICTIONS if predictions else {})).items()},
         "experts": (expert, (layers, n, model.num_experts_per_tok)),
+    }
+    if keep_logits == 0:
+        return always
+    return {
+        **always,
         "top_experts": (expert, (layers, n, keep_logits)),
         "top_logits": (real, (layers, n, keep_logits)),
         "log_sum_exp": (real, (layers, n)),
@@ -351,7 +359,7 @@ class Capture:
             shards = tuple(
                 (str(shard["file"]), check_integer("tokens", shard["tokens"], at_least=1)) for shard in raw["shards"]
             )
-            keep_logits = check_integer("top", raw["top"], at_least=1)
+            keep_logits = check_integer("top", raw["top"], at_least=0)
             text = _checked_text(raw["text"])
             known = (
                 _checked_object("source", raw["source"]),
@@ -388,6 +396,14 @@ class Capture:
         with self._file(self.shards[0][0]) as shard:
             return "loss" in shard.keys()  # noqa: SIM118 - a safetensors file, no dictionary
 
+    def check_logits(self) -> None:
+        """Raises UserError for a capture that knows the experts only, not the router's logits."""
+        if not self.keep_logits:
+            raise UserError(
+                f"{self.folder}: expected a capture with router logits, found experts alone; python -m jaxmoe.routing "
+                f"capture --text {self.folder} --replay {self.folder} computes the logits"
+            )
+
     def chunks(self, size: int | None = None, layers: slice = slice(None)) -> Iterator[Chunk]:
         """The whole stream in pieces of `size` tokens (None: one piece per shard), for the MoE layers in `layers`.
 
@@ -423,9 +439,13 @@ class Capture:
         }
         text = Text(**{name: joined.pop(name) for name in Text._fields})
         self._check_text(text)
-        for name in ("experts", "top_experts"):
+        for name in ("experts", "top_experts") if self.keep_logits else ("experts",):
             self._check_range(name, joined[name], 0, self.model.num_experts)
         predictions = {name: joined.pop(name, None) for name in _PREDICTIONS}
+        if not self.keep_logits:
+            shape = joined["experts"].shape[:2]
+            joined |= {"top_experts": joined["experts"][..., :0], "top_logits": np.zeros((*shape, 0), np.float32)}
+            joined |= dict.fromkeys(("log_sum_exp", "entropy"), np.full(shape, np.nan, np.float32))
         return Chunk(self.model, text, **joined, **predictions)
 
     def read_experts(self) -> Integer[np.ndarray, "Ls n k"]:
@@ -471,7 +491,8 @@ class Capture:
             raise UserError(f"{self.folder}: {name}: expected values from {least} to {end - 1}, found {found}")
 
     def probability_sums(self) -> Float32[np.ndarray, "Ls E"]:
-        """Router probabilities summed over all tokens."""
+        """Router probabilities summed over all tokens; UserError for a capture without logits."""
+        self.check_logits()
         total = np.zeros((len(self.model.layers), self.model.num_experts), np.float64)
         for file, tokens in self.shards:
             with self._file(file) as shard:

@@ -88,7 +88,7 @@ MODULES: dict[str, set[str]] = {
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under(
-        "jaxmoe.routing", ". capture compare effects figures generation plots pruning report summary text"
+        "jaxmoe.routing", ". capture compare effects figures generation imported plots pruning report summary text"
     ),
     "doctor": _under("jaxmoe.doctor", ". cards nodes report"),
     "commands": _under(

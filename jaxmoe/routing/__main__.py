@@ -1,4 +1,4 @@
-"""The commands `python -m jaxmoe.routing capture | compare | effects | report | prune`."""
+"""The commands `python -m jaxmoe.routing capture | compare | effects | report | prune | import`."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def build_parser() -> ArgumentParser:
         ("compare", _compare_arguments, "compare two captures of one text, or the domains of one capture"),
         ("effects", _effects_arguments, "measure what removing or forcing each expert does to the loss and the output"),
         ("report", _report_arguments, "write an HTML page of figures about captures, each figure also as PNG and CSV"),
+        ("import", _import_arguments, "make a capture of the experts that vLLM or SGLang returned, for train --replay"),
         ("prune", _prune_arguments, "write a model with the experts that a text needs most, in Hugging Face form"),
     ):
         description = text[0].upper() + text[1:] + "."
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command and runs it."""
     arguments = build_parser().parse_args(argv)
     commands = {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report, "prune": _prune}
+    commands["import"] = _import
     with explained(lambda: "use a smaller --batch-size or --seq-length, or --quantize nf4"):
         commands[arguments.command](arguments)
 
@@ -111,6 +113,20 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--tokenizer", type=pathlib.Path, metavar="DIR", help="model folder; shows tokens as text")
     parser.add_argument("--effects", type=pathlib.Path, metavar="FILE", help="also show this CSV file of `effects`")
+
+
+def _import_arguments(parser: argparse.ArgumentParser) -> None:
+    from jaxmoe.data import chat_flags
+
+    add = parser.add_argument
+    add("responses", type=pathlib.Path, metavar="FILE", help="the server's responses as JSON (docs/routing.md)")
+    add("--model", type=pathlib.Path, required=True, metavar="DIR", help="folder of the model that the server ran")
+    data = "records that training will read, one for each response, in their order; other token ids are refused"
+    add("--data", type=pathlib.Path, action="append", metavar="FILE", help=data)
+    add("--split", metavar="NAME", help="part of a folder of datasets or of a data set of the hub (default: train)")
+    add("--seq-length", type=whole_number, default=1024, metavar="N", help="most tokens per context (default: 1024)")
+    chat_flags.add_arguments(parser, "in conversations of --data")
+    add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
 
 
 def _prune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -289,6 +305,25 @@ def _report(arguments: argparse.Namespace) -> None:
     captures = [Capture.open(folder) for folder in arguments.captures]
     figures = write_report(captures, arguments.out, tokenizer=tokenizer, effects=arguments.effects)
     say(f"{arguments.out}/index.html: {figures} figures, each also as PNG and CSV")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from jaxmoe.config import Qwen3MoeConfig
+    from jaxmoe.data.chat import load_tokenizer
+    from jaxmoe.data.chat_flags import chat_settings
+    from jaxmoe.routing.imported import import_experts
+    from jaxmoe.routing.text import read_text
+
+    config, tokenizer = Qwen3MoeConfig.from_pretrained(arguments.model), load_tokenizer(arguments.model)
+    if not config.sparse_layers:
+        raise UserError(f"{arguments.model}: expected a model with mixture-of-experts layers, found none")
+    text = None
+    if arguments.data is not None:
+        settings = chat_settings(tokenizer, arguments.system, arguments.thinking, arguments.template_arg)
+        size, length = config.vocab_size, arguments.seq_length
+        text = read_text(arguments.data, tokenizer, size, length, settings=settings, split=arguments.split)
+    found = import_experts(arguments.responses, arguments.out, config, tokenizer_digest(tokenizer), text)
+    say(f"{arguments.out}: {found.tokens:,} tokens of {len(found.read_text().contexts())} sequences")
 
 
 def _prune(arguments: argparse.Namespace) -> None:

@@ -128,6 +128,8 @@ def compare(a: Capture, b: Capture, *, widest: int = 20) -> Comparison:
         UserError: captures that cannot be aligned token by token.
     """
     check_comparable(a, b)
+    for one in (a, b):
+        one.check_logits()
     layers, E = len(a.model.layers), a.model.num_experts
     text = a.read_text()
     blocks = metrics.blocks(text.document, text.position)

@@ -72,6 +72,7 @@ def summarise(capture: Capture) -> Summary:
 
     Streams through the capture (twice if it holds predictions); needs about 16 E^2 bytes per layer.
     """
+    capture.check_logits()
     layers, E = len(capture.model.layers), capture.model.num_experts
     if (needed := 16 * layers * E * E) > MAX_BYTES:
         raise UserError(
