@@ -192,6 +192,7 @@ class CaptureWriter:
         source: Mapping[str, Any],
         control: Mapping[str, Any] | None = None,
         keep_logits: int = DEFAULT_KEEP_LOGITS,
+        experts_alone: bool = False,
     ) -> None:
         """Prepares a capture; nothing is written yet.
 
@@ -202,7 +203,8 @@ class CaptureWriter:
                 the tokens.
             source: what was run: framework, model, dtype, versions.
             control: what was imposed on the routing, if anything.
-            keep_logits: how many router logits to keep for each token, the largest ones; 0: only the experts are known.
+            keep_logits: how many router logits to keep for each token, the largest ones.
+            experts_alone: nothing but the experts is known, so no logits are kept.
 
         Raises:
             UserError: `keep_logits` is too small for the margin.
@@ -210,7 +212,7 @@ class CaptureWriter:
         self.model = model
         self.keep_logits = model.num_experts if control else min(max(keep_logits, 1), model.num_experts)
         least = min(model.num_experts_per_tok + 1, model.num_experts)
-        if keep_logits == 0 and not control:
+        if experts_alone:
             self.keep_logits = 0
         elif self.keep_logits < least:
             raise UserError(

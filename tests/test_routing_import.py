@@ -133,7 +133,7 @@ def test_training_replays_them_as_it_replays_an_own_capture(tmp_path):
 
 
 def experts_alone(folder: pathlib.Path, labels: LabelledText, experts: list[np.ndarray]) -> Capture:
-    with CaptureWriter(folder, model_of(CONFIG), labels=labels, source={}, keep_logits=0) as writer:
+    with CaptureWriter(folder, model_of(CONFIG), labels=labels, source={}, experts_alone=True) as writer:
         writer.put(labels.text, {"experts": np.concatenate(experts).swapaxes(0, 1).astype(np.uint8)})
     return Capture.open(folder)
 

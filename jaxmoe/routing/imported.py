@@ -86,7 +86,7 @@ def import_experts(
     length = text.seq_length if text is not None else longest
     labels = LabelledText(parts[0], domains, roles, length, tokenizer)
     source = {"framework": "imported", "file": path.name, "versions": versions()}
-    with CaptureWriter(folder, model_of(config), labels=labels, source=source, keep_logits=0) as writer:
+    with CaptureWriter(folder, model_of(config), labels=labels, source=source, experts_alone=True) as writer:
         for part, (_, response) in zip(parts, found, strict=True):
             experts = response.experts[: len(part.token)].swapaxes(0, 1)
             writer.put(part, {"experts": experts.astype(expert_dtype(config.num_experts))})

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.lora import LORA_TARGETS, LoraConfig, adapts_experts
 
-T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -30,25 +29,27 @@ def with_all_experts(
     return replace(lora, adapted_experts=()), out
 
 
-def without_void_experts(lora: LoraConfig, adapters: Arrays) -> tuple[LoraConfig, dict[str, np.ndarray]]:
+def without_void_experts(lora: LoraConfig, adapters: Mapping[str, Any]) -> tuple[LoraConfig, dict[str, Any]]:
     """The same adapter without places for experts that have none: those whose A and B are zero in all weights.
 
+    Arrays are NumPy's or JAX's; those that change become NumPy's.
     Such experts stay without effect however long the adapter is trained, since their gradients are zero. An adapter in
     which some layer's experts all have one is returned as it is.
     """
     names = [*_names(lora)]
     if lora.adapted_experts or not names:
         return lora, dict(adapters)
-    used = np.any([np.any(adapters[name], axis=(-2, -1)) for name in names], axis=0)  # [Ls, E]
+    host = {name: np.asarray(adapters[name]) for name in names}
+    used = np.any([np.any(array, axis=(-2, -1)) for array in host.values()], axis=0)  # [Ls, E]
     places = int(used.sum(axis=1).max())
     if not 0 < places < used.shape[1]:
         return lora, dict(adapters)
     experts = tuple(tuple(np.flatnonzero(layer).tolist()) for layer in used)
     out = dict(adapters)
-    for name in names:
-        out[name] = np.zeros((len(experts), places, *adapters[name].shape[2:]), adapters[name].dtype)
+    for name, array in host.items():
+        out[name] = np.zeros((len(experts), places, *array.shape[2:]), array.dtype)
         for slot, each in enumerate(experts):
-            out[name][slot, : len(each)] = adapters[name][slot, list(each)]
+            out[name][slot, : len(each)] = array[slot, list(each)]
     return replace(lora, adapted_experts=experts), out
 
 
