@@ -386,15 +386,20 @@ BAD_LINES = {
     "no messages": (b'{"messages": []}', "messages: expected at least one message, found none"),
     "message of another type": (b'{"messages": ["a"]}', "message 1: expected an object, found a string"),
     "unknown role": (b'{"messages": [{"role": "bot", "content": "a"}]}', "message 1: expected a role of .*'bot'"),
-    "unknown message key": (
-        b'{"messages": [{"role": "user", "content": "a", "text": "a"}]}',
+    "a message without a role": (
+        b'{"messages": [{"content": "a", "text": "a"}]}',
         "message 1: expected the keys .*'text'",
     ),
     "no content": (b'{"messages": [{"role": "user"}]}', "message 1: content: expected a string, found nothing"),
-    "content in parts": (
-        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}',
+    "content with a picture": (
+        b'{"messages": [{"role": "user", "content": [{"type": "image", "text": "a"}]}]}',
         "message 1: content: expected a string, found a list",
     ),
+    "an answer that is masked": (
+        b'{"messages": [{"role": "assistant", "content": "a", "train": false}]}',
+        "message 1: train: expected 1 .every answer is learned., found false",
+    ),
+    "messages that are no JSON": (b'{"messages": "[{"}', "messages: expected JSON, found no key in double quotes"),
     "bad tool calls": (
         b'{"messages": [{"role": "assistant", "content": "", "tool_calls": "f"}]}',
         "message 1: expected tool_calls to be a list of objects, found a string",

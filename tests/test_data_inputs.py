@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gzip
 import json
 import pathlib
@@ -22,6 +23,7 @@ from peers.make_checkpoint import write_tokenizer
 
 datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
 zstandard = pytest.importorskip("zstandard", reason="the extra data is not installed")
+pyarrow = pytest.importorskip("pyarrow", reason="the extra data is not installed")
 parquet = pytest.importorskip("pyarrow.parquet", reason="the extra data is not installed")
 
 VOCAB = 320
@@ -48,7 +50,7 @@ RECORDS: list[dict[str, Any]] = [
 
 
 def write_lines(path: pathlib.Path) -> None:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n\n" for record in RECORDS))
+    path.write_text("\ufeff" + "".join(json.dumps(record, ensure_ascii=False) + "\r\n\n" for record in RECORDS))
 
 
 def write_array(path: pathlib.Path) -> None:
@@ -127,11 +129,42 @@ def test_the_form_of_the_file_changes_nothing(name, expected, tokenizer, tmp_pat
         assert [(raw.where, raw.value) for raw in source.read(first)] == whole[first:]
 
 
+def test_columns_of_structs_lists_and_maps(tmp_path):
+    """Turns as tables have them: a list of structs, a struct of lists, a list of maps, and a string of JSON."""
+    strings = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    columns = {
+        "a": pyarrow.array([[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}]]),
+        "b": pyarrow.array([{"from": ["human", "gpt"], "value": ["a", "b"]}]),
+        "c": pyarrow.array([[[*turn.items()] for turn in chat("a", "b")]], pyarrow.list_(strings)),
+        "d": pyarrow.array([json.dumps(chat("a", "b"))], pyarrow.large_string()),
+        "e": pyarrow.array([[turn | {"at": datetime.datetime(2026, 1, 1)} for turn in chat("a", "b")]]),
+    }
+    for name, column in columns.items():
+        parquet.write_table(pyarrow.table({"conversations": column, "id": [1]}), tmp_path / name)
+        (raw,) = opened(tmp_path / name).read(0)
+        assert recognised(raw.value).record == {"messages": chat("a", "b")}, name
+
+
+def test_a_folder_of_several_subsets(tmp_path):
+    lines = ["---", "configs:"]
+    for name in ("en", "de"):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        (tmp_path / "a" / name / "train.jsonl").write_text(json.dumps({"text": name}) + "\n")
+        lines += [f"- config_name: {name}", f"  data_files: {name}/*.jsonl"]
+    (tmp_path / "a" / "README.md").write_text("\n".join([*lines, "---", ""]))
+    with pytest.raises(UserError, match=r"a: expected one subset, found several: de, en; name one, as .*a/de$"):
+        opened(tmp_path / "a")
+    assert [raw.value for raw in opened(tmp_path / "a" / "de").read(0)] == [{"text": "de"}]
+
+
 def test_splits(tokenizer, tmp_path):
     INPUTS["splits"](tmp_path / "a")
     assert len(list(opened(tmp_path / "a", "test").read(0))) == 1
     with pytest.raises(UserError, match=r"a: split: expected one of train, test; found 'dev'"):
         opened(tmp_path / "a", "dev")
+    datasets.DatasetDict({name: table().select([0]) for name in ("train_sft", "test_sft")}).save_to_disk(tmp_path / "c")
+    with pytest.raises(UserError, match=r"c: split: expected one of train_sft, test_sft; found 'train'"):
+        opened(tmp_path / "c")
     INPUTS["saved"](tmp_path / "b")
     with pytest.raises(UserError, match="split: expected none"):
         opened(tmp_path / "b", "test")
@@ -234,6 +267,8 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch):
 
 # Forms of records
 
+CALL = {"name": "f", "arguments": "{}"}
+
 SAME = {
     "speakers": (
         {
@@ -267,6 +302,68 @@ SAME = {
         {"instruction": "i", "output": "o", "system": "s", "history": [["a", "b"]]},
         {"messages": [{"role": "system", "content": "s"}, *chat("a", "b", "i", "o")]},
     ),
+    "OpenAI's logs": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "r"}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "refusal": None,
+                    "function_call": CALL,
+                },
+                {"role": "function", "name": "f", "content": "7"},
+                {"role": "assistant", "content": "a", "reasoning": "t", "train": True},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "q\nr"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"type": "function", "function": CALL}],
+                },
+                {"role": "tool", "name": "f", "content": "7"},
+                {"role": "assistant", "content": "a", "reasoning_content": "t"},
+            ]
+        },
+    ),
+    "messages as a string": ({"messages": json.dumps(chat("a", "b"))}, {"messages": chat("a", "b")}),
+    "a list for each key": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["a", "b"]}},
+        {"messages": chat("a", "b")},
+    ),
+    "roles beside values": (
+        {"conversations": [{"role": "user", "value": "a"}, {"from": "gpt", "content": "b", "markdown": None}]},
+        {"messages": chat("a", "b")},
+    ),
+    "questions with their answers": (
+        {"conversation": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}], "source": "x"},
+        {"messages": chat("a", "b", "c", "d")},
+    ),
+    "calls and responses": (
+        {
+            "conversations": [
+                {"from": "user", "value": "q"},
+                {"from": "tool_call", "value": '[{"name": "f", "arguments": {}}]'},
+                {"from": "tool_response", "value": "7"},
+                {"from": "assistant", "value": "a"},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]},
+                {"role": "tool", "content": "7"},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
+    ),
+    "Dolly": (
+        {"instruction": "i", "context": "", "response": "o", "category": "x"},
+        {"messages": chat("i", "o")},
+    ),
     "several forms": ({"text": "t", "prompt": "p", "messages": chat("a", "b")}, {"messages": chat("a", "b")}),
     "nulls of a table": ({"text": "t", "messages": None, "prompt": None}, {"text": "t"}),
     "a pair beside a text": ({"text": "t", "prompt": "", "completion": "c"}, {"prompt": "", "completion": "c"}),
@@ -280,6 +377,16 @@ def test_forms_of_records(name):
     assert found.record == record
     assert recognised(found.record)[::2] == (record, ())
     assert set(found.ignored) == {key for key in raw if raw[key] is not None} - set(found.form.known)
+
+
+def test_keys_of_messages_that_are_not_used_are_named():
+    """Such as those of WildChat, whose turns have a dozen."""
+    turns: list[Any] = chat("a", "b")
+    turns[0] |= {"country": "x", "toxic": False}
+    turns[1] |= {"n": 0, "header": None}
+    found = recognised({"conversation": turns, "model": "m"})
+    assert found.record == {"messages": chat("a", "b")}
+    assert found.ignored == ("model", "conversation.country", "conversation.toxic", "conversation.n")
 
 
 def test_every_form_is_found_by_its_columns():

@@ -151,7 +151,7 @@ def test_a_page_that_cannot_be_written_is_an_error_at_once(model, capsys):
 
 
 @pytest.mark.parametrize(
-    ("share", "words"), [(0, "0%"), (1, "100%"), (0.9999, "99.9%"), (1e-9, "0.1%"), (0.125, "12.5%")]
+    ("share", "words"), [(0, "0 %"), (1, "100 %"), (0.9999, "99.9 %"), (1e-9, "0.1 %"), (0.125, "12.5 %")]
 )
 def test_shares(share, words):
     assert percent(share) == words

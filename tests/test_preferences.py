@@ -96,6 +96,14 @@ def test_forms_of_one_pair(record: Any, folder: pathlib.Path, tmp_path: pathlib.
             {"prompt": "a", "completion": "b"},
             r'expected the keys "chosen" and "rejected" .*found "prompt", "completion"',
         ),
+        (
+            {"question": "q", "chosen": "b", "rejected": "c"},
+            r'expected the prompt of the pair under "prompt", found "question"',
+        ),
+        (
+            {"instruction": "q", "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
+            r'expected the prompt of the pair under "prompt", found "instruction"',
+        ),
         ({"prompt": "a", "chosen": "b"}, r'expected the keys "chosen" and "rejected" .*found "prompt", "chosen"'),
         ([], "expected a JSON object, found a list"),
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt: expected a string or a list of messages"),

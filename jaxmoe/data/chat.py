@@ -18,7 +18,7 @@ from jaxmoe.json_text import NOT_DOWNLOADED, is_pointer, parse_json, read_json
 from jaxmoe.tokenizer_files import FORMS, NEEDED, check_small_files, has_tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
-_MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
+MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # The end of a generation prompt that opens a thought. Templates of thinking models leave it out of earlier turns.
 _OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")
@@ -197,8 +197,8 @@ def check_messages(messages: Any, tools: Any = None) -> None:
         where = f"message {number}"
         if not isinstance(message, dict):
             raise UserError(f"{where}: expected an object, found {kind_of(message)}")
-        if unknown := sorted(set(message) - _MESSAGE_KEYS):
-            known = ", ".join(sorted(_MESSAGE_KEYS))
+        if unknown := sorted(set(message) - MESSAGE_KEYS):
+            known = ", ".join(sorted(MESSAGE_KEYS))
             raise UserError(f"{where}: expected the keys {known}; found {unknown[0]!r}")
         if message.get("role") not in ROLES:
             raise UserError(f"{where}: expected a role of {', '.join(ROLES)}; found {message.get('role')!r}")

@@ -160,7 +160,15 @@ def folder_input(folder: pathlib.Path, split: str | None) -> Input:
 
 def _builder(datasets: Any, path: str, name: str, *subset: str) -> Any:
     """What `datasets` knows about a data set before it is read."""
-    builder = datasets.load_dataset_builder(path, *subset)
+    try:
+        builder = datasets.load_dataset_builder(path, *subset)
+    except ValueError:
+        if subset or len(names := datasets.get_dataset_config_names(path)) < 2:
+            raise
+        found = ", ".join(names := sorted(names))[:300]
+        raise UserError(
+            f"{name}: expected one subset, found several: {found}; name one, as {name}/{names[0]}"
+        ) from None
     if (kind := _kind(builder)) not in _READERS:
         raise UserError(f"{name}: expected a data set of records ({', '.join(_READERS[:-1])}), found {kind}")
     return builder

@@ -91,8 +91,8 @@ def _share(part: int, whole: int) -> str:
 def percent(share: float) -> str:
     """With one decimal; what is not all and not nothing is not rounded to these."""
     if share in (0, 1):
-        return f"{share:.0%}"
-    return f"{min(max(share, 0.001), 0.999):.1%}"
+        return f"{100 * share:.0f} %"
+    return f"{100 * min(max(share, 0.001), 0.999):.1f} %"
 
 
 def _of(part: int, whole: int) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxmoe.data import forms
-from jaxmoe.data.chat import kind_of, text_field
+from jaxmoe.data.chat import MESSAGE_KEYS, kind_of, text_field
 from jaxmoe.errors import ConfigError, UserError
 from jaxmoe.json_text import parse_json
 
@@ -60,9 +60,11 @@ def recognised(raw: Any, among: Sequence[RecordForm] | None = None) -> Recognise
     form = _first(among, present) or _first(among, set(raw))
     if form is None:
         raise UserError(_unknown(raw) if among is FORMS else _no_pair(raw))
+    if form in PAIRS:
+        _check_prompt(raw)
     ignored = tuple(name for name in raw if name in present and name not in form.known)
     needed = {name: raw[name] for name in form.known if name in present or (name in form.columns and name in raw)}
-    return Recognised(form.read(needed), form, ignored)
+    return Recognised(form.read(needed), form, ignored + _unread_keys(needed))
 
 
 def _first(among: Iterable[RecordForm], columns: set[str]) -> RecordForm | None:
@@ -89,20 +91,59 @@ def _unknown(raw: Columns) -> str:
 def _conversation(record: Columns, column: str) -> Columns:
     """The turns in `column` as messages: with role and content, or in ShareGPT's form with from and value.
 
-    What tables add is undone: nulls in place of missing keys, tools as a string of JSON.
+    What tables add is undone: nulls in place of missing keys, tools or all turns as a string of JSON.
     """
-    turns = record[column]
+    turns = _turns(record[column])
     if not isinstance(turns, list):
         raise UserError(f"{column}: expected a list, found {kind_of(turns)}")
-    messages = _messages(turns)
+    messages = as_messages(turns)
     system = record.get("system")
     if system is not None and text_field(record, "system") and all(_role(each) != "system" for each in messages):
         messages = [{"role": "system", "content": system}, *messages]
     return {"messages": messages} | _tools(record)
 
 
-def _messages(turns: list[Any]) -> list[Any]:
-    return [_without_weight(_present(_turn(turn, n)), f"message {n}: ") for n, turn in enumerate(turns, 1)]
+def as_messages(turns: Sequence[Any]) -> list[Any]:
+    """Turns of any known form as messages with the keys that are read; what is no turn stays for the check of the
+    messages, which names it.
+
+    Raises:
+        UserError: a turn that does not hold what its form needs, or that is not to be learned.
+    """
+    return [message for n, turn in enumerate(turns, 1) for message in _messages(turn, f"message {n}: ")]
+
+
+def _messages(turn: Any, where: str) -> list[Any]:
+    """The messages of one turn: two, where it holds a question and its answer."""
+    if isinstance(turn, dict) and {"input", "output"} <= set(turn) and not {"from", "role"} & set(turn):
+        return [{"role": "user", "content": turn["input"]}, {"role": "assistant", "content": turn["output"]}]
+    message = _turn(turn, where)
+    if not isinstance(message, dict):
+        return [message]
+    message = _learned(_called(_thought(_present(message))), where)
+    kept = {key: value for key, value in message.items() if key in MESSAGE_KEYS or "role" not in message}
+    return [kept | {"content": _joined(kept["content"])} if "content" in kept else kept]
+
+
+def _turns(value: Any) -> Any:
+    """The turns of a conversation, which some tables hold as a string of JSON, or as a list for each key."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        return parse_json(value, "messages")
+    lists = [*value.values()] if isinstance(value, dict) else []
+    if lists and all(isinstance(each, list) for each in lists) and len(set(map(len, lists))) == 1:
+        return [dict(zip(value, each, strict=True)) for each in zip(*lists, strict=True)]
+    return value
+
+
+def _unread_keys(columns: Columns) -> tuple[str, ...]:
+    """What is left out of the messages in these columns, by the names COLUMN.KEY."""
+    found: dict[str, None] = {}
+    for name in filter(columns.__contains__, _OF_TURNS):
+        turns = _turns(columns[name]) if name not in ("chosen", "rejected") else columns[name]
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict):
+                found |= {f"{name}.{key}": None for key in turn if turn[key] is not None and key not in _TURN_KEYS}
+    return tuple(found)
 
 
 def _role(message: Any) -> Any:
@@ -116,17 +157,42 @@ def _present(value: Any) -> Any:
     return {key: each for key, each in value.items() if each is not None or key == "content"}
 
 
-def _without_weight(message: Any, where: str) -> Any:
-    """The message without "weight", its loss weight in some files; an answer that is not to be learned is refused."""
-    if not isinstance(message, dict) or "weight" not in message:
-        return message
-    learned = message.get("role") == "assistant"
-    weight = message["weight"]
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise UserError(f"{where}weight: expected 0 or 1, found {weight!r}")
-    if learned and weight == 0:
-        raise UserError(f"{where}weight: expected 1 (every answer is learned), found 0; leave the record out")
-    return {key: value for key, value in message.items() if key != "weight"}
+def _learned(message: Columns, where: str) -> Columns:
+    """The message, whose loss weight may stand under several names; an answer that is not to be learned is refused."""
+    for name in _WEIGHTS:
+        weight = message.get(name, 1)
+        if not isinstance(weight, bool | int | float) or weight not in (0, 1):
+            raise UserError(f"{where}{name}: expected 0 or 1, found {weight!r}")
+        if message.get("role") == "assistant" and not weight:
+            found = json.dumps(weight)
+            raise UserError(f"{where}{name}: expected 1 (every answer is learned), found {found}; leave the record out")
+    return message
+
+
+def _thought(message: Columns) -> Columns:
+    """The message with its thought, if it has one, under the name that templates know."""
+    for name in _THOUGHTS:
+        if isinstance(message.get(name), str) and "reasoning_content" not in message:
+            return message | {"reasoning_content": message[name]}
+    return message
+
+
+def _called(message: Columns) -> Columns:
+    """The message in OpenAI's present form, where an answer has a list of calls and their results come from a tool."""
+    if message.get("role") == "function":
+        message = message | {"role": "tool"}
+    if isinstance(call := message.get("function_call"), dict) and "tool_calls" not in message:
+        message = {"content": None} | message | {"tool_calls": [{"type": "function", "function": call}]}
+    return message
+
+
+def _joined(content: Any) -> Any:
+    """The text of content in parts, one a line; other content as it is."""
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") for part in content]
+        if all(part.get("type") == "text" for part in content) and all(isinstance(text, str) for text in texts):
+            return "\n".join(str(text) for text in texts)
+    return content
 
 
 def _tools(record: Columns) -> Columns:
@@ -154,26 +220,32 @@ _SPEAKERS = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
 }
+_CALLS = ("function_call", "tool_call")  # of the speakers: the text holds calls
+_WEIGHTS = ("weight", "loss", "train")  # of a message: whether it is learned
+_THOUGHTS = ("reasoning", "thinking")  # of a message: other names of its thought
+_TURN_KEYS = {*MESSAGE_KEYS, *_WEIGHTS, *_THOUGHTS, "from", "value", "function_call", "input", "output"}
+_OF_TURNS = ("messages", "conversations", "conversation", "chosen", "rejected")  # columns
 
 
-def _turn(turn: Any, number: int) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn  # a message, or nothing that is known, which the check of the messages names
-    where = f"message {number}: "
-    speaker = turn["from"]
+def _turn(turn: Any, where: str) -> Any:
+    """A turn of ShareGPT's form as a message. Some files have the one's `role` beside the other's `value`."""
+    if not isinstance(turn, dict) or not ("from" in turn or ("role" in turn and "value" in turn)):
+        return turn
+    name = "from" if "from" in turn else "role"
+    speaker = turn[name]
     role = _SPEAKERS.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
-        raise UserError(f'{where}"from": expected one of {", ".join(_SPEAKERS)}; found {str(speaker)[:50]!r}')
-    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
-    if str(speaker).lower() == "function_call":
-        return {
-            "role": role,
-            "content": "",
-            "tool_calls": _calls(text_field(turn, "value", where=where), where),
-        } | others
-    return {"role": role, "content": turn.get("value")} | others
+        raise UserError(f'{where}"{name}": expected one of {", ".join(_SPEAKERS)}; found {str(speaker)[:50]!r}')
+    others = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+    text = turn["value"] if "value" in turn else turn.get("content")
+    if str(speaker).lower() in _CALLS:
+        calls = _calls(text_field({"value": text}, "value", where=where), where)
+        return {"role": role, "content": "", "tool_calls": calls} | others
+    return {"role": role, "content": text} | others
 
 
 def _calls(text: str, where: str) -> list[Any]:
@@ -201,6 +273,12 @@ def _alpaca(record: Columns) -> Columns:
     return {"messages": messages}
 
 
+def _dolly(record: Columns) -> Columns:
+    """Alpaca's form under other names, those of Dolly."""
+    names = {"response": "output", "context": "input"}
+    return _alpaca({names.get(name, name): value for name, value in record.items()})
+
+
 def _pair(record: Columns) -> Columns:
     """A preference pair with lists of messages in place of turns; strings stay strings. Beside ShareGPT's
     `conversations` the answers are one turn each."""
@@ -210,10 +288,26 @@ def _pair(record: Columns) -> Columns:
         value = columns[name]
         value = [value] if isinstance(value, dict) else value
         try:
-            read[name] = _messages(value) if isinstance(value, list) else value
+            read[name] = as_messages(value) if isinstance(value, list) else value
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     return read | _tools(record)
+
+
+_PROMPTS = ("question", "instruction", "query")  # columns where other tools look for the prompt of a pair
+
+
+def _check_prompt(raw: Columns) -> None:
+    """Raises UserError if a pair's answers have no prompt, but it stands under another name."""
+    if raw.get("prompt") is not None or raw.get("conversations") is not None:
+        return
+    answer = raw["chosen"]
+    first = answer[0] if isinstance(answer, list) and answer else answer
+    for name in _PROMPTS:
+        text = raw.get(name)
+        within = isinstance(answer, str) and isinstance(text, str) and text in answer
+        if text is not None and not within and (isinstance(answer, str) or _role(first) in (None, "assistant")):
+            raise UserError(f'expected the prompt of the pair under "prompt", found {json.dumps(name)}; rename it')
 
 
 def _as_it_is(record: Columns) -> Columns:
@@ -231,6 +325,7 @@ FORMS: tuple[RecordForm, ...] = (
     _chat("ShareGPT's conversation", "conversation"),
     RecordForm("prompt and completion", ("prompt", "completion"), _as_it_is),
     RecordForm("Alpaca's instructions", ("instruction", "output"), _alpaca, ("input", "system", "history")),
+    RecordForm("instruction and response", ("instruction", "response"), _dolly, ("context", "system")),
     RecordForm("text", ("text",), _as_it_is),
 )
 
@@ -240,7 +335,7 @@ PAIRS: tuple[RecordForm, ...] = (
 )
 
 # Columns that some reader of records wants beside those of `FORMS`: captures the domain, preferences the pairs.
-_OTHERS = ("domain", "chosen", "rejected")
+_OTHERS = ("domain", "chosen", "rejected", *_PROMPTS)
 _READ = frozenset(_OTHERS).union(*(form.known for form in FORMS))
 
 

@@ -92,6 +92,8 @@ def _plain(value: Any, kind: Any, where: str) -> Any:
     if isinstance(value, dict):
         kinds = {field.name: field.type for field in kind}
         return {name: _plain(each, kinds[name], where) for name, each in value.items() if each is not None}
+    if isinstance(value, list) and hasattr(kind, "key_type"):  # a map
+        return {name: _plain(each, kind.item_type, where) for name, each in value if each is not None}
     if isinstance(value, list) and hasattr(kind, "value_type"):
         return [_plain(each, kind.value_type, where) for each in value]
     return value

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jaxmoe.data.chat import ChatSettings, check_messages, check_template, kind_of, prompt_tokens, text_field
 from jaxmoe.data.inputs import opened
+from jaxmoe.data.record_forms import as_messages
 from jaxmoe.errors import UserError
 from jaxmoe.generate.prompts import check_context
 from jaxmoe.json_text import without_nan
@@ -83,7 +84,7 @@ def _chat_tokens(raw: dict[str, Any], tokenizer: Any, settings: ChatSettings) ->
     if key == "prompt":
         messages = [{"role": "user", "content": text_field(raw, "prompt")}]
     else:
-        messages = raw["messages"]
+        messages = as_messages(raw["messages"]) if isinstance(raw["messages"], list) else raw["messages"]
     check_messages(messages, tools)
     if messages[-1]["role"] == "assistant":
         raise UserError("messages: expected the last one from the user or a tool, found one from the assistant")

@@ -111,7 +111,9 @@ function ticks(low, high, log) {
   return out;
 }
 function frame(place, xs, ys, options) {
-  const width = Math.max(420, Math.min(place.clientWidth - 4, 1000)), height = 330, left = 62, right = 14, top = 10, bottom = 42;
+  const width = Math.max(420, Math.min(place.clientWidth - 4, 1000)), height = 330, right = 14, top = 10, bottom = 42;
+  // The axis' name stands left of its longest number, of seven pixels a character.
+  const left = Math.max(62, 30 + 7 * Math.max(...ticks(...ys, options.log_y).map(t => number(t).length)));
   const svg = el("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": options.title }, place);
   const fit = ([a, b], log) => log ? [Math.log10(a), Math.log10(b)] : [a, b];
   const [x0, x1] = fit(xs, options.log_x), [y0, y1] = fit(ys, options.log_y);
