@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from benchmarks import limits, random_model, stages
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.distributed.mesh import ONE_DEVICE, SEQUENCE_AXES, MeshShape
-from jaxmoe.memory import Workload, embedding_on_host, training_forecast
+from jaxmoe.memory import Remat, Workload, embedding_on_host, training_forecast
 from jaxmoe.parameters import Quantization, quantizable, stored_specs
 
 LEARNING_RATE = 1e-4
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     targets: str
     batch: int
     length: int
-    remat: str
+    remat: Remat
     accumulation: int = 1
 
     def lora(self, rank: int) -> LoraConfig | None:

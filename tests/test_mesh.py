@@ -10,17 +10,20 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16)
 import numpy as np
 import pytest
 
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.distributed import chunks
+from jaxmoe.distributed.collectives import in_pieces
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.errors import UserError
 from jaxmoe.memory import Workload, training_forecast
 from jaxmoe.mesh_choice import Devices, choose_mesh
 from jaxmoe.model.mesh_flag import Inputs, inference_mesh
+from jaxmoe.ops.dispatch import gathering_sends_less
 from jaxmoe.presets import PRESETS
 from tests.conftest import ROOT
 from tests.mesh import DEVICES
@@ -142,3 +145,18 @@ def test_auto_splits_only_what_can_be_split() -> None:
     assert choose_mesh(work, 12, Devices(10, 10, 2**38))[0].mesh.expert == 2
     choice, why = choose_mesh(work, 1, Devices(8, 8, 2**36))
     assert choice.mesh == MeshShape() and not choice.fits and "7 devices stay idle" in why
+
+
+def test_ranges_of_rows_are_cut_into_pieces() -> None:
+    """What GPUs copy one piece a block: the pieces of a range follow each other, cover it, and are nearly equal."""
+    starts, sizes = np.array([5, 1205, 1208, 70000]), np.array([1200, 3, 0, 512 * 9])
+    pieces = in_pieces(jnp.asarray(starts), jnp.asarray(sizes))
+    found = zip(*(np.asarray(each).reshape(4, -1) for each in pieces), strict=True)
+    for start, size, (at, each) in zip(starts, sizes, found, strict=True):
+        np.testing.assert_array_equal(at, start + np.cumsum(each) - each)
+        assert each.sum() == size and each.max() - each.min() <= 1
+
+
+@pytest.mark.parametrize(("devices", "gathers"), [(2, True), (5, True), (6, False), (8, False)])
+def test_tokens_are_gathered_where_that_sends_less(devices: int, gathers: bool) -> None:
+    assert gathering_sends_less(devices, k=8) == gathers

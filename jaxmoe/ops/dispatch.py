@@ -168,12 +168,12 @@ def make_dispatch(experts: Int[Array, "M k"], num_experts: int, products: Groupe
     layout = products.tile_rows(M * k, here), products.span_rows(M * k, here)
     if devices == 1:
         return Local(make_schedule(experts, num_experts, *layout))
-    if _gathering_sends_less(devices, k):
+    if gathering_sends_less(devices, k):
         return _gathered(experts, here, layout)
     return _exchange(experts, here, layout, devices)
 
 
-def _gathering_sends_less(devices: int, k: int) -> bool:
+def gathering_sends_less(devices: int, k: int) -> bool:
     """Whether a device sends less if each token goes to all devices in 16 bits and the sums come back in 32, 6 (n - 1)
     bytes an element, than if each of its k rows goes there and back in 16, 4 k (n - 1) / n."""
     return 6 * devices < 4 * k
