@@ -30,7 +30,7 @@ PUBLIC = {
     "jaxmoe.routing.generation": ("capture_generation",),
     "jaxmoe.routing.summary": ("summarise",),
     "jaxmoe.routing.text": ("read_text",),
-    "captures": ("Capture", "tokenizer_digest"),
+    "captures": ("Capture", "LabelledText", "tokenizer_digest"),
     "torch_ref": ("FastQwen3Model", "FastQwen3MoeModel"),
 }
 COMMANDS = ("convert", "jaxmoe.doctor", "jaxmoe.generate", "jaxmoe.routing", "jaxmoe.train", "torch_ref.capture")
