@@ -23,7 +23,8 @@ PUBLIC = {
     "jaxmoe.generate": ("Generator", "Sampling"),
     "jaxmoe.train": ("TrainConfig", "train"),
     # what the notebooks use
-    "jaxmoe.routing": ("metrics", "plots"),
+    "jaxmoe.control.interventions": ("Intervention",),
+    "jaxmoe.routing": ("metrics", "plots", "pruning"),
     "jaxmoe.routing.capture": ("capture",),
     "jaxmoe.routing.compare": ("compare", "compare_domains"),
     "jaxmoe.routing.figures": ("Lines", "Series", "show"),
