@@ -99,7 +99,7 @@ def quick_compilation() -> Iterator[None]:
     programs = [
         (capture, "capture_step", "program"),
         (effects, "_run", ("config", "options")),
-        (effects, "_outcome", ()),
+        (effects, "_outcome", ("placement",)),
         (engine, "_prefill", "program"),
         (engine, "_decode", "program"),
     ]

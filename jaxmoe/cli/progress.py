@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 INTERVAL = 5.0  # seconds between two lines of a job
@@ -25,6 +26,18 @@ _state = _State()
 def hide() -> None:
     """From now on nothing is shown: another process of the same run shows it."""
     _state.hidden = True
+
+
+@contextlib.contextmanager
+def shown(by_this_process: bool) -> Iterator[None]:
+    """Unless `by_this_process`, shows no progress from now on, and prints nothing on standard output within the block:
+    another process of the same run does."""
+    if by_this_process:
+        yield
+        return
+    hide()
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 class _Bar:
@@ -58,7 +71,7 @@ def print_line(text: str, *, on_stderr: bool = False) -> None:
         raise OSError(error.errno, error.strerror, "standard error" if on_stderr else "standard output") from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(what: str, *, on_stderr: bool = False) -> Iterator[Show]:
     """Yields a function that reports progress and may be called as often as needed.
 
@@ -86,7 +99,7 @@ def progress(what: str, *, on_stderr: bool = False) -> Iterator[Show]:
     yield show
 
 
-@contextmanager
+@contextlib.contextmanager
 def reading_weights(*, on_stderr: bool = False) -> Iterator[Callable[[int, int], None]]:
     """`progress` as an `on_layer` callback for reading a checkpoint."""
     with progress("reading the weights", on_stderr=on_stderr) as show:

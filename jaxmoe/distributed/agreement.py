@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxmoe import environment
 from jaxmoe.distributed import launch
 from jaxmoe.errors import UserError, shown
 
+_PACKAGES = ("jaxmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 _FOREVER = 10**9  # milliseconds; a process that is dead ends the wait (`jaxmoe.distributed.ending`)
 _calls = itertools.count()
 
@@ -54,6 +56,28 @@ def exchange(message: bytes) -> list[bytes]:
     padded[: len(message)] = np.frombuffer(message, np.uint8)
     everyone = multihost_utils.process_allgather(padded)
     return [each[:size].tobytes() for each, size in zip(everyone, sizes, strict=True)]
+
+
+def software_and_devices() -> dict[str, Any]:
+    """By name, what processes of one run must have in common whatever they do: versions, and devices."""
+    import jax
+
+    versions = environment.versions(("python", *_PACKAGES))
+    facts: dict[str, Any] = {f"the version of {name}": version for name, version in versions.items()}
+    kind = jax.local_devices()[0].device_kind
+    return facts | {"the kind of device": kind, "the number of devices": jax.local_device_count()}
+
+
+def check_same_command(flags: Mapping[str, Any]) -> None:
+    """Compares the flags of a command, and what it runs on, over all processes.
+
+    Raises:
+        UserError: as `check_agreement`.
+    """
+    if launch.this().count > 1:
+        own = ("process_id", "coordinator")  # localhost on one machine, its name on the others
+        named = {f"--{name.replace('_', '-')}": str(value) for name, value in flags.items() if name not in own}
+        check_agreement(named | software_and_devices())
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:

@@ -75,6 +75,14 @@ class MeshShape:
         if self.size > found:
             raise UserError(f"mesh: {self} needs {self.size} devices, found {found}")
 
+    def check_used(self, found: int, processes: int) -> None:
+        """Raises UserError if there are several processes and the mesh leaves out some of the devices found."""
+        if processes > 1 and self.size < found:
+            raise UserError(
+                f"mesh: expected one of all {found} devices of {processes} processes, found {self}; name another mesh, "
+                f"or a batch_size that is a multiple of {found}"
+            )
+
     def check_experts(self, found: int) -> None:
         """Raises UserError unless the devices can share a layer's experts evenly; 0 for a model without experts."""
         if max(found, 1) % self.expert:

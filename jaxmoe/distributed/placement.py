@@ -158,6 +158,13 @@ class Placement:
         over = (tuple(each for each in RULES.get(axis or "", ()) if each in self.mesh.used) for axis in axes)
         return PartitionSpec(*(each or None for each in over))
 
+    def readable(self, results: T) -> T:
+        """Within a compiled function: its results, where several processes share them whole on every device, so that
+        each can read them."""
+        if self.mesh.size == 1 or jax.process_count() == 1:
+            return results
+        return jax.lax.with_sharding_constraint(results, self.everywhere)
+
     def zeros(self, make: Callable[[], T], spec: PartitionSpec) -> T:
         """The arrays of zeros that `make` returns, each split like `spec` from the start."""
         if self.mesh.size == 1:

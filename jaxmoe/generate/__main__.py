@@ -21,10 +21,12 @@ import jax
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli import xla
 from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, finite_number, run, say, whole_number
-from jaxmoe.cli.progress import progress, reading_weights
+from jaxmoe.cli.progress import progress, reading_weights, shown
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
 from jaxmoe.data.chat import AS_WRITTEN, ChatSettings, load_tokenizer, turn_end
+from jaxmoe.distributed import ending, launch
+from jaxmoe.distributed.agreement import check_same_command
 from jaxmoe.distributed.mesh import AUTO, named
 from jaxmoe.errors import UserError, counted, printable
 from jaxmoe.generate import prompts
@@ -71,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same prompts")
     add_memory_limit(parser)
     interventions.add_arguments(parser)
+    launch.add_arguments(parser)
     return parser
 
 
@@ -78,7 +81,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints each prompt's continuation, answers a file, or chats; 0 when done, 128 + the signal's number when a signal
     ended the work on a file early."""
     args = build_parser().parse_args(argv)
+    process = launch.start(args)
+    if process.count > 1 and (args.prompts or args.interactive):
+        given = "--prompts" if args.prompts else "--interactive"
+        raise UserError(f"num-processes: several processes generate for --prompt only, found {given}")
     xla.configure(args.memory_limit)
+    with ending.together(), shown(process.is_first):
+        check_same_command(vars(args))
+        return _generate(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    """What `main` does, together with the other processes if there are any."""
     config = Qwen3MoeConfig.from_pretrained(args.model)  # before anything else in the folder is read
     tokenizer = load_tokenizer(args.model)
     defaults = generation_defaults(args.model, use_file=not args.no_generation_config)
@@ -123,7 +137,7 @@ def _load(task: _Task, sequences: int, longest: int) -> Generator:
         model = Qwen3MoeForCausalLM.from_pretrained(
             args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize, mesh
         )
-    for line in [*about_mesh, *task.notices]:
+    for line in [*about_mesh, *task.notices] if launch.this().is_first else ():
         print(line, file=sys.stderr)
     return Generator(model)
 

@@ -12,6 +12,7 @@ import numpy as np
 from captures import ROLES, Capture, CaptureWriter, LabelledText, Model, Text
 from jaxmoe.control.provenance import imposed_routing, model_of, versions
 from jaxmoe.control.replay import experts_by_position
+from jaxmoe.distributed import launch
 from jaxmoe.generate.engine import Generator, RoutingLog
 from jaxmoe.generate.sampling import GREEDY, Sampling
 from jaxmoe.ops.router import CapturedRouting, RoutingControl
@@ -31,7 +32,8 @@ def capture_generation(
     description: Mapping[str, Any] | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Generates as `Generator.generate` does and writes the routing of every token that the model reads.
+    """Generates as `Generator.generate` does and writes the routing of every token that the model reads; of several
+    processes the first writes.
 
     The last token of a sequence is generated but never read. It has no routing; the capture only stores it as the next
     token of the one before it. A captured sequence is therefore what training on prompt and answer reads, so `--replay`
@@ -63,7 +65,7 @@ def capture_generation(
         control = (control or RoutingControl())._replace(experts=experts)
     log = None if folder is None else RoutingLog(keep_logits=model.num_experts)
     outputs = generator.generate(prompts, max_new_tokens, sampling, stop_tokens, control=control, routing=log)
-    if folder is None or log is None:
+    if folder is None or log is None or not launch.this().is_first:
         return outputs
     about = {"framework": "jaxmoe", "dtype": str(generator.params["embed_tokens"].dtype), "task": "generation"}
     about |= {**(source or {}), "versions": versions()}

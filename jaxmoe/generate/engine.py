@@ -160,7 +160,9 @@ def _prefill(weights, ids, lengths, cache, choice: Choice, control, *, program: 
         (program.held(weights), split, split, stacks, EVERYWHERE, program.imposed(control)),
         (split, stacks, split, stacks),
     )
-    return run(weights, ids, lengths, cache, choice, control)
+    token, cache, history, routing = run(weights, ids, lengths, cache, choice, control)
+    token, routing = program.placement.readable((token, routing))
+    return token, cache, history, routing
 
 
 def _prefill_share(weights, ids, lengths, cache, choice: Choice, control, *, program: Program):
@@ -222,7 +224,8 @@ def _decode(
         (program.held(weights), lie, EVERYWHERE, EVERYWHERE, program.imposed(control), EVERYWHERE),
         (lie, Generated._make([stacks, EVERYWHERE, routing])),
     )
-    return run(weights, state, choice, stop, control, most)
+    state, generated = run(weights, state, choice, stop, control, most)
+    return state, program.placement.readable(generated)
 
 
 def _decode_share(
@@ -293,10 +296,14 @@ class _Receiver:
 
 
 class _Pace:
-    """How many tokens the device is asked for at once: what it generates in `_SECONDS`, so that text keeps flowing."""
+    """How many tokens the device is asked for at once: what it generates in `_SECONDS`, so that text keeps flowing.
+
+    Several processes must all ask for equally many, and their clocks differ: they ask for as many as there can be.
+    """
 
     def __init__(self) -> None:
-        self._most = 1  # the first call may compile
+        self._fixed = jax.process_count() > 1
+        self._most = _MOST_TOKENS if self._fixed else 1  # the first call may compile
 
     def tokens(self, left: int) -> int:
         """The number to ask for, of `left` tokens."""
@@ -304,6 +311,8 @@ class _Pace:
 
     def took(self, seconds: float, tokens: int) -> None:
         """The last call took so long for so many tokens."""
+        if self._fixed:
+            return
         fitting = int(_SECONDS * tokens / max(seconds, 1e-6))
         self._most = max(1, min(fitting, 4 * self._most, _MOST_TOKENS))
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed import launch
 from jaxmoe.distributed.mesh import AUTO, ONE_DEVICE, MeshShape, named
 from jaxmoe.distributed.placement import devices_per_node
 from jaxmoe.memory import HOST_ROOM, ROOM, Workload, device_bytes, generation_forecast
@@ -42,7 +43,7 @@ def inference_mesh(
     inputs: Inputs,
     devices: Devices | None = None,
 ) -> tuple[MeshShape, list[str]]:
-    """(the mesh that the flag names, one device without it, what to say about it).
+    """(the mesh that the flag names, without it one device, of several processes all; what to say about it).
 
     `auto` asks the forecast of generation, for which `opened` opens the checkpoint. `devices` are by default those that
     JAX finds.
@@ -50,18 +51,22 @@ def inference_mesh(
     Raises:
         UserError: no mesh, or one that the devices or the model do not allow.
     """
-    if text is None:
+    processes = launch.this().count
+    if text is None and processes == 1:
         return ONE_DEVICE, []
     devices = devices or usable_devices()
-    if text != AUTO:
-        return named(text, devices.count, config), []
+    if text not in (None, AUTO):
+        mesh = named(text, devices.count, config)
+        mesh.check_used(devices.count, processes)
+        return mesh, []
     config, checkpoint = opened()
     dtype = str(checkpoint.dtypes["embed_tokens"])
     form = checkpoint.quantization
     quantized: Any = {"quantize": form and form.form, "quantization": form}
     work = Workload(config, None, 1, inputs.length, dtype, **quantized, **selected_implementations(config, dtype))
     choice, why = choose_mesh(work, inputs.sequences, devices, forecast=generation_forecast)
-    if not choice.fits and inputs.more:
+    if inputs.more and (not choice.fits or processes > 1):
         sequences = -(-inputs.sequences // devices.count) * devices.count
         choice, why = choose_mesh(work, sequences, devices, forecast=generation_forecast)
+    choice.mesh.check_used(devices.count, processes)
     return choice.mesh, [why]

@@ -8,12 +8,13 @@ if __name__ == "__main__":
     stopping.watch()  # before the other imports, which take seconds
 
 import argparse
+import contextlib
 import csv
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,10 +78,19 @@ def _model_arguments(parser: argparse.ArgumentParser, adapter: bool = True) -> N
     chat_flags.add_arguments(parser, "in conversations of --data")
 
 
+def _mesh_arguments(parser: argparse.ArgumentParser) -> None:
+    from jaxmoe.distributed import launch
+
+    text = "GPUs that share model and text: auto, or axes such as expert=8 (default: one)"
+    parser.add_argument("--mesh", metavar="MESH", help=text)
+    launch.add_arguments(parser)
+
+
 def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     from jaxmoe.control.interventions import add_arguments
 
     _model_arguments(parser)
+    _mesh_arguments(parser)
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
     kept = f"router logits kept per token, the largest ones (default: {DEFAULT_KEEP_LOGITS})"
@@ -88,7 +98,6 @@ def _capture_arguments(parser: argparse.ArgumentParser) -> None:
     add("--full-logits", action="store_true", help="keep the router logits of all experts")
     add("--no-predictions", action="store_true", help="leave out each token's loss and its predicted next token")
     add("--replay", type=pathlib.Path, metavar="DIR", help="use the experts in this capture of the same text")
-    add("--mesh", metavar="MESH", help="GPUs that share model and text: auto, or axes such as expert=8 (default: one)")
     add_arguments(parser)
 
 
@@ -100,6 +109,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _effects_arguments(parser: argparse.ArgumentParser) -> None:
     _model_arguments(parser)
+    _mesh_arguments(parser)
     action = "remove each expert or force it on every token (default: ablate)"
     parser.add_argument("--action", choices=("ablate", "force"), default="ablate", help=action)
     parser.add_argument("--layers", metavar="N,...", help="indices of layers (default: all with experts)")
@@ -150,6 +160,7 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
     from jaxmoe.config import Qwen3MoeConfig
     from jaxmoe.data.chat import AS_WRITTEN, load_tokenizer
     from jaxmoe.data.chat_flags import chat_settings, notices
+    from jaxmoe.distributed import launch
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
     from jaxmoe.model.mesh_flag import Inputs, inference_mesh
     from jaxmoe.model.opening import open_checkpoint
@@ -188,7 +199,7 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
             settings,
             split=arguments.split,
         )
-    for line in [*about_mesh, *notices(settings, tokenizer)]:
+    for line in [*about_mesh, *notices(settings, tokenizer)] if launch.this().is_first else ():
         print(line, file=sys.stderr)
     with reading_weights() as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
@@ -205,8 +216,21 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
     return model, labels
 
 
+@contextlib.contextmanager
+def _together(arguments: argparse.Namespace) -> Iterator[bool]:
+    """Joins the other processes of the command, if there are any; yields whether this one writes and prints."""
+    from jaxmoe.cli import progress
+    from jaxmoe.distributed import ending, launch
+    from jaxmoe.distributed.agreement import check_same_command
+
+    process = launch.start(arguments)
+    with ending.together(), progress.shown(process.is_first):
+        check_same_command(vars(arguments))
+        yield process.is_first
+
+
 def _capture(arguments: argparse.Namespace) -> None:
-    with claimed(arguments.out):
+    with _together(arguments) as is_first, claimed(arguments.out) if is_first else contextlib.nullcontext():
         _capture_claimed(arguments)
 
 
@@ -275,9 +299,14 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _effects(arguments: argparse.Namespace) -> None:
+    with _together(arguments) as is_first:
+        _measure_effects(arguments, is_first)
+
+
+def _measure_effects(arguments: argparse.Namespace, is_first: bool) -> None:
     from jaxmoe.routing.effects import effects, write_effects
 
-    model, labels = _loaded(arguments)
+    model, labels = _loaded(arguments, arguments.mesh)
     layers = _numbers("layers", arguments.layers, model.config.sparse_layers)
     experts = _numbers("experts", arguments.experts, range(model.config.num_experts))
     found = effects(
@@ -289,7 +318,7 @@ def _effects(arguments: argparse.Namespace) -> None:
     )
     worst = sorted(found, key=lambda effect: -effect.change)
     _print_table(list(worst[0]._fields), [list(effect) for effect in worst[:20]])
-    if arguments.out is not None:
+    if arguments.out is not None and is_first:
         write_effects(found, arguments.out)
         say(f"{arguments.out}: {len(found)} experts")
 

@@ -6,6 +6,7 @@ unless all router logits are asked for.
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from captures.format import DEFAULT_KEEP_LOGITS
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.control.provenance import imposed_routing, model_of, versions
 from jaxmoe.control.replay import check_experts
+from jaxmoe.distributed import launch
+from jaxmoe.distributed.agreement import wait_for_all
 from jaxmoe.distributed.collectives import sum_over_devices
 from jaxmoe.distributed.mesh import ONE_DEVICE, SEQUENCE_AXES, MeshShape
 from jaxmoe.distributed.placement import Placement
@@ -148,7 +151,7 @@ def capture_step(
     routing, probability_sums, predictions = run(params, adapters, tokens, control)
     flat = {name: a.reshape(a.shape[0], -1, *a.shape[3:]) for name, a in routing._asdict().items()}
     flat |= {name: a.reshape(-1) for name, a in predictions.items()}
-    return flat | {"probability_sums": probability_sums}
+    return placement.readable(flat | {"probability_sums": probability_sums})
 
 
 def _capture_share(
@@ -189,7 +192,7 @@ def capture(
     source: Mapping[str, Any] | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
 ) -> Capture:
-    """Runs `model` once over the text and writes the capture `folder`.
+    """Runs `model` once over the text and writes the capture `folder`; of several processes the first writes it.
 
     Args:
         model: any Qwen3-MoE, with adapter or quantised.
@@ -221,20 +224,24 @@ def capture(
     about |= {"quantization": model.quantization and model.quantization.form, **(source or {}), "versions": versions()}
     imposed = imposed_routing(control, replay, description)
     params, adapters = model.params, model.adapters
-    with CaptureWriter(
+    is_first = launch.this().is_first
+    writer = CaptureWriter(
         folder, model_of(config), labels=labels, source=about, control=imposed, keep_logits=keep_logits
-    ) as writer:
+    )
+    with writer if is_first else contextlib.nullcontext():
         program = CaptureProgram(config, model.lora_config, writer.keep_logits, predictions, mesh)
         for batch in pack_in_order(labels, batch_size, mesh.product(SEQUENCE_AXES)):
             step_control = control
             if replay is not None:
                 step_control = (control or RoutingControl())._replace(experts=_replayed_experts(replay, batch))
             arrays = capture_step(params, adapters, batch[:4], step_control, program=program)
-            for array in arrays.values():
-                array.copy_to_host_async()
-            part = Text(*(a[batch.part] for a in labels.text))
-            writer.put(part, arrays, None if batch.valid.all() else batch.valid)
+            if is_first:
+                for array in arrays.values():
+                    array.copy_to_host_async()
+                part = Text(*(a[batch.part] for a in labels.text))
+                writer.put(part, arrays, None if batch.valid.all() else batch.valid)
             on_batch(batch.part.stop)
+    wait_for_all()
     return Capture.open(folder)
 
 

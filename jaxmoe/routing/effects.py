@@ -14,14 +14,18 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from captures import LabelledText
 from jaxmoe.control.interventions import Intervention
+from jaxmoe.distributed.collectives import sum_over_devices
+from jaxmoe.distributed.mesh import SEQUENCE_AXES
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward, head_weight
-from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.model.interface import Options, Tokens, control_specs
 from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.router import RoutingControl
 from jaxmoe.routing import metrics
@@ -58,7 +62,7 @@ class Effect(NamedTuple):
 
 
 class _Reference(NamedTuple):
-    """One batch with the unchanged model's outcome: labels [M] (-1: none) and hidden states [M, D]."""
+    """One batch with the unchanged model's outcome: labels [B, T] (-1: none) and hidden states [B, T, D]."""
 
     batch: PackedBatch
     labels: np.ndarray
@@ -79,16 +83,48 @@ class _Outcome(NamedTuple):
 
 @partial(jax.jit, static_argnames=("config", "options"))
 def _run(params, adapters, tokens: Tokens, control, *, config, options: Options):
-    """(hidden states [M, D], tokens per expert [Ls, E]) of one batch."""
-    out = forward(params, adapters, tokens, config=config, options=options, control=control)
-    return out.hidden.reshape(-1, out.hidden.shape[-1]), out.stats.counts
+    """(hidden states [B, T, D], tokens per expert [Ls, E]) of one batch; the devices of the mesh share its tokens."""
+
+    def of_share(params, adapters, tokens, control):
+        out = forward(params, adapters, tokens, config=config, options=options, control=control)
+        return out.hidden, sum_over_devices(out.stats.counts, options.mesh)
+
+    placement = Placement(options.mesh, config, options.lora)
+    of_tokens = placement.spec("batch", "sequence")
+    run = placement.run_in_order(
+        of_share,
+        (placement.specs(params), placement.specs(adapters), of_tokens, control_specs(control, placement)),
+        (of_tokens, PartitionSpec()),
+    )
+    hidden, counts = run(params, adapters, tokens, control)
+    return hidden, placement.readable(counts)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="placement")
 def _outcome(
+    hidden: Float[Array, "B T D"],
+    reference: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    labels: Int[Array, "B T"],
+    *,
+    placement: Placement,
+) -> _Outcome:
+    """The outcome of the hidden states of a changed model, against the unchanged model's `reference`, per token."""
+
+    def of_share(hidden, reference, head, labels):
+        flat = lambda array: array.reshape(-1, *array.shape[2:])
+        outcome = _outcome_of_tokens(flat(hidden), flat(reference), head, flat(labels))
+        return _Outcome(*(array.reshape(labels.shape) for array in outcome))
+
+    of_tokens = placement.spec("batch", "sequence")
+    run = placement.run(of_share, (of_tokens, of_tokens, PartitionSpec(), of_tokens), of_tokens)
+    return placement.readable(_Outcome(*(a.reshape(-1) for a in run(hidden, reference, head, labels))))
+
+
+def _outcome_of_tokens(
     hidden: Float[Array, "M D"], reference: Float[Array, "M D"], head: Float[Array, "V D"], labels: Int[Array, " M"]
 ) -> _Outcome:
-    """The outcome of the hidden states of a changed model, against the unchanged model's `reference`."""
+    """As `_outcome`, for the tokens of one device."""
 
     def of_chunk(part: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         changed, unchanged, wanted = part
@@ -134,13 +170,17 @@ def effects(
         One `Effect` per pair, in the order of the pairs.
 
     Raises:
-        UserError: a pair that the model does not have.
+        UserError: a pair that the model does not have; a batch or a length that the devices of the model's mesh cannot
+            share evenly.
     """
-    config = model.config
+    config, mesh = model.config, model.mesh
+    mesh.check_batch(batch_size)
+    mesh.check_length(labels.seq_length)
     if experts is None:
         experts = [(layer, expert) for layer in config.sparse_layers for expert in range(config.num_experts)]
     head = head_weight(weights_of(model.params, model.adapters, model.lora_config))
-    run = partial(_run, model.params, model.adapters, config=config, options=Options(lora=model.lora_config))
+    run = partial(_run, model.params, model.adapters, config=config, options=Options(lora=model.lora_config, mesh=mesh))
+    outcome = partial(_outcome, head=head, placement=Placement(mesh, config, model.lora_config))
 
     def joined(outcomes: list[_Outcome]) -> _Outcome:
         return _Outcome(*map(np.concatenate, zip(*outcomes, strict=True)))
@@ -149,11 +189,11 @@ def effects(
     outcomes: list[_Outcome] = []
     load = np.zeros((len(config.sparse_layers), config.num_experts), np.int64)
     nothing = RoutingControl(selection=jnp.zeros(load.shape, jnp.int32))
-    for batch in pack_in_order(labels, batch_size):
-        wanted = np.where(batch.valid, batch.next.reshape(-1), -1).astype(np.int32)
+    for batch in pack_in_order(labels, batch_size, mesh.product(SEQUENCE_AXES)):
+        wanted = np.where(batch.valid.reshape(batch.next.shape), batch.next, -1).astype(np.int32)
         hidden, counts = run(Tokens(*batch[:3]), nothing)
         references.append(_Reference(batch, wanted, hidden))
-        outcomes.append(_outcome(hidden, hidden, head, wanted).of_tokens(batch))
+        outcomes.append(outcome(hidden, hidden, labels=wanted).of_tokens(batch))
         load += np.asarray(counts)
     before = joined(outcomes).loss
     blocks = metrics.blocks(labels.text.document, labels.text.position)
@@ -165,7 +205,7 @@ def effects(
         assert control is not None
         after = joined(
             [
-                _outcome(run(Tokens(*r.batch[:3]), control)[0], r.hidden, head, r.labels).of_tokens(r.batch)
+                outcome(run(Tokens(*r.batch[:3]), control)[0], r.hidden, labels=r.labels).of_tokens(r.batch)
                 for r in references
             ]
         )

@@ -295,18 +295,8 @@ def _named_mesh(settings: TrainConfig, config: Qwen3MoeConfig) -> tuple[MeshShap
     if settings.mesh in (None, AUTO):
         return None, []
     mesh = named(settings.mesh, found, config)
-    _check_used(mesh)
+    mesh.check_used(found, processes)
     return mesh, []
-
-
-def _check_used(mesh: MeshShape) -> None:
-    """Raises UserError if there are several processes and the mesh leaves out devices of some."""
-    found, processes = jax.device_count(), launch.this().count
-    if processes > 1 and mesh.size < found:
-        raise UserError(
-            f"mesh: expected one of all {found} devices of {processes} processes, found {mesh}; name another mesh, or "
-            f"a batch_size that is a multiple of {found}"
-        )
 
 
 def _automatic_mesh(
@@ -317,7 +307,7 @@ def _automatic_mesh(
     if settings.remat == "auto" and previous is not None and previous.get("remat") in ON_A_MESH:
         policies = (previous["remat"],)
     choice, why = choose_mesh(workload, settings.batch_size, usable_devices(), policies)
-    _check_used(choice.mesh)
+    choice.mesh.check_used(jax.device_count(), launch.this().count)
     return choice.mesh, why
 
 

@@ -9,17 +9,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
-from jaxmoe import environment
 from jaxmoe.distributed import launch
-from jaxmoe.distributed.agreement import exchange_values
+from jaxmoe.distributed.agreement import exchange_values, software_and_devices
 from jaxmoe.errors import UserError
 from jaxmoe.store.files import remove_leftovers, unfinished_folder
 from jaxmoe.store.lock import output_lock
 from jaxmoe.train.settings import TrainConfig
-
-_PACKAGES = ("jaxmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
 
 def settings_of_processes(settings: TrainConfig) -> dict[str, Any]:
@@ -28,11 +23,7 @@ def settings_of_processes(settings: TrainConfig) -> dict[str, Any]:
         return {}
     flags = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(settings).items()}
     facts = {name: str(value) if isinstance(value, pathlib.Path) else value for name, value in flags.items()}
-    device = jax.local_devices()[0]
-    facts |= {
-        f"the version of {name}": version for name, version in environment.versions(("python", *_PACKAGES)).items()
-    }
-    return facts | {"the kind of device": device.device_kind, "the number of devices": jax.local_device_count()}
+    return facts | software_and_devices()
 
 
 @contextlib.contextmanager

@@ -81,6 +81,23 @@ def generated(
 
 
 @pytest.mark.wide
+@pytest.mark.parametrize("mesh", [trial.ALL_AXES, "context=4", "fsdp=2,expert=4"])
+def test_effects_of_experts_are_the_same(mesh: str, base: pathlib.Path) -> None:
+    def measured(name: str, *further: str) -> np.ndarray:
+        command = ["effects", "--model", str(base / "model"), "--data", str(base / "text.txt"), "--batch-size", "8"]
+        command += ["--seq-length", str(LENGTH), "--layers", "2", "--experts", "1,6", "--out", str(base / name)]
+        routing([*command, *further])
+        return np.genfromtxt(base / name, delimiter=",", names=True)
+
+    several, one = measured(f"effects-{mesh}.csv", "--mesh", mesh), measured("effects.csv")
+    for name in ("layer", "expert", "load", "same_prediction"):
+        np.testing.assert_array_equal(several[name], one[name])
+    limit = bound("mesh_fp32")
+    for name in ("loss", "change", "low", "high", "kl"):  # changes are differences of losses
+        np.testing.assert_allclose(several[name], one[name], rtol=limit, atol=limit, err_msg=name)
+
+
+@pytest.mark.wide
 def test_imposed_experts_are_those_of_each_token(base: pathlib.Path) -> None:
     replay = "--replay", str(base / "captured")
     one = capture(base, "replayed", *replay)
