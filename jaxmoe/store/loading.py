@@ -10,8 +10,10 @@ Where several processes share a model, each reads of a layer what its devices ho
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
@@ -35,7 +37,24 @@ READERS = 4
 _GPU_READERS = 2
 # Of several processes: on a CPU what they read ahead lies beside their shares, in memory that they may have to divide.
 _SHARED_READERS = 2
+_MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD: an allocation above it is a mapping of its own
 OnLayer = Callable[[int, int], None]  # layers on the device, layers in all
+
+
+@contextlib.contextmanager
+def _freed_at_once() -> Iterator[None]:
+    """Where several processes load a model, glibc gives the memory of a large array back to the system when it is
+    freed. By default threads that allocate and free layers keep so much that a process may need half of its share more.
+    """
+    choose = getattr(ctypes.CDLL(None), "mallopt", None) if Processes.running().count > 1 else None
+    if choose is None:  # a process alone, or another C library
+        yield
+        return
+    choose(_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        choose(_MMAP_THRESHOLD, 2**25)  # the largest that glibc would choose by itself
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -59,6 +78,7 @@ def stack_shapes(config: Qwen3MoeConfig, source: Checkpoint) -> dict[str, jax.Sh
     }
 
 
+@_freed_at_once()
 def load_stacks(
     config: Qwen3MoeConfig,
     source: Checkpoint,
