@@ -8,10 +8,12 @@ import gzip
 import json
 import pathlib
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from huggingface_hub import errors
 
 from jaxmoe.data import compressed, datasets_library, json_records
 from jaxmoe.data.chat import load_tokenizer
@@ -239,6 +241,16 @@ def test_a_hub_that_does_not_answer(kept, streaming, tmp_path, monkeypatch):
             opened("owner/name", streaming=streaming)
     assert asked == ["owner/name"]
     assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_data_set_that_the_hub_does_not_have(monkeypatch):
+    def unknown(*_: Any, **__: Any) -> None:
+        answer: Any = types.SimpleNamespace(headers={}, request=None)
+        raise errors.RepositoryNotFoundError("404", response=answer)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unknown)
+    with pytest.raises(UserError, match=r"^owner/name: no file or folder of this name, and the hub has no such data"):
+        opened("owner/name")
 
 
 def test_what_is_no_data_set_of_records(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def hub_input(name: str, split: str | None, streaming: bool) -> Input:
     datasets = _datasets(name)
     problem = _hub_problem(f"{owner}/{short}")
     if problem is not None and (streaming or not _is_kept(datasets, f"{owner}/{short}")):
-        raise UserError(f"{name}: no file or folder of this name, and the hub does not answer: {problem}")
+        raise UserError(f"{name}: no file or folder of this name, and {problem}")
     with naming(name):
         with _without_network(datasets, problem is not None):
             builder = _builder(datasets, f"{owner}/{short}", name, *subset)
@@ -108,17 +108,21 @@ def hub_input(name: str, split: str | None, streaming: bool) -> Input:
 
 
 def _hub_problem(repository: str) -> str | None:
-    """Why the hub does not answer; None if it does, whatever it says.
+    """Why the hub does not give the data set; None if it does, or says something else about it.
 
     It is asked once. `datasets` would ask again and again, for half a minute.
     """
     hub = library("huggingface_hub", repository)
     try:
         hub.HfApi().dataset_info(repository, timeout=_PATIENCE)
+    except hub.errors.GatedRepoError:
+        return None
+    except hub.errors.RepositoryNotFoundError:
+        return "the hub has no such data set, or does not show it to you (hf auth login)"
     except (hub.errors.HfHubHTTPError, hub.errors.HFValidationError):
         return None  # `datasets` gets the same answer, and says what it means
     except Exception as error:  # that of an HTTP library, which depends on the version
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return f"the hub does not answer: {' '.join(str(error).split())[:200] or type(error).__name__}"
     return None
 
 
