@@ -245,7 +245,8 @@ def test_a_hub_that_does_not_answer(kept, streaming, tmp_path, monkeypatch):
 
 def test_a_data_set_that_the_hub_does_not_have(monkeypatch):
     def unknown(*_: Any, **__: Any) -> None:
-        raise errors.RepositoryNotFoundError("404", response=types.SimpleNamespace(headers={}, request=None))
+        answer: Any = types.SimpleNamespace(headers={}, request=None)
+        raise errors.RepositoryNotFoundError("404", response=answer)
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unknown)
     with pytest.raises(UserError, match=r"^owner/name: no file or folder of this name, and the hub has no such data"):
