@@ -80,11 +80,11 @@ MODULES: dict[str, set[str]] = {
         ". answer_file batches capture chat conversation engine processors prompt_file prompts sampling settings speed"
         " stream",
     ),
-    "runs": _under("jaxmoe.runs", ". card history plots record report"),
+    "runs": _under("jaxmoe.runs", ". card history paired plots record report"),
     "train": _under(
         "jaxmoe.train",
-        ". best data documents export host_memory identity log_probs loop loss metrics optimizers preferences prepare"
-        " processes publish reference router_losses run_page samples settings speed step trackers watch",
+        ". best data documents export host_memory identity log_probs loop loss metrics optimizers paired preferences"
+        " prepare processes publish reference router_losses run_page samples settings speed step trackers watch",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under(

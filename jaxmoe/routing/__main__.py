@@ -1,4 +1,4 @@
-"""The commands `python -m jaxmoe.routing capture | compare | effects | report | prune | import`."""
+"""The commands `python -m jaxmoe.routing ab | capture | compare | effects | report | prune | import`."""
 
 from __future__ import annotations
 
@@ -36,19 +36,22 @@ def build_parser() -> ArgumentParser:
         ("report", _report_arguments, "write an HTML page of figures about captures, each figure also as PNG and CSV"),
         ("import", _import_arguments, "make a capture of the experts that vLLM or SGLang returned, for train --replay"),
         ("prune", _prune_arguments, "write a model with the experts that a text needs most, in Hugging Face form"),
+        ("ab", _ab_arguments, "train with two settings, once for each of several seeds, and compare the runs"),
     ):
         description = text[0].upper() + text[1:] + "."
         add(commands.add_parser(name, help=text, description=description, prog=f"{program_name()} {name}"))
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Reads the command and runs it."""
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Reads the command and runs it: None when done, 128 + the signal's number when a signal ended it early."""
     arguments = build_parser().parse_args(argv)
+    if arguments.command == "ab":  # its runs say for themselves what would fit into the memory
+        return _ab(arguments)
     commands = {"capture": _capture, "compare": _compare, "effects": _effects, "report": _report, "prune": _prune}
     commands["import"] = _import
     with explained(lambda: "use a smaller --batch-size or --seq-length, or --quantize nf4"):
-        commands[arguments.command](arguments)
+        return commands[arguments.command](arguments)
 
 
 def _model_arguments(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
@@ -142,6 +145,16 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default="reap", help=method)
     add("--out", type=pathlib.Path, required=True, metavar="DIR", help="folder to write, new or empty")
     add("--table", type=pathlib.Path, metavar="FILE", help="also write each expert's saliency to this CSV file")
+
+
+def _ab_arguments(parser: argparse.ArgumentParser) -> None:
+    settings = "settings of a training run, as for --config of jaxmoe.train; seed and output are not used"
+    for name in ("a", "b"):
+        parser.add_argument(name, type=pathlib.Path, metavar=f"{name.upper()}.toml", help=settings)
+    seeds = "pairs of runs, with the seeds 0, 1, ... (default: 5)"
+    parser.add_argument("--seeds", type=whole_number, default=5, metavar="N", help=seeds)
+    folder = "folder for the runs, differences.csv and differences.html; the same command continues there"
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help=folder)
 
 
 def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any, Any]:
@@ -292,6 +305,26 @@ def _effects(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         write_effects(found, arguments.out)
         say(f"{arguments.out}: {len(found)} experts")
+
+
+def _ab(arguments: argparse.Namespace) -> int | None:
+    from jaxmoe.cli.arguments import flag_kinds
+    from jaxmoe.cli.config_file import read_settings
+    from jaxmoe.runs.paired import HEADER, PAGE_FILE
+    from jaxmoe.train.paired import run_pairs
+    from jaxmoe.train.settings import TrainConfig
+
+    if arguments.seeds < 1:
+        raise UserError(f"seeds: expected at least 1, found {arguments.seeds}")
+    sides = {name: read_settings(getattr(arguments, name.lower()), flag_kinds(TrainConfig)) for name in "AB"}
+    found, stopped_by = run_pairs(sides, arguments.seeds, arguments.out)
+    if found:
+        _print_table(HEADER, [list(difference) for difference in found])
+        say(f"wrote {arguments.out / PAGE_FILE}: {found[0].pairs} of {arguments.seeds} pairs")
+    if stopped_by is None:
+        return None
+    print("stopped: the same command continues from here", file=sys.stderr)
+    return 128 + stopped_by
 
 
 def _report(arguments: argparse.Namespace) -> None:
