@@ -43,15 +43,17 @@ REFERENCE = {
             "jaxmoe.routing.compare.compare",
             "jaxmoe.routing.compare.compare_domains",
             "jaxmoe.routing.plots",
+            "jaxmoe.routing.pruning",
             "jaxmoe.routing.figures.Lines",
             "jaxmoe.routing.figures.Series",
             "jaxmoe.routing.figures.show",
         ],
     ),
+    "Interventions": ("Experts removed or forced.", ["jaxmoe.control.interventions.Intervention"]),
     "Routing metrics": ("Pure functions over arrays.", ["jaxmoe.routing.metrics"]),
     "Captures": (
         "Captured routing on disk.",
-        ["captures.Capture", "captures.CaptureWriter", "captures.tokenizer_digest"],
+        ["captures.Capture", "captures.CaptureWriter", "captures.LabelledText", "captures.tokenizer_digest"],
     ),
     "The reference in PyTorch": (
         "transformers' models with patched forwards, LoRA and 4-bit weights.",
