@@ -29,9 +29,10 @@ from jaxmoe.memory import Workload, training_forecast
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.ops.experts import ExpertWeights, sorted_experts
+from jaxmoe.ops.kernels.grouped_matmul.hopper_fp8 import quantize_rows
 from jaxmoe.ops.linear import LinearMap, linears
 from jaxmoe.ops.router import route
-from jaxmoe.parameters import Quantization, matrix_shape, parameter_specs, quantizable
+from jaxmoe.parameters import Quantization, layer_paths, matrix_shape, parameter_specs, quantizable
 from jaxmoe.recode import dequantized, quantized
 from jaxmoe.store import recoded
 from jaxmoe.store.converted import read_converted
@@ -131,9 +132,8 @@ def digest_of(source: Any) -> str:
         return combined(collected.parts())
 
 
-@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
-def test_a_checkpoint_keeps_its_bytes(scale_dtype: str, tmp_path: pathlib.Path) -> None:
-    src = write_fp8(tmp_path / "hf", scale_dtype, WIDE)
+def test_a_checkpoint_keeps_its_bytes(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    src, scale_dtype = folder, "bfloat16"
     main(["hf2jax", str(src), str(tmp_path / "jax")])
     main(["jax2hf", str(tmp_path / "jax"), str(tmp_path / "back"), "--max-shard-size", "60KB"])
     assert contents(tmp_path / "back") == contents(src)
@@ -215,10 +215,10 @@ def test_quantising_a_checkpoint(plain: pathlib.Path, tmp_path: pathlib.Path, mo
     # on the device, in several pieces
     monkeypatch.setattr(encode, "_FEWEST", 0)
     monkeypatch.setattr(recoded, "group_size", lambda matrices, elements: max(1, matrices // 2))
-    stacks, expected = load_stacks(WIDE, on_the_way), load_stacks(WIDE, converted)
-    assert stacks.keys() == expected.keys()
-    for path, array in stacks.items():
-        assert_same_bits(array, np.asarray(expected[path]))
+    stacks = load_stacks(WIDE, on_the_way)
+    for layer in range(2):
+        for path, slot in layer_paths(WIDE, layer, converted.quantization):
+            assert_same_bits(stacks[path][slot], converted.block(layer).arrays[path])
     theirs = Theirs.from_pretrained(
         make_even(tmp_path), dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True),
         device_map="cpu", use_safetensors=True, trust_remote_code=False,
@@ -396,3 +396,43 @@ def test_one_form_is_not_brought_into_another(folder: pathlib.Path, tmp_path: pa
     (tmp_path / "jax" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="fp8: expected scales and weights, found"):
         read_converted(tmp_path / "jax")
+
+
+# --- the reference
+
+
+def test_torch_ref_decodes_the_same_bytes(folder: pathlib.Path) -> None:
+    import torch
+
+    from torch_ref.fp8 import decode, quantize_activations, read_decoded
+
+    found = read_decoded(folder, torch.bfloat16)
+    arrays = read_hf(folder, dequantize=True).block(0).arrays
+    for key, expected in (
+        ("self_attn.q_proj", arrays["attention.q_proj"]),
+        ("mlp.experts.5.up_proj", arrays["sparse.gate_up_proj"][5, 64:]),
+    ):
+        assert_same_bits(found[f"model.layers.0.{key}.weight"].float().numpy(), expected.astype(np.float32))
+    codes, scales = (torch.from_numpy(a) for a in (np.zeros((130, 130), np.uint8), np.ones((1, 2), np.float32)))
+    with pytest.raises(RuntimeError):  # negative control: another number of blocks
+        decode(codes.view(torch.float8_e4m3fn), scales, torch.float32)
+    # what the kernel for Hopper does with its rows
+    x = draw(3, (40, 256))
+    rows = quantize_rows(jnp.asarray(x))
+    spread = np.repeat(np.asarray(rows.scales).T, 128, 1)
+    assert_same_bits(np.asarray(rows.codes).astype(np.float32) * spread, quantize_activations(torch.tensor(x)).numpy())
+
+
+def test_torch_ref_loads_a_checkpoint_in_fp8(folder: pathlib.Path) -> None:
+    import torch
+
+    from torch_ref import FastQwen3MoeModel
+
+    model, _ = FastQwen3MoeModel.from_pretrained(
+        str(folder), max_seq_length=None, dtype="float32", load_in_4bit=False, device_map="cpu", fix_tokenizer=False
+    )
+    arrays = read_hf(folder, "float32", dequantize=True).block(0).arrays
+    state = model.state_dict()
+    assert_same_bits(state["model.layers.0.mlp.experts.gate_up_proj"].numpy(), arrays["sparse.gate_up_proj"])
+    assert_same_bits(state["model.layers.0.self_attn.q_proj.weight"].numpy(), arrays["attention.q_proj"])
+    assert state["model.embed_tokens.weight"].dtype == torch.float32

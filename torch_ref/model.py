@@ -21,6 +21,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 
 from torch_ref import export, lora, patch
 from torch_ref.experts import IMPLEMENTATIONS
+from torch_ref.fp8 import is_fp8, load_fp8
 
 # tokens of Qwen's vocabularies that carry no text; the first one that is present can become the padding token
 _PAD_CANDIDATES = ("<|endoftext|>", "<|vision_pad|>", "<|fim_pad|>", "<unk>")
@@ -81,7 +82,8 @@ class FastQwen3Model:
             dtype: torch dtype or its name; None means bfloat16 if the device supports it, otherwise float16, and
                 float32 on a CPU.
             load_in_4bit: store attention, dense MLPs and experts as NF4 with doubly quantised statistics; router,
-                embeddings, norms and head stay in `dtype`. A checkpoint that is already quantised keeps its form.
+                embeddings, norms and head stay in `dtype`. A checkpoint in 4 bit keeps its form, one in FP8 is
+                decoded to `dtype`.
             token: access token for the hub.
             device_map: as in transformers: "sequential", "auto", a device, or a dictionary from module to device.
             rope_scaling: replaces the configuration's; in transformers' form: {"rope_type": "yarn", "factor": 4, ...}.
@@ -127,12 +129,15 @@ class FastQwen3Model:
         device_map: Any,
         attn_implementation: str | None,
     ) -> Any:
-        if load_in_4bit or getattr(config, "quantization_config", None) is not None:
+        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        stored = getattr(config, "quantization_config", None)
+        if is_fp8(stored):
+            return load_fp8(cls.model_class, model_name, config, dtype, device_map, token, **attention)
+        if load_in_4bit or stored is not None:
             # the only place that needs bitsandbytes
             from torch_ref.checkpoint import load_4bit
 
             return load_4bit(cls.model_class, model_name, config, dtype, device_map, token, attn_implementation)
-        attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         return cls.model_class.from_pretrained(
             model_name,
             config=config,

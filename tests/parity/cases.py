@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 
 from convert.adapters import write_peft
+from convert.hf2jax import hf2jax
+from convert.jax2hf import jax2hf
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.chat import load_tokenizer
 from peers.configs import CONFIGS, config_of, random_adapters, random_parameters, random_tokens
@@ -40,6 +43,13 @@ def write_odd_checkpoint(folder: pathlib.Path, name: str) -> pathlib.Path:
     (folder / "config.json").write_text(json.dumps(CONFIGS[name], indent=1) + "\n", encoding="utf-8")
     write_tokenizer(folder)
     return folder
+
+
+def write_fp8(checkpoint: str | pathlib.Path, target: str | pathlib.Path) -> None:
+    """The checkpoint in FP8, in the form in which Qwen publishes; every side reads these bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf2jax(checkpoint, f"{folder}/jax", quantize="fp8")
+        jax2hf(f"{folder}/jax", target)
 
 
 def packed_batch(rows: np.ndarray) -> Batch:

@@ -39,7 +39,7 @@ def compare_case(plan: Plan, case: Case) -> Figures:
     figures: Figures = {
         "case": case.name,
         "dtype": case.dtype,
-        "quantized": case.quantized is not None,
+        "quantized": case.quantized and ("FP8" if case.quantized.endswith("fp8") else "NF4"),
         "adapter": case.adapter is not None,
         "layers": config.num_hidden_layers,
         "sparse_layers": list(config.sparse_layers),

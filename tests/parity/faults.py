@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxmoe.config
+import jaxmoe.fp8.stack
 import jaxmoe.model.decoder
 import jaxmoe.nf4.stack
 import jaxmoe.ops.attention_chunked
@@ -94,6 +95,10 @@ FAULTS: dict[str, Fault] = {
     ),
     "NF4 nibbles swapped": _replaced(
         jaxmoe.nf4.stack, "_interleaved", lambda interleaved: lambda even, odd: interleaved(odd, even)
+    ),
+    # of the matrix, the row of blocks or the column of blocks before, as far as there are several
+    "FP8 scale off by one block": _replaced(
+        jaxmoe.fp8.stack, "spread", lambda spread: lambda grid, sides: spread(jnp.roll(grid, 1, (-3, -2, -1)), sides)
     ),
     "documents joined": _replaced(jaxmoe.ops.attention_chunked, "attention_mask", _documents_joined),
 }

@@ -33,7 +33,7 @@ class Case:
         checkpoint: a folder in HF form, in 16 or 32 bit.
         dtype: the dtype in which the sides compute; the oracle rounds the weights to it and computes in float64.
         batch: a file of `write_batch`.
-        quantized: a folder with the same model in bitsandbytes' NF4, one key per expert; the sides read its bytes.
+        quantized: a folder with the same model in NF4 or FP8, one key per expert; the sides read its bytes.
         adapter: a PEFT folder, applied in every run.
         runs: some of "free", "pinned" (the oracle's experts, each side's own weights), "gradients" (pinned; needs an
             adapter) and "trace" (free, with every operation of every layer recorded).

@@ -337,7 +337,7 @@ def _provenance(runs: Sequence[dict[str, Any]]) -> Iterator[Block]:
         f = result["figures"]
         stds = (f"{f['logit_std']:.2f}", f"{f['router_logit_std']:.2f}" if "router_logit_std" in f else "-")
         experts = "of".join(f" {n} " for n in f["experts"]).strip() if f["experts"] else "none"
-        form = "NF4" if f["quantized"] else "-"
+        form = f["quantized"] or "-"
         rows.append(
             [
                 f["case"],

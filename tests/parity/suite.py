@@ -31,11 +31,11 @@ def _flip_bound(name: str, dtype: str) -> str | None:
 def trained_cases(
     name: str, checkpoint: pathlib.Path, folder: pathlib.Path, rows: int = 4, faults: bool = False
 ) -> list[Case]:
-    """A trained checkpoint in float32, bfloat16 and NF4, and with a random adapter on everything, on Python's text."""
+    """A trained checkpoint in 32 and 16 bits, NF4 and FP8, with and without a random adapter, on Python's text."""
     text = cases.text_batch(checkpoint, rows)
     batch = write_batch(folder / f"{name}.batch", text)
     model_faults = cases.faults_of(Qwen3MoeConfig.from_pretrained(checkpoint), text, False, False)
-    quantized = str(folder / f"{name}-nf4")
+    quantized, fp8 = str(folder / f"{name}-nf4"), str(folder / f"{name}-fp8")
     adapter = str(cases.write_random_adapter(folder / f"{name}-adapter", checkpoint))
 
     def case(label: str, dtype: str, **options: Any) -> Case:
@@ -57,6 +57,8 @@ def trained_cases(
         case("bf16", "bfloat16"),
         case("nf4-fp32", "float32", quantized=quantized, runs=("free",), faults=("NF4 nibbles swapped",)),
         case("nf4-bf16", "bfloat16", quantized=quantized),
+        case("fp8-fp32", "float32", quantized=fp8, runs=("free",), faults=("FP8 scale off by one block",)),
+        case("fp8-bf16", "bfloat16", quantized=fp8),
         case(
             "adapter-fp32",
             "float32",
@@ -74,6 +76,7 @@ def trained_cases(
             runs=("pinned", "gradients"),
             draws=4,
         ),
+        case("fp8-adapter-bf16", "bfloat16", quantized=fp8, adapter=adapter, runs=("pinned", "gradients"), draws=4),
     ]
 
 
@@ -104,9 +107,12 @@ def large_cases(checkpoint: pathlib.Path, folder: pathlib.Path, layers: int, len
 
 
 def quantize(selected: list[Case], device: Device) -> None:
-    """Writes the NF4 folders that the cases name."""
+    """Writes the NF4 and FP8 folders that the cases name."""
     pairs = {case.quantized: case.checkpoint for case in selected if case.quantized is not None}
-    engine.quantize([(source, target) for target, source in pairs.items()], "bfloat16", device)
+    in_fp8 = {target for target in pairs if target.endswith("-fp8")}
+    engine.quantize([(pairs[target], target) for target in pairs if target not in in_fp8], "bfloat16", device)
+    for target in in_fp8:
+        cases.write_fp8(pairs[target], target)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
-"""A checkpoint in HF form as torch tensors, read by key; NF4 decoded by the formula, without bitsandbytes.
+"""A checkpoint in HF form as torch tensors, read by key; NF4 and FP8 decoded by their formulas.
 
 It shares no code with `convert` or `torch_ref`. The float64 oracle reads through it. So does stock transformers if the
-weights are 4-bit, because it cannot load 4-bit experts.
+weights are quantised, because it cannot load 4-bit experts, nor FP8 blocks of several sizes.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ class Weights:
         tensor = self.stored(key)
         if f"{key}.{_STATE}" in self:
             tensor = self._decoded(key, tensor)
+        if f"{key}_scale_inv" in self:
+            tensor = self._decoded_fp8(tensor, self.stored(f"{key}_scale_inv"))
         return tensor.to(self.dtype)
 
     def stored(self, key: str) -> Tensor:
@@ -62,6 +64,12 @@ class Weights:
             both.append(torch.cat([gate, up]))
             down.append(self[f"{at}.{expert}.down_proj.weight"])
         return torch.stack(both), torch.stack(down)
+
+    @staticmethod
+    def _decoded_fp8(codes: Tensor, scales: Tensor) -> Tensor:
+        """Code times the scale of its block of 128 x 128, in float32; the last blocks may be smaller."""
+        rows, columns = (torch.arange(size, device=codes.device) // 128 for size in codes.shape)
+        return codes.float() * scales.float()[rows[:, None], columns[None]]
 
     def _decoded(self, key: str, packed: Tensor) -> Tensor:
         """Code times block maximum in float32; the maximum is itself code times outer maximum, plus an offset."""

@@ -1,0 +1,106 @@
+"""Reads HF checkpoints in FP8 (e4m3 codes, a scale for each block of 128 x 128) and decodes them to plain weights.
+
+A weight is code * scale of its block, formed in float32 and rounded once; blocks at the lower and right edges may be
+smaller. Source: the checkpoints that Qwen publishes; `Fp8Dequantize` of transformers 5, which cannot read such edges.
+This module needs neither bitsandbytes nor a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+
+BLOCK = 128
+LARGEST = 448.0  # of e4m3
+_SCALES = "_scale_inv"
+
+
+def is_fp8(stored: Any) -> bool:
+    """Whether `stored`, a quantization_config, describes FP8 in blocks of 128 x 128."""
+    settings = stored if isinstance(stored, dict) else stored.to_dict() if stored is not None else {}
+    return settings.get("quant_method") == "fp8" and settings.get("weight_block_size") in ([128, 128], (128, 128))
+
+
+def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights [..., out, in] of codes and of scales [..., ceil(out / 128), ceil(in / 128)]."""
+    rows, columns = codes.shape[-2:]
+    spread = scales.float().repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
+    return (codes.float() * spread).to(dtype)
+
+
+def quantize_activations(x: Tensor) -> Tensor:
+    """The values of x [..., inner] after a product's quantisation: each token and 128 channels share a scale, their
+    largest magnitude becomes 448. Returned in float32, as code * scale.
+
+    Raises:
+        ValueError: inner is no multiple of 128.
+    """
+    if x.shape[-1] % BLOCK:
+        raise ValueError(f"x: expected a multiple of {BLOCK} channels, found {x.shape[-1]}")
+    parts = x.float().unflatten(-1, (-1, BLOCK))
+    largest = parts.abs().amax(-1, keepdim=True)
+    scale = torch.where(largest > 0, largest * torch.tensor(1 / LARGEST), torch.ones_like(largest))
+    codes = (parts / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).flatten(-2)
+
+
+def load_fp8(
+    model_class: Any,
+    model_name: str | os.PathLike[str],
+    config: Any,
+    dtype: torch.dtype,
+    device_map: Any,
+    token: str | None = None,
+    **options: Any,
+) -> Any:
+    """The model of a folder or hub id in FP8, with all weights decoded to `dtype`.
+
+    Raises:
+        ValueError: a weight in FP8 without scales, or scales of another shape.
+    """
+    folder = pathlib.Path(model_name)
+    if not folder.is_dir():
+        patterns = ["*.safetensors", "*.json"]
+        folder = pathlib.Path(snapshot_download(str(model_name), token=token, allow_patterns=patterns))
+    del config.quantization_config
+    weights = read_decoded(folder, dtype)
+    model = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, device_map=device_map, **options
+    )
+    model.config.name_or_path = model.name_or_path = str(model_name)
+    return model
+
+
+def read_decoded(folder: pathlib.Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Key -> tensor of a folder, weights in FP8 decoded; the scales are left out."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    files: dict[str, Any] = {}
+    for name in names:
+        if pathlib.PurePath(name).name != name:
+            raise ValueError(f"{index}: expected names of files in the same folder, found {name}")
+        file = safe_open(folder / name, framework="pt")
+        files |= dict.fromkeys(file.keys(), file)
+    return {key: _read(files, key, dtype) for key in files if not key.endswith(_SCALES)}
+
+
+def _read(files: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+    tensor = files[key].get_tensor(key)
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor.to(dtype)
+    if f"{key}{_SCALES}" not in files:
+        raise ValueError(f"{key}{_SCALES}: expected the scales of {key}, found none")
+    scales = files[f"{key}{_SCALES}"].get_tensor(f"{key}{_SCALES}")
+    grid = tuple(-(-side // BLOCK) for side in tensor.shape[-2:])
+    if scales.shape != (*tensor.shape[:-2], *grid):
+        raise ValueError(f"{key}{_SCALES}: expected the shape {list(grid)}, found {list(scales.shape)}")
+    return decode(tensor, scales, dtype)
