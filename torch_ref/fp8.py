@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 BLOCK = 128
-LARGEST = 448.0  # of e4m3
 _SCALES = "_scale_inv"
 
 
@@ -33,22 +32,6 @@ def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     rows, columns = codes.shape[-2:]
     spread = scales.float().repeat_interleave(BLOCK, -2)[..., :rows, :].repeat_interleave(BLOCK, -1)[..., :columns]
     return (codes.float() * spread).to(dtype)
-
-
-def quantize_activations(x: Tensor) -> Tensor:
-    """The values of x [..., inner] after a product's quantisation: each token and 128 channels share a scale, their
-    largest magnitude becomes 448. Returned in float32, as code * scale.
-
-    Raises:
-        ValueError: inner is no multiple of 128.
-    """
-    if x.shape[-1] % BLOCK:
-        raise ValueError(f"x: expected a multiple of {BLOCK} channels, found {x.shape[-1]}")
-    parts = x.float().unflatten(-1, (-1, BLOCK))
-    largest = parts.abs().amax(-1, keepdim=True)
-    scale = torch.where(largest > 0, largest * torch.tensor(1 / LARGEST), torch.ones_like(largest))
-    codes = (parts / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-    return (codes.float() * scale).flatten(-2)
 
 
 def load_fp8(
