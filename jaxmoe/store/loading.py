@@ -44,7 +44,8 @@ OnLayer = Callable[[int, int], None]  # layers on the device, layers in all
 @contextlib.contextmanager
 def _freed_at_once() -> Iterator[None]:
     """Where several processes load a model, glibc gives the memory of a large array back to the system when it is
-    freed. By default threads that allocate and free layers keep so much that a process may need half of its share more.
+    freed. By default it keeps some of what the reading threads have freed: beside a share of 326 MiB in 12 layers 160,
+    of which 35 were left with this.
     """
     choose = getattr(ctypes.CDLL(None), "mallopt", None) if Processes.running().count > 1 else None
     if choose is None:  # a process alone, or another C library
