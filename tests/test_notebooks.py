@@ -21,8 +21,8 @@ def images_of(notebook) -> int:
     return sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
 
 
-def test_there_are_seven_each_with_one_question():
-    assert len(names()) == 7
+def test_there_are_eight_each_with_one_question():
+    assert len(names()) == 8
     for name in names():
         first = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells[0].source
         assert re.fullmatch(r"# \d\. .+\n\n\*\*Question: .+\?\*\*\n\n.+", first)

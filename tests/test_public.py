@@ -29,9 +29,10 @@ PUBLIC = {
     "jaxmoe.routing.compare": ("compare", "compare_domains"),
     "jaxmoe.routing.figures": ("Lines", "Series", "show"),
     "jaxmoe.routing.generation": ("capture_generation",),
+    "jaxmoe.routing.imported": ("import_experts",),
     "jaxmoe.routing.summary": ("summarise",),
     "jaxmoe.routing.text": ("read_text",),
-    "captures": ("Capture", "LabelledText", "tokenizer_digest"),
+    "captures": ("Capture", "tokenizer_digest"),
     "torch_ref": ("FastQwen3Model", "FastQwen3MoeModel"),
 }
 COMMANDS = ("convert", "jaxmoe.doctor", "jaxmoe.generate", "jaxmoe.routing", "jaxmoe.train", "torch_ref.capture")
