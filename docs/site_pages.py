@@ -43,8 +43,6 @@ REFERENCE = {
             "jaxmoe.routing.compare.compare",
             "jaxmoe.routing.compare.compare_domains",
             "jaxmoe.routing.imported.import_experts",
-            "jaxmoe.routing.pruning",
-            "jaxmoe.control.interventions.Intervention",
             "jaxmoe.routing.plots",
             "jaxmoe.routing.pruning",
             "jaxmoe.routing.figures.Lines",
