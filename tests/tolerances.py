@@ -64,6 +64,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "router_losses_fp32": Tolerance(2e-6, None, "z-loss and routing penalty against loops in float64, relative"),
     "no_penalty_fp32": Tolerance(1e-7, None, "gradient of the penalty where router and base are equal, absolute"),
     "watch_fp32": Tolerance(2e-6, None, "measures of a probe's routing against loops in float64, relative"),
+    "compiled_divergence_fp32": Tolerance(5e-5, 5.6e-6, "divergences of two routers' logits against float64, relative"),
     "small_divergence_fp32": Tolerance(2e-3, None, "a divergence of 1e-7 nats, from float32 logits, relative"),
     "optimizer_alone": Tolerance(2e-6, 7.0e-8, "an update of a matrix in a stack against that of the matrix alone"),
     "difference_quotient": Tolerance(2e-2, None, "a gradient against a central difference of 1e-2, float32"),

@@ -180,11 +180,12 @@ def divergence(logits: Float[Array, "*tokens E"], base: Float[Array, "*tokens E"
     """Jensen-Shannon divergence in nats of softmax(logits) from softmax(base), as
     `jaxmoe.routing.metrics.jensen_shannon`; 0 for equal logits.
 
-    A difference of entropies would lose small divergences in float32. Here each of the two terms is a sum of
-    -p log(m / p), and m / p depends on the difference of the log-probabilities alone.
+    A difference of entropies would lose small divergences in float32. With d = log q - log p, the divergence is half
+    the sum of (q - p) d / 2 - (p + q) log cosh(d / 2), whose two terms are both of the size of the result. (The sum of
+    -p log1p(expm1(d) / 2) would be as exact, but XLA for CPUs makes zeros of it in a compiled program.)
     """
-    p, q = jax.nn.log_softmax(logits), jax.nn.log_softmax(base)
-    difference = jnp.clip(q - p, -80, 80)  # beyond that one of the two is 0 in float32
-    of_mean = lambda towards: jnp.log1p(jnp.expm1(towards) / 2)  # log(m / p)
-    both = jnp.exp(p) * of_mean(difference) + jnp.exp(q) * of_mean(-difference)
-    return jnp.maximum(-jnp.sum(both, axis=-1) / 2, 0)
+    p, q = jax.nn.softmax(logits), jax.nn.softmax(base)
+    log_of = lambda each: each - jax.nn.logsumexp(each, axis=-1, keepdims=True)
+    d = jnp.clip(log_of(base) - log_of(logits), -80, 80)  # beyond that one of the two is 0 in float32
+    log_cosh = jnp.log1p(2 * jnp.square(jnp.sinh(d / 4)))
+    return jnp.maximum(jnp.sum((q - p) * d / 2 - (p + q) * log_cosh, axis=-1) / 2, 0)
