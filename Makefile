@@ -68,8 +68,11 @@ $(INSTALLED): pyproject.toml constraints-cpu.txt
 demo: $(INSTALLED)
 	@$(RUN) -m examples.demo
 
+# The tests of the kernels run once: in test-kernels, if that has an interpreter. With worksteal each process gets whole
+# modules, so most of what the tests of a module share is made once.
 test: $(INSTALLED)
-	@JAX_PLATFORMS=cpu $(RUN) -m pytest --numprocesses $(WORKERS) $(PYTEST_ARGS) $(verdict)
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest --numprocesses $(WORKERS) --dist worksteal \
+		$(or $(PYTEST_ARGS),$(if $(KERNELS_PYTHON),$(KERNEL_TESTS:%=--ignore=%))) $(verdict)
 	@$(if $(PYTEST_ARGS),:,$(MAKE) --no-print-directory test-kernels)
 
 $(KERNELS_INSTALLED): pyproject.toml constraints-kernels.txt

@@ -79,8 +79,8 @@ DAMAGE: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
     "another format": (edit_manifest(lambda m: m.update(format="x")), "format"),
     "a later version": (
-        edit_manifest(lambda m: m.update(version=7)),
-        "version: expected 1 or 2 or 3 or 4 or 5 or 6, found 7",
+        edit_manifest(lambda m: m.update(version=8)),
+        "version: expected 1 or 2 or 3 or 4 or 5 or 6 or 7, found 8",
     ),
     "no source": (edit_manifest(lambda m: m.pop("source")), "source"),
     "no items": (edit_manifest(lambda m: m.pop("items")), "layers/00000"),

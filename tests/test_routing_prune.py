@@ -134,7 +134,9 @@ def test_transformers_loads_the_pruned_model_with_the_same_logits(folder):
     ids = random_tokens(MIXED, 2, LENGTH)
     pruned = Qwen3MoeForCausalLM.from_pretrained(folder / "pruned")
     assert pruned.config.num_experts == 5
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "pruned")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "pruned", trust_remote_code=False, use_safetensors=True
+    )
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
     assert relative_error(np.asarray(pruned(ids).logits), expected) <= bound("parity_fp32")

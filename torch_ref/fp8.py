@@ -55,7 +55,14 @@ def load_fp8(
     del config.quantization_config
     weights = read_decoded(folder, dtype)
     model = model_class.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype, device_map=device_map, **options
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=dtype,
+        device_map=device_map,
+        use_safetensors=True,  # a pickle can run code
+        trust_remote_code=False,
+        **options,
     )
     model.config.name_or_path = model.name_or_path = str(model_name)
     return model
