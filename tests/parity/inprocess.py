@@ -73,7 +73,7 @@ def compiled_forward(
     options = Options(lora=lora, router_logits=True, layer_inputs=True, keep_logits=keep_logits, mesh=mesh)
     placement = Placement(mesh, config, lora)
     of_tokens, of_layers = placement.spec("batch", "sequence"), placement.spec(None, "batch", "sequence")
-    results = of_tokens, DecoderOutput(of_tokens, PartitionSpec(), of_layers, of_layers, of_layers)
+    results = of_tokens, DecoderOutput._make([of_tokens, PartitionSpec(), of_layers, of_layers, of_layers, None])
 
     def on_a_device(params, adapters, tokens, control):
         out = decoder.forward(params, adapters, tokens, config=config, options=options, control=control)
