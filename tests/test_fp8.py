@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -417,16 +418,51 @@ def test_torch_ref_decodes_the_same_bytes(folder: pathlib.Path) -> None:
         decode(codes.view(torch.float8_e4m3fn), scales, torch.float32)
 
 
-def test_torch_ref_loads_a_checkpoint_in_fp8(folder: pathlib.Path) -> None:
-    import torch
-
+def load_torch_ref(folder: pathlib.Path) -> Any:
     from torch_ref import FastQwen3MoeModel
 
     model, _ = FastQwen3MoeModel.from_pretrained(
         str(folder), max_seq_length=None, dtype="float32", load_in_4bit=False, device_map="cpu", fix_tokenizer=False
     )
+    return model
+
+
+def test_torch_ref_loads_a_checkpoint_in_fp8(folder: pathlib.Path) -> None:
+    import torch
+
+    model = load_torch_ref(folder)
     arrays = read_hf(folder, "float32", dequantize=True).block(0).arrays
     state = model.state_dict()
     assert_same_bits(state["model.layers.0.mlp.experts.gate_up_proj"].numpy(), arrays["sparse.gate_up_proj"])
     assert_same_bits(state["model.layers.0.self_attn.q_proj.weight"].numpy(), arrays["attention.q_proj"])
     assert state["model.embed_tokens.weight"].dtype == torch.float32
+
+
+def test_torch_ref_keeps_the_generation_settings_of_a_checkpoint_in_fp8(folder: pathlib.Path, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [7, 9], "top_k": 3}', encoding="utf-8")
+    found = load_torch_ref(tmp_path / "model").generation_config
+    assert (found.eos_token_id, found.top_k) == ([7, 9], 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "expected model.norm.weight"),
+        (lambda t: t.pop("model.layers.0.self_attn.q_proj.weight_scale_inv"), "expected .*q_proj.weight_scale_inv"),
+        (lambda t: t.update({"other.weight": t["model.norm.weight"].clone()}), "unexpected tensor other.weight"),
+        (lambda t: t.update({"other.weight_scale_inv": t["model.norm.weight"].clone()}), "unexpected tensor other"),
+    ],
+    ids=["a weight too few", "a weight without scales", "a weight too many", "scales of no weight"],
+)
+def test_torch_ref_refuses_other_tensors(change: Any, message: str, folder: pathlib.Path, tmp_path) -> None:
+    """transformers would draw what is missing at random, with a warning."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        load_torch_ref(tmp_path / "model")

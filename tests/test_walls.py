@@ -100,7 +100,7 @@ MODULES: dict[str, set[str]] = {
     "torch_ref": _under(
         "torch_ref",
         ". adapters capture checkpoint derivatives experts export fp8 kernels lora loss low_rank model patch quantize"
-        " rotary strangers triton_programs",
+        " rotary shards strangers triton_programs",
     ),
     "peers": _under("peers", ". configs make_checkpoint reference"),
 }

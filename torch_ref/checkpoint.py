@@ -8,21 +8,18 @@ already quantised keep their bytes.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from torch_ref.export import save_pretrained_4bit
 from torch_ref.quantize import Experts4bit, Linear4bit, PackedStack, QuantState, State, decode, quantize
+from torch_ref.shards import Shards, local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -31,44 +28,8 @@ _STATE = "quant_state.bitsandbytes__"
 _AUTOMATIC = ("sequential", "auto", "balanced", "balanced_low_0")
 
 
-class Reader:
-    """The tensors of a folder of safetensors by key, memory-mapped; it records which ones were read."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        """Opens the shards that the index names, or `model.safetensors`.
-
-        Raises:
-            ValueError: neither exists, or a shard is missing.
-        """
-        self.folder = folder
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        elif single.is_file():
-            names = [single.name]
-        else:
-            raise ValueError(f"{folder}: expected {single.name} or {index.name}, found neither")
-        self._files: dict[str, Any] = {}
-        for name in names:
-            if pathlib.PurePath(name).name != name or not (folder / name).is_file():
-                raise ValueError(f"{folder}: expected the shard {name}, which the index names, found none")
-            file = safe_open(folder / name, framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
-        self._unread = set(self._files)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._files
-
-    def read(self, key: str) -> Tensor:
-        """The tensor `key` as it is stored.
-
-        Raises:
-            ValueError: the folder has no such tensor.
-        """
-        self._unread.discard(key)
-        if key not in self._files:
-            raise ValueError(f"{self.folder}: expected {key}, found none")
-        return self._files[key].get_tensor(key)
+class Reader(Shards):
+    """The tensors of a folder, some of them in bitsandbytes' 4 bit."""
 
     def rows(self, key: str, expert: int, rows: slice) -> Tensor:
         """Some rows of the matrix of one expert, from a fused stack."""
@@ -92,11 +53,6 @@ class Reader:
             return decode(*self.read_quantized(key, device, dtype), dtype)
         return self.read(key).to(device, dtype)
 
-    def check_all_read(self) -> None:
-        """Raises a ValueError that names a key that was never read, if there is one."""
-        if self._unread:
-            raise ValueError(f"{self.folder}: unexpected tensor {min(self._unread)} (of {len(self._unread)})")
-
 
 def load_4bit(
     model_class: Any,
@@ -119,11 +75,7 @@ def load_4bit(
     if stored is not None:
         check_stored_quantization(stored)
         del config.quantization_config
-    folder = pathlib.Path(model_name)
-    if not folder.is_dir():
-        folder = pathlib.Path(
-            snapshot_download(str(model_name), token=token, allow_patterns=["*.safetensors", "*.json"])
-        )
+    folder = local_folder(model_name, token)
     reader = Reader(folder)
     model = build_4bit(
         model_class, config, reader, dtype, device_map, attn_implementation, quantize_weights=stored is None

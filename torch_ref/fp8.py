@@ -7,15 +7,15 @@ This module needs neither bitsandbytes nor a GPU.
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from torch import Tensor
+from transformers import GenerationConfig
+
+from torch_ref.shards import Shards, local_folder
 
 BLOCK = 128
 _SCALES = "_scale_inv"
@@ -46,50 +46,43 @@ def load_fp8(
     """The model of a folder or hub id in FP8, with all weights decoded to `dtype`.
 
     Raises:
-        ValueError: a weight in FP8 without scales, or scales of another shape.
+        ValueError: missing or unexpected tensors, or scales of another shape.
     """
-    folder = pathlib.Path(model_name)
-    if not folder.is_dir():
-        patterns = ["*.safetensors", "*.json"]
-        folder = pathlib.Path(snapshot_download(str(model_name), token=token, allow_patterns=patterns))
+    folder = local_folder(model_name, token)
     del config.quantization_config
-    weights = read_decoded(folder, dtype)
-    model = model_class.from_pretrained(
+    model, found = model_class.from_pretrained(
         None,
         config=config,
-        state_dict=weights,
+        state_dict=read_decoded(folder, dtype),
         dtype=dtype,
         device_map=device_map,
         use_safetensors=True,  # a pickle can run code
         trust_remote_code=False,
+        output_loading_info=True,
         **options,
     )
+    for what, keys in (("expected", found["missing_keys"]), ("unexpected tensor", found["unexpected_keys"])):
+        if keys:
+            raise ValueError(f"{folder}: {what} {min(keys)} (of {len(keys)})")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = model.name_or_path = str(model_name)
     return model
 
 
 def read_decoded(folder: pathlib.Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Key -> tensor of a folder, weights in FP8 decoded; the scales are left out."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files: dict[str, Any] = {}
-    for name in names:
-        if pathlib.PurePath(name).name != name:
-            raise ValueError(f"{index}: expected names of files in the same folder, found {name}")
-        file = safe_open(folder / name, framework="pt")
-        files |= dict.fromkeys(file.keys(), file)
-    return {key: _read(files, key, dtype) for key in files if not key.endswith(_SCALES)}
+    shards = Shards(folder)
+    weights = {key: _read(shards, key, dtype) for key in shards if not key.endswith(_SCALES)}
+    shards.check_all_read()
+    return weights
 
 
-def _read(files: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
-    tensor = files[key].get_tensor(key)
+def _read(shards: Shards, key: str, dtype: torch.dtype) -> Tensor:
+    tensor = shards.read(key)
     if tensor.dtype != torch.float8_e4m3fn:
         return tensor.to(dtype)
-    if f"{key}{_SCALES}" not in files:
-        raise ValueError(f"{key}{_SCALES}: expected the scales of {key}, found none")
-    scales = files[f"{key}{_SCALES}"].get_tensor(f"{key}{_SCALES}")
+    scales = shards.read(f"{key}{_SCALES}")
     grid = tuple(-(-side // BLOCK) for side in tensor.shape[-2:])
     if scales.shape != (*tensor.shape[:-2], *grid):
         raise ValueError(f"{key}{_SCALES}: expected the shape {list(grid)}, found {list(scales.shape)}")

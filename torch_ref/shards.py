@@ -1,0 +1,69 @@
+"""The safetensors files of an HF folder, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+
+
+def local_folder(model_name: str | os.PathLike[str], token: str | None) -> pathlib.Path:
+    """The folder `model_name`, or the copy of a hub id that is downloaded if it is missing."""
+    folder = pathlib.Path(model_name)
+    if folder.is_dir():
+        return folder
+    return pathlib.Path(snapshot_download(str(model_name), token=token, allow_patterns=["*.safetensors", "*.json"]))
+
+
+class Shards:
+    """The tensors of a folder of safetensors by key, memory-mapped; it records which ones were read."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Opens the shards that the index names, or `model.safetensors`.
+
+        Raises:
+            ValueError: neither exists, or a shard is missing.
+        """
+        self.folder = folder
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        elif single.is_file():
+            names = [single.name]
+        else:
+            raise ValueError(f"{folder}: expected {single.name} or {index.name}, found neither")
+        self._files: dict[str, Any] = {}
+        for name in names:
+            if pathlib.PurePath(name).name != name or not (folder / name).is_file():
+                raise ValueError(f"{folder}: expected the shard {name}, which the index names, found none")
+            file = safe_open(folder / name, framework="pt")
+            self._files |= dict.fromkeys(file.keys(), file)
+        self._unread = set(self._files)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor `key` as it is stored.
+
+        Raises:
+            ValueError: the folder has no such tensor.
+        """
+        self._unread.discard(key)
+        if key not in self._files:
+            raise ValueError(f"{self.folder}: expected {key}, found none")
+        return self._files[key].get_tensor(key)
+
+    def check_all_read(self) -> None:
+        """Raises a ValueError that names a key that was never read, if there is one."""
+        if self._unread:
+            raise ValueError(f"{self.folder}: unexpected tensor {min(self._unread)} (of {len(self._unread)})")
