@@ -159,3 +159,13 @@ def test_compiled_generation_on_a_gpu(kind: str, unchecked: Any) -> None:
     assert torch.equal(generate(cache_implementation="static"), expected)
     model.forward = torch.compile(model.forward, fullgraph=True)
     assert torch.equal(generate(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["frozen", "adapters"])
+def test_an_exported_program_on_a_gpu(kind: str, unchecked: Any) -> None:
+    model = one_layer(kind, unchecked, "top_8_of_32").to("cuda", torch.bfloat16).eval()
+    inputs = {"input_ids": IDS.cuda(), "use_cache": False}
+    with torch.no_grad():
+        found, expected = exported(model, inputs)(**inputs).logits, model(**inputs).logits
+    assert distance(found.float(), expected.float()) <= bound("torch_ref_gpu_bf16")
