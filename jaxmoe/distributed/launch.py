@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from jaxmoe.errors import UserError, shown
 
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead
-_LEAST_THREADS = 32  # of XLA on a CPU
 PATIENCE = 300  # seconds to wait for all processes to start
 
 
@@ -87,9 +86,6 @@ def start(arguments: argparse.Namespace) -> Process:
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # On a CPU an exchange blocks a thread of XLA's pool, which has one for each core. If fewer threads than exchanges
-    # are ready, processes may begin with different ones and wait for each other for ever.
-    os.environ.setdefault("PJRT_NPROC", str(max(_LEAST_THREADS, os.cpu_count() or 1)))
     try:
         jax.distributed.initialize(
             named["coordinator"],
