@@ -129,7 +129,7 @@ def _held(found: dict[str, Any]) -> str:
 def main() -> None:
     """Prints one table per case; with --side a single measurement as JSON."""
     args = _parser().parse_args()
-    names = args.case or [name for name in CASES if CASES[name].targets or not args.mesh]
+    names = args.case or [name for name in CASES if CASES[name].targets]
     cases = {name: CASES[name]._replace(length=args.length or CASES[name].length) for name in names}
     config = shapes.config_of(args)
     if args.side:
@@ -163,7 +163,12 @@ def _parser() -> ArgumentParser:
     add("--quantize", choices=["nf4"], help="hold jaxmoe's frozen projections and experts in 4 bits")
     add_memory_limit(parser)
     add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
-    add("--case", choices=CASES, action="append", help="measure this case; may be repeated (default: all)")
+    add(
+        "--case",
+        choices=CASES,
+        action="append",
+        help="measure this case; may be repeated (default: those with adapters)",
+    )
     add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the tables (default: all)")
     return parser
 
