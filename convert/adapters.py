@@ -59,11 +59,11 @@ _WRITTEN_VERSION = "0.19.0"
 # Module in a decoder layer -> its target, for modules with one weight. The two expert weights share a module.
 _TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if target.peft_module != EXPERTS}
 # The adapter's own name may stand before the last word: lora_A.default.weight.
-_KEY = re.compile(r"(.*?)layers\.(\d+)\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_KEY = re.compile(r"(.*?)layers\.(\d{1,9})\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _PREFIXES = (PREFIX, "base_model.model.", "model.", "")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # of torch.compile and of data parallelism
 _UNTARGETED = "target_modules, target_parameters, exclude_modules: PEFT would ignore the others"
-_OLD_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)")
+_OLD_EXPERT = re.compile(r"mlp\.experts\.(\d{1,9})\.(gate_proj|up_proj|down_proj)")
 # What a key contains -> why it is not read, and the way out.
 _OTHER_TENSORS = {
     "lora_embedding_": f"LoRA on embeddings is not supported; {MERGE}",

@@ -184,7 +184,7 @@ def _expected_shapes(shapes: Mapping[str, tuple[int, ...]], layout: AdapterLayou
 def _is_exchanged(where: str, layout: AdapterLayout | None, settings: PeftSettings) -> bool:
     """Whether in and out are exchanged, as PEFT's version tells; asked only where the shapes fit both ways."""
     version = settings.raw.get("peft_version")
-    match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)", version) if isinstance(version, str) else None
+    match = re.match(r"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?(.*)", version) if isinstance(version, str) else None
     if match:
         release = (int(match[1]), int(match[2]), int(match[3] or 0))
         # The layout changed while versions from 0.18.1 to 0.19.0 were in development.

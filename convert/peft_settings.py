@@ -218,7 +218,7 @@ def _is_stamp(name: str, value: Any, version: Any) -> bool:
 
     PEFT ignores any field that it does not know. Here, a file of a newer PEFT may have features that are not known.
     """
-    match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    match = re.match(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
     newer = match is not None and (int(match[1]), int(match[2])) > _KNOWN_VERSION
     feature = isinstance(value, dict | list) or name.startswith("use_")
     return not (newer or feature or name in _OTHER_FEATURES | set(_UNSUPPORTED))

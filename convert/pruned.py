@@ -29,7 +29,7 @@ def write_pruned(
     number of experts. `dst` must be new or empty; it appears whole or not at all. `files`, name -> content, are added.
 
     Raises:
-        UserError: weights in NF4, or layers that would have different numbers of experts.
+        UserError: weights in NF4 or FP8, or layers that would have different numbers of experts.
     """
     if source.quantization is not None:
         form = source.quantization.form.upper()

@@ -25,7 +25,7 @@ from jaxmoe.store.checkpoint import Block, Checkpoint, cast
 _log = logging.getLogger("jaxmoe")
 KEYS = {f"base_model.model.{module}.weight": name for name, module in SAVED_MODULES.items()}
 _ROUTER_MODULE = LORA_TARGETS["gate"].peft_module
-_ROUTER_KEY = re.compile(rf"base_model\.model\.model\.layers\.(\d+)\.{re.escape(_ROUTER_MODULE)}\.weight")
+_ROUTER_KEY = re.compile(rf"base_model\.model\.model\.layers\.(\d{{1,9}})\.{re.escape(_ROUTER_MODULE)}\.weight")
 # What PEFT stores beside `X.weight` where X is a module to save and embeddings are saved too.
 _COPY = re.compile(r"(.+)\.(modules_to_save|original_module)(?:\.[^.]+)?\.weight")
 

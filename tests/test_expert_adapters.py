@@ -194,6 +194,7 @@ def test_the_experts_that_a_capture_uses_most(tmp_path):
         ({"3": [1]}, ((), (), (1,))),
         ({}, "expected an object of layers"),
         ({"1": [0]}, "expected MoE layers of the model, found '1'"),
+        ({"9" * 5000: [0]}, "expected MoE layers of the model, found '999"),
         ({"0": [5]}, "layer 0: expected experts from 0 to 4"),
         ({"0": ["a"]}, "layer 0: expected experts from 0 to 4"),
         ({"0": []}, "expected at least one expert, found none"),
@@ -209,7 +210,7 @@ def test_a_file_of_experts(content, expected, tmp_path):
         chosen_experts(str(path), None, MIXED)
 
 
-@pytest.mark.parametrize("choice", ["top:0", "top:6", "top:", "top:a"])
+@pytest.mark.parametrize("choice", ["top:0", "top:6", "top:", "top:a", "top:" + "9" * 5000])
 def test_a_choice_that_means_nothing_is_refused(choice):
     with pytest.raises(UserError, match="lora_experts: expected top:1 to top:5, or a file"):
         chosen_experts(choice, pathlib.Path("c"), MIXED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 
@@ -13,7 +14,7 @@ import pytest
 from captures import Capture, Chunk, LabelledText, Text, tokenizer_digest
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.config import LoraConfig
-from jaxmoe.control.interventions import Intervention
+from jaxmoe.control.interventions import Intervention, add_arguments, intervention
 from jaxmoe.control.replay import Replay
 from jaxmoe.data.packing import Sequences, cut
 from jaxmoe.data.records import read_records
@@ -192,6 +193,31 @@ def test_a_bias_shifts_the_logits_by_what_it_says(model, labels, captured, tmp_p
 def test_impossible_interventions_are_refused(model, intervention, message):
     with pytest.raises(UserError, match=message):
         intervention.control(model.config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--ablate", "0-1:2,3", "--bias", "all:4=-1.5"], ({0: (2, 3), 1: (2, 3)}, -1.5)),
+        (["--ablate", "0-999999999:1"], "ablate: expected .* a range of layers"),
+        (["--ablate", "9" * 5000 + ":1"], "ablate: expected .* a range of layers"),
+        (["--force", "0:" + "9" * 5000], "force: expected LAYER:EXPERT,..., found '0:999"),
+        (["--bias", f"0:{'9' * 5000}=1"], "bias: expected LAYER:EXPERT=NUMBER,..., found '0:999"),
+        (["--bias", "0:1=nan"], "bias: expected finite numbers"),
+    ],
+)
+def test_what_the_flags_mean(flags, expected):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    config = config_of("plain")
+    if isinstance(expected, tuple):
+        found = intervention(parser.parse_args(flags), config)
+        assert found.ablate == expected[0]
+        assert found.bias == {layer: {4: expected[1]} for layer in config.sparse_layers}
+        return
+    with pytest.raises(UserError, match=expected) as caught:
+        intervention(parser.parse_args(flags), config)
+    assert len(str(caught.value)) < 500, "a line, however long the flag"
 
 
 # ---- training

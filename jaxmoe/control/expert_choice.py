@@ -19,7 +19,7 @@ from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import read_json
 
 Experts = tuple[tuple[int, ...], ...]  # for each MoE layer, in rising order
-_TOP = re.compile(r"top:(\d+)")
+_TOP = re.compile(r"top:(\d{1,9})")
 
 
 def is_top(choice: str) -> bool:
@@ -67,16 +67,17 @@ def _from_file(path: pathlib.Path, config: Qwen3MoeConfig) -> Experts:
     where = f'{path}: expected an object of layers such as {{"{config.sparse_layers[0]}": [0, 3]}}'
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"{where}, found {shown(raw)}")
+    layers = {str(layer): layer for layer in config.sparse_layers}
     experts: dict[int, tuple[int, ...]] = {}
     for layer, found in raw.items():
-        if not (layer.isascii() and layer.isdigit() and int(layer) in config.sparse_layers):
+        if layer not in layers:
             raise UserError(f"{path}: expected MoE layers of the model, found {shown(layer)}")
         numbers = found if isinstance(found, list) else [found]
         if any(type(one) is not int or not 0 <= one < config.num_experts for one in numbers):
             raise UserError(
-                f"{path}: layer {layer}: expected experts from 0 to {config.num_experts - 1}, found {found}"
+                f"{path}: layer {layer}: expected experts from 0 to {config.num_experts - 1}, found {shown(found)}"
             )
-        experts[int(layer)] = tuple(sorted(set(numbers)))
+        experts[layers[layer]] = tuple(sorted(set(numbers)))
     if not any(experts.values()):
         raise UserError(f"{path}: expected at least one expert, found none")
     return tuple(experts.get(layer, ()) for layer in config.sparse_layers)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.ops.router import RoutingControl
 
 
@@ -107,8 +107,8 @@ def intervention(arguments: argparse.Namespace, config: Qwen3MoeConfig) -> Inter
     for flag, texts, into in (("ablate", arguments.ablate, ablate), ("force", arguments.force, force)):
         for text in texts:
             layers, rest = _layers(flag, text, config)
-            if not re.fullmatch(r"\d+(,\d+)*", rest):
-                raise UserError(f"{flag}: expected LAYER:EXPERT,..., found {text!r}")
+            if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", rest):
+                raise UserError(f"{flag}: expected LAYER:EXPERT,..., found {shown(text)}")
             for layer in layers:
                 into[layer] = (*into.get(layer, ()), *map(int, rest.split(",")))
     bias: dict[int, dict[int, float]] = {}
@@ -117,9 +117,9 @@ def intervention(arguments: argparse.Namespace, config: Qwen3MoeConfig) -> Inter
         try:
             values = {int(e): float(x) for e, x in (item.split("=") for item in rest.split(","))}
         except ValueError:
-            raise UserError(f"bias: expected LAYER:EXPERT=NUMBER,..., found {text!r}") from None
+            raise UserError(f"bias: expected LAYER:EXPERT=NUMBER,..., found {shown(text)}") from None
         if not all(map(math.isfinite, values.values())):
-            raise UserError(f"bias: expected finite numbers (--ablate removes an expert), found {text!r}")
+            raise UserError(f"bias: expected finite numbers (--ablate removes an expert), found {shown(text)}")
         for layer in layers:
             bias.setdefault(layer, {}).update(values)
     return Intervention(ablate, force, bias)
@@ -129,8 +129,8 @@ def _layers(flag: str, text: str, config: Qwen3MoeConfig) -> tuple[Sequence[int]
     where, colon, rest = text.partition(":")
     if colon and where == "all":
         return tuple(config.sparse_layers), rest
-    if colon and (match := re.fullmatch(r"(\d+)(?:-(\d+))?", where)):
+    if colon and (match := re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", where)):
         first, last = int(match[1]), int(match[2] or match[1])
-        if first <= last:
+        if 0 <= last - first < config.num_hidden_layers:
             return range(first, last + 1), rest
-    raise UserError(f"{flag}: expected LAYER:EXPERT,... with a layer, a range of layers, or all; found {text!r}")
+    raise UserError(f"{flag}: expected LAYER:EXPERT,... with a layer, a range of layers, or all; found {shown(text)}")
