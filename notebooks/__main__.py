@@ -1,11 +1,12 @@
-"""Executes the notebooks in place, from the repository's root: `python -m notebooks [NAME ...]`."""
+"""Executes the notebooks, from the repository's root: `python -m notebooks [NAME ...] [--set MODEL=DIR]`."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import nbformat
@@ -22,15 +23,38 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 
 
-def execute(name: str, timeout: int = 600) -> Any:
-    """Runs every cell of the notebook in a fresh kernel and returns it with its outputs; nothing is written.
+def with_settings(source: str, settings: Mapping[str, str]) -> str:
+    """The notebook's first cell of code, `NAME = value` in each line, with other values.
 
     Raises:
+        UserError: the cell has no line of that name.
+    """
+    for name, value in settings.items():
+        line = f"{name} = {value}"
+        source, found = re.subn(rf"^{re.escape(name)} = .*", lambda _, line=line: line, source, flags=re.M)
+        if not found:
+            known = ", ".join(re.findall(r"^(\w+) = ", source, flags=re.M))
+            raise UserError(f"--set: expected a setting of the notebook's first cell ({known}), found {name!r}")
+    return source
+
+
+def execute(name: str, settings: Mapping[str, str] | None = None, timeout: int = 600) -> Any:
+    """Runs every cell of the notebook in a fresh kernel and returns it with its outputs; nothing is written.
+
+    Args:
+        name: as in `names()`.
+        settings: other values of the first cell's settings, as Python expressions.
+        timeout: seconds for one cell.
+
+    Raises:
+        UserError: a setting that the notebook does not have.
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     from nbclient import NotebookClient
 
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source = with_settings(first.source, settings or {})
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # the kernel's debugger warns about frozen modules
     os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # a progress bar would not be seen
     client = NotebookClient(
@@ -47,17 +71,40 @@ def execute(name: str, timeout: int = 600) -> Any:
     return notebook
 
 
+def read_settings(given: Sequence[str]) -> dict[str, str]:
+    """`NAME=VALUE` as names and Python expressions; what is no number is text."""
+    settings = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"--set: expected NAME=VALUE, found {text!r}")
+        settings[name] = value if re.fullmatch(r"\d+(\.\d+)?", value) else repr(value)
+    return settings
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Executes the named notebooks, or all, and writes them with their output."""
-    parser = ArgumentParser(description="Execute the notebooks in place.")
+    parser = ArgumentParser(description="Execute the notebooks.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="name without .ipynb (default: all)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another value of a setting in the notebook's first cell, such as MODEL=DIR; may be repeated",
+    )
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=FOLDER, metavar="DIR", help="where to write them (default: in place)"
+    )
     arguments = parser.parse_args(argv)
+    settings = read_settings(arguments.set)
     for name in arguments.names or names():
         if name not in names():
             raise UserError(f"notebook: expected one of {', '.join(names())}; found {name!r}")
         start = time.perf_counter()
-        notebook = execute(name)
-        nbformat.write(notebook, FOLDER / f"{name}.ipynb")
+        notebook = execute(name, settings)
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, arguments.output / f"{name}.ipynb")
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

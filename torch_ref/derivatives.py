@@ -19,6 +19,15 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or transformed()
 
 
+def exported() -> bool:
+    """Whether torch.export traces the computation with tensors that have no memory, from which no kernel can read.
+
+    torch.compile knows kernels and keeps them. It is asked first: in code that torch 2.11 compiles, is_exporting() is
+    true.
+    """
+    return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward pass that refuses `create_graph=True`, under which its result would count as a constant.
 

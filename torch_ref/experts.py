@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from torch_ref import kernels
-from torch_ref.derivatives import once_differentiable, traced, transformed
+from torch_ref.derivatives import exported, once_differentiable, traced, transformed
 from torch_ref.low_rank import fold, split_high_low, unfold
 
 _ALIGNMENT = 16  # bytes: torch's grouped matmul needs the stride of every operand to be a multiple of it
@@ -353,10 +353,10 @@ def _refuse_to_compile() -> None:
     Compilation of parts of a graph continues after the loop; of a full graph, and an export, it stops here.
     """
     reason = "experts_implementation: 'loop' cannot be compiled as part of a full graph, nor exported; use 'grouped'"
-    if torch.compiler.is_dynamo_compiling():  # asked first: in code that torch 2.11 compiles, is_exporting() is true
-        torch._dynamo.graph_break(reason)
-    elif torch.compiler.is_exporting():
+    if exported():
         raise ValueError(reason)
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(reason)
 
 
 def grouped_experts(

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from torch_ref.derivatives import transformed
+from torch_ref.derivatives import exported, transformed
 
 programs: Any
 try:
@@ -32,6 +32,8 @@ def unsupported(x: Tensor) -> str | None:
         return "TORCH_REF_KERNELS=0 switches the kernels off"
     if programs is None:
         return "this build of torch does not contain Triton"
+    if exported():
+        return "torch.export cannot trace the kernels"
     return None if x.is_cuda else f"the kernels need CUDA, found {x.device.type}"
 
 
