@@ -10,16 +10,18 @@ from tests.tolerances import bound
 RECORDED = json.loads((record.ROOT / "tests/golden/losses.json").read_text(encoding="utf-8"))
 
 
+TESTED = ("all_targets", "nf4")  # they contain what the other runs compute; `record.py` has all
+
+
 @pytest.fixture(scope="module")
 def losses():
-    return record.losses()
+    return record.losses(TESTED)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("run", record.RUNS)
+@pytest.mark.parametrize("run", TESTED)
 def test_ten_steps_give_the_recorded_losses(run, losses):
-    limit = bound("golden_losses_bf16" if run == "bfloat16" else "golden_losses_fp32")
-    assert losses[run] == pytest.approx(RECORDED[run], rel=limit)
+    assert losses[run] == pytest.approx(RECORDED[run], rel=bound("golden_losses_fp32"))
     assert len(losses[run]) == record.STEPS
 
 

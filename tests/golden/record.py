@@ -16,6 +16,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,12 @@ def train(data: pathlib.Path, output: pathlib.Path, flags: tuple[str, ...], tree
     return [json.loads(line)["loss"] for line in lines]
 
 
-def losses(tree: pathlib.Path = ROOT) -> dict[str, list[float]]:
+def losses(names: Iterable[str] = RUNS, tree: pathlib.Path = ROOT) -> dict[str, list[float]]:
     """The losses of ten LoRA steps by run."""
     with tempfile.TemporaryDirectory() as folder:
         data = pathlib.Path(folder, "data.jsonl")
         write_data(data)
-        return {name: train(data, pathlib.Path(folder, name), flags, tree) for name, flags in RUNS.items()}
+        return {name: train(data, pathlib.Path(folder, name), RUNS[name], tree) for name in names}
 
 
 def record(tree: pathlib.Path) -> dict[str, Any]:
