@@ -24,6 +24,8 @@ FP8_BLOCK = 128
 FP8_DTYPE = "float8_e4m3fn"
 # The 256 values of the second quantisation: one table for the whole model, a parameter of the top level.
 NESTED_QUANT_MAP = "nested_quant_map"
+# What training adds to the router's probabilities where it chooses experts; no part of a stored model.
+CHOICE_BIAS = "sparse.choice_bias"
 # How many matrices a parameter holds, one below the other. HF stores, and NF4 and FP8 quantise, each separately.
 _MATRICES = {"sparse.gate_up_proj": 2}
 
@@ -212,6 +214,11 @@ def _fp8_specs(weight: ParameterSpec, matrices: int, scales: str) -> dict[str, P
         "codes": ParameterSpec(weight.shape, weight.axes, dtype=FP8_DTYPE),
         "scales": ParameterSpec((*lead, matrices, *grid), axes, dtype=scales),
     }
+
+
+def choice_bias_spec(config: Qwen3MoeConfig) -> ParameterSpec:
+    """The spec of `CHOICE_BIAS`."""
+    return ParameterSpec((len(config.sparse_layers), config.num_experts), ("layers", "router"), "zeros")
 
 
 def lora_specs(config: Qwen3MoeConfig, lora: LoraConfig) -> dict[str, ParameterSpec]:

@@ -28,6 +28,7 @@ from convert.safetensors_io import open_folder
 from jaxmoe import memory
 from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
+from jaxmoe.control import router_bias
 from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.data.sources import DEFAULT_WINDOW
 from jaxmoe.errors import UserError
@@ -117,6 +118,7 @@ def options(base: pathlib.Path, output: pathlib.Path, **changes: Any) -> TrainCo
 
 def scratch(base: pathlib.Path, output: pathlib.Path, **changes: Any) -> TrainConfig:
     values = {"model": None, "from_scratch": base / "config.json", "tokenizer": base / "model", "accumulation": 1}
+    values |= {"router_bias_rate": 0.01, "router_aux_loss_coef": 0.01}
     return options(base, output, **values | NO_LORA | {"merge": False} | changes)
 
 
@@ -199,6 +201,25 @@ def test_a_watched_run_learns_the_same(whole: Any, base: pathlib.Path, tmp_path:
     titles = [figure.title for figure in of_runs([read_run(tmp_path / "out")], ["run"])]
     assert len([title for title in titles if title.startswith("Probe: ")]) == 4
     assert "Probe: tokens with other experts" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("whole", [scratch], indirect=True, ids=["from scratch"])
+def test_the_routers_bias_is_written_beside_the_model(
+    whole: Any, crashed: pathlib.Path, base: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """It is 0 before the first step, and a resumed run ends with the same."""
+    shutil.copytree(crashed, tmp_path / "out")
+    train(scratch(base, tmp_path / "out", resume=True))
+    found, again = (router_bias.read(at / "model" / router_bias.FILE, CONFIG) for at in (whole[1], tmp_path / "out"))
+    np.testing.assert_array_equal(found, again)
+    assert 0 < np.abs(found).max() <= STEPS * np.float32(0.01)
+    first, *_, last = metrics(whole[1])
+    assert first["eval_loss_without_bias"] == first["eval_loss"]
+    assert last["eval_loss_without_bias"] != last["eval_loss"]
+    written = Qwen3MoeForCausalLM.from_pretrained(whole[1] / "model")
+    assert set(written.params) == set(parameter_specs(CONFIG))
+    with pytest.raises(UserError, match="router_bias_rate and replay: expected one of them"):
+        scratch(base, tmp_path / "other", replay=tmp_path)
 
 
 def forget_moments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +542,8 @@ def test_learning_rate(schedule: Any, expected: list[float]) -> None:
 def test_another_run_starts_where_one_ended(whole: Any, base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The written adapter, the merged model and the full model have the run's final held-out loss."""
     setup, output = whole
-    before, last = (metrics(output)[i]["eval_loss"] for i in (0, -1))
+    name = "eval_loss_without_bias" if setup is scratch else "eval_loss"
+    before, last = (metrics(output)[i][name] for i in (0, -1))
     assert last < 0.95 * before, "what the run learned has to show, or else nothing is compared"
     if setup is scratch:
         again = [options(base, tmp_path / "out", model=output / "model")]
@@ -553,7 +575,7 @@ def test_transformers_loads_a_model_from_scratch(whole: Any, base: pathlib.Path)
         with torch.no_grad():
             scores = model(ids).logits[0, :-1].log_softmax(-1)
         losses += (-scores[range(ids.shape[1] - 1), ids[0, 1:]])[len(prompt) - 1 :].tolist()
-    last = metrics(whole[1])[-1]["eval_loss"]
+    last = metrics(whole[1])[-1]["eval_loss_without_bias"]
     assert abs(np.mean(losses) - last) <= bound("reloaded_loss") * last
 
 
@@ -815,6 +837,7 @@ BAD_FLAGS = {
     "full and router": ("--full --router full", "router: expected none, since all parameters are trained"),
     "full and penalty": ("--full --routing-penalty 1", "routing_penalty: only valid with LoRA training"),
     "negative z-loss": ("--router-z-loss -1", "router_z_loss: expected at least 0"),
+    "bias of a finished model": ("--router-bias-rate 0.1", "router_bias_rate: only valid with from_scratch"),
     "all held out": ("--eval-fraction 1", "eval_fraction: expected a number between 0 and 1"),
     "two models": ("--from-scratch {tmp}/config.json", "model and from_scratch: expected one of them, found both"),
     "stray tokenizer": ("--tokenizer {tmp}", "tokenizer: only valid with from_scratch, which needs it; found it alone"),

@@ -6,7 +6,9 @@ An intervention names layers by their index in the model.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +16,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.control import router_bias
 from jaxmoe.errors import UserError, shown
 from jaxmoe.ops.router import RoutingControl
 
@@ -30,11 +34,13 @@ class Intervention:
         ablate: layer -> experts to remove.
         force: layer -> experts that every token uses.
         bias: layer -> {expert: what is added to its router logit}.
+        choice_bias: what is added to the probabilities [Ls, E] where experts are chosen, and nowhere else.
     """
 
     ablate: Mapping[int, Sequence[int]] = field(default_factory=dict)
     force: Mapping[int, Sequence[int]] = field(default_factory=dict)
     bias: Mapping[int, Mapping[int, float]] = field(default_factory=dict)
+    choice_bias: Float32[np.ndarray, "Ls E"] | None = None
 
     def control(self, config: Qwen3MoeConfig) -> RoutingControl | None:
         """The arrays [Ls, E] for the forward pass; None if nothing changes.
@@ -63,10 +69,9 @@ class Intervention:
             selection[slots[layer], list(experts)] = 1
             if len(set(experts)) > k:
                 raise UserError(f"force: expected at most {k} experts in layer {layer}, found {len(set(experts))}")
-        if not (bias.any() or selection.any()):
-            return None
-        given = lambda array: jnp.asarray(array) if array.any() else None
-        return RoutingControl(logit_bias=given(bias), selection=given(selection))
+        given = lambda array: jnp.asarray(array) if array is not None and array.any() else None
+        control = RoutingControl(None, given(bias), given(selection), given(self.choice_bias))
+        return control if any(part is not None for part in control) else None
 
     def _check_indices(self, slots: Mapping[int, int], E: int) -> None:
         for name, layers in (("ablate", self.ablate), ("force", self.force), ("bias", self.bias)):
@@ -83,17 +88,23 @@ class Intervention:
             for name, part in (("ablate", self.ablate), ("force", self.force))
         }
         bias = {str(layer): {str(e): value for e, value in values.items()} for layer, values in self.bias.items()}
-        return {name: part for name, part in (experts | {"bias": bias}).items() if part}
+        of_file = {}
+        if self.choice_bias is not None:
+            of_file = {"sha256": hashlib.sha256(self.choice_bias.tobytes()).hexdigest()}
+        parts = experts | {"bias": bias, "router_bias": of_file}
+        return {name: part for name, part in parts.items() if part}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags `--ablate`, `--force` and `--bias`; `intervention` reads their values."""
+    """Adds the flags `--ablate`, `--force`, `--bias` and `--router-bias`; `intervention` reads their values."""
     for flag, metavar, text in (
         ("--ablate", "LAYER:E,...", "remove experts; LAYER is a number, a range such as 3-5, or all"),
         ("--force", "LAYER:E,...", "make every token use these experts"),
         ("--bias", "LAYER:E=X,...", "add X to the router logit of expert E"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
+    text = "route as a training with --router-bias-rate did: its router_bias.json"
+    parser.add_argument("--router-bias", type=pathlib.Path, metavar="FILE", help=text)
 
 
 def intervention(arguments: argparse.Namespace, config: Qwen3MoeConfig) -> Intervention:
@@ -122,7 +133,8 @@ def intervention(arguments: argparse.Namespace, config: Qwen3MoeConfig) -> Inter
             raise UserError(f"bias: expected finite numbers (--ablate removes an expert), found {shown(text)}")
         for layer in layers:
             bias.setdefault(layer, {}).update(values)
-    return Intervention(ablate, force, bias)
+    from_file = arguments.router_bias
+    return Intervention(ablate, force, bias, None if from_file is None else router_bias.read(from_file, config))
 
 
 def _layers(flag: str, text: str, config: Qwen3MoeConfig) -> tuple[Sequence[int], str]:

@@ -12,7 +12,15 @@ from collections.abc import Mapping, Sequence
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.lora import LoraConfig
-from jaxmoe.parameters import ParameterSpec, Quantization, lora_specs, quantized_paths, stored_specs
+from jaxmoe.parameters import (
+    CHOICE_BIAS,
+    ParameterSpec,
+    Quantization,
+    choice_bias_spec,
+    lora_specs,
+    quantized_paths,
+    stored_specs,
+)
 
 # logical axis -> the mesh axes that may split it, the outermost first
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -62,7 +70,8 @@ def stored_arrays(config: Qwen3MoeConfig, lora: LoraConfig | None, names: Sequen
         quantization = Quantization.in_fp8(quantized, unquantized=unquantized)
     else:
         quantization = Quantization(quantized, True, unquantized)
-    return stored_specs(config, quantization) | (lora_specs(config, lora) if lora else {})
+    beside = {CHOICE_BIAS: choice_bias_spec(config)} if CHOICE_BIAS in names else {}
+    return stored_specs(config, quantization) | (lora_specs(config, lora) if lora else {}) | beside
 
 
 def gathered_axes(

@@ -230,7 +230,8 @@ def _provenance(
 
 
 def _with_routing(args: argparse.Namespace) -> bool:
-    return bool(args.capture or args.replay or args.ablate or args.force or args.bias)
+    changed = args.ablate or args.force or args.bias or args.router_bias
+    return bool(args.capture or args.replay or changed)
 
 
 def _refuse_routing(args: argparse.Namespace, mode: str) -> None:

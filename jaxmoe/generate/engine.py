@@ -93,7 +93,7 @@ class Program:
 
     def imposed(self, control: RoutingControl | None) -> RoutingControl | None:
         """How what is imposed on the routing is shared."""
-        return None if control is None else RoutingControl._make([self.stacks, EVERYWHERE, EVERYWHERE])
+        return None if control is None else RoutingControl._make([self.stacks, *[EVERYWHERE] * 3])
 
 
 @dataclass

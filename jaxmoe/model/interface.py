@@ -91,4 +91,4 @@ def control_specs(control: RoutingControl | None, placement: Placement) -> Any:
     """How devices share what a caller imposes on the routing of whole sequences: the experts of their own tokens."""
     if control is None:
         return None
-    return RoutingControl._make([placement.spec(None, "batch", "sequence"), PartitionSpec(), PartitionSpec()])
+    return RoutingControl._make([placement.spec(None, "batch", "sequence"), *[PartitionSpec()] * 3])

@@ -31,14 +31,15 @@ class RoutingControl(NamedTuple):
 
     `experts` replays a recorded choice; -1 in a token's first slot lets the model choose for that token. `logit_bias`
     is added to the router logits before the softmax. `selection` is 1 for an expert that every token uses and -1 for
-    one that no token uses; it leaves the probabilities unchanged. The weights are always the model's own probabilities
-    of the experts that are used. Fields for all MoE layers are [Ls, B, T, k] and [Ls, E]; for one layer, [M, k] and
-    [E].
+    one that no token uses; it leaves the probabilities unchanged, and so does `choice_bias`, which is added to the
+    probabilities where experts are chosen. The weights are always the model's own probabilities of the experts that are
+    used. Fields for all MoE layers are [Ls, B, T, k] and [Ls, E]; for one layer, [M, k] and [E].
     """
 
     experts: Int[Array, "Ls B T k"] | Int[Array, "M k"] | None = None
     logit_bias: Float[Array, "Ls E"] | Float[Array, " E"] | None = None
     selection: Int[Array, "Ls E"] | Int[Array, " E"] | None = None
+    choice_bias: Float[Array, "Ls E"] | Float[Array, " E"] | None = None
 
     def layer(self, slot: Array | int) -> RoutingControl:
         """The control of MoE layer `slot`, its experts as [M, k]."""
@@ -48,6 +49,7 @@ class RoutingControl(NamedTuple):
             None if experts is None else experts.reshape(-1, experts.shape[-1]),
             pick(self.logit_bias),
             pick(self.selection),
+            pick(self.choice_bias),
         )
 
 
@@ -86,10 +88,12 @@ def route(
         logits = logits + control.logit_bias
     logits = checkpoint_name(logits, ROUTING)
     probabilities = jax.nn.softmax(logits, axis=-1)
-    scores = jax.lax.stop_gradient(probabilities)
+    scores, reach = jax.lax.stop_gradient(probabilities), 1.0  # how far two scores can be apart
+    if control is not None and control.choice_bias is not None:
+        bias = jax.lax.stop_gradient(control.choice_bias)
+        scores, reach = scores + bias, reach + jnp.max(bias) - jnp.min(bias)
     if control is not None and control.selection is not None:
-        # Probabilities are between 0 and 1, so forced experts come first and removed ones last.
-        scores = scores + 2.0 * control.selection
+        scores = scores + 2.0 * reach * control.selection  # forced experts come first and removed ones last
     experts: Array = _largest(scores, num_experts_per_tok)
     if control is not None and control.experts is not None:
         experts = jnp.where(control.experts[:, :1] < 0, experts, control.experts)
@@ -176,6 +180,15 @@ def expert_counts(experts: Int[Array, "M k"], valid: Bool[Array, " M"], num_expe
     # Compare and sum, which fuse into one pass; a histogram's atomic adds would queue up for E addresses on a GPU.
     hits = (experts[:, :, None] == jnp.arange(num_experts)) & valid[:, None, None]
     return jnp.sum(hits, axis=(0, 1), dtype=jnp.int32)
+
+
+def moved_choice_bias(bias: Float[Array, "Ls E"], counts: Int[Array, "Ls E"], rate: float) -> Float[Array, "Ls E"]:
+    """The bias with rate * sign(mean load - load) added: experts with few of the `counts` routed rows are chosen more.
+
+    Source: Wang et al. 2024 (arXiv 2408.15664), algorithm 1.
+    """
+    load = counts.astype(jnp.float32)
+    return bias + rate * jnp.sign(jnp.mean(load, axis=1, keepdims=True) - load)
 
 
 def load_balancing_loss(

@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxmoe import stopping
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.control import router_bias
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.model.opening import open_checkpoint
-from jaxmoe.parameters import layer_paths, top_level_paths
+from jaxmoe.parameters import CHOICE_BIAS, layer_paths, top_level_paths
 from jaxmoe.store.checkpoint import Block, cast
 from jaxmoe.store.files import naming_files, unfinished_folder
 
@@ -39,13 +40,16 @@ def export_model(
     target: pathlib.Path, tokenizer: pathlib.Path, config: Qwen3MoeConfig, params: Mapping[str, np.ndarray]
 ) -> None:
     """Writes a model that was trained from scratch in HF form, cast once to the config's dtype (float32 without one),
-    with the tokenizer files from the folder `tokenizer`; an earlier `target` is replaced."""
+    with the tokenizer files from the folder `tokenizer`; an earlier `target` is replaced. `CHOICE_BIAS`, for which
+    Qwen3-MoE has no place, goes into a file of its own (`jaxmoe.control.router_bias`)."""
     from convert.hf2jax import companion_files
 
     stored = config.replace(dtype=config.dtype or "float32")
     raw = stored.to_hf() | {"eos_token_id": load_tokenizer(tokenizer).eos_token_id}
     files = {**companion_files(tokenizer), "config.json": (json.dumps(raw, indent=2) + "\n").encode()}
-    _write(target, stored, params, files)
+    if (bias := params.get(CHOICE_BIAS)) is not None:
+        files[router_bias.FILE] = router_bias.as_bytes(bias, config)
+    _write(target, stored, {path: array for path, array in params.items() if path != CHOICE_BIAS}, files)
 
 
 def export_full(

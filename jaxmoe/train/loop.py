@@ -23,6 +23,7 @@ import optax
 from jaxmoe import stopping
 from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import TrainingProgress, reading_weights
+from jaxmoe.control import router_bias
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed import ending, launch
 from jaxmoe.distributed.agreement import check_agreement, exchange, wait_for_all
@@ -30,6 +31,7 @@ from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError, in_words
 from jaxmoe.model.interface import Params
 from jaxmoe.out_of_memory import explained
+from jaxmoe.parameters import CHOICE_BIAS
 from jaxmoe.runs.card import Kind
 from jaxmoe.runs.record import ExpertLoad
 from jaxmoe.stopping import Postponed
@@ -449,6 +451,10 @@ class Loop:
     def _measured(self, state: TrainState, due: Due) -> dict[str, Any]:
         """The numbers of what is due."""
         numbers: dict[str, Any] = self._evaluate(state) if due.evaluation else {}
+        if due.evaluation and (bias := state.trainable.get(CHOICE_BIAS)) is not None:
+            # As other programs read what is written; a bias of 0 chooses the same experts.
+            written = state._replace(trainable=state.trainable | {CHOICE_BIAS: 0 * bias})
+            numbers["eval_loss_without_bias"] = self._evaluate(written)["eval_loss"]
         if due.watch and self._begin.watch is not None:
             numbers |= self._begin.watch(self._frozen, state.trainable)
         return numbers
@@ -528,6 +534,11 @@ def _export(plan: Plan, trainable: Params) -> None:
     if lora is None:
         if settings.model is None:
             export_model(settings.output / "model", tokenizer_folder(settings), config, arrays)
+            if (bias := arrays.get(CHOICE_BIAS)) is not None:
+                _log.info(
+                    f"{settings.output / 'model'}: Qwen3-MoE has no place for the router's bias (at most "
+                    f"{np.abs(bias).max():.2g}); it is in {router_bias.FILE}, for commands with --router-bias"
+                )
         else:
             export_full(settings.output / "model", settings.model, config, arrays, settings.dequantize)
         publish(settings.output, {"model": settings.output / "model"}, settings.push_to_hub)

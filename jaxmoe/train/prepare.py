@@ -49,7 +49,7 @@ from jaxmoe.model.interface import Params
 from jaxmoe.model.mesh_flag import usable_devices
 from jaxmoe.model.opening import load_adapter, open_checkpoint
 from jaxmoe.model.selection import fallbacks, selected_implementations
-from jaxmoe.parameters import Quantization
+from jaxmoe.parameters import CHOICE_BIAS, Quantization, choice_bias_spec
 from jaxmoe.store.digest import WeightsDigest
 from jaxmoe.store.expert_adapters import without_void_experts
 from jaxmoe.store.loading import OnLayer, load_stacks, stack_shapes
@@ -196,7 +196,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None, shared: p
         warmup_steps = round(settings.warmup_ratio * total_steps)
     aux_coefficient = settings.router_aux_loss_coef
     if aux_coefficient is None:
-        aux_coefficient = config.router_aux_loss_coef
+        aux_coefficient = 0.0 if settings.router_bias_rate else config.router_aux_loss_coef
 
     opened = _open(settings, config, lora)
     model = opened.model._replace(
@@ -269,7 +269,7 @@ def _loss_entry(settings: TrainConfig) -> dict[str, Any] | None:
 
 
 def _check_router(settings: TrainConfig, config: Qwen3MoeConfig) -> None:
-    for name in ("router_z_loss", "routing_penalty", "dense_mixer"):
+    for name in ("router_z_loss", "routing_penalty", "dense_mixer", "router_bias_rate"):
         if getattr(settings, name) and not config.sparse_layers:
             raise UserError(f"{name}: expected a model with mixture-of-experts layers, found none")
 
@@ -282,7 +282,7 @@ def _router_terms(settings: TrainConfig) -> Objective:
 
 def _router_entry(settings: TrainConfig) -> dict[str, float] | None:
     """How routers are trained, in the identity; runs from before these flags have no such entry."""
-    names = ("router_z_loss", "routing_penalty", "dense_mixer")
+    names = ("router_z_loss", "routing_penalty", "dense_mixer", "router_bias_rate")
     return {name: value for name in names if (value := getattr(settings, name))} or None
 
 
@@ -352,8 +352,9 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     where they lie on the mesh: no device could hold all of a large model."""
     key = jax.random.key(settings.seed)
     if settings.from_scratch is not None:
-        draw = partial(jax.jit(init_parameters, static_argnums=(0, 2)), config, key, jnp.dtype("float32"))
-        model = Model(config, None, settings.dtype or "float32")
+        fresh = partial(jax.jit(init_parameters, static_argnums=(0, 2)), config, key, jnp.dtype("float32"))
+        draw = partial(_with_choice_bias, fresh, config) if settings.router_bias_rate else fresh
+        model = Model(config, None, settings.dtype or "float32", choice_bias_rate=settings.router_bias_rate)
         return Source(model, Weights({}, jax.eval_shape(draw)), lambda *_: Weights({}, draw()), False)
     assert settings.model is not None
     dtype = "float32" if settings.full else settings.dtype
@@ -391,6 +392,10 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
         return Weights(base, adapters(base))
 
     return Source(model, Weights(shapes, jax.eval_shape(adapters, shapes)), load, quantization=checkpoint.quantization)
+
+
+def _with_choice_bias(draw: Callable[[], Params], config: Qwen3MoeConfig) -> Params:
+    return draw() | {CHOICE_BIAS: jnp.zeros(choice_bias_spec(config).shape, jnp.float32)}
 
 
 def _fresh_adapters(config: Qwen3MoeConfig, lora: LoraConfig, key: jax.Array, base: Params) -> Params:

@@ -15,10 +15,12 @@ from jaxmoe.generate.engine import Generator
 from jaxmoe.json_text import parse_json
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.interface import Params
+from jaxmoe.ops.router import RoutingControl
+from jaxmoe.parameters import CHOICE_BIAS
 from jaxmoe.runs.record import Sample
 from jaxmoe.tokenizer_files import check_small_file
 from jaxmoe.train.settings import TrainConfig
-from jaxmoe.train.step import Model
+from jaxmoe.train.step import Model, with_gradient
 
 MOST_PROMPTS = 64  # they share a batch, beside the state of the training
 
@@ -46,12 +48,18 @@ class Sampler:
     def __call__(self, step: int, frozen: Params, trainable: Params) -> list[Sample]:
         """What the model with these arrays writes after `step` steps."""
         if self._model.lora is None:
-            cast = {path: array.astype(self._model.dtype) for path, array in trainable.items()}
+            cast = {path: array.astype(self._model.dtype) for path, array in with_gradient(trainable).items()}
             model = Qwen3MoeForCausalLM(self._model.config, cast, mesh=self._model.mesh)
         else:
             lora = self._model.lora
             model = Qwen3MoeForCausalLM(self._model.config, frozen, lora, trainable, mesh=self._model.mesh)
-        outputs = Generator(model).generate([ids for _, ids in self._prompts], self._most, stop_tokens=self._stop)
+        bias = trainable.get(CHOICE_BIAS)
+        outputs = Generator(model).generate(
+            [ids for _, ids in self._prompts],
+            self._most,
+            stop_tokens=self._stop,
+            control=None if bias is None else RoutingControl(choice_bias=bias),
+        )
         texts = (self._tokenizer.decode(tokens, skip_special_tokens=True) for tokens in outputs)
         return [Sample(step, prompt, text) for (prompt, _), text in zip(self._prompts, texts, strict=True)]
 

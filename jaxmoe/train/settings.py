@@ -242,7 +242,7 @@ class TrainConfig:
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
-            "help": "weight of the load-balancing loss (default: the model config's)",
+            "help": "weight of the load-balancing loss (default: the model config's; 0 with --router-bias-rate)",
             "identity": entries("router_aux_loss_coef"),
         },
     )
@@ -266,6 +266,15 @@ class TrainConfig:
         metadata={
             "help": "weight of the KL divergence of the router's probabilities from those without adapters, "
             "which costs a second forward pass",
+            "identity": entries("router_training"),
+        },
+    )
+    router_bias_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "with --from-scratch: balances the load without a loss. A bias, added to an expert's probability "
+            "where experts are chosen, moves by this much in each step; it is written into router_bias.json beside "
+            "the model, which has no place for it",
             "identity": entries("router_training"),
         },
     )
@@ -563,7 +572,7 @@ def _check_ranges(settings: TrainConfig) -> None:
     at_least_1 = "lora_r batch_size accumulation seq_length keep_checkpoints log_every"
     at_least_1 += " epochs max_steps eval_every save_every patience sample_tokens shuffle_buffer watch_every"
     at_least_0 = "warmup_steps router_aux_loss_coef seed learning_rate warmup_ratio max_grad_norm weight_decay"
-    at_least_0 += " adam_epsilon beta router_z_loss routing_penalty"
+    at_least_0 += " adam_epsilon beta router_z_loss routing_penalty router_bias_rate"
     for least, names in ((1, at_least_1), (0, at_least_0)):
         for name in names.split():
             value = getattr(settings, name)
@@ -622,6 +631,12 @@ def _check_combinations(settings: TrainConfig) -> None:
     defaults = {each.name: each.default for each in dataclasses.fields(settings)}
     _check_loss(settings, defaults)
     _check_optimizer(settings, defaults)
+    if settings.router_bias_rate and settings.from_scratch is None:
+        raise UserError(
+            "router_bias_rate: only valid with from_scratch, since a finished model has no place for a bias"
+        )
+    if settings.router_bias_rate and settings.replay is not None:
+        raise UserError("router_bias_rate and replay: expected one of them, since both decide which experts are used")
     if settings.routing_penalty and settings.trains_all:
         raise UserError("routing_penalty: only valid with LoRA training, which leaves the base model as it is")
     if settings.router == "full" and {"router", "gate"} & {*settings.lora_targets}:

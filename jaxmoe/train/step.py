@@ -27,8 +27,8 @@ from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.interface import DecoderOutput, Options, Params, RouterStats, Tokens
 from jaxmoe.ops.low_rank import DropoutKeys
-from jaxmoe.ops.router import RoutingControl, load_balancing_loss
-from jaxmoe.parameters import parameter_specs
+from jaxmoe.ops.router import RoutingControl, load_balancing_loss, moved_choice_bias
+from jaxmoe.parameters import CHOICE_BIAS, parameter_specs
 from jaxmoe.train.host_memory import in_host_memory
 from jaxmoe.train.log_probs import learned_log_probs
 from jaxmoe.train.loss import BatchTotal, Loss, Objective, OfOutputs, Outputs, Term
@@ -93,7 +93,8 @@ class Model(NamedTuple):
     the adapters' dropout. `mesh` are the devices that share a step; its results do not depend on them. With
     `reference`, a forward pass also says what the model without its adapters says, unless the batch knows it; with
     `router_logits` what its routers say, and with `base_router` what those of the model without adapters say.
-    With `dense_router`, routers also learn from the experts that a token does not use.
+    With `dense_router`, routers also learn from the experts that a token does not use. With a `choice_bias_rate`,
+    which is for training from scratch, the trained arrays include `CHOICE_BIAS`, which moves so much in a step.
     `optimizer` updates what is trained.
     """
 
@@ -110,6 +111,7 @@ class Model(NamedTuple):
     router_logits: bool = False
     base_router: bool = False
     dense_router: bool = False
+    choice_bias_rate: float = 0.0
 
     @property
     def moments_on_host(self) -> bool:
@@ -163,7 +165,8 @@ class Model(NamedTuple):
         """The model's parameters in the dtype to compute in, and its adapters."""
         if self.lora is not None:
             return frozen, trainable
-        return {path: array.astype(self.dtype) for path, array in trainable.items()}, {}
+        own = {path: array.astype(self.dtype) for path, array in with_gradient(trainable).items()}
+        return own | {path: trainable[path] for path in trainable.keys() - own.keys()}, {}
 
     def _reference(self, frozen: Params, batch: Batch) -> Float[Array, "B T"] | None:
         """What the batch knows of the reference model, or what the frozen parameters say without adapters."""
@@ -216,18 +219,23 @@ class Model(NamedTuple):
         dropout_keys: DropoutKeys | None = None,
     ) -> DecoderOutput:
         """The decoder over a batch; `options` say what to return and what will be differentiated."""
-        control = None
+        control = RoutingControl(choice_bias=params.get(CHOICE_BIAS))
         if batch.experts is not None:
-            control = RoutingControl(experts=jnp.moveaxis(batch.experts, -2, 0).astype(jnp.int32))
+            control = control._replace(experts=jnp.moveaxis(batch.experts, -2, 0).astype(jnp.int32))
         return forward(
-            params,
+            with_gradient(params),
             adapters,
             Tokens(batch.input_ids, batch.position_ids, batch.segment_ids),
             config=self.config,
             options=replace(options, lora=lora, remat=self.remat, packed=self.packed, mesh=self.mesh),
-            control=control,
+            control=control if any(field is not None for field in control) else None,
             dropout_keys=dropout_keys,
         )
+
+
+def with_gradient(arrays: Params) -> Params:
+    """The arrays that have a gradient and an optimizer state: all but `CHOICE_BIAS`."""
+    return {path: array for path, array in arrays.items() if path != CHOICE_BIAS}
 
 
 def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -269,7 +277,7 @@ def adamw(
 
 def initial_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; of shapes, if the optimizer takes them."""
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(with_gradient(trainable)))
 
 
 def state_to_compile(model: Model, trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
@@ -398,8 +406,11 @@ def make_train_step(
         keys = model.dropout_keys(state.step, batch.input_ids.shape[:2])
         loss, stats, gradients, further = loss_and_gradients(model, frozen, state.trainable, batch, objective, keys)
         with jax.named_scope("optimizer"):
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-            trainable = jax.tree.map(jnp.add, state.trainable, updates)
+            gradients, trained = with_gradient(gradients), with_gradient(state.trainable)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
+            trainable = jax.tree.map(jnp.add, trained, updates)
+            if (bias := state.trainable.get(CHOICE_BIAS)) is not None:
+                trainable[CHOICE_BIAS] = moved_choice_bias(bias, stats.counts, model.choice_bias_rate)
         aux = jnp.zeros(())
         if model.config.sparse_layers:
             aux = load_balancing_loss(stats.counts, stats.prob_sums, stats.tokens)

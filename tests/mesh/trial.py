@@ -16,8 +16,10 @@ from jaxmoe.distributed.placement import Placement
 from jaxmoe.fp8 import codec as fp8
 from jaxmoe.nf4.codec import NF4, dynamic_map, encode
 from jaxmoe.parameters import (
+    CHOICE_BIAS,
     NESTED_QUANT_MAP,
     ParameterSpec,
+    choice_bias_spec,
     lora_specs,
     matrix_shape,
     parameter_specs,
@@ -49,6 +51,7 @@ class Case(NamedTuple):
     imposed: tuple[int, ...] = ()
     nf4: bool = False
     fp8: bool = False
+    bias_rate: float = 0.0
 
 
 CASES = {
@@ -62,7 +65,7 @@ CASES = {
     "NF4": Case(lora=FEW, nf4=True),
     "FP8": Case(lora=FEW, fp8=True),
     "NF4, all to four experts": Case(FOUR, FEW, nf4=True, imposed=(1, 0, 3, 2)),
-    "all parameters, four experts": Case(FOUR, lora=None, aux=0.0),
+    "all parameters, four experts": Case(FOUR, lora=None, aux=0.0, bias_rate=0.02),
 }
 
 
@@ -89,6 +92,8 @@ def weights(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         }
 
     params = draw(parameter_specs(case.config))
+    if case.bias_rate:
+        params[CHOICE_BIAS] = np.zeros(choice_bias_spec(case.config).shape, np.float32)
     if case.lora is None:
         return {}, params
     adapters = draw(lora_specs(case.config, case.lora))
@@ -156,7 +161,7 @@ class Prepared(NamedTuple):
 
 def prepared(case: Case, mesh: str) -> Prepared:
     """A case on a mesh, ready to be compiled."""
-    model = Model(case.config, case.lora, remat="balanced", mesh=MeshShape.parse(mesh))
+    model = Model(case.config, case.lora, remat="balanced", mesh=MeshShape.parse(mesh), choice_bias_rate=case.bias_rate)
     place = model.placement
     frozen, trainable = (place.place(arrays) for arrays in weights(case))
     trainable = jax.tree.map(jnp.asarray, trainable)  # on one device, placing leaves NumPy arrays alone
