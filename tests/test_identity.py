@@ -84,6 +84,7 @@ RECORDED: dict[str, Any] = {
     "loss": None,
     "optimizer": None,
     "router_training": None,
+    "routing_base": None,
     "mixture": None,
     "streaming": None,
     "seq_length": 48,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 
 import jax
@@ -14,9 +15,10 @@ import pytest
 from captures import Capture, Chunk, LabelledText, Text, tokenizer_digest
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.config import LoraConfig
+from jaxmoe.control.base_logits import BaseLogits
 from jaxmoe.control.interventions import Intervention, add_arguments, intervention
 from jaxmoe.control.replay import Replay
-from jaxmoe.data.packing import Sequences, cut
+from jaxmoe.data.packing import Batch, Sequences, cut
 from jaxmoe.data.records import read_records
 from jaxmoe.errors import UserError
 from jaxmoe.generate.capture import capture_generation
@@ -27,6 +29,7 @@ from jaxmoe.routing.capture import capture
 from jaxmoe.routing.effects import effects, write_effects
 from jaxmoe.routing.text import read_text
 from jaxmoe.train.loss import next_token_objective
+from jaxmoe.train.router_losses import RoutingPenalty
 from jaxmoe.train.step import Model, loss_and_gradients
 from peers.configs import config_of, random_parameters, random_tokens
 from tests.parity import COMPILER_OPTIONS
@@ -232,7 +235,7 @@ def training(quick_compilation, model, tmp_path_factory):
     tokenizer = Letters()
     segments, _ = cut(read_records(path, tokenizer, model.config.vocab_size), LENGTH)
     labels = read_text([path], tokenizer, model.config.vocab_size, LENGTH)
-    return segments, capture(model, labels, path.parent / "capture", batch_size=2)
+    return segments, capture(model, labels, path.parent / "capture", batch_size=2, keep_logits=32)
 
 
 def test_training_replays_the_captured_experts_and_its_own_routing_changes_no_bit(model, training):
@@ -269,6 +272,43 @@ def test_training_data_that_was_not_captured_is_refused_before_training(model, t
         replay.check([*segments, other])
     with pytest.raises(UserError, match="replay: expected 2 MoE layers with 2 of 8 experts, found"):
         Replay(found, config_of("mlp_only_layers"), Letters())
+
+
+def test_captured_logits_take_the_place_of_a_second_forward_pass(model, training):
+    segments, found = training
+    config, base = model.config, BaseLogits(found, model.config, Letters())
+    base.check(segments)
+    batch = base.on(Sequences(segments, LENGTH, seed=3, epochs=1).batch(0, (4,)))
+    assert batch.base_logits is not None and not batch.base_logits[batch.segment_ids == 0].any()
+    lora = LoraConfig(r=4, targets=("q_proj",))
+    adapters = {path: jnp.full_like(a, 0.1) for path, a in init_adapters(config, lora, jax.random.key(0)).items()}
+    asks, penalty = Model(config, lora, router_logits=True, base_router=True), RoutingPenalty()
+    reads = asks._replace(base_router=False)
+
+    def penalties(batch: Batch) -> list[jax.Array]:
+        alone = batch._replace(base_logits=None)
+        runs = ((asks, alone), (reads, batch))
+        outputs = [each.run(model.params, adapters, of, train=False) for each, of in runs]
+        return [penalty(each, batch, {})[0] for each in outputs]
+
+    compiled = jax.jit(penalties, compiler_options=COMPILER_OPTIONS)
+    asked, read = map(float, compiled(batch))
+    assert read == pytest.approx(asked, rel=bound("captured_base"))
+    exchanged = batch._replace(base_logits=batch.base_logits[:, :, ::-1])  # of other layers
+    assert abs(float(compiled(exchanged)[1]) / asked - 1) > 100 * bound("captured_base")
+
+
+def test_other_captures_are_no_base(model, training, captured):
+    segments, found = training
+    other = segments[0]._replace(inputs=segments[0].inputs[::-1].copy())
+    with pytest.raises(UserError, match=r"routing_base: expected all training data in .*, 1 documents are missing"):
+        BaseLogits(found, model.config, Letters()).check([*segments, other])
+    with pytest.raises(UserError, match=r"routing_base: expected the router logits of all 32 .* found 16 in"):
+        BaseLogits(captured, model.config, Letters())
+    imposed = dataclasses.replace(found, control={"ablate": {"0": [1]}})
+    with pytest.raises(UserError, match="routing_base: expected a model's own routing, found ablate imposed in"):
+        BaseLogits(imposed, model.config, Letters())
+    assert BaseLogits(found, model.config, Letters()).digest != Replay(found, model.config, Letters()).digest
 
 
 # ---- generation

@@ -836,6 +836,12 @@ BAD_FLAGS = {
     "router twice": ("--router full --lora-targets q_proj,gate", "router full and lora_targets router: expected one"),
     "full and router": ("--full --router full", "router: expected none, since all parameters are trained"),
     "full and penalty": ("--full --routing-penalty 1", "routing_penalty: only valid with LoRA training"),
+    "base without penalty": ("--routing-base {tmp}", "routing_base: only valid with routing_penalty above 0"),
+    "base of a stream": (
+        "--routing-penalty 1 --routing-base {tmp} --streaming --max-steps 2",
+        "streaming and routing_base: expected one of them, found both",
+    ),
+    "no such base": ("--routing-penalty 1 --routing-base {tmp}/nowhere", "nowhere: expected a capture"),
     "negative z-loss": ("--router-z-loss -1", "router_z_loss: expected at least 0"),
     "bias of a finished model": ("--router-bias-rate 0.1", "router_bias_rate: only valid with from_scratch"),
     "all held out": ("--eval-fraction 1", "eval_fraction: expected a number between 0 and 1"),

@@ -74,7 +74,9 @@ MODULES: dict[str, set[str]] = {
         ". chat chat_flags compressed datasets_library extra forms inputs json_records mixture overview packing pairs"
         " raw record_forms records shared show sources stream tables",
     ),
-    "control": _under("jaxmoe.control", ". expert_choice interventions provenance replay router_bias"),
+    "control": _under(
+        "jaxmoe.control", ". base_logits captured_text expert_choice interventions provenance replay router_bias"
+    ),
     "generate": _under(
         "jaxmoe.generate",
         ". answer_file batches capture chat conversation engine processors prompt_file prompts sampling settings speed"

@@ -62,6 +62,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "preference_slope": Tolerance(1e-4, 3.0e-6, "their gradients against a difference of float64 losses, relative"),
     "stored_reference": Tolerance(1e-5, 6.4e-7, "rewards under a stored reference against one that each step asks"),
     "router_losses_fp32": Tolerance(2e-6, None, "z-loss and routing penalty against loops in float64, relative"),
+    "captured_base": Tolerance(1e-5, None, "penalty from a capture against one with a second forward pass, relative"),
     "no_penalty_fp32": Tolerance(1e-7, None, "gradient of the penalty where router and base are equal, absolute"),
     "watch_fp32": Tolerance(2e-6, None, "measures of a probe's routing against loops in float64, relative"),
     "compiled_divergence_fp32": Tolerance(5e-5, 5.6e-6, "divergences of two routers' logits against float64, relative"),

@@ -14,7 +14,7 @@ from jaxtyping import Float64
 
 from captures import Capture
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.control.replay import check_experts
+from jaxmoe.control.captured_text import check_experts
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import read_json
 

@@ -9,82 +9,43 @@ Source: rollout routing replay (Ma et al. 2025, arXiv 2510.11370).
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int16, Int32
 
-from captures import Capture, tokenizer_digest
+from captures import Capture
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.control.captured_text import CapturedText, check_experts
 from jaxmoe.data.packing import Batch, Document
 from jaxmoe.errors import UserError
 
 
-def check_experts(capture: Capture, config: Qwen3MoeConfig, setting: str = "replay") -> None:
-    """Raises UserError, which names the setting, unless the capture's model has the MoE layers and experts of
-    `config`."""
-    found, layers = capture.model, tuple(config.sparse_layers)
-    expected = (len(layers), config.num_experts, config.num_experts_per_tok)
-    if (len(found.layers), found.num_experts, found.num_experts_per_tok) != expected:
-        raise UserError(
-            f"{setting}: expected {expected[0]} MoE layers with {expected[2]} of {expected[1]} experts, "
-            f"found {len(found.layers)} with {found.num_experts_per_tok} of {found.num_experts} in {capture.folder}"
-        )
-    if found.layers != layers:
-        raise UserError(f"{setting}: expected the MoE layers {layers}, found {found.layers} in {capture.folder}")
-
-
 class Replay:
-    """Looks up captured experts by text: a context in a batch is found by its tokens, wherever it was packed.
+    """Adds the captured experts to each batch (`jaxmoe.control.captured_text` finds them).
 
-    A context of a batch matches a captured context that begins with the same tokens, since a causal model's routing
-    does not depend on what follows. All captured experts are held in memory: Ls k bytes per token.
+    All captured experts are held in memory: Ls k bytes per token.
     """
 
     def __init__(self, capture: Capture, config: Qwen3MoeConfig, tokenizer: Any) -> None:
         """Raises UserError if the capture was made with another model or another tokenizer."""
-        check_experts(capture, config)
-        if capture.text["tokenizer"] != tokenizer_digest(tokenizer):
-            raise UserError(f"replay: expected a capture made with the model's tokenizer, found {capture.folder}")
-        self._folder = capture.folder
-        self.digest: str = capture.text["digest"]
+        self._text = CapturedText(capture, config, tokenizer, "replay")
+        self.digest: str = self._text.digest
         self._experts = capture.read_experts()
-        text = capture.read_text()
-        # Big-endian bytes: after sorting, contexts that begin with the same tokens are neighbours.
-        self._contexts = sorted((_key(text.token[part]), part.start) for part in text.contexts())
 
     def check(self, documents: Iterable[Document]) -> None:
         """Raises UserError unless every document was captured; called before training starts."""
-        missing = [document for document in documents if self._find(document.inputs) is None]
-        if missing:
-            first = missing[0].inputs[:8].tolist()
-            raise UserError(
-                f"replay: expected all training data in {self._folder}, {len(missing)} documents are missing; the "
-                f"first begins with the tokens {first} (was the capture made with the same --seq-length?)"
-            )
+        self._text.check(documents)
 
     def on(self, batch: Batch) -> Batch:
         """The batch with the captured experts; at padding they are -1 (the model chooses)."""
         layers, _, k = self._experts.shape
-        ids, segments = (a.reshape(-1, a.shape[-1]) for a in (batch.input_ids, batch.segment_ids))
-        experts: Int16[np.ndarray, "B T Ls k"] = np.full((*ids.shape, layers, k), -1, np.int16)
-        for sequence, numbers in enumerate(segments):
-            for number in range(1, int(numbers.max()) + 1):
-                place = np.flatnonzero(numbers == number)
-                start = self._find(ids[sequence, place])
-                assert start is not None, "check() has seen every document"
-                experts[sequence, place] = self._experts[:, start : start + len(place)].swapaxes(0, 1)
+        lines, length = batch.input_ids.size // batch.input_ids.shape[-1], batch.input_ids.shape[-1]
+        experts: Int16[np.ndarray, "B T Ls k"] = np.full((lines, length, layers, k), -1, np.int16)
+        for line, place, where in self._text.places(batch):
+            experts[line, place] = self._experts[:, where].swapaxes(0, 1)
         return batch._replace(experts=experts.reshape(*batch.input_ids.shape, layers, k))
-
-    def _find(self, tokens: Int32[np.ndarray, " n"]) -> int | None:
-        """Where in the captured stream a context begins with these tokens."""
-        key = _key(tokens)
-        at = bisect_left(self._contexts, (key, -1))
-        if at < len(self._contexts) and self._contexts[at][0].startswith(key):
-            return self._contexts[at][1]
-        return None
 
 
 def experts_by_position(
@@ -113,7 +74,3 @@ def experts_by_position(
             )
         found[:, sequence, :n] = experts[:, context]
     return found
-
-
-def _key(tokens: np.ndarray) -> bytes:
-    return tokens.astype(">i4").tobytes()

@@ -74,7 +74,8 @@ class Batch(NamedTuple):
     A document has one segment id (1, 2, ... within its sequence) and positions that start at 0. `labels` is the next
     token of the same document. `experts`, if given, replays a captured routing: the k experts of each token in each MoE
     layer, -1 where the model chooses. `reference`, if given, sums over a document to the log-probability that a
-    reference model gives to its learned tokens. Arrays are NumPy here and JAX within a step.
+    reference model gives to its learned tokens. `base_logits`, if given, are captured router logits. Arrays are NumPy
+    here and JAX within a step.
     """
 
     input_ids: Int32[Any, "*lead T"]
@@ -84,6 +85,7 @@ class Batch(NamedTuple):
     position_ids: Int32[Any, "*lead T"]
     experts: Int16[Any, "*lead T Ls k"] | None = None
     reference: Float32[Any, "*lead T"] | None = None
+    base_logits: Float32[Any, "*lead T Ls E"] | None = None
 
 
 def cut(records: Iterable[Record], seq_length: int) -> tuple[list[Document], Cut]:
@@ -289,7 +291,7 @@ class Sequences:
         arrays: dict[str, np.ndarray] = {
             name: np.zeros((size, self.seq_length), np.float32 if name in floats else np.int32)
             for name in Batch._fields
-            if name not in {"experts", "reference"} - floats
+            if name not in {"experts", "reference", "base_logits"} - floats
         }
         for slot, indices in enumerate(self.plan(step, size // sides)):
             for side in range(sides):

@@ -22,8 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from captures import Capture, CaptureWriter, LabelledText, Text
 from captures.format import DEFAULT_KEEP_LOGITS
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
+from jaxmoe.control.captured_text import check_experts
 from jaxmoe.control.provenance import imposed_routing, model_of, versions
-from jaxmoe.control.replay import check_experts
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.agreement import wait_for_all
 from jaxmoe.distributed.collectives import sum_over_devices

@@ -13,6 +13,7 @@ import numpy as np
 
 from captures import Capture
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.control.base_logits import BaseLogits
 from jaxmoe.control.replay import Replay
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.data.chat_flags import chat_settings
@@ -30,13 +31,13 @@ from jaxmoe.train.settings import TrainConfig
 
 @dataclass(frozen=True)
 class Data:
-    """The sequences to train on, to evaluate on (None: no evaluation) and to measure the routing on; `digests` are the
-    identity's entries for their content."""
+    """The sequences to train on, to evaluate on (None: no evaluation) and to measure the routing on; `captured` adds to
+    each batch to train on what captures know of it; `digests` are the identity's entries for their content."""
 
     sequences: Sequences | Stream
     held_out: Sequences | None
     probe: Sequences | None
-    replay: Replay | None
+    captured: tuple[Replay | BaseLogits, ...]
     epochs: int | None  # None: as many as the steps take
     notices: list[str]
     digests: Identity
@@ -93,14 +94,17 @@ def read_data(
         held_out, more = _held_out(settings, part)
         stream, said, digests = _streamed(settings, how)
         digests["eval_data"] = none if part is None else part.digest
-        return Data(stream, held_out, probe, None, None, notices + said + more, digests)
+        return Data(stream, held_out, probe, (), None, notices + said + more, digests)
     part, held_out_part = read_parts(settings, how, previous, shared)
     epochs = None if settings.max_steps is not None else settings.epochs or 1
     notices += part.lost.notices(settings.seq_length)
-    replay = None
+    captured: dict[str, Replay | BaseLogits] = {}
     if settings.replay is not None:
-        replay = Replay(Capture.open(settings.replay), config, tokenizer)
-        replay.check(part.of_this_process())
+        captured["replay"] = Replay(Capture.open(settings.replay), config, tokenizer)
+    if settings.routing_base is not None:
+        captured["routing_base"] = BaseLogits(Capture.open(settings.routing_base), config, tokenizer)
+    for each in captured.values():
+        each.check(part.of_this_process())
     weights = weights_of(settings.sources)
     sequences = Sequences(
         part.documents,
@@ -115,11 +119,11 @@ def read_data(
     digests = {
         "data": part.digest,
         "eval_data": none if held_out_part is None else held_out_part.digest,
-        "replay": replay.digest if replay else None,
+        **{name: captured[name].digest if name in captured else None for name in ("replay", "routing_base")},
         "mixture": weights and [[weight, size] for weight, size in zip(weights, part.sizes, strict=True)],
         "streaming": None,
     }
-    return Data(sequences, held_out, probe, replay, epochs, notices + more, digests)
+    return Data(sequences, held_out, probe, tuple(captured.values()), epochs, notices + more, digests)
 
 
 def _held_out(settings: TrainConfig, part: Part | None) -> tuple[Sequences | None, list[str]]:
@@ -169,4 +173,5 @@ def _streamed(settings: TrainConfig, how: Tokenising) -> tuple[Stream, list[str]
         f"the first {settings.shuffle_buffer:,} records: {line}" for line in stream.cut.notices(settings.seq_length)
     ]
     content = hashlib.sha256(json.dumps([stream.digest, *(each.content for each in inputs)]).encode()).hexdigest()
-    return stream, said, {"data": content, "mixture": weights, "streaming": settings.shuffle_buffer, "replay": None}
+    none = dict.fromkeys(("replay", "routing_base"))  # no capture of what is not read yet
+    return stream, said, {"data": content, "mixture": weights, "streaming": settings.shuffle_buffer, **none}

@@ -122,7 +122,8 @@ class Plan:
         """The input of a step, from 0 on."""
         shape = (self.settings.accumulation, self.settings.batch_size)
         batch = self.data.sequences.batch(step, shape, self.model.placement.lines_of_process)
-        batch = batch if self.data.replay is None else self.data.replay.on(batch)
+        for captured in self.data.captured:
+            batch = captured.on(batch)
         return self.model.placement.place_batch(batch, tokens=3)
 
     def held_out_batches(self) -> Iterator[Batch]:
@@ -205,7 +206,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None, shared: p
         reference=settings.has_reference,
         optimizer=settings.optimizer,
         router_logits=bool(settings.router_z_loss or settings.routing_penalty),
-        base_router=bool(settings.routing_penalty),
+        base_router=bool(settings.routing_penalty) and settings.routing_base is None,
         dense_router=settings.dense_mixer,
     )
     _check_router(settings, config)
@@ -421,8 +422,9 @@ def _workload(settings: TrainConfig, model: Model, quantization: Quantization | 
         mesh=model.mesh,
         pairs=settings.learns_from_pairs,
         optimizer=settings.optimizer,
-        # The logits and their gradient, and the base's.
-        router_logits=2 * model.router_logits + model.base_router,
+        # The logits and their gradient, and the base's; those of a capture come with all micro-batches.
+        router_logits=2 * model.router_logits
+        + (settings.accumulation if settings.routing_base is not None else int(model.base_router)),
         **selected,
     )
 

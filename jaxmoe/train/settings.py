@@ -265,8 +265,17 @@ class TrainConfig:
         default=0.0,
         metadata={
             "help": "weight of the KL divergence of the router's probabilities from those without adapters, "
-            "which costs a second forward pass",
+            "which costs a second forward pass, or from those in --routing-base",
             "identity": entries("router_training"),
+        },
+    )
+    routing_base: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "for --routing-penalty: a capture of the training data with --full-logits, whose router logits "
+            "take the place of the second forward pass",
+            "metavar": "DIR",
+            "identity": entries("routing_base"),
         },
     )
     router_bias_rate: float = field(
@@ -637,8 +646,10 @@ def _check_combinations(settings: TrainConfig) -> None:
         )
     if settings.router_bias_rate and settings.replay is not None:
         raise UserError("router_bias_rate and replay: expected one of them, since both decide which experts are used")
-    if settings.routing_penalty and settings.trains_all:
-        raise UserError("routing_penalty: only valid with LoRA training, which leaves the base model as it is")
+    if settings.routing_base is not None and not settings.routing_penalty:
+        raise UserError("routing_base: only valid with routing_penalty above 0")
+    if settings.routing_penalty and settings.trains_all and settings.routing_base is None:
+        raise UserError("routing_penalty: only valid with LoRA training, which keeps the base, or with routing_base")
     if settings.router == "full" and {"router", "gate"} & {*settings.lora_targets}:
         raise UserError("router full and lora_targets router: expected one of them, found both")
     if settings.lora_dropout is not None and settings.trains_all:
@@ -664,8 +675,9 @@ def _check_loss(settings: TrainConfig, defaults: dict[str, Any]) -> None:
     for name, losses in only_with.items():
         if getattr(settings, name) != defaults[name] and settings.loss not in losses:
             raise UserError(f"{name}: only valid with --loss {' or '.join(losses)}, found --loss {settings.loss}")
-    if settings.replay is not None and settings.learns_from_pairs:
-        raise UserError(f"replay: only valid with --loss next-token, found --loss {settings.loss}")
+    for name in ("replay", "routing_base"):
+        if getattr(settings, name) is not None and settings.learns_from_pairs:
+            raise UserError(f"{name}: only valid with --loss next-token, found --loss {settings.loss}")
     mesh = settings.mesh
     if mesh not in (None, AUTO) and MeshShape.parse(mesh).context > 1 and settings.learns_from_pairs:
         raise UserError(f"mesh: context: only valid with --loss next-token, found --loss {settings.loss}")
@@ -683,7 +695,8 @@ def _check_data(settings: TrainConfig) -> None:
         return
     if settings.max_steps is None:
         raise UserError("streaming: expected max_steps with it (how many records there are is not known), found none")
-    for name, instead in (("eval_fraction", "use eval_data"), ("replay", "leave one of them out")):
+    leave_out = "leave one of them out"
+    for name, instead in (("eval_fraction", "use eval_data"), ("replay", leave_out), ("routing_base", leave_out)):
         if getattr(settings, name) is not None:
             raise UserError(f"streaming and {name}: expected one of them, found both; {instead}")
     if settings.stores_reference:

@@ -202,7 +202,9 @@ class Model(NamedTuple):
         )
 
     def _base_router_logits(self, frozen: Params, batch: Batch) -> Float[Array, "Ls B T E"] | None:
-        """What the routers of the frozen parameters say without adapters."""
+        """What the batch knows of the base's routers, or what those of the frozen parameters say without adapters."""
+        if batch.base_logits is not None:
+            return jnp.moveaxis(batch.base_logits, -2, 0)
         if not self.base_router:
             return None
         with jax.named_scope("base_router"):
