@@ -42,6 +42,7 @@ CASES = [
     ("expert=2", "mixed layers, accumulation"),
     ("data=2,expert=4", "all parameters"),
     ("data=2,expert=2", "NF4"),
+    ("fsdp=2,expert=2", "adapters on some experts"),
     ("fsdp=2", "all parameters"),
     ("data=2,fsdp=2,expert=2", "all parameters"),
     ("fsdp=8", "NF4"),

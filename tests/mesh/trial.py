@@ -35,6 +35,7 @@ FOUR = PLAIN.replace(num_experts_per_tok=4)  # with expert=2 tokens are gathered
 MIXED = TINY.replace(num_hidden_layers=3, mlp_only_layers=(1,), sliding_window=5)
 LORA = LoraConfig(r=2, targets=expand_targets(["attention", "router", "experts"]))
 FEW = LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"]))
+SOME = LoraConfig(r=2, targets=expand_targets(["q_proj", "experts"]), adapted_experts=((1, 3, 6), (0, 7)))
 MIXED_LORA = LoraConfig(r=2, targets=expand_targets(["q_proj", "experts", "dense"]))
 ALL_AXES = "data=2,fsdp=2,context=2,expert=2"
 STEPS, SEQUENCES, LENGTH = 5, 8, 16
@@ -57,6 +58,7 @@ class Case(NamedTuple):
 CASES = {
     "adapters": Case(),
     "few adapters": Case(lora=FEW),
+    "adapters on some experts": Case(lora=SOME),
     "queries": Case(lora=LoraConfig(r=2, targets=("q_proj",))),
     "mixed layers, accumulation": Case(MIXED, MIXED_LORA, accumulation=2),
     "dropout, accumulation": Case(lora=LoraConfig(r=2, targets=("q_proj", "o_proj"), dropout=0.25), accumulation=2),
