@@ -76,7 +76,9 @@ def test_pairs_are_trained_compared_and_continued(
     trainer.stops_at = "B-seed1"
     assert main([*files, "--seeds", "3"]) == 128 + signal.SIGTERM
     assert trainer.trained == ["A-seed0", "B-seed0", "A-seed1", "B-seed1"]
-    assert "the same command continues from here" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "the same command continues from here" in printed.err
+    assert "learning_rate: 1.0 in A, 2.0 in B" in printed.out
     assert table(tmp_path)["eval_loss"][-1] == "1"
 
     trainer.stops_at, trainer.trained = None, []
@@ -86,6 +88,7 @@ def test_pairs_are_trained_compared_and_continued(
     assert (a, b, difference, pairs) == (6.0, 8.0, 2.0, 3)
     assert high - 2 == 2 - low == pytest.approx(half_width(np.asarray([1.0, 2.0, 3.0])))
     page = (tmp_path / "out" / "differences.html").read_text()
+    assert "<td>learning_rate</td><td>1.0</td><td>2.0</td><td></td>" in page and "tokens_per_second</td>" not in page
     assert "expert_load_cv" in page and "B-seed2" in page and "3 of 3 pairs" in capsys.readouterr().out
 
     trainer.trained = []

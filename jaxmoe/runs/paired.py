@@ -6,7 +6,7 @@ import csv
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from jaxmoe.store.files import output_file
 
 TABLE_FILE, PAGE_FILE = "differences.csv", "differences.html"
 HEADER = ("number", "A", "B", "B - A", "low", "high", "pairs")
-_NOT_COMPARED = ("step", "learning_rate")
+# The speed of a run's last steps depends on what else the machine does, not on the seed.
+_NOT_COMPARED = ("step", "learning_rate", "tokens_per_second")
 
 
 class Difference(NamedTuple):
@@ -66,11 +67,18 @@ def half_width(values: np.ndarray, level: float = 0.95) -> float:
     return float(t.ppf((1 + level) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def write_differences(folder: pathlib.Path, runs: Mapping[str, RunRecord], found: Sequence[Difference]) -> None:
-    """Writes the table and the page with it and with all runs beside each other, by their names."""
+def write_differences(
+    folder: pathlib.Path,
+    runs: Mapping[str, RunRecord],
+    found: Sequence[Difference],
+    settings: Mapping[str, tuple[str, str]],
+) -> None:
+    """Writes the table and the page with it, with the `settings` that differ (name -> those of A and B, in words), and
+    with all runs beside each other, by their names."""
     with output_file(folder / TABLE_FILE) as draft, draft.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([HEADER, *found])
-    lines = [[name, *(f"{number:.6g}" for number in numbers), count] for name, *numbers, count in found]
+    lines: list[list[Any]] = [[name, *values, *[""] * (len(HEADER) - 3)] for name, values in settings.items()]
+    lines += [[name, *(f"{number:.6g}" for number in numbers), count] for name, *numbers, count in found]
     title = "B against A: means over pairs of runs, and 95 % intervals of the differences"
     figures = of_runs([*runs.values()], [*runs])
     content = page(title, HEADER, lines, figures, without_script="The page's script draws the figures.")

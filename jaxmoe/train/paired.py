@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxmoe.cli.progress import print_line
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, in_words
 from jaxmoe.json_text import read_json
 from jaxmoe.runs.paired import Difference, differences, last_numbers, write_differences
 from jaxmoe.runs.record import RUN_FILE, read_run
@@ -35,6 +35,10 @@ def run_pairs(sides: Sides, seeds: int, out: pathlib.Path) -> tuple[list[Differe
         UserError: settings that no run can have, that evaluate nothing or not the same records, or a folder with runs
             of other settings.
     """
+    changed = changed_settings(sides)
+    said = [f"{name}: {first} in A, {second} in B" for name, (first, second) in changed.items()]
+    for line in said or ["A and B have the same settings"]:
+        print_line(line)
     planned = {(seed, side): _settings(sides[side], side, seed, out) for seed in range(seeds) for side in sides}
     out.mkdir(parents=True, exist_ok=True)
     with output_lock(out):
@@ -52,8 +56,18 @@ def run_pairs(sides: Sides, seeds: int, out: pathlib.Path) -> tuple[list[Differe
                 finished[name] = _compared(settings)
                 _note(out, finished)
             if side == [*sides][-1]:
-                found = _compare(out, [*sides], seed + 1)
+                found = _compare(out, [*sides], seed + 1, changed)
     return found, None
+
+
+def changed_settings(sides: Sides) -> dict[str, tuple[str, str]]:
+    """The settings that differ between the two sides, in words: name -> those of the first and of the second."""
+    first, second = (as_json(_settings(given, side, 0, pathlib.Path())) for side, given in sides.items())
+    return {
+        name: (in_words(first[name]), in_words(second[name]))
+        for name in first
+        if name != "output" and first[name] != second[name]
+    }
 
 
 def _settings(given: Mapping[str, Any], side: str, seed: int, out: pathlib.Path) -> TrainConfig:
@@ -99,7 +113,9 @@ def _check_settings(out: pathlib.Path, name: str, before: Any, settings: TrainCo
         )
 
 
-def _compare(out: pathlib.Path, sides: list[str], seeds: int) -> list[Difference]:
+def _compare(
+    out: pathlib.Path, sides: list[str], seeds: int, changed: Mapping[str, tuple[str, str]]
+) -> list[Difference]:
     """Compares the pairs of the first seeds, and writes table and page."""
     names = [[f"{side}-seed{seed}" for side in sides] for seed in range(seeds)]
     runs = {name: read_run(out / name) for pair in names for name in pair}
@@ -108,5 +124,5 @@ def _compare(out: pathlib.Path, sides: list[str], seeds: int) -> list[Difference
         if held_out[first] != held_out[second]:
             raise UserError(f"{out}: expected the same held-out records in {first} and {second}, found others")
     found = differences([(last_numbers(runs[first]), last_numbers(runs[second])) for first, second in names])
-    write_differences(out, runs, found)
+    write_differences(out, runs, found, changed)
     return found
