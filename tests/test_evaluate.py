@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmoe import LoraConfig, Qwen3MoeForCausalLM
+from jaxmoe.control.interventions import Intervention
 from jaxmoe.data.chat import load_tokenizer
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate.__main__ import main
@@ -42,17 +43,21 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_those_of_the_model_s_logits(name):
-    """Sequences of several lengths and batches, against the log-softmax of one sequence alone, in float64."""
+    """Sequences of several lengths and batches, against the log-softmax of one sequence alone, in float64; experts are
+    chosen with a bias."""
     make, close = MODELS[name]
     model = make()
     tokens = random_tokens(model.config, 1, 24)[0].tolist()
-    logits = np.asarray(model(np.asarray([tokens])).logits[0], np.float64)
+    shape = len(model.config.sparse_layers), model.config.num_experts
+    bias = np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32)
+    control = Intervention(choice_bias=bias).control(model.config)
+    logits = np.asarray(model(np.asarray([tokens]), routing_control=control).logits[0], np.float64)
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     greedy = int(logits[19].argmax())
     continuations = [[*tokens[:20], 5], [*tokens[:20], 7], [*tokens[:20], greedy], tokens, tokens[:9]]
     requests = [Request(tuple(each), scored) for each, scored in zip(continuations, (1, 6, 1, 23, 4), strict=True)]
     done = []
-    found = score(Generator(model), requests, lambda length: 2, done.append)
+    found = score(Generator(model), requests, lambda length: 2, done.append, control)
     for (ids, scored), each in zip(requests, found, strict=True):
         at = np.arange(len(ids) - 1 - scored, len(ids) - 1)
         expected = log_p[at, np.asarray(ids)[at + 1]].sum()

@@ -131,7 +131,7 @@ USES: dict[str, set[str]] = {
     "generate": {*_BELOW_MODEL.split(), "model", "data", "captures", "control", "cli"},
     "runs": {"base", "store", "figures", "cli"},
     "train": {*_BELOW_MODEL.split(), *"model data captures control metrics figures cli generate runs".split()},
-    "evaluate": {*_BELOW_MODEL.split(), "model", "data", "generate", "cli"},
+    "evaluate": {*_BELOW_MODEL.split(), "model", "data", "generate", "control", "cli"},
     "routing": {*_BELOW_MODEL.split(), "model", "data", "captures", "control", "metrics", "figures", "generate"},
     "doctor": {*_BELOW_MODEL.split(), "model", "cli"},
     "commands": {*MODULES} - {"commands", "torch_ref", "peers"},

@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from jaxmoe.cli.progress import reading_weights
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.control import router_bias
+from jaxmoe.control.interventions import Intervention
 from jaxmoe.data.chat import load_tokenizer, render_chat
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate.arguments import ModelArguments, sampling_of
@@ -55,6 +57,8 @@ class JaxmoeLM(TemplateLM):
                 folder, given.dtype, given.quantize, given.adapter, on_layer, given.dequantize
             )
         self.generator = Generator(model)
+        bias = None if given.router_bias is None else router_bias.read(pathlib.Path(given.router_bias), config)
+        self._control = Intervention(choice_bias=bias).control(config)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> JaxmoeLM:
@@ -147,7 +151,7 @@ class JaxmoeLM(TemplateLM):
             tokens = (*context, *continuation)[-(self.max_length + 1) :]
             wanted.append(Request(tokens, len(continuation)))
         with self._progress(len(wanted), "scoring", disable_tqdm) as bar, self._explained():
-            return score(self.generator, wanted, self.arguments.sequences_of, bar.update)
+            return score(self.generator, wanted, self.arguments.sequences_of, bar.update, self._control)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """A continuation of each context, up to the first text of `until`."""
@@ -192,7 +196,7 @@ class JaxmoeLM(TemplateLM):
         stop_tokens = self._defaults.stop_tokens or (self.eot_token_id,)
         stops = StopTexts(self.tokenizer, until, stop_tokens, len(prompts))
         with contextlib.suppress(AllStopped):
-            self.generator.generate(prompts, new_tokens, sampling, stop_tokens, stops)
+            self.generator.generate(prompts, new_tokens, sampling, stop_tokens, stops, self._control)
         return [self._answer(tokens, until) for tokens in stops.outputs]
 
     def _answer(self, tokens: list[int], until: list[str]) -> str:

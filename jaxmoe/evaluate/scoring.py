@@ -18,6 +18,7 @@ from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Generator
 from jaxmoe.model.decoder import forward, head_weight, logits_of
 from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.ops.router import RoutingControl
 
 _CHUNK = 512  # tokens whose logits exist at a time
 
@@ -54,6 +55,7 @@ def score(
     requests: Sequence[Request],
     batch: Callable[[int], int],
     on_scored: Callable[[int], None] = lambda count: None,
+    control: RoutingControl | None = None,
 ) -> list[Score]:
     """A score for each request, in their order.
 
@@ -62,6 +64,7 @@ def score(
         requests: at least two tokens each, of which at least one is scored and at least one is not.
         batch: how many sequences of a padded length run at once.
         on_scored: called after each batch with its number of requests.
+        control: what is imposed on the routing, [Ls, E].
 
     Raises:
         UserError: a token id outside the vocabulary.
@@ -76,7 +79,7 @@ def score(
     width = max(4, 1 << (most - 1).bit_length())  # few widths, few shapes to compile
     for together in _batches(groups, batch):
         shape = batch(length := padded_length(len(together[0].tokens))), length
-        following, best, last = _run(generator, together, shape, requests, width)
+        following, best, last = _run(generator, together, shape, requests, width, control)
         for row, group in enumerate(together):
             for column, index in enumerate(group.requests):
                 scores[index] = _score(requests[index], following[row], best[row], last[row, column])
@@ -106,7 +109,12 @@ def _batches(groups: Sequence[_Group], batch: Callable[[int], int]) -> Iterator[
 
 
 def _run(
-    generator: Generator, groups: Sequence[_Group], shape: tuple[int, int], requests: Sequence[Request], width: int
+    generator: Generator,
+    groups: Sequence[_Group],
+    shape: tuple[int, int],
+    requests: Sequence[Request],
+    width: int,
+    control: RoutingControl | None,
 ) -> tuple[Float[np.ndarray, "B T"], Int[np.ndarray, "B T"], Float[np.ndarray, "B C"]]:
     """One forward pass over `groups`, padded to `shape` = (B, T) and to `width` = C candidates."""
     ids, lengths = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
@@ -117,19 +125,20 @@ def _run(
         candidates[row, : len(group.requests)] = [requests[index].tokens[-1] for index in group.requests]
     options = Options(lora=generator.lora, packed=False)
     weights = generator.weights
-    results = _log_probabilities(*weights, ids, lengths, candidates, config=generator.config, options=options)
+    results = _log_probabilities(*weights, ids, lengths, candidates, control, config=generator.config, options=options)
     following, best, last = jax.device_get(results)
     return following, best, last
 
 
 @partial(jax.jit, static_argnames=("config", "options"))
-def _log_probabilities(params, adapters, ids, lengths, candidates, *, config, options):
+def _log_probabilities(params, adapters, ids, lengths, candidates, control, *, config, options):
     """For each token the log p of the one after it [B, T] and the most probable one [B, T]; and the log p of the
     candidates [B, C] after the last token of each sequence."""
     batch, length = ids.shape
     positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    hidden = forward(params, adapters, Tokens(ids, positions, segments), config=config, options=options).hidden
+    tokens = Tokens(ids, positions, segments)
+    hidden = forward(params, adapters, tokens, config=config, options=options, control=control).hidden
     head = head_weight(params)
     following, best = _of_labels(hidden.reshape(batch * length, -1), jnp.roll(ids, -1, axis=1).reshape(-1), head)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
