@@ -49,6 +49,14 @@ def sizes_between(going: Int[Array, " n"], axis: str) -> Int[Array, "n n"]:
     return jax.lax.all_gather(going, axis)
 
 
+def rows_can_travel(devices: int) -> bool:
+    """Whether `travel` works between so many devices that are neighbours on the mesh.
+
+    GPUs of one process only: XLA's ragged exchange copies between them, and between processes it is an error.
+    """
+    return jax.default_backend() == "cpu" or jax.process_count() == 1 or jax.local_device_count() % devices == 0
+
+
 def travel(
     rows: Shaped[Array, "here ..."], most: int, sizes: Int[Array, "n n"], axis: str
 ) -> Shaped[Array, "most ..."]:

@@ -12,7 +12,7 @@ from jaxmoe.generate.sampling import Sampling
 
 _AUTO_TOKENS = 16384  # of a batch with batch_size=auto, padding included
 _KINDS: dict[str, type] = {
-    **dict.fromkeys(("pretrained", "adapter", "dtype", "quantize", "router_bias"), str),
+    **dict.fromkeys(("pretrained", "adapter", "dtype", "quantize", "router_bias", "mesh"), str),
     **dict.fromkeys(("dequantize", "enable_thinking"), bool),
     **dict.fromkeys(("max_batch_size", "max_length", "max_gen_toks", "prefix_token_id", "seed"), int),
     "chat_template_args": dict,
@@ -30,6 +30,7 @@ class ModelArguments:
         quantize: nf4 holds projections, dense MLPs and experts in 4 bits, fp8 in 8.
         router_bias: the router_bias.json of a training with --router-bias-rate, which the experts are then chosen with.
         dequantize: decodes weights in FP8 or NF4 while they are read.
+        mesh: the devices that share the model and the sequences, auto or axes such as expert=8; by default one.
         batch_size: sequences at once, or auto: as many as have 16,384 tokens together.
         max_batch_size: the largest number of sequences with batch_size=auto.
         max_length: the context in tokens; by default max_position_embeddings of the config. Longer texts lose their
@@ -52,6 +53,7 @@ class ModelArguments:
     quantize: str | None = None
     dequantize: bool = False
     router_bias: str | None = None
+    mesh: str | None = None
     batch_size: int | str = 1
     max_batch_size: int = 64
     max_length: int | None = None

@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import lm_eval.models  # noqa: F401 - fills the registry, which the harness itself only does while it is empty
@@ -35,6 +37,8 @@ from jaxmoe.evaluate.stop_texts import AllStopped, StopTexts
 from jaxmoe.generate.engine import Generator
 from jaxmoe.generate.settings import generation_defaults
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
+from jaxmoe.model.mesh_flag import Inputs, inference_mesh
+from jaxmoe.model.opening import open_checkpoint
 from jaxmoe.out_of_memory import explained
 
 _CONTINUED = "\ue000 "  # marks the end of a message that the model is to continue
@@ -52,9 +56,19 @@ class JaxmoeLM(TemplateLM):
         self.tokenizer: Any = load_tokenizer(folder)
         self._defaults = generation_defaults(folder)
         self._max_length = given.max_length or config.max_position_embeddings
+        length = padded_length(self._max_length)
+        mesh, about_mesh = inference_mesh(
+            given.mesh,
+            config,
+            partial(open_checkpoint, folder, given.dtype, given.quantize, given.dequantize),
+            Inputs(given.sequences_of(length), length, more=True),
+        )
+        mesh.check_sequences_whole()
+        for line in about_mesh:
+            print(line, file=sys.stderr)
         with explained(lambda: "use quantize=nf4"), reading_weights(on_stderr=True) as on_layer:
             model = Qwen3MoeForCausalLM.from_pretrained(
-                folder, given.dtype, given.quantize, given.adapter, on_layer, given.dequantize
+                folder, given.dtype, given.quantize, given.adapter, on_layer, given.dequantize, mesh
             )
         self.generator = Generator(model)
         bias = None if given.router_bias is None else router_bias.read(pathlib.Path(given.router_bias), config)

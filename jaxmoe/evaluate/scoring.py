@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.generate.engine import Generator
 from jaxmoe.model.decoder import forward, head_weight, logits_of
-from jaxmoe.model.interface import Options, Tokens
+from jaxmoe.model.interface import Options, Tokens, control_specs
 from jaxmoe.ops.router import RoutingControl
 
 _CHUNK = 512  # tokens whose logits exist at a time
@@ -78,7 +80,8 @@ def score(
     most = max((len(group.requests) for group in groups), default=1)
     width = max(4, 1 << (most - 1).bit_length())  # few widths, few shapes to compile
     for together in _batches(groups, batch):
-        shape = batch(length := padded_length(len(together[0].tokens))), length
+        length = padded_length(len(together[0].tokens))
+        shape = _sequences(batch(length), generator.mesh), length
         following, best, last = _run(generator, together, shape, requests, width, control)
         for row, group in enumerate(together):
             for column, index in enumerate(group.requests):
@@ -86,6 +89,11 @@ def score(
         on_scored(sum(len(group.requests) for group in together))
     assert all(each is not None for each in scores)
     return [each for each in scores if each is not None]
+
+
+def _sequences(count: int, mesh: MeshShape) -> int:
+    """The next number of sequences that the devices of the mesh can share evenly."""
+    return count + -count % mesh.product(SEQUENCE_AXES)
 
 
 def _groups(requests: Sequence[Request]) -> list[_Group]:
@@ -123,7 +131,7 @@ def _run(
         ids[row, : len(group.tokens)] = group.tokens
         lengths[row] = len(group.tokens)
         candidates[row, : len(group.requests)] = [requests[index].tokens[-1] for index in group.requests]
-    options = Options(lora=generator.lora, packed=False)
+    options = Options(lora=generator.lora, packed=False, mesh=generator.mesh)
     weights = generator.weights
     results = _log_probabilities(*weights, ids, lengths, candidates, control, config=generator.config, options=options)
     following, best, last = jax.device_get(results)
@@ -133,7 +141,19 @@ def _run(
 @partial(jax.jit, static_argnames=("config", "options"))
 def _log_probabilities(params, adapters, ids, lengths, candidates, control, *, config, options):
     """For each token the log p of the one after it [B, T] and the most probable one [B, T]; and the log p of the
-    candidates [B, C] after the last token of each sequence."""
+    candidates [B, C] after the last token of each sequence. The devices of the mesh share the sequences."""
+    place = Placement(options.mesh, config, options.lora)
+    sequences = place.spec("batch")
+    run = place.run(
+        partial(_of_sequences, config=config, options=options),
+        (place.specs(params), place.specs(adapters), *[sequences] * 3, control_specs(control, place)),
+        sequences,
+    )
+    return run(params, adapters, ids, lengths, candidates, control)
+
+
+def _of_sequences(params, adapters, ids, lengths, candidates, control, *, config, options):
+    """As `_log_probabilities`, for the sequences of one device."""
     batch, length = ids.shape
     positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
     segments = (positions < lengths[:, None]).astype(jnp.int32)

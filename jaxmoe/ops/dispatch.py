@@ -4,7 +4,8 @@ A dispatch carries tokens to rows that lie expert by expert (`jaxmoe.ops.schedul
 rows back to the tokens. The mixture of experts (`jaxmoe.ops.experts`) does not know which dispatch it uses.
 
 With an `expert` axis, each device holds some of the experts. No weight travels, and no row is dropped: there is room
-for all rows of all devices on each. There are two ways, and the one that sends less is taken:
+for all rows of all devices on each. There are two ways, and the one that sends less is taken; between GPUs of several
+processes, it is always the first:
 
     Gathered   Few devices: each token goes to all of them once, whichever of its k experts they hold. Each device sums
                its experts' results for a token, and the devices' sums are added up.
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from jaxmoe.distributed.collectives import gather, shares_of_sum, sizes_between, travel
+from jaxmoe.distributed.collectives import gather, rows_can_travel, shares_of_sum, sizes_between, travel
 from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.grouped_matmul import GroupedMatmul
@@ -168,7 +169,7 @@ def make_dispatch(experts: Int[Array, "M k"], num_experts: int, products: Groupe
     layout = products.tile_rows(M * k, here), products.span_rows(M * k, here)
     if devices == 1:
         return Local(make_schedule(experts, num_experts, *layout))
-    if gathering_sends_less(devices, k):
+    if gathering_sends_less(devices, k) or not rows_can_travel(devices):
         return _gathered(experts, here, layout)
     return _exchange(experts, here, layout, devices)
 

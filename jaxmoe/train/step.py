@@ -235,7 +235,7 @@ class Model(NamedTuple):
         )
 
 
-def with_gradient(arrays: Params) -> Params:
+def with_gradient(arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays that have a gradient and an optimizer state: all but `CHOICE_BIAS`."""
     return {path: array for path, array in arrays.items() if path != CHOICE_BIAS}
 

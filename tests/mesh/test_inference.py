@@ -15,6 +15,7 @@ from captures import Capture
 from convert.__main__ import main as convert
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.errors import UserError
+from jaxmoe.evaluate.scoring import Request, score
 from jaxmoe.generate import engine
 from jaxmoe.generate.__main__ import main as generate
 from jaxmoe.routing.__main__ import main as routing
@@ -68,6 +69,21 @@ MORE += ["data=8", "fsdp=4", "context=4", "expert=8", "data=2,fsdp=2,expert=2", 
 @pytest.mark.parametrize("mesh", [trial.ALL_AXES, *(pytest.param(mesh, marks=pytest.mark.wide) for mesh in MORE)])
 def test_every_token_goes_to_the_same_experts(mesh: str, base: pathlib.Path) -> None:
     check_equal(capture(base, f"captured-{mesh}", "--mesh", mesh), Capture.open(base / "captured"))
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("mesh", ["data=2,expert=2", "fsdp=4"])
+def test_texts_have_the_same_scores(mesh: str, base: pathlib.Path) -> None:
+    """Five texts, of which two differ in their last token, three at a time."""
+    texts = [(5, 9, 2, 7), (5, 9, 2, 8), (40, 3, 3), tuple(range(40)), (1, 2)]
+    requests = [Request(tokens, 1 + len(tokens) // 3) for tokens in texts]
+    one, several = (
+        score(engine.Generator(Qwen3MoeForCausalLM.from_pretrained(base / "model", mesh=each)), requests, lambda _: 3)
+        for each in ("data=1", mesh)
+    )
+    assert [found.is_greedy for found in several] == [found.is_greedy for found in one]
+    sums = [[found.log_probability for found in scores] for scores in (several, one)]
+    np.testing.assert_allclose(*sums, rtol=bound("mesh_fp32"))
 
 
 def generated(

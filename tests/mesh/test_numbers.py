@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.distributed import collectives
 from jaxmoe.ops import dispatch
 from jaxmoe.train import step
 from tests.mesh import trial
@@ -62,6 +63,19 @@ def check(mesh: str, name: str) -> None:
 @pytest.mark.parametrize(("mesh", "name"), CASES)
 def test_a_mesh_changes_no_number(mesh: str, name: str) -> None:
     check(mesh, name)
+
+
+def test_gathered_tokens_change_no_number_where_rows_would_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs of several processes, between which rows cannot travel."""
+    case = trial.CASES["all to two experts"]
+    assert not dispatch.gathering_sends_less(2, case.config.num_experts_per_tok)
+    monkeypatch.setattr(collectives.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(collectives.jax, "process_count", lambda: 2)
+    assert collectives.rows_can_travel(4) and not collectives.rows_can_travel(32)
+    monkeypatch.undo()
+    monkeypatch.setattr(dispatch, "rows_can_travel", lambda _: False)
+    monkeypatch.setattr(dispatch, "travel", None)
+    check("expert=2", "all to two experts")
 
 
 def not_summed(monkeypatch: pytest.MonkeyPatch) -> None:

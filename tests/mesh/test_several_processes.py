@@ -85,7 +85,7 @@ def run_processes(scenario: str, folder: pathlib.Path, count: int) -> Ended:
     ]
     victim = process.SCENARIOS[scenario][2]
     try:
-        started[victim].wait(timeout=900)
+        started[victim].wait(timeout=1800)
         died = time.monotonic()
         for each in started:
             each.wait(timeout=60)
