@@ -41,7 +41,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.fp8.stack import FP8Stack
+from jaxmoe.ops.fp8_products import FP8Products
 from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul import hopper_matmul, hopper_outer
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     DEPTH,
@@ -225,6 +228,10 @@ class Hopper:
         low: LowRankTerm | None = None,
     ) -> Array:
         """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
+        if isinstance(weight, FP8Stack) and transposed and low is None:
+            products: FP8Products = choose("fp8_products", x.dtype, weight).value
+            if products.multiplies:
+                return products.matmul(x, weight, schedule, offset, swiglu=swiglu)
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
