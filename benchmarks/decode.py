@@ -4,8 +4,8 @@ With `--mesh`, jaxmoe on several GPUs stands beside one; a batch counts the sequ
 runs in its own process, with random weights of a published shape, the same routers and the same prompts. A figure is
 the time between a generation of few tokens and one of many, so that reading the prompts does not count. "of limit" is
 the share of the speed of a plain copy, measured in the same process, at which the bytes that a step must read are read.
-With `--quantize nf4` jaxmoe holds all matrices of the layers in NF4; transformers uses bitsandbytes for its linear
-maps, but its experts are no linear maps, so they stay in 16 bits.
+With `--quantize nf4` or `fp8` jaxmoe holds all matrices of the layers in that form; for NF4, transformers uses
+bitsandbytes for its linear maps, but its experts are no linear maps, so they stay in 16 bits; for FP8, all of it is.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int) -> dict[str, 
     device = jax.local_devices()[0]
     slots = args.prompt + (args.few + args.many) / 2
     found |= {"device": device.device_kind, "experts": experts}
-    found["bytes"] = limits.decoded_token_bytes(config, experts, int(slots), batch, nf4=args.quantize == "nf4")
+    found["bytes"] = limits.decoded_token_bytes(config, experts, int(slots), batch, args.quantize)
     found["peak"] = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if device.platform == "gpu" and mesh == ONE_DEVICE:  # the limit is that of one GPU
         found["bytes_per_second"] = limits.copied_bytes_per_second()
@@ -63,7 +63,7 @@ def torch_side(args: argparse.Namespace, config: Any, batch: int) -> dict[str, A
     import torch
 
     model = random_model.torch_model(config).eval()
-    if args.quantize:
+    if args.quantize == "nf4":
         random_model.quantize_linear_maps(model)
     device = next(model.parameters()).device
     prompts = torch.tensor(_prompts(args, config, batch), device=device)
@@ -108,7 +108,7 @@ def main() -> None:
     parser = ArgumentParser(description="Generating text beside transformers.")
     shapes.add_arguments(parser)
     add = parser.add_argument
-    add("--quantize", choices=("nf4",), help="hold the matrices of the layers in 4 bits")
+    add("--quantize", choices=("nf4", "fp8"), help="hold the matrices of the layers in 4 or 8 bits")
     add("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences in a batch (default: 1 16)")
     add("--prompt", type=int, default=64, metavar="N", help="tokens of each prompt (default: 64)")
     add("--few", type=int, default=65, metavar="N", help="tokens of the generation that is subtracted (default: 65)")
@@ -129,13 +129,13 @@ def main() -> None:
     known = ("preset", "layers", "width", "quantize", "prompt", "few", "many", "rounds")
     argv = [f"--{key}={value}" for key in known if (value := getattr(args, key)) is not None]
     record: dict[str, Any] = {}
-    form = "NF4" if args.quantize else "bfloat16"
+    form = args.quantize.upper() if args.quantize else "bfloat16"
     print(f"{args.preset}, {config.num_hidden_layers} layers, {form}")
     print(f"{'batch':>5} {'side':14}{'ms/step':>9}{'tokens/s':>10}{'limit':>8}{'of limit':>9}{'peak':>10}{'first':>8}")
     for batch in args.batch:
         for name, side, further in _rows(args):
             found: dict[str, Any] = {"failed": "not installed"}
-            if args.quantize and side == "transformers" and not installed("bitsandbytes"):
+            if args.quantize == "nf4" and side == "transformers" and not installed("bitsandbytes"):
                 found["failed"] = "bitsandbytes is not installed"
             elif installed(side):
                 found = measure_apart("benchmarks.decode", side, str(batch), argv + further)

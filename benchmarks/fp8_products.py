@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxmoe.fp8 import encode
 from jaxmoe.fp8.stack import FP8Stack
+from jaxmoe.ops.fp8_products import QuantizedRows, quantize_rows
 from jaxmoe.ops.kernels.grouped_matmul import hopper, hopper_fp8
 from jaxmoe.ops.kernels.grouped_matmul.hopper_fp8 import FP8Tiles
 from jaxmoe.ops.schedule import Schedule, make_schedule
@@ -63,13 +64,13 @@ def stack_of(key: jax.Array, matrices: int, out: int, inner: int) -> tuple[FP8St
     return held, jax.jit(lambda held: held[jnp.arange(EXPERTS)])(held)
 
 
-def error(found: Any, x: hopper_fp8.QuantizedRows, held: FP8Stack, schedule: Schedule, swiglu: bool) -> float:
+def error(found: Any, x: QuantizedRows, held: FP8Stack, schedule: Schedule, swiglu: bool) -> float:
     """Relative L2 of some rows against float64."""
     rows = np.flatnonzero(np.asarray(schedule.source) >= 0)
     rows = rows[np.linspace(0, len(rows) - 1, 64).astype(int)]
     experts = np.asarray(schedule.tile_expert)[rows // 16]
     codes = np.asarray(x.codes[rows]).astype(np.float64)
-    left = codes * np.repeat(np.asarray(x.scales[:, rows], np.float64).T, 128, 1)
+    left = codes * np.repeat(np.asarray(x.scales[rows], np.float64), 128, 1)
     expected = []
     for row, expert in zip(left, experts, strict=True):
         scales = np.asarray(held.scales[expert], np.float64).repeat(128, 1).repeat(128, 2)
@@ -94,8 +95,8 @@ def cases(tokens: int, seconds: float, names: Sequence[str] = tuple(TILES)) -> I
         x = jax.random.normal(keys[2], (rows, inner), jnp.bfloat16)
         d_y = jax.random.normal(keys[3], (rows, out), jnp.bfloat16)
         line = {"tokens": tokens, "product": name}
-        quantized = jax.jit(hopper_fp8.quantize_rows)(x)
-        yield line | {"what": "quantise rows", "ms": milliseconds(hopper_fp8.quantize_rows, x, seconds=seconds)}
+        quantized = jax.jit(quantize_rows)(x)
+        yield line | {"what": "quantise rows", "ms": milliseconds(quantize_rows, x, seconds=seconds)}
         decode = lambda held: held[jnp.arange(EXPERTS)]
         yield line | {"what": "decode to bfloat16", "ms": milliseconds(decode, held, seconds=seconds)}
         for swiglu in (False, True) if name == "up" else (False,):

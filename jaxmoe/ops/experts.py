@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.ops.contraction import PRECISION
-from jaxmoe.ops.dispatch import Dispatch, combine, make_dispatch
+from jaxmoe.ops.dispatch import Dispatch, Local, combine, make_dispatch
 from jaxmoe.ops.few_experts import few_experts
+from jaxmoe.ops.fp8_products import prepared
 from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.grouped_matmul import GroupedMatmul, LowRankTerm
 from jaxmoe.ops.implementations import Choice, choose
@@ -183,13 +184,19 @@ def _mixture(
         kernel = choose("few_rows", x.dtype, *stacks).value
         return few_experts(x, experts, weights, stacks, offset, adapters, kernel)
     with jax.named_scope("permute"):
-        rows = dispatch.rows(x)
+        rows = _rows(x, stacks[0], adapters[0], dispatch)
     with jax.named_scope("gate_up"):
         hidden, _ = _project(rows, stacks[0], offset, adapters[0], dispatch.schedule, plan.products, swiglu=True)
     with jax.named_scope("down"):
         rows, _ = _project(hidden, stacks[1], offset, adapters[1], dispatch.schedule, plan.products)
     with jax.named_scope("combine"):
         return combine(rows, weights, dispatch)
+
+
+def _rows(x: Array, stack: Any, adapter: Factors | None, dispatch: Dispatch) -> Any:
+    """The tokens' rows at their places, in the form in which they are multiplied with the stack."""
+    form = prepared(x, stack, low_rank=adapter is not None) if isinstance(dispatch, Local) else x
+    return jax.tree.map(dispatch.rows, form)
 
 
 def _project(
@@ -224,7 +231,7 @@ def _project_back(
 
 def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, experts, plan: _Plan):
     with jax.named_scope("permute"):
-        rows = dispatch.rows(x)
+        rows = _rows(x, stacks[0], adapters[0], dispatch)
         offset, rows = plan.in_turn(offset, rows)
     with jax.named_scope("gate_up"):
         gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], dispatch.schedule, plan.products)
@@ -243,7 +250,7 @@ def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, experts, pl
 def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
     x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, dispatch = residuals
     with jax.named_scope("combine"):
-        d_rows = dispatch.rows(d_out.astype(x.dtype))  # not yet weighted
+        d_rows = _rows(d_out.astype(x.dtype), stacks[1], adapters[1], dispatch)  # not yet weighted
         weight_of_row = dispatch.weights(weights)
         offset, d_rows, gate_up = plan.in_turn(offset, d_rows, gate_up)
     with jax.named_scope("down"):

@@ -42,9 +42,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.fp8.stack import FP8Stack
-from jaxmoe.ops.fp8_products import FP8Products
+from jaxmoe.ops.fp8_products import QuantizedRows, prepared, products
 from jaxmoe.ops.grouped_matmul import LowRankTerm
-from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul import hopper_matmul, hopper_outer
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     DEPTH,
@@ -218,7 +217,7 @@ class Hopper:
 
     def matmul(
         self,
-        x: Array,
+        x: Array | QuantizedRows,
         weight: Array | QuantizedStack,
         schedule: Schedule,
         offset: Any,
@@ -227,11 +226,15 @@ class Hopper:
         swiglu: bool = False,
         low: LowRankTerm | None = None,
     ) -> Array:
-        """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
-        if isinstance(weight, FP8Stack) and transposed and low is None:
-            products: FP8Products = choose("fp8_products", x.dtype, weight).value
-            if products.multiplies:
-                return products.matmul(x, weight, schedule, offset, swiglu=swiglu)
+        """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up.
+
+        `x` may be what `jaxmoe.ops.fp8_products.prepared` made of the rows.
+        """
+        rows = x if isinstance(x, QuantizedRows) else prepared(x, weight, low_rank=low is not None)
+        if isinstance(rows, QuantizedRows):
+            assert isinstance(weight, FP8Stack)
+            return products(weight).matmul(rows, weight, schedule, offset, transposed=transposed, swiglu=swiglu)
+        x = rows
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu

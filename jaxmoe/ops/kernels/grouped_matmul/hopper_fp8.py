@@ -23,30 +23,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from jaxmoe.fp8.codec import E4M3, LARGEST
+from jaxmoe.fp8.codec import E4M3
 from jaxmoe.fp8.stack import FP8Stack
+from jaxmoe.ops.fp8_products import QuantizedRows
+from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import CONSUMERS, Ring, launch, run_warpgroups, shared_memory
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import SMALL, TILE_ROWS
 from jaxmoe.ops.schedule import Schedule, Spans
 from jaxmoe.parameters import FP8_BLOCK
 
 DEPTH = FP8_BLOCK  # of a step: one scale for each row and block of columns
-
-
-class QuantizedRows(NamedTuple):
-    """Rows in e4m3: codes [P, inner], scales float32 [inner / 128, P]."""
-
-    codes: Array
-    scales: Array
-
-
-def quantize_rows(x: Float[Array, "P inner"]) -> QuantizedRows:
-    """Each row and 128 channels with their own scale: the largest magnitude becomes 448; 1 for zeros."""
-    parts = x.reshape(x.shape[0], -1, FP8_BLOCK).astype(jnp.float32)
-    largest = jnp.abs(parts).max(axis=-1)
-    scales = jnp.where(largest > 0, largest * (1 / LARGEST), 1)  # XLA would make this of a division
-    codes = jnp.clip(parts / scales[..., None], -LARGEST, LARGEST).astype(E4M3)
-    return QuantizedRows(codes.reshape(x.shape), scales.T)
 
 
 class FP8Tiles(NamedTuple):
@@ -57,8 +43,8 @@ class FP8Tiles(NamedTuple):
     slots: int
 
 
-# With 256 columns a consumer holds two sums and the step's beside them.
-NARROW, WIDE = FP8Tiles(128, (96, 112, 128), 5), FP8Tiles(256, (96, 112, 128), 4)
+# The fastest tiles measured (docs/log): a consumer holds two sums, and the step's beside them.
+TILES = FP8Tiles(256, (96, 112, 128), 4)
 
 
 @dataclass(frozen=True)
@@ -274,19 +260,18 @@ def grouped_matmul(
     spans: Spans,
     offset: Any = 0,
     *,
-    dtype: Any = jnp.bfloat16,
     swiglu: bool = False,
-    tiles: FP8Tiles,
+    tiles: FP8Tiles = TILES,
     interpret: Any = None,
 ) -> Float[Array, "P out"]:
-    """Each span of rows times its group's matrix, transposed; the sums are float32, rounded to `dtype` once.
+    """Each span of rows times its group's matrix, transposed; the sums are float32, rounded to the stack's dtype once.
 
     Args:
         x: rows sorted by group; P is a multiple of 16.
-        stack: matrices [out, inner], inner a multiple of 128, each matrix of a multiple of 128 rows.
+        stack: matrices [out, inner] in bfloat16 or float16, inner a multiple of 128, each matrix of a multiple of 128
+            rows.
         spans: which rows belong to which group.
         offset: added to the group.
-        dtype: of the result, bfloat16 or float16.
         swiglu: the weight is gate, then up; the result is silu(gate) * up of the rounded products.
         tiles: how the work is cut.
         interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
@@ -309,16 +294,16 @@ def grouped_matmul(
         shared_memory((slots, tiles.columns, DEPTH), E4M3),
         shared_memory((slots, plan.highest, DEPTH), E4M3),
         plgpu.SMEM((slots, plan.highest), jnp.float32),
-        shared_memory((CONSUMERS, plan.highest, 64), dtype),
+        shared_memory((CONSUMERS, plan.highest, 64), stack.dtype),
     ]
-    result = jax.ShapeDtypeStruct((x.codes.shape[0], columns), dtype)
+    result = jax.ShapeDtypeStruct((x.codes.shape[0], columns), stack.dtype)
     kernel = launch(
         "grouped_matmul_fp8", program, result, scratch, slots=slots, copies=4 if swiglu else 3, interpret=interpret
     )
     as_array = partial(jnp.asarray, dtype=jnp.int32)
     work = [*spans[:3], as_array(spans.used).reshape(1), as_array(offset).reshape(1)]
     scales = stack.scales.astype(jnp.float32).reshape(-1)
-    return kernel(*work, x.codes, x.scales, stack.codes, scales)
+    return kernel(*work, x.codes, x.scales.T, stack.codes, scales)
 
 
 class HopperFP8:
@@ -332,6 +317,8 @@ class HopperFP8:
             return f"needs jax 0.11 or newer, found {jax.__version__}"
         if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
             return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
+        if (selected := choose("grouped_matmul", dtype).name) != "mosaic":
+            return f"needs grouped matmul by mosaic, found {selected}"
         if stack.places is not None:
             return "needs stacks whose layers are all in FP8"
         sides = stack.shape[1] // stack.scales.shape[-3], stack.shape[2]
@@ -339,11 +326,21 @@ class HopperFP8:
             return f"needs matrices of whole blocks of 128 by 128, found {sides[0]} by {sides[1]}"
         return None
 
-    def matmul(self, x: Array, stack: FP8Stack, schedule: Schedule, offset: Any, *, swiglu: bool) -> Array:
+    def matmul(
+        self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, transposed: bool, swiglu: bool
+    ) -> Array:
         """As `FP8Products.matmul`."""
-        rows = quantize_rows(x)
-        tiles = WIDE if swiglu else NARROW
-        return grouped_matmul(rows, stack, schedule.spans[SMALL], offset, dtype=x.dtype, swiglu=swiglu, tiles=tiles)
+        if not transposed:
+            stack, offset = swapped(stack, offset, schedule.first_tile.shape[0]), 0
+        return grouped_matmul(rows, stack, schedule.spans[SMALL], offset, swiglu=swiglu)
+
+
+def swapped(stack: FP8Stack, offset: Any, experts: int) -> FP8Stack:
+    """One layer's matrices, transposed: wgmma reads 8-bit operands with the contraction as the inner dimension only."""
+    codes, scales = (lax.dynamic_slice_in_dim(array, offset, experts) for array in (stack.codes, stack.scales))
+    scales = scales.reshape(experts, 1, -1, scales.shape[-1])  # the blocks of gate and of up follow each other
+    _, out, inner = stack.shape
+    return FP8Stack(codes.swapaxes(-1, -2), scales.swapaxes(-1, -2), (experts, inner, out), stack.dtype)
 
 
 HOPPER_FP8 = HopperFP8()
