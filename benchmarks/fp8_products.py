@@ -29,11 +29,11 @@ from jaxmoe.ops.schedule import Schedule, make_schedule
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH = 128, 8, 2048, 768
 TILES = {
+    "256 columns": hopper_fp8.TILES,
+    "256 columns, three heights": FP8Tiles(256, (96, 112, 128), 4),
     "128 columns": FP8Tiles(128, (96, 112, 128), 5),
-    "256 columns": FP8Tiles(256, (96, 112, 128), 4),
-    "256 columns, spans of 96": FP8Tiles(256, (64, 80, 96), 5),
-    "256 columns, spans of 112": FP8Tiles(256, (80, 96, 112), 4),
     "128 columns, spans of 160": FP8Tiles(128, (128, 144, 160), 4),
+    "128 columns, spans of 192": FP8Tiles(128, (160, 176, 192), 4),
 }
 
 
@@ -87,7 +87,7 @@ def cases(tokens: int, seconds: float, names: Sequence[str] = tuple(TILES)) -> I
     """The lines for one number of tokens."""
     keys = jax.random.split(jax.random.key(0), 4)
     experts = jnp.argsort(jax.random.uniform(keys[0], (tokens, EXPERTS)), axis=1)[:, :CHOSEN].astype(jnp.int32)
-    limits = {96, 112, 128, 160, *hopper.HOPPER.span_rows(experts.size, EXPERTS)}
+    limits = {128, 160, 192, *hopper.HOPPER.span_rows(experts.size, EXPERTS)}
     schedule = jax.jit(make_schedule, static_argnums=(1, 2, 3))(experts, EXPERTS, 16, tuple(sorted(limits)))
     rows = len(schedule.source)
     for name, matrices, out, inner in (("up", 2, 2 * WIDTH, HIDDEN), ("down", 1, HIDDEN, WIDTH)):
@@ -126,6 +126,13 @@ def cases(tokens: int, seconds: float, names: Sequence[str] = tuple(TILES)) -> I
         yield kind | {"how": "bfloat16", "ms": base, "times": 1.0}
         ms = milliseconds(backward, d_y, held, seconds=seconds)
         yield kind | {"how": "decoded, then bfloat16", "ms": ms, "times": base / ms}
+        d_rows = jax.jit(quantize_rows)(d_y)
+        yield kind | {"how": "quantise dY", "ms": milliseconds(quantize_rows, d_y, seconds=seconds)}
+        swap = lambda held: hopper_fp8.swapped(held, 0, EXPERTS)
+        yield kind | {"how": "transpose codes", "ms": milliseconds(swap, held, seconds=seconds)}
+        run = lambda d_y, held: hopper_fp8.grouped_matmul(d_y, held, schedule.spans[hopper.SMALL])
+        ms = milliseconds(run, d_rows, jax.jit(swap)(held), seconds=seconds)
+        yield kind | {"how": "FP8, codes transposed before", "ms": ms, "times": base / ms}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

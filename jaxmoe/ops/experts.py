@@ -20,10 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.ops import fp8_products
 from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.dispatch import Dispatch, Local, combine, make_dispatch
 from jaxmoe.ops.few_experts import few_experts
-from jaxmoe.ops.fp8_products import prepared
+from jaxmoe.ops.fp8_products import QuantizedRows, prepared
 from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.grouped_matmul import GroupedMatmul, LowRankTerm
 from jaxmoe.ops.implementations import Choice, choose
@@ -146,7 +147,7 @@ class _Plan(NamedTuple):
     in_scan: bool
     one_by_one: bool
 
-    def in_turn(self, offset: Any, *inputs: Array) -> tuple[Any, ...]:
+    def in_turn(self, offset: Any, *inputs: Any) -> tuple[Any, ...]:
         """The same values; with `one_by_one` no work that needs this offset begins before the inputs are there.
 
         XLA would otherwise decode the stacks of several products early, or once for all, and hold them together.
@@ -199,8 +200,26 @@ def _rows(x: Array, stack: Any, adapter: Factors | None, dispatch: Dispatch) -> 
     return jax.tree.map(dispatch.rows, form)
 
 
+def _product(
+    rows: Array | QuantizedRows,
+    stack: Any,
+    offset: Any,
+    schedule: Schedule,
+    products: GroupedMatmul,
+    *,
+    transposed: bool,
+    swiglu: bool = False,
+) -> Array:
+    """Rows W^T, or SwiGLU of it, or rows W."""
+    form = rows if isinstance(rows, QuantizedRows) else prepared(rows, stack, low_rank=False)
+    if isinstance(form, QuantizedRows):
+        quantized = fp8_products.products(stack)
+        return quantized.matmul(form, stack, schedule, offset, transposed=transposed, swiglu=swiglu)
+    return products.matmul(form, stack, schedule, offset, transposed=transposed, swiglu=swiglu)
+
+
 def _project(
-    rows: Array,
+    rows: Any,
     stack: Any,
     offset: Any,
     adapter: Factors | None,
@@ -210,7 +229,7 @@ def _project(
 ) -> tuple[Array, Array | None]:
     """(rows W^T + (rows A^T) B^T, or SwiGLU of it, and rows A^T)."""
     if adapter is None:
-        return products.matmul(rows, stack, schedule, offset, transposed=True, swiglu=swiglu), None
+        return _product(rows, stack, offset, schedule, products, transposed=True, swiglu=swiglu), None
     a, b = adapter.terms(rows.dtype, products.rank_multiple)
     low: Array = fold(products.matmul(rows, a, schedule, 0, transposed=True), adapter.rank)
     term = LowRankTerm(unfold(low, a.shape[1]), b)
@@ -218,11 +237,11 @@ def _project(
 
 
 def _project_back(
-    d_rows: Array, stack: Any, offset: Any, adapter: Factors | None, schedule: Schedule, products: GroupedMatmul
+    d_rows: Any, stack: Any, offset: Any, adapter: Factors | None, schedule: Schedule, products: GroupedMatmul
 ) -> tuple[Array, Array | None]:
     """(dY W + (dY B) A, dY B): the gradient of the rows, and of the low-rank rows."""
     if adapter is None:
-        return products.matmul(d_rows, stack, schedule, offset, transposed=False), None
+        return _product(d_rows, stack, offset, schedule, products, transposed=False), None
     a, b = adapter.terms(d_rows.dtype, products.rank_multiple)
     low: Array = fold(products.matmul(d_rows, b, schedule, 0, transposed=False), adapter.rank)
     term = LowRankTerm(unfold(low, a.shape[1]), a)

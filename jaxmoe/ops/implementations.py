@@ -133,6 +133,12 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.kernels.grouped_matmul.hopper_fp8:HOPPER_FP8",
             by_name=True,
         ),
+        "xla": Implementation(
+            "the same numbers in plain JAX, decoded to float32",
+            _anywhere,
+            "jaxmoe.ops.fp8_products:ORACLE",
+            by_name=True,
+        ),
         "decoded": Implementation(
             "weights in FP8 decoded to 16 bits, one layer's experts at a time",
             _anywhere,

@@ -41,8 +41,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.fp8.stack import FP8Stack
-from jaxmoe.ops.fp8_products import QuantizedRows, prepared, products
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.kernels.grouped_matmul import hopper_matmul, hopper_outer
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
@@ -217,7 +215,7 @@ class Hopper:
 
     def matmul(
         self,
-        x: Array | QuantizedRows,
+        x: Array,
         weight: Array | QuantizedStack,
         schedule: Schedule,
         offset: Any,
@@ -226,15 +224,7 @@ class Hopper:
         swiglu: bool = False,
         low: LowRankTerm | None = None,
     ) -> Array:
-        """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up.
-
-        `x` may be what `jaxmoe.ops.fp8_products.prepared` made of the rows.
-        """
-        rows = x if isinstance(x, QuantizedRows) else prepared(x, weight, low_rank=low is not None)
-        if isinstance(rows, QuantizedRows):
-            assert isinstance(weight, FP8Stack)
-            return products(weight).matmul(rows, weight, schedule, offset, transposed=transposed, swiglu=swiglu)
-        x = rows
+        """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu

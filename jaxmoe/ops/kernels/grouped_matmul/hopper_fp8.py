@@ -44,7 +44,7 @@ class FP8Tiles(NamedTuple):
 
 
 # The fastest tiles measured (docs/log): a consumer holds two sums, and the step's beside them.
-TILES = FP8Tiles(256, (96, 112, 128), 4)
+TILES = FP8Tiles(256, (112, 128), 4)
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ class _Program:
                 part = product(n, slot)
                 factors = lax.broadcast_in_dim(of_rows * of_block, (64, height), (1,))
                 found.append(acc + part * factors)
+            plgpu.commit_smem()  # the scales were read by plain loads, which TMA's next copy must not overtake
             self.ring.arrive(start + k)
             return tuple(found), following
 
@@ -337,7 +338,8 @@ class HopperFP8:
 
 def swapped(stack: FP8Stack, offset: Any, experts: int) -> FP8Stack:
     """One layer's matrices, transposed: wgmma reads 8-bit operands with the contraction as the inner dimension only."""
-    codes, scales = (lax.dynamic_slice_in_dim(array, offset, experts) for array in (stack.codes, stack.scales))
+    layer = tuple(lax.dynamic_slice_in_dim(array, offset, experts) for array in (stack.codes, stack.scales))
+    codes, scales = lax.optimization_barrier(layer)  # else XLA transposes all layers before their loop, and holds them
     scales = scales.reshape(experts, 1, -1, scales.shape[-1])  # the blocks of gate and of up follow each other
     _, out, inner = stack.shape
     return FP8Stack(codes.swapaxes(-1, -2), scales.swapaxes(-1, -2), (experts, inner, out), stack.dtype)
