@@ -391,7 +391,7 @@ def test_same_input_same_output_fifty_times() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", ["forward", "swiglu", "backward"])
+@pytest.mark.parametrize("case", ["swiglu", "backward"])
 def test_products_in_fp8_equal_those_of_the_quantised_operands(case: str) -> None:
     """Row by row against float64; with the scales of two blocks swapped they differ."""
     from jaxmoe.fp8.codec import E4M3, FP8, decode

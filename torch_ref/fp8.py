@@ -102,7 +102,8 @@ def multiply_in_fp8(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "gate_up_proj") and hasattr(module, "act_fn"):
-            module.stack = partial(_with_rows_in_fp8, module)
+            experts: Any = module
+            experts.stack = partial(_with_rows_in_fp8, module)
 
 
 def _with_rows_in_fp8(experts: nn.Module, name: str) -> RowsInFP8:
