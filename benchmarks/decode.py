@@ -6,8 +6,8 @@ same prompts. A figure is the time between a generation of few tokens and one of
 not count. "peak" is that of the process so far. "of limit" is the share of the speed of a plain copy, measured in the
 same process, at which the bytes that a step must read are read; `--no-limit` leaves it out, and with it the compilation
 that counts a step's experts.
-With `--quantize nf4` jaxmoe holds all matrices of the layers in NF4; transformers uses bitsandbytes for its linear
-maps, but its experts are no linear maps, so they stay in 16 bits.
+With `--quantize nf4` or `fp8` jaxmoe holds all matrices of the layers in that form. In NF4, transformers uses
+bitsandbytes for its linear maps, but its experts are no linear maps, so they stay in 16 bits; for FP8, all of it does.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def _of_batch(args: argparse.Namespace, generator: Any, batch: int) -> dict[str,
         generator.generate(prompts, 8, routing=log)
         chosen = [np.asarray(step.experts) for step in log.steps[1:]]
         experts = float(np.mean([len(set(layer.reshape(-1).tolist())) for step in chosen for layer in step]))
-        slots, nf4 = args.prompt + (args.few + args.many) // 2, args.quantize == "nf4"
-        found |= {"experts": experts, "bytes": limits.decoded_token_bytes(config, experts, slots, batch, nf4=nf4)}
+        slots = args.prompt + (args.few + args.many) // 2
+        found |= {"experts": experts, "bytes": limits.decoded_token_bytes(config, experts, slots, batch, args.quantize)}
         if device.platform == "gpu" and generator.mesh == ONE_DEVICE:  # the limit is that of one GPU
             found["bytes_per_second"] = limits.copied_bytes_per_second()
     return found | {"peak": (device.memory_stats() or {}).get("peak_bytes_in_use")}
@@ -73,7 +73,7 @@ def torch_side(args: argparse.Namespace, config: Any) -> dict[int, dict[str, Any
     import torch
 
     model = random_model.torch_model(config).eval()
-    if args.quantize:
+    if args.quantize == "nf4":
         random_model.quantize_linear_maps(model)
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
@@ -121,7 +121,7 @@ def main() -> None:
     parser = ArgumentParser(description="Generating text beside transformers.")
     shapes.add_arguments(parser)
     add = parser.add_argument
-    add("--quantize", choices=("nf4",), help="hold the matrices of the layers in 4 bits")
+    add("--quantize", choices=("nf4", "fp8"), help="hold the matrices of the layers in 4 or 8 bits")
     add("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences in a batch (default: 1 16)")
     add("--prompt", type=int, default=64, metavar="N", help="tokens of each prompt (default: 64)")
     add("--few", type=int, default=65, metavar="N", help="tokens of the generation that is subtracted (default: 65)")
@@ -146,12 +146,12 @@ def main() -> None:
     argv = [f"--{key}={value}" for key in known if (value := getattr(args, key)) is not None]
     argv += ["--no-limit"] * args.no_limit
     record: dict[str, Any] = {}
-    form = "NF4" if args.quantize else "bfloat16"
+    form = args.quantize.upper() if args.quantize else "bfloat16"
     print(f"{args.preset}, {config.num_hidden_layers} layers, {form}")
     print(f"{'batch':>5} {'side':14}{'ms/step':>9}{'tokens/s':>10}{'limit':>8}{'of limit':>9}{'peak':>10}{'first':>8}")
     for name, side, further in _rows(args):
         found: dict[str, Any] = {"failed": "not installed"}
-        if args.quantize and side == "transformers" and not installed("bitsandbytes"):
+        if args.quantize == "nf4" and side == "transformers" and not installed("bitsandbytes"):
             found["failed"] = "bitsandbytes is not installed"
         elif installed(side):
             batches = ",".join(map(str, args.batch))

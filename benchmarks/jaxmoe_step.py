@@ -16,7 +16,7 @@ from benchmarks import limits, random_model, stages
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.distributed.mesh import ONE_DEVICE, SEQUENCE_AXES, MeshShape
 from jaxmoe.memory import Remat, Workload, embedding_on_host, training_forecast
-from jaxmoe.parameters import Quantization, quantizable, stored_specs
+from jaxmoe.parameters import Quantization, stored_specs
 
 LEARNING_RATE = 1e-4
 
@@ -135,7 +135,7 @@ def compiled_step(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig) 
         state: Any = place.place_state(initial_state(adapters, optimizer), adapters)
     else:
         state = state_to_compile(model, place.place(_shapes(args, config, "float32")), optimizer)
-    on_host = (EMBEDDING,) if lora and args.quantize and embedding_on_host(config, lora, remat) else ()
+    on_host = (EMBEDDING,) if lora and args.quantize == "nf4" and embedding_on_host(config, lora, remat) else ()
     sequences = case.sequences(mesh)
     shape, document = (case.accumulation, -1, case.length), case.length // args.documents
     token = np.tile(np.arange(case.length, dtype=np.int32), sequences).reshape(shape)
@@ -162,7 +162,7 @@ def _in_order(fed: tuple[Any, Any], state: Any) -> tuple[Any, Any, Any]:
 def _shapes(args: argparse.Namespace, config: Qwen3MoeConfig, dtype: str = "bfloat16") -> dict[str, Any]:
     import jax
 
-    specs = stored_specs(config, Quantization(quantizable(config)) if args.quantize else None)
+    specs = stored_specs(config, Quantization.default(config, args.quantize) if args.quantize else None)
     return {path: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype) for path, spec in specs.items()}
 
 

@@ -75,7 +75,14 @@ def copied_bytes_per_second(size: int = 2**32, repeat: int = 10) -> float:
     return 2 * size * repeat / (time.perf_counter() - start)
 
 
-def decoded_token_bytes(config: Qwen3MoeConfig, experts: float, slots: int, batch: int, *, nf4: bool) -> float:
+# NF4 with double quantisation: 4 bits an element, 8 a block of 64, 32 a block of 256 blocks. FP8: 32 bits a block of
+# 128 x 128.
+ELEMENT_BYTES = {"nf4": 1 / 2 + 1 / 64 + 4 / 64 / 256, "fp8": 1 + 4 / 128**2}
+
+
+def decoded_token_bytes(
+    config: Qwen3MoeConfig, experts: float, slots: int, batch: int, quantize: str | None = None
+) -> float:
     """Bytes that one step of decoding must read: the weights that it uses, and the keys and values so far.
 
     Args:
@@ -83,10 +90,9 @@ def decoded_token_bytes(config: Qwen3MoeConfig, experts: float, slots: int, batc
         experts: different experts that the batch uses in a layer, on average.
         slots: positions of the KV cache that each sequence reads.
         batch: sequences.
-        nf4: the matrices of the layers are in NF4 with double quantisation: 4 bits an element, 8 a block of 64, 32 a
-            block of 256 blocks. All other arrays have 16 bits.
+        quantize: the form of the layers' matrices, `ELEMENT_BYTES`. All other arrays have 16 bits.
     """
-    quantized = quantizable(config) if nf4 else ()
+    quantized = quantizable(config) if quantize else ()
     total = 2.0 * slots * batch * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
     for path, spec in parameter_specs(config).items():
         if path == "embed_tokens" and not config.tie_word_embeddings:
@@ -94,5 +100,5 @@ def decoded_token_bytes(config: Qwen3MoeConfig, experts: float, slots: int, batc
         elements = math.prod(spec.shape)
         if path in ("sparse.gate_up_proj", "sparse.down_proj"):
             elements *= experts / config.num_experts
-        total += elements * (1 / 2 + 1 / 64 + 4 / 64 / 256 if path in quantized else 2)
+        total += elements * (ELEMENT_BYTES[quantize] if quantize and path in quantized else 2)
     return total

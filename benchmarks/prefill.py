@@ -42,7 +42,7 @@ def jaxmoe_side(args: argparse.Namespace, config: Any, batch: int, length: int, 
     from jaxmoe.model.decoder import forward, head_weight, logits_of
     from jaxmoe.model.interface import Options, Tokens
 
-    params = random_model.jax_parameters(config)
+    params = random_model.jax_parameters(config, args.quantize)
 
     def plain(params: Any, ids: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
@@ -132,6 +132,7 @@ def main() -> None:
     add("--warmup", type=int, default=2, metavar="N", help="runs before the clock starts (default: 2)")
     add("--steps", type=int, default=5, metavar="N", help="timed runs, of which the median counts (default: 5)")
     add("--stages", action="store_true", help="also print jaxmoe's time by stage")
+    add("--quantize", choices=("nf4", "fp8"), help="hold jaxmoe's projections and experts in 4 or 8 bits")
     add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
     add("--case", choices=CASES, action="append", help="measure this case; may be repeated (default: all)")
     add("--sides", default=",".join(SIDES), metavar="NAME,...", help="sides in the table (default: all)")
@@ -143,7 +144,7 @@ def main() -> None:
         print(json.dumps(side(args, config, *CASES[names[0]])))
         return
 
-    known = ("preset", "layers", "warmup", "steps")
+    known = ("preset", "layers", "warmup", "steps", "quantize")
     argv = [f"--{key}={value}" for key in known if (value := getattr(args, key)) is not None]
     record: dict[str, Any] = {}
     for name in names:

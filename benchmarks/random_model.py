@@ -53,11 +53,13 @@ def jax_parameters(
     placement: Placement | None = None,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """Parameters in `dtype` on JAX's default device, or where they lie on a mesh; with `quantize` "nf4" the weights
-    that it covers in NF4. No device ever holds more than its share of them.
+    """Parameters in `dtype` on JAX's default device, or where they lie on a mesh; with `quantize` "nf4" or "fp8" the
+    weights that it covers in that form, "fp8" on one device only. No device ever holds more than its share of them.
 
     In NF4, the 16-bit ones that `on_host` names are NumPy arrays.
     """
+    if quantize == "fp8":
+        return _fp8_parameters(config)
     if quantize is not None:
         return _nf4_parameters(config, on_host, placement)
     import jax
@@ -132,6 +134,35 @@ def _nf4_parameters(config: Qwen3MoeConfig, on_host: Collection[str], placement:
             params[name] = jnp.full(specs[name].shape, value, jnp.float32, device=lie.get(name))
     params[NESTED_QUANT_MAP] = jax.device_put(dynamic_map(), lie.get(NESTED_QUANT_MAP))
     return params | _gates(config, lie, "bfloat16")
+
+
+def _fp8_parameters(config: Qwen3MoeConfig) -> dict[str, Any]:
+    """Parameters whose codes are drawn, layer by layer, so that no weight ever exists in 16 bits."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxmoe.parameters import Quantization, parameter_specs, stored_specs
+
+    quantization = Quantization.default(config, "fp8")
+    specs = stored_specs(config, quantization)
+    keys = dict(zip(specs, jax.random.split(jax.random.key(0, impl="rbg"), len(specs)), strict=True))
+    spread = 100.0  # of the codes, of which the largest is 448
+
+    @partial(jax.jit, static_argnums=1)
+    def codes(key: Any, shape: tuple[int, ...]) -> Any:
+        draw = lambda key: (spread * jax.random.normal(key, shape[1:], jnp.bfloat16)).astype(jnp.float8_e4m3fn)
+        return jax.lax.map(draw, jax.random.split(key, shape[0]))
+
+    params: dict[str, Any] = {}
+    for path, spec in parameter_specs(config).items():
+        std = 1.0 if path == "embed_tokens" else STD / config.num_hidden_layers if path in RESIDUAL else STD
+        if path in quantization.paths:
+            params[f"{path}.codes"] = codes(keys[f"{path}.codes"], specs[f"{path}.codes"].shape)
+            params[f"{path}.scales"] = jnp.full(specs[f"{path}.scales"].shape, std / spread, jnp.float32)
+            continue
+        draw = jax.jit(lambda key, shape=spec.shape, std=std: std * jax.random.normal(key, shape, jnp.bfloat16))
+        params[path] = jnp.ones(spec.shape, jnp.bfloat16) if spec.init == "ones" else draw(keys[path])
+    return params | {"sparse.gate": jnp.asarray(routers(config), jnp.bfloat16)}
 
 
 def torch_model(config: Qwen3MoeConfig, experts: str = "grouped_mm") -> Any:

@@ -31,6 +31,7 @@ STAGES = (
     "combine",
     "weight_gradients",
     "nf4_decode",
+    "fp8_decode",
     "experts",
     "dense_mlp",
     "head",

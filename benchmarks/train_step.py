@@ -160,7 +160,7 @@ def _parser() -> ArgumentParser:
     add("--trace", type=pathlib.Path, metavar="FILE", help="with --stages: keep the profiler's trace")
     scratch = "where Unsloth's checkpoint is written (default: /dev/shm)"
     add("--scratch", type=pathlib.Path, default=pathlib.Path("/dev/shm"), metavar="DIR", help=scratch)
-    add("--quantize", choices=["nf4"], help="hold jaxmoe's frozen projections and experts in 4 bits")
+    add("--quantize", choices=["nf4", "fp8"], help="hold jaxmoe's frozen projections and experts in 4 or 8 bits")
     add_memory_limit(parser)
     add("--side", choices=SIDES, help="measure only this side, in this process, and print JSON")
     add(

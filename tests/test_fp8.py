@@ -30,6 +30,7 @@ from jaxmoe.memory import Workload, training_forecast
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.ops.experts import ExpertWeights, sorted_experts
+from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.linear import LinearMap, linears
 from jaxmoe.ops.router import route
 from jaxmoe.parameters import Quantization, layer_paths, matrix_shape, parameter_specs, quantizable
@@ -277,6 +278,55 @@ def test_gradients_are_those_of_the_decoded_weights() -> None:
     both = jax.jit(lambda x: [jax.value_and_grad(run)(x, *stacks) for stacks in (packed, plain)])
     for found, expected in zip(*both(x), strict=True):
         assert relative_error(found, expected) <= bound("nf4_gradients")
+
+
+def test_rows_in_fp8_give_the_numbers_of_the_reference() -> None:
+    """Experts whose rows are quantised, too, forwards and backwards, on sides of which no block is whole."""
+    import torch
+    from torch import nn
+
+    from torch_ref.experts import mixture
+    from torch_ref.fp8 import multiply_in_fp8
+
+    rng = np.random.default_rng(0)
+    E, F, D = 4, 72, 200
+    x, gate, d_out = (rng.standard_normal(shape).astype(np.float32) for shape in ((24, D), (E, D), (24, D)))
+    routing = route(jnp.asarray(x), jnp.asarray(gate), num_experts_per_tok=2, norm_topk_prob=True)
+    drawn = [random_fp8(shape, "float32", n) for n, shape in enumerate(((E, 2 * F, D), (E, D, F)))]
+    held = [
+        FP8Stack(jnp.asarray(codes), jnp.asarray(scales[:, None]), codes.shape, jnp.dtype("float32"))
+        for codes, scales in drawn
+    ]
+
+    def run(x: Array) -> Array:
+        return sorted_experts(x, routing, ExpertWeights(held[0], held[1], 0, trainable=False))
+
+    def both(x: Array) -> tuple[Array, Array]:
+        value, pull = jax.vjp(run, x)
+        return value, pull(jnp.asarray(d_out))[0]
+
+    with forced(fp8_products="xla"):
+        found = jax.device_get(jax.jit(both)(jnp.asarray(x)))
+    experts: Any = nn.Module()
+    for name, packed in zip(("gate_up_proj", "down_proj"), drawn, strict=True):
+        weights = torch.from_numpy(codec.decode(FP8(*packed), np.dtype(np.float32)))
+        setattr(experts, name, nn.Parameter(weights, requires_grad=False))
+    experts.act_fn = nn.functional.silu
+
+    def reference(implementation: str) -> list[np.ndarray]:
+        experts.torch_ref_implementation = implementation
+        rows = torch.from_numpy(x).requires_grad_()
+        chosen = torch.from_numpy(np.array(routing.experts, np.int64))
+        y = mixture(experts, rows, chosen, torch.from_numpy(np.array(routing.weights)))
+        y.backward(torch.from_numpy(d_out))
+        assert rows.grad is not None
+        return [y.detach().numpy(), rows.grad.numpy()]
+
+    plain = reference("grouped")
+    multiply_in_fp8(experts)
+    for ours, *theirs, unquantized in zip(found, reference("loop"), reference("grouped"), plain, strict=True):
+        errors = [relative_error(ours, each) for each in theirs]
+        assert max(errors) <= bound("fp8_rows") < 1e-2 < relative_error(ours, unquantized), errors
 
 
 def test_the_forecast_counts_the_arrays(folder: pathlib.Path) -> None:

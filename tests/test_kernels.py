@@ -388,3 +388,44 @@ def test_same_input_same_output_fifty_times() -> None:
     for _ in range(3):
         for a, b in zip(mixture("mosaic", jnp.bfloat16, shape, False), first, strict=True):
             assert np.array_equal(a, b)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["swiglu", "backward"])
+def test_products_in_fp8_equal_those_of_the_quantised_operands(case: str) -> None:
+    """Row by row against float64; with the scales of two blocks swapped they differ."""
+    from jaxmoe.fp8.codec import E4M3, FP8, decode
+    from jaxmoe.fp8.stack import FP8Stack
+    from jaxmoe.ops.fp8_products import quantize_rows
+    from jaxmoe.ops.kernels.grouped_matmul import hopper_fp8 as kernel
+
+    M, E, inner, matrices, out = 20, 2, 256, 2 if case == "swiglu" else 1, 256
+    rng = np.random.default_rng(len(case))
+    schedule = scheduled(jnp.asarray(skewed(M, E, 1, 1)), E, 16, (128,))
+    codes = np.asarray(rng.uniform(-448, 448, (2 * E, matrices, out // matrices, inner)), E4M3)
+    scales = rng.uniform(1e-5, 1e-3, (2 * E, matrices, out // matrices // 128, inner // 128)).astype(np.float32)
+    x = normal(rng, len(schedule.source), inner)
+    rows = quantize_rows(x)
+    tiles = kernel.FP8Tiles(256, (16, 128), 2)
+
+    @jax.jit
+    def products(codes, scales, offset):
+        stack = FP8Stack(codes.reshape(2 * E, out, inner), scales, (2 * E, out, inner), x.dtype)
+        if case == "backward":
+            stack, offset = kernel.swapped(stack, offset, E), 0
+        return kernel.grouped_matmul(
+            rows, stack, schedule.spans[128], offset, swiglu=case == "swiglu", tiles=tiles, interpret=interpreter()
+        )
+
+    def error(scales: np.ndarray) -> float:
+        weights = decode(FP8(codes, scales), np.dtype(np.float64)).reshape(2 * E, out, inner)
+        left = np.asarray(rows.codes, np.float64) * np.asarray(rows.scales, np.float64).repeat(128, 1)
+        expected, placed = by_rows(left, weights, schedule, case != "backward", E)
+        if case == "swiglu":
+            gate, up = np.split(expected, 2, axis=-1)
+            expected = gate / (1 + np.exp(-gate)) * up
+        return float(relative_error(np.asarray(found, np.float64)[placed], expected))
+
+    found = products(codes, scales, jnp.int32(E))
+    limit = bound("kernel_swiglu_bf16" if case == "swiglu" else "kernel_bf16")
+    assert error(scales) <= limit < 0.1 < error(np.roll(scales, 1, -1))

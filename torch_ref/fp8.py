@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import os
 import pathlib
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationConfig
 
+from torch_ref.experts import DenseStack, Stack
 from torch_ref.shards import Shards, local_folder
 
 BLOCK = 128
+_LARGEST = 448.0  # of e4m3
 _SCALES = "_scale_inv"
 
 
@@ -87,3 +92,82 @@ def _read(shards: Shards, key: str, dtype: torch.dtype) -> Tensor:
     if scales.shape != (*tensor.shape[:-2], *grid):
         raise ValueError(f"{key}{_SCALES}: expected the shape {list(grid)}, found {list(scales.shape)}")
     return decode(tensor, scales, dtype)
+
+
+def multiply_in_fp8(model: nn.Module) -> None:
+    """From now on the model's experts multiply rows in FP8, as kernels for weights in FP8 do; emulated on any device.
+
+    Forwards and backwards, each row and 128 channels are quantised with a scale of their own. Experts with adapters are
+    quantised, too; in `jaxmoe` they are not.
+    """
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj") and hasattr(module, "act_fn"):
+            experts: Any = module
+            experts.stack = partial(_with_rows_in_fp8, module)
+
+
+def _with_rows_in_fp8(experts: nn.Module, name: str) -> RowsInFP8:
+    return RowsInFP8(DenseStack(getattr(experts, name)))
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """Rows [..., inner] as e4m3 holds them with a scale for every 128 channels, decoded in float32; x's dtype."""
+    inner = x.shape[-1]
+    parts = F.pad(x.float(), (0, -inner % BLOCK)).unflatten(-1, (-1, BLOCK))
+    largest = parts.abs().amax(-1, keepdim=True)
+    scales = torch.where(largest > 0, largest * (1 / _LARGEST), 1)
+    codes = (parts / scales).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    return (codes.float() * scales).flatten(-2)[..., :inner].to(x.dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    """`rounded_rows`, whose gradient is passed on as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return rounded_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _RoundedGradient(torch.autograd.Function):
+    """The same rows; their gradient is quantised."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return rounded_rows(grads[0])
+
+
+@dataclass(frozen=True)
+class RowsInFP8:
+    """A frozen stack of experts, whose products take rows in FP8, forwards and backwards."""
+
+    stack: Stack
+
+    @property
+    def shape(self) -> torch.Size:
+        """(E, out, in)."""
+        return self.stack.shape
+
+    def linear(self, x: Tensor, expert: int) -> Tensor:
+        """X W[expert]^T."""
+        return _RoundedGradient.apply(self.stack.linear(_Rounded.apply(x), expert))
+
+    def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W^T."""
+        return _RoundedGradient.apply(self.stack.grouped_linear(_Rounded.apply(rows), ends, experts))
+
+    def grouped_transposed(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Each row times its expert's W."""
+        return self.stack.grouped_transposed(rounded_rows(rows), ends, experts)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weights need no gradient."""
+        return self.stack.frozen

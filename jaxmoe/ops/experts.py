@@ -20,9 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
+from jaxmoe.ops import fp8_products
 from jaxmoe.ops.contraction import PRECISION
-from jaxmoe.ops.dispatch import Dispatch, combine, make_dispatch
+from jaxmoe.ops.dispatch import Dispatch, Local, combine, make_dispatch
 from jaxmoe.ops.few_experts import few_experts
+from jaxmoe.ops.fp8_products import QuantizedRows, prepared
 from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.grouped_matmul import GroupedMatmul, LowRankTerm
 from jaxmoe.ops.implementations import Choice, choose
@@ -145,7 +147,7 @@ class _Plan(NamedTuple):
     in_scan: bool
     one_by_one: bool
 
-    def in_turn(self, offset: Any, *inputs: Array) -> tuple[Any, ...]:
+    def in_turn(self, offset: Any, *inputs: Any) -> tuple[Any, ...]:
         """The same values; with `one_by_one` no work that needs this offset begins before the inputs are there.
 
         XLA would otherwise decode the stacks of several products early, or once for all, and hold them together.
@@ -183,7 +185,7 @@ def _mixture(
         kernel = choose("few_rows", x.dtype, *stacks).value
         return few_experts(x, experts, weights, stacks, offset, adapters, kernel)
     with jax.named_scope("permute"):
-        rows = dispatch.rows(x)
+        rows = _rows(x, stacks[0], adapters[0], dispatch)
     with jax.named_scope("gate_up"):
         hidden, _ = _project(rows, stacks[0], offset, adapters[0], dispatch.schedule, plan.products, swiglu=True)
     with jax.named_scope("down"):
@@ -192,8 +194,32 @@ def _mixture(
         return combine(rows, weights, dispatch)
 
 
+def _rows(x: Array, stack: Any, adapter: Factors | None, dispatch: Dispatch) -> Any:
+    """The tokens' rows at their places, in the form in which they are multiplied with the stack."""
+    form = prepared(x, stack, low_rank=adapter is not None) if isinstance(dispatch, Local) else x
+    return jax.tree.map(dispatch.rows, form)
+
+
+def _product(
+    rows: Array | QuantizedRows,
+    stack: Any,
+    offset: Any,
+    schedule: Schedule,
+    products: GroupedMatmul,
+    *,
+    transposed: bool,
+    swiglu: bool = False,
+) -> Array:
+    """Rows W^T, or SwiGLU of it, or rows W."""
+    form = rows if isinstance(rows, QuantizedRows) else prepared(rows, stack, low_rank=False)
+    if isinstance(form, QuantizedRows):
+        quantized = fp8_products.products(stack)
+        return quantized.matmul(form, stack, schedule, offset, transposed=transposed, swiglu=swiglu)
+    return products.matmul(form, stack, schedule, offset, transposed=transposed, swiglu=swiglu)
+
+
 def _project(
-    rows: Array,
+    rows: Any,
     stack: Any,
     offset: Any,
     adapter: Factors | None,
@@ -203,7 +229,7 @@ def _project(
 ) -> tuple[Array, Array | None]:
     """(rows W^T + (rows A^T) B^T, or SwiGLU of it, and rows A^T)."""
     if adapter is None:
-        return products.matmul(rows, stack, schedule, offset, transposed=True, swiglu=swiglu), None
+        return _product(rows, stack, offset, schedule, products, transposed=True, swiglu=swiglu), None
     a, b = adapter.terms(rows.dtype, products.rank_multiple)
     low: Array = fold(products.matmul(rows, a, schedule, 0, transposed=True), adapter.rank)
     term = LowRankTerm(unfold(low, a.shape[1]), b)
@@ -211,11 +237,11 @@ def _project(
 
 
 def _project_back(
-    d_rows: Array, stack: Any, offset: Any, adapter: Factors | None, schedule: Schedule, products: GroupedMatmul
+    d_rows: Any, stack: Any, offset: Any, adapter: Factors | None, schedule: Schedule, products: GroupedMatmul
 ) -> tuple[Array, Array | None]:
     """(dY W + (dY B) A, dY B): the gradient of the rows, and of the low-rank rows."""
     if adapter is None:
-        return products.matmul(d_rows, stack, schedule, offset, transposed=False), None
+        return _product(d_rows, stack, offset, schedule, products, transposed=False), None
     a, b = adapter.terms(d_rows.dtype, products.rank_multiple)
     low: Array = fold(products.matmul(d_rows, b, schedule, 0, transposed=False), adapter.rank)
     term = LowRankTerm(unfold(low, a.shape[1]), a)
@@ -224,7 +250,7 @@ def _project_back(
 
 def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, experts, plan: _Plan):
     with jax.named_scope("permute"):
-        rows = dispatch.rows(x)
+        rows = _rows(x, stacks[0], adapters[0], dispatch)
         offset, rows = plan.in_turn(offset, rows)
     with jax.named_scope("gate_up"):
         gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], dispatch.schedule, plan.products)
@@ -243,7 +269,7 @@ def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, experts, pl
 def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
     x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, dispatch = residuals
     with jax.named_scope("combine"):
-        d_rows = dispatch.rows(d_out.astype(x.dtype))  # not yet weighted
+        d_rows = _rows(d_out.astype(x.dtype), stacks[1], adapters[1], dispatch)  # not yet weighted
         weight_of_row = dispatch.weights(weights)
         offset, d_rows, gate_up = plan.in_turn(offset, d_rows, gate_up)
     with jax.named_scope("down"):

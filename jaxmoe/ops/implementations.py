@@ -41,12 +41,14 @@ class Implementation(NamedTuple):
     """One way to run an operation.
 
     `what` describes it, `unsupported` says why a device cannot run it (None: it can), and `home` is "module:name" of
-    its value, which is imported only where the device can run it.
+    its value, which is imported only where the device can run it. With `by_name` it runs only where it is selected by
+    name.
     """
 
     what: str
     unsupported: Callable[[Device], str | None]
     home: str
+    by_name: bool = False
 
     def load(self) -> Any:
         """The value: it runs the operation, and its `unsupported(*operands)` says why it cannot (None: it can)."""
@@ -122,6 +124,25 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
         "tiled": Implementation(
             "pure JAX loop over expert-aligned row tiles", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.xla:XLA"
+        ),
+    },
+    "fp8_products": {
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel over weights as stored, rows quantised by token and 128 channels",
+            _needs_capability((9, 0), (10, 0)),
+            "jaxmoe.ops.kernels.grouped_matmul.hopper_fp8:HOPPER_FP8",
+            by_name=True,
+        ),
+        "xla": Implementation(
+            "the same numbers in plain JAX, decoded to float32",
+            _anywhere,
+            "jaxmoe.ops.fp8_products:ORACLE",
+            by_name=True,
+        ),
+        "decoded": Implementation(
+            "weights in FP8 decoded to 16 bits, one layer's experts at a time",
+            _anywhere,
+            "jaxmoe.ops.fp8_products:DECODED",
         ),
     },
     "few_rows": {
@@ -231,6 +252,8 @@ def choose(operation: str, *operands: Any) -> Choice:
         return Choice(name, f"{choices[name].what}; selected by {source}", choices[name].load())
     passed = []
     for name, implementation in choices.items():
+        if implementation.by_name:
+            continue
         why = unsupported(implementation)
         if why is None:
             return Choice(name, "; ".join([implementation.what, *passed]), implementation.load())
