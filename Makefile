@@ -13,7 +13,7 @@
 # make docs       the site with the API reference and the notebooks, in site/; a broken link is an error
 # make bench      the CPU benchmarks of docs/performance.md
 # make bench-gpu  the GPU benchmarks, with the packages of $(PYTHON): training step, prefill, decoding, MoE block, first
-#                 step, loading
+#                 step, loading, training and watching the router
 # make parity     transformers, torch_ref and jaxmoe on the demo checkpoint, number by number, with a report
 # make parity-gpu the same on a GPU, with a 24-layer model trained there and the shape of Qwen3-30B-A3B; installs nothing
 # make peer-tests TRANSFORMERS=DIR PEFT=DIR   tests of transformers and PEFT on torch_ref's classes; docs/peer-tests.md
@@ -156,6 +156,7 @@ bench-gpu:
 	@$(PYTHON) -m benchmarks.grouped_matmul
 	@$(PYTHON) -m benchmarks.first_step
 	@$(PYTHON) -m benchmarks.load --converted
+	@$(PYTHON) -m benchmarks.routing_lab --layers 12
 
 # As in test-gpu, with the packages of $(PYTHON), which must include bitsandbytes.
 bench-torch-gpu:

@@ -11,7 +11,17 @@ import pytest
 
 from jaxmoe.routing.metrics import jensen_shannon
 from jaxmoe.train.step import ProbeRouting
-from jaxmoe.train.watch import CHANGED, DEAD, DIVERGENCE, LOAD_CV, compared, divergence, watch_in_words, watched
+from jaxmoe.train.watch import (
+    CHANGED,
+    DEAD,
+    DIVERGENCE,
+    LOAD_CV,
+    compared,
+    divergence,
+    even_batches,
+    watch_in_words,
+    watched,
+)
 from tests.tolerances import bound
 
 LAYERS, SEQUENCES, LENGTH, EXPERTS, CHOSEN = 2, 3, 5, 6, 2
@@ -105,3 +115,13 @@ def test_the_divergence_of_many_tokens_in_a_compiled_program() -> None:
     both = (np.exp(each.astype(np.float64)) for each in (logits, base))
     expected = jensen_shannon(*(each / each.sum(axis=-1, keepdims=True) for each in both))
     np.testing.assert_allclose(jax.jit(divergence)(logits, base), expected, rtol=bound("compiled_divergence_fp32"))
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("most", [4, 8, 64])
+def test_as_few_batches_and_empty_sequences_as_possible(most: int, multiple: int) -> None:
+    for sequences in range(1, 40):
+        size = even_batches(sequences, most, multiple)
+        batches = -(-sequences // size)
+        assert size <= most and size % multiple == 0 and batches == -(-sequences // most)
+        assert batches * (size - multiple) < sequences  # a smaller size would not hold all of them

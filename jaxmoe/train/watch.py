@@ -22,6 +22,7 @@ from jaxmoe.cli.progress import progress
 from jaxmoe.data.packing import Batch, Sequences
 from jaxmoe.distributed import launch
 from jaxmoe.distributed.collectives import sum_over_devices
+from jaxmoe.distributed.mesh import SEQUENCE_AXES
 from jaxmoe.errors import UserError
 from jaxmoe.memory import format_bytes
 from jaxmoe.model.interface import Params
@@ -31,6 +32,7 @@ from jaxmoe.train.prepare import Plan
 from jaxmoe.train.step import Model, ProbeRouting
 
 MOST_BYTES = 2**30  # of the base's routing: 64 sequences of 512 tokens of Qwen3-30B-A3B take 0.8 of it
+PASSES = 3  # forward passes that take as long as a step: 366 ms by 124 ms, LoRA, 2 x 4096 (docs/performance.md)
 MOST_SHARE = 0.02  # of the training time that measuring may take without a word
 CHANGED, DIVERGENCE, LOAD_CV, DEAD = "routing_changed", "routing_divergence", "routing_load_cv", "routing_dead_experts"
 
@@ -64,18 +66,19 @@ class Watch:
         if (count := launch.this().count) > 1:  # each would need the base's routing of all sequences
             raise UserError(f"watch_routing: only valid in one process, found {count}")
         self._plan = plan
-        size = plan.settings.batch_size
+        share = plan.model.mesh.product(SEQUENCE_AXES)
+        self._size = size = even_batches(probe.count(1), plan.settings.batch_size, share)
         token = len(config.sparse_layers) * (4 * config.num_experts + 2 * config.num_experts_per_tok)
         self._most = max(MOST_BYTES // (token * plan.settings.seq_length * size), 1)
         model = plan.model._replace(packed=probe.packed)
         base_step = jax.jit(make_base_step(model))
         self._watch_step = jax.jit(make_watch_step(model))
         total = min(probe.steps(1, size), self._most)
-        self.notices = _notices(plan, probe, total)
+        self.notices = _notices(plan, probe.count(1), size, total)
         self.seconds = 0.0  # that measuring took so far
         self._base: list[ProbeRouting] = []
         with progress("routing of the probe by the base model") as show:
-            for number, batch in enumerate(plan.probe_batches(self._most), start=1):
+            for number, batch in enumerate(plan.probe_batches(size, self._most), start=1):
                 arrays, fed = plan.fed(frozen, batch)
                 self._base.append(ProbeRouting(*map(np.asarray, base_step(arrays, trainable, fed))))
                 show(number, total, f"{number} of {total} batches")
@@ -85,7 +88,7 @@ class Watch:
         divergence of the router's probabilities from the base's in nats, the coefficient of variation of the experts'
         load, and how many experts no token uses."""
         started, parts = time.perf_counter(), []
-        for batch, base in zip(self._plan.probe_batches(self._most), self._base, strict=True):
+        for batch, base in zip(self._plan.probe_batches(self._size, self._most), self._base, strict=True):
             arrays, fed = self._plan.fed(frozen, batch)
             parts.append(self._watch_step(arrays, trainable, fed, base))
         sums = [np.asarray(np.sum(each, axis=0, dtype=np.float64)) for each in zip(*jax.device_get(parts), strict=True)]
@@ -93,17 +96,23 @@ class Watch:
         return watched(*sums)
 
 
-def _notices(plan: Plan, probe: Sequences, batches: int) -> list[str]:
+def even_batches(sequences: int, most: int, multiple: int) -> int:
+    """The size of batches of at most `most` sequences, a multiple of `multiple`, such that as few batches as possible
+    hold all sequences, and as few of their sequences as possible are empty."""
+    batches = -(-sequences // most)
+    return -(-sequences // (batches * multiple)) * multiple
+
+
+def _notices(plan: Plan, sequences: int, size: int, batches: int) -> list[str]:
     """What to say about a probe that is too long, or measured so often that training takes noticeably longer."""
-    settings, size = plan.settings, plan.settings.batch_size
+    settings = plan.settings
     lines = []
-    if batches * size < probe.count(1):
+    if batches * size < sequences:
         lines.append(
-            f"watch_routing: the first {batches * size:,} of {probe.count(1):,} sequences are used, since the base's "
+            f"watch_routing: the first {batches * size:,} of {sequences:,} sequences are used, since the base's "
             f"routing may take {format_bytes(MOST_BYTES)}"
         )
-    # A step computes each token forwards, and about two times as much backwards.
-    steps = batches / (3 * settings.accumulation)
+    steps = batches * size / (PASSES * settings.accumulation * settings.batch_size)
     every = min(settings.watch_every or plan.total_steps, plan.total_steps)
     if steps > MOST_SHARE * every:
         lines.append(
