@@ -16,6 +16,7 @@ CPU = Device("cpu", "cpu", None)
 HOPPER = Device("gpu", "NVIDIA H200", (9, 0))
 BLACKWELL = Device("gpu", "NVIDIA B200", (10, 0))
 AMPERE = Device("gpu", "NVIDIA A100", (8, 0))
+TURING = Device("gpu", "Tesla T4", (7, 5))
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,8 @@ def on(monkeypatch, device):
         (CPU, "blocks", "tiled", "xla"),
         (HOPPER, "cudnn", "mosaic", "triton"),
         (BLACKWELL, "cudnn", "tiled", "triton"),
-        (AMPERE, "blocks", "tiled", "triton"),
+        (AMPERE, "flash", "mma", "triton"),
+        (TURING, "blocks", "tiled", "xla"),
     ],
     ids=lambda value: value.kind if isinstance(value, Device) else value,
 )
@@ -48,6 +50,13 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("grouped matmul", grouped_matmul),
         *((what, row_kernels) for what in ROW_KERNELS),
     }
+
+
+def test_what_was_not_measured_is_selected_by_name_only(monkeypatch):
+    on(monkeypatch, BLACKWELL)
+    assert "mma is selected by name only, found NVIDIA B200" in choose("grouped_matmul").reason
+    with forced(grouped_matmul="mma", attention="flash"):
+        assert (choose("grouped_matmul").name, choose("attention").name) == ("mma", "flash")
 
 
 def test_the_reason_names_what_stood_in_the_way(monkeypatch):
@@ -94,13 +103,16 @@ def test_forcing_what_cannot_run_is_an_error(monkeypatch):
 
 def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
     config = PRESETS["qwen3-30b-a3b"]
-    on(monkeypatch, AMPERE)
+    on(monkeypatch, TURING)
     attention, experts = fallbacks(config, "bfloat16")
     assert attention.startswith("attention uses the slow fallback: pure JAX in chunks of queries")
     assert experts.startswith("the experts use the slow fallback: pure JAX loop")
-    assert "mosaic needs an NVIDIA GPU of compute capability 9.x, found NVIDIA A100" in experts
+    assert "mosaic needs an NVIDIA GPU of compute capability 9.x, found Tesla T4" in experts
+    assert "mma needs an NVIDIA GPU of compute capability 8.0 or newer" in experts
     dense = config.replace(mlp_only_layers=tuple(range(config.num_hidden_layers)))
     assert fallbacks(dense, "bfloat16") == [attention]
+    on(monkeypatch, AMPERE)  # has kernels, where jax is new enough for them
+    assert all("needs jax 0.11 or newer (Python 3.12 or newer)" in line for line in fallbacks(config, "bfloat16"))
     on(monkeypatch, HOPPER)
     attention, experts = fallbacks(config, "float32")
     assert "found float32" in attention
@@ -113,10 +125,10 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
 
 
 def test_unknown_names_are_errors(monkeypatch):
-    monkeypatch.setenv("JAXMOE_ATTENTION", "flash")
-    with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: expected one of cudnn, blocks; found 'flash'$"):
+    monkeypatch.setenv("JAXMOE_ATTENTION", "fast")
+    with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: expected one of cudnn, flash, blocks; found 'fast'$"):
         choose("attention")
-    with pytest.raises(UserError, match="found 'flash'"), forced(attention="flash"):
+    with pytest.raises(UserError, match="found 'fast'"), forced(attention="fast"):
         pass
     with pytest.raises(
         UserError,

@@ -41,12 +41,14 @@ class Implementation(NamedTuple):
     """One way to run an operation.
 
     `what` describes it, `unsupported` says why a device cannot run it (None: it can), and `home` is "module:name" of
-    its value, which is imported only where the device can run it.
+    its value, which is imported only where the device can run it. `by_name_only` says why a device that can run it does
+    not select it unless it is named (None: it does).
     """
 
     what: str
     unsupported: Callable[[Device], str | None]
     home: str
+    by_name_only: Callable[[Device], str | None] = lambda device: None
 
     def load(self) -> Any:
         """The value: it runs the operation, and its `unsupported(*operands)` says why it cannot (None: it can)."""
@@ -92,6 +94,14 @@ def _needs_capability(
     return unsupported
 
 
+def _unmeasured_from(limit: tuple[int, int]) -> Callable[[Device], str | None]:
+    def by_name_only(device: Device) -> str | None:
+        found = device.compute_capability
+        return None if found is None or found < limit else f"is selected by name only, found {device}"
+
+    return by_name_only
+
+
 # In order of preference. The last of each operation runs anywhere.
 OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "attention": {
@@ -99,6 +109,12 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "cuDNN's flash attention, packed sequences by segment offsets",
             _needs_capability((9, 0)),
             "jaxmoe.ops.attention_cudnn:CUDNN",
+        ),
+        "flash": Implementation(
+            "flash attention by mma.sync, packed sequences by their bounds",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.flash.attention:FLASH",
+            _unmeasured_from((9, 0)),
         ),
         "blocks": Implementation(
             "pure JAX in chunks of queries, causal half only, exact for packed sequences",
@@ -116,9 +132,15 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     },
     "grouped_matmul": {
         "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel over expert-aligned tiles",
+            "Pallas Mosaic GPU kernel by wgmma over expert-aligned spans of rows",
             _needs_capability((9, 0), (10, 0)),
             "jaxmoe.ops.kernels.grouped_matmul.hopper:HOPPER",
+        ),
+        "mma": Implementation(
+            "Pallas Mosaic GPU kernel by mma.sync over expert-aligned spans of rows",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.grouped_matmul.ampere:AMPERE",
+            _unmeasured_from((9, 0)),
         ),
         "tiled": Implementation(
             "pure JAX loop over expert-aligned row tiles", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.xla:XLA"
@@ -231,7 +253,7 @@ def choose(operation: str, *operands: Any) -> Choice:
         return Choice(name, f"{choices[name].what}; selected by {source}", choices[name].load())
     passed = []
     for name, implementation in choices.items():
-        why = unsupported(implementation)
+        why = implementation.by_name_only(device) or unsupported(implementation)
         if why is None:
             return Choice(name, "; ".join([implementation.what, *passed]), implementation.load())
         passed.append(f"{name} {why}")
