@@ -102,6 +102,30 @@ def test_grouped_matmul_equals_the_rows_products(name: str, transposed: bool, lo
     assert matmul_error(name, path, transposed, low_rank) <= bound("kernel_bf16")
 
 
+@pytest.mark.parametrize("transposed", [True, False])
+def test_zeros_are_added_to_widths_that_the_kernel_does_not_support(
+    transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import ampere as kernel
+    from jaxmoe.ops.kernels.grouped_matmul.xla import XLA
+
+    (M, E, k, inner, out), rng = (20, 3, 2, 40, 48), np.random.default_rng(0)
+    schedule = scheduled(jnp.asarray(skewed(M, E, k, 1)), E, kernel.TILE_ROWS, (kernel.ROWS,))
+
+    def plain(x: Any, weight: Any, _: Any, offset: Any, **options: Any) -> Any:
+        assert not any(size % 32 for size in (x.shape[1], *weight.shape[1:]))
+        return XLA.matmul(x, weight, schedule, offset, **options)
+
+    monkeypatch.setattr(kernel, "grouped_matmul", plain)
+    x = normal(rng, schedule.source.shape[0], inner)
+    weight = normal(rng, 2 * E, *((out, inner) if transposed else (inner, out)))
+    low = LowRankTerm(normal(rng, x.shape[0], 32), normal(rng, E, *((out, 32) if transposed else (32, out))))
+    options: dict[str, Any] = {"transposed": transposed, "swiglu": transposed, "low": low}
+    found, expected = (each.matmul(x, weight, schedule, E, **options) for each in (kernel.AMPERE, XLA))
+    assert found.shape == expected.shape
+    assert relative_error(np.asarray(found, np.float64), np.asarray(expected, np.float64)) <= bound("kernel_bf16")
+
+
 @needs_kernels
 @pytest.mark.parametrize("name", CASES if on_gpu else ["wide"])
 def test_swiglu_of_the_product(name: str, path: Any) -> None:

@@ -435,7 +435,7 @@ def test_what_fits_on_which_card(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["remat"] for row in small[::3]] == [None] * 4 + ["fast"] * 3
     assert [row["remat"] for row in small[1::3]] == [None] * 3 + ["fast"] * 4
     assert [row["remat"] for row in small[2::3]] == ["balanced"] * 2 + ["fast"] * 5
-    assert [(row["attention"], row["experts"]) for row in small[3:9:3]] == [("flash", "mma"), ("cudnn", "tiled")]
+    assert [(row["attention"], row["experts"]) for row in small[3:9:3]] == [("flash", "mma"), ("cudnn", "mma")]
     assert all(row["length"] is None for row in large[:-1]) and large[-1]["length"] is not None
     options = doctor.DoctorConfig(model="qwen3-30b-a3b", lora_targets=("attention",))
     work, rows = doctor.on_cards(options)[options.model or ""]

@@ -39,7 +39,7 @@ def interpret(path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
 
 # (tokens, query heads, key heads, width, lengths of the documents or None, window)
 CASES: dict[str, tuple[int, int, int, int, list[int] | None, int | None]] = {
-    "odd length": (100, 2, 2, 64, None, None),
+    "odd length, odd head": (100, 2, 2, 48, None, None),
     "packed": (192, 2, 1, 64, [5, 64, 80, 30, 13], None),
     "packed, window": (130, 1, 1, 64, [70, 60], 33),
 }

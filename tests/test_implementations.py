@@ -37,7 +37,7 @@ def on(monkeypatch, device):
     [
         (CPU, "blocks", "tiled", "xla"),
         (HOPPER, "cudnn", "mosaic", "triton"),
-        (BLACKWELL, "cudnn", "tiled", "triton"),
+        (BLACKWELL, "cudnn", "mma", "triton"),
         (AMPERE, "flash", "mma", "triton"),
         (TURING, "blocks", "tiled", "xla"),
     ],
@@ -52,11 +52,20 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
     }
 
 
-def test_what_was_not_measured_is_selected_by_name_only(monkeypatch):
-    on(monkeypatch, BLACKWELL)
-    assert "mma is selected by name only, found NVIDIA B200" in choose("grouped_matmul").reason
-    with forced(grouped_matmul="mma", attention="flash"):
-        assert (choose("grouped_matmul").name, choose("attention").name) == ("mma", "flash")
+def test_an_experiment_is_selected_by_name_only(monkeypatch):
+    for device in (CPU, TURING, HOPPER):
+        on(monkeypatch, device)
+        assert choose("grouped_matmul").name != "ragged_dot"
+        with forced(grouped_matmul="ragged_dot"):
+            assert choose("grouped_matmul").name == "ragged_dot"
+
+
+def test_without_the_triton_backend_xla_takes_over(monkeypatch):
+    on(monkeypatch, HOPPER)
+    monkeypatch.setattr(implementations, "find_spec", lambda name: None)
+    for operation in ROW_KERNELS:
+        choice = choose(operation.replace(" ", "_"))
+        assert choice.name == "xla" and "triton needs Pallas' Triton backend, which jax" in choice.reason
 
 
 def test_the_reason_names_what_stood_in_the_way(monkeypatch):
@@ -116,10 +125,10 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
     on(monkeypatch, HOPPER)
     attention, experts = fallbacks(config, "float32")
     assert "found float32" in attention
-    *_, odd = fallbacks(config.replace(moe_intermediate_size=72), "bfloat16")
-    if experts != odd:  # otherwise both say that jax is too old for the kernel
-        assert "found float32" in experts and "multiples of 16, found 72" in odd
+    if "found float32" in experts:  # otherwise both say that jax is too old for the kernels
         assert "experts" not in "".join(fallbacks(config, "bfloat16"))
+        odd = choose("grouped_matmul", "bfloat16", config.hidden_size, 72)  # zeros are added
+        assert odd.name == "mma" and "mosaic needs widths that are multiples of 16, found 72" in odd.reason
     on(monkeypatch, CPU)  # where nothing else is expected
     assert not fallbacks(config, "float32")
 

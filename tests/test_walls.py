@@ -67,7 +67,8 @@ MODULES: dict[str, set[str]] = {
         " kernels.grouped_matmul.ampere kernels.grouped_matmul.ampere_block kernels.grouped_matmul.ampere_matmul"
         " kernels.grouped_matmul.ampere_outer kernels.grouped_matmul.ampere_tiles kernels.grouped_matmul.hopper"
         " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer"
-        " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",
+        " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.ragged"
+        " kernels.grouped_matmul.xla",
     ),
     "model": _under(
         "jaxmoe.model", ". adapted cache causal_lm decoder init interface layer layer_loop mesh_flag opening selection"

@@ -29,7 +29,7 @@ class Card:
 
 _BEFORE_HOPPER = {"attention": "flash", "experts": "mma"}
 _HOPPER = {"attention": "cudnn", "experts": "mosaic"}
-_BLACKWELL = {"attention": "cudnn", "experts": "tiled"}
+_BLACKWELL = {"attention": "cudnn", "experts": "mma"}
 CARDS = (
     Card("24 GB (RTX 3090)", 23.6, _BEFORE_HOPPER),
     Card("24 GB (RTX 4090)", 23.5, _BEFORE_HOPPER),

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -41,14 +42,12 @@ class Implementation(NamedTuple):
     """One way to run an operation.
 
     `what` describes it, `unsupported` says why a device cannot run it (None: it can), and `home` is "module:name" of
-    its value, which is imported only where the device can run it. `by_name_only` says why a device that can run it does
-    not select it unless it is named (None: it does).
+    its value, which is imported only where the device can run it.
     """
 
     what: str
     unsupported: Callable[[Device], str | None]
     home: str
-    by_name_only: Callable[[Device], str | None] = lambda device: None
 
     def load(self) -> Any:
         """The value: it runs the operation, and its `unsupported(*operands)` says why it cannot (None: it can)."""
@@ -94,15 +93,14 @@ def _needs_capability(
     return unsupported
 
 
-def _unmeasured_from(limit: tuple[int, int]) -> Callable[[Device], str | None]:
-    def by_name_only(device: Device) -> str | None:
-        found = device.compute_capability
-        return None if found is None or found < limit else f"is selected by name only, found {device}"
+def _runs_pallas_triton(device: Device) -> str | None:
+    """JAX has announced that it will remove this backend; XLA's implementations then take over."""
+    if find_spec("jax.experimental.pallas.triton") is None:
+        return f"needs Pallas' Triton backend, which jax {jax.__version__} lacks"
+    return _needs_capability((8, 0))(device)
 
-    return by_name_only
 
-
-# In order of preference. The last of each operation runs anywhere.
+# In order of preference. What stands after the first one that runs anywhere is selected by name only.
 OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "attention": {
         "cudnn": Implementation(
@@ -114,7 +112,6 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "flash attention by mma.sync, packed sequences by their bounds",
             _needs_capability((8, 0)),
             "jaxmoe.ops.kernels.flash.attention:FLASH",
-            _unmeasured_from((9, 0)),
         ),
         "blocks": Implementation(
             "pure JAX in chunks of queries, causal half only, exact for packed sequences",
@@ -125,7 +122,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "cached_attention": {
         "triton": Implementation(
             "Pallas Triton kernel for one new token, from its projections on, over the filled slots",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.cached_attention:FLASH",
         ),
         "xla": Implementation("all slots under a mask", _anywhere, "jaxmoe.ops.cached_attention:MASKED"),
@@ -140,16 +137,18 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "Pallas Mosaic GPU kernel by mma.sync over expert-aligned spans of rows",
             _needs_capability((8, 0)),
             "jaxmoe.ops.kernels.grouped_matmul.ampere:AMPERE",
-            _unmeasured_from((9, 0)),
         ),
         "tiled": Implementation(
             "pure JAX loop over expert-aligned row tiles", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.xla:XLA"
+        ),
+        "ragged_dot": Implementation(
+            "jax.lax.ragged_dot, by name only", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.ragged:RAGGED"
         ),
     },
     "few_rows": {
         "triton": Implementation(
             "Pallas Triton kernel that reads only the chosen matrices, in place",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.few_rows:KERNEL",
         ),
         "xla": Implementation("one row after the other, as XLA runs it", _anywhere, "jaxmoe.ops.few_rows:GATHERED"),
@@ -157,7 +156,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "residual_norm": {
         "triton": Implementation(
             "Pallas Triton kernel, one launch for few tokens",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.residual_norm:ONE_LAUNCH",
         ),
         "xla": Implementation("sum, then norm, as XLA fuses them", _anywhere, "jaxmoe.ops.residual_norm:TWO_STEPS"),
@@ -165,7 +164,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "expert_choice": {
         "triton": Implementation(
             "Pallas Triton kernel, one launch for few tokens",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.expert_choice:ONE_LAUNCH",
         ),
         "xla": Implementation("softmax, then top-k, as XLA fuses them", _anywhere, "jaxmoe.ops.router:PLAIN"),
@@ -173,7 +172,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "norm_rotary": {
         "triton": Implementation(
             "Pallas Triton kernel, one pass each way",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.norm_rotary:ONE_PASS",
         ),
         "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere, "jaxmoe.ops.rotary:TWO_STEPS"),
@@ -181,7 +180,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "swiglu_gradient": {
         "triton": Implementation(
             "Pallas Triton kernel, one pass, for unrolled layers",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.swiglu_gradient:ONE_PASS",
         ),
         "xla": Implementation("two or three passes, as XLA fuses them", _anywhere, "jaxmoe.ops.swiglu:PLAIN"),
@@ -253,8 +252,7 @@ def choose(operation: str, *operands: Any) -> Choice:
         return Choice(name, f"{choices[name].what}; selected by {source}", choices[name].load())
     passed = []
     for name, implementation in choices.items():
-        why = implementation.by_name_only(device) or unsupported(implementation)
-        if why is None:
+        if (why := unsupported(implementation)) is None:
             return Choice(name, "; ".join([implementation.what, *passed]), implementation.load())
         passed.append(f"{name} {why}")
     raise AssertionError(f"{operation}: one of its implementations has to run anywhere")

@@ -21,15 +21,22 @@ from jaxmoe.ops.kernels.ampere import default_capability, unsupported
 from jaxmoe.ops.kernels.flash.backward import Saved, gradient_of_query, gradients_of_keys
 from jaxmoe.ops.kernels.flash.block import Shape
 from jaxmoe.ops.kernels.flash.forward import forward
-from jaxmoe.ops.kernels.flash.tiles import UNIT, WIDTHS, AttentionTiles, default_tiles
+from jaxmoe.ops.kernels.flash.tiles import UNIT, WIDTHS, AttentionTiles, default_tiles, padded_width
 from jaxmoe.ops.small_case import relative_error, why_not
 
 
 class _Plan(NamedTuple):
-    """What is decided while tracing: the tiles, and the parameters of JAX's interpreter if it runs the kernels."""
+    """What is decided while tracing: the tiles, how many of a head's numbers are not padding, and the parameters of
+    JAX's interpreter if it runs the kernels."""
 
     tiles: AttentionTiles
+    head_dim: int
     interpret: Any
+
+    def shape(self, query: Array, key: Array) -> Shape:
+        """The sizes of these operands."""
+        B, T, N, width = query.shape
+        return Shape(B, T, N, key.shape[2], width, self.head_dim)
 
 
 def ranges(
@@ -59,15 +66,18 @@ def causal_attention(
     interpret: Any = None,
 ) -> Float[Array, "B T N H"]:
     """As `jaxmoe.ops.attention.causal_attention`; a token of segment 0 attends to those of its own piece of padding."""
-    B, T, _, _ = query.shape
+    B, T, _, H = query.shape
+    width, extra = padded_width(H), -T % UNIT
     low, high = ranges(segments, (B, T), window)
-    if extra := -T % UNIT:  # the tokens that fill the last tile see themselves, and no one sees them
-        query, key, value = (jnp.pad(array, ((0, 0), (0, extra), (0, 0), (0, 0))) for array in (query, key, value))
+    if extra or width > H:  # zeros at the end of a head change no logit
+        padding = (0, 0), (0, extra), (0, 0), (0, width - H)
+        query, key, value = (jnp.pad(array, padding) for array in (query, key, value))
+    if extra:  # the tokens that fill the last tile see themselves, and no one sees them
         new = jnp.broadcast_to(jnp.arange(T, T + extra, dtype=jnp.int32), (B, extra))
         low, high = (jnp.concatenate([numbers, new], axis=1) for numbers in (low, high))
-    plan = _Plan(tiles or default_tiles(query.shape[-1], default_capability()), interpret)
+    plan = _Plan(tiles or default_tiles(width, default_capability()), H, interpret)
     out: Any = _attend(plan, query, key, value, low, high)
-    return out[:, :T]
+    return out[:, :T, :, :H]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -76,7 +86,7 @@ def _attend(plan: _Plan, query: Array, key: Array, value: Array, low: Array, hig
 
 
 def _attend_forward(plan: _Plan, query: Array, key: Array, value: Array, low: Array, high: Array) -> Any:
-    out, log_sum = forward(_shape(query, key), plan.tiles.forward, query, key, value, low, plan.interpret)
+    out, log_sum = forward(plan.shape(query, key), plan.tiles.forward, query, key, value, low, plan.interpret)
     out, log_sum = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(log_sum, ATTENTION_LOG_SUM)
     return out, (query, key, value, low, high, out, log_sum)
 
@@ -84,18 +94,13 @@ def _attend_forward(plan: _Plan, query: Array, key: Array, value: Array, low: Ar
 def _attend_backward(plan: _Plan, residuals: tuple[Array, ...], d_out: Array) -> tuple[Any, ...]:
     query, key, value, low, high, out, log_sum = residuals
     delta = jnp.einsum("btnh,btnh->bnt", out, d_out, preferred_element_type=jnp.float32)
-    shape, saved = _shape(query, key), Saved(query, key, value, log_sum, delta, d_out)
+    shape, saved = plan.shape(query, key), Saved(query, key, value, log_sum, delta, d_out)
     d_query = gradient_of_query(shape, plan.tiles.d_query, saved, low, plan.interpret)
     d_key, d_value = gradients_of_keys(shape, plan.tiles.d_keys, saved, high, plan.interpret)
     return d_query, d_key, d_value, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _shape(query: Array, key: Array) -> Shape:
-    B, T, N, H = query.shape
-    return Shape(B, T, N, key.shape[2], H)
 
 
 class Flash:
@@ -107,9 +112,9 @@ class Flash:
             return why
         if key.dtype != query.dtype:
             return f"needs queries and keys of one dtype, found {query.dtype} and {key.dtype}"
-        if query.shape[-1] not in WIDTHS:
-            return f"needs a head size of {' or '.join(map(str, WIDTHS))}, found {query.shape[-1]}"
-        return _small_case(query.shape[-1], query.dtype.name) if jax.default_backend() == "gpu" else None
+        if query.shape[-1] > max(WIDTHS):
+            return f"needs a head size of at most {max(WIDTHS)}, found {query.shape[-1]}"
+        return _small_case(padded_width(query.shape[-1]), query.dtype.name) if jax.default_backend() == "gpu" else None
 
     def attend(
         self,

@@ -69,7 +69,7 @@ def gradient_of_query(shape: Shape, tiles: Tiles, saved: Saved, low: Array, inte
             copy(data.value.at[place], values.at[slot])
 
         def step(number: Array, slot: Array, sums: Array) -> Array:
-            logits = product_transposed(own, keys.at[slot]) * shape.scale
+            logits = product_transposed(own, keys.at[slot]) * shape.scale_base_2
             logits = bounds.mask(logits, row, (first + number) * tiles.walked, dtype)
             weights = jnp.exp2(logits - across(log_sum, logits.shape, 0))
             d_weights = product_transposed(own_d_out, values.at[slot])
@@ -77,7 +77,7 @@ def gradient_of_query(shape: Shape, tiles: Tiles, saved: Saved, low: Array, inte
             return add_product(sums, d_logits, keys.at[slot])
 
         sums = pipelined(end - first, tiles.slots, 2, start_copies, step, zeros(rows, shape.width, dtype))
-        result.at[place][...] = (sums * shape.width**-0.5).astype(dtype)
+        result.at[place][...] = (sums * shape.scale).astype(dtype)
 
     operands = saved.flat(shape)
     out, memory = struct(operands.query.shape, dtype), scratch(tiles, 2, shape.width, dtype)
@@ -117,7 +117,7 @@ def gradients_of_keys(
             head, start = where(number)
             part = pl.ds(start, tiles.walked)
             log_sum, delta = (load(ref.at[sequence, head, part], 1, dtype) for ref in (data.log_sum, data.delta))
-            logits = product_transposed(own, queries.at[slot]) * shape.scale  # [keys, queries]
+            logits = product_transposed(own, queries.at[slot]) * shape.scale_base_2  # [keys, queries]
             logits = bounds.mask(logits, row, start, dtype)
             weights = jnp.exp2(logits - across(log_sum, logits.shape, 1))
             of_key, of_value = sums
@@ -128,7 +128,7 @@ def gradients_of_keys(
 
         init = zeros(rows, shape.width, dtype), zeros(rows, shape.width, dtype)
         of_key, of_value = pipelined(each * shape.group, tiles.slots, 2, start_copies, step, init)
-        d_key.at[own_place][...] = (of_key * shape.width**-0.5).astype(dtype)
+        d_key.at[own_place][...] = (of_key * shape.scale).astype(dtype)
         d_value.at[own_place][...] = of_value.astype(dtype)
 
     operands = saved.flat(shape)

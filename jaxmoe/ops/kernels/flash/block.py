@@ -26,13 +26,14 @@ MASKED = -1e30  # finite, so that differences of two of them are not NaN
 
 
 class Shape(NamedTuple):
-    """Sizes of a call: sequences, tokens, query heads, key heads, numbers in a head."""
+    """Sizes of a call: sequences, tokens, query heads, key heads, numbers in a head, and how many are not padding."""
 
     sequences: int
     tokens: int
     heads: int
     key_heads: int
     width: int
+    head_dim: int
 
     @property
     def group(self) -> int:
@@ -49,8 +50,13 @@ class Shape(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """Of the logits, 1 / sqrt(H)."""
+        return self.head_dim**-0.5
+
+    @property
+    def scale_base_2(self) -> float:
         """Of the logits, for powers of two."""
-        return self.width**-0.5 * 1.4426950408889634
+        return self.scale * 1.4426950408889634
 
 
 def layout(dtype: Any) -> Any:

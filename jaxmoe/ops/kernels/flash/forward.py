@@ -49,7 +49,7 @@ def forward(
 
         def step(number: Array, slot: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             sums, top, total = carry
-            logits = product_transposed(own, keys.at[slot]) * shape.scale
+            logits = product_transposed(own, keys.at[slot]) * shape.scale_base_2
             logits = bounds.mask(logits, row, (first + number) * tiles.walked, dtype)
             new_top = jnp.maximum(top, jnp.max(logits, axis=1))
             decay = jnp.exp2(top - new_top)

@@ -44,6 +44,11 @@ BLOCKS = 2
 WIDTHS = tuple(_LARGE)
 
 
+def padded_width(head_dim: int) -> int:
+    """The narrowest width with tiles that holds heads of `head_dim` numbers."""
+    return next(width for width in WIDTHS if head_dim <= width)
+
+
 def default_tiles(width: int, capability: tuple[int, int]) -> AttentionTiles:
     """The tiles for heads of this width on this card."""
     return (_LARGE if card_of(capability).block_shared >= 160 * 1024 else _SMALL)[width]

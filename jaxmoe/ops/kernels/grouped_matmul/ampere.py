@@ -148,11 +148,12 @@ class Ampere:
     min_linear_rows = None
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
-        """Why it cannot run on rows of this dtype and these widths, or None; on a GPU it first runs a small case."""
+        """Why it cannot run on rows of this dtype and these widths, or None; on a GPU it first runs a small case.
+
+        Any width runs: where the kernel does not support one, zeros are added.
+        """
         if (why := unsupported(dtype)) is not None:
             return why
-        if odd := [width for width in widths if width % _WIDTH]:
-            return f"needs widths that are multiples of {_WIDTH}, found {', '.join(map(str, odd))}"
         return _small_case(jnp.dtype(dtype).name) if widths and jax.default_backend() == "gpu" else None
 
     def tile_rows(self, routed_rows: int, num_experts: int) -> int:
@@ -177,18 +178,35 @@ class Ampere:
         """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
-        spans = schedule.spans[ROWS]
-        return grouped_matmul(x, weight, spans, offset, transposed=transposed, swiglu=swiglu, low=low)
+        run = partial(grouped_matmul, transposed=transposed, swiglu=swiglu)
+        out_axis, inner_axis = (1, 2) if transposed else (2, 1)
+        halves = 2 if swiglu else 1
+        inner, out = weight.shape[inner_axis], weight.shape[out_axis] // halves
+        if inner % _WIDTH or out % _WIDTH:  # a copy of this layer's experts, not of the stack
+            weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
+            x, weight = _padded(x, 1), _padded(_padded(weight, inner_axis), out_axis, halves)
+            low = low and low._replace(weight=_padded(low.weight, out_axis, halves))
+        return run(x, weight, schedule.spans[ROWS], offset, low=low)[:, :out]
 
     def outer(self, left: Array, right: Array, schedule: Schedule) -> Array:
         """As `GroupedMatmul.outer`; the operands are padded to sizes that the kernel supports."""
         a, c = left.shape[1], right.shape[1]
-        left, right = (jnp.pad(side, ((0, 0), (0, -side.shape[1] % _WIDTH))) for side in (left, right))
-        return grouped_outer(left, right, schedule.first_tile, schedule.tile_count)[:, :a, :c]
+        return grouped_outer(_padded(left, 1), _padded(right, 1), schedule.first_tile, schedule.tile_count)[:, :a, :c]
 
     def linear(self, *_: Any, **__: Any) -> Array:
         """Not offered: a plain product by XLA's libraries is faster."""
         raise AssertionError("min_linear_rows is None")
+
+
+def _padded(array: Array, axis: int, parts: int = 1) -> Array:
+    """The array with zeros at the end of each of the equal parts of this axis, up to a multiple of `_WIDTH`."""
+    size = array.shape[axis] // parts
+    if size % _WIDTH == 0:
+        return array
+    split = array.reshape(*array.shape[:axis], parts, size, *array.shape[axis + 1 :])
+    padding = [(0, 0)] * split.ndim
+    padding[axis + 1] = 0, -size % _WIDTH
+    return jnp.pad(split, padding).reshape(*array.shape[:axis], -1, *array.shape[axis + 1 :])
 
 
 @cache
