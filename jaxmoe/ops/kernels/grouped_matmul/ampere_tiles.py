@@ -36,15 +36,16 @@ def column_tile(columns: int) -> int:
 
 
 def default_tiles(columns: int, depths: tuple[int, ...], capability: tuple[int, int]) -> Tiles:
-    """Tiles with at least three slots in the ring, of 64 where the card has room for them, otherwise of 32.
+    """Tiles with slots of 64 where the card has room for two, otherwise of 32.
 
-    Measured on an H200 with the path for 8.0 forced (docs/log); on other cards the rule is arithmetic.
+    Measured on an H200 (docs/log): two slots of 64 are a third faster than four or five of 32. On other cards the rule
+    is arithmetic.
     """
     card = card_of(capability)
     room = min(card.shared // BLOCKS - BLOCK_RESERVE, card.block_shared) - BARRIERS
     deep = not any(depth % 64 for depth in depths)
     for depth in (64, 32) if deep else (32,):
         slots = room // ((ROWS + columns) * depth * ITEM)
-        if slots >= 3:
+        if slots >= 2:
             break
     return Tiles(columns, depth, min(slots, 4))
