@@ -37,12 +37,12 @@ HOST_ROOM = 0.9  # share of a CPU's memory that it may fill: other programs need
 LARGE_MOMENTS = 2**29  # bytes of AdamW's moments that "offload" holds in the host's memory; smaller ones stay
 LossName = Literal["next-token", "dpo", "orpo"]  # what training minimises
 LOSSES_OVER_PAIRS = ("dpo", "orpo")  # they compare two sequences, a chosen and a rejected answer
-Attention = Literal["cudnn", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
-Experts = Literal["mosaic", "tiled"]  # names of the grouped matmul there
+Attention = Literal["cudnn", "flash", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
+Experts = Literal["mosaic", "mma", "tiled", "ragged_dot"]  # names of the grouped matmul there
 CONTEXT_TILE = 512  # tokens that meet at a time on a `context` axis, as in jaxmoe.ops.attention_context
 CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_PIECES
+MOSAIC_ROWS = 16  # the kernels pad an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 MOSAIC_RANK = 64  # and the rank of experts' adapters, as in jaxmoe.ops.kernels.grouped_matmul.hopper
-MOSAIC_ROWS = 16  # the kernel pads an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ def padded_rows(routed_rows: int, num_experts: int, experts: Experts) -> int:
     A tile of the loop has at most 128 rows and at most half an expert's mean load, but at least 8 rows, as in
     `jaxmoe.ops.experts`.
     """
-    tile = MOSAIC_ROWS if experts == "mosaic" else min(128, max(8, routed_rows // (2 * num_experts)))
+    tile = MOSAIC_ROWS if experts != "tiled" else min(128, max(8, routed_rows // (2 * num_experts)))
     return routed_rows + min(num_experts, routed_rows) * tile
 
 
@@ -446,7 +446,7 @@ def scattered_bytes(work: Workload) -> int:
 def expert_adapter_bytes(work: Workload) -> int:
     """Bytes of one layer's adapters of the experts as the products read them, with a padded rank, and of their
     gradients before they join those of all layers."""
-    multiple = MOSAIC_RANK if work.experts == "mosaic" else 1
+    multiple = MOSAIC_RANK if work.experts in ("mosaic", "mma") else 1
     padded = sum(
         elements // rank * -(-rank // multiple) * multiple for rank, elements in _expert_adapters(work).items()
     )
@@ -483,6 +483,8 @@ def attention_bytes(work: Workload, *, training: bool) -> int:
     heads = work.tokens * work.config.num_attention_heads
     if work.attention == "blocks":
         return (8 if training else 4) * heads * query_chunk(work.seq_length) * FLOAT32
+    if work.attention == "flash":  # a number for each head's query
+        return heads * FLOAT32 if training else 0
     documents = CUDNN_SEQUENCES if work.packed else 1
     return 2 * documents * heads * work.config.head_dim * FLOAT32 if training else 0
 

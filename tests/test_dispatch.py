@@ -121,6 +121,7 @@ def worst_error(shape, skew, seed):
     return max(jax.tree.leaves(jax.tree.map(relative_error, results(sorted_experts, inputs), *exact)))
 
 
+@pytest.mark.parametrize("grouped_matmul", [n for n in GROUPED_MATMULS if n != "ragged_dot"], indirect=True)
 @example((1, 8, 4, 4, 2), "random", 1177)  # the gradients of the routing weights nearly cancel
 @cases
 @examples
@@ -129,7 +130,10 @@ def test_equals_the_oracle(grouped_matmul, shape, skew, seed):
 
 
 def test_the_comparison_sees_another_expert(grouped_matmul, monkeypatch):
-    """A planted fault that fits every implementation: each row times the weights of another expert."""
+    """A planted fault that fits every implementation: each row times the weights of another expert.
+
+    Of "ragged_dot", which is JAX's own, this is the only comparison.
+    """
     kind = type(grouped_matmul)
     matmul = kind.matmul
 

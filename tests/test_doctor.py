@@ -431,16 +431,17 @@ def test_bad_input(arguments: list[str], message: str) -> None:
 
 
 def test_what_fits_on_which_card(capsys: pytest.CaptureFixture[str]) -> None:
-    """The 30B trains in NF4 on every card, in FP8 on the larger two, in 16 bits on the largest; the rows' sizes fit and
+    """The 30B trains in NF4 on every card, in FP8 from 48 GB on, in 16 bits from 80 GB on; the rows' sizes fit and
     their doubles do not."""
     main(["--cards", "--lora-targets", "attention", "--json"])
     found = json.loads(capsys.readouterr().out)["cards"]
     assert found.keys() == PRESETS.keys()
     small, large = found["qwen3-30b-a3b"], found["qwen3-235b-a22b"]
-    assert [row["remat"] for row in small[::3]] == [None, None, None, "fast"]
-    assert [row["remat"] for row in small[1::3]] == [None, None, "fast", "fast"]
-    assert [row["remat"] for row in small[2::3]] == ["balanced", "fast", "fast", "fast"]
-    assert all(row["remat"] is None and row["length"] is None for row in large)
+    assert [row["remat"] for row in small[::3]] == [None] * 4 + ["fast"] * 3
+    assert [row["remat"] for row in small[1::3]] == [None] * 3 + ["fast"] * 4
+    assert [row["remat"] for row in small[2::3]] == ["balanced"] * 2 + ["fast"] * 5
+    assert [(row["attention"], row["experts"]) for row in small[3:9:3]] == [("flash", "mma"), ("cudnn", "mma")]
+    assert all(row["length"] is None for row in large[:-1]) and large[-1]["length"] is not None
     options = doctor.DoctorConfig(model="qwen3-30b-a3b", lora_targets=("attention",))
     work, rows = doctor.on_cards(options)[options.model or ""]
     for card, row in zip(cards.CARDS, rows[2::3], strict=True):
@@ -451,7 +452,7 @@ def test_what_fits_on_which_card(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--cards", "--model", "qwen3-30b-a3b"])
     shown = capsys.readouterr().out
     assert "LoRA training of qwen3-30b-a3b, adapters on 6 targets, one card (--memory-limit)" in shown
-    assert "24 GB (RTX 4090)  bfloat16  1 x 2048 does not fit (" in shown
+    assert "24 GB (RTX 4090)  flash + mma     bfloat16  1 x 2048 does not fit (" in shown
     with pytest.raises(UserError, match="cards: only valid with LoRA training, found train full"):
         main(["--cards", "--train", "full"])
 

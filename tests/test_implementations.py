@@ -16,6 +16,7 @@ CPU = Device("cpu", "cpu", None)
 HOPPER = Device("gpu", "NVIDIA H200", (9, 0))
 BLACKWELL = Device("gpu", "NVIDIA B200", (10, 0))
 AMPERE = Device("gpu", "NVIDIA A100", (8, 0))
+TURING = Device("gpu", "Tesla T4", (7, 5))
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +37,9 @@ def on(monkeypatch, device):
     [
         (CPU, "blocks", "tiled", "xla"),
         (HOPPER, "cudnn", "mosaic", "triton"),
-        (BLACKWELL, "cudnn", "tiled", "triton"),
-        (AMPERE, "blocks", "tiled", "triton"),
+        (BLACKWELL, "cudnn", "mma", "triton"),
+        (AMPERE, "flash", "mma", "triton"),
+        (TURING, "blocks", "tiled", "xla"),
     ],
     ids=lambda value: value.kind if isinstance(value, Device) else value,
 )
@@ -49,6 +51,22 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("fp8 products", "decoded"),
         *((what, row_kernels) for what in ROW_KERNELS),
     }
+
+
+def test_an_experiment_is_selected_by_name_only(monkeypatch):
+    for device in (CPU, TURING, HOPPER):
+        on(monkeypatch, device)
+        assert choose("grouped_matmul").name != "ragged_dot"
+        with forced(grouped_matmul="ragged_dot"):
+            assert choose("grouped_matmul").name == "ragged_dot"
+
+
+def test_without_the_triton_backend_xla_takes_over(monkeypatch):
+    on(monkeypatch, HOPPER)
+    monkeypatch.setattr(implementations, "find_spec", lambda name: None)
+    for operation in ROW_KERNELS:
+        choice = choose(operation.replace(" ", "_"))
+        assert choice.name == "xla" and "triton needs Pallas' Triton backend, which jax" in choice.reason
 
 
 def test_the_reason_names_what_stood_in_the_way(monkeypatch):
@@ -95,29 +113,32 @@ def test_forcing_what_cannot_run_is_an_error(monkeypatch):
 
 def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
     config = PRESETS["qwen3-30b-a3b"]
-    on(monkeypatch, AMPERE)
+    on(monkeypatch, TURING)
     attention, experts = fallbacks(config, "bfloat16")
     assert attention.startswith("attention uses the slow fallback: pure JAX in chunks of queries")
     assert experts.startswith("the experts use the slow fallback: pure JAX loop")
-    assert "mosaic needs an NVIDIA GPU of compute capability 9.x, found NVIDIA A100" in experts
+    assert "mosaic needs an NVIDIA GPU of compute capability 9.x, found Tesla T4" in experts
+    assert "mma needs an NVIDIA GPU of compute capability 8.0 or newer" in experts
     dense = config.replace(mlp_only_layers=tuple(range(config.num_hidden_layers)))
     assert fallbacks(dense, "bfloat16") == [attention]
+    on(monkeypatch, AMPERE)  # has kernels, where jax is new enough for them
+    assert all("needs jax 0.11 or newer (Python 3.12 or newer)" in line for line in fallbacks(config, "bfloat16"))
     on(monkeypatch, HOPPER)
     attention, experts = fallbacks(config, "float32")
     assert "found float32" in attention
-    *_, odd = fallbacks(config.replace(moe_intermediate_size=72), "bfloat16")
-    if experts != odd:  # otherwise both say that jax is too old for the kernel
-        assert "found float32" in experts and "multiples of 16, found 72" in odd
+    if "found float32" in experts:  # otherwise both say that jax is too old for the kernels
         assert "experts" not in "".join(fallbacks(config, "bfloat16"))
+        odd = choose("grouped_matmul", "bfloat16", config.hidden_size, 72)  # zeros are added
+        assert odd.name == "mma" and "mosaic needs widths that are multiples of 16, found 72" in odd.reason
     on(monkeypatch, CPU)  # where nothing else is expected
     assert not fallbacks(config, "float32")
 
 
 def test_unknown_names_are_errors(monkeypatch):
-    monkeypatch.setenv("JAXMOE_ATTENTION", "flash")
-    with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: expected one of cudnn, blocks; found 'flash'$"):
+    monkeypatch.setenv("JAXMOE_ATTENTION", "fast")
+    with pytest.raises(UserError, match=r"^JAXMOE_ATTENTION: expected one of cudnn, flash, blocks; found 'fast'$"):
         choose("attention")
-    with pytest.raises(UserError, match="found 'flash'"), forced(attention="flash"):
+    with pytest.raises(UserError, match="found 'fast'"), forced(attention="fast"):
         pass
     with pytest.raises(
         UserError,

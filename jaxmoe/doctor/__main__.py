@@ -65,6 +65,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += [
             "",
             f"LoRA training of {model}, adapters on {len(work.lora.targets)} targets, one card (--memory-limit)",
+            "  card, attention + experts there (jax 0.11 or newer), weights, what fits",
         ]
         lines += [f"  {row.text(work)}" for row in rows]
     if "node" in found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, get_args
 
 from jaxmoe.cuda import GIB, OUTSIDE_POOL
@@ -26,12 +27,17 @@ class Card:
         return int(self.memory * GIB) - OUTSIDE_POOL
 
 
-_FALLBACKS = {"attention": "blocks", "experts": "tiled"}
+_BEFORE_HOPPER = {"attention": "flash", "experts": "mma"}
+_HOPPER = {"attention": "cudnn", "experts": "mosaic"}
+_BLACKWELL = {"attention": "cudnn", "experts": "mma"}
 CARDS = (
-    Card("24 GB (RTX 4090)", 23.5, _FALLBACKS),
-    Card("32 GB (RTX 5090)", 31.3, _FALLBACKS),
-    Card("48 GB (L40S)", 44.4, _FALLBACKS),
-    Card("80 GB (H100)", 79.1, {"attention": "cudnn", "experts": "mosaic"}),
+    Card("24 GB (RTX 3090)", 23.6, _BEFORE_HOPPER),
+    Card("24 GB (RTX 4090)", 23.5, _BEFORE_HOPPER),
+    Card("32 GB (RTX 5090)", 31.3, _BLACKWELL),
+    Card("48 GB (L40S)", 44.4, _BEFORE_HOPPER),
+    Card("80 GB (A100)", 79.3, _BEFORE_HOPPER),
+    Card("80 GB (H100)", 79.1, _HOPPER),
+    Card("180 GB (B200)", 178.4, _BLACKWELL),
 )
 
 
@@ -41,6 +47,8 @@ class Row:
 
     Attributes:
         card: the card's name.
+        attention: the implementation of attention that runs there.
+        experts: that of the experts' products.
         weights: the dtype, or "fp8" or "nf4".
         remat: the fastest policy with which the workload's own batch fits.
         needed: bytes of that step, with what lies outside JAX's pool; of the most frugal policy if none fits.
@@ -49,6 +57,8 @@ class Row:
     """
 
     card: str
+    attention: str
+    experts: str
     weights: str
     remat: Remat | None
     needed: int
@@ -57,7 +67,8 @@ class Row:
 
     def text(self, work: Workload) -> str:
         """The row as a line."""
-        begin = f"{self.card:<17} {self.weights:<9} {work.batch_size} x {work.seq_length}"
+        runs = f"{self.attention} + {self.experts}"
+        begin = f"{self.card:<17} {runs:<15} {self.weights:<9} {work.batch_size} x {work.seq_length}"
         if self.remat is None:
             begin += f" does not fit ({format_bytes(self.needed)})"
         else:
@@ -83,7 +94,8 @@ def _row(card: Card, work: Workload) -> Row:
     remat = next((policy for policy in get_args(Remat) if fits(policy)), None)
     needed = training_forecast(replace(work, remat=remat or "offload")).total + OUTSIDE_POOL
     powers = [2**n for n in range(_MOST.bit_length())]
-    batch = max((n for n in powers if fits("offload", batch_size=n)), default=None)
     lengths = [n for n in powers if 128 <= n <= work.config.max_position_embeddings]
-    length = max((n for n in lengths if fits("offload", batch_size=1, seq_length=n)), default=None)
-    return Row(card.name, work.quantize or work.dtype, remat, needed, batch, length)
+    # What is larger than something that does not fit does not fit either.
+    batch = max(takewhile(lambda n: fits("offload", batch_size=n), powers), default=None)
+    length = max(takewhile(lambda n: fits("offload", batch_size=1, seq_length=n), lengths), default=None)
+    return Row(card.name, work.attention, work.experts, work.quantize or work.dtype, remat, needed, batch, length)

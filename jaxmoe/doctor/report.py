@@ -69,7 +69,7 @@ class DoctorConfig:
     )
     cards: bool = field(
         default=False,
-        metadata={"help": "show what fits on cards of 24, 32, 48 and 80 GB: of --model, or of each published shape"},
+        metadata={"help": "show what runs and fits on cards of 24 to 180 GB: of --model, or of each published shape"},
     )
     mesh: bool = field(
         default=False,

@@ -19,7 +19,6 @@ packed sequences are only used where a small case, run once in a process, agrees
 from __future__ import annotations
 
 import inspect
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.ops.attention_masked import attention, attention_mask
 from jaxmoe.ops.kept import ATTENTION_LOG_SUM, ATTENTION_OUT
+from jaxmoe.ops.small_case import relative_error, why_not
 
 fused: Any = fused_attention_stablehlo  # untyped
 
@@ -61,22 +61,9 @@ def unsupported(query: Any, key: Any, segments: Array | None = None) -> str | No
     return _packed_unsupported(query.shape[2] // key.shape[2], query.shape[3], query.dtype.name)
 
 
-_CHECK_BOUND = 2e-2  # relative L2; rounding to bfloat16 gives 4e-3, a segment in the wrong place more than 1
-
-
 @cache
 def _packed_unsupported(groups: int, head_dim: int, dtype: str) -> str | None:
-    # In a separate thread, because this is called while another function is being traced in this one.
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            error = pool.submit(packed_error, groups, head_dim, dtype).result()
-        except Exception as failure:  # whatever JAX, XLA or cuDNN raises, packing is unsupported
-            return (
-                f"cannot run packed sequences here: {(str(failure).splitlines() or [type(failure).__name__])[0][:200]}"
-            )
-    if error <= _CHECK_BOUND:
-        return None
-    return f"is wrong on packed sequences here: expected an error of at most {_CHECK_BOUND:.0e}, found {error:.1e}"
+    return why_not(partial(packed_error, groups, head_dim, dtype), "packed sequences")
 
 
 def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
@@ -107,9 +94,7 @@ def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
     found = jax.jit(partial(run, packed))(query, key, value, cotangent)
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(partial(run, masked))(*(a.astype(jnp.float32) for a in (query, key, value, cotangent)))
-    errors = [jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel()) for a, b in zip(found, exact, strict=True)]
-    worst = jnp.max(jnp.stack(errors))
-    return float(jnp.where(jnp.isnan(worst), jnp.inf, worst))
+    return float(jnp.max(jnp.stack([relative_error(a, b) for a, b in zip(found, exact, strict=True)])))
 
 
 class _Group(NamedTuple):

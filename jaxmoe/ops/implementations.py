@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -41,14 +42,12 @@ class Implementation(NamedTuple):
     """One way to run an operation.
 
     `what` describes it, `unsupported` says why a device cannot run it (None: it can), and `home` is "module:name" of
-    its value, which is imported only where the device can run it. With `by_name` it runs only where it is selected by
-    name.
+    its value, which is imported only where the device can run it.
     """
 
     what: str
     unsupported: Callable[[Device], str | None]
     home: str
-    by_name: bool = False
 
     def load(self) -> Any:
         """The value: it runs the operation, and its `unsupported(*operands)` says why it cannot (None: it can)."""
@@ -94,13 +93,25 @@ def _needs_capability(
     return unsupported
 
 
-# In order of preference. The last of each operation runs anywhere.
+def _runs_pallas_triton(device: Device) -> str | None:
+    """JAX has announced that it will remove this backend; XLA's implementations then take over."""
+    if find_spec("jax.experimental.pallas.triton") is None:
+        return f"needs Pallas' Triton backend, which jax {jax.__version__} lacks"
+    return _needs_capability((8, 0))(device)
+
+
+# In order of preference. What stands after the first one that runs anywhere is selected by name only.
 OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "attention": {
         "cudnn": Implementation(
             "cuDNN's flash attention, packed sequences by segment offsets",
             _needs_capability((9, 0)),
             "jaxmoe.ops.attention_cudnn:CUDNN",
+        ),
+        "flash": Implementation(
+            "flash attention by mma.sync, packed sequences by their bounds",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.flash.attention:FLASH",
         ),
         "blocks": Implementation(
             "pure JAX in chunks of queries, causal half only, exact for packed sequences",
@@ -111,44 +122,48 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "cached_attention": {
         "triton": Implementation(
             "Pallas Triton kernel for one new token, from its projections on, over the filled slots",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.cached_attention:FLASH",
         ),
         "xla": Implementation("all slots under a mask", _anywhere, "jaxmoe.ops.cached_attention:MASKED"),
     },
     "grouped_matmul": {
         "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel over expert-aligned tiles",
+            "Pallas Mosaic GPU kernel by wgmma over expert-aligned spans of rows",
             _needs_capability((9, 0), (10, 0)),
             "jaxmoe.ops.kernels.grouped_matmul.hopper:HOPPER",
+        ),
+        "mma": Implementation(
+            "Pallas Mosaic GPU kernel by mma.sync over expert-aligned spans of rows",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.grouped_matmul.ampere:AMPERE",
         ),
         "tiled": Implementation(
             "pure JAX loop over expert-aligned row tiles", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.xla:XLA"
         ),
+        "ragged_dot": Implementation(
+            "jax.lax.ragged_dot, by name only", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.ragged:RAGGED"
+        ),
     },
     "fp8_products": {
-        "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel over weights as stored, rows quantised by token and 128 channels",
-            _needs_capability((9, 0), (10, 0)),
-            "jaxmoe.ops.kernels.grouped_matmul.hopper_fp8:HOPPER_FP8",
-            by_name=True,
-        ),
-        "xla": Implementation(
-            "the same numbers in plain JAX, decoded to float32",
-            _anywhere,
-            "jaxmoe.ops.fp8_products:ORACLE",
-            by_name=True,
-        ),
         "decoded": Implementation(
             "weights in FP8 decoded to 16 bits, one layer's experts at a time",
             _anywhere,
             "jaxmoe.ops.fp8_products:DECODED",
         ),
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel over weights as stored, rows quantised by token and 128 channels",
+            _needs_capability((9, 0), (10, 0)),
+            "jaxmoe.ops.kernels.grouped_matmul.hopper_fp8:HOPPER_FP8",
+        ),
+        "xla": Implementation(
+            "the same numbers in plain JAX, decoded to float32", _anywhere, "jaxmoe.ops.fp8_products:ORACLE"
+        ),
     },
     "few_rows": {
         "triton": Implementation(
             "Pallas Triton kernel that reads only the chosen matrices, in place",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.few_rows:KERNEL",
         ),
         "xla": Implementation("one row after the other, as XLA runs it", _anywhere, "jaxmoe.ops.few_rows:GATHERED"),
@@ -156,7 +171,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "residual_norm": {
         "triton": Implementation(
             "Pallas Triton kernel, one launch for few tokens",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.residual_norm:ONE_LAUNCH",
         ),
         "xla": Implementation("sum, then norm, as XLA fuses them", _anywhere, "jaxmoe.ops.residual_norm:TWO_STEPS"),
@@ -164,7 +179,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "expert_choice": {
         "triton": Implementation(
             "Pallas Triton kernel, one launch for few tokens",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.expert_choice:ONE_LAUNCH",
         ),
         "xla": Implementation("softmax, then top-k, as XLA fuses them", _anywhere, "jaxmoe.ops.router:PLAIN"),
@@ -172,7 +187,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "norm_rotary": {
         "triton": Implementation(
             "Pallas Triton kernel, one pass each way",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.norm_rotary:ONE_PASS",
         ),
         "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere, "jaxmoe.ops.rotary:TWO_STEPS"),
@@ -180,7 +195,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "swiglu_gradient": {
         "triton": Implementation(
             "Pallas Triton kernel, one pass, for unrolled layers",
-            _needs_capability((8, 0)),
+            _runs_pallas_triton,
             "jaxmoe.ops.kernels.swiglu_gradient:ONE_PASS",
         ),
         "xla": Implementation("two or three passes, as XLA fuses them", _anywhere, "jaxmoe.ops.swiglu:PLAIN"),
@@ -252,10 +267,7 @@ def choose(operation: str, *operands: Any) -> Choice:
         return Choice(name, f"{choices[name].what}; selected by {source}", choices[name].load())
     passed = []
     for name, implementation in choices.items():
-        if implementation.by_name:
-            continue
-        why = unsupported(implementation)
-        if why is None:
+        if (why := unsupported(implementation)) is None:
             return Choice(name, "; ".join([implementation.what, *passed]), implementation.load())
         passed.append(f"{name} {why}")
     raise AssertionError(f"{operation}: one of its implementations has to run anywhere")

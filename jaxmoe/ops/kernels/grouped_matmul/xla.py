@@ -1,7 +1,8 @@
 """The grouped products in pure JAX: a loop over tiles of rows, each of one expert.
 
 It runs anywhere and in any dtype. On a GPU it is the slow fallback, and what kernels are compared with.
-`jax.lax.ragged_dot` is not used: on a CPU, and with older versions of cuDNN, it builds [rows, E, ...] temporaries.
+`jax.lax.ragged_dot`, in `ragged`, is not used by default: on a CPU, and with older versions of cuDNN, it builds
+[rows, E, ...] temporaries.
 """
 
 from __future__ import annotations

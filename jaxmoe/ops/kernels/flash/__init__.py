@@ -1,0 +1,1 @@
+"""Flash attention for Ampere and newer cards."""
