@@ -152,10 +152,10 @@ def numbers(run: pathlib.Path) -> np.ndarray:
     return np.asarray([row[name] for row in rows for name in ("loss", "aux_loss", "grad_norm")])
 
 
-def same_results(found: pathlib.Path, expected: pathlib.Path) -> None:
-    """Raises AssertionError unless losses and adapters of two runs are the same."""
+def same_results(found: pathlib.Path, expected: pathlib.Path, trained: str = "adapter_model.safetensors") -> None:
+    """Raises AssertionError unless losses and what was trained, the file `trained`, are the same in two runs."""
     np.testing.assert_allclose(numbers(found), numbers(expected), rtol=bound("mesh_fp32"))
-    ours, theirs = (load_file(run / "adapter_model.safetensors") for run in (found, expected))
+    ours, theirs = (load_file(run / trained) for run in (found, expected))
     assert ours.keys() == theirs.keys()
     for name in theirs:
         error = np.linalg.norm(ours[name] - theirs[name]) / max(np.linalg.norm(theirs[name]), 1e-30)
@@ -167,6 +167,12 @@ def test_two_compute_what_one_computes(two: Ended, one: pathlib.Path) -> None:
     same_results(two.folder / "several", one)
     ours, theirs = (json.loads((run / "train_config.json").read_text()) for run in (two.folder / "several", one))
     assert ours["identity"] == theirs["identity"]
+
+
+def test_two_train_all_parameters_as_one_does(two: Ended) -> None:
+    """The weights and the optimizer's state are shared by two processes; the model is written once, whole."""
+    train(process.settings(two.folder, "all in one", **process.ALL_PARAMETERS))
+    same_results(two.folder / "all parameters", two.folder / "all in one", "model/model.safetensors")
 
 
 @pytest.mark.parametrize("run", ["experts", "context"])
