@@ -32,7 +32,7 @@ OptimizerName = Literal["adamw", "adafactor", "lion", "muon"]
 SMALLEST_FACTORED = 128  # Adafactor keeps rows and columns of a matrix if both sides are at least this long
 # Recomputation policies, from the one that saves most results for the backward pass to the one that saves least.
 Remat = Literal["fast", "balanced", "low-memory", "offload"]
-ROOM = 0.96  # share of JAX's pool on a GPU that a forecast may fill; forecasts are 0 to 4 % above what a step holds
+ROOM = 0.96  # share of JAX's pool on a GPU that a forecast may fill; forecasts are 0 to 3 % above what a step holds
 HOST_ROOM = 0.9  # share of a CPU's memory that it may fill: other programs need some, too
 LARGE_MOMENTS = 2**29  # bytes of AdamW's moments that "offload" holds in the host's memory; smaller ones stay
 LossName = Literal["next-token", "dpo", "orpo"]  # what training minimises
@@ -41,6 +41,7 @@ Attention = Literal["cudnn", "blocks"]  # names in `jaxmoe.ops.implementations.O
 Experts = Literal["mosaic", "tiled"]  # names of the grouped matmul there
 CONTEXT_TILE = 512  # tokens that meet at a time on a `context` axis, as in jaxmoe.ops.attention_context
 CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_PIECES
+MOSAIC_RANK = 64  # and the rank of experts' adapters, as in jaxmoe.ops.kernels.grouped_matmul.hopper
 MOSAIC_ROWS = 16  # the kernel pads an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 
 
@@ -152,10 +153,7 @@ class Workload:
 def training_forecast(work: Workload) -> Forecast:
     """The forecast of one training step."""
     config, lora = work.config, work.lora
-    # The loop over tiles has not been measured on a GPU. The forecast assumes that all gradients exist at once.
-    times = 2 if work.experts == "tiled" else 1
-    layer = times * layer_bytes(work) + adapted_bytes(work) + attention_bytes(work, training=True)
-    layer += scattered_bytes(work)
+    layer = training_layer_bytes(work)
     parameters = _held(parameter_specs(config), work.mesh)
     # The logits of a chunk and their gradient.
     logits = 2 * min(loss_chunk(work.remat), work.tokens) * config.vocab_size * FLOAT32
@@ -442,10 +440,31 @@ def scattered_bytes(work: Workload) -> int:
     of their gradients."""
     if not (work.lora and work.lora.adapted_experts):
         return 0
-    lora = replace(work.lora, adapted_experts=())
-    paths = {LORA_TARGETS[target].path for target in lora.targets if target in LORA_GROUPS["experts"]}
-    specs = {name: spec for name, spec in lora_specs(work.config, lora).items() if name.rpartition(".")[0] in paths}
-    return 2 * FLOAT32 * sum(held_elements(spec, work.mesh) // spec.shape[0] for spec in specs.values())
+    return 2 * FLOAT32 * sum(_expert_adapters(work).values())
+
+
+def expert_adapter_bytes(work: Workload) -> int:
+    """Bytes of one layer's adapters of the experts as the products read them, with a padded rank, and of their
+    gradients before they join those of all layers."""
+    multiple = MOSAIC_RANK if work.experts == "mosaic" else 1
+    padded = sum(
+        elements // rank * -(-rank // multiple) * multiple for rank, elements in _expert_adapters(work).items()
+    )
+    return padded * work.size + FLOAT32 * sum(_expert_adapters(work).values())
+
+
+def _expert_adapters(work: Workload) -> dict[int, int]:
+    """Rank -> number of elements of one layer's adapters of all experts that have this rank."""
+    if work.lora is None:
+        return {}
+    lora, found = replace(work.lora, adapted_experts=()), dict[int, int]()
+    specs = lora_specs(work.config, lora)
+    for target in lora.targets:
+        if target in LORA_GROUPS["experts"]:
+            both = [specs[f"{LORA_TARGETS[target].path}.{name}"] for name in ("lora_A", "lora_B")]
+            elements = sum(held_elements(spec, work.mesh) // spec.shape[0] for spec in both)
+            found[lora.rank(target)] = found.get(lora.rank(target), 0) + elements
+    return found
 
 
 def attention_bytes(work: Workload, *, training: bool) -> int:
@@ -473,18 +492,48 @@ def query_chunk(seq_length: int) -> int:
     return min(max(64, -(-seq_length // 8)), 1024)
 
 
-def layer_bytes(work: Workload) -> int:
-    """Bytes of all results inside the larger kind of decoder layer."""
+def training_layer_bytes(work: Workload) -> int:
+    """Bytes of what one layer's backward pass holds at its peak: results and gradients of the layer.
+
+    The gradients of the MLP are gone when those of attention begin, so only the larger of the two counts.
+    """
     config, tokens, size = work.config, work.tokens, work.size
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = tokens * (config.hidden_size * (size + FLOAT32) + (2 * heads + 2 * kv) * size)
+    # The loop over tiles has not been measured on a GPU. The forecast assumes that all gradients exist at once.
+    times = 2 if work.experts == "tiled" else 1
+    mlp = times * mlp_bytes(work) + adapted_bytes(work) + expert_adapter_bytes(work) + scattered_bytes(work)
+    # Queries and keys before their norm; the gradients of the output, and of queries, keys and values. Documents are
+    # handled a few at a time: the gradients of the last ones are then added to those of all.
+    gradients = tokens * size * (2 * heads + kv + (2 if work.packed else 1) * (heads + 2 * kv))
+    attention = gradients + attention_bytes(work, training=True)
+    residual = tokens * config.hidden_size * FLOAT32  # the gradient of the layer's output
+    if work.remat == "offload":
+        residual *= 2  # and the layer's input, back from the host
+    return times * attention_result_bytes(work) + residual + max(mlp, attention)
+
+
+def layer_bytes(work: Workload) -> int:
+    """Bytes of all results inside the larger kind of decoder layer."""
+    return attention_result_bytes(work) + mlp_bytes(work)
+
+
+def attention_result_bytes(work: Workload) -> int:
+    """Bytes of a layer's normalised input, residual stream, queries, keys, values and the heads' output."""
+    config, tokens, size = work.config, work.tokens, work.size
+    heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    return tokens * (config.hidden_size * (size + FLOAT32) + (2 * heads + 2 * kv) * size)
+
+
+def mlp_bytes(work: Workload) -> int:
+    """Bytes of all results of the larger kind of MLP, dense or mixture."""
+    config, tokens, size = work.config, work.tokens, work.size
     mlps = [0]
     if config.sparse_layers:
         # Gathered rows, gate and up, their product, the experts' outputs.
         mlps.append(work.rows * (2 * config.hidden_size + 3 * config.moe_intermediate_size) * size)
     if config.dense_layers:
         mlps.append(tokens * 3 * config.intermediate_size * size)
-    return attention + max(mlps)
+    return max(mlps)
 
 
 def format_bytes(count_of_bytes: int) -> str:

@@ -193,6 +193,8 @@ HELD = {
     ("attention,experts", 2, 4096, "fast", False, "nf4"): 48.1,
     ("attention", 1, 4096, "low-memory", False, "nf4"): 18.64,
     ("attention,experts", 1, 4096, "fast", False, "nf4"): 37.27,
+    ("attention", 1, 32768, "offload", False, "nf4"): 20.48,  # peaks of benchmarks.train_step under 22 GiB, H200
+    ("attention,experts", 1, 2048, "offload", False, "nf4"): 21.08,
 }
 
 
@@ -200,7 +202,7 @@ HELD = {
 def test_the_forecast_is_a_little_above_what_a_step_held(case: tuple[Any, ...], held: float) -> None:
     """Against recorded figures, so that no GPU is needed; the next test compiles."""
     plan = forecast_of(case, PRESETS["qwen3-30b-a3b"], "bfloat16", attention="cudnn", experts="mosaic")
-    assert 1 <= plan.total / 2**30 / held < 1.04
+    assert 1 <= plan.total / 2**30 / held < 1.03
 
 
 @pytest.mark.gpu
@@ -228,7 +230,7 @@ def test_the_forecast_is_a_little_above_what_a_compiled_step_holds(case: tuple[A
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     total = forecast_of(case, config, "bfloat16", **doctor._implementations(config, "bfloat16")).total
-    assert 1 <= total / int(done.stdout) < 1.04
+    assert 1 <= total / int(done.stdout) < 1.03
 
 
 def test_a_pair_counts_as_two_sequences() -> None:
@@ -242,6 +244,7 @@ def test_a_pair_counts_as_two_sequences() -> None:
 def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
     assert memory.CUDNN_SEQUENCES == cudnn.MAX_PIECES
     assert memory.MOSAIC_ROWS == HOPPER.tile_rows(1, 1) == HOPPER.tile_rows(65536, 128)
+    assert HOPPER.rank_multiple == memory.MOSAIC_RANK
     for length in (1, 64, 600, 4096, 8192, 8193, 65536):
         assert memory.query_chunk(length) == chunk_length(length)
     assert memory.CONTEXT_TILE == attention_context.LONGEST
@@ -275,8 +278,10 @@ def test_policies_in_order_of_what_they_keep(monkeypatch: pytest.MonkeyPatch) ->
     forecasts = memory.training_forecasts(memory.Workload(SMALL, LORA, 2, 64, "bfloat16"))
     fast, balanced, frugal, offload = (plan.total for plan in forecasts.values())
     assert fast > balanced > frugal
-    # "offload" holds the inputs, the moments and the embedding in the host's memory, but the vectors of its own tokens.
-    on_host = memory.layer_input_bytes(SMALL, 2 * 64) + 8 * memory.adapter_count(SMALL, LORA)
+    # "offload" holds the inputs of all layers but one, the moments and the embedding in the host's memory, but the
+    # vectors of its own tokens.
+    inputs = memory.layer_input_bytes(SMALL, 2 * 64)
+    on_host = inputs - inputs // SMALL.num_hidden_layers + 8 * memory.adapter_count(SMALL, LORA)
     assert frugal - offload == on_host + 2 * (SMALL.vocab_size - 2 * 64) * SMALL.hidden_size
     for available, expected in (
         (None, "low-memory"),
