@@ -46,6 +46,7 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
         ("grouped matmul", grouped_matmul),
+        ("nf4 products", {"mosaic": "mosaic", "tiled": "decoded"}[grouped_matmul]),
         *((what, row_kernels) for what in ROW_KERNELS),
     }
 
@@ -120,8 +121,8 @@ def test_unknown_names_are_errors(monkeypatch):
         pass
     with pytest.raises(
         UserError,
-        match="expected operations among attention, cached_attention, grouped_matmul, few_rows, residual_norm, "
-        "expert_choice, norm_rotary, swiglu_gradient; found 'atention'",
+        match="expected operations among attention, cached_attention, grouped_matmul, nf4_products, few_rows, "
+        "residual_norm, expert_choice, norm_rotary, swiglu_gradient; found 'atention'",
     ):
         forced(atention="blocks").__enter__()
 

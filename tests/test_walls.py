@@ -60,10 +60,11 @@ MODULES: dict[str, set[str]] = {
         "jaxmoe.ops",
         ". attention attention_chunked attention_context attention_cudnn attention_masked cached_attention contraction"
         " dense_router dispatch embedding experts few_experts few_rows frozen grouped_matmul implementations kept"
-        " linear low_rank norm norm_rotary projections residual_norm rotary router saliency schedule swiglu kernels"
-        " kernels.cached_attention kernels.expert_choice kernels.few_rows kernels.norm_rotary kernels.residual_norm"
-        " kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
-        " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer"
+        " linear low_rank nf4_products norm norm_rotary projections residual_norm rotary router saliency schedule"
+        " swiglu kernels kernels.cached_attention kernels.expert_choice kernels.few_rows kernels.norm_rotary"
+        " kernels.residual_norm kernels.swiglu_gradient kernels.grouped_matmul kernels.grouped_matmul.hopper"
+        " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_nf4"
+        " kernels.grouped_matmul.hopper_outer"
         " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.xla",
     ),
     "model": _under(
