@@ -18,6 +18,7 @@ from jaxmoe.distributed.sharding import held_elements
 from jaxmoe.errors import UserError
 from jaxmoe.lora import LORA_GROUPS, LORA_TARGETS, LoraConfig
 from jaxmoe.parameters import (
+    NF4_BLOCK,
     ParameterSpec,
     Quantization,
     lora_specs,
@@ -39,10 +40,12 @@ LossName = Literal["next-token", "dpo", "orpo"]  # what training minimises
 LOSSES_OVER_PAIRS = ("dpo", "orpo")  # they compare two sequences, a chosen and a rejected answer
 Attention = Literal["cudnn", "flash", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "mma", "tiled", "ragged_dot"]  # names of the grouped matmul there
+NF4Products = Literal["mosaic", "decoded"]  # and of its products with experts in NF4
 CONTEXT_TILE = 512  # tokens that meet at a time on a `context` axis, as in jaxmoe.ops.attention_context
 CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_PIECES
 MOSAIC_ROWS = 16  # the kernels pad an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 MOSAIC_RANK = 64  # and the rank of experts' adapters, as in jaxmoe.ops.kernels.grouped_matmul.hopper
+NF4_SIDES = 128  # Hopper's kernel decodes NF4 itself if the matrices' sides are multiples of this
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Workload:
         remat: the recomputation policy.
         attention: the implementation that runs on the device (`jaxmoe.ops.attention.implementation`).
         experts: the implementation of the experts' products (`jaxmoe.ops.experts.implementation`).
+        nf4_products: how its kernel multiplies by experts in NF4.
         packed: a sequence may hold several documents.
         mesh: the devices that share a step; the forecast is for one of them, and `batch_size` counts its own sequences.
         pairs: the loss compares answers, each in a sequence of its own.
@@ -124,6 +128,7 @@ class Workload:
     remat: Remat = "low-memory"
     attention: Attention = "blocks"
     experts: Experts = "tiled"
+    nf4_products: NF4Products = "decoded"
     packed: bool = True
     quantization: Quantization | None = None
     mesh: MeshShape = ONE_DEVICE
@@ -170,7 +175,7 @@ def training_forecast(work: Workload) -> Forecast:
         if work.dtype != "float32":
             stored.append(Part(f"{work.dtype} copy", parameters * work.size, True))
     on_host = moments_on_host(config, lora, work.remat, work.optimizer)
-    in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_gathered(work), *_decoded(work))
+    in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_gathered(work), *_decoded(work, training=True))
     in_the_head = (Part("one chunk of logits", logits, False),)
     in_the_optimizer = (Part("orthogonal factors", orthogonal_bytes(work), False),)
     return Forecast(
@@ -255,7 +260,7 @@ def generation_forecast(work: Workload) -> Forecast:
             *_frozen(work),
             *adapters,
             *_saved_copy(work),
-            *_decoded(work),
+            *_decoded(work, training=False),
             Part("KV cache", 2 * config.num_hidden_layers * work.tokens * kv_width * work.size, True),
             Part("one layer at work", layer_bytes(work), False),
             *_gathered(work),
@@ -295,23 +300,37 @@ def _gathered(work: Workload) -> tuple[Part, ...]:
     return (Part("two layers' weights", 2 * layer, False),)
 
 
-def _decoded(work: Workload) -> tuple[Part, ...]:
+def _decoded(work: Workload, *, training: bool) -> tuple[Part, ...]:
     """With quantised weights those in `dtype` that exist at once: each is decoded for a short time when it is used.
 
-    The kernel reads all experts of a layer, decoded. XLA decodes those of both products together, unless the policy
-    is "offload" (`jaxmoe.ops.experts`). The loop over tiles decodes the experts of a few tiles, no more than it has
-    rows.
+    In training the kernel decodes the experts' NF4 codes itself, except where experts have adapters; it reads the
+    scales of a layer's experts in float32. Otherwise it reads all experts of a layer, decoded. XLA decodes those of
+    both products together, unless the policy is "offload" (`jaxmoe.ops.experts`). The loop over tiles decodes the
+    experts of a few tiles, no more than it has rows.
     """
     if (quantization := _quantization(work)) is None:
         return ()
     specs, paths = parameter_specs(work.config), quantization.paths
     held = work.mesh.expert
     experts = [math.prod(specs[path].shape[1:]) // held for path in paths if path.startswith("sparse.")] or [0]
-    others = max(math.prod(specs[path].shape[1:]) for path in paths if not path.startswith("sparse."))
+    others = max(math.prod(specs[path].shape[1:]) for path in paths if not path.startswith("sparse.")) * work.size
+    if training and _decodes_in_kernel(work, quantization):
+        return (Part("decoded weights", max(sum(experts) // NF4_BLOCK * FLOAT32, others), False),)
     together = max(experts) if work.remat == "offload" else sum(experts)
     if work.experts == "tiled":
         together = min(together, work.rows * max(work.config.hidden_size, 2 * work.config.moe_intermediate_size))
-    return (Part("decoded weights", max(together, others) * work.size, False),)
+    return (Part("decoded weights", max(together * work.size, others), False),)
+
+
+def _decodes_in_kernel(work: Workload, quantization: Quantization) -> bool:
+    """Whether no expert is decoded in memory in training, as `jaxmoe.ops.kernels.grouped_matmul.hopper_nf4` says."""
+    sides = work.config.hidden_size, work.config.moe_intermediate_size
+    return (
+        (work.experts, work.nf4_products, quantization.form, work.dtype) == ("mosaic", "mosaic", "nf4", "bfloat16")
+        and not any(side % NF4_SIDES for side in sides)
+        and not any(path.startswith("sparse.") for path, _ in quantization.unquantized)
+        and not (work.lora and _ranks(work.lora, LORA_GROUPS["experts"]))
+    )
 
 
 def _saved_copy(work: Workload) -> tuple[Part, ...]:

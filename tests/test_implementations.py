@@ -49,6 +49,7 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("attention", attention),
         ("grouped matmul", grouped_matmul),
         ("fp8 products", "decoded"),
+        ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
         *((what, row_kernels) for what in ROW_KERNELS),
     }
 
@@ -142,8 +143,8 @@ def test_unknown_names_are_errors(monkeypatch):
         pass
     with pytest.raises(
         UserError,
-        match="expected operations among attention, cached_attention, grouped_matmul, fp8_products, few_rows, "
-        "residual_norm, expert_choice, norm_rotary, swiglu_gradient; found 'atention'",
+        match="expected operations among attention, cached_attention, grouped_matmul, fp8_products, nf4_products, "
+        "few_rows, residual_norm, expert_choice, norm_rotary, swiglu_gradient; found 'atention'",
     ):
         forced(atention="blocks").__enter__()
 

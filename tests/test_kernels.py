@@ -429,3 +429,100 @@ def test_products_in_fp8_equal_those_of_the_quantised_operands(case: str) -> Non
     found = products(codes, scales, jnp.int32(E))
     limit = bound("kernel_swiglu_bf16" if case == "swiglu" else "kernel_bf16")
     assert error(scales) <= limit < 0.1 < error(np.roll(scales, 1, -1))
+
+
+def nf4_stack(groups: int, matrices: int, side: int, inner: int):
+    """Random codes of [groups, matrices * side, inner], doubly quantised."""
+    from jaxmoe.nf4.codec import dynamic_map
+    from jaxmoe.nf4.stack import NF4Stack
+
+    keys = jax.random.split(jax.random.key(3), 3)
+    bits = lambda key, count: jax.random.bits(key, (groups, matrices, count), jnp.uint8)
+    blocks = side * inner // 64
+    outer = jax.random.uniform(keys[2], (groups, matrices, -(-blocks // 256)), jnp.float32, 0.01, 0.02)
+    offset, table = jnp.full((groups, matrices), 0.04, jnp.float32), jnp.asarray(dynamic_map())
+    shape = groups, matrices * side, inner
+    codes, absmax = bits(keys[0], side * inner // 2), bits(keys[1], blocks)
+    return NF4Stack(codes, absmax, outer, offset, table, shape, jnp.dtype(jnp.bfloat16))
+
+
+@needs_kernels
+def test_codes_and_scales_are_those_of_the_decoded_weights() -> None:
+    from jaxmoe.nf4.codec import NF4_TABLE
+    from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4 as kernel
+
+    stack = nf4_stack(4, 2, 128, 128)
+    codes = kernel.Codes.of(stack, 2, 2)
+    pairs = np.asarray(codes.codes)[2:]
+    values = NF4_TABLE[np.stack([pairs >> 4, pairs & 15], -1).reshape(2, 256, 128)]
+    scales = np.repeat(np.asarray(codes.scales).transpose(0, 2, 1), 64, axis=-1)
+    assert (jnp.asarray(values * scales).astype(jnp.bfloat16) == stack[jnp.asarray([2, 3])]).all()
+
+
+@needs_kernels
+def test_a_small_product_decodes_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the bits of the decoded weights, both ways; elsewhere the kernel is translated, but cannot run."""
+    from jax.experimental.mosaic.gpu import utils
+
+    from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4 as kernel
+
+    if on_gpu:
+        assert kernel.small_case_equal()
+        return
+    monkeypatch.setattr(utils, "_infer_arch", lambda: (9, 0))
+    translated = []
+
+    def translate(compare: Any) -> Any:
+        def call(stack: Any) -> bool:
+            translated.append(compiled(compare).trace(stack).lower(lowering_platforms=("cuda",)).as_text())
+            return True
+
+        return call
+
+    compiled = jax.jit
+    monkeypatch.setattr(jax, "jit", translate)
+    assert kernel.small_case_equal()
+    assert translated[0].count("mosaic_gpu_v2") == 2
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize("tokens", [60, 900, 3000])
+def test_nf4_in_registers_has_the_bits_of_decoded_weights(tokens: int, transposed: bool) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
+
+    E, k = 8, 2
+    stack = nf4_stack(2 * E, 2, 256, 384)
+    layout = HOPPER.tile_rows(tokens * k, E), HOPPER.span_rows(tokens * k, E)
+    schedule = scheduled(jnp.asarray(skewed(tokens, E, k, 1)), E, *layout)
+    rng = np.random.default_rng(tokens)
+    P, out, inner = schedule.source.shape[0], *stack.shape[1:]
+    x = normal(rng, P, inner if transposed else out)
+
+    def product(offset: int, name: str) -> np.ndarray:
+        with forced(nf4_products=name):
+            run = jax.jit(partial(HOPPER.matmul, transposed=transposed))
+            return np.asarray(run(x, stack, schedule, offset).astype(jnp.float32))[np.asarray(schedule.source) >= 0]
+
+    expected = product(E, "decoded")
+    assert (product(E, "mosaic") == expected).all()
+    assert not (product(0, "mosaic") == expected).all()
+
+
+@needs_kernels
+def test_which_products_decode_in_registers() -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4 as kernel
+    from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
+
+    products, stack = kernel.IN_REGISTERS, nf4_stack(2, 1, 128, 128)
+    if not on_gpu:
+        assert products.unsupported(jnp.bfloat16, stack) is None
+    assert "needs bfloat16, found float32" in (products.unsupported(jnp.float32, stack) or "")
+    assert "found 64 by 128" in (products.unsupported(jnp.bfloat16, nf4_stack(2, 1, 64, 128)) or "")
+    for tokens, rows in ((1024, 256), (100, 128)):
+        experts = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
+        schedule = jax.eval_shape(
+            partial(make_schedule, num_experts=8, tile=16, span_rows=HOPPER.span_rows(2 * tokens, 8)), experts
+        )
+        assert kernel.fitting_tiles(schedule, transposed=True)[0] == rows

@@ -59,15 +59,16 @@ MODULES: dict[str, set[str]] = {
     "ops": _under(
         "jaxmoe.ops",
         ". attention attention_chunked attention_context attention_cudnn attention_masked cached_attention contraction"
-        " dense_router dispatch embedding experts few_experts few_rows fp8_products frozen grouped_matmul implementations"
-        " kept"
-        " linear low_rank norm norm_rotary projections residual_norm rotary router saliency schedule small_case swiglu"
+        " dense_router dispatch embedding experts few_experts few_rows fp8_products frozen grouped_matmul"
+        " implementations kept linear low_rank nf4_products norm norm_rotary projections residual_norm rotary router"
+        " saliency schedule small_case swiglu"
         " kernels kernels.ampere kernels.cached_attention kernels.expert_choice kernels.few_rows kernels.flash"
         " kernels.flash.attention kernels.flash.backward kernels.flash.block kernels.flash.forward kernels.flash.tiles"
         " kernels.norm_rotary kernels.residual_norm kernels.swiglu_gradient kernels.grouped_matmul"
         " kernels.grouped_matmul.ampere kernels.grouped_matmul.ampere_block kernels.grouped_matmul.ampere_matmul"
         " kernels.grouped_matmul.ampere_outer kernels.grouped_matmul.ampere_tiles kernels.grouped_matmul.hopper"
-        " kernels.grouped_matmul.hopper_fp8 kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_outer"
+        " kernels.grouped_matmul.hopper_fp8 kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_nf4"
+        " kernels.grouped_matmul.hopper_outer"
         " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.ragged"
         " kernels.grouped_matmul.xla",
     ),

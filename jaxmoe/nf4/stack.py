@@ -51,19 +51,25 @@ class NF4Stack(QuantizedStack):
         mixed = joined("weight", 2), params.get(f"{path}.places")
         return cls(codes, absmax, *nested, shape, jnp.dtype(dtype), *mixed)
 
-    def _decoded(self, group: Any) -> Array:
-        def at(array: Array) -> Array:
-            return array.at[group].get(mode="promise_in_bounds")
+    def scales(self, group: Any) -> Array:
+        """The absmax of every block of quantised groups, float32 [..., matrices, blocks]."""
+        absmax = _at(self.absmax, group)
+        if self.nested_absmax is None:
+            return absmax
+        nested = _at(self.nested_absmax, group), _at(self.nested_offset, group)
+        return _decode_absmax(absmax, *nested, self.nested_quant_map)
 
+    def _decoded(self, group: Any) -> Array:
         with jax.named_scope("nf4_decode"):
-            absmax = at(self.absmax)
-            if self.nested_absmax is not None:
-                absmax = _decode_absmax(absmax, at(self.nested_absmax), at(self.nested_offset), self.nested_quant_map)
-            codes = at(self.codes)
+            absmax, codes = self.scales(group), _at(self.codes, group)
             *_, out, inner = self.shape
             elements = out * inner // codes.shape[-2]
             weights = _decode(codes, absmax, elements, self.dtype)
             return weights.reshape(*weights.shape[:-2], out, inner)
+
+
+def _at(array: Array, group: Any) -> Array:
+    return array.at[group].get(mode="promise_in_bounds")
 
 
 def _decode(codes: Array, absmax: Array, elements: int, dtype: Any) -> Array:

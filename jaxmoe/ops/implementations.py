@@ -160,6 +160,16 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "the same numbers in plain JAX, decoded to float32", _anywhere, "jaxmoe.ops.fp8_products:ORACLE"
         ),
     },
+    "nf4_products": {
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel that decodes the experts' NF4 codes in registers",
+            _needs_capability((9, 0), (10, 0)),
+            "jaxmoe.ops.kernels.grouped_matmul.hopper_nf4:IN_REGISTERS",
+        ),
+        "decoded": Implementation(
+            "a layer's experts decoded to 16 bits for each product", _anywhere, "jaxmoe.ops.nf4_products:DECODED"
+        ),
+    },
     "few_rows": {
         "triton": Implementation(
             "Pallas Triton kernel that reads only the chosen matrices, in place",

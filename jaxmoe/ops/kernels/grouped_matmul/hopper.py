@@ -41,7 +41,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul import hopper_matmul, hopper_outer
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     DEPTH,
@@ -53,6 +55,7 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     default_outer_tiles,
     default_tiles,
 )
+from jaxmoe.ops.nf4_products import NF4Products
 from jaxmoe.ops.schedule import Schedule, Spans
 from jaxmoe.quantized_stack import QuantizedStack
 
@@ -211,7 +214,7 @@ class Hopper:
 
     def span_rows(self, routed_rows: int, num_experts: int) -> tuple[int, ...]:
         """The limits for the rows of a span: one, or two if some products of a layer are faster with higher spans."""
-        return (SMALL, LARGE) if routed_rows >= _LARGE_ROWS * num_experts else (SMALL,)
+        return (SMALL, LARGE) if routed_rows >= _LARGE_ROWS_NF4 * num_experts else (SMALL,)
 
     def matmul(
         self,
@@ -225,10 +228,16 @@ class Hopper:
         low: LowRankTerm | None = None,
     ) -> Array:
         """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
+        num_experts = schedule.first_tile.shape[0]
+        if isinstance(weight, NF4Stack) and low is None and not swiglu:
+            products: NF4Products = choose("nf4_products", x.dtype, weight).value
+            if products.multiplies:
+                return products.matmul(x, weight, schedule, offset, transposed=transposed)
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
-            weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
+            weight, offset = weight[offset + jnp.arange(num_experts)], 0
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
-        rows = LARGE if large and LARGE in schedule.spans else SMALL
+        large = large and schedule.destination.size >= _LARGE_ROWS * num_experts and LARGE in schedule.spans
+        rows = LARGE if large else SMALL
         tiles = default_tiles(weight.shape[1 if transposed else 2], rows, swiglu)
         return grouped_matmul(
             x, weight, schedule.spans[rows], offset, transposed=transposed, swiglu=swiglu, low=low, tiles=tiles
@@ -267,5 +276,6 @@ class Hopper:
 
 # With at least so many rows per expert, and elements in its matrix, higher spans with fewer columns are faster.
 _LARGE_ROWS, _LARGE_MATRIX = 1024, 2**21
+_LARGE_ROWS_NF4 = 96  # rows per expert from which they are for weights in NF4
 
 HOPPER = Hopper()

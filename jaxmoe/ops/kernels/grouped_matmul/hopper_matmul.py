@@ -86,7 +86,7 @@ class Plan:
         return self.tiles.heights[-1]
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """References to the list of spans, in units of 16 rows, and to the offset for the groups."""
 
     first: Any
@@ -96,7 +96,7 @@ class _Work(NamedTuple):
     offset: Any
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """Where the producer reads one item's operands: the first row, the group and the first column of the result."""
 
     row: Array
@@ -113,30 +113,37 @@ class _Target(NamedTuple):
     column: Array
 
 
-class _Share(NamedTuple):
+class Share(NamedTuple):
     """The items of one multiprocessor: how many, the first, and the distance from one to the next."""
 
     turns: Array
     first: Array
     stride: Any
 
+    @classmethod
+    def of(cls, plan: Plan, work: Work) -> Share:
+        """The share of the multiprocessor that runs this."""
+        stride, first = lax.axis_size("sm"), lax.axis_index("sm")
+        items = work.used[0] * plan.column_tiles
+        return cls(lax.div(items - first + stride - 1, jnp.int32(stride)), first, stride)
+
     def item(self, turn: Array) -> Array:
         return self.first + turn * self.stride
 
 
 @dataclass(frozen=True)
-class _Program:
+class Program:
     """One thread block. `rows`, `weights` and `staging` are its shared memory, `warpgroup` says which code runs."""
 
     plan: Plan
-    work: _Work
+    work: Work
     pairs: Sequence[tuple[Any, Any]]
     out: Any
     weights: Any
     rows: Any
     staging: Any
     ring: Ring
-    share: _Share
+    share: Share
     warpgroup: Array
 
     def produce(self) -> None:
@@ -151,12 +158,12 @@ class _Program:
             step = turn * plan.steps
             for n, (pair, steps) in enumerate(zip(self.pairs, plan.pair_steps, strict=True)):
                 own = group + work.offset[0] if n < plan.with_offset else group
-                pl.loop(0, steps)(partial(self._load, pair, _Source(row, own, column), step))
+                pl.loop(0, steps)(partial(self.load, pair, Source(row, own, column), step))
                 step += steps
 
         self.ring.drain(self.share.turns * plan.steps)
 
-    def _load(self, pair: tuple[Any, Any], source: _Source, start: Array, k: Array) -> None:
+    def load(self, pair: tuple[Any, Any], source: Source, start: Array, k: Array) -> None:
         """Copies step k of a pair: DEPTH columns of the rows, and the weights that multiply them."""
         plan, (left, matrix) = self.plan, pair
         slot = self.ring.wait_until_free(start + k)
@@ -189,14 +196,14 @@ class _Program:
 
                 @pl.when((rows > lower) & (rows <= height))
                 def _work(height: int = height, least: int = least) -> None:
-                    sums = self._multiply(number * plan.steps, height)
+                    sums = self.multiply(number * plan.steps, height)
                     self._epilogue(sums, _Target(row, rows, least, column))
 
             return following
 
         lax.fori_loop(0, self.share.turns, turn, self._place(self.share.first))
 
-    def _multiply(self, start: Array, height: int) -> tuple[Array, ...]:
+    def multiply(self, start: Array, height: int) -> tuple[Array, ...]:
         """The sums of one item over all pairs, transposed: [64, height] in float32 for each product."""
         plan = self.plan
 
@@ -205,7 +212,7 @@ class _Program:
                 rows = self.rows.at[slot, pl.ds(0, height)].transpose((1, 0))
                 for n, acc in enumerate(sums):
                     # With SwiGLU the slot holds all of the gate, then all of up; a consumer uses 64 columns of each.
-                    at = self.warpgroup * 64 + n * plan.tile_columns if plan.swiglu else self._product(n)
+                    at = self.warpgroup * 64 + n * plan.tile_columns if plan.swiglu else self.product(n)
                     columns = pl.ds(at, 64)
                     if plan.transposed:
                         weights = self.weights.at[slot, columns]
@@ -244,7 +251,7 @@ class _Program:
         for start in range(0, sums.shape[1], 128):
             size = min(128, sums.shape[1] - start)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            staging.at[pl.ds(0, size)].transpose((1, 0))[...] = sums[:, start : start + size].astype(self.out.dtype)
+            self.stage(sums[:, start : start + size], staging.at[pl.ds(0, size)])
             plgpu.commit_smem()
 
             def copy(at: int, size: int, start: int = start) -> None:
@@ -257,6 +264,10 @@ class _Program:
             for at in range(certain, size, TILE_ROWS):
                 pl.when(target.rows > start + at)(partial(copy, at, TILE_ROWS))
 
+    def stage(self, sums: Array, rows: Any) -> None:
+        """Puts sums [64, size] into shared memory [size, 64], rounded."""
+        rows.transpose((1, 0))[...] = sums.astype(self.out.dtype)
+
     def _column(self, item: Array) -> Array:
         """The first column of an item's result."""
         return lax.rem(item, jnp.int32(self.plan.column_tiles)) * self.plan.tile_columns
@@ -267,7 +278,7 @@ class _Program:
         span = jnp.minimum(lax.div(item, jnp.int32(self.plan.column_tiles)), last)
         return self.work.first[span], self.work.height[span]
 
-    def _product(self, n: int) -> Array:
+    def product(self, n: int) -> Array:
         """The column in a slot at which this consumer's product `n` begins, without SwiGLU."""
         return (self.warpgroup * self.plan.products + n) * 64
 
@@ -278,14 +289,12 @@ def run(
     """Launches the kernel; `hopper.grouped_matmul` has checked the operands."""
 
     def program(refs: tuple[Any, ...], ring: Ring) -> None:
-        work, operands, memory = _Work(*refs[:5]), refs[5:-4], refs[-4:]
+        work, operands, memory = Work(*refs[:5]), refs[5:-4], refs[-4:]
         out, weights, rows, staging = memory
         warpgroup = lax.axis_index("wg")
-        stride, first = lax.axis_size("sm"), lax.axis_index("sm")
-        items = work.used[0] * plan.column_tiles
-        share = _Share(lax.div(items - first + stride - 1, jnp.int32(stride)), first, stride)
+        share = Share.of(plan, work)
         by_pair = list(zip(operands[::2], operands[1::2], strict=True))
-        thread_block = _Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup)
+        thread_block = Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup)
         run_warpgroups(thread_block.produce, thread_block.consume, warpgroup)
 
     x, weight = pairs[0]

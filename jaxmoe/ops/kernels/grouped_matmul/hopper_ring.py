@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 CONSUMERS = 2  # warpgroups 0 and 1
 # Registers per thread; together the 64 K registers of a multiprocessor.
-_PRODUCER_REGISTERS, _CONSUMER_REGISTERS = 40, 232
+REGISTERS = 40, 232  # producer, consumer
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,22 @@ class Ring:
                 self.arrive(start + k - 1)
 
 
-def run_warpgroups(produce: Callable[[], None], consume: Callable[[], None], warpgroup: Array) -> None:
+def run_warpgroups(
+    produce: Callable[[], None],
+    consume: Callable[[], None],
+    warpgroup: Array,
+    registers: tuple[int, int] = REGISTERS,
+) -> None:
     """Runs `produce` in the copying warpgroup and `consume` in the multiplying ones, which get most registers."""
 
     @pl.when(warpgroup == CONSUMERS)
     def _produce() -> None:
-        plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(registers[0], action="decrease")
         produce()
 
     @pl.when(warpgroup < CONSUMERS)
     def _consume() -> None:
-        plgpu.set_max_registers(_CONSUMER_REGISTERS, action="increase")
+        plgpu.set_max_registers(registers[1], action="increase")
         consume()
         plgpu.wait_smem_to_gmem(0)
 
