@@ -81,6 +81,14 @@ def copy(source: Any, target: Any) -> None:
     plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
+def store(value: Array, target: Any) -> None:
+    """Writes sums to global memory. Their layout fills half of each 32 bytes, which jax from 0.12 on has to be told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(target, value, optimized=False)
+    else:
+        target[...] = value
+
+
 def pipelined(
     steps: Array | int,
     slots: int,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from jaxmoe.ops.kernels.ampere import copy, launch, pipelined
+from jaxmoe.ops.kernels.ampere import copy, launch, pipelined, store
 from jaxmoe.ops.kernels.flash.block import (
     Bounds,
     Shape,
@@ -77,7 +77,7 @@ def gradient_of_query(shape: Shape, tiles: Tiles, saved: Saved, low: Array, inte
             return add_product(sums, d_logits, keys.at[slot])
 
         sums = pipelined(end - first, tiles.slots, 2, start_copies, step, zeros(rows, shape.width, dtype))
-        result.at[place][...] = (sums * shape.scale).astype(dtype)
+        store((sums * shape.scale).astype(dtype), result.at[place])
 
     operands = saved.flat(shape)
     out, memory = struct(operands.query.shape, dtype), scratch(tiles, 2, shape.width, dtype)
@@ -128,8 +128,8 @@ def gradients_of_keys(
 
         init = zeros(rows, shape.width, dtype), zeros(rows, shape.width, dtype)
         of_key, of_value = pipelined(each * shape.group, tiles.slots, 2, start_copies, step, init)
-        d_key.at[own_place][...] = (of_key * shape.scale).astype(dtype)
-        d_value.at[own_place][...] = of_value.astype(dtype)
+        store((of_key * shape.scale).astype(dtype), d_key.at[own_place])
+        store(of_value.astype(dtype), d_value.at[own_place])
 
     operands = saved.flat(shape)
     out, memory = struct(operands.key.shape, dtype), scratch(tiles, 2, shape.width, dtype)

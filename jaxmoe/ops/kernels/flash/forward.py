@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from jaxmoe.ops.kernels.ampere import copy, launch, pipelined
+from jaxmoe.ops.kernels.ampere import copy, launch, pipelined, store
 from jaxmoe.ops.kernels.flash.block import (
     MASKED,
     Bounds,
@@ -60,8 +60,8 @@ def forward(
         init = zeros(rows, shape.width, dtype), by_row(MASKED, rows, dtype), by_row(0, rows, dtype)
         sums, top, total = pipelined(end - first, tiles.slots, 2, start_copies, step, init)
         result = sums / across(total, sums.shape, 0)
-        out.at[shape.tile(sequence, row, rows, head)][...] = result.astype(dtype)
-        log_sum.at[sequence, head, pl.ds(row, rows)][...] = top + jnp.log2(total)
+        store(result.astype(dtype), out.at[shape.tile(sequence, row, rows, head)])
+        store(top + jnp.log2(total), log_sum.at[sequence, head, pl.ds(row, rows)])
 
     flat = [shape.flat(array) for array in (query, key, value)]
     outs = struct(flat[0].shape, dtype), struct((shape.sequences, shape.heads, shape.tokens), jnp.float32)

@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jaxmoe.ops.kernels.ampere import copy, launch, pipelined, shared_memory
+from jaxmoe.ops.kernels.ampere import copy, launch, pipelined, shared_memory, store
 from jaxmoe.ops.kernels.grouped_matmul.ampere_block import grid, item_of, multiply, sums_of, turns
 from jaxmoe.ops.kernels.grouped_matmul.ampere_tiles import HEIGHTS, ROWS, TILE_ROWS, Tiles
 from jaxmoe.ops.schedule import Spans
@@ -164,11 +164,11 @@ class _Program:
         result = sums[0].astype(dtype)
         for at in range(0, result.shape[0], TILE_ROWS):
 
-            def store(at: int = at) -> None:
+            def store_unit(at: int = at) -> None:
                 place = pl.ds(item.row + at, TILE_ROWS), pl.ds(item.column, self.plan.tile_columns)
-                self.out.at[place][...] = result[at : at + TILE_ROWS]
+                store(result[at : at + TILE_ROWS], self.out.at[place])
 
-            pl.when(item.rows > at)(store)
+            pl.when(item.rows > at)(store_unit)
 
 
 def run(

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.ops.kernels.ampere import copy, launch, pipelined, shared_memory
+from jaxmoe.ops.kernels.ampere import copy, launch, pipelined, shared_memory, store
 from jaxmoe.ops.kernels.grouped_matmul.ampere_block import grid, item_of, multiply, sums_of, turns
 from jaxmoe.ops.kernels.grouped_matmul.ampere_tiles import TILE_ROWS
 
@@ -89,7 +89,8 @@ class _Program:
             partial(self._multiply, item),
             sums_of(shape, self.left.dtype),
         )
-        self.out.at[group, pl.ds(row, shape[0]), pl.ds(column, shape[1])][...] = sums.astype(self.out.dtype)
+        place = group, pl.ds(row, shape[0]), pl.ds(column, shape[1])
+        store(sums.astype(self.out.dtype), self.out.at[place])
 
     def _load(self, item: _Item, step: Array, slot: Array) -> None:
         """Starts the copies of one step: 64 rows of both operands. Those past the group's end are not multiplied."""
