@@ -7,7 +7,8 @@ is therefore multiplied by its scales in float32 and added to float32 registers 
 section 3.3.2. While one multiplying warpgroup promotes, the other one's products run.
 
 `hopper_matmul` explains items, spans and the ring; only what differs is here. wgmma reads 8-bit operands with the
-contraction as the inner dimension, so the weights are [groups, out, inner] and the product is x W^T.
+contraction as the inner dimension, so the weights are [groups, out, inner] and the product is x W^T. For x W, `swapped`
+transposes the codes of a layer first.
 """
 
 from __future__ import annotations
