@@ -339,11 +339,16 @@ with output_folder(sys.argv[1]) as folder:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_command_that_catches_everything(number: signal.Signals, tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "new" / "out")]
+    inherited = signal.signal(number, signal.SIG_DFL)  # under nohup, commands ignore SIGHUP as their parent does
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        signal.signal(number, inherited)
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
+        try:
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 128 + number
     assert stderr == f"{number.name}: stopped; what it had begun to write was removed\n"
     assert list(tmp_path.iterdir()) == []
