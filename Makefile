@@ -48,9 +48,7 @@ KERNEL_TESTS := $(addprefix tests/test_,few_rows.py swiglu_gradient.py norm_rota
 INSTALLED := $(VENV)/.installed
 KERNELS_INSTALLED := $(KERNELS_VENV)/.installed
 RUN := $(VENV)/bin/python
-# Python compiles what a program imports; compiling all that pip installs would take longer than most tests.
-PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --no-compile
-PIP := $(RUN) $(PIP_INSTALL) --constraint constraints-cpu.txt
+PIP := $(RUN) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints-cpu.txt
 verdict = && echo "make $@: passed" || { echo "make $@: FAILED"; exit 1; }
 
 .PHONY: help demo test test-kernels test-mesh dist lint notebooks test-gpu parity parity-gpu bench bench-gpu bench-torch-gpu clean
@@ -80,8 +78,8 @@ test: $(INSTALLED)
 $(KERNELS_INSTALLED): pyproject.toml constraints-kernels.txt
 	@echo "Setting up $(KERNELS_VENV) with $$($(KERNELS_PYTHON) --version): about 0.3 GB to download ..."
 	@$(KERNELS_PYTHON) -m venv $(KERNELS_VENV)
-	@$(KERNELS_VENV)/bin/python $(PIP_INSTALL) --constraint constraints-kernels.txt \
-		--editable . beartype hypothesis pytest pytest-xdist
+	@$(KERNELS_VENV)/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
+		--constraint constraints-kernels.txt --editable . beartype hypothesis pytest pytest-xdist
 	@touch $@
 
 ifeq ($(KERNELS_PYTHON),)
