@@ -375,9 +375,10 @@ def test_a_signal_during_imports_is_one_line(delay: float, arguments: str, tmp_p
 
 
 def test_a_program_under_nohup_ignores_that_the_terminal_is_gone() -> None:
-    assert signal.SIGHUP in stopping._heard()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        assert signal.SIGHUP in stopping._heard()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         assert signal.SIGHUP not in stopping._heard()
     finally:
         signal.signal(signal.SIGHUP, before)
