@@ -12,6 +12,7 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.test_torch_ref import distance, stock
 from tests.tolerances import bound
@@ -114,6 +115,19 @@ def test_an_exported_program_takes_other_sizes(unchecked: Any) -> None:
     other = {"input_ids": torch.arange(33).view(3, 11), "use_cache": False}
     with torch.no_grad():
         assert distance(program(**other).logits, model(**other).logits) <= bound("torch_ref_fp32")
+
+
+def test_no_kernel_reads_a_tensor_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a tensor can name a GPU that the machine lacks."""
+    from torch_ref import kernels
+
+    monkeypatch.setattr(kernels, "SWITCHED_ON", True)
+    monkeypatch.setattr(kernels, "programs", object())
+    with FakeTensorMode():
+        x = torch.empty(4, 8, device="cuda")
+    for asked in (kernels.unsupported, kernels.unsupported_activations):
+        assert "which tensors have neither in torch.export nor in FakeTensorMode" in str(asked(x))
+        assert "the kernels need CUDA, found cpu" in str(asked(torch.ones(4, 8)))
 
 
 # --- the same on a GPU, with the compiler's default backend and torch_ref's kernels

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 
 def transformed() -> bool:
@@ -20,12 +21,19 @@ def traced() -> bool:
 
 
 def exported() -> bool:
-    """Whether torch.export traces the computation with tensors that have no memory, from which no kernel can read.
+    """Whether torch.export traces the computation.
 
-    torch.compile knows kernels and keeps them. It is asked first: in code that torch 2.11 compiles, is_exporting() is
-    true.
+    torch.compile is asked first: in code that torch 2.11 compiles, is_exporting() is true.
     """
     return not torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting()
+
+
+def without_memory(x: torch.Tensor) -> bool:
+    """Whether `x` has no memory that a kernel could read, as in torch.export and FakeTensorMode.
+
+    torch.compile knows kernels and keeps them.
+    """
+    return exported() or (not torch.compiler.is_dynamo_compiling() and is_fake(x))
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from torch_ref.derivatives import exported, transformed
+from torch_ref.derivatives import transformed, without_memory
 
 programs: Any
 try:
@@ -32,8 +32,8 @@ def unsupported(x: Tensor) -> str | None:
         return "TORCH_REF_KERNELS=0 switches the kernels off"
     if programs is None:
         return "this build of torch does not contain Triton"
-    if exported():
-        return "torch.export cannot trace the kernels"
+    if without_memory(x):
+        return "the kernels read memory, which tensors have neither in torch.export nor in FakeTensorMode"
     return None if x.is_cuda else f"the kernels need CUDA, found {x.device.type}"
 
 
