@@ -24,16 +24,16 @@ from jaxmoe.fp8 import encode
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.ops.fp8_products import QuantizedRows, quantize_rows
 from jaxmoe.ops.kernels.grouped_matmul import hopper, hopper_fp8
-from jaxmoe.ops.kernels.grouped_matmul.hopper_fp8 import FP8Tiles
+from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import Tiles
 from jaxmoe.ops.schedule import Schedule, make_schedule
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH = 128, 8, 2048, 768
 TILES = {
     "256 columns": hopper_fp8.TILES,
-    "256 columns, three heights": FP8Tiles(256, (96, 112, 128), 4),
-    "128 columns": FP8Tiles(128, (96, 112, 128), 5),
-    "128 columns, spans of 160": FP8Tiles(128, (128, 144, 160), 4),
-    "128 columns, spans of 192": FP8Tiles(128, (160, 176, 192), 4),
+    "256 columns, three heights": Tiles(256, (96, 112, 128), 4),
+    "128 columns": Tiles(128, (96, 112, 128), 5),
+    "128 columns, spans of 160": Tiles(128, (128, 144, 160), 4),
+    "128 columns, spans of 192": Tiles(128, (160, 176, 192), 4),
 }
 
 

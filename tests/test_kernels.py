@@ -406,7 +406,7 @@ def test_products_in_fp8_equal_those_of_the_quantised_operands(case: str) -> Non
     scales = rng.uniform(1e-5, 1e-3, (2 * E, matrices, out // matrices // 128, inner // 128)).astype(np.float32)
     x = normal(rng, len(schedule.source), inner)
     rows = quantize_rows(x)
-    tiles = kernel.FP8Tiles(256, (16, 128), 2)
+    tiles = kernel.Tiles(256, (16, 128), 2)
 
     @jax.jit
     def products(codes, scales, offset):

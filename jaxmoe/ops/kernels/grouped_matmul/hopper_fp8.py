@@ -28,55 +28,28 @@ from jaxmoe.fp8.codec import E4M3
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.ops.fp8_products import QuantizedRows
 from jaxmoe.ops.implementations import choose
+from jaxmoe.ops.kernels.grouped_matmul.hopper_matmul import Items
 from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import CONSUMERS, Ring, launch, run_warpgroups, shared_memory
-from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import SMALL, TILE_ROWS
+from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import SMALL, TILE_ROWS, Tiles
 from jaxmoe.ops.schedule import Schedule, Spans
 from jaxmoe.parameters import FP8_BLOCK
 
 DEPTH = FP8_BLOCK  # of a step: one scale for each row and block of columns
 
 
-class FP8Tiles(NamedTuple):
-    """As `hopper_tiles.Tiles`: columns of the product in an item (128 or 256), heights that have code, slots."""
-
-    columns: int
-    heights: tuple[int, ...]
-    slots: int
-
-
 # The fastest tiles measured (docs/log): a consumer holds two sums, and the step's beside them.
-TILES = FP8Tiles(256, (112, 128), 4)
+TILES = Tiles(256, (112, 128), 4)
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Plan(Items):
     """What is known about a call when it is compiled; `columns` of the result, with `swiglu` half of the product's."""
 
     swiglu: bool
     columns: int
     steps: int
     row_blocks: int  # blocks along the rows of one matrix: of gate, of up, or of the whole weight
-    tiles: FP8Tiles
-
-    @property
-    def products(self) -> int:
-        """Products of 64 columns that each consumer forms in one item; with SwiGLU one of gate and one of up."""
-        return self.tiles.columns // (64 * CONSUMERS)
-
-    @property
-    def tile_columns(self) -> int:
-        """Columns of the result in one item."""
-        return self.tiles.columns // 2 if self.swiglu else self.tiles.columns
-
-    @property
-    def column_tiles(self) -> int:
-        """Items per span."""
-        return pl.cdiv(self.columns, self.tile_columns)
-
-    @property
-    def highest(self) -> int:
-        """Rows of the highest span."""
-        return self.tiles.heights[-1]
+    tiles: Tiles
 
 
 class _Work(NamedTuple):
@@ -263,7 +236,7 @@ def grouped_matmul(
     offset: Any = 0,
     *,
     swiglu: bool = False,
-    tiles: FP8Tiles = TILES,
+    tiles: Tiles = TILES,
     interpret: Any = None,
 ) -> Float[Array, "P out"]:
     """Each span of rows times its group's matrix, transposed; the sums are float32, rounded to the stack's dtype once.

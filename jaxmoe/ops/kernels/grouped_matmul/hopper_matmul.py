@@ -30,8 +30,36 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import DEPTH, TILE_ROWS, Til
 from jaxmoe.ops.schedule import Spans
 
 
+class Items:
+    """How tiles cut a product into items, for a plan with these fields."""
+
+    swiglu: bool
+    columns: int
+    tiles: Tiles
+
+    @property
+    def products(self) -> int:
+        """Products of 64 columns that each consumer forms in one item; with SwiGLU one of gate and one of up."""
+        return self.tiles.columns // (64 * CONSUMERS)
+
+    @property
+    def tile_columns(self) -> int:
+        """Columns of the result in one item."""
+        return self.tiles.columns // 2 if self.swiglu else self.tiles.columns
+
+    @property
+    def column_tiles(self) -> int:
+        """Items per span."""
+        return pl.cdiv(self.columns, self.tile_columns)
+
+    @property
+    def highest(self) -> int:
+        """Rows of the highest span."""
+        return self.tiles.heights[-1]
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(Items):
     """What is known about a call when it is compiled.
 
     Attributes:
@@ -61,29 +89,9 @@ class Plan:
         return sum(self.pair_steps)
 
     @property
-    def products(self) -> int:
-        """Products of 64 columns that each consumer forms in one item; with SwiGLU one of gate and one of up."""
-        return self.tiles.columns // (64 * CONSUMERS)
-
-    @property
-    def tile_columns(self) -> int:
-        """Columns of the result in one item."""
-        return self.tiles.columns // 2 if self.swiglu else self.tiles.columns
-
-    @property
-    def column_tiles(self) -> int:
-        """Items per span."""
-        return pl.cdiv(self.columns, self.tile_columns)
-
-    @property
     def stored_columns(self) -> int:
         """Columns of the array that the kernel writes: whole pieces of 64; the surplus is cut off afterwards."""
         return pl.cdiv(self.columns, 64) * 64
-
-    @property
-    def highest(self) -> int:
-        """Rows of the highest span."""
-        return self.tiles.heights[-1]
 
 
 class Work(NamedTuple):
