@@ -78,7 +78,7 @@ def read_settings(given: Sequence[str]) -> dict[str, str]:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise UserError(f"--set: expected NAME=VALUE, found {text!r}")
-        settings[name] = value if re.fullmatch(r"\d+(\.\d+)?", value) else repr(value)
+        settings[name] = value if re.fullmatch(r"-?\d+(\.\d+)?([eE]-?\d+)?", value) else repr(value)
     return settings
 
 

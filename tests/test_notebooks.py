@@ -10,7 +10,7 @@ from jaxmoe.errors import UserError
 
 nbformat = pytest.importorskip("nbformat", reason="no nbformat: a machine with a GPU tests with what it has")
 
-from notebooks.__main__ import FOLDER, execute, main, names, with_settings  # noqa: E402 - needs what is asked for above
+from notebooks.__main__ import FOLDER, execute, main, names, read_settings, with_settings  # noqa: E402 - needs what is asked for above
 
 # Fewer steps, tokens and records than in the committed notebooks: every cell runs, in a third of the time.
 SMALL = {"STEPS": "6", "TOKENS": "1000", "RECORDS": "24"}
@@ -64,5 +64,6 @@ def test_settings_of_the_first_cell_can_be_others():
     assert with_settings(source, {"MODEL": "'c'", "STEPS": "6"}) == "MODEL = 'c'\nSTEPS = 6"
     with pytest.raises(UserError, match=r"--set: expected .* first cell \(MODEL, STEPS\), found 'STEP'"):
         with_settings(source, {"STEP": "6"})
+    assert read_settings(["A=6", "B=-1e-3", "C=0.1", "D=it's"]) == {"A": "6", "B": "-1e-3", "C": "0.1", "D": '"it\'s"'}
     with pytest.raises(UserError, match="--set: expected NAME=VALUE, found 'STEPS'"):
         main(["--set", "STEPS"])
