@@ -31,9 +31,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Parallel workers share the cores: by default PyTorch starts as many threads as there are cores in each worker.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
-# On a CPU nearly all of the suite's time goes to LLVM. Less optimisation reorders no sum, and XLA's emitters for fusions,
-# which only jax 0.10 can do without, take three times as long as the older ones. What one process has compiled, the other
-# workers and the commands that tests start find in a folder that lives as long as the session.
+# On a CPU nearly all of the suite's time goes to LLVM. Less optimisation reorders no sum. XLA's newer emitters for
+# fusions take three times as long as the older ones, which jax 0.10 still has. What one process has compiled, the
+# other workers and the commands that tests start find in a folder that lives as long as the session.
 COMPILATION_CACHE = None
 if os.environ.get("JAX_PLATFORMS") == "cpu":
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import TypeVar
 
@@ -36,12 +37,46 @@ def first_of_share(share: int, mesh: MeshShape) -> Int[Array, ""] | int:
 def gather(share: Shaped[Array, "..."], axis: int, over: str = "fsdp") -> Shaped[Array, "..."]:
     """The whole of an array whose `axis` the devices of a mesh axis share, the first device's share first; the gradient
     of a share is the sum over the devices."""
-    return jax.lax.all_gather(share, over, axis=axis, tiled=True)
+    trainable = jnp.issubdtype(share.dtype, jnp.floating)
+    collect = _gather_over_gloo if trainable and _over_gloo() else _gather
+    return collect(share, axis, over)
 
 
 def shares_of_sum(parts: Shaped[Array, "all ..."], over: str) -> Shaped[Array, "share ..."]:
     """The sum over the devices of a mesh axis; of its first axis, each has a share, the first device the first."""
+    if _over_gloo():
+        return _own_share_of_sum(parts, 0, over)
     return jax.lax.psum_scatter(parts, over, scatter_dimension=0, tiled=True)
+
+
+def _over_gloo() -> bool:
+    """Whether gloo exchanges: between CPU processes.
+
+    Its reduce-scatter sends from a buffer that it already overwrites, so a busy machine gets wrong sums
+    (https://github.com/jax-ml/jax/issues/40830). Each device takes its share of the whole sum instead.
+    """
+    return jax.default_backend() == "cpu" and jax.distributed.is_initialized()
+
+
+def _gather(share: Shaped[Array, "..."], axis: int, over: str) -> Shaped[Array, "..."]:
+    return jax.lax.all_gather(share, over, axis=axis, tiled=True)
+
+
+def _own_share_of_sum(parts: Shaped[Array, "..."], axis: int, over: str) -> Shaped[Array, "..."]:
+    size = parts.shape[axis] // jax.lax.axis_size(over)
+    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(parts, over), jax.lax.axis_index(over) * size, size, axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_over_gloo(share: Shaped[Array, "..."], axis: int, over: str) -> Shaped[Array, "..."]:
+    """`_gather`, of which JAX's own gradient is a reduce-scatter."""
+    return _gather(share, axis, over)
+
+
+_gather_over_gloo.defvjp(
+    lambda share, axis, over: (_gather(share, axis, over), None),
+    lambda axis, over, _, gradient: (_own_share_of_sum(gradient, axis, over),),
+)
 
 
 def sizes_between(going: Int[Array, " n"], axis: str) -> Int[Array, "n n"]:

@@ -78,6 +78,30 @@ def test_gathered_tokens_change_no_number_where_rows_would_travel(monkeypatch: p
     check("expert=2", "all to two experts")
 
 
+def test_no_reduce_scatter_over_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that are shared, and the gradient of a gather, without gloo's reduce-scatter; numbers stay the same."""
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    share, other = jax.random.normal(jax.random.key(0), (16, 3)), jax.random.normal(jax.random.key(1), (64, 3))
+
+    def outcome(share: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def loss(share: jax.Array) -> jax.Array:
+            return jnp.sum(collectives.shares_of_sum(collectives.gather(share, 0) * other, "fsdp") ** 3)
+
+        return jax.grad(loss)(share), collectives.shares_of_sum(other, "fsdp")
+
+    def run() -> tuple[str, list[np.ndarray]]:
+        spec = jax.sharding.PartitionSpec("fsdp")
+        program = jax.jit(jax.shard_map(outcome, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+        return program.lower(share, other).compile().as_text(), [*map(np.asarray, program(share, other))]
+
+    text, expected = run()
+    monkeypatch.setattr(collectives.jax.distributed, "is_initialized", lambda: True)
+    without, found = run()
+    assert "reduce-scatter" in text and "reduce-scatter" not in without
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=bound("mesh_fp32"))
+
+
 def not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each device keeps the gradient of its own tokens."""
     right = step.sum_over_devices
