@@ -57,7 +57,7 @@ def demo_cases(folder: pathlib.Path) -> list[Case]:
     one_row = str(write_batch(folder / "one-row.batch", cases.text_batch(CHECKPOINT, rows=1)))
     out = [
         replace(by_name["fp32"], runs=("free",), faults=(), mesh="context=2,expert=2"),
-        by_name["bf16"],
+        replace(by_name["bf16"], batch=one_row),
         replace(by_name["adapter-fp32"], batch=one_row, mesh="context=4"),
     ]
     if BITSANDBYTES:

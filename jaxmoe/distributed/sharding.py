@@ -6,6 +6,7 @@ cannot share evenly, lies whole on every device. Standard library only.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -53,6 +54,7 @@ def split_axes(axes: Sequence[str | None], shape: Sequence[int], mesh: MeshShape
     return split
 
 
+@functools.lru_cache(4096)
 def held_elements(spec: ParameterSpec, mesh: MeshShape) -> int:
     """How many elements of an array lie on a device."""
     devices = (mesh.product(over) for over in split_axes(spec.axes, spec.shape, mesh))
