@@ -229,10 +229,11 @@ class Hopper:
     ) -> Array:
         """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
         num_experts = schedule.first_tile.shape[0]
-        if isinstance(weight, NF4Stack) and low is None and not swiglu:
+        if isinstance(weight, NF4Stack):
             products: NF4Products = choose("nf4_products", x.dtype, weight).value
-            if products.multiplies:
-                return products.matmul(x, weight, schedule, offset, transposed=transposed)
+            if products.faster(schedule, low, swiglu=swiglu):
+                options: Any = {"transposed": transposed, "swiglu": swiglu, "low": low}
+                return products.matmul(x, weight, schedule, offset, **options)
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(num_experts)], 0
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu

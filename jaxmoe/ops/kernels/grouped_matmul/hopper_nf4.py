@@ -41,12 +41,14 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.kernels.grouped_matmul.hopper_matmul import Plan, Program, Share, Source, Work
 from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import CONSUMERS, Ring, launch, run_warpgroups, shared_memory
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import DEPTH, LARGE, SMALL, Tiles
 from jaxmoe.ops.schedule import Schedule, Spans
 from jaxmoe.parameters import NF4_BLOCK
 
+RANK = 64  # of a low-rank term
 _language: Any = plgpu  # its types do not say what its decorators return
 _inline = _language.inline_mgpu
 _WARPGROUP = 128  # threads
@@ -76,19 +78,35 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Program(Program):
-    """One thread block. `weights` are codes; `values` gives each thread the value of its lane."""
+    """One thread block. `weights` are codes; `values` gives each thread the value of its lane; `low` holds the weights
+    of the low-rank term."""
 
     scales: Any
     values: Any
+    low: Any
 
     def load(self, pair: tuple[Any, Any], source: Source, start: Array, k: Array) -> None:
-        """Copies step k: DEPTH columns of the rows, and the codes that multiply them with their scales."""
-        plan, (left, (codes, scales)) = self.plan, pair
+        """Copies step k: DEPTH columns of the rows, and the codes that multiply them with their scales, or the weights
+        of the low-rank term."""
+        plan, (left, weights) = self.plan, pair
         slot = self.ring.wait_until_free(start + k)
         filled = self.ring.filled.at[slot]
         rows = left.at[pl.ds(source.row, plan.highest), pl.ds(k * DEPTH, DEPTH)]
         plgpu.copy_gmem_to_smem(rows, self.rows.at[slot], filled)
         width = plan.tile_columns
+        if not isinstance(weights, Codes):
+            for half in range(2):  # so that every step has as many copies
+                part = (width if plan.transposed else DEPTH) // 2
+                at, columns, depth = pl.ds(half * part, part), pl.ds(source.column, width), pl.ds(k * DEPTH, DEPTH)
+                if plan.transposed:
+                    columns = pl.ds(source.column + half * part, part)
+                else:
+                    depth = pl.ds(k * DEPTH + half * part, part)
+                place = (columns, depth) if plan.transposed else (depth, columns)
+                plgpu.copy_gmem_to_smem(weights.at[(source.group, *place)], self.low.at[at], filled)
+            return
+        codes: Any = weights.codes
+        scales: Any = weights.scales
         group = source.group - self.work.offset[0]
         if not plan.transposed:
             depth = pl.ds(k * DEPTH, DEPTH)
@@ -97,9 +115,11 @@ class _Program(Program):
             blocks = pl.ds(lax.div(source.column, jnp.int32(NF4_BLOCK)), width // NF4_BLOCK)
             plgpu.copy_gmem_to_smem(scales.at[group, blocks, depth], self.scales.at[slot], filled)
             return
-        columns, place = pl.ds(source.column, width), pl.ds(k * (DEPTH // 2), DEPTH // 2)
-        plgpu.copy_gmem_to_smem(codes.at[source.group, columns, place], self.weights.at[slot], filled)
-        plgpu.copy_gmem_to_smem(scales.at[group, k, columns], self.scales.at[slot], filled)
+        for half in range(2 if plan.swiglu else 1):  # the gate's columns, then those of up
+            columns, at = pl.ds(half * plan.columns + source.column, width), pl.ds(half * width, width)
+            place = pl.ds(k * (DEPTH // 2), DEPTH // 2)
+            plgpu.copy_gmem_to_smem(codes.at[source.group, columns, place], self.weights.at[slot, at], filled)
+            plgpu.copy_gmem_to_smem(scales.at[group, k, columns], self.scales.at[slot, at], filled)
 
     def multiply(self, start: Array, height: int) -> tuple[Array, ...]:
         """The sums of one item, transposed: [64, height] in float32 for each product."""
@@ -109,7 +129,9 @@ class _Program(Program):
         values = _language.load(self.values, layout=_PER_THREAD, optimized=False)
 
         def accumulate(*sums: Any) -> tuple[Array, ...]:
-            @pl.loop(0, plan.steps // together)
+            decoded = plan.pair_steps[0]
+
+            @pl.loop(0, decoded // together)
             def _steps(k: Array) -> None:
                 for extra in range(together):
                     step = k * together + extra
@@ -121,6 +143,14 @@ class _Program(Program):
                         if n == 0:  # the products of the step before have ended
                             pl.when(step > 0)(partial(self.ring.arrive, start + step - 1))
 
+            if plan.steps > decoded:
+                plgpu.wgmma_wait(0)  # otherwise ptxas lets no product overlap with anything
+                self.ring.arrive(start + decoded - 1)
+                slot = self.ring.wait_until_filled(start + decoded)
+                rows = self.rows.at[slot, pl.ds(0, height)].transpose((1, 0))
+                for n, acc in enumerate(sums):
+                    at = pl.ds(self.product(n), 64)
+                    plgpu.wgmma(acc, self.low.at[at] if plan.transposed else _loaded_across(self.low), rows)
             return tuple(acc[...] for acc in sums)
 
         sums = pl.run_scoped(
@@ -133,7 +163,8 @@ class _Program(Program):
         """The left operand of product n."""
         if not self.plan.transposed:
             return _decoded_across(self.weights.at[slot], self.scales.at[slot, self.warpgroup], values)
-        part = slot, pl.ds(self.product(n), 64)
+        at = self.warpgroup * 64 + n * self.plan.tile_columns if self.plan.swiglu else self.product(n)
+        part = slot, pl.ds(at, 64)
         return _decoded_along(self.weights.at[part], self.scales.at[part], values)
 
     def stage(self, sums: Array, rows: Any) -> None:
@@ -252,6 +283,27 @@ def _decoded_across(_: Any, codes: Any, scales: Any, values: Any) -> Any:
     return at.operand(words)
 
 
+@_inline(arg_types=(plgpu.RefType(),), return_type=_OPERAND)
+def _loaded_across(_: Any, weights: Any) -> Any:
+    """As `_decoded_across`, of weights [64, 128] in bfloat16."""
+    at = _Thread()
+    words = np.empty((8, 2), object)
+    consumer = arith.shrui(utils.thread_idx(), at.number(7))
+    byte = arith.addi(at.times(consumer, 128), at.times(at.shifted(at.warp, 1), 64))
+    byte = arith.addi(byte, at.times(at.row, 8))
+    byte = arith.addi(byte, at.times(arith.andi(at.warp, at.number(1)), 4))
+    byte = arith.addi(byte, at.times(at.place, 2 * 256))
+    for eighth in range(8):
+        first, second = (
+            at.load(weights, arith.addi(byte, at.number((8 * eighth + n) * 256)), at.i32) for n in range(2)
+        )
+        for half, selector in ((0, "0x5410"), (1, "0x7632")):
+            words[eighth, half] = llvm.inline_asm(
+                at.i32, [first, second], f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r"
+            )
+    return at.operand(words)
+
+
 def _stage_in_order(size: int) -> Any:
     """A function that puts sums [64, size] of `_decoded_across` into shared memory [size, 64], in bfloat16."""
 
@@ -284,6 +336,8 @@ def grouped_matmul(
     offset: Any = 0,
     *,
     transposed: bool,
+    swiglu: bool = False,
+    low: LowRankTerm | None = None,
     tiles: Tiles,
 ) -> Float[Array, "P out"]:
     """Each span of rows times its group's matrix. Sums are float32 and rounded once.
@@ -294,55 +348,68 @@ def grouped_matmul(
         spans: which rows belong to which group.
         offset: added to the group for the codes.
         transposed: x W^T, else x W, which needs tiles of 128 columns.
+        swiglu: the matrix is that of gate and up; the result is silu(gate) * up of the rounded products. Needs
+            `transposed` and tiles of 256 columns.
+        low: a low-rank term of rank 64 that is also added, as for `hopper.grouped_matmul`; not with `swiglu`.
         tiles: as for `hopper.grouped_matmul`.
     """
     _, out, half = weight.codes.shape
     depth, columns = (half * 2, out) if transposed else (out, half * 2)
     assert x.shape[1] == depth and depth % (2 * DEPTH) == 0, (x.shape, weight.codes.shape)
     assert transposed or tiles.columns == 128, tiles
-    plan = Plan(transposed, False, columns, (depth,), 1, tiles)
+    assert low is None or (low.rows.shape[1] == RANK and not swiglu)
+    depths = (depth,) if low is None else (depth, RANK)
+    plan = Plan(transposed, swiglu, columns // 2 if swiglu else columns, depths, 1, tiles)
 
     def program(refs: tuple[Any, ...], ring: Ring) -> None:
-        work, (left, codes, scales, values, *memory) = Work(*refs[:5]), refs[5:]
-        out, weights, rows, staging, scales_memory = memory
-        pairs = [(left, (codes, scales))]
+        work, (left, codes, scales, values, *others) = Work(*refs[:5]), refs[5:]
+        *added, out, weights, rows, staging, scales_memory, low_memory = others
+        pairs = [(left, Codes(codes, scales)), *([tuple(added)] if added else [])]
+        memory = out, weights, rows, staging, ring
         warpgroup, share = lax.axis_index("wg"), Share.of(plan, work)
-        block = _Program(plan, work, pairs, out, weights, rows, staging, ring, share, warpgroup, scales_memory, values)
+        block = _Program(plan, work, pairs, *memory, share, warpgroup, scales_memory, values, low_memory)
         run_warpgroups(block.produce, block.consume, warpgroup, _REGISTERS)
 
-    slots, width = tiles.slots, tiles.columns
+    # There is one place for the weights of the low-rank term: it is free once the slots of an item have been read.
+    slots, width = min(tiles.slots, plan.steps), tiles.columns
+    unused = plgpu.SMEM((16,), jnp.float32)
     if transposed:
         codes_memory = plgpu.SMEM((slots, width, DEPTH // 2), jnp.uint8)
         scales_memory = plgpu.SMEM((slots, width), jnp.float32)
+        low_memory = shared_memory((width, RANK), x.dtype) if low else unused
     else:
         codes_memory = shared_memory((slots, DEPTH, width // 2), jnp.uint8, 64)
         scales_memory = plgpu.SMEM((slots, width // NF4_BLOCK, DEPTH), jnp.float32)
+        low_memory = plgpu.SMEM((RANK, width), x.dtype) if low else unused
     scratch = [
         codes_memory,
         shared_memory((slots, plan.highest, DEPTH), x.dtype),
         shared_memory((CONSUMERS, min(plan.highest, 128), 64), x.dtype),
         scales_memory,
+        low_memory,
     ]
     result = jax.ShapeDtypeStruct((x.shape[0], plan.stored_columns), x.dtype)
-    kernel = launch("grouped_matmul_nf4", program, result, scratch, slots=slots, copies=3, interpret=None)
+    copies = 5 if swiglu else 3
+    kernel = launch("grouped_matmul_nf4", program, result, scratch, slots=slots, copies=copies, interpret=None)
     as_array = partial(jnp.asarray, dtype=jnp.int32)
     work = [*spans[:3], as_array(spans.used).reshape(1), as_array(offset).reshape(1)]
     values = jnp.asarray(np.tile(NF4_TABLE, _WARPGROUP // 16))
-    return kernel(*work, x, weight.codes, weight.scales, values)[:, : plan.columns]
+    return kernel(*work, x, weight.codes, weight.scales, values, *(low or ()))[:, : plan.columns]
 
 
-# (rows of a span, tiles) for at least so many rows an expert, and for fewer. Each height costs time to compile, and
-# with five ptxas runs out of registers.
-_MANY = {256: (LARGE, Tiles(128, (128, 192, 224, 256), 4)), 96: (LARGE, Tiles(128, (64, 128, 192, 256), 4))}
+# (rows of a span, tiles): the first is for at least so many rows an expert. Each height costs time to compile, and with
+# five ptxas runs out of registers.
+_MANY = 256
+_ALONG = {_MANY: (LARGE, Tiles(128, (128, 192, 224, 256), 4)), 96: (LARGE, Tiles(128, (64, 128, 192, 256), 4))}
 _ALONG_FEW = SMALL, Tiles(256, (64, 96, 128), 6)
 _ACROSS_FEW = SMALL, Tiles(128, (32, 64, 96, 128), 8)
 
 
-def fitting_tiles(schedule: Schedule, *, transposed: bool) -> tuple[int, Tiles]:
+def fitting_tiles(schedule: Schedule, *, transposed: bool, swiglu: bool) -> tuple[int, Tiles]:
     """The spans' limit and the fastest tiles measured for these rows (docs/log)."""
     mean = schedule.destination.size // schedule.first_tile.shape[0]
-    if LARGE in schedule.spans:
-        for least, found in _MANY.items():
+    if not swiglu and LARGE in schedule.spans:
+        for least, found in _ALONG.items():
             if mean >= least:
                 return found
     return _ALONG_FEW if transposed else _ACROSS_FEW
@@ -350,8 +417,6 @@ def fitting_tiles(schedule: Schedule, *, transposed: bool) -> tuple[int, Tiles]:
 
 class InRegisters:
     """The implementation "mosaic" of products with experts in NF4."""
-
-    multiplies = True
 
     def unsupported(self, dtype: Any, stack: NF4Stack) -> str | None:
         """Why it cannot multiply rows of this dtype with this stack, or None; on a GPU it first runs a small case."""
@@ -364,13 +429,26 @@ class InRegisters:
             return f"needs sides that are multiples of {2 * DEPTH}, found {sides[0]} by {sides[1]}"
         return _small_case()
 
+    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
+        """Without a low-rank term and SwiGLU: with them it has not been measured."""
+        return low is None and not swiglu
+
     def matmul(
-        self, x: Array, stack: NF4Stack, schedule: Schedule, offset: Any, *, transposed: bool
+        self,
+        x: Array,
+        stack: NF4Stack,
+        schedule: Schedule,
+        offset: Any,
+        *,
+        transposed: bool,
+        swiglu: bool,
+        low: LowRankTerm | None,
     ) -> Float[Array, "P out"]:
-        """As `GroupedMatmul.matmul`."""
-        rows, tiles = fitting_tiles(schedule, transposed=transposed)
+        """As `NF4Products.matmul`."""
+        rows, tiles = fitting_tiles(schedule, transposed=transposed, swiglu=swiglu)
         codes = Codes.of(stack, offset, schedule.first_tile.shape[0])
-        return grouped_matmul(x, codes, schedule.spans[rows], offset, transposed=transposed, tiles=tiles)
+        options: Any = {"transposed": transposed, "swiglu": swiglu, "low": low, "tiles": tiles}
+        return grouped_matmul(x, codes, schedule.spans[rows], offset, **options)
 
 
 @cache
@@ -384,9 +462,10 @@ def _small_case() -> str | None:
     return None if equal else "found other numbers than those of decoded weights in a small case"
 
 
-def small_case_equal() -> bool:
-    """Whether both products of unit vectors with random codes give the decoded weights, bit by bit."""
-    keys = jax.random.split(jax.random.key(0))
+def small_case_equal(*, low_rank: bool = False) -> bool:
+    """Whether both products of unit vectors with random codes give the decoded weights, bit by bit; with `low_rank`,
+    plus the weights of a low-rank term."""
+    keys = jax.random.split(jax.random.key(0), 3)
     side, half = 2 * DEPTH, DEPTH
     codes = jax.random.bits(keys[0], (2, 1, side * half), jnp.uint8)
     absmax = jax.random.uniform(keys[1], (2, 1, side * side // NF4_BLOCK), jnp.float32)
@@ -397,10 +476,17 @@ def small_case_equal() -> bool:
     @jax.jit
     def compare(stack: NF4Stack) -> Array:
         x, weight = jnp.eye(side, dtype=jnp.bfloat16), stack[jnp.int32(1)]
+        added = (jax.random.randint(keys[2], (side, side), -4, 5) / 4).astype(jnp.bfloat16)
+        # to the first rows of the result
+        added = jnp.where((jnp.arange(side)[:, None] < RANK) & low_rank, added, 0)
         equal = []
         for along, decoded in ((True, weight.T), (False, weight)):
-            options: Any = {"transposed": along, "tiles": Tiles(128, (side,), 4)}
-            equal.append(jnp.all(grouped_matmul(x, Codes.of(stack, 1, 1), spans, 1, **options) == decoded))
+            weights = added[:RANK].T if along else added[:RANK]
+            low = LowRankTerm(x[:, :RANK], weights[None]) if low_rank else None
+            options: Any = {"transposed": along, "low": low, "tiles": Tiles(128, (side,), 4)}
+            found = grouped_matmul(x, Codes.of(stack, 1, 1), spans, 1, **options)
+            expected = decoded.astype(jnp.float32) + added.astype(jnp.float32)
+            equal.append(jnp.all(found == expected.astype(found.dtype)))
         return jnp.all(jnp.stack(equal))
 
     return bool(compare(stack))
