@@ -315,7 +315,8 @@ def _decoded(work: Workload, *, training: bool) -> tuple[Part, ...]:
     experts = [math.prod(specs[path].shape[1:]) // held for path in paths if path.startswith("sparse.")] or [0]
     others = max(math.prod(specs[path].shape[1:]) for path in paths if not path.startswith("sparse.")) * work.size
     if training and _decodes_in_kernel(work, quantization):
-        return (Part("decoded weights", max(sum(experts) // NF4_BLOCK * FLOAT32, others), False),)
+        scales = 2 * sum(experts) // NF4_BLOCK * FLOAT32  # as they are decoded, and in the order of the kernel
+        return (Part("decoded weights", max(scales, others), False),)
     together = max(experts) if work.remat == "offload" else sum(experts)
     if work.experts == "tiled":
         together = min(together, work.rows * max(work.config.hidden_size, 2 * work.config.moe_intermediate_size))
