@@ -151,6 +151,11 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             _anywhere,
             "jaxmoe.ops.fp8_products:DECODED",
         ),
+        "registers": Implementation(
+            "Pallas Mosaic GPU kernel that decodes the experts' FP8 codes in registers",
+            _needs_capability((9, 0), (10, 0)),
+            "jaxmoe.ops.kernels.grouped_matmul.hopper_e4m3:REGISTERS",
+        ),
         "mosaic": Implementation(
             "Pallas Mosaic GPU kernel over weights as stored, rows quantised by token and 128 channels",
             _needs_capability((9, 0), (10, 0)),
