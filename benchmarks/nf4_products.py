@@ -25,7 +25,7 @@ from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.nf4.codec import dynamic_map
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
-from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4
+from jaxmoe.ops.kernels.grouped_matmul import hopper_decoding, hopper_nf4
 from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import Tiles
 from jaxmoe.ops.schedule import make_schedule
@@ -69,9 +69,9 @@ class Case(NamedTuple):
 def random_term(key: jax.Array, experts: int, rows: int, width: int, *, transposed: bool) -> LowRankTerm:
     """The low-rank term of a product of this width."""
     first, second = jax.random.split(key)
-    shape = (experts, width, hopper_nf4.RANK) if transposed else (experts, hopper_nf4.RANK, width)
+    shape = (experts, width, hopper_decoding.RANK) if transposed else (experts, hopper_decoding.RANK, width)
     normal = partial(jax.random.normal, dtype=jnp.bfloat16)
-    return LowRankTerm(normal(first, (rows, hopper_nf4.RANK)), 0.05 * normal(second, shape))
+    return LowRankTerm(normal(first, (rows, hopper_decoding.RANK)), 0.05 * normal(second, shape))
 
 
 def cases(tokens: int, products: Sequence[str], *, low_rank: bool) -> Iterator[Case]:
@@ -101,8 +101,9 @@ def cases(tokens: int, products: Sequence[str], *, low_rank: bool) -> Iterator[C
             return HOPPER.matmul(x, weight, schedule, offset, low=low, **options)
 
         def in_kernel(x, stack, schedule, offset, low, options=options, tiles: Any = None):
-            codes, spans = hopper_nf4.Codes.of(stack, offset, E), schedule.spans[tiles.heights[-1]]
-            return hopper_nf4.grouped_matmul(x, codes, spans, offset, low=low, tiles=tiles, **options)
+            codes, spans = hopper_nf4.coded(stack, offset, E), schedule.spans[tiles.heights[-1]]
+            form = hopper_nf4.NF4_FORM
+            return hopper_decoding.grouped_matmul(x, codes, form, spans, offset, low=low, tiles=tiles, **options)
 
         plain = jax.jit(lambda stack: stack[E + jnp.arange(E)])(stack)
         sides = {

@@ -44,34 +44,47 @@ class Threads(Thread):
         self.warpgroup, self.warp, self.lane = thread // 128, thread % 128 // 32, thread % 32
         self.row, self.place = self.lane // 4, self.lane % 4
 
-    plus = staticmethod(lambda value, other: value + other)
-    times = staticmethod(lambda value, factor: value * factor)
-    masked = staticmethod(lambda value, mask: value & mask)
-    xor = staticmethod(lambda value, other: value ^ other)
-    shifted = staticmethod(lambda word, bits: word >> bits)
-    element = staticmethod(lambda vector_of, n: vector_of[:, n])
-    scaled = staticmethod(lambda value, scale: value * scale)
+    def plus(self, value: Any, other: Any) -> Any:
+        return value + other
 
-    def load(self, memory: np.ndarray, byte: np.ndarray, kind: str, count: int, alignment: int) -> np.ndarray:
-        assert kind == self.i32 and not (byte % alignment).any()
-        return memory[byte[:, None] + np.arange(4 * count)].copy().view(WORD)
+    def times(self, value: Any, factor: int) -> Any:
+        return value * factor
 
-    def load_transposed(self, memory: np.ndarray, byte: np.ndarray) -> list[np.ndarray]:
-        by_warp = memory[byte[:, None] + np.arange(16)].copy().view(np.uint16).reshape(8, 4, 8, 8)
+    def masked(self, value: Any, mask: int) -> Any:
+        return value & mask
+
+    def xor(self, value: Any, other: Any) -> Any:
+        return value ^ other
+
+    def shifted(self, word: Any, bits: Any) -> Any:
+        return word >> bits
+
+    def element(self, vector_of: Any, n: int) -> Any:
+        return vector_of[:, n]
+
+    def scaled(self, value: Any, scale: Any) -> Any:
+        return value * scale
+
+    def load(self, ref: Any, index: Any, kind: Any, count: int = 1, alignment: int | None = None) -> Any:
+        assert kind == self.i32 and not (index % alignment).any()
+        return ref[index[:, None] + np.arange(4 * count)].copy().view(WORD)
+
+    def load_transposed(self, ref: Any, byte: Any) -> list[Any]:
+        by_warp = ref[byte[:, None] + np.arange(16)].copy().view(np.uint16).reshape(8, 4, 8, 8)
         warp, row, place = self.warp + 4 * self.warpgroup, self.row, self.place
         first, second = (by_warp[warp, :, 2 * place + n, row].astype(WORD) for n in range(2))
         return list((first | second << 16).T)
 
-    def bytes_of(self, first: np.ndarray, second: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    def bytes_of(self, first: Any, second: Any, selector: Any) -> Any:
         eight = np.stack([first, second], -1).view(np.uint8)
         chosen = selector[:, None] >> 4 * np.arange(4) & 15
         return np.take_along_axis(eight, chosen, -1).copy().view(WORD)[:, 0]
 
-    def widened(self, codes: np.ndarray, half: int) -> list[np.ndarray]:
-        pair = codes[:, None].copy().view(E4M3)[:, 2 * half : 2 * half + 2]
-        return list(pair.astype(np.float32).T)
+    def widened(self, codes: Any, half: int) -> tuple[Any, Any]:
+        pair = codes[:, None].copy().view(E4M3)[:, 2 * half : 2 * half + 2].astype(np.float32)
+        return pair[:, 0], pair[:, 1]
 
-    def rounded(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def rounded(self, first: Any, second: Any) -> Any:
         return np.stack([first, second], -1).astype(ml_dtypes.bfloat16).view(WORD)[:, 0]
 
 

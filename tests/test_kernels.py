@@ -452,7 +452,7 @@ def test_codes_and_scales_are_those_of_the_decoded_weights() -> None:
     from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4 as kernel
 
     stack = nf4_stack(4, 2, 128, 128)
-    codes = kernel.Codes.of(stack, 2, 2)
+    codes = kernel.coded(stack, 2, 2)
     pairs = np.asarray(codes.codes)[2:]
     values = NF4_TABLE[np.stack([pairs >> 4, pairs & 15], -1).reshape(2, 256, 128)]
     scales = np.repeat(np.asarray(codes.scales).transpose(0, 2, 1), 64, axis=-1)

@@ -14,7 +14,8 @@ way to shared memory, and the weights of a low-rank term are read in the operand
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -42,6 +43,7 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper_thread import (
 )
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import DEPTH, Tiles
 from jaxmoe.ops.schedule import Spans
+from jaxmoe.quantized_stack import QuantizedStack
 
 RANK = 64  # of a low-rank term
 _language: Any = plgpu  # its types do not say what its decorators return
@@ -70,7 +72,11 @@ class Form(Protocol):
     """How matrices [groups, out, inner] are held. From the plan it knows whether x W^T or x W is computed."""
 
     name: str
-    table: np.ndarray | None  # a value for each lane of a warp, for `operand`
+
+    @property
+    def table(self) -> np.ndarray | None:
+        """A value for each lane of a warp, for `operand`."""
+        ...
 
     def sides(self, coded: Coded) -> tuple[int, int]:
         """(out, inner)."""
@@ -284,3 +290,50 @@ def grouped_matmul(
     work = [*spans[:3], as_array(spans.used).reshape(1), as_array(offset).reshape(1)]
     table = [] if form.table is None else [jnp.asarray(np.tile(form.table, WARPGROUP // form.table.size))]
     return kernel(*work, x, *weight, *table, *(low or ()))[:, : plan.columns]
+
+
+def why_not(equal: Callable[[], bool]) -> str | None:
+    """Why a form should not be used: a small case, which runs on a GPU only, finds other bits.
+
+    Layouts of registers are private to Mosaic. This may be called while a function is being traced, so the case runs in
+    a thread of its own.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    with ThreadPoolExecutor(1) as alone:
+        found = alone.submit(equal).result()
+    return None if found else "found other numbers than those of decoded weights in a small case"
+
+
+def has_decoded_bits(
+    stack: QuantizedStack, coded: Callable[[Any, bool], Coded], form: Form, *, low_rank: bool = False
+) -> bool:
+    """Whether both products of unit vectors with a square group give the decoded weights, bit by bit.
+
+    Args:
+        stack: two groups, of which the second is multiplied.
+        coded: from the stack and `transposed`, its codes and the second group's scales.
+        form: of the stack.
+        low_rank: a low-rank term is added.
+    """
+    side = stack.shape[1]
+    one = jnp.ones(1, jnp.int32)
+    spans = Spans(0 * one, one * side // 16, 0 * one, jnp.int32(1))
+
+    @jax.jit
+    def compare(stack: Any) -> Array:
+        x, weight = jnp.eye(side, dtype=jnp.bfloat16), stack[jnp.int32(1)]
+        added = (jax.random.randint(jax.random.key(2), (side, side), -4, 5) / 4).astype(jnp.bfloat16)
+        # to the first rows of the result
+        added = jnp.where((jnp.arange(side)[:, None] < RANK) & low_rank, added, 0)
+        equal = []
+        for along, decoded in ((True, weight.T), (False, weight)):
+            weights = added[:RANK].T if along else added[:RANK]
+            low = LowRankTerm(x[:, :RANK], weights[None]) if low_rank else None
+            options: Any = {"transposed": along, "low": low, "tiles": Tiles(128, (side,), 4)}
+            found = grouped_matmul(x, coded(stack, along), form, spans, 1, **options)
+            expected = decoded.astype(jnp.float32) + added.astype(jnp.float32)
+            equal.append(jnp.all(found == expected.astype(found.dtype)))
+        return jnp.all(jnp.stack(equal))
+
+    return bool(compare(stack))

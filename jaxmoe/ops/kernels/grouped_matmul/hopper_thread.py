@@ -14,7 +14,7 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
 from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import shared_memory
 
@@ -91,11 +91,20 @@ class Thread:
         selector = self.number(selector) if isinstance(selector, int) else selector
         return llvm.inline_asm(self.i32, [first, second, selector], "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
 
+    def in_lanes(self, values: Any) -> Any:
+        """The word that each thread holds of float32 values, one a thread, for `looked_up`."""
+        return arith.bitcast(self.i32, self.element(values.registers.flat[0], 0))
+
+    def looked_up(self, values: Any, lane: Any) -> Any:
+        """The float32 value of another lane of the warp, whose number are the five lowest bits of a word."""
+        found = nvvm.shfl_sync(self.number(-1), values, lane, self.number(31), nvvm.ShflKind.idx)
+        return arith.bitcast(self.f32, found)
+
     def widened(self, codes: Any, half: int) -> tuple[Any, Any]:
         """The float32 values of two e4m3 codes, in this half of a word."""
         own, other = ("own", "other") if half == 0 else ("other", "own")
         text = f"{{.reg .b16 own, other; mov.b32 {{{own}, {other}}}, $1; cvt.rn.f16x2.e4m3x2 $0, own;}}"
-        pair = llvm.inline_asm(self.i32, [codes], text, "=r,r")
+        pair: Any = llvm.inline_asm(self.i32, [codes], text, "=r,r")
         one, two = ir.VectorType.get((1,), self.i32), ir.VectorType.get((2,), ir.F16Type.get())
         both = vector.bitcast(two, vector.broadcast(one, pair))
         first, second = (arith.extf(self.f32, self.element(both, n)) for n in range(2))
