@@ -107,7 +107,8 @@ def in_registers(
 
         def run(x: Any, held: FP8Stack, tiles: Tiles = tiles, fused: bool = fused) -> Any:
             weight = hopper_e4m3.coded(held, 0, EXPERTS, transposed=transposed)
-            spans, options = schedule.spans[tiles.heights[-1]], {"transposed": transposed, "swiglu": fused}
+            spans: Any = schedule.spans[tiles.heights[-1]]
+            options: Any = {"transposed": transposed, "swiglu": fused}
             y = hopper_decoding.grouped_matmul(x, weight, hopper_e4m3.E4M3_FORM, spans, tiles=tiles, **options)
             return swiglu_of_product(y) if swiglu and not fused else y
 

@@ -34,7 +34,7 @@ from jaxmoe.ops.implementations import OPERATIONS
 from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import DEPTH
 from jaxmoe.ops.schedule import make_schedule
-from jaxmoe.parameters import parameter_specs
+from jaxmoe.parameters import FP8_BLOCK, parameter_specs
 from jaxmoe.presets import PRESETS
 from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.step import (
@@ -263,7 +263,7 @@ def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
     assert memory.CUDNN_SEQUENCES == cudnn.MAX_PIECES
     assert memory.MOSAIC_ROWS == HOPPER.tile_rows(1, 1) == HOPPER.tile_rows(65536, 128)
     assert HOPPER.rank_multiple == memory.MOSAIC_RANK
-    assert memory.NF4_SIDES == 2 * DEPTH
+    assert memory.DECODED_SIDES == 2 * DEPTH == FP8_BLOCK
     for length in (1, 64, 600, 4096, 8192, 8193, 65536):
         assert memory.query_chunk(length) == chunk_length(length)
     assert memory.CONTEXT_TILE == attention_context.LONGEST

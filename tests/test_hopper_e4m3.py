@@ -22,7 +22,9 @@ from jaxmoe.ops.kernels.grouped_matmul import hopper_e4m3 as kernel
 from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 from jaxmoe.ops.kernels.grouped_matmul.hopper_thread import Thread
 from jaxmoe.ops.schedule import make_schedule
+from tests.parity import relative_error
 from tests.test_kernels import needs_kernels, normal, on_gpu, scheduled, skewed
+from tests.tolerances import bound
 
 WORD = np.uint32
 
@@ -150,12 +152,10 @@ def test_a_small_product_decodes_in_registers(monkeypatch: pytest.MonkeyPatch) -
 
 @needs_kernels
 @pytest.mark.gpu
-@pytest.mark.parametrize("extra", ["plain", "low rank", "swiglu"])
-@pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
 @pytest.mark.parametrize("tokens", [60, 900, 3000])
-def test_products_have_the_bits_of_decoded_weights(tokens: int, transposed: bool, extra: str) -> None:
-    if extra == "swiglu" and not transposed:
-        pytest.skip("SwiGLU is applied forwards")
+@pytest.mark.parametrize("case", ["forward", "backward", "forward, low rank", "backward, low rank", "swiglu"])
+def test_products_have_the_bits_of_decoded_weights(tokens: int, case: str) -> None:
+    transposed, swiglu = "backward" not in case, case == "swiglu"
     E, k = 8, 2
     stack = random_stack(2 * E, 2, 256, 384)
     layout = HOPPER.tile_rows(tokens * k, E), HOPPER.span_rows(tokens * k, E)
@@ -164,8 +164,8 @@ def test_products_have_the_bits_of_decoded_weights(tokens: int, transposed: bool
     P, out, inner = schedule.source.shape[0], *stack.shape[1:]
     x = normal(rng, P, inner if transposed else out)
     weight = normal(rng, E, *((out, 64) if transposed else (64, inner)))
-    low = LowRankTerm(normal(rng, P, 64), weight) if extra == "low rank" else None
-    options: Any = {"transposed": transposed, "low": low, "swiglu": extra == "swiglu"}
+    low = LowRankTerm(normal(rng, P, 64), weight) if "low rank" in case else None
+    options: Any = {"transposed": transposed, "low": low, "swiglu": swiglu}
 
     def product(offset: int, name: str) -> np.ndarray:
         with forced(fp8_products=name):
@@ -173,14 +173,16 @@ def test_products_have_the_bits_of_decoded_weights(tokens: int, transposed: bool
             return np.asarray(run(x, stack, schedule, offset).astype(jnp.float32))[np.asarray(schedule.source) >= 0]
 
     expected = product(E, "decoded")
-    assert (product(E, "registers") == expected).all()
+    found = product(E, "registers")
+    # With many rows XLA applies SwiGLU, to the same rounded products.
+    assert relative_error(found, expected) <= bound("kernel_swiglu_bf16") if swiglu else (found == expected).all()
     assert not (product(0, "registers") == expected).all()
 
 
 def test_which_products_decode_in_registers() -> None:
     products = kernel.REGISTERS
-    if not on_gpu:
-        assert products.unsupported(jnp.bfloat16, random_stack(2, 1, 128, 128)) is None
+    found = products.unsupported(jnp.bfloat16, random_stack(2, 1, 128, 128))
+    assert found is None or (not on_gpu and "needs grouped matmul by mosaic, found tiled" in found)
     assert "needs bfloat16, found float32" in (products.unsupported(jnp.float32, random_stack(2, 1, 128, 128)) or "")
     odd = FP8Stack(jnp.zeros((2, 64, 128)), jnp.zeros((2, 1, 1, 1)), (2, 64, 128), jnp.dtype(jnp.bfloat16))
     assert "found 64 by 128" in (products.unsupported(jnp.bfloat16, odd) or "")

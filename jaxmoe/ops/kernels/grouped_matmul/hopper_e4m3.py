@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 from jaxmoe.fp8.codec import E4M3
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul.hopper_decoding import (
     RANK,
     Coded,
@@ -41,6 +42,7 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import shared_memory
 from jaxmoe.ops.kernels.grouped_matmul.hopper_thread import OPERAND, Thread, inline, reference
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import DEPTH, LARGE, SMALL, Tiles
 from jaxmoe.ops.schedule import Schedule
+from jaxmoe.ops.swiglu import swiglu_of_product
 from jaxmoe.parameters import FP8_BLOCK
 
 _COPIES = 32  # of a scale: shared memory that TMA fills begins at multiples of 128 bytes
@@ -150,6 +152,7 @@ def _decoded_across(_: Any, codes: Any, scales: Any) -> Any:
 
 
 # (rows of a span, tiles) for at least so many rows an expert, and for fewer. Each height costs time to compile.
+_FUSED_BELOW = 256  # rows an expert; with more, tiles without SwiGLU and a pass of their own for it are faster
 _MANY = {256: (LARGE, Tiles(128, (128, 192, 224, 256), 4)), 96: (LARGE, Tiles(128, (64, 128, 192, 256), 4))}
 _ALONG_FEW = SMALL, Tiles(256, (64, 96, 128), 5)
 _ACROSS_FEW = SMALL, Tiles(128, (32, 64, 96, 128), 7)
@@ -179,11 +182,13 @@ class Registers:
         sides = stack.shape[1] // stack.scales.shape[-3], stack.shape[2]
         if any(side % FP8_BLOCK for side in sides):
             return f"needs matrices of whole blocks of 128 by 128, found {sides[0]} by {sides[1]}"
+        if (selected := choose("grouped_matmul", dtype).name) != "mosaic":
+            return f"needs grouped matmul by mosaic, found {selected}"
         return _small_case()
 
     def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
-        """True, except with both SwiGLU and a low-rank term, and with high ranks."""
-        return low is None or (not swiglu and low.rows.shape[1] == RANK)
+        """True, except with high ranks."""
+        return low is None or low.rows.shape[1] == RANK
 
     def matmul(
         self,
@@ -197,10 +202,13 @@ class Registers:
         low: LowRankTerm | None = None,
     ) -> Float[Array, "P out"]:
         """As `FP8Products.matmul`."""
-        rows, tiles = fitting_tiles(schedule, transposed=transposed, swiglu=swiglu)
-        weight = coded(stack, offset, schedule.first_tile.shape[0], transposed=transposed)
-        options: Any = {"transposed": transposed, "swiglu": swiglu, "low": low, "tiles": tiles}
-        return grouped_matmul(x, weight, E4M3_FORM, schedule.spans[rows], offset, **options)
+        experts = schedule.first_tile.shape[0]
+        fused = swiglu and low is None and schedule.destination.size < _FUSED_BELOW * experts
+        rows, tiles = fitting_tiles(schedule, transposed=transposed, swiglu=fused)
+        weight = coded(stack, offset, experts, transposed=transposed)
+        options: Any = {"transposed": transposed, "swiglu": fused, "low": low, "tiles": tiles}
+        y = grouped_matmul(x, weight, E4M3_FORM, schedule.spans[rows], offset, **options)
+        return swiglu_of_product(y) if swiglu and not fused else y
 
 
 @cache
