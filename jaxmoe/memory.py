@@ -181,6 +181,8 @@ def training_forecast(work: Workload) -> Forecast:
     in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_gathered(work), *_decoded(work, training=True))
     in_the_head = (Part("one chunk of logits", logits, False),)
     in_the_optimizer = (Part("orthogonal factors", orthogonal_bytes(work), False),)
+    if on_host:
+        in_the_optimizer = (Part("an adapter's update", update_bytes(work), False),)
     return Forecast(
         (
             *stored,
@@ -306,7 +308,7 @@ def _gathered(work: Workload) -> tuple[Part, ...]:
 def _decoded(work: Workload, *, training: bool) -> tuple[Part, ...]:
     """With quantised weights those in `dtype` that exist at once: each is decoded for a short time when it is used.
 
-    In training the kernel decodes the experts' codes itself, NF4 except where experts have adapters; it reads the
+    In training the kernel decodes the experts' codes itself, unless they have adapters of high ranks; it reads the
     scales of a layer's experts in float32. Otherwise it reads all experts of a layer, decoded. XLA decodes those of
     both products together, unless the policy is "offload" (`jaxmoe.ops.experts`). The loop over tiles decodes the
     experts of a few tiles, no more than it has rows.
@@ -333,7 +335,7 @@ def _decodes_in_kernel(work: Workload, quantization: Quantization) -> bool:
     sides = work.config.hidden_size, work.config.moe_intermediate_size
     targets = [target for target in work.lora.targets if target in LORA_GROUPS["experts"]] if work.lora else []
     rank = max((work.lora.rank(target) for target in targets), default=0) if work.lora else 0
-    in_kernel = {"nf4": work.nf4_products == "mosaic" and not rank, "fp8": work.fp8_products == "registers"}
+    in_kernel = {"nf4": work.nf4_products == "mosaic", "fp8": work.fp8_products == "registers"}
     return (
         (work.experts, work.dtype) == ("mosaic", "bfloat16")
         and in_kernel[quantization.form]
@@ -356,6 +358,17 @@ def moments_on_host(
     since an update of theirs may need more than one element at a time."""
     large = lora is not None and _moment_bytes(config, lora) >= LARGE_MOMENTS
     return remat == "offload" and optimizer == "adamw" and large
+
+
+def update_bytes(work: Workload) -> int:
+    """Bytes that the update of the largest array needs on the device while moments lie in the host's memory: a copy of
+    its gradient, and for one layer gradient, weights, change, and two moments before and after (estimated)."""
+    assert work.lora is not None
+    elements, spec = max(
+        ((held_elements(spec, work.mesh), spec) for spec in lora_specs(work.config, work.lora).values()),
+        key=lambda pair: pair[0],
+    )
+    return FLOAT32 * (elements + 7 * elements // (spec.shape[0] if spec.axes[0] == "layers" else 1))
 
 
 def _moment_bytes(config: Qwen3MoeConfig, lora: LoraConfig) -> int:

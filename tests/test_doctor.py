@@ -199,12 +199,15 @@ HELD = {
 }
 
 
-# With experts decoded in the kernel: peaks of benchmarks.train_step, H200, 2026-11-29 and 30, the second under 22 GiB,
-# the third under 16.8.
+# With experts decoded in the kernel: peaks of benchmarks.train_step, H200, 2026-11-29 and 30; under 22 GiB the second
+# and the last two, under 16.8 the third.
 HELD_IN_REGISTERS = {
     ("attention", 2, 4096, "fast", False, "nf4"): 37.6,
     ("attention", 1, 2048, "balanced", False, "nf4"): 19.5,
     ("attention", 1, 2048, "offload", False, "nf4"): 15.54,
+    ("attention,experts", 2, 4096, "fast", False, "nf4"): 47.49,  # this and the next two: experts' adapters, too
+    ("attention,experts", 1, 1024, "offload", False, "nf4"): 20.6,
+    ("attention,experts", 1, 2048, "offload", False, "nf4"): 20.6,
 }
 
 

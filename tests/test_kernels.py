@@ -533,9 +533,6 @@ def test_which_products_decode_in_registers() -> None:
             partial(make_schedule, num_experts=8, tile=16, span_rows=HOPPER.span_rows(2 * tokens, 8)), experts
         )
         assert kernel.fitting_tiles(schedule, transposed=True, swiglu=False)[0] == rows
-        low = LowRankTerm(jnp.zeros((16, 64)), jnp.zeros((2, 128, 64)))
-        found = [
-            products.faster(schedule, term, swiglu=swiglu)
-            for term, swiglu in ((None, False), (None, True), (low, False))
-        ]
-        assert found == [True, False, False]
+        low, wide = (LowRankTerm(jnp.zeros((16, rank)), jnp.zeros((2, 128, rank))) for rank in (64, 128))
+        cases = (None, False), (low, False), (wide, False), (None, True)
+        assert [products.faster(schedule, term, swiglu=swiglu) for term, swiglu in cases] == [True, True, False, False]

@@ -14,7 +14,7 @@ and one byte is the columns of rows m and m + 8.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.kernels.grouped_matmul.hopper_decoding import (
+    RANK,
     Coded,
     Piece,
     grouped_matmul,
@@ -176,8 +177,8 @@ class InRegisters:
         return _small_case()
 
     def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
-        """Without a low-rank term and SwiGLU: with them it has not been measured."""
-        return low is None and not swiglu
+        """For any number of rows, with a low-rank term of rank 64 or none. SwiGLU has not been measured."""
+        return not swiglu and (low is None or low.rows.shape[1] == RANK)
 
     def matmul(
         self,
@@ -199,7 +200,7 @@ class InRegisters:
 
 @cache
 def _small_case() -> str | None:
-    return why_not(small_case_equal)
+    return why_not(partial(small_case_equal, low_rank=True))
 
 
 def small_case_equal(*, low_rank: bool = False) -> bool:
