@@ -3,8 +3,9 @@
     python -m benchmarks.fp8_products [--tokens 8192 32768] [--seconds 0.3] [--json FILE]
 
 Widths are those of Qwen3-30B-A3B (128 experts, 8 per token, 2048 to 768), routing is random, weights are random. Each
-line is the median time of a call, in milliseconds, and the bfloat16 kernel's time over it. The error is the relative L2
-of sampled rows against float64 on the same quantised operands.
+line is the median time of a call, in milliseconds, and the bfloat16 kernel's time over it. "In registers" decodes the
+weights in the kernel; "equal" says whether all bits are those of decoded weights. "FP8" quantises the rows, too; the
+error is the relative L2 of sampled rows against float64 on the same quantised operands.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,11 +25,18 @@ import numpy as np
 from jaxmoe.fp8 import encode
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.ops.fp8_products import QuantizedRows, quantize_rows
-from jaxmoe.ops.kernels.grouped_matmul import hopper, hopper_fp8
+from jaxmoe.ops.kernels.grouped_matmul import hopper, hopper_decoding, hopper_e4m3, hopper_fp8
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import Tiles
 from jaxmoe.ops.schedule import Schedule, make_schedule
+from jaxmoe.ops.swiglu import swiglu_of_product
 
 EXPERTS, CHOSEN, HIDDEN, WIDTH = 128, 8, 2048, 768
+REGISTERS = {
+    "128 columns, spans of 256": Tiles(128, (128, 192, 224, 256), 4),
+    "the same from 64": Tiles(128, (64, 128, 192, 256), 4),
+    "256 columns": Tiles(256, (64, 96, 128), 5),
+    "128 columns, spans of 128": Tiles(128, (32, 64, 96, 128), 7),
+}
 TILES = {
     "256 columns": hopper_fp8.TILES,
     "256 columns, three heights": Tiles(256, (96, 112, 128), 4),
@@ -37,9 +46,9 @@ TILES = {
 }
 
 
-def milliseconds(run: Callable[..., Any], *operands: Any, seconds: float) -> float:
+def milliseconds(run: Callable[..., Any], *operands: Any, seconds: float, jit: bool = True) -> float:
     """The median of several rounds of calls, each long enough that the host's part is hidden."""
-    compiled = jax.jit(run)
+    compiled = jax.jit(run) if jit else run
     jax.block_until_ready(compiled(*operands))
     start = time.perf_counter()
     jax.block_until_ready([compiled(*operands) for _ in range(3)])
@@ -83,11 +92,35 @@ def error(found: Any, x: QuantizedRows, held: FP8Stack, schedule: Schedule, swig
     return float(np.linalg.norm(np.asarray(found[rows], np.float64) - exact) / np.linalg.norm(exact))
 
 
+def in_registers(
+    x: Any, held: FP8Stack, weights: Any, schedule: Schedule, *, transposed: bool, swiglu: bool = False
+) -> Iterator[tuple[str, Callable[[], Any], bool]]:
+    """(the kernel that decodes in registers with these tiles, its call, whether it has the bits of decoded weights)."""
+    used = np.flatnonzero(np.asarray(schedule.source) >= 0)
+    plain = lambda x, weights: hopper.HOPPER.matmul(x, weights, schedule, 0, transposed=transposed, swiglu=swiglu)
+    expected = np.asarray(jax.jit(plain)(x, weights).astype(jnp.float32))[used]
+    mean = schedule.destination.size // EXPERTS
+    for how, tiles in REGISTERS.items():
+        fused = swiglu and tiles.columns == 256
+        if (not transposed and tiles.columns != 128) or not mean // 4 <= tiles.heights[-1] <= 4 * mean + 64:
+            continue
+
+        def run(x: Any, held: FP8Stack, tiles: Tiles = tiles, fused: bool = fused) -> Any:
+            weight = hopper_e4m3.coded(held, 0, EXPERTS, transposed=transposed)
+            spans: Any = schedule.spans[tiles.heights[-1]]
+            options: Any = {"transposed": transposed, "swiglu": fused}
+            y = hopper_decoding.grouped_matmul(x, weight, hopper_e4m3.E4M3_FORM, spans, tiles=tiles, **options)
+            return swiglu_of_product(y) if swiglu and not fused else y
+
+        call = partial(jax.jit(run), x, held)
+        yield how, call, bool((np.asarray(call().astype(jnp.float32))[used] == expected).all())
+
+
 def cases(tokens: int, seconds: float, names: Sequence[str] = tuple(TILES)) -> Iterator[dict[str, Any]]:
     """The lines for one number of tokens."""
     keys = jax.random.split(jax.random.key(0), 4)
     experts = jnp.argsort(jax.random.uniform(keys[0], (tokens, EXPERTS)), axis=1)[:, :CHOSEN].astype(jnp.int32)
-    limits = {128, 160, 192, *hopper.HOPPER.span_rows(experts.size, EXPERTS)}
+    limits = {128, 160, 192, 256, *hopper.HOPPER.span_rows(experts.size, EXPERTS)}
     schedule = jax.jit(make_schedule, static_argnums=(1, 2, 3))(experts, EXPERTS, 16, tuple(sorted(limits)))
     rows = len(schedule.source)
     for name, matrices, out, inner in (("up", 2, 2 * WIDTH, HIDDEN), ("down", 1, HIDDEN, WIDTH)):
@@ -106,6 +139,10 @@ def cases(tokens: int, seconds: float, names: Sequence[str] = tuple(TILES)) -> I
             )
             base = milliseconds(forward, x, weights, seconds=seconds)
             yield kind | {"how": "bfloat16", "ms": base, "times": 1.0}
+            inside = in_registers(x, held, weights, schedule, transposed=True, swiglu=swiglu)
+            for how, call, equal in inside:
+                ms = milliseconds(call, seconds=seconds, jit=False)
+                yield kind | {"how": f"in registers, {how}", "ms": ms, "times": base / ms, "equal": equal}
             for how in names:
                 tiles = TILES[how]
                 if swiglu and tiles.columns < 256:
@@ -126,6 +163,9 @@ def cases(tokens: int, seconds: float, names: Sequence[str] = tuple(TILES)) -> I
         yield kind | {"how": "bfloat16", "ms": base, "times": 1.0}
         ms = milliseconds(backward, d_y, held, seconds=seconds)
         yield kind | {"how": "decoded, then bfloat16", "ms": ms, "times": base / ms}
+        for how, call, equal in in_registers(d_y, held, weights, schedule, transposed=False):
+            ms = milliseconds(call, seconds=seconds, jit=False)
+            yield kind | {"how": f"in registers, {how}", "ms": ms, "times": base / ms, "equal": equal}
         d_rows = jax.jit(quantize_rows)(d_y)
         yield kind | {"how": "quantise dY", "ms": milliseconds(quantize_rows, d_y, seconds=seconds)}
         swap = lambda held: hopper_fp8.swapped(held, 0, EXPERTS)

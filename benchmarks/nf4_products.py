@@ -2,8 +2,8 @@
 
 The shape is that of Qwen3-30B-A3B, with random codes and skewed routing. "16 bit" multiplies weights that were decoded
 before, "decoded" decodes a layer's experts for each product, and the others decode in the kernel, with tiles of so
-many columns and rows. All run in turn in one process. "error" is the worst relative one against "decoded"; with equal
-bits it is zero.
+many columns and rows. All run in turn in one process. With `--low-rank` each product has the term of an adapter.
+"error" is the worst relative one against "decoded"; with equal bits it is zero.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from benchmarks.timing import Side, seconds_in_turn
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.nf4.codec import dynamic_map
 from jaxmoe.nf4.stack import NF4Stack
-from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4
+from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.kernels.grouped_matmul import hopper_decoding, hopper_nf4
 from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import Tiles
 from jaxmoe.ops.schedule import make_schedule
 from jaxmoe.presets import PRESETS
 
-PRODUCTS = ("up", "down", "dX up", "dX down")
+PRODUCTS = ("up", "up, SwiGLU", "down", "dX up", "dX down")
 LAYERS = 2  # in a stack; the second is multiplied
 TILES = {
     "256 x 128": Tiles(256, (64, 96, 128), 6),
@@ -65,7 +66,15 @@ class Case(NamedTuple):
     used: np.ndarray
 
 
-def cases(tokens: int, products: Sequence[str]) -> Iterator[Case]:
+def random_term(key: jax.Array, experts: int, rows: int, width: int, *, transposed: bool) -> LowRankTerm:
+    """The low-rank term of a product of this width."""
+    first, second = jax.random.split(key)
+    shape = (experts, width, hopper_decoding.RANK) if transposed else (experts, hopper_decoding.RANK, width)
+    normal = partial(jax.random.normal, dtype=jnp.bfloat16)
+    return LowRankTerm(normal(first, (rows, hopper_decoding.RANK)), 0.05 * normal(second, shape))
+
+
+def cases(tokens: int, products: Sequence[str], *, low_rank: bool) -> Iterator[Case]:
     """The cases of this many tokens."""
     config = PRESETS["qwen3-30b-a3b"]
     D, F, E, k = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
@@ -75,29 +84,35 @@ def cases(tokens: int, products: Sequence[str]) -> Iterator[Case]:
     experts = jnp.asarray(skewed_experts(tokens, E, k))
     schedule = jax.jit(make_schedule, static_argnums=(1, 2, 3))(experts, E, 16, heights)
     for name in products:
-        transposed = not name.startswith("dX")
+        transposed, swiglu = not name.startswith("dX"), "SwiGLU" in name
         key = jax.random.key(0)
         stack = random_stack(key, E, 1, D, F) if "down" in name else random_stack(key, E, 2, 2 * F, D)
         width = stack.shape[2 if transposed else 1]
         x = padded(jax.random.normal(key, (tokens * k, width), jnp.bfloat16), schedule)
 
-        def multiply(x, weight, schedule, offset, transposed=transposed):
+        low = None
+        if low_rank:
+            low = random_term(key, E, x.shape[0], stack.shape[1 if transposed else 2], transposed=transposed)
+        options: dict[str, Any] = {"transposed": transposed, "swiglu": swiglu}
+
+        def multiply(x, weight, schedule, offset, low, options=options):
             if isinstance(weight, NF4Stack):
                 weight, offset = weight[offset + jnp.arange(E)], 0
-            return HOPPER.matmul(x, weight, schedule, offset, transposed=transposed)
+            return HOPPER.matmul(x, weight, schedule, offset, low=low, **options)
 
-        def in_kernel(x, stack, schedule, offset, transposed=transposed, tiles: Any = None):
-            codes, spans = hopper_nf4.Codes.of(stack, offset, E), schedule.spans[tiles.heights[-1]]
-            return hopper_nf4.grouped_matmul(x, codes, spans, offset, transposed=transposed, tiles=tiles)
+        def in_kernel(x, stack, schedule, offset, low, options=options, tiles: Any = None):
+            codes, spans = hopper_nf4.coded(stack, offset, E), schedule.spans[tiles.heights[-1]]
+            form = hopper_nf4.NF4_FORM
+            return hopper_decoding.grouped_matmul(x, codes, form, spans, offset, low=low, tiles=tiles, **options)
 
         plain = jax.jit(lambda stack: stack[E + jnp.arange(E)])(stack)
         sides = {
-            "16 bit": (multiply, (x, plain, schedule, jnp.int32(0))),
-            "decoded": (multiply, (x, stack, schedule, jnp.int32(E))),
+            "16 bit": (multiply, (x, plain, schedule, jnp.int32(0), low)),
+            "decoded": (multiply, (x, stack, schedule, jnp.int32(E), low)),
         }
         for label, each in tiles.items():
-            if transposed or each.columns == 128:
-                sides[label] = partial(in_kernel, tiles=each), (x, stack, schedule, jnp.int32(E))
+            if each.columns == (256 if swiglu else 128) or (transposed and not swiglu):
+                sides[label] = partial(in_kernel, tiles=each), (x, stack, schedule, jnp.int32(E), low)
         yield Case(tokens, name, sides, np.flatnonzero(np.asarray(schedule.source) >= 0))
 
 
@@ -120,10 +135,12 @@ def main() -> None:
     parser.add_argument(
         "--products", nargs="+", default=PRODUCTS, choices=PRODUCTS, help="of the experts (default: all)"
     )
+    parser.add_argument("--low-rank", action="store_true", help="with the term of an adapter; not with SwiGLU")
     parser.add_argument("--rounds", type=int, default=8, metavar="N", help="of which the median counts (default: 8)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers to this file")
     args = parser.parse_args()
-    every = [case for tokens in args.tokens for case in cases(tokens, args.products)]
+    products = [name for name in args.products if not (args.low_rank and "SwiGLU" in name)]
+    every = [case for tokens in args.tokens for case in cases(tokens, products, low_rank=args.low_rank)]
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(_compiled, every))
     labels, records = ["16 bit", "decoded", *TILES], []

@@ -40,12 +40,13 @@ LossName = Literal["next-token", "dpo", "orpo"]  # what training minimises
 LOSSES_OVER_PAIRS = ("dpo", "orpo")  # they compare two sequences, a chosen and a rejected answer
 Attention = Literal["cudnn", "flash", "blocks"]  # names in `jaxmoe.ops.implementations.OPERATIONS`
 Experts = Literal["mosaic", "mma", "tiled", "ragged_dot"]  # names of the grouped matmul there
-NF4Products = Literal["mosaic", "decoded"]  # and of its products with experts in NF4
+NF4Products = Literal["mosaic", "decoded"]  # of its products with experts in NF4
+FP8Products = Literal["registers", "decoded", "mosaic", "xla"]  # and of those with experts in FP8
 CONTEXT_TILE = 512  # tokens that meet at a time on a `context` axis, as in jaxmoe.ops.attention_context
 CUDNN_SEQUENCES = 4  # documents of a sequence in one call, as in jaxmoe.ops.attention_cudnn.MAX_PIECES
 MOSAIC_ROWS = 16  # the kernels pad an expert's rows to a multiple of this, as in jaxmoe.ops.experts
 MOSAIC_RANK = 64  # and the rank of experts' adapters, as in jaxmoe.ops.kernels.grouped_matmul.hopper
-NF4_SIDES = 128  # Hopper's kernel decodes NF4 itself if the matrices' sides are multiples of this
+DECODED_SIDES = 128  # Hopper's kernel decodes NF4 and FP8 itself if the matrices' sides are multiples of this
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Workload:
         attention: the implementation that runs on the device (`jaxmoe.ops.attention.implementation`).
         experts: the implementation of the experts' products (`jaxmoe.ops.experts.implementation`).
         nf4_products: how its kernel multiplies by experts in NF4.
+        fp8_products: how it multiplies by experts in FP8.
         packed: a sequence may hold several documents.
         mesh: the devices that share a step; the forecast is for one of them, and `batch_size` counts its own sequences.
         pairs: the loss compares answers, each in a sequence of its own.
@@ -129,6 +131,7 @@ class Workload:
     attention: Attention = "blocks"
     experts: Experts = "tiled"
     nf4_products: NF4Products = "decoded"
+    fp8_products: FP8Products = "decoded"
     packed: bool = True
     quantization: Quantization | None = None
     mesh: MeshShape = ONE_DEVICE
@@ -178,6 +181,8 @@ def training_forecast(work: Workload) -> Forecast:
     in_a_layer = (Part(f"one layer, {work.attention}", layer, False), *_gathered(work), *_decoded(work, training=True))
     in_the_head = (Part("one chunk of logits", logits, False),)
     in_the_optimizer = (Part("orthogonal factors", orthogonal_bytes(work), False),)
+    if on_host:
+        in_the_optimizer = (Part("an adapter's update", update_bytes(work), False),)
     return Forecast(
         (
             *stored,
@@ -303,7 +308,7 @@ def _gathered(work: Workload) -> tuple[Part, ...]:
 def _decoded(work: Workload, *, training: bool) -> tuple[Part, ...]:
     """With quantised weights those in `dtype` that exist at once: each is decoded for a short time when it is used.
 
-    In training the kernel decodes the experts' NF4 codes itself, except where experts have adapters; it reads the
+    In training the kernel decodes the experts' codes itself, unless they have adapters of high ranks; it reads the
     scales of a layer's experts in float32. Otherwise it reads all experts of a layer, decoded. XLA decodes those of
     both products together, unless the policy is "offload" (`jaxmoe.ops.experts`). The loop over tiles decodes the
     experts of a few tiles, no more than it has rows.
@@ -315,7 +320,9 @@ def _decoded(work: Workload, *, training: bool) -> tuple[Part, ...]:
     experts = [math.prod(specs[path].shape[1:]) // held for path in paths if path.startswith("sparse.")] or [0]
     others = max(math.prod(specs[path].shape[1:]) for path in paths if not path.startswith("sparse.")) * work.size
     if training and _decodes_in_kernel(work, quantization):
-        return (Part("decoded weights", max(sum(experts) // NF4_BLOCK * FLOAT32, others), False),)
+        # NF4's as they are decoded, and in the order of the kernel; those of FP8 are few
+        scales = 2 * sum(experts) // NF4_BLOCK * FLOAT32 if quantization.form == "nf4" else 0
+        return (Part("decoded weights", max(scales, others), False),)
     together = max(experts) if work.remat == "offload" else sum(experts)
     if work.experts == "tiled":
         together = min(together, work.rows * max(work.config.hidden_size, 2 * work.config.moe_intermediate_size))
@@ -323,13 +330,18 @@ def _decoded(work: Workload, *, training: bool) -> tuple[Part, ...]:
 
 
 def _decodes_in_kernel(work: Workload, quantization: Quantization) -> bool:
-    """Whether no expert is decoded in memory in training, as `jaxmoe.ops.kernels.grouped_matmul.hopper_nf4` says."""
+    """Whether no expert is decoded in memory in training, as `jaxmoe.ops.kernels.grouped_matmul.hopper_nf4` and
+    `hopper_e4m3` say."""
     sides = work.config.hidden_size, work.config.moe_intermediate_size
+    targets = [target for target in work.lora.targets if target in LORA_GROUPS["experts"]] if work.lora else []
+    rank = max((work.lora.rank(target) for target in targets), default=0) if work.lora else 0
+    in_kernel = {"nf4": work.nf4_products == "mosaic", "fp8": work.fp8_products == "registers"}
     return (
-        (work.experts, work.nf4_products, quantization.form, work.dtype) == ("mosaic", "mosaic", "nf4", "bfloat16")
-        and not any(side % NF4_SIDES for side in sides)
+        (work.experts, work.dtype) == ("mosaic", "bfloat16")
+        and in_kernel[quantization.form]
+        and 2 * rank <= MOSAIC_RANK  # two 16-bit terms of it
+        and not any(side % DECODED_SIDES for side in sides)
         and not any(path.startswith("sparse.") for path, _ in quantization.unquantized)
-        and not (work.lora and _ranks(work.lora, LORA_GROUPS["experts"]))
     )
 
 
@@ -346,6 +358,17 @@ def moments_on_host(
     since an update of theirs may need more than one element at a time."""
     large = lora is not None and _moment_bytes(config, lora) >= LARGE_MOMENTS
     return remat == "offload" and optimizer == "adamw" and large
+
+
+def update_bytes(work: Workload) -> int:
+    """Bytes that the update of the largest array needs on the device while moments lie in the host's memory: a copy of
+    its gradient, and for one layer gradient, weights, change, and two moments before and after (estimated)."""
+    assert work.lora is not None
+    elements, spec = max(
+        ((held_elements(spec, work.mesh), spec) for spec in lora_specs(work.config, work.lora).values()),
+        key=lambda pair: pair[0],
+    )
+    return FLOAT32 * (elements + 7 * elements // (spec.shape[0] if spec.axes[0] == "layers" else 1))
 
 
 def _moment_bytes(config: Qwen3MoeConfig, lora: LoraConfig) -> int:

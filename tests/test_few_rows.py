@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.config import LoraConfig
+from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.model.cache import KVCache, NewTokens, forward_cached
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.model.interface import Options
@@ -25,6 +26,7 @@ from jaxmoe.ops.router import largest_by_rank
 from peers.configs import config_of
 from tests.parity import relative_error
 from tests.row_kernels import INTERPRETED, draw, made_up_gpu
+from tests.test_weight_forms import random_fp8
 from tests.tolerances import bound
 
 KERNELS = (
@@ -54,7 +56,15 @@ def in_nf4(matrices: int, nested: bool, seed: int = 0) -> NF4Stack:
     return NF4Stack(*arrays, shape=(GROUPS, OUT, INNER), dtype=jnp.dtype(jnp.bfloat16))
 
 
+def in_fp8(matrices: int, out: int = OUT, inner: int = INNER) -> FP8Stack:
+    """Random codes, and scales that no two blocks share."""
+    codes, _ = random_fp8((GROUPS, out, inner), "float32")
+    scales = np.random.default_rng(1).uniform(1e-3, 1e-2, (GROUPS, matrices, -(-out // matrices // 128), inner // 128))
+    return FP8Stack(jnp.asarray(codes), jnp.asarray(scales, jnp.float32), codes.shape, jnp.dtype(jnp.bfloat16))
+
+
 STACKS: dict[str, Any] = {
+    "FP8": lambda: in_fp8(2),
     "16 bit": lambda: draw(7, GROUPS, OUT, INNER).astype(jnp.bfloat16),
     "NF4": lambda: in_nf4(2, nested=False),
     "nested NF4": lambda: in_nf4(2, nested=True),
@@ -67,7 +77,9 @@ def chosen(tokens: int) -> Rows:
     return Rows.of_experts(jnp.asarray(experts, jnp.int32), 1)
 
 
-@pytest.mark.parametrize(("form", "tokens"), [("16 bit", 1), ("nested NF4", 1), ("16 bit", 3), ("NF4", 30)])
+@pytest.mark.parametrize(
+    ("form", "tokens"), [("16 bit", 1), ("nested NF4", 1), ("16 bit", 3), ("NF4", 30), ("FP8", 1), ("FP8", 3)]
+)
 def test_only_the_chosen_experts(form: str, tokens: int) -> None:
     """Thirty tokens give more rows of one expert than the kernel takes at once."""
     x, stack, rows = draw(1, tokens, INNER).astype(jnp.bfloat16), STACKS[form](), chosen(tokens)

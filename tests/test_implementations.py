@@ -48,7 +48,7 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
         ("grouped matmul", grouped_matmul),
-        ("fp8 products", "decoded"),
+        ("fp8 products", "registers" if grouped_matmul == "mosaic" else "decoded"),
         ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
         *((what, row_kernels) for what in ROW_KERNELS),
     }

@@ -452,7 +452,7 @@ def test_codes_and_scales_are_those_of_the_decoded_weights() -> None:
     from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4 as kernel
 
     stack = nf4_stack(4, 2, 128, 128)
-    codes = kernel.Codes.of(stack, 2, 2)
+    codes = kernel.coded(stack, 2, 2)
     pairs = np.asarray(codes.codes)[2:]
     values = NF4_TABLE[np.stack([pairs >> 4, pairs & 15], -1).reshape(2, 256, 128)]
     scales = np.repeat(np.asarray(codes.scales).transpose(0, 2, 1), 64, axis=-1)
@@ -467,7 +467,7 @@ def test_a_small_product_decodes_in_registers(monkeypatch: pytest.MonkeyPatch) -
     from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4 as kernel
 
     if on_gpu:
-        assert kernel.small_case_equal()
+        assert kernel.small_case_equal() and kernel.small_case_equal(low_rank=True)
         return
     monkeypatch.setattr(utils, "_infer_arch", lambda: (9, 0))
     translated = []
@@ -481,15 +481,18 @@ def test_a_small_product_decodes_in_registers(monkeypatch: pytest.MonkeyPatch) -
 
     compiled = jax.jit
     monkeypatch.setattr(jax, "jit", translate)
-    assert kernel.small_case_equal()
+    assert kernel.small_case_equal(low_rank=True)
     assert translated[0].count("mosaic_gpu_v2") == 2
 
 
 @needs_kernels
 @pytest.mark.gpu
-@pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("transposed", "extra"), [(True, ""), (True, "low rank"), (True, "swiglu"), (False, ""), (False, "low rank")]
+)
 @pytest.mark.parametrize("tokens", [60, 900, 3000])
-def test_nf4_in_registers_has_the_bits_of_decoded_weights(tokens: int, transposed: bool) -> None:
+def test_nf4_in_registers_has_the_bits_of_decoded_weights(tokens: int, transposed: bool, extra: str) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4 as kernel
     from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 
     E, k = 8, 2
@@ -499,15 +502,19 @@ def test_nf4_in_registers_has_the_bits_of_decoded_weights(tokens: int, transpose
     rng = np.random.default_rng(tokens)
     P, out, inner = schedule.source.shape[0], *stack.shape[1:]
     x = normal(rng, P, inner if transposed else out)
+    weight = normal(rng, E, *((out, 64) if transposed else (64, inner)))
+    low = LowRankTerm(normal(rng, P, 64), weight) if extra == "low rank" else None
+    options: Any = {"transposed": transposed, "low": low, "swiglu": extra == "swiglu"}
+    placed = np.asarray(schedule.source) >= 0
 
-    def product(offset: int, name: str) -> np.ndarray:
-        with forced(nf4_products=name):
-            run = jax.jit(partial(HOPPER.matmul, transposed=transposed))
-            return np.asarray(run(x, stack, schedule, offset).astype(jnp.float32))[np.asarray(schedule.source) >= 0]
+    def product(run: Any) -> Any:
+        return lambda offset: np.asarray(run(x, stack, schedule, offset).astype(jnp.float32))[placed]
 
-    expected = product(E, "decoded")
-    assert (product(E, "mosaic") == expected).all()
-    assert not (product(0, "mosaic") == expected).all()
+    with forced(nf4_products="decoded"):
+        expected = product(jax.jit(partial(HOPPER.matmul, **options)))(E)
+    found = product(jax.jit(partial(kernel.IN_REGISTERS.matmul, **options)))
+    assert (found(E) == expected).all()
+    assert not (found(0) == expected).all()
 
 
 @needs_kernels
@@ -525,4 +532,7 @@ def test_which_products_decode_in_registers() -> None:
         schedule = jax.eval_shape(
             partial(make_schedule, num_experts=8, tile=16, span_rows=HOPPER.span_rows(2 * tokens, 8)), experts
         )
-        assert kernel.fitting_tiles(schedule, transposed=True)[0] == rows
+        assert kernel.fitting_tiles(schedule, transposed=True, swiglu=False)[0] == rows
+        low, wide = (LowRankTerm(jnp.zeros((16, rank)), jnp.zeros((2, 128, rank))) for rank in (64, 128))
+        cases = (None, False), (low, False), (wide, False), (None, True)
+        assert [products.faster(schedule, term, swiglu=swiglu) for term, swiglu in cases] == [True, True, False, False]

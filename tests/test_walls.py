@@ -67,9 +67,10 @@ MODULES: dict[str, set[str]] = {
         " kernels.norm_rotary kernels.residual_norm kernels.swiglu_gradient kernels.grouped_matmul"
         " kernels.grouped_matmul.ampere kernels.grouped_matmul.ampere_block kernels.grouped_matmul.ampere_matmul"
         " kernels.grouped_matmul.ampere_outer kernels.grouped_matmul.ampere_tiles kernels.grouped_matmul.hopper"
-        " kernels.grouped_matmul.hopper_fp8 kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_nf4"
-        " kernels.grouped_matmul.hopper_outer"
-        " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_tiles kernels.grouped_matmul.ragged"
+        " kernels.grouped_matmul.hopper_decoding kernels.grouped_matmul.hopper_e4m3 kernels.grouped_matmul.hopper_fp8"
+        " kernels.grouped_matmul.hopper_matmul kernels.grouped_matmul.hopper_nf4 kernels.grouped_matmul.hopper_outer"
+        " kernels.grouped_matmul.hopper_ring kernels.grouped_matmul.hopper_thread kernels.grouped_matmul.hopper_tiles"
+        " kernels.grouped_matmul.ragged"
         " kernels.grouped_matmul.xla",
     ),
     "model": _under(

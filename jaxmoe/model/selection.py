@@ -10,8 +10,8 @@ from jaxmoe.ops.implementations import Choice
 
 
 def selected_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
-    """The names of the implementations of "attention", of the "experts"' products and of those with experts in NF4, for
-    `jaxmoe.memory`."""
+    """The names of the implementations of "attention", of the "experts"' products and of those with experts in NF4 and
+    FP8, for `jaxmoe.memory`."""
     return {what: choice.name for what, choice in _choices(config, dtype).items()}
 
 
@@ -36,4 +36,5 @@ def _choices(config: Qwen3MoeConfig, dtype: str) -> dict[str, Choice]:
         "attention": attention.implementation(dtype, *heads),
         "experts": experts.implementation(dtype, config.hidden_size, config.moe_intermediate_size),
         "nf4_products": implementations.choose("nf4_products"),
+        "fp8_products": implementations.choose("fp8_products"),
     }

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.fp8.codec import E4M3, LARGEST
 from jaxmoe.fp8.stack import FP8Stack
+from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul.xla import XLA
 from jaxmoe.ops.schedule import Schedule
@@ -42,7 +43,7 @@ def prepared(x: Float[Array, "rows inner"], stack: Any, *, low_rank: bool) -> Ar
 
     It depends on each row alone, so that tokens can be quantised once, before their rows are gathered.
     """
-    if isinstance(stack, FP8Stack) and not low_rank and products(stack).multiplies:
+    if isinstance(stack, FP8Stack) and not low_rank and products(stack).quantizes_rows:
         return quantize_rows(x)
     return x
 
@@ -56,46 +57,66 @@ def products(stack: FP8Stack) -> FP8Products:
 class FP8Products(Protocol):
     """One implementation of x W^T and x W for grouped rows and a stack in FP8."""
 
-    multiplies: bool  # False: the stack is decoded, and the products are those of 16-bit weights
+    quantizes_rows: bool  # its rows are `QuantizedRows`, where there is no low-rank term
 
     def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
         """Why it cannot multiply rows of this dtype with this stack, or None."""
         ...
 
+    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
+        """Whether, for so many 16-bit rows and this term, `matmul` is faster than decoding a layer's experts first."""
+        ...
+
     def matmul(
-        self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, transposed: bool, swiglu: bool
+        self,
+        x: Array | QuantizedRows,
+        stack: FP8Stack,
+        schedule: Schedule,
+        offset: Any,
+        *,
+        transposed: bool,
+        swiglu: bool,
+        low: LowRankTerm | None = None,
     ) -> Float[Array, "P out"]:
         """As `GroupedMatmul.matmul`, in the stack's dtype."""
         ...
 
 
 class Decoded:
-    """The implementation "decoded": the numbers are those of the decoded weights."""
+    """The implementation "decoded": the products are those of 16-bit weights."""
 
-    multiplies = False
+    quantizes_rows = False
 
     def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
         """None: it runs anywhere."""
         return None
+
+    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
+        """False: it offers no product."""
+        return False
 
     def matmul(self, *_: Any, **__: Any) -> Array:
         """Not offered."""
-        raise AssertionError("multiplies is False")
+        raise AssertionError("it is never faster")
 
 
 class Xla:
-    """The implementation "xla", the oracle of the others that multiply: rows and weights are decoded to float32."""
+    """The implementation "xla", the oracle of "mosaic": rows and weights are decoded to float32."""
 
-    multiplies = True
+    quantizes_rows = True
 
     def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
         """None: it runs anywhere."""
         return None
+
+    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
+        """False: it multiplies quantised rows only."""
+        return False
 
     def matmul(
         self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, transposed: bool, swiglu: bool
     ) -> Float[Array, "P out"]:
-        """As `FP8Products.matmul`."""
+        """As `FP8Products.matmul`, of quantised rows."""
         inner = rows.codes.shape[1]
         x = rows.codes.astype(jnp.float32) * jnp.repeat(rows.scales, FP8_BLOCK, axis=1)[:, :inner]
         weights = replace(stack, dtype=jnp.dtype(jnp.float32))

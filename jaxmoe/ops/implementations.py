@@ -146,6 +146,11 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
     },
     "fp8_products": {
+        "registers": Implementation(
+            "Pallas Mosaic GPU kernel that decodes the experts' FP8 codes in registers",
+            _needs_capability((9, 0), (10, 0)),
+            "jaxmoe.ops.kernels.grouped_matmul.hopper_e4m3:REGISTERS",
+        ),
         "decoded": Implementation(
             "weights in FP8 decoded to 16 bits, one layer's experts at a time",
             _anywhere,

@@ -28,7 +28,7 @@ from tests.oracle import attention_factor, inverse_frequencies
 from tests.parity.batches import Batch
 from tests.parity.environment import torch_device, write_environment
 from tests.parity.plan import Case, Plan, read_batch, run_cases
-from tests.parity.weights import Weights
+from tests.parity.weights import Weights, in_fp8
 
 SIDE = "exact"
 _RECOMPUTE_ABOVE = 4 << 30  # bytes of expert weights in float64
@@ -42,6 +42,7 @@ class Exact:
     weights: Weights
     lora: LoraConfig | None = None
     adapters: Mapping[str, Tensor] | None = None
+    rows_in_fp8: bool = False
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The arrays that every side writes, in float64, differentiable with respect to the adapters."""
@@ -133,12 +134,17 @@ class Exact:
         out = torch.zeros_like(h)
         for expert in selected.unique().tolist():
             token, place = torch.where(selected == expert)
-            both = h[token] @ gate_up[expert].double().T + self._delta(h[token], "experts.gate_up_proj", (slot, expert))
+            own = self._rows(h[token])
+            both = own @ gate_up[expert].double().T + self._delta(own, "experts.gate_up_proj", (slot, expert))
             gate, up = both.chunk(2, dim=-1)
-            product = F.silu(gate) * up
+            product = self._rows(F.silu(gate) * up)
             rows = product @ down[expert].double().T + self._delta(product, "experts.down_proj", (slot, expert))
             out = out.index_add(0, token, rows * weights[token, place, None])
         return out
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Rows as the experts multiply them."""
+        return in_fp8(x) if self.rows_in_fp8 else x
 
     def _linear(self, x: Tensor, module: str, target: str, slot: int) -> Tensor:
         y = x @ self._double(f"{module}.weight").T + self._delta(x, target, (slot,))
@@ -183,7 +189,7 @@ def run_case(plan: Plan, case: Case) -> None:
         lora, arrays = load_adapter(case.adapter, config)
         adapters = {p: torch.from_numpy(a).to(device).double() for p, a in arrays.items()}
     batch = read_batch(case.batch)
-    exact = Exact(config, weights, lora, adapters)
+    exact = Exact(config, weights, lora, adapters, case.rows_in_fp8)
     with torch.no_grad():
         plan.save(case, SIDE, "free", {name: a.cpu().numpy() for name, a in exact.forward(batch).items()})
     if "gradients" in case.runs:

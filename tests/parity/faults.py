@@ -83,6 +83,28 @@ def _documents_joined(mask: Any) -> Any:
     return lambda q, k, qs, ks, window: mask(q, k, jnp.minimum(qs, 1), jnp.minimum(ks, 1), window)
 
 
+@contextlib.contextmanager
+def _nibbles_swapped() -> Iterator[None]:
+    """In the weights that XLA decodes, and in the codes that Hopper's kernel decodes itself."""
+    interleaved = jaxmoe.nf4.stack._interleaved
+    with contextlib.ExitStack() as planted:
+        swap = mock.patch.object(jaxmoe.nf4.stack, "_interleaved", lambda even, odd: interleaved(odd, even))
+        planted.enter_context(swap)
+        if jax.__version_info__ >= (0, 11):  # older versions lack the kernel's language
+            from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4
+
+            planted.enter_context(mock.patch.object(hopper_nf4, "coded", _with_nibbles_swapped(hopper_nf4.coded)))
+        yield
+
+
+def _with_nibbles_swapped(coded: Any) -> Any:
+    def swapped(*args: Any) -> Any:
+        found = coded(*args)
+        return found._replace(codes=(found.codes << 4) | (found.codes >> 4))
+
+    return swapped
+
+
 FAULTS: dict[str, Fault] = {
     "gate and up swapped": _replaced(jaxmoe.ops.swiglu, "swiglu", lambda swiglu: lambda gate, up: swiglu(up, gate)),
     "no renormalisation": _replaced(jaxmoe.model.decoder, "route", _without_renormalisation),
@@ -93,9 +115,7 @@ FAULTS: dict[str, Fault] = {
     "adapter scaled by 1 over r": _replaced(
         jaxmoe.config.LoraConfig, "scale", lambda scale: lambda self, *slot: scale(self, *slot) / self.alpha
     ),
-    "NF4 nibbles swapped": _replaced(
-        jaxmoe.nf4.stack, "_interleaved", lambda interleaved: lambda even, odd: interleaved(odd, even)
-    ),
+    "NF4 nibbles swapped": _nibbles_swapped,
     # of the matrix, the row of blocks or the column of blocks before, as far as there are several
     "FP8 scale off by one block": _replaced(
         jaxmoe.fp8.stack, "spread", lambda spread: lambda grid, sides: spread(jnp.roll(grid, 1, (-3, -2, -1)), sides)

@@ -23,6 +23,7 @@ import jaxmoe.train.loss
 import jaxmoe.train.step
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.packing import Batch as TrainingBatch
+from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.router import CapturedRouting, Routing, RoutingControl
 from tests import oracle
 from tests.parity.batches import Batch
@@ -154,7 +155,12 @@ def main() -> int:
     plan = replace(plan, cases=tuple(case for case in plan.cases if not names or case.name in names))
     if jax.default_backend() != plan.device:
         raise SystemExit(f"device: expected {plan.device}, JAX runs on {jax.default_backend()}")
-    failed = run_cases(plan, SIDE, lambda case: run_case(plan, case))
+
+    def run(case: Case) -> None:
+        with forced(fp8_products="xla") if case.rows_in_fp8 else contextlib.nullcontext():
+            run_case(plan, case)
+
+    failed = run_cases(plan, SIDE, run)
     write_environment(plan, SIDE)
     return failed
 

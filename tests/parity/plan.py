@@ -43,6 +43,7 @@ class Case:
         draws: how many gradients are computed, each of the loss of another equal part of the batch's tokens. In 16 bit
             the distance of a single one from float64 depends on how a few large entries are rounded.
         mesh: the devices that jaxmoe runs it on; on a CPU they are virtual.
+        rows_in_fp8: the experts' products take rows in FP8, too; only with weights in FP8, and only in forward passes.
         pinned_kl: entry of the tolerance table that limits jaxmoe's pinned KL in 16 bit; None: it is only reported.
     """
 
@@ -56,6 +57,7 @@ class Case:
     faults: tuple[str, ...] = ()
     flip_bound: str | None = None
     pinned_kl: str | None = None
+    rows_in_fp8: bool = False
     aux_coefficient: float = 0.1
     learning_rate: float = 1e-3
     draws: int = 1

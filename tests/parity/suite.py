@@ -60,6 +60,14 @@ def trained_cases(
         case("fp8-fp32", "float32", quantized=fp8, runs=("free",), faults=("FP8 scale off by one block",)),
         case("fp8-bf16", "bfloat16", quantized=fp8),
         case(
+            "fp8-rows-fp32",
+            "float32",
+            quantized=fp8,
+            runs=("free",),
+            rows_in_fp8=True,
+            faults=("FP8 scale off by one block",),
+        ),
+        case(
             "adapter-fp32",
             "float32",
             adapter=adapter,

@@ -15,6 +15,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from tests.parity.batches import Batch
 from tests.parity.environment import torch_device, write_environment
 from tests.parity.plan import Case, Plan, log, read_batch, run_cases
 from tests.parity.trace import torch_trace
-from tests.parity.weights import Weights
+from tests.parity.weights import Weights, in_fp8
 
 
 class Side:
@@ -68,6 +69,10 @@ class Transformers(Side):
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         fill(model, Weights(case.quantized, dtype, device))
+        if case.rows_in_fp8:
+            for module in model.modules():
+                if hasattr(module, "gate_up_proj"):
+                    module.forward = partial(_rows_in_fp8, module)
         return model
 
     def adapt(self, model: Any, case: Case) -> Any:
@@ -79,6 +84,17 @@ class Transformers(Side):
         out = model(**inputs, output_router_logits=True)
         loss = F.cross_entropy(out.logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
         return loss if out.aux_loss is None else loss + aux_coefficient * out.aux_loss
+
+
+def _rows_in_fp8(experts: Any, hidden: torch.Tensor, selected: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Fused experts of transformers, one after the other, over rows [M, D] in FP8."""
+    out = torch.zeros_like(hidden)
+    for expert in selected.unique().tolist():
+        token, place = torch.where(selected == expert)
+        gate, up = F.linear(in_fp8(hidden[token]), experts.gate_up_proj[expert]).chunk(2, dim=-1)
+        rows = F.linear(in_fp8(experts.act_fn(gate) * up), experts.down_proj[expert])
+        out.index_add_(0, token, rows * weights[token, place, None])
+    return out
 
 
 def _aligned(checkpoint: str, dtype: torch.dtype) -> bool:
@@ -98,7 +114,12 @@ class TorchRef(Side):
 
         folder = case.quantized or case.checkpoint
         options = {"max_seq_length": None, "load_in_4bit": False, "fix_tokenizer": False}
-        return FastQwen3MoeModel.from_pretrained(folder, dtype=case.dtype, device_map=device, **options)[0]
+        model = FastQwen3MoeModel.from_pretrained(folder, dtype=case.dtype, device_map=device, **options)[0]
+        if case.rows_in_fp8:
+            from torch_ref.fp8 import multiply_in_fp8
+
+            multiply_in_fp8(model)
+        return model
 
     def adapt(self, model: Any, case: Case) -> Any:
         """Uses `get_peft_model`, then copies the folder's weights."""

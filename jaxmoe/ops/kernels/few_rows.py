@@ -1,8 +1,9 @@
-"""Products of a few rows with matrices that are read once, in place, in 16 bits or in NF4: what decoding text needs.
+"""Products of a few rows with matrices that are read once, in place, in 16 bits, FP8 or NF4: what decoding text needs.
 
 A Pallas kernel in Triton, for any NVIDIA GPU. With so few rows the time is that of reading the weights. No layer is
 copied out of its stack, and of the experts only those are read that a row has chosen. NF4 is decoded in registers:
-table value times absmax in float32, rounded once to the rows' dtype, as bitsandbytes does. Sums are float32.
+table value times absmax in float32, rounded once to the rows' dtype, as bitsandbytes does; FP8 likewise, code times
+scale. Sums are float32.
 
 Each program computes some columns of the result, of one row (`_each_row`) or of all rows of a group (`_rows_of_group`).
 """
@@ -22,10 +23,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
+from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.few_rows import Rows
-from jaxmoe.parameters import NF4_BLOCK, NF4_NESTED_BLOCK
+from jaxmoe.parameters import FP8_BLOCK, NF4_BLOCK, NF4_NESTED_BLOCK
 from jaxmoe.quantized_stack import QuantizedStack
 
 _TOGETHER = 16  # rows that one product on the tensor cores takes
@@ -48,24 +50,34 @@ def unsupported(dtype: Any, *stacks: Any) -> str | None:
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
     for stack in stacks:
-        if isinstance(stack, QuantizedStack) and not isinstance(stack, NF4Stack):
-            return f"needs weights in 16 bits or NF4, found {stack.form}"
+        if isinstance(stack, FP8Stack):
+            return "needs weights in 16 bits or NF4, found FP8 (for which it has not been measured)"
         if stack.dtype != dtype:
             return f"needs weights in {jnp.dtype(dtype).name}, found {jnp.dtype(stack.dtype).name}"
         *_, out, inner = stack.shape
-        matrices = stack.codes.shape[-2] if isinstance(stack, NF4Stack) else 1
+        matrices = _matrices(stack)
         if out // matrices % _COLUMNS or inner % 128:
             return f"needs matrices of a multiple of 32 by a multiple of 128, found {out // matrices} by {inner}"
-        if isinstance(stack, NF4Stack) and stack.places is not None:
-            return "needs stacks whose layers are all in NF4"
-        if isinstance(stack, NF4Stack) and stack.codes.size in _UNSAFE:
+        if isinstance(stack, QuantizedStack) and stack.places is not None:
+            return f"needs stacks whose layers are all in {stack.form}"
+        if isinstance(stack, NF4Stack | FP8Stack) and stack.codes.size in _UNSAFE:
             return "needs codes of less than 2 GiB or more than 4 GiB"
     return None
 
 
+def _matrices(stack: Any) -> int:
+    """How many matrices a group of the stack holds, each quantised separately."""
+    match stack:
+        case NF4Stack():
+            return stack.codes.shape[-2]
+        case FP8Stack():
+            return stack.scales.shape[-3]
+    return 1
+
+
 def products(
     x: Float[Array, "X inner"],
-    stacks: Sequence[Float[Array, "groups _ inner"] | NF4Stack],
+    stacks: Sequence[Float[Array, "groups _ inner"] | QuantizedStack],
     rows: Rows,
     dtype: Any,
     *,
@@ -177,12 +189,14 @@ class _Weights(NamedTuple):
     @property
     def in_matrix(self) -> int:
         """Columns of one matrix, so that a program's columns lie in one."""
-        return self.stack.shape[1] // (self.stack.codes.shape[-2] if isinstance(self.stack, NF4Stack) else 1)
+        return self.stack.shape[1] // _matrices(self.stack)
 
     @property
     def arrays(self) -> list[Array]:
-        """What the kernel reads: the weights, or codes and scales in the order of `NF4Stack`."""
+        """What the kernel reads: the weights, or codes and scales in the order of the stack's fields."""
         stack = self.stack
+        if isinstance(stack, FP8Stack):
+            return [stack.codes, stack.scales]
         if not isinstance(stack, NF4Stack):
             return [stack]
         if stack.nested_absmax is None:
@@ -209,16 +223,20 @@ class _Tile:
 
     def load(self, group: Array, column: Array, count: int, step: Any) -> tuple[Array, ...]:
         """What is read of the matrix for this step and `count` columns, as it lies in memory."""
-        start = step * self.depth
-        if not isinstance(self.weights.stack, NF4Stack):
-            columns = column + jnp.arange(count)
-            return (self.refs[0][group, columns[:, None], (start + jnp.arange(self.depth))[None, :]],)
+        start, columns = step * self.depth, column + jnp.arange(count)
         stack = self.weights.stack
+        if not isinstance(stack, QuantizedStack):
+            return (self.refs[0][group, columns[:, None], (start + jnp.arange(self.depth))[None, :]],)
         _, out, inner = stack.shape
-        matrix, row = jnp.int32(0), column + jnp.arange(count)
-        if (matrices := stack.codes.shape[-2]) > 1:  # all columns of a program lie in one matrix
+        matrix, row = jnp.int32(0), columns
+        if (matrices := _matrices(stack)) > 1:  # all columns of a program lie in one matrix
             matrix = jax.lax.div(column, jnp.int32(out // matrices))
-            row -= matrix * (out // matrices)
+            row = row - matrix * (out // matrices)
+        if isinstance(stack, FP8Stack):
+            block = start // FP8_BLOCK + jnp.arange(self.depth // FP8_BLOCK)
+            inner_at = block[:, None] * FP8_BLOCK + jnp.arange(FP8_BLOCK)[None, :]
+            codes = self.refs[0][group, columns[:, None, None], inner_at[None]]
+            return codes, self.refs[1][group, matrix, (row // FP8_BLOCK)[:, None], block[None, :]]
         first = start // NF4_BLOCK
         block = (row * (inner // NF4_BLOCK))[:, None] + first + jnp.arange(self.depth // NF4_BLOCK)[None, :]
         codes = self.refs[0][group, matrix, block[:, :, None] * _HALF + jnp.arange(_HALF)[None, None, :]]
@@ -233,6 +251,9 @@ class _Tile:
         if len(loaded) == 1:
             return loaded[0].astype(dtype)
         codes, absmax, *nested = loaded
+        if isinstance(self.weights.stack, FP8Stack):
+            weights = codes.astype(jnp.float32) * absmax.astype(jnp.float32)[:, :, None]
+            return weights.astype(self.x.dtype).astype(dtype).reshape(len(codes), self.depth)
         if nested:
             # As in `jaxmoe.nf4.stack`: the bound changes no finite number, it keeps product and sum apart.
             product = jnp.minimum(self.refs[4][absmax.astype(jnp.int32)] * nested[0], jnp.finfo(jnp.float32).max)
@@ -391,7 +412,7 @@ class Kernel:
         return unsupported(dtype, *stacks)
 
     def products(
-        self, x: Array, stacks: Sequence[Array | NF4Stack], rows: Rows, dtype: Any, *, swiglu: bool = False
+        self, x: Array, stacks: Sequence[Array | QuantizedStack], rows: Rows, dtype: Any, *, swiglu: bool = False
     ) -> list[Array]:
         """As `FewRows.products`."""
         return products(x, stacks, rows, dtype, swiglu=swiglu)

@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import choose
@@ -55,7 +56,6 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     default_outer_tiles,
     default_tiles,
 )
-from jaxmoe.ops.nf4_products import NF4Products
 from jaxmoe.ops.schedule import Schedule, Spans
 from jaxmoe.quantized_stack import QuantizedStack
 
@@ -229,10 +229,11 @@ class Hopper:
     ) -> Array:
         """As `GroupedMatmul.matmul`; with `swiglu` the kernel never writes the product of gate and up."""
         num_experts = schedule.first_tile.shape[0]
-        if isinstance(weight, NF4Stack) and low is None and not swiglu:
-            products: NF4Products = choose("nf4_products", x.dtype, weight).value
-            if products.multiplies:
-                return products.matmul(x, weight, schedule, offset, transposed=transposed)
+        if (operation := _DECODING.get(type(weight))) is not None:
+            products = choose(operation, x.dtype, weight).value
+            if products.faster(schedule, low, swiglu=swiglu):
+                options: Any = {"transposed": transposed, "swiglu": swiglu, "low": low}
+                return products.matmul(x, weight, schedule, offset, **options)
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(num_experts)], 0
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
@@ -274,6 +275,7 @@ class Hopper:
         return grouped_matmul(x, stack, spans, layer, transposed=transposed, others=others, low=low, tiles=tiles)
 
 
+_DECODING = {FP8Stack: "fp8_products", NF4Stack: "nf4_products"}  # operations that may decode in the kernel
 # With at least so many rows per expert, and elements in its matrix, higher spans with fewer columns are faster.
 _LARGE_ROWS, _LARGE_MATRIX = 1024, 2**21
 _LARGE_ROWS_NF4 = 96  # rows per expert from which they are for weights in NF4

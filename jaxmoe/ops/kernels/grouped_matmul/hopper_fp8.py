@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from jaxmoe.fp8.codec import E4M3
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.ops.fp8_products import QuantizedRows
+from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul.hopper_matmul import Items
 from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import CONSUMERS, Ring, launch, run_warpgroups, shared_memory
@@ -284,7 +285,7 @@ def grouped_matmul(
 class HopperFP8:
     """The implementation "mosaic" of products with experts in FP8."""
 
-    multiplies = True
+    quantizes_rows = True
 
     def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
         """Why it cannot multiply rows of this dtype with this stack, or None."""
@@ -301,10 +302,14 @@ class HopperFP8:
             return f"needs matrices of whole blocks of 128 by 128, found {sides[0]} by {sides[1]}"
         return None
 
+    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
+        """False: it multiplies quantised rows only."""
+        return False
+
     def matmul(
         self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, transposed: bool, swiglu: bool
     ) -> Array:
-        """As `FP8Products.matmul`."""
+        """As `FP8Products.matmul`, of quantised rows."""
         if not transposed:
             stack, offset = swapped(stack, offset, schedule.first_tile.shape[0]), 0
         return grouped_matmul(rows, stack, schedule.spans[SMALL], offset, swiglu=swiglu)

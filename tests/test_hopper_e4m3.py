@@ -1,0 +1,197 @@
+"""Experts in FP8 that the Hopper kernel decodes in registers: what each thread reads and makes, and where it is used.
+
+On a GPU the kernel runs and gives the bits of decoded weights.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxmoe.fp8.codec import E4M3
+from jaxmoe.fp8.stack import FP8Stack, spread
+from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.implementations import forced
+from jaxmoe.ops.kernels.grouped_matmul import hopper_e4m3 as kernel
+from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
+from jaxmoe.ops.kernels.grouped_matmul.hopper_thread import Thread
+from jaxmoe.ops.schedule import make_schedule
+from tests.parity import relative_error
+from tests.test_kernels import needs_kernels, normal, on_gpu, scheduled, skewed
+from tests.tolerances import bound
+
+WORD = np.uint32
+
+
+def random_stack(groups: int, matrices: int, side: int, inner: int) -> FP8Stack:
+    """Random codes of [groups, matrices * side, inner] and scales."""
+    rng, shape = np.random.default_rng(3), (groups, matrices * side, inner)
+    codes = np.asarray(rng.uniform(-448, 448, shape), E4M3)
+    scales = rng.uniform(1e-5, 1e-3, (groups, matrices, side // 128, inner // 128)).astype(np.float32)
+    return FP8Stack(jnp.asarray(codes), jnp.asarray(scales), shape, jnp.dtype(jnp.bfloat16))
+
+
+class Threads(Thread):
+    """All threads of the two warpgroups at once, in NumPy."""
+
+    def __init__(self) -> None:
+        self.i32 = "word"
+        thread = np.arange(256)
+        self.warpgroup, self.warp, self.lane = thread // 128, thread % 128 // 32, thread % 32
+        self.row, self.place = self.lane // 4, self.lane % 4
+
+    def plus(self, value: Any, other: Any) -> Any:
+        return value + other
+
+    def times(self, value: Any, factor: int) -> Any:
+        return value * factor
+
+    def masked(self, value: Any, mask: int) -> Any:
+        return value & mask
+
+    def xor(self, value: Any, other: Any) -> Any:
+        return value ^ other
+
+    def shifted(self, word: Any, bits: Any) -> Any:
+        return word >> bits
+
+    def element(self, vector_of: Any, n: int) -> Any:
+        return vector_of[:, n]
+
+    def scaled(self, value: Any, scale: Any) -> Any:
+        return value * scale
+
+    def load(self, ref: Any, index: Any, kind: Any, count: int = 1, alignment: int | None = None) -> Any:
+        assert kind == self.i32 and not (index % alignment).any()
+        return ref[index[:, None] + np.arange(4 * count)].copy().view(WORD)
+
+    def load_transposed(self, ref: Any, byte: Any) -> list[Any]:
+        by_warp = ref[byte[:, None] + np.arange(16)].copy().view(np.uint16).reshape(8, 4, 8, 8)
+        warp, row, place = self.warp + 4 * self.warpgroup, self.row, self.place
+        first, second = (by_warp[warp, :, 2 * place + n, row].astype(WORD) for n in range(2))
+        return list((first | second << 16).T)
+
+    def bytes_of(self, first: Any, second: Any, selector: Any) -> Any:
+        eight = np.stack([first, second], -1).view(np.uint8)
+        chosen = selector[:, None] >> 4 * np.arange(4) & 15
+        return np.take_along_axis(eight, chosen, -1).copy().view(WORD)[:, 0]
+
+    def widened(self, codes: Any, half: int) -> tuple[Any, Any]:
+        pair = codes[:, None].copy().view(E4M3)[:, 2 * half : 2 * half + 2].astype(np.float32)
+        return pair[:, 0], pair[:, 1]
+
+    def rounded(self, first: Any, second: Any) -> Any:
+        return np.stack([first, second], -1).astype(ml_dtypes.bfloat16).view(WORD)[:, 0]
+
+
+def in_shared_memory(codes: np.ndarray, swizzle: int) -> np.ndarray:
+    """Codes [rows, swizzle] as TMA writes them: the 16 bytes of a row are exchanged by the row's number."""
+    place = np.arange(codes.size)
+    memory = np.empty(codes.size, np.uint8)
+    memory[place ^ (place >> 7 & swizzle // 16 - 1) << 4] = codes.view(np.uint8).ravel()
+    return memory
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["along", "across"])
+def test_the_threads_make_the_operand(across: bool) -> None:
+    """Rows m and m + 8 of each warp, two neighbours in every eight of the contracted axis, with the decoded bits."""
+    rng, scale, at = np.random.default_rng(0), np.float32(0.0123), Threads()
+    codes = rng.uniform(-448, 448, (64, 128 if across else 64)).astype(E4M3)
+    make = kernel.words_across if across else kernel.words_along
+    words = make(at, in_shared_memory(codes, codes.shape[1]), scale)
+    weights = (codes.astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+    for eighth, half in np.ndindex(words.shape):
+        contracted = (8 * eighth + 2 * at.place)[:, None] + np.arange(2)
+        if across:  # the columns of rows m and m + 8 are neighbours
+            column = 64 * at.warpgroup + kernel.E4M3_FORM.pair(at) // 2 + half
+            expected = weights[contracted, column[:, None]]
+        else:
+            expected = weights[(16 * at.warp + at.row + 8 * half)[:, None], contracted]
+        assert np.array_equal(words[eighth, half], expected.copy().view(WORD)[:, 0])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_scales_are_those_of_the_blocks(transposed: bool) -> None:
+    stack = random_stack(4, 2, 256, 384)
+    codes, scales = kernel.coded(stack, 2, 2, transposed=transposed)
+    scales = scales.swapaxes(1, 2) if transposed else scales
+    assert (scales == scales[..., :1]).all() and scales.shape == (2, 4, 3, 32)
+    weights = codes[2:].astype(jnp.float32) * spread(scales[..., 0], stack.shape[1:])
+    assert (weights.astype(jnp.bfloat16) == stack[jnp.asarray([2, 3])]).all()
+
+
+@needs_kernels
+def test_a_small_product_decodes_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the bits of the decoded weights, both ways; elsewhere the kernel is translated, but cannot run."""
+    from jax.experimental.mosaic.gpu import utils
+
+    if on_gpu:
+        assert kernel.small_case_equal()
+        return
+    monkeypatch.setattr(utils, "_infer_arch", lambda: (9, 0))
+    translated = []
+
+    def translate(compare: Any) -> Any:
+        def call(stack: Any) -> bool:
+            translated.append(compiled(compare).trace(stack).lower(lowering_platforms=("cuda",)).as_text())
+            return True
+
+        return call
+
+    compiled = jax.jit
+    monkeypatch.setattr(jax, "jit", translate)
+    assert kernel.small_case_equal()
+    assert translated[0].count("mosaic_gpu_v2") == 2
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [60, 900, 3000])
+@pytest.mark.parametrize("case", ["forward", "backward", "forward, low rank", "backward, low rank", "swiglu"])
+def test_products_have_the_bits_of_decoded_weights(tokens: int, case: str) -> None:
+    transposed, swiglu = "backward" not in case, case == "swiglu"
+    E, k = 8, 2
+    stack = random_stack(2 * E, 2, 256, 384)
+    layout = HOPPER.tile_rows(tokens * k, E), HOPPER.span_rows(tokens * k, E)
+    schedule = scheduled(jnp.asarray(skewed(tokens, E, k, 1)), E, *layout)
+    rng = np.random.default_rng(tokens)
+    P, out, inner = schedule.source.shape[0], *stack.shape[1:]
+    x = normal(rng, P, inner if transposed else out)
+    weight = normal(rng, E, *((out, 64) if transposed else (64, inner)))
+    low = LowRankTerm(normal(rng, P, 64), weight) if "low rank" in case else None
+    options: Any = {"transposed": transposed, "low": low, "swiglu": swiglu}
+
+    def product(offset: int, name: str) -> np.ndarray:
+        with forced(fp8_products=name):
+            run = jax.jit(partial(HOPPER.matmul, **options))
+            return np.asarray(run(x, stack, schedule, offset).astype(jnp.float32))[np.asarray(schedule.source) >= 0]
+
+    expected = product(E, "decoded")
+    found = product(E, "registers")
+    # With many rows XLA applies SwiGLU, to the same rounded products.
+    assert relative_error(found, expected) <= bound("kernel_swiglu_bf16") if swiglu else (found == expected).all()
+    assert not (product(0, "registers") == expected).all()
+
+
+def test_which_products_decode_in_registers() -> None:
+    products = kernel.REGISTERS
+    found = products.unsupported(jnp.bfloat16, random_stack(2, 1, 128, 128))
+    assert found is None or (not on_gpu and "needs grouped matmul by mosaic, found tiled" in found)
+    assert "needs bfloat16, found float32" in (products.unsupported(jnp.float32, random_stack(2, 1, 128, 128)) or "")
+    odd = FP8Stack(jnp.zeros((2, 64, 128)), jnp.zeros((2, 1, 1, 1)), (2, 64, 128), jnp.dtype(jnp.bfloat16))
+    assert "found 64 by 128" in (products.unsupported(jnp.bfloat16, odd) or "")
+    for tokens, rows in ((1024, 256), (100, 128)):
+        experts = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
+        schedule = jax.eval_shape(
+            partial(make_schedule, num_experts=8, tile=16, span_rows=HOPPER.span_rows(2 * tokens, 8)), experts
+        )
+        assert kernel.fitting_tiles(schedule, transposed=True, swiglu=False)[0] == rows
+        low = lambda rank: LowRankTerm(jnp.zeros((16, rank)), jnp.zeros((2, 128, rank)))
+        assert products.faster(schedule, low(64), swiglu=False)
+        assert not products.faster(schedule, low(128), swiglu=False)
