@@ -114,7 +114,7 @@ def test_several_stacks_in_one_call(tokens: int) -> None:
     assert max(relative_error(*pair) for pair in pairs) <= bound("few_rows_fp32")
 
 
-def test_what_the_kernel_refuses() -> None:
+def test_what_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = STACKS["16 bit"]()
     assert few_rows.unsupported(jnp.bfloat16, stack, STACKS["NF4"]()) is None
     assert "found float32" in str(few_rows.unsupported(jnp.float32, stack))
@@ -122,6 +122,9 @@ def test_what_the_kernel_refuses() -> None:
     assert "found 16 by 128" in str(few_rows.unsupported(jnp.bfloat16, narrow))
     assert "found 64 by 96" in str(few_rows.unsupported(jnp.bfloat16, stack[:, :, :96]))
     assert "found float16" in str(few_rows.unsupported(jnp.bfloat16, stack.astype(jnp.float16)))
+    assert few_rows.unsupported(jnp.bfloat16, in_fp8(1)) is None
+    made_up_gpu(monkeypatch)  # of compute capability 8.0
+    assert "no instructions for FP8" in str(few_rows.unsupported(jnp.bfloat16, in_fp8(1)))
 
 
 def test_ranks_choose_as_top_k_does() -> None:

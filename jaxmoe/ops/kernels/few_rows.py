@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.ops import implementations
 from jaxmoe.ops.few_rows import Rows
 from jaxmoe.parameters import FP8_BLOCK, NF4_BLOCK, NF4_NESTED_BLOCK
 from jaxmoe.quantized_stack import QuantizedStack
@@ -49,9 +50,10 @@ def unsupported(dtype: Any, *stacks: Any) -> str | None:
     """Why the kernel cannot multiply rows of this dtype with these stacks; None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
+    capability = implementations.default_device().compute_capability
     for stack in stacks:
-        if isinstance(stack, FP8Stack):
-            return "needs weights in 16 bits or NF4, found FP8 (for which it has not been measured)"
+        if isinstance(stack, FP8Stack) and capability is not None and capability < (8, 9):
+            return "needs weights in 16 bits or NF4 on this GPU, which has no instructions for FP8"
         if stack.dtype != dtype:
             return f"needs weights in {jnp.dtype(dtype).name}, found {jnp.dtype(stack.dtype).name}"
         *_, out, inner = stack.shape
