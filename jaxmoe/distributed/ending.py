@@ -22,6 +22,7 @@ from jaxmoe.distributed import launch
 
 EXIT_OTHERS = 3  # another process of the run died
 _INTERVAL = 0.5  # seconds between two looks at the others
+_LONGEST = 7 * 24 * 3600  # seconds that process 0 may write what the others wait for; a death ends the wait
 _MOMENT = 5.0  # seconds in which the others notice what a process says before it ends
 _ENDED, _HEARD = "jaxmoe/ended/", "jaxmoe/heard/"
 _WAY_OUT = "the same commands with --resume continue from the last checkpoint"
@@ -70,7 +71,7 @@ class Watch:
         """All is done: waits for the others, and leaves them. Process 0 leaves last."""
         import jax
 
-        self._client.wait_at_barrier("jaxmoe/done", 1000 * launch.PATIENCE)
+        self._client.wait_at_barrier("jaxmoe/done", 1000 * _LONGEST)
         self._over.set()
         if self._process.is_first:
             self._wait_until_heard(self._process.count - 1)

@@ -185,6 +185,19 @@ def test_four_compute_what_one_computes_in_nf4(four: Ended) -> None:
     same_results(four.folder / "NF4", four.folder / "NF4 in one")
 
 
+@pytest.mark.parametrize(
+    ("count", "mesh", "name"), [(count, *each) for count, trials in process.TRIALS.items() for each in trials]
+)
+def test_every_gradient_is_that_of_one_device(count: int, mesh: str, name: str, request: pytest.FixtureRequest) -> None:
+    """And so are the losses, the routing and what was trained, over five steps."""
+    ended: Ended = request.getfixturevalue({2: "two", 4: "four"}[count])
+    found, expected = dict(np.load(ended.folder / f"{mesh}.npz")), trial.on_one_device(name)
+    np.testing.assert_array_equal(found.pop("counts"), expected.counts)
+    assert sum(name.startswith("gradients") for name in found) == len(expected.gradients) > 8
+    error, where = trial.worst_error(found, expected.named())
+    assert error <= bound("mesh_fp32"), where
+
+
 def test_two_and_then_one_continue_what_four_began(two_after_four: Ended, one: pathlib.Path) -> None:
     folder = two_after_four.folder
     before, after = (json.loads((folder / f"{name}-0.json").read_text()) for name in ("four", "two after four"))
