@@ -278,9 +278,8 @@ def _piece_mask(query, piece):
     return (place[:, None] >= place) & (piece[:, :, None] == piece[:, None])
 
 
-@pytest.fixture
-def pairs(monkeypatch):
-    """cuDNN's calls for sequences that devices share, replaced by masks; undefined results are NaN."""
+def replace_calls(monkeypatch):
+    """Replaces cuDNN's calls for sequences that devices share by masks; undefined results are NaN."""
     replaced = {
         "rectangle": lambda q, k, v, lengths: _masked_forward(q, k, v, _rectangle_mask(q, k, lengths)),
         "rectangle_gradients": lambda q, k, v, lengths, *saved: _masked_gradients(
@@ -291,6 +290,11 @@ def pairs(monkeypatch):
     }
     for name, function in replaced.items():
         monkeypatch.setattr(cudnn, name, function)
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    replace_calls(monkeypatch)
     return monkeypatch
 
 

@@ -74,9 +74,7 @@ class Watch:
         self._client.wait_at_barrier("jaxmoe/done", 1000 * _LONGEST)
         self._over.set()
         if self._process.is_first:
-            self._wait_until_heard(self._process.count - 1)
-        else:
-            self._hear()
+            self._wait_until_left()
         jax.distributed.shutdown()
 
     def _run(self) -> None:
@@ -115,6 +113,14 @@ class Watch:
         until = time.monotonic() + _MOMENT
         with contextlib.suppress(Exception):
             while time.monotonic() < until and len(self._client.key_value_dir_get(_HEARD)) < others:
+                time.sleep(0.05)
+
+    def _wait_until_left(self) -> None:
+        """Waits until process 0 is alone: JAX aborts a process that leaves a coordinator which has ended."""
+        until = time.monotonic() + launch.PATIENCE
+        everyone = list(range(self._process.count))
+        with contextlib.suppress(Exception):
+            while time.monotonic() < until and len(self._client.get_live_nodes(everyone)) > 1:
                 time.sleep(0.05)
 
     def _aborted(self) -> None:

@@ -102,10 +102,11 @@ def _fold_pairs(query: Array, sequences: _Sequences, own: Array, step: Any, star
         # The first chunk, number own[0], meets as many earlier ones.
         side = (number >= own[0]).astype(jnp.int32)
         other = number - side * own[0]
-        if sequences.piece is None:
+        piece = sequences.piece
+        if piece is None:
             return step(side, other, None, carry)
-        last = sequences.piece[other][:, -1:]
-        count = lambda chunk: jnp.sum(sequences.piece[chunk] == last, axis=1, dtype=jnp.int32)
+        last = piece[other][:, -1:]
+        count = lambda chunk: jnp.sum(piece[chunk] == last, axis=1, dtype=jnp.int32)
         seen = _Seen(count(own[side]), count(other))
         return jax.lax.cond(jnp.any(seen.queries > 0), partial(step, side, other, seen), lambda carry: carry, carry)
 
@@ -132,7 +133,8 @@ def _part(query: Array, key: Array, value: Array, seen: _Seen | None) -> _Part:
     if seen is None:
         out, log_sum = cudnn.rectangle(query, key, value, None)
         return _Part(out.astype(jnp.float32), log_sum)
-    out, log_sum = cudnn.rectangle(query, *(_rotated(a, seen.keys) for a in (key, value)), _lengths(seen))
+    key, value = (_rotated(array, seen.keys) for array in (key, value))
+    out, log_sum = cudnn.rectangle(query, key, value, _lengths(seen))
     valid = _first(seen.queries, query.shape[1])
     return _Part(jnp.where(valid, out, 0).astype(jnp.float32), jnp.where(valid[:, None, :, 0, 0], log_sum, _NOTHING))
 
@@ -167,14 +169,22 @@ def _attend_forward(query: Array, sequences: _Sequences, own: Array):
     return out, (query, sequences, own, out, log_sum)
 
 
+class _Saved(NamedTuple):
+    """Of all parts of an output together: the log-sum-exp, the output, its gradient."""
+
+    log_sum: Array
+    out: Array
+    d_out: Array
+
+
 def _part_gradients(
-    query: Array, key: Array, value: Array, seen: _Seen | None, saved: tuple[Array, Array, Array]
+    query: Array, key: Array, value: Array, seen: _Seen | None, saved: _Saved
 ) -> tuple[Array, Array, Array]:
-    """Those of `_part`, given the log-sum-exp, the output and its gradient of all parts together."""
+    """Those of `_part`."""
     if seen is None:
         return cudnn.rectangle_gradients(query, key, value, None, *saved)
-    rotated = (_rotated(array, seen.keys) for array in (key, value))
-    d_query, d_key, d_value = cudnn.rectangle_gradients(query, *rotated, _lengths(seen), *saved)
+    key, value = (_rotated(array, seen.keys) for array in (key, value))
+    d_query, d_key, d_value = cudnn.rectangle_gradients(query, key, value, _lengths(seen), *saved)
     length = query.shape[1]
     valid = _first(jnp.where(seen.queries > 0, seen.keys, 0), length)
     back = lambda d: _rotated(jnp.where(valid, d, 0), length - seen.keys)
@@ -184,13 +194,13 @@ def _part_gradients(
 def _attend_backward(residuals: tuple[Any, ...], d_out: Array):
     query, sequences, own, out, log_sum = residuals
     keys, values, piece = _causal(sequences, own)
-    saved = log_sum, out, d_out
-    of_own = cudnn.gradients(_flat(query), keys, values, piece, None, *map(_flat, saved))
+    saved = _Saved(log_sum, out, d_out)
+    of_own = cudnn.gradients(_flat(query), keys, values, piece, None, *_Saved(*map(_flat, saved)))
     d_query, d_key, d_value = (array.reshape(2, -1, *array.shape[1:]).astype(jnp.float32) for array in of_own)
     every = jnp.zeros(sequences.key.shape, jnp.float32).at[own].set
 
     def step(side: Array, other: Array, seen: _Seen | None, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        of_side = tuple(array[side] for array in saved)
+        of_side = _Saved(*(array[side] for array in saved))
         found = _part_gradients(query[side], sequences.key[other], sequences.value[other], seen, of_side)
         return tuple(total.at[at].add(d) for total, at, d in zip(sums, (side, other, other), found, strict=True))
 
@@ -224,7 +234,7 @@ def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
     segments = jnp.stack(
         [1 + (place >= 5) + (place >= 9) + (place >= 50), jnp.where((place < 3) | (place > 55), 0, 1 + (place >= 32))]
     )
-    return cudnn.error(lambda *operands: attend_whole(*operands, 2), segments, (2 * groups, 2, head_dim), dtype)
+    return cudnn.error(partial(attend_whole, devices=2), segments, (2 * groups, 2, head_dim), dtype)
 
 
 class Pairs:

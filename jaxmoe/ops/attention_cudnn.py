@@ -75,7 +75,7 @@ def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
     index = jnp.arange(4 * MAX_PIECES)
     padding = (index < 5) | (index > len(index) - 9)
     segments = jnp.stack([index // 3 + 1, jnp.where(padding, 0, index // 40 + 1)])
-    return error(lambda *operands: causal_attention(*operands, None), segments, (2 * groups, 2, head_dim), dtype)
+    return error(partial(causal_attention, window=None), segments, (2 * groups, 2, head_dim), dtype)
 
 
 def error(attend: Callable[..., Array], segments: Int[Array, "B T"], shape: tuple[int, int, int], dtype: str) -> float:

@@ -141,7 +141,8 @@ def write_numbers(folder: pathlib.Path) -> None:
     for mesh, name in TRIALS[this.count]:
         found = trial.train(trial.CASES[name], mesh)
         if this.is_first:
-            np.savez(folder / f"{mesh}.npz", counts=found.counts, **found.named())
+            arrays: Any = {"counts": found.counts, **found.named()}
+            np.savez(folder / f"{mesh}.npz", **arrays)
 
 
 def check_differing(folder: pathlib.Path, mesh: str) -> dict[str, Any]:

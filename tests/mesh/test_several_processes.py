@@ -258,6 +258,29 @@ def test_what_differs_is_named_on_all(scenario: str, request: pytest.FixtureRequ
     assert not (ended.folder / "other").exists()
 
 
+LEAVES_LATE = """
+import argparse, sys, time
+import jax
+from jaxmoe.distributed import ending, launch
+flags = argparse.Namespace(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]), heartbeat=30)
+first, leave = launch.start(flags).is_first, jax.distributed.shutdown
+jax.distributed.shutdown = lambda: (time.sleep(0 if first else 6), leave())
+with ending.together():
+    pass
+"""
+
+
+def test_a_process_that_leaves_late_ends_well() -> None:
+    """The coordinator lives in the first one, which therefore leaves last."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", LEAVES_LATE, address]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    started = [subprocess.Popen([*command, str(index)], cwd=ROOT, env=environment) for index in range(2)]
+    assert [each.wait(timeout=120) for each in started] == [0, 0]
+
+
 def test_only_the_first_process_reports(two: Ended) -> None:
     assert f"step 1/{process.STEPS}  loss" in two.printed[0]
     assert "loss" not in two.printed[1]
