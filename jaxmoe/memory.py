@@ -153,9 +153,8 @@ class Workload:
     def rows(self) -> int:
         """An upper bound on the padded rows P of a MoE layer; a device that holds a share of the experts has room for
         the rows of all."""
-        here = self.config.num_experts // self.mesh.expert
-        most = self.config.num_experts_per_tok if self.mesh.expert == 1 else min(self.config.num_experts_per_tok, here)
-        return padded_rows(self.mesh.expert * self.tokens * most, here, self.experts)
+        routed = self.mesh.expert * self.tokens * self.config.num_experts_per_tok
+        return padded_rows(routed, self.config.num_experts // self.mesh.expert, self.experts)
 
 
 def training_forecast(work: Workload) -> Forecast:

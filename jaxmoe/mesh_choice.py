@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
+from jaxmoe.errors import counted
 from jaxmoe.memory import Forecast, Remat, Workload, format_bytes, training_forecast
 
 ON_A_MESH: tuple[Remat, ...] = ("fast", "balanced", "low-memory")  # the policies that several devices can use
@@ -108,10 +109,12 @@ _WAYS = {"expert": "the devices of a node share the experts", "fsdp": "devices s
 
 def _why(choice: Choice, tried: Sequence[Choice], batch_size: int, devices: Devices) -> str:
     mesh = choice.mesh
-    begin = f"--mesh auto picks {mesh} of {devices.count} devices: "
+    begin = f"--mesh auto picks {mesh} of {counted(devices.count, 'device')}: "
     end = ""
     if mesh.size < devices.count:
-        end = f"; {devices.count - mesh.size} devices stay idle: a multiple of {devices.count} sequences would use all"
+        idle = devices.count - mesh.size
+        stay = "stays" if idle == 1 else "stay"
+        end = f"; {counted(idle, 'device')} {stay} idle: a multiple of {devices.count} sequences would use all"
     if not tried:
         sequences = f"{batch_size // mesh.product(SEQUENCE_AXES)} of {batch_size} sequences"
         return f"{begin}every device holds the model and takes {sequences}{end}"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.ops import attention_context_cudnn as context
 from jaxmoe.ops import attention_cudnn as cudnn
 from jaxmoe.ops.attention_masked import attention, attention_mask
 from tests.tolerances import bound
@@ -155,8 +156,8 @@ def test_keys_repeated_for_each_query_head(monkeypatch):
 
 
 def test_the_comparison_sees_a_planted_fault(monkeypatch):
-    original = cudnn._piece_index
-    monkeypatch.setattr(cudnn, "_piece_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
+    original = cudnn.piece_index
+    monkeypatch.setattr(cudnn, "piece_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
     assert max(errors(CASES["documents"], None, "planted fault", monkeypatch)) > 1e-2
 
 
@@ -204,7 +205,7 @@ def test_packed_rows_are_tried_before_they_are_taken(gpu):
 
 def test_each_group_covers_its_own_runs():
     segments = jnp.asarray(CASES["many documents"], jnp.int32)
-    piece = cudnn._piece_index(segments)
+    piece = cudnn.piece_index(segments)
     covered = [np.asarray(cudnn._group(piece, number, 4).covered) for number in range(15)]
     assert (np.sum(covered, axis=0) == 1).all()
 
@@ -232,3 +233,98 @@ def test_jax_s_private_functions_are_called_as_they_are_declared(segments, monke
 
     gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), query, key, key, ids)
     assert [(g.shape, g.dtype) for g in gradients] == [(a.shape, a.dtype) for a in (query, key, key)]
+
+
+def _masked_forward(query, key, value, mask):
+    """(output, log-sum-exp) by a mask [B, t, s]; NaN where a query sees no key."""
+    wide = [jnp.repeat(a.astype(jnp.float32), query.shape[2] // a.shape[2], axis=2) for a in (key, value)]
+    logits = jnp.einsum("btnh,bsnh->bnts", query.astype(jnp.float32), wide[0]) * query.shape[-1] ** -0.5
+    logits = jnp.where(mask[:, None], logits, -jnp.inf)
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    out = jnp.einsum("bnts,bsnh->btnh", jnp.exp(logits - log_sum[..., None]), wide[1])
+    seen = jnp.any(mask, axis=2)
+    return jnp.where(seen[..., None, None], out, jnp.nan).astype(query.dtype), jnp.where(
+        seen[:, None], log_sum, jnp.nan
+    )
+
+
+def _masked_gradients(query, key, value, mask, log_sum, out, d_out):
+    """By the saved log-sum-exp, as flash attention; NaN for tokens that the mask leaves out."""
+    *_, N, H = query.shape
+    query, out, d_out = (a.astype(jnp.float32) for a in (query, out, d_out))
+    wide = [jnp.repeat(a.astype(jnp.float32), N // a.shape[2], axis=2) for a in (key, value)]
+    logits = jnp.einsum("btnh,bsnh->bnts", query, wide[0]) * H**-0.5
+    weights = jnp.where(mask[:, None], jnp.exp(logits - log_sum[..., None]), 0)
+    shared = jnp.einsum("btnh,btnh->bnt", out, d_out)
+    d_logits = weights * (jnp.einsum("btnh,bsnh->bnts", d_out, wide[1]) - shared[..., None]) * H**-0.5
+    d_logits = jnp.where(mask[:, None], d_logits, 0)
+    by_group = lambda a: a.reshape(*key.shape[:3], -1, H).sum(3)
+    d_key = by_group(jnp.einsum("bnts,btnh->bsnh", d_logits, query))
+    d_value = by_group(jnp.einsum("bnts,btnh->bsnh", weights, d_out))
+    d_query = jnp.einsum("bnts,bsnh->btnh", d_logits, wide[0])
+    queries, keys = (jnp.any(mask, axis=axis)[..., None, None] for axis in (2, 1))
+    return tuple(jnp.where(*pair, jnp.nan) for pair in ((queries, d_query), (keys, d_key), (keys, d_value)))
+
+
+def _rectangle_mask(query, key, lengths):
+    whole = [jnp.full(len(query), a.shape[1]) for a in (query, key)]
+    rows, columns = (jnp.arange(a.shape[1]) < n[:, None] for a, n in zip((query, key), lengths or whole, strict=True))
+    return rows[:, :, None] & columns[:, None]
+
+
+def _piece_mask(query, piece):
+    place = jnp.arange(query.shape[1])
+    piece = jnp.zeros(query.shape[:2], jnp.int32) if piece is None else piece
+    return (place[:, None] >= place) & (piece[:, :, None] == piece[:, None])
+
+
+def replace_calls(monkeypatch):
+    """Replaces cuDNN's calls for sequences that devices share by masks; undefined results are NaN."""
+    replaced = {
+        "rectangle": lambda q, k, v, lengths: _masked_forward(q, k, v, _rectangle_mask(q, k, lengths)),
+        "rectangle_gradients": lambda q, k, v, lengths, *saved: _masked_gradients(
+            q, k, v, _rectangle_mask(q, k, lengths), *saved
+        ),
+        "with_log_sum": lambda q, k, v, piece, _: _masked_forward(q, k, v, _piece_mask(q, piece)),
+        "gradients": lambda q, k, v, piece, _, *saved: _masked_gradients(q, k, v, _piece_mask(q, piece), *saved),
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(cudnn, name, function)
+
+
+@pytest.fixture
+def pairs(monkeypatch):
+    replace_calls(monkeypatch)
+    return monkeypatch
+
+
+def shared_error(devices, packed):
+    """That of sequences which devices share: documents within a chunk and over several, padding at both ends."""
+    place = np.arange(48)
+    ids = [1 + (place >= 5) + (place >= 9) + (place >= 40), np.where((place < 3) | (place > 43), 0, 1 + (place >= 24))]
+    attend = lambda q, k, v, segments: context.attend_whole(q, k, v, segments if packed else None, devices)
+    return cudnn.error(attend, jnp.asarray(ids if packed else np.ones((B, 48), np.int64)), (N, K, H), "float32")
+
+
+@pytest.mark.parametrize(("devices", "packed"), [(2, False), (3, True)])
+def test_devices_that_share_sequences_attend_as_one(devices, packed, pairs):
+    assert shared_error(devices, packed) <= bound("attention_fp32")
+
+
+@pytest.mark.parametrize("fault", ["_rotated", "_together"])
+def test_faults_in_shared_sequences_are_noticed(fault, pairs):
+    """Keys that are not rotated; parts of the output that are added up without their weights."""
+    wrong = {"_rotated": lambda keys, by: keys, "_together": lambda a, b: context._Part(a.out + b.out, a.log_sum)}
+    pairs.setattr(context, fault, wrong[fault])
+    assert not shared_error(2, packed=True) < 1e-2
+
+
+def test_the_calls_for_shared_sequences_are_as_jax_declares_them(monkeypatch):
+    """Traced, not run."""
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(cudnn.fused, "check_compute_capability", lambda capability: True)
+    query, key = (jax.ShapeDtypeStruct((2, 96, heads, 64), jnp.bfloat16) for heads in (8, 2))
+    for ids in (None, jax.ShapeDtypeStruct((2, 96), jnp.int32)):
+        loss = lambda q, k, v, ids: jnp.sum(context.attend_whole(q, k, v, ids, 2).astype(jnp.float32))
+        gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), query, key, key, ids)
+        assert [(g.shape, g.dtype) for g in gradients] == [(a.shape, a.dtype) for a in (query, key, key)]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.ops import attention_context_cudnn as context
 from jaxmoe.ops import attention_cudnn as cudnn
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.attention_masked import attention, attention_mask
@@ -100,8 +101,8 @@ def test_blocks_in_bfloat16():
 def test_the_comparison_sees_a_planted_fault(monkeypatch):
     # First without the fault: once per process cuDNN is tried on a small case, which would fail with the fault.
     assert max(errors(*CASES["two documents"])) <= bound("gpu_attention_bf16")
-    original = cudnn._piece_index
-    monkeypatch.setattr(cudnn, "_piece_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
+    original = cudnn.piece_index
+    monkeypatch.setattr(cudnn, "piece_index", lambda segments: original(jnp.roll(segments, 1, axis=1)))
     assert max(errors(*CASES["two documents"])) > 10 * bound("gpu_attention_bf16")
 
 
@@ -114,6 +115,16 @@ def test_is_taken_for_bfloat16_only():
 @pytest.mark.parametrize(("groups", "head_dim"), [(8, 128), (2, 32)])
 def test_the_small_case_passes(groups, head_dim):
     assert cudnn.packed_error(groups, head_dim) <= bound("gpu_attention_bf16")
+
+
+@pytest.mark.parametrize(("groups", "head_dim"), [(8, 128), (2, 32)])
+def test_devices_that_share_sequences_attend_as_one(groups, head_dim):
+    """Their pairs of chunks, run by one device: packed sequences, and whole ones of 512 tokens."""
+    assert context.packed_error(groups, head_dim) <= bound("gpu_attention_bf16")
+    attend = lambda query, key, value, segments: context.attend_whole(query, key, value, None, 4)
+    assert cudnn.error(attend, jnp.ones((2, 512), jnp.int32), (2 * groups, 2, head_dim), "bfloat16") <= bound(
+        "gpu_attention_bf16"
+    )
 
 
 def test_without_segments():

@@ -58,10 +58,10 @@ MODULES: dict[str, set[str]] = {
     "captures": _under("captures", ". format shared"),
     "ops": _under(
         "jaxmoe.ops",
-        ". attention attention_chunked attention_context attention_cudnn attention_masked cached_attention contraction"
-        " dense_router dispatch embedding experts few_experts few_rows fp8_products frozen grouped_matmul"
-        " implementations kept linear low_rank nf4_products norm norm_rotary projections residual_norm rotary router"
-        " saliency schedule small_case swiglu"
+        ". attention attention_chunked attention_context attention_context_cudnn attention_cudnn attention_masked"
+        " cached_attention contraction dense_router dispatch embedding experts few_experts few_rows"
+        " fp8_products frozen grouped_matmul implementations kept linear low_rank nf4_products norm norm_rotary"
+        " projections residual_norm rotary router saliency schedule small_case swiglu"
         " kernels kernels.ampere kernels.cached_attention kernels.expert_choice kernels.few_rows kernels.flash"
         " kernels.flash.attention kernels.flash.backward kernels.flash.block kernels.flash.forward kernels.flash.tiles"
         " kernels.norm_rotary kernels.residual_norm kernels.swiglu_gradient kernels.grouped_matmul"

@@ -22,6 +22,7 @@ from jaxmoe.distributed import launch
 
 EXIT_OTHERS = 3  # another process of the run died
 _INTERVAL = 0.5  # seconds between two looks at the others
+_LONGEST = 7 * 24 * 3600  # seconds that process 0 may write what the others wait for; a death ends the wait
 _MOMENT = 5.0  # seconds in which the others notice what a process says before it ends
 _ENDED, _HEARD = "jaxmoe/ended/", "jaxmoe/heard/"
 _WAY_OUT = "the same commands with --resume continue from the last checkpoint"
@@ -70,12 +71,10 @@ class Watch:
         """All is done: waits for the others, and leaves them. Process 0 leaves last."""
         import jax
 
-        self._client.wait_at_barrier("jaxmoe/done", 1000 * launch.PATIENCE)
+        self._client.wait_at_barrier("jaxmoe/done", 1000 * _LONGEST)
         self._over.set()
         if self._process.is_first:
-            self._wait_until_heard(self._process.count - 1)
-        else:
-            self._hear()
+            self._wait_until_left()
         jax.distributed.shutdown()
 
     def _run(self) -> None:
@@ -114,6 +113,14 @@ class Watch:
         until = time.monotonic() + _MOMENT
         with contextlib.suppress(Exception):
             while time.monotonic() < until and len(self._client.key_value_dir_get(_HEARD)) < others:
+                time.sleep(0.05)
+
+    def _wait_until_left(self) -> None:
+        """Waits until process 0 is alone: JAX aborts a process that leaves a coordinator which has ended."""
+        until = time.monotonic() + launch.PATIENCE
+        everyone = list(range(self._process.count))
+        with contextlib.suppress(Exception):
+            while time.monotonic() < until and len(self._client.get_live_nodes(everyone)) > 1:
                 time.sleep(0.05)
 
     def _aborted(self) -> None:

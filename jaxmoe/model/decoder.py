@@ -202,7 +202,7 @@ def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[
         adapters = layer.adapter("sparse.gate_up_proj"), layer.adapter("sparse.down_proj")
         if options.saliency:
             experts = candidates(routing)
-            outputs = routed_outputs(x, experts, config.num_experts, layer.experts(), *adapters)
+            outputs = routed_outputs(x, experts, config.num_experts, layer.experts(), *adapters, mesh=options.mesh)
             y, sums = expert_sums(routing, experts, outputs, context.valid, config.norm_topk_prob)
             return y, record._replace(saliency=sums)
         how = {"in_scan": not options.unroll, "one_by_one": options.remat == "offload", "mesh": options.mesh}

@@ -47,7 +47,7 @@ class Options:
         router_logits: also return all router logits.
         layer_inputs: also return each layer's input.
         keep_logits: also return the routing of each token with this many of its largest router logits (0: none).
-        saliency: also return how much each expert contributes; on one device, without a gradient, and with k below E.
+        saliency: also return how much each expert contributes; without a gradient, and with k below E.
         dense_router: the router's gradient also counts the experts that a token does not use (DenseMixer).
     """
 

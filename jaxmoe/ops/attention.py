@@ -8,7 +8,6 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
-from jaxmoe.ops.attention_context import context_attention
 from jaxmoe.ops.implementations import Choice, choose
 
 
@@ -38,7 +37,8 @@ def causal_attention(
         sliding_window = None
     if devices > 1:
         with jax.named_scope("dot_product_attention"):
-            return context_attention(query, key, value, segments, sliding_window, devices)
+            shared = choose("context_attention", query, key, segments, sliding_window).value
+            return shared.attend(query, key, value, segments, sliding_window, devices)
     selected = choose("attention", query, key, segments)
     with jax.named_scope("dot_product_attention"):
         return selected.value.attend(query, key, value, segments, sliding_window)

@@ -178,3 +178,25 @@ def _attend_backward(layout: _Layout, window: int | None, residuals: tuple[Any, 
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+class Tiles:
+    """The implementation "tiles" of attention over sequences that devices share."""
+
+    def unsupported(self, *operands: Any) -> None:
+        """It runs anywhere."""
+
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        segments: Int[Array, "B S"] | None,
+        window: int | None,
+        devices: int,
+    ) -> Float[Array, "B T N H"]:
+        """As the function `context_attention`."""
+        return context_attention(query, key, value, segments, window, devices)
+
+
+TILES = Tiles()

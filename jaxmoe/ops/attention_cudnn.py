@@ -19,6 +19,7 @@ packed sequences are only used where a small case, run once in a process, agrees
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -67,31 +68,35 @@ def _packed_unsupported(groups: int, head_dim: int, dtype: str) -> str | None:
 
 
 def packed_error(groups: int, head_dim: int, dtype: str = "bfloat16") -> float:
-    """The largest relative L2 error of output and gradients on packed sequences, against masked attention in float32.
+    """`error` on packed sequences.
 
     One sequence has more pieces than one call can handle; the other has two documents between padding.
     """
-    T, K = 4 * MAX_PIECES, 2
-    index = jnp.broadcast_to(jnp.arange(T), (2, T))
-    segments = jnp.stack([index[0] // 3 + 1, jnp.where((index[0] < 5) | (index[0] > T - 9), 0, index[0] // 40 + 1)])
+    index = jnp.arange(4 * MAX_PIECES)
+    padding = (index < 5) | (index > len(index) - 9)
+    segments = jnp.stack([index // 3 + 1, jnp.where(padding, 0, index // 40 + 1)])
+    return error(partial(causal_attention, window=None), segments, (2 * groups, 2, head_dim), dtype)
+
+
+def error(attend: Callable[..., Array], segments: Int[Array, "B T"], shape: tuple[int, int, int], dtype: str) -> float:
+    """The largest relative L2 error of output and gradients of `attend(query, key, value, segments)`, against masked
+    attention in float32, with heads of the `shape` (N, K, H)."""
+    N, K, H = shape
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     keys = jax.random.split(jax.random.key(0), 4)
     query, key, value, cotangent = (
-        jax.random.normal(k, (2, T, heads, head_dim), dtype)
-        for k, heads in zip(keys, (K * groups, K, K, K * groups), strict=True)
+        jax.random.normal(k, (*segments.shape, heads, H), dtype) for k, heads in zip(keys, (N, K, K, N), strict=True)
     )
     valid = (segments > 0)[..., None, None]
 
     def masked(query: Array, key: Array, value: Array) -> Array:
         return attention(query, key, value, attention_mask(index, index, segments, segments, None))
 
-    def packed(query: Array, key: Array, value: Array) -> Array:
-        return causal_attention(query, key, value, segments, None)
-
     def run(function: Any, *operands: Array) -> tuple[Array, ...]:
         out, pull = jax.vjp(lambda *args: jnp.where(valid, function(*args), 0), *operands[:3])
         return out, *pull(operands[3])
 
-    found = jax.jit(partial(run, packed))(query, key, value, cotangent)
+    found = jax.jit(partial(run, lambda *operands: attend(*operands, segments)))(query, key, value, cotangent)
     with jax.default_matmul_precision("highest"):
         exact = jax.jit(partial(run, masked))(*(a.astype(jnp.float32) for a in (query, key, value, cotangent)))
     return float(jnp.max(jnp.stack([relative_error(a, b) for a, b in zip(found, exact, strict=True)])))
@@ -107,7 +112,7 @@ class _Group(NamedTuple):
     place: Int[Array, "B T"]  # its place in that part
 
 
-def _piece_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def piece_index(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Which piece of equal ids each token belongs to, counted from 0 in each sequence."""
     changes = segments[:, 1:] != segments[:, :-1]
     return jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
@@ -136,18 +141,29 @@ def _group(piece: Int[Array, "B T"], number: Array | int, size: int) -> _Group:
     )
 
 
-def _operands(query: Array, key: Array, value: Array, group: _Group | None) -> tuple[Any, ...]:
-    """The operands of a call: no bias, lengths and offsets if packed, no page table, no score_mod."""
+class Lengths(NamedTuple):
+    """How many tokens of each sequence there are, the first ones."""
+
+    query: Int[Array, " B"]
+    key: Int[Array, " B"]
+
+
+def _operands(query: Array, key: Array, value: Array, parts: _Group | Lengths | None) -> tuple[Any, ...]:
+    """The operands of a call: no bias, lengths and offsets if there are any, no page table, no score_mod."""
     unused = jnp.zeros(0, query.dtype)
-    both = (unused,) * 4 if group is None else (group.lengths, group.lengths, group.offsets, group.offsets)
+    both: tuple[Array, ...] = (unused,) * 4
+    if isinstance(parts, _Group):
+        both = parts.lengths, parts.lengths, parts.offsets, parts.offsets
+    elif parts is not None:
+        both = *parts, unused, unused
     return query, key, value, unused, *both, unused, unused, *[()] * _SCORE_MOD
 
 
-def _static(query: Array, window: int | None) -> tuple[Any, ...]:
+def _static(query: Array, window: int | None, mask: Any = fused.MaskType.CAUSAL) -> tuple[Any, ...]:
     scale = query.shape[-1] ** -0.5
     version = fused.check_cudnn_version()
     no_score_mod = [None] * _SCORE_MOD
-    return scale, _SEED, _DROPOUT, _BIAS, fused.MaskType.CAUSAL, _LAYOUT, window, *no_score_mod, version, True
+    return scale, _SEED, _DROPOUT, _BIAS, mask, _LAYOUT, window, *no_score_mod, version, True
 
 
 def _forward(query: Array, key: Array, value: Array, group: _Group | None, window: int | None) -> tuple[Array, Array]:
@@ -171,6 +187,36 @@ def _backward(
         *_static(query, window), residuals, (d_out, log_sum)
     )
     return d_query, d_key, d_value
+
+
+def rectangle(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    lengths: Lengths | None,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """(output, log-sum-exp) where every query sees every key, with `lengths` the first ones of both; what else there is
+    of the results is undefined."""
+    out, log_sum = fused._dot_product_attention(
+        *_operands(query, key, value, lengths), *_static(query, None, _of_rectangle(lengths))
+    )
+    return out, log_sum
+
+
+def rectangle_gradients(
+    query: Array, key: Array, value: Array, lengths: Lengths | None, log_sum: Array, out: Array, d_out: Array
+) -> tuple[Array, Array, Array]:
+    """The gradients of what a `rectangle` has added to a softmax over more keys, given all of its output and its
+    log-sum-exp; what lies after the lengths is undefined."""
+    residuals = (*_operands(query, key, value, lengths), log_sum, out)
+    d_query, d_key, d_value, *_ = fused._dot_product_attention_bwd_rule(
+        *_static(query, None, _of_rectangle(lengths)), residuals, (d_out, log_sum)
+    )
+    return d_query, d_key, d_value
+
+
+def _of_rectangle(lengths: Lengths | None) -> Any:
+    return fused.MaskType.NO_MASK if lengths is None else fused.MaskType.PADDING
 
 
 def _max_pieces(length: int) -> int:
@@ -242,7 +288,7 @@ def causal_attention(
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     """As `jaxmoe.ops.attention.causal_attention`; a token of segment 0 attends to those of its own piece of padding."""
-    piece = None if segments is None else _piece_index(segments)
+    piece = None if segments is None else piece_index(segments)
     return _attend(query, key, value, piece, window)
 
 
@@ -251,24 +297,44 @@ def _attend(query: Array, key: Array, value: Array, piece: Array | None, window:
     return _attend_forward(query, key, value, piece, window)[0]
 
 
-def _attend_forward(query: Array, key: Array, value: Array, piece: Array | None, window: int | None):
+def with_log_sum(
+    query: Array, key: Array, value: Array, piece: Array | None, window: int | None
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """(output, log-sum-exp) of causal attention within the pieces of each sequence, which are counted from 0."""
     plain = partial(_forward, query, key, value, None, window)
     if piece is None:
-        out, log_sum = plain()
-    else:
-        packed = partial(_packed_forward, query, key, value, piece, window)
-        out, log_sum = jax.lax.cond(jnp.max(piece) == 0, plain, packed)
+        return plain()
+    packed = partial(_packed_forward, query, key, value, piece, window)
+    return jax.lax.cond(jnp.max(piece) == 0, plain, packed)
+
+
+def gradients(
+    query: Array,
+    key: Array,
+    value: Array,
+    piece: Array | None,
+    window: int | None,
+    log_sum: Array,
+    out: Array,
+    d_out: Array,
+) -> tuple[Array, Array, Array]:
+    """Those of `with_log_sum`, given its results, or those of a softmax over more keys."""
+    plain = partial(_backward, query, key, value, None, window, log_sum, out, d_out)
+    if piece is None:
+        return plain()
+    packed = partial(_packed_backward, query, key, value, piece, window, log_sum, out, d_out)
+    return jax.lax.cond(jnp.max(piece) == 0, plain, packed)
+
+
+def _attend_forward(query: Array, key: Array, value: Array, piece: Array | None, window: int | None):
+    out, log_sum = with_log_sum(query, key, value, piece, window)
     out, log_sum = checkpoint_name(out, ATTENTION_OUT), checkpoint_name(log_sum, ATTENTION_LOG_SUM)
     return out, (query, key, value, piece, out, log_sum)
 
 
 def _attend_backward(window: int | None, residuals: tuple[Any, ...], d_out: Array):
     query, key, value, piece, out, log_sum = residuals
-    plain = partial(_backward, query, key, value, None, window, log_sum, out, d_out)
-    if piece is None:
-        return *plain(), None
-    packed = partial(_packed_backward, query, key, value, piece, window, log_sum, out, d_out)
-    return *jax.lax.cond(jnp.max(piece) == 0, plain, packed), None
+    return *gradients(query, key, value, piece, window, log_sum, out, d_out), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

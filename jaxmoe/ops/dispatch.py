@@ -47,8 +47,8 @@ class Dispatch(Protocol):
         """The weight of each place's row, zero at padding."""
         ...
 
-    def back(self, values: Shaped[Array, " P"]) -> Shaped[Array, "M k"]:
-        """What each token's k rows have become, numbers."""
+    def back(self, values: Shaped[Array, "P ..."]) -> Shaped[Array, "M k ..."]:
+        """What each token's k rows have become."""
         ...
 
     def total(self, rows: Float[Array, "P D"], weights: Float[Array, "M k"] | None) -> Float[Array, "M D"]:
@@ -109,7 +109,7 @@ class Gathered:
         """As `Dispatch.weights`."""
         return row_weights(gather(weights, 0, self.axis), self.schedule)
 
-    def back(self, values: Shaped[Array, " P"]) -> Shaped[Array, "M k"]:
+    def back(self, values: Shaped[Array, "P ..."]) -> Shaped[Array, "M k ..."]:
         """As `Dispatch.back`."""
         return shares_of_sum(self._here(values), self.axis)
 

@@ -122,14 +122,16 @@ def routed_outputs(
     weights: ExpertWeights,
     gate_up_adapter: Adapter | None = None,
     down_adapter: Adapter | None = None,
+    *,
+    mesh: MeshShape = ONE_DEVICE,
 ) -> Float[Array, "M k D"]:
     """The output down_e(silu(gate_e x) * up_e x) of each token's experts, before they are weighted and summed.
 
-    As `sorted_experts` on one device, without a gradient; the experts of a token may be any, but no two the same.
+    As `sorted_experts`, without a gradient; the experts of a token may be any, but no two the same.
     """
     widths = *weights.gate_up_proj.shape[1:], weights.down_proj.shape[2]
     products: GroupedMatmul = choose("grouped_matmul", x.dtype, *widths).value
-    dispatch = make_dispatch(experts, num_experts, products, ONE_DEVICE)
+    dispatch = make_dispatch(experts, num_experts, products, mesh)
     factors = [adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter)]
     offset, schedule = jnp.asarray(weights.offset, jnp.int32), dispatch.schedule
     rows = dispatch.rows(x)

@@ -119,6 +119,16 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.attention_chunked:CHUNKED",
         ),
     },
+    "context_attention": {
+        "tiles": Implementation(
+            "pure JAX over pairs of tiles, exact for packed sequences", _anywhere, "jaxmoe.ops.attention_context:TILES"
+        ),
+        "cudnn": Implementation(
+            "cuDNN's flash attention over pairs of chunks, which their log-sum-exp joins, by name only",
+            _needs_capability((9, 0)),
+            "jaxmoe.ops.attention_context_cudnn:PAIRS",
+        ),
+    },
     "cached_attention": {
         "triton": Implementation(
             "Pallas Triton kernel for one new token, from its projections on, over the filled slots",

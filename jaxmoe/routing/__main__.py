@@ -152,6 +152,7 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
     from jaxmoe.routing.pruning import METHODS
 
     _model_arguments(parser, adapter=False)
+    _mesh_arguments(parser)
     add = parser.add_argument
     add("--keep", type=whole_number, required=True, metavar="N", help="experts that stay in each MoE layer")
     method = (
@@ -173,8 +174,8 @@ def _ab_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="DIR", help=folder)
 
 
-def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any, Any]:
-    """(model, labelled text) that the flags name; `mesh` is the flag of that name."""
+def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, labelled text) that the flags name."""
     from jaxmoe.cli.progress import reading_weights
     from jaxmoe.config import Qwen3MoeConfig
     from jaxmoe.data.chat import AS_WRITTEN, load_tokenizer
@@ -195,7 +196,9 @@ def _loaded(arguments: argparse.Namespace, mesh: str | None = None) -> tuple[Any
             f"found {arguments.seq_length}"
         )
     opened = partial(open_checkpoint, arguments.model, arguments.dtype, arguments.quantize, arguments.dequantize)
-    shape, about_mesh = inference_mesh(mesh, config, opened, Inputs(arguments.batch_size, arguments.seq_length))
+    shape, about_mesh = inference_mesh(
+        arguments.mesh, config, opened, Inputs(arguments.batch_size, arguments.seq_length)
+    )
     shape.check_batch(arguments.batch_size)
     shape.check_length(arguments.seq_length)
     tokenizer = load_tokenizer(arguments.model)
@@ -257,7 +260,7 @@ def _capture_claimed(arguments: argparse.Namespace) -> None:
     from jaxmoe.control.interventions import intervention
     from jaxmoe.routing.capture import capture
 
-    model, labels = _loaded(arguments, arguments.mesh)
+    model, labels = _loaded(arguments)
     changes = intervention(arguments, model.config)
     started = time.perf_counter()
     found = capture(
@@ -325,7 +328,7 @@ def _effects(arguments: argparse.Namespace) -> None:
 def _measure_effects(arguments: argparse.Namespace, is_first: bool) -> None:
     from jaxmoe.routing.effects import effects, write_effects
 
-    model, labels = _loaded(arguments, arguments.mesh)
+    model, labels = _loaded(arguments)
     layers = _numbers("layers", arguments.layers, model.config.sparse_layers)
     experts = _numbers("experts", arguments.experts, range(model.config.num_experts))
     found = effects(
@@ -395,16 +398,22 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _prune(arguments: argparse.Namespace) -> None:
-    with claimed(arguments.out):
-        _prune_claimed(arguments)
+    with _together(arguments) as is_first, claimed(arguments.out) if is_first else contextlib.nullcontext():
+        _check_prune(arguments)
+        pruning = _pruning(arguments)
+        if is_first:
+            _write_pruned(arguments, *pruning)
 
 
-def _prune_claimed(arguments: argparse.Namespace) -> None:
+def _write_pruned(
+    arguments: argparse.Namespace,
+    measured: tuple[list[str], list[list[Any]]],
+    kept: Any,
+    files: dict[str, bytes],
+) -> None:
     from convert.pruned import write_pruned
     from jaxmoe.model.opening import open_checkpoint
 
-    _check_prune(arguments)
-    measured, kept, files = _pruning(arguments)
     # Only the measurement may be in 4 bits or another dtype: what stays keeps the checkpoint's own bytes.
     source = open_checkpoint(arguments.model, dequantize=arguments.dequantize)[1]
     write_pruned(arguments.out, source, kept, files)

@@ -10,13 +10,16 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Float64, Int64
 
 from captures import LabelledText
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control.provenance import versions
+from jaxmoe.distributed.collectives import sum_over_devices
+from jaxmoe.distributed.mesh import SEQUENCE_AXES
+from jaxmoe.distributed.placement import Placement
 from jaxmoe.errors import UserError
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward
@@ -59,9 +62,17 @@ class Saliency:
 
 @partial(jax.jit, static_argnames=("config", "options"))
 def _step(params, adapters, tokens: Tokens, *, config, options: Options):
-    """(tokens per expert, sums over tokens) of one batch, [Ls, E] each."""
-    out = forward(params, adapters, tokens, config=config, options=options)
-    return out.stats.counts, out.saliency
+    """(tokens per expert, sums over tokens) of one batch, [Ls, E] each; the devices of the mesh share its tokens."""
+
+    def of_share(params, adapters, tokens):
+        out = forward(params, adapters, tokens, config=config, options=options)
+        return sum_over_devices((out.stats.counts, out.saliency), options.mesh)
+
+    placement = Placement(options.mesh, config, options.lora)
+    held = placement.specs(params), placement.specs(adapters)
+    of_tokens = placement.spec("batch", "sequence")
+    run = placement.run_in_order(of_share, (*held, of_tokens), PartitionSpec())
+    return placement.readable(run(params, adapters, tokens))
 
 
 def measure(
@@ -74,25 +85,28 @@ def measure(
     """Runs the text once through the model and sums up, expert by expert, what `Saliency` holds.
 
     Args:
-        model: any Qwen3-MoE on one device, with adapter or quantised, with more experts than a token uses.
+        model: any Qwen3-MoE, with adapter or quantised, with more experts than a token uses.
         labels: the text.
         batch_size: sequences of `labels.seq_length` tokens per step.
         on_batch: called with the number of tokens done so far.
 
     Raises:
-        UserError: every token uses all experts, or a token that the model does not know.
+        UserError: every token uses all experts; a token that the model does not know; a batch or a length that the
+            devices of the model's mesh cannot share evenly.
     """
-    config = model.config
+    config, mesh = model.config, model.mesh
+    mesh.check_batch(batch_size)
+    mesh.check_length(labels.seq_length)
     check_keep(config, config.num_experts_per_tok)
     if (largest := int(labels.text.token.max())) >= config.vocab_size:
         raise UserError(f"data: expected token ids below the model's vocab_size {config.vocab_size}, found {largest}")
-    options = Options(lora=model.lora_config, saliency=True)
+    options = Options(lora=model.lora_config, saliency=True, mesh=mesh)
     step = partial(_step, model.params, model.adapters, config=config, options=options)
     shape = len(config.sparse_layers), config.num_experts
     counts = np.zeros(shape, np.int64)
     norms, changes = np.zeros(shape), np.zeros(shape)
-    for batch in pack_in_order(labels, batch_size):
-        found, sums = step(Tokens(*map(jnp.asarray, batch[:3])))
+    for batch in pack_in_order(labels, batch_size, mesh.product(SEQUENCE_AXES)):
+        found, sums = step(Tokens(*batch[:3]))
         counts += np.asarray(found)
         norms += np.asarray(sums.weighted_norms, np.float64)
         changes += np.asarray(sums.changes, np.float64)

@@ -126,6 +126,23 @@ def routing(folder: pathlib.Path, what: str, name: str, *flags: str) -> str:
 
 
 EFFECTS = "--layers", "0", "--experts", "0,5"
+# How many processes -> the meshes and the cases of `tests.mesh.trial` of which they write all numbers.
+TRIALS = {
+    2: (("data=2", "adapters"), ("fsdp=2", "all parameters"), ("expert=2", "adapters"), ("context=2", "adapters")),
+    4: (("data=2,fsdp=2", "all parameters"), ("context=2,expert=2", "adapters")),
+}
+
+
+def write_numbers(folder: pathlib.Path) -> None:
+    """Every gradient, what was trained and what the router chose, on each mesh: FOLDER/MESH.npz."""
+    from tests.mesh import trial
+
+    this = launch.this()
+    for mesh, name in TRIALS[this.count]:
+        found = trial.train(trial.CASES[name], mesh)
+        if this.is_first:
+            arrays: Any = {"counts": found.counts, **found.named()}
+            np.savez(folder / f"{mesh}.npz", **arrays)
 
 
 def check_differing(folder: pathlib.Path, mesh: str) -> dict[str, Any]:
@@ -147,6 +164,7 @@ def two(folder: pathlib.Path) -> dict[str, Any]:
     }
     with read_twice():
         run(folder, "read twice", "data=2")
+    write_numbers(folder)
     return found | check_differing(folder, "data=2")
 
 
@@ -161,6 +179,7 @@ def four(folder: pathlib.Path) -> dict[str, Any]:
         "captured": routing(folder, "capture", "captured by four", "--mesh", "fsdp=2,expert=2"),
     }
     save_shared(folder / "shared")
+    write_numbers(folder)
     return found | check_differing(folder, "data=4")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,9 +14,9 @@ from jax.sharding import PartitionSpec
 from jaxmoe.distributed import chunks
 from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.distributed.placement import devices_of
-from jaxmoe.ops import attention_context
-from jaxmoe.ops.attention import causal_attention
-from jaxmoe.ops.attention_masked import attention, attention_mask
+from jaxmoe.ops import attention, attention_context, attention_context_cudnn, attention_masked
+from jaxmoe.ops.attention_masked import attention_mask
+from tests.test_cudnn import replace_calls
 from tests.tolerances import bound
 
 B, N, K, H = 2, 4, 2, 8
@@ -46,13 +47,13 @@ def error(devices: int, length: int, window: int | None, packed: bool = True) ->
 
     def on_a_device(query: Any, key: Any, value: Any, segments: Any) -> Any:
         whole = chunks.whole_sequences(segments, devices) if packed else None
-        return causal_attention(query, key, value, whole, window, MeshShape(context=devices))
+        return attention.causal_attention(query, key, value, whole, window, MeshShape(context=devices))
 
     mesh, split = devices_of(MeshShape(context=devices)), PartitionSpec(None, "context")
     spread = jax.shard_map(on_a_device, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
     dealt = chunks.order(length, devices)
     arrays = query, key, value, d_out * valid
-    expected = run(lambda query, key, value: attention(query, key, value, mask), arrays)
+    expected = run(lambda query, key, value: attention_masked.attention(query, key, value, mask), arrays)
     shares = tuple(each[:, dealt] for each in arrays)
     found = run(lambda query, key, value: spread(query, key, value, segments[:, dealt]), shares)
     pairs = [(a * valid[:, dealt], (b * valid)[:, dealt]) for a, b in zip(found, expected, strict=True)]
@@ -75,6 +76,17 @@ def test_devices_together_attend_as_one(
 ) -> None:
     monkeypatch.setattr(attention_context, "LONGEST", tile)
     assert error(devices, length, window, packed) <= bound("mesh_fp32")
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(("devices", "length", "packed"), [(4, 48, True), (8, 32, True), (2, 20, False)])
+def test_devices_together_attend_as_one_by_cudnn(
+    devices: int, length: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pairs of chunks, with a stand-in for its calls."""
+    replace_calls(monkeypatch)
+    monkeypatch.setattr(attention, "choose", lambda *_: SimpleNamespace(value=attention_context_cudnn.PAIRS))
+    assert error(devices, length, None, packed) <= bound("mesh_fp32")
 
 
 def left_out(monkeypatch: pytest.MonkeyPatch) -> None:

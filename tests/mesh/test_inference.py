@@ -14,6 +14,7 @@ from flax import nnx
 from captures import Capture
 from convert.__main__ import main as convert
 from jaxmoe import Qwen3MoeForCausalLM
+from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.errors import UserError
 from jaxmoe.evaluate.scoring import Request, score
 from jaxmoe.generate import engine
@@ -111,6 +112,30 @@ def test_effects_of_experts_are_the_same(mesh: str, base: pathlib.Path) -> None:
     limit = bound("mesh_fp32")
     for name in ("loss", "change", "low", "high", "kl"):  # changes are differences of losses
         np.testing.assert_allclose(several[name], one[name], rtol=limit, atol=limit, err_msg=name)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize(
+    ("mesh", "config"),
+    [(trial.ALL_AXES, trial.MIXED), ("fsdp=2,expert=4", trial.MIXED), ("data=2,expert=2", trial.FOUR)],
+)
+def test_pruning_keeps_the_same_experts(mesh: str, config: Qwen3MoeConfig, base: pathlib.Path) -> None:
+    """The saliency of every expert. In the last case tokens are gathered for the experts, else rows travel to them."""
+    folder = base / f"pruned-{mesh}"
+    make_checkpoint(folder / "model", config)
+
+    def pruned(name: str, *further: str) -> np.ndarray:
+        command = ["prune", "--model", str(folder / "model"), "--data", str(base / "text.txt"), "--batch-size", "8"]
+        command += ["--seq-length", str(LENGTH), "--keep", "5", "--table", str(folder / f"{name}.csv")]
+        routing([*command, "--out", str(folder / name), *further])
+        return np.genfromtxt(folder / f"{name}.csv", delimiter=",", names=True)
+
+    several, one = pruned("several", "--mesh", mesh), pruned("one")
+    assert len(one) == config.num_experts * len(config.sparse_layers) and several.dtype == one.dtype
+    for name in one.dtype.names or ():
+        np.testing.assert_allclose(several[name], one[name], rtol=bound("mesh_fp32"), err_msg=name)
+    for file in ("model.safetensors", "pruning.json"):
+        assert (folder / "several" / file).read_bytes() == (folder / "one" / file).read_bytes()
 
 
 @pytest.mark.wide

@@ -56,7 +56,7 @@ CASES = [
 def check(mesh: str, name: str) -> None:
     found, expected = trial.train(trial.CASES[name], mesh), trial.on_one_device(name)
     np.testing.assert_array_equal(found.counts, expected.counts)
-    error, where = trial.worst_error(found, expected)
+    error, where = trial.worst_error(found.named(), expected.named())
     assert error <= bound("mesh_fp32"), where
 
 

@@ -185,6 +185,19 @@ def test_four_compute_what_one_computes_in_nf4(four: Ended) -> None:
     same_results(four.folder / "NF4", four.folder / "NF4 in one")
 
 
+@pytest.mark.parametrize(
+    ("count", "mesh", "name"), [(count, *each) for count, trials in process.TRIALS.items() for each in trials]
+)
+def test_every_gradient_is_that_of_one_device(count: int, mesh: str, name: str, request: pytest.FixtureRequest) -> None:
+    """And so are the losses, the routing and what was trained, over five steps."""
+    ended: Ended = request.getfixturevalue({2: "two", 4: "four"}[count])
+    found, expected = dict(np.load(ended.folder / f"{mesh}.npz")), trial.on_one_device(name)
+    np.testing.assert_array_equal(found.pop("counts"), expected.counts)
+    assert sum(name.startswith("gradients") for name in found) == len(expected.gradients) > 8
+    error, where = trial.worst_error(found, expected.named())
+    assert error <= bound("mesh_fp32"), where
+
+
 def test_two_and_then_one_continue_what_four_began(two_after_four: Ended, one: pathlib.Path) -> None:
     folder = two_after_four.folder
     before, after = (json.loads((folder / f"{name}-0.json").read_text()) for name in ("four", "two after four"))
@@ -243,6 +256,29 @@ def test_what_differs_is_named_on_all(scenario: str, request: pytest.FixtureRequ
         for what, words in differing.items():
             assert found[what].startswith("process 1 on ") and words in found[what]
     assert not (ended.folder / "other").exists()
+
+
+LEAVES_LATE = """
+import argparse, sys, time
+import jax
+from jaxmoe.distributed import ending, launch
+flags = argparse.Namespace(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]), heartbeat=30)
+first, leave = launch.start(flags).is_first, jax.distributed.shutdown
+jax.distributed.shutdown = lambda: (time.sleep(0 if first else 6), leave())
+with ending.together():
+    pass
+"""
+
+
+def test_a_process_that_leaves_late_ends_well() -> None:
+    """The coordinator lives in the first one, which therefore leaves last."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-c", LEAVES_LATE, address]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    started = [subprocess.Popen([*command, str(index)], cwd=ROOT, env=environment) for index in range(2)]
+    assert [each.wait(timeout=120) for each in started] == [0, 0]
 
 
 def test_only_the_first_process_reports(two: Ended) -> None:

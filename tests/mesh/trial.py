@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed.mesh import MeshShape
-from jaxmoe.distributed.placement import Placement
+from jaxmoe.distributed.placement import Placement, whole
 from jaxmoe.fp8 import codec as fp8
 from jaxmoe.nf4.codec import NF4, dynamic_map, encode
 from jaxmoe.parameters import (
@@ -79,6 +80,12 @@ class Numbers(NamedTuple):
     counts: np.ndarray
     gradients: dict[str, np.ndarray]
     trained: dict[str, np.ndarray]
+
+    def named(self) -> dict[str, np.ndarray]:
+        """All but the counts, by name."""
+        found = {f"losses of step {i + 1}": losses for i, losses in enumerate(self.losses)}
+        found |= {f"gradients: {path}": array for path, array in self.gradients.items()}
+        return found | {f"trained: {path}": array for path, array in self.trained.items()}
 
 
 def weights(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -188,8 +195,8 @@ def train(case: Case, mesh: str) -> Numbers:
             moments = next(
                 each.mu for each in jax.tree.leaves(state.optimizer, is_leaf=_has_moments) if _has_moments(each)
             )
-            gradients = {path: np.asarray(moment) / (1 - BETA1) for path, moment in moments.items()}
-    trained = {path: np.asarray(array) for path, array in state.trainable.items()}
+            gradients = {path: whole(moment) / (1 - BETA1) for path, moment in moments.items()}
+    trained = {path: whole(array) for path, array in state.trainable.items()}
     return Numbers(np.asarray(losses), np.asarray(counts), gradients, trained)
 
 
@@ -203,15 +210,10 @@ def on_one_device(name: str) -> Numbers:
     return train(CASES[name], "data=1")
 
 
-def worst_error(found: Numbers, expected: Numbers) -> tuple[float, str]:
-    """(the largest relative error, where it is) of losses, gradients and trained arrays; by L2 norm for arrays."""
-    errors = {
-        f"losses of step {i + 1}": _error(*pair) for i, pair in enumerate(zip(found[0], expected[0], strict=True))
-    }
-    for what in ("gradients", "trained"):
-        ours, theirs = getattr(found, what), getattr(expected, what)
-        assert ours.keys() == theirs.keys()
-        errors |= {f"{what}: {path}": _error(ours[path], theirs[path]) for path in theirs}
+def worst_error(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> tuple[float, str]:
+    """(the largest relative error, where it is) of the arrays of `Numbers.named`, by L2 norm."""
+    assert found.keys() == expected.keys()
+    errors = {name: _error(found[name], array) for name, array in expected.items()}
     where = max(errors, key=errors.__getitem__)
     return errors[where], where
 
