@@ -40,12 +40,11 @@ class Variant(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """A measurement of the probe: how many of its documents lie in a sequence, how many tokens a batch has (as a
-    multiple of a step's), and whether the base's routing lies on the device (in a run it lies on the host)."""
+    """A measurement of the probe: how many of its documents lie in a sequence, and the tokens of a batch as a multiple
+    of a step's. The base's routing lies on the host, as in a run."""
 
     packed: int
-    batches: int = 1
-    on_device: bool = False
+    steps: int = 1
 
 
 PARTS: dict[str, dict[str, Variant | Measurement]] = {
@@ -53,8 +52,7 @@ PARTS: dict[str, dict[str, Variant | Measurement]] = {
         "attention": Variant(before=None),
         "watch, packed as the training data": Measurement(8),
         "watch, one document per sequence": Measurement(1),
-        "the same, base's routing on the GPU": Measurement(1, on_device=True),
-        "the same, in one batch": Measurement(1, batches=4, on_device=True),
+        "the same, in one batch": Measurement(1, steps=4),
     },
     "experts": {
         "attention,experts": Variant("attention,experts", before=None),
@@ -138,24 +136,26 @@ def watching(how: Measurement, config: Qwen3MoeConfig, tokens: int, frozen: Any)
 
     from jaxmoe.model.init import init_adapters
     from jaxmoe.train.step import Model, ProbeRouting
-    from jaxmoe.train.watch import make_watch_step
+    from jaxmoe.train.watch import make_comparing_step, make_routing_step
 
     lora = LoraConfig(r=16, targets=expand_targets(["attention"]))
-    step = jax.jit(make_watch_step(Model(config, lora, "bfloat16", "fast", packed=how.packed > 1)))
+    model = Model(config, lora, "bfloat16", "fast", packed=how.packed > 1)
     length = how.packed * DOCUMENT
-    shape = max(how.batches * tokens // length, 1), length
+    shape = max(how.steps * tokens // length, 1), length
     batch, adapters = random_batch(config, shape, DOCUMENT), init_adapters(config, lora, jax.random.key(1))
     sparse = (len(config.sparse_layers), *shape)
     logits = np.zeros((*sparse, config.num_experts), np.float32)
     base = ProbeRouting(logits, np.zeros((*sparse, config.num_experts_per_tok), np.uint8))
-    compiled = step.lower(frozen, adapters, batch, base).compile()
+    compiled = jax.jit(make_routing_step(model, adapted=True)).lower(frozen, adapters, batch).compile()
+    compare = jax.jit(make_comparing_step(model)).lower(base, base, batch.segment_ids).compile()
     count = max(DOCUMENTS * DOCUMENT // int(np.prod(shape)), 1)
 
     def call(weights: Any) -> None:
-        nonlocal base
-        if how.on_device and isinstance(base.logits, np.ndarray):
-            base = jax.device_put(base)
-        jax.device_get([compiled(weights, adapters, batch, base) for _ in range(count)])
+        sums = []
+        for _ in range(count):
+            sums.append(compare(compiled(weights, adapters, batch), base, batch.segment_ids))
+            jax.block_until_ready(sums[-2:-1])
+        jax.device_get(sums)
 
     return Program(compiled, call)
 
