@@ -80,7 +80,7 @@ def measure(
         on_batch: called with the number of tokens done so far.
 
     Raises:
-        UserError: every token uses all experts, or a token that the model does not know.
+        UserError: every token uses all experts, a token that the model does not know, or outputs that are not finite.
     """
     config = model.config
     check_keep(config, config.num_experts_per_tok)
@@ -97,6 +97,11 @@ def measure(
         norms += np.asarray(sums.weighted_norms, np.float64)
         changes += np.asarray(sums.changes, np.float64)
         on_batch(batch.part.stop)
+    if len(broken := np.flatnonzero(~np.isfinite(norms + changes).all(axis=1))):
+        raise UserError(
+            f"model: layer {config.sparse_layers[broken[0]]}: expected finite outputs of the experts, found NaN or "
+            "infinity; a weight is NaN, or the dtype is too narrow for the model"
+        )
     return Saliency(len(labels.text.token), counts, norms, changes)
 
 
