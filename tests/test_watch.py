@@ -141,7 +141,8 @@ def test_as_few_batches_and_empty_sequences_as_possible(most: int, multiple: int
     ],
 )
 def test_the_probe_lies_in_the_sequences_that_take_least_time(documents: list[int], multiple: int, length: int) -> None:
-    made = [Document(*np.zeros((2, n), np.int32), np.ones(n, np.float32)) for n in documents]
+    ids = lambda n: np.zeros(n, np.int32)
+    made = [Document(ids(n), ids(n), np.ones(n, np.float32)) for n in documents]
     found = shortened(Sequences(made, 2048), multiple)
     assert found.seq_length == length
     assert sorted(index for sequence in found.epoch(0) for index in sequence) == [*range(len(documents))]

@@ -24,7 +24,7 @@ from jaxmoe.distributed import launch
 from jaxmoe.distributed.collectives import sum_over_devices
 from jaxmoe.distributed.mesh import SEQUENCE_AXES
 from jaxmoe.errors import UserError
-from jaxmoe.memory import format_bytes
+from jaxmoe.memory import format_bytes, forward_batches
 from jaxmoe.model.interface import Params
 from jaxmoe.ops.router import expert_counts
 from jaxmoe.routing.metrics import load_cv
@@ -33,7 +33,7 @@ from jaxmoe.train.step import Model, ProbeRouting
 
 MOST_BYTES = 2**30  # of the base's routing: 64 sequences of 512 tokens of Qwen3-30B-A3B take 0.8 of it
 TILE = 128  # tokens
-PASSES = 3  # forward passes that take as long as a step: 366 ms by 124 ms, LoRA, 2 x 4096 (docs/performance.md)
+PASSES = 3.3  # forward passes that take as long as a step: 362 ms by 110 ms, LoRA, 2 x 4096 (docs/performance.md)
 MOST_SHARE = 0.02  # of the training time that measuring may take without a word
 CHANGED, DIVERGENCE, LOAD_CV, DEAD = "routing_changed", "routing_divergence", "routing_load_cv", "routing_dead_experts"
 
@@ -68,7 +68,7 @@ class Watch:
             raise UserError(f"watch_routing: only valid in one process, found {count}")
         self._plan = plan
         self._probe = probe = shortened(probe, 2 * plan.model.mesh.context)
-        most = settings.batch_size * settings.seq_length // probe.seq_length
+        most = settings.batch_size * forward_batches(plan.workload) * settings.seq_length // probe.seq_length
         self._size = size = even_batches(probe.count(1), most, plan.model.mesh.product(SEQUENCE_AXES))
         token = len(config.sparse_layers) * (4 * config.num_experts + 2 * config.num_experts_per_tok)
         self._count = min(probe.steps(1, size), max(MOST_BYTES // (token * probe.seq_length * size), 1))
