@@ -129,6 +129,15 @@ def test_what_cannot_be_compared_is_refused(
     assert not trainer.trained and not (tmp_path / "out").exists()
 
 
+def test_a_folder_with_other_files_is_refused(
+    files: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(monkeypatch)
+    with pytest.raises(UserError, match="expected a new or empty folder, or one of this command; found one with other"):
+        main([*files[:-1], str(tmp_path)])
+    assert not trainer.trained
+
+
 def test_runs_of_other_settings_are_refused(
     files: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,17 +126,15 @@ def check_output_file(dst: str | os.PathLike[str]) -> None:
     checks it first.
 
     Raises:
-        UserError: `dst` is a folder, or would lie in something that is none.
-        PermissionError: the folder is read-only.
+        UserError: `dst` is a folder.
+        OSError: it would lie in something that is no folder, or in a read-only one.
     """
     final = pathlib.Path(os.path.realpath(dst))
     if final.is_dir():
         raise UserError(f"{dst}: expected a file to write, found a folder")
     folder = next(parent for parent in final.parents if parent.exists())
     if not folder.is_dir():
-        raise UserError(
-            f"{dst}: expected the name of a file in a folder, found the file {folder} in the folder's place"
-        )
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     if not os.access(folder, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
 

@@ -41,6 +41,9 @@ def run_pairs(sides: Sides, seeds: int, out: pathlib.Path) -> tuple[list[Differe
     for line in said or ["A and B have the same settings"]:
         print_line(line)
     planned = {(seed, side): _settings(sides[side], side, seed, out) for seed in range(seeds) for side in sides}
+    own = {FINISHED_FILE, *(settings.output.name for settings in planned.values())}
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in own):
+        raise UserError(f"{out}: expected a new or empty folder, or one of this command; found one with other files")
     if _finished(out).keys() < {settings.output.name for settings in planned.values()}:
         _check_data({side: planned[0, side] for side in sides})
     out.mkdir(parents=True, exist_ok=True)
