@@ -1,15 +1,17 @@
 """What training the router, and watching it, costs in speed and memory: `python -m benchmarks.routing_lab`.
 
-All steps are LoRA steps of one model with random weights of a published shape; each is compared with the one that it
-changes. All programs are compiled first, several at a time; XLA's forecast of a program's memory is compared, since one
-process runs them all. The probe of `--watch-routing` has 64 documents of 512 tokens.
+All steps are LoRA steps of one model with random weights of a published shape, with one document per sequence; each is
+compared with the one that it changes. The programs of a part are compiled at the same time, then timed, then the next
+part's. XLA's account of a program's memory is compared, since one process runs them all. The probe of `--watch-routing`
+has 64 documents of 512 tokens.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,23 +28,41 @@ DOCUMENTS, DOCUMENT, EVERY = 64, 512, 50
 
 class Variant(NamedTuple):
     """A training step: its adapters' targets, how many experts of a layer have one (0: all), the weight of the routing
-    penalty, whether the base's router logits come with the batch, and whether routers learn as in DenseMixer."""
+    penalty, whether the base's router logits come with the batch, whether routers learn as in DenseMixer, and the step
+    that it is compared with."""
 
-    targets: str
+    targets: str = "attention"
     experts: int = 0
     penalty: float = 0.0
     captured: bool = False
     dense: bool = False
+    before: str | None = "attention"
 
 
-# name -> the variant, and the one that it is compared with
-VARIANTS: dict[str, tuple[Variant, str | None]] = {
-    "attention": (Variant("attention"), None),
-    "--routing-penalty": (Variant("attention", penalty=0.1), "attention"),
-    "--routing-base": (Variant("attention", penalty=0.1, captured=True), "attention"),
-    "--dense-mixer": (Variant("attention", dense=True), "attention"),
-    "attention,experts": (Variant("attention,experts"), None),
-    "--lora-experts top:16": (Variant("attention,experts", experts=16), "attention,experts"),
+class Measurement(NamedTuple):
+    """A measurement of the probe: how many of its documents lie in a sequence, and the tokens of a batch as a multiple
+    of a step's. The base's routing lies on the host, as in a run."""
+
+    packed: int
+    steps: int = 1
+
+
+PARTS: dict[str, dict[str, Variant | Measurement]] = {
+    "watch": {
+        "attention": Variant(before=None),
+        "watch, packed as the training data": Measurement(8),
+        "watch, one document per sequence": Measurement(1),
+        "the same, in one batch": Measurement(1, steps=4),
+    },
+    "experts": {
+        "attention,experts": Variant("attention,experts", before=None),
+        "--lora-experts top:16": Variant("attention,experts", experts=16, before="attention,experts"),
+    },
+    "penalty": {
+        "--routing-penalty": Variant(penalty=0.1),
+        "--routing-base": Variant(penalty=0.1, captured=True),
+    },
+    "dense-mixer": {"--dense-mixer": Variant(dense=True)},
 }
 
 
@@ -54,7 +74,7 @@ class Program(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """What it holds at its peak, the weights included, by XLA's own forecast."""
+        """What it holds at its peak, the weights included, by XLA's account."""
         memory = self.compiled.memory_analysis()
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         return held + memory.temp_size_in_bytes
@@ -66,24 +86,14 @@ def most_used(config: Qwen3MoeConfig, count: int) -> tuple[tuple[int, ...], ...]
     return tuple(tuple(sorted(np.argsort(-layer)[:count].tolist())) for layer in lengths)
 
 
-def packed(config: Qwen3MoeConfig, shape: tuple[int, ...], document: int, *, logits: bool = False) -> Any:
-    """A batch [..., T] of random documents of one length, with captured logits if asked for."""
+def random_batch(config: Qwen3MoeConfig, shape: tuple[int, ...], document: int) -> Any:
+    """A batch [..., T] of random documents of one length."""
     from jaxmoe.data.packing import Batch
 
-    tokens = int(np.prod(shape))
-    ids = random_model.token_ids(config, 1, tokens, 0)[0].astype(np.int32)
+    ids = random_model.token_ids(config, 1, int(np.prod(shape)), 0)[0].astype(np.int32)
     place = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
-    batch = Batch(
-        ids[:-1].reshape(shape),
-        ids[1:].reshape(shape),
-        np.asarray(place % document < document - 1, np.float32),
-        place // document + 1,
-        place % document,
-    )
-    if not logits:
-        return batch
-    routers = len(config.sparse_layers), config.num_experts
-    return batch._replace(base_logits=np.zeros((*shape, *routers), np.float32))
+    learned = np.asarray(place % document < document - 1, np.float32)
+    return Batch(ids[:-1].reshape(shape), ids[1:].reshape(shape), learned, place // document + 1, place % document)
 
 
 def training(variant: Variant, config: Qwen3MoeConfig, shape: tuple[int, int], frozen: Any) -> Program:
@@ -98,12 +108,15 @@ def training(variant: Variant, config: Qwen3MoeConfig, shape: tuple[int, int], f
     chosen = most_used(config, variant.experts) if variant.experts else ()
     lora = LoraConfig(r=16, targets=expand_targets(variant.targets.split(",")), adapted_experts=chosen)
     asks = variant.penalty > 0
-    model = Model(config, lora, "bfloat16", "fast", router_logits=asks, dense_router=variant.dense)
+    model = Model(config, lora, "bfloat16", "fast", packed=False, router_logits=asks, dense_router=variant.dense)
     model = model._replace(base_router=asks and not variant.captured)
     rate = learning_rate("constant", LEARNING_RATE, 0, 1)
     optimizer = adamw(rate, model, max_grad_norm=1.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8)
     objective = next_token_objective() + ((Term(RoutingPenalty(), variant.penalty),) if asks else ())
-    batch = packed(config, (1, *shape), min(DOCUMENT, shape[1]), logits=variant.captured)
+    batch = random_batch(config, (1, *shape), shape[1])
+    if variant.captured:
+        routers = len(config.sparse_layers), config.num_experts
+        batch = batch._replace(base_logits=np.zeros((1, *shape, *routers), np.float32))
     draw = jax.jit(lambda: initial_state(init_adapters(config, lora, jax.random.key(1)), optimizer))
     step = jax.jit(make_train_step(model, optimizer, rate, objective), donate_argnums=1)
     compiled = step.lower(frozen, jax.eval_shape(draw), batch).compile()
@@ -111,31 +124,38 @@ def training(variant: Variant, config: Qwen3MoeConfig, shape: tuple[int, int], f
 
     def call(weights: Any) -> None:
         state, metrics = compiled(weights, held.pop() if held else draw(), batch)
-        held.append(state)
         assert np.isfinite(float(metrics.loss))
+        held.append(state)
 
     return Program(compiled, call)
 
 
-def watching(config: Qwen3MoeConfig, shape: tuple[int, int], frozen: Any) -> Program:
-    """One measurement of the probe in batches [B, T], compiled; the base's routing lies on the host, as in a run."""
+def watching(how: Measurement, config: Qwen3MoeConfig, tokens: int, frozen: Any) -> Program:
+    """One measurement of the probe in batches of `tokens` times the measurement's multiple, compiled."""
     import jax
 
     from jaxmoe.model.init import init_adapters
     from jaxmoe.train.step import Model, ProbeRouting
-    from jaxmoe.train.watch import make_watch_step
+    from jaxmoe.train.watch import make_comparing_step, make_routing_step
 
     lora = LoraConfig(r=16, targets=expand_targets(["attention"]))
-    step = jax.jit(make_watch_step(Model(config, lora, "bfloat16", "fast")))
-    batch = packed(config, shape, min(DOCUMENT, shape[1]))
-    sparse, adapters = (len(config.sparse_layers), *shape), init_adapters(config, lora, jax.random.key(1))
+    model = Model(config, lora, "bfloat16", "fast", packed=how.packed > 1)
+    length = how.packed * DOCUMENT
+    shape = max(how.steps * tokens // length, 1), length
+    batch, adapters = random_batch(config, shape, DOCUMENT), init_adapters(config, lora, jax.random.key(1))
+    sparse = (len(config.sparse_layers), *shape)
     logits = np.zeros((*sparse, config.num_experts), np.float32)
-    base = ProbeRouting(logits, np.zeros((*sparse, config.num_experts_per_tok), np.int32))
-    compiled = step.lower(frozen, adapters, batch, base).compile()
+    base = ProbeRouting(logits, np.zeros((*sparse, config.num_experts_per_tok), np.uint8))
+    compiled = jax.jit(make_routing_step(model, adapted=True)).lower(frozen, adapters, batch).compile()
+    compare = jax.jit(make_comparing_step(model)).lower(base, base, batch.segment_ids).compile()
     count = max(DOCUMENTS * DOCUMENT // int(np.prod(shape)), 1)
 
     def call(weights: Any) -> None:
-        jax.device_get([compiled(weights, adapters, batch, base) for _ in range(count)])
+        sums = []
+        for _ in range(count):
+            sums.append(compare(compiled(weights, adapters, batch), base, batch.segment_ids))
+            jax.block_until_ready(sums[-2:-1])
+        jax.device_get(sums)
 
     return Program(compiled, call)
 
@@ -152,9 +172,10 @@ def seconds_of(program: Program, weights: Any, repeats: int) -> float:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints a line for each program as soon as it is timed."""
     parser = ArgumentParser(description="What training and watching the router costs.")
     shapes.add_arguments(parser)
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be repeated")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="sequences of a step (default: 2)")
     parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens per sequence (default: 4096)")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="timed calls (default: 5)")
@@ -165,31 +186,47 @@ def main() -> None:
     xla.configure(args.memory_limit)
     import jax
 
-    from jaxmoe.parameters import parameter_specs
-
-    config, shape = shapes.config_of(args), (args.batch, args.length)
-    specs = parameter_specs(config)
-    frozen = {path: jax.ShapeDtypeStruct(spec.shape, "bfloat16") for path, spec in specs.items()}
-    short = (args.batch * args.length // DOCUMENT, DOCUMENT) if args.length > DOCUMENT else shape
-    start = time.perf_counter()
-    with ThreadPoolExecutor(len(VARIANTS) + 2) as pool:
-        steps = {name: pool.submit(training, each, config, shape, frozen) for name, (each, _) in VARIANTS.items()}
-        watches = {size: pool.submit(watching, config, size, frozen) for size in dict.fromkeys((shape, short))}
-    print(f"{len(steps) + len(watches)} programs compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    weights = jax.block_until_ready(random_model.jax_parameters(config))
+    config = shapes.config_of(args)
     device = jax.devices()[0].device_kind
-    print(f"{args.preset}, {config.num_hidden_layers} layers, {args.batch} x {args.length} tokens, {device}")
+    size = f"{config.num_hidden_layers} layers, {args.batch} x {args.length} tokens"
+    print(f"{args.preset}, {size}, {device}", flush=True)
+    weights = random_model.jax_parameters(config)
     record: dict[str, Any] = {}
-    for name, (_, before) in VARIANTS.items():
-        record[name] = _measured(steps[name].result, weights, args.steps)
-        print(f"{name:26} {_in_words(record, name, before)}", flush=True)
-    for size, watch in watches.items():
-        name = f"watch, {size[0]} x {size[1]}"
-        record[name] = _measured(watch.result, weights, args.steps)
-        if "seconds" in record[name] and "seconds" in record["attention"]:
-            record[name]["share"] = record[name]["seconds"] / (EVERY * record["attention"]["seconds"])
-        print(f"{name:26} {_in_words(record, name, None)}", flush=True)
-    shapes.write_json(args.json, record)
+    for part in args.part or PARTS:
+        for name, program in compiled_part(part, args, config, weights):
+            record[name] = _measured(program, weights, args.steps)
+            print(f"{name:36} {_in_words(record, name, _of(part, name))}", flush=True)
+            shapes.write_json(args.json, record)
+
+
+def compiled_part(
+    part: str, args: argparse.Namespace, config: Qwen3MoeConfig, weights: Any
+) -> list[tuple[str, Callable[[], Program]]]:
+    """The names of a part's programs, and functions that return them or raise what failed."""
+    frozen, shape = {path: _shape(array) for path, array in weights.items()}, (args.batch, args.length)
+
+    def compiled(what: Variant | Measurement) -> Program:
+        if isinstance(what, Variant):
+            return training(what, config, shape, frozen)
+        return watching(what, config, args.batch * args.length, frozen)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(PARTS[part])) as pool:
+        programs = [(name, pool.submit(compiled, what)) for name, what in PARTS[part].items()]
+    print(f"({part}: {len(programs)} programs compiled in {time.perf_counter() - start:.0f} s)", flush=True)
+    return [(name, program.result) for name, program in programs]
+
+
+def _shape(array: Any) -> Any:
+    import jax
+
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def _of(part: str, name: str) -> str | None:
+    """The step that a program is compared with."""
+    what = PARTS[part][name]
+    return what.before if isinstance(what, Variant) else "attention"
 
 
 def _measured(program: Callable[[], Program], weights: Any, repeats: int) -> dict[str, Any]:
@@ -201,14 +238,17 @@ def _measured(program: Callable[[], Program], weights: Any, repeats: int) -> dic
         return {"failed": f"{type(error).__name__}: {error}"[:300]}
 
 
-def _in_words(record: Mapping[str, Mapping[str, Any]], name: str, before: str | None) -> str:
+def _in_words(record: dict[str, dict[str, Any]], name: str, before: str | None) -> str:
     found, other = record[name], record.get(before or "", {})
     if "failed" in found:
         return found["failed"]
     words = f"{1e3 * found['seconds']:8.1f} ms  {format_bytes(found['bytes']):>9}"
-    if "seconds" in other:
-        words += f"  {found['seconds'] / other['seconds'] - 1:+6.1%} time, {format_bytes(other['bytes'])} without"
-    return words + (f"  {found['share']:.2%} of the training, every {EVERY} steps" if "share" in found else "")
+    if "seconds" not in other:
+        return words
+    if name in PARTS["watch"]:
+        found["share"] = found["seconds"] / (EVERY * other["seconds"])
+        return f"{words}  {found['share']:.2%} of the training, every {EVERY} steps"
+    return f"{words}  {found['seconds'] / other['seconds'] - 1:+6.1%} time, {format_bytes(other['bytes'])} without"
 
 
 if __name__ == "__main__":

@@ -300,6 +300,12 @@ class CaptureWriter:
             if shard[name].dtype != dtype or shard[name].shape != shape:
                 found = f"{shard[name].dtype} {list(shard[name].shape)}"
                 raise ValueError(f"capture {name}: expected {dtype} {list(shape)}, found {found}")
+        if (sums := shard.get("log_sum_exp")) is not None and not np.isfinite(sums).all():
+            layer = self.model.layers[int(np.flatnonzero(~np.isfinite(sums).all(axis=1))[0])]
+            raise UserError(
+                f"model: layer {layer}: expected finite router logits, found NaN or infinity; a weight is NaN, or the "
+                "dtype is too narrow for the model"
+            )
         file = f"routing-{len(self._shards):05d}.safetensors"
         try:
             save_file(shard, self._folder / file)

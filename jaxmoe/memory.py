@@ -254,6 +254,19 @@ def check_fits(what: str, needed: int) -> None:
         raise UserError(f"{what}: needs {format_bytes(needed)} of memory, this machine has {format_bytes(available)}")
 
 
+def forward_batches(work: Workload, most: int = 4) -> int:
+    """How many micro-batches one forward pass with all router logits, the base's beside them, can hold in the memory
+    that a training step takes: 1 to `most`.
+
+    What a step saves for its backward pass is free then; the work of one layer fits in both.
+    """
+    saved = 0 if work.remat == "offload" else layer_input_bytes(work.config, work.tokens)
+    saved += kept_bytes(work)
+    logits = 2 * len(work.config.sparse_layers) * work.tokens * work.config.num_experts * FLOAT32
+    layer = layer_bytes(work) + attention_bytes(work, training=False)
+    return next((n for n in range(most, 1, -1) if (n - 1) * layer + n * logits <= saved), 1)
+
+
 def generation_forecast(work: Workload) -> Forecast:
     """The forecast of prefill and decoding."""
     config = work.config

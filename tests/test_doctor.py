@@ -262,6 +262,13 @@ def test_a_pair_counts_as_two_sequences() -> None:
     assert paired > alone
 
 
+def test_a_pass_without_gradients_takes_more_sequences_where_a_step_saves_much() -> None:
+    kernels: dict[str, Any] = {"attention": "cudnn", "experts": "mosaic", "packed": False}
+    work = memory.Workload(PRESETS["qwen3-30b-a3b"], lora_of("attention"), 2, 4096, "bfloat16", **kernels)
+    policies = get_args(memory.Remat)
+    assert [memory.forward_batches(replace(work, remat=policy)) for policy in policies] == [4, 4, 2, 1]
+
+
 def test_the_forecast_knows_how_attention_and_experts_are_cut() -> None:
     assert memory.CUDNN_SEQUENCES == cudnn.MAX_PIECES
     assert memory.MOSAIC_ROWS == HOPPER.tile_rows(1, 1) == HOPPER.tile_rows(65536, 128)

@@ -7,6 +7,7 @@ import math
 import pathlib
 import shutil
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,14 @@ class Trainer:
         self.trained: list[str] = []
         self.stops_at: str | None = None
         monkeypatch.setattr(paired, "train", self)
+        monkeypatch.setattr(paired, "prepare", self.prepare)
+        monkeypatch.setattr(paired, "previous_identity", lambda settings: None)
+
+    def prepare(self, settings: TrainConfig, previous: None) -> Any:
+        """A plan of which only the held-out records and the end of reading are known."""
+        return SimpleNamespace(
+            data=SimpleNamespace(close=lambda: None), identity={"eval_data": str(settings.eval_data)}
+        )
 
     def __call__(self, settings: TrainConfig) -> dict[str, Any]:
         name = settings.output.name
@@ -105,7 +114,7 @@ def test_pairs_are_trained_compared_and_continued(
         (
             "b",
             'model = "m"\ndata = "d"\neval_data = "other"\n',
-            "expected the same held-out records in A-seed0 and B-s",
+            "A and B: expected the same held-out records, found others in B",
         ),
         ("b", "lora_rank = 3\n", "b.toml: 'lora_rank': expected the name of a flag"),
     ],
@@ -113,10 +122,20 @@ def test_pairs_are_trained_compared_and_continued(
 def test_what_cannot_be_compared_is_refused(
     name: str, text: str, message: str, files: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Trainer(monkeypatch)
+    trainer = Trainer(monkeypatch)
     (tmp_path / f"{name}.toml").write_text(text)
     with pytest.raises(UserError, match=message):
         main(files)
+    assert not trainer.trained and not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_files_is_refused(
+    files: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(monkeypatch)
+    with pytest.raises(UserError, match="expected a new or empty folder, or one of this command; found one with other"):
+        main([*files[:-1], str(tmp_path)])
+    assert not trainer.trained
 
 
 def test_runs_of_other_settings_are_refused(

@@ -151,6 +151,9 @@ def test_records_are_aligned_token_by_token(tmp_path):
     assert not (tmp_path / "other" / "capture").exists()
 
 
+# The header of a .npy file that promises more numbers than fit into any memory.
+HEADER = "{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999, 2, 2), }".ljust(117) + "\n"
+LARGE = base64.b64encode(b"\x93NUMPY\x01\x00v\x00" + HEADER.encode()).decode()
 GOOD = {"prompt_token_ids": [5, 6], "token_ids": [7], "routed_experts": [[[0, 1], [2, 3]]] * 2}
 
 
@@ -161,7 +164,7 @@ GOOD = {"prompt_token_ids": [5, 6], "token_ids": [7], "routed_experts": [[[0, 1]
         ({"token_ids": [97]}, "token_ids: expected token ids from 0 to 96, found"),
         ({"token_ids": "x"}, "token_ids: expected token ids"),
         ({"token_ids": [7, 8]}, "expected those of 3 tokens .* found 2; ask the server for those of the whole"),
-        ({"routed_experts": None}, "routed_experts: expected an array or base64, found"),
+        ({"routed_experts": None}, "routed_experts: expected those of every token, found none .server option"),
         ({"routed_experts": [[[0, 1]]] * 2}, r"expected \[tokens, 2, 2\], found \[2, 1, 2\]"),
         ({"routed_experts": [[[0, 1], [2]]] * 2}, "expected lists of equal length"),
         ({"routed_experts": [[[0, 8], [2, 3]]] * 2}, "expected experts from 0 to 7, found 8"),
@@ -171,6 +174,7 @@ GOOD = {"prompt_token_ids": [5, 6], "token_ids": [7], "routed_experts": [[[0, 1]
         ({"routed_experts": "?"}, "expected the base64 of a .npy file or of int32 numbers"),
         ({"routed_experts": raw(np.arange(7))}, "expected 2 tokens x 4 layers x 2 experts, found 7 numbers"),
         ({"meta_info": {"output_token_logprobs": [[-1, 8, None]]}}, "token_ids: expected the ids that meta_info has"),
+        ({"routed_experts": LARGE}, "expected the base64 of a .npy file"),
         ({"choices": [3]}, "choices: expected objects, found 3"),
     ],
 )

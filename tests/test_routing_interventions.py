@@ -149,6 +149,9 @@ def test_ablating_an_unused_expert_changes_nothing_and_a_used_one_does(model, la
     write_effects(rows, tmp_path / "effects.csv")
     with (tmp_path / "effects.csv").open() as file:
         assert [float(row["change"]) for row in csv.DictReader(file)] == [row.change for row in rows]
+    broken = {path: jnp.full_like(array, jnp.nan) for path, array in model.params.items()}
+    with pytest.raises(UserError, match="model: expected finite losses, found NaN or infinity"):
+        effects(Qwen3MoeForCausalLM(model.config, broken), short, experts=[(layer, used)], batch_size=2)
 
 
 def test_a_forced_expert_is_among_the_k_with_its_own_weight(model, labels, captured, tmp_path):

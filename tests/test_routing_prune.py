@@ -106,6 +106,10 @@ def test_saliency_is_that_of_a_plain_loop(normalised):
     assert len(orders) == 3
     unused = expected.counts == 0
     assert all((found.scores(method)[unused] == 0).all() for method in pruning.METHODS)
+    gate = model.params["sparse.gate"].at[1, 0, 0].set(jnp.nan)
+    model = Qwen3MoeForCausalLM(config, model.params | {"sparse.gate": gate})
+    with pytest.raises(UserError, match="model: layer 3: expected finite outputs of the experts, found NaN"):
+        pruning.measure(model, labels, batch_size=2)
 
 
 def test_ties_stay_in_favour_of_the_lower_index():
@@ -178,6 +182,7 @@ def test_what_stays_keeps_its_bytes_and_is_recorded(folder):
         (["--keep", "8"], "keep: expected 2 .* to 7, found 8"),
         (["--out", "model"], "expected a new or empty folder"),
         (["--data", "none.txt"], "none.txt"),
+        (["--table", "model"], "model: expected a file to write, found a folder"),
     ],
 )
 def test_refusals_leave_nothing(folder, changes, message, monkeypatch):

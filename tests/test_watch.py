@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.data.packing import Document, Sequences
 from jaxmoe.routing.metrics import jensen_shannon
 from jaxmoe.train.step import ProbeRouting
 from jaxmoe.train.watch import (
@@ -19,6 +20,7 @@ from jaxmoe.train.watch import (
     compared,
     divergence,
     even_batches,
+    shortened,
     watch_in_words,
     watched,
 )
@@ -125,3 +127,22 @@ def test_as_few_batches_and_empty_sequences_as_possible(most: int, multiple: int
         batches = -(-sequences // size)
         assert size <= most and size % multiple == 0 and batches == -(-sequences // most)
         assert batches * (size - multiple) < sequences  # a smaller size would not hold all of them
+
+
+@pytest.mark.parametrize(
+    ("documents", "multiple", "length"),
+    [
+        ([512] * 6, 2, 512),  # one document per sequence
+        ([300] * 6, 2, 1024),  # one in each of 512 would leave more places empty
+        ([2048, 100], 2, 2048),
+        ([60] * 9, 2, 128),  # whole tiles
+        ([512] * 6, 3, 2048),
+        ([512] * 6, 2 * 8, 512),
+    ],
+)
+def test_the_probe_lies_in_the_sequences_that_take_least_time(documents: list[int], multiple: int, length: int) -> None:
+    ids = lambda n: np.zeros(n, np.int32)
+    made = [Document(ids(n), ids(n), np.ones(n, np.float32)) for n in documents]
+    found = shortened(Sequences(made, 2048), multiple)
+    assert found.seq_length == length
+    assert sorted(index for sequence in found.epoch(0) for index in sequence) == [*range(len(documents))]

@@ -33,7 +33,7 @@ def chosen_experts(choice: str, capture: pathlib.Path | None, config: Qwen3MoeCo
     Raises:
         UserError: another form, too many experts, a capture of another model, or experts that the model does not have.
     """
-    if not is_top(choice):
+    if choice and not is_top(choice):
         return _from_file(pathlib.Path(choice), config)
     match = _TOP.fullmatch(choice)
     if match is None or not 1 <= int(match[1]) <= config.num_experts:

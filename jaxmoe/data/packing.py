@@ -245,7 +245,16 @@ class Sequences:
 
     def in_order(self) -> Sequences:
         """One epoch of the same documents, not shuffled and without a reference."""
-        return Sequences(self._documents, self.seq_length, pack=self._pack, shuffle=False, epochs=1)
+        return self.cut_to(self.seq_length)
+
+    def cut_to(self, seq_length: int) -> Sequences:
+        """`in_order`, in sequences of another length, which holds the longest document."""
+        return Sequences(self._documents, seq_length, pack=self._pack, shuffle=False, epochs=1)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self._lengths)
 
     @property
     def packed(self) -> bool:

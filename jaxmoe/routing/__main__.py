@@ -23,7 +23,7 @@ from captures.format import DEFAULT_KEEP_LOGITS
 from jaxmoe.cli.arguments import ArgumentParser, program_name, run, say, whole_number
 from jaxmoe.errors import UserError, counted, printable
 from jaxmoe.out_of_memory import explained
-from jaxmoe.store.files import claimed, output_file
+from jaxmoe.store.files import check_output_file, claimed, output_file
 
 
 def build_parser() -> ArgumentParser:
@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "prune": _prune,
         "report": _report,
     }
+    for name in ("table", "out"):  # files, which are written after hours of work
+        path = getattr(arguments, name, None)
+        if path is not None and (name == "table" or arguments.command in ("compare", "effects")):
+            check_output_file(path)
     with explained(lambda: "use a smaller --batch-size or --seq-length, or --quantize nf4"):
         return commands[arguments.command](arguments)
 
@@ -186,9 +190,7 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from jaxmoe.model.opening import open_checkpoint
     from jaxmoe.routing.text import read_text
 
-    for name in ("seq_length", "batch_size", "max_tokens"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"{name.replace('_', '-')}: expected at least 1, found {value}")
+    _check_at_least_1(arguments, "seq_length", "batch_size", "max_tokens")
     config = Qwen3MoeConfig.from_pretrained(arguments.model)  # before anything else in the folder is read
     if arguments.seq_length > config.max_position_embeddings:
         raise UserError(
@@ -236,6 +238,12 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if not model.config.sparse_layers:
         raise UserError(f"{arguments.model}: expected a model with mixture-of-experts layers, found none")
     return model, labels
+
+
+def _check_at_least_1(arguments: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"{name.replace('_', '-')}: expected at least 1, found {value}")
 
 
 @contextlib.contextmanager
@@ -380,21 +388,24 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     from jaxmoe.config import Qwen3MoeConfig
-    from jaxmoe.data.chat import load_tokenizer
+    from jaxmoe.data.chat import AS_WRITTEN, load_tokenizer
     from jaxmoe.data.chat_flags import chat_settings
     from jaxmoe.routing.imported import import_experts
     from jaxmoe.routing.text import read_text
 
+    _check_at_least_1(arguments, "seq_length")
     config, tokenizer = Qwen3MoeConfig.from_pretrained(arguments.model), load_tokenizer(arguments.model)
     if not config.sparse_layers:
         raise UserError(f"{arguments.model}: expected a model with mixture-of-experts layers, found none")
-    text = None
+    text, settings = None, chat_settings(tokenizer, arguments.system, arguments.thinking, arguments.template_arg)
+    if arguments.data is None and (settings != AS_WRITTEN or arguments.split is not None):
+        raise UserError("system, no-thinking, template-arg and split: only valid with data, found none")
     if arguments.data is not None:
-        settings = chat_settings(tokenizer, arguments.system, arguments.thinking, arguments.template_arg)
         size, length = config.vocab_size, arguments.seq_length
         text = read_text(arguments.data, tokenizer, size, length, settings=settings, split=arguments.split)
     found = import_experts(arguments.responses, arguments.out, config, tokenizer_digest(tokenizer), text)
-    say(f"{arguments.out}: {found.tokens:,} tokens of {len(found.read_text().contexts())} sequences")
+    sequences = len(found.read_text().contexts())
+    say(f"{arguments.out}: {counted(found.tokens, 'token')} of {counted(sequences, 'sequence')}")
 
 
 def _prune(arguments: argparse.Namespace) -> None:

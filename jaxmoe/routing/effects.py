@@ -22,6 +22,7 @@ from jaxmoe.control.interventions import Intervention
 from jaxmoe.distributed.collectives import sum_over_devices
 from jaxmoe.distributed.mesh import SEQUENCE_AXES
 from jaxmoe.distributed.placement import Placement
+from jaxmoe.errors import UserError
 from jaxmoe.model.adapted import weights_of
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.decoder import forward, head_weight
@@ -170,8 +171,8 @@ def effects(
         One `Effect` per pair, in the order of the pairs.
 
     Raises:
-        UserError: a pair that the model does not have; a batch or a length that the devices of the model's mesh cannot
-            share evenly.
+        UserError: a pair that the model does not have; a loss that is not finite; a batch or a length that the devices
+            of the model's mesh cannot share evenly.
     """
     config, mesh = model.config, model.mesh
     mesh.check_batch(batch_size)
@@ -197,7 +198,12 @@ def effects(
         load += np.asarray(counts)
     before = joined(outcomes).loss
     blocks = metrics.blocks(labels.text.document, labels.text.position)
-    known = ~np.isnan(before)
+    known = np.concatenate([r.labels.reshape(-1)[r.batch.valid] >= 0 for r in references])
+    if not np.isfinite(before[known]).all():
+        raise UserError(
+            "model: expected finite losses, found NaN or infinity; a weight is NaN, or the dtype is too narrow for the "
+            "model"
+        )
     found = []
     for layer, expert in experts:
         one = {layer: (expert,)}

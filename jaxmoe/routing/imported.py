@@ -128,6 +128,8 @@ def _response(fields: Mapping[str, Any], config: Qwen3MoeConfig) -> Response:
     answer = _ids(fields, _ANSWER, meta.get("output_token_logprobs"), config)
     encoded = meta.get("routed_experts") if fields.get("routed_experts") is None else fields["routed_experts"]
     n = len(prompt) + len(answer)
+    if n < 2:  # nothing was routed
+        return Response(prompt, answer, np.zeros((0, len(config.sparse_layers), config.num_experts_per_tok), np.int32))
     experts = _experts(encoded, config, n)
     if (of_prompt := fields.get("prompt_routed_experts")) is not None:
         experts = np.concatenate([_experts(of_prompt, config, len(prompt)), experts])
@@ -195,6 +197,10 @@ def _array(encoded: Any) -> np.ndarray:
         if array.dtype.kind not in "iu":
             raise UserError(f"routed_experts: expected whole numbers, found {shown(encoded)}")
         return array
+    if encoded is None:
+        raise UserError(
+            "routed_experts: expected those of every token, found none (server option: --enable-return-routed-experts)"
+        )
     if not isinstance(encoded, str):
         raise UserError(f"routed_experts: expected an array or base64, found {shown(encoded)}")
     try:
@@ -203,7 +209,7 @@ def _array(encoded: Any) -> np.ndarray:
             array = np.load(io.BytesIO(content), allow_pickle=False)
         else:
             array = np.frombuffer(content, "<i4")
-    except (binascii.Error, ValueError, EOFError) as error:
+    except (binascii.Error, ValueError, EOFError, MemoryError) as error:
         raise UserError(f"routed_experts: expected the base64 of a .npy file or of int32 numbers ({error})") from None
     if array.dtype.kind not in "iu":
         raise UserError(f"routed_experts: expected whole numbers, found {array.dtype}")

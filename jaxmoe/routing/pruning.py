@@ -91,8 +91,8 @@ def measure(
         on_batch: called with the number of tokens done so far.
 
     Raises:
-        UserError: every token uses all experts; a token that the model does not know; a batch or a length that the
-            devices of the model's mesh cannot share evenly.
+        UserError: every token uses all experts; a token that the model does not know; outputs that are not finite; a
+            batch or a length that the devices of the model's mesh cannot share evenly.
     """
     config, mesh = model.config, model.mesh
     mesh.check_batch(batch_size)
@@ -111,6 +111,11 @@ def measure(
         norms += np.asarray(sums.weighted_norms, np.float64)
         changes += np.asarray(sums.changes, np.float64)
         on_batch(batch.part.stop)
+    if len(broken := np.flatnonzero(~np.isfinite(norms + changes).all(axis=1))):
+        raise UserError(
+            f"model: layer {config.sparse_layers[broken[0]]}: expected finite outputs of the experts, found NaN or "
+            "infinity; a weight is NaN, or the dtype is too narrow for the model"
+        )
     return Saliency(len(labels.text.token), counts, norms, changes)
 
 

@@ -121,6 +121,24 @@ def claimed(dst: str | os.PathLike[str]) -> Iterator[None]:
         yield
 
 
+def check_output_file(dst: str | os.PathLike[str]) -> None:
+    """Checks that a file can be written, without writing it. A command that works for long before it writes the file
+    checks it first.
+
+    Raises:
+        UserError: `dst` is a folder.
+        OSError: it would lie in something that is no folder, or in a read-only one.
+    """
+    final = pathlib.Path(os.path.realpath(dst))
+    if final.is_dir():
+        raise UserError(f"{dst}: expected a file to write, found a folder")
+    folder = next(parent for parent in final.parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dst))
+
+
 @contextlib.contextmanager
 def output_file(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields the path of a temporary file and puts it in the place of `dst` on success; a failure changes nothing.
@@ -128,12 +146,14 @@ def output_file(dst: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     Where `dst` is no ordinary file (a pipe, /dev/stdout), it is yielded itself.
 
     Raises:
-        UserError: another process writes `dst`.
+        UserError: `dst` is a folder, or another process writes it.
         OSError: the disk is full, for example; it names `dst`.
     """
     final = pathlib.Path(os.path.realpath(dst))
+    check_output_file(dst)
     if final.exists() and not final.is_file():
-        yield pathlib.Path(dst)
+        with naming_files({pathlib.Path(dst): pathlib.Path(dst)}):
+            yield pathlib.Path(dst)
         return
     with output_lock(dst):
         remove_leftovers(final.parent)

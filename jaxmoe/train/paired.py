@@ -17,8 +17,9 @@ from jaxmoe.runs.paired import Difference, differences, last_numbers, write_diff
 from jaxmoe.runs.record import RUN_FILE, read_run
 from jaxmoe.store.files import output_file
 from jaxmoe.store.lock import output_lock
-from jaxmoe.train.identity import as_json
+from jaxmoe.train.identity import as_json, previous_identity
 from jaxmoe.train.loop import train
+from jaxmoe.train.prepare import prepare
 from jaxmoe.train.settings import TrainConfig
 
 FINISHED_FILE = "finished.json"
@@ -40,6 +41,11 @@ def run_pairs(sides: Sides, seeds: int, out: pathlib.Path) -> tuple[list[Differe
     for line in said or ["A and B have the same settings"]:
         print_line(line)
     planned = {(seed, side): _settings(sides[side], side, seed, out) for seed in range(seeds) for side in sides}
+    own = {FINISHED_FILE, *(settings.output.name for settings in planned.values())}
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in own):
+        raise UserError(f"{out}: expected a new or empty folder, or one of this command; found one with other files")
+    if _finished(out).keys() < {settings.output.name for settings in planned.values()}:
+        _check_data({side: planned[0, side] for side in sides})
     out.mkdir(parents=True, exist_ok=True)
     with output_lock(out):
         finished = _finished(out)
@@ -83,6 +89,24 @@ def _settings(given: Mapping[str, Any], side: str, seed: int, out: pathlib.Path)
     if settings.push_to_hub is not None:
         raise UserError(f"{side}: push_to_hub: expected none, since each run would replace the one before it")
     return settings
+
+
+def _check_data(sides: Mapping[str, TrainConfig]) -> None:
+    """Reads all that the first pair reads but the weights, so that no mistake in B is found when A has been trained.
+
+    Raises:
+        UserError: settings with which a run would not start, or other held-out records in B than in A.
+    """
+    held_out = []
+    for side, settings in sides.items():
+        try:
+            plan = prepare(settings, previous_identity(settings))
+        except UserError as error:
+            raise UserError(f"{side}: {error}") from None
+        plan.data.close()
+        held_out.append(plan.identity["eval_data"])
+    if held_out[0] != held_out[1]:
+        raise UserError("A and B: expected the same held-out records, found others in B")
 
 
 def _compared(settings: TrainConfig) -> dict[str, Any]:

@@ -134,13 +134,6 @@ class Plan:
         for number in range(held_out.steps(1, size)):
             yield placement.place_batch(held_out.batch(number, (size,), placement.lines_of_process), tokens=2)
 
-    def probe_batches(self, size: int, most: int) -> Iterator[Batch]:
-        """The inputs to measure the routing on, of `size` sequences each, at most so many; there is a probe."""
-        probe = self.data.probe
-        assert probe is not None
-        for number in range(min(probe.steps(1, size), most)):
-            yield self.model.placement.place_batch(probe.batch(number, (size,)), tokens=2)
-
     @property
     def on_host(self) -> tuple[str, ...]:
         """Paths of the frozen arrays that stay in the host's memory."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from jaxmoe.distributed import launch
 from jaxmoe.distributed.collectives import sum_over_devices
 from jaxmoe.distributed.mesh import SEQUENCE_AXES
 from jaxmoe.errors import UserError
-from jaxmoe.memory import format_bytes
+from jaxmoe.memory import format_bytes, forward_batches
 from jaxmoe.model.interface import Params
 from jaxmoe.ops.router import expert_counts
 from jaxmoe.routing.metrics import load_cv
@@ -32,7 +32,8 @@ from jaxmoe.train.prepare import Plan
 from jaxmoe.train.step import Model, ProbeRouting
 
 MOST_BYTES = 2**30  # of the base's routing: 64 sequences of 512 tokens of Qwen3-30B-A3B take 0.8 of it
-PASSES = 3  # forward passes that take as long as a step: 366 ms by 124 ms, LoRA, 2 x 4096 (docs/performance.md)
+TILE = 128  # tokens
+PASSES = 3.3  # forward passes that take as long as a step: 362 ms by 110 ms, LoRA, 2 x 4096 (docs/performance.md)
 MOST_SHARE = 0.02  # of the training time that measuring may take without a word
 CHANGED, DIVERGENCE, LOAD_CV, DEAD = "routing_changed", "routing_divergence", "routing_load_cv", "routing_dead_experts"
 
@@ -60,40 +61,60 @@ class Watch:
         Raises:
             UserError: a model without MoE layers, or several processes.
         """
-        config = plan.model.config
+        config, settings = plan.model.config, plan.settings
         if not config.sparse_layers:
             raise UserError("watch_routing: expected a model with mixture-of-experts layers, found none")
         if (count := launch.this().count) > 1:  # each would need the base's routing of all sequences
             raise UserError(f"watch_routing: only valid in one process, found {count}")
         self._plan = plan
-        share = plan.model.mesh.product(SEQUENCE_AXES)
-        self._size = size = even_batches(probe.count(1), plan.settings.batch_size, share)
+        self._probe = probe = shortened(probe, 2 * plan.model.mesh.context)
+        most = settings.batch_size * forward_batches(plan.workload) * settings.seq_length // probe.seq_length
+        self._size = size = even_batches(probe.count(1), most, plan.model.mesh.product(SEQUENCE_AXES))
         token = len(config.sparse_layers) * (4 * config.num_experts + 2 * config.num_experts_per_tok)
-        self._most = max(MOST_BYTES // (token * plan.settings.seq_length * size), 1)
+        self._count = min(probe.steps(1, size), max(MOST_BYTES // (token * probe.seq_length * size), 1))
         model = plan.model._replace(packed=probe.packed)
-        base_step = jax.jit(make_base_step(model))
-        self._watch_step = jax.jit(make_watch_step(model))
-        total = min(probe.steps(1, size), self._most)
-        self.notices = _notices(plan, probe.count(1), size, total)
+        self._routing = jax.jit(make_routing_step(model, adapted=True))
+        self._compared = jax.jit(make_comparing_step(model))
+        self.notices = _notices(plan, probe, size * self._count)
         self.seconds = 0.0  # that measuring took so far
         self._base: list[ProbeRouting] = []
+        of_base = jax.jit(make_routing_step(model, adapted=False))
         with progress("routing of the probe by the base model") as show:
-            for number, batch in enumerate(plan.probe_batches(size, self._most), start=1):
+            for number, batch in enumerate(self._batches(), start=1):
                 arrays, fed = plan.fed(frozen, batch)
-                self._base.append(ProbeRouting(*map(np.asarray, base_step(arrays, trainable, fed))))
-                show(number, total, f"{number} of {total} batches")
+                self._base.append(ProbeRouting(*map(np.asarray, of_base(arrays, trainable, fed))))
+                show(number, self._count, f"{number} of {self._count} batches")
+
+    def _batches(self) -> Iterator[Batch]:
+        for number in range(self._count):
+            yield self._plan.model.placement.place_batch(self._probe.batch(number, (self._size,)), tokens=2)
 
     def __call__(self, frozen: Params, trainable: Params) -> dict[str, list[float]]:
         """For each MoE layer the share of the probe's tokens that use other experts than with the base, the mean
         divergence of the router's probabilities from the base's in nats, the coefficient of variation of the experts'
         load, and how many experts no token uses."""
         started, parts = time.perf_counter(), []
-        for batch, base in zip(self._plan.probe_batches(self._size, self._most), self._base, strict=True):
+        for batch, base in zip(self._batches(), self._base, strict=True):
             arrays, fed = self._plan.fed(frozen, batch)
-            parts.append(self._watch_step(arrays, trainable, fed, base))
+            # Two programs: the base's routing is copied to the device while the first one runs.
+            parts.append(self._compared(self._routing(arrays, trainable, fed), base, batch.segment_ids))
+            jax.block_until_ready(parts[-2:-1])  # the device holds the routing of two batches at most
         sums = [np.asarray(np.sum(each, axis=0, dtype=np.float64)) for each in zip(*jax.device_get(parts), strict=True)]
         self.seconds += time.perf_counter() - started
         return watched(*sums)
+
+
+def shortened(probe: Sequences, multiple: int) -> Sequences:
+    """The probe's documents in sequences of half the length, a quarter, ..., whichever have the fewest places for
+    tokens and are then the shortest: attention takes less time in short sequences, and least with one document in each.
+
+    Kernels want whole tiles, so a length is a multiple of `TILE`, and of `multiple`.
+    """
+    lengths = [probe.seq_length]
+    while lengths[-1] % (2 * math.lcm(TILE, multiple)) == 0:
+        lengths.append(lengths[-1] // 2)
+    found = [probe.cut_to(length) for length in lengths if length >= probe.longest]
+    return min(found, key=lambda each: (each.count(1) * each.seq_length, each.seq_length))
 
 
 def even_batches(sequences: int, most: int, multiple: int) -> int:
@@ -103,16 +124,19 @@ def even_batches(sequences: int, most: int, multiple: int) -> int:
     return -(-sequences // (batches * multiple)) * multiple
 
 
-def _notices(plan: Plan, sequences: int, size: int, batches: int) -> list[str]:
-    """What to say about a probe that is too long, or measured so often that training takes noticeably longer."""
+def _notices(plan: Plan, probe: Sequences, used: int) -> list[str]:
+    """What to say about a probe that is too long, or measured so often that training takes noticeably longer; `used`
+    sequences of it are measured, empty ones included."""
     settings = plan.settings
     lines = []
-    if batches * size < sequences:
+    if used < probe.count(1):
         lines.append(
-            f"watch_routing: the first {batches * size:,} of {sequences:,} sequences are used, since the base's "
-            f"routing may take {format_bytes(MOST_BYTES)}"
+            f"watch_routing: the first {used:,} of {probe.count(1):,} sequences of {probe.seq_length:,} tokens are "
+            f"used, since the base's routing may take {format_bytes(MOST_BYTES)}"
         )
-    steps = batches * size / (PASSES * settings.accumulation * settings.batch_size)
+    tokens_of_step = settings.accumulation * settings.batch_size * settings.seq_length
+    tokens_of_step *= 2 if settings.learns_from_pairs else 1
+    steps = used * probe.seq_length / (PASSES * tokens_of_step)
     every = min(settings.watch_every or plan.total_steps, plan.total_steps)
     if steps > MOST_SHARE * every:
         lines.append(
@@ -140,45 +164,41 @@ def watch_in_words(numbers: Mapping[str, Any]) -> str:
     )
 
 
-def make_base_step(model: Model) -> Callable[[Params, Params, Batch], ProbeRouting]:
-    """(frozen, trainable, batch [B, T]) -> the base's routing of the batch."""
-    return _on_devices(model, partial(model.routing, adapted=False), _spec_of_routing(model), with_base=False)
+def make_routing_step(model: Model, *, adapted: bool) -> Callable[[Params, Params, Batch], ProbeRouting]:
+    """(frozen, trainable, batch [B, T]) -> the routing of the batch; `adapted` says whether with the adapters."""
+    placement = model.placement
 
-
-def make_watch_step(model: Model) -> Callable[[Params, Params, Batch, ProbeRouting], WatchSums]:
-    """(frozen, trainable, batch [B, T], the base's routing of it) -> sums over its tokens."""
-
-    def on_a_device(frozen: Params, trainable: Params, batch: Batch, base: ProbeRouting) -> WatchSums:
-        now = model.routing(frozen, trainable, batch, adapted=True)
-        return sum_over_devices(compared(now, base, batch.segment_ids > 0), model.mesh)
-
-    return _on_devices(model, on_a_device, WatchSums._make([PartitionSpec()] * 4), with_base=True)
-
-
-def _spec_of_routing(model: Model) -> ProbeRouting:
-    return ProbeRouting._make([model.placement.spec(None, "batch", "sequence")] * 2)
-
-
-def _on_devices(model: Model, function: Callable[..., Any], out: Any, *, with_base: bool) -> Callable[..., Any]:
-    """`function` on every device of the mesh, each with its share of the sequences."""
-
-    def step(frozen: Params, trainable: Params, batch: Batch, *base: ProbeRouting) -> Any:
-        placement = model.placement
+    def step(frozen: Params, trainable: Params, batch: Batch) -> ProbeRouting:
         lie = placement.specs(frozen), placement.specs(trainable), placement.batch_specs(batch, tokens=2)
-        lie += (_spec_of_routing(model),) if with_base else ()
-        return placement.run(function, lie, out)(frozen, trainable, batch, *base)
+        run = placement.run(partial(model.routing, adapted=adapted), lie, _specs(model))
+        return run(frozen, trainable, batch)
 
     return step
+
+
+def make_comparing_step(model: Model) -> Callable[[ProbeRouting, ProbeRouting, Array], WatchSums]:
+    """(the routing of a batch, the base's routing of it, its segment ids [B, T]) -> sums over its tokens."""
+    placement, everywhere = model.placement, PartitionSpec()
+
+    def on_a_device(now: ProbeRouting, base: ProbeRouting, segment_ids: Int[Array, "B T"]) -> WatchSums:
+        return sum_over_devices(compared(now, base, segment_ids > 0), model.mesh)
+
+    lie = _specs(model), _specs(model), placement.spec("batch", "sequence")
+    return placement.run(on_a_device, lie, WatchSums._make([everywhere] * 4))
+
+
+def _specs(model: Model) -> ProbeRouting:
+    return ProbeRouting._make([model.placement.spec(None, "batch", "sequence")] * 2)
 
 
 def compared(now: ProbeRouting, base: ProbeRouting, valid: Bool[Array, "B T"]) -> WatchSums:
     """The sums over the valid tokens of a batch."""
     num_experts = now.logits.shape[-1]
-    differs = jnp.any(jnp.sort(now.experts, axis=-1) != jnp.sort(base.experts, axis=-1), axis=-1)
+    found = jnp.any(now.experts[..., :, None] == base.experts[..., None, :], axis=-1)  # each expert is there once
     rows = now.experts.astype(jnp.int32).reshape(len(now.experts), -1, now.experts.shape[-1])
     counts = jax.vmap(lambda experts: expert_counts(experts, valid.reshape(-1), num_experts))(rows)
     return WatchSums(
-        jnp.sum(differs & valid, axis=(1, 2), dtype=jnp.int32),
+        jnp.sum(~jnp.all(found, axis=-1) & valid, axis=(1, 2), dtype=jnp.int32),
         jnp.sum(jnp.where(valid, divergence(now.logits, base.logits), 0), axis=(1, 2)),
         counts,
         jnp.sum(valid, dtype=jnp.int32),
