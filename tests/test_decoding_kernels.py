@@ -1,5 +1,4 @@
-"""The kernels between the products of a decoding step, each against XLA: attention over the cache, residual sum and
-norm, choice of experts.
+"""The kernels of a decoding step beside the products of few rows, against XLA: attention over the cache.
 
 Without a GPU they run in Pallas' interpreter. On a GPU the real widths are tested as well.
 """
@@ -16,10 +15,8 @@ import pytest
 
 from jaxmoe.ops.cached_attention import MASKED, CacheStacks, Heads, Rotation
 from jaxmoe.ops.few_rows import GATHERED, Rows
-from jaxmoe.ops.kernels import cached_attention, expert_choice, few_rows, residual_norm
+from jaxmoe.ops.kernels import cached_attention, few_rows
 from jaxmoe.ops.norm import StackedNorm
-from jaxmoe.ops.residual_norm import TWO_STEPS
-from jaxmoe.ops.router import PLAIN
 from tests.parity import relative_error
 from tests.row_kernels import INTERPRETED, draw
 from tests.tolerances import bound
@@ -79,32 +76,6 @@ def test_attention_over_the_cache(positions: list[int], slots: int, window: int 
 def test_what_attention_over_the_cache_refuses(query: Any, cache: Any, word: str) -> None:
     arrays = [jax.ShapeDtypeStruct(*each) for each in (query, cache)]
     assert word in str(cached_attention.unsupported(*arrays))
-
-
-@pytest.mark.parametrize("with_update", [True, False])
-@pytest.mark.parametrize("width", [64, 96])
-def test_residual_sum_and_norm(width: int, with_update: bool) -> None:
-    h, norm = draw(0, 3, 1, width), StackedNorm(1 + rounded(1, LAYERS, width) / 4, LAYER, 1e-6)
-    update = rounded(2, 3, 1, width) if with_update else None
-    found = residual_norm.add_and_norm(h, update, norm, BFLOAT16, interpret=INTERPRETED)
-    expected = TWO_STEPS(h, update, norm, BFLOAT16)
-    other = TWO_STEPS(h, update, norm._replace(place=LAYER + 1), BFLOAT16)
-    assert relative_error(found[0], expected[0]) == 0
-    assert relative_error(found[1], expected[1]) <= bound("residual_norm_bf16") < relative_error(other[1], expected[1])
-
-
-@pytest.mark.parametrize(("experts", "count", "norm"), [(40, 8, True), (64, 6, False)])
-def test_choice_of_experts(experts: int, count: int, norm: bool) -> None:
-    """Half of the logits are ties, which go to the lowest index."""
-    logits = jnp.round(4 * draw(0, 9, experts)) / 4
-    found = expert_choice.choose_experts(logits, count, norm, interpret=INTERPRETED)
-    expected = PLAIN(logits, count, norm)
-    np.testing.assert_array_equal(found.experts, expected.experts)
-    assert relative_error(found.weights, expected.weights) <= bound("expert_choice_fp32")
-    assert relative_error(found.probabilities, expected.probabilities) <= bound("expert_choice_fp32")
-    assert relative_error(PLAIN(logits, count, not norm).weights, expected.weights) > bound("expert_choice_fp32")
-    broken = expert_choice.choose_experts(jnp.full((1, experts), jnp.nan), count, norm, interpret=INTERPRETED)
-    assert int(broken.experts.max()) < experts
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ import pytest
 from jaxmoe.ops import experts, implementations, low_rank, projections
 from jaxmoe.ops.implementations import Device
 from jaxmoe.ops.kept import PROJECTED
-from jaxmoe.ops.kernels.grouped_matmul import hopper, xla
+from jaxmoe.ops.kernels.grouped_matmul import ampere, hopper, xla
 from jaxmoe.ops.low_rank import Adapter, Factors
 from jaxmoe.ops.schedule import Spans, make_schedule, permute
 from tests.parity import relative_error
@@ -185,7 +185,11 @@ def several_errors(forget: bool = False) -> list[float]:
     return [relative_error(a, b) for a, b in zip(*leaves, strict=True)]
 
 
-def test_several_maps_of_one_input(kernel: None) -> None:
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+def test_several_maps_of_one_input(capability: tuple[int, int], kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Hopper's kernel, and below it by one product of XLA's."""
+    monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", capability))
+    monkeypatch.setattr(ampere.Ampere, "unsupported", lambda self, dtype, *widths: None)
     assert max(several_errors()) <= bound("low_rank_gradients_bfloat16")
     assert max(several_errors(forget=True)) > 10 * bound("low_rank_gradients_bfloat16")
 

@@ -36,7 +36,6 @@ from jaxmoe.ops.linear import linears, logits_of_few
 from jaxmoe.ops.low_rank import DropoutKeys
 from jaxmoe.ops.norm import rms_norm
 from jaxmoe.ops.norm_rotary import norm_and_rotate
-from jaxmoe.ops.residual_norm import add_and_norm
 from jaxmoe.ops.rotary import rotary_tables
 from jaxmoe.ops.router import (
     CapturedRouting,
@@ -137,19 +136,17 @@ def decoder_layer(
     h: Float[Array, "B T D"], cache: Any, layer: Layer, context: Context
 ) -> tuple[Float[Array, "B T D"], Any, RoutingRecord]:
     """Attention, then the MLP of the layer's kind; each is normalised first and added to the residual stream."""
-    h, x = _add_and_norm(h, None, "attention.input_layernorm", layer, context)
+    h, x = _add_and_norm(h, None, "attention.input_layernorm", layer)
     update, cache = attention(x, cache, layer, context)
-    h, x = _add_and_norm(h, update, "attention.post_attention_layernorm", layer, context)
+    h, x = _add_and_norm(h, update, "attention.post_attention_layernorm", layer)
     update, record = mlp(x.reshape(-1, x.shape[-1]), layer, context)
     return h + update.reshape(h.shape), cache, record
 
 
 def _add_and_norm(
-    h: Float[Array, "B T D"], update: Float[Array, "B T D"] | None, path: str, layer: Layer, context: Context
+    h: Float[Array, "B T D"], update: Float[Array, "B T D"] | None, path: str, layer: Layer
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
     """(the residual stream with the update, what the norm `path` makes of it)."""
-    if context.decoding:
-        return add_and_norm(h, update, layer.stacked_norm(path), layer.dtype)
     h = h if update is None else h + update
     return h, rms_norm(h, layer.weight(path), layer.eps).astype(layer.dtype)
 

@@ -193,22 +193,6 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
         "xla": Implementation("one row after the other, as XLA runs it", _anywhere, "jaxmoe.ops.few_rows:GATHERED"),
     },
-    "residual_norm": {
-        "triton": Implementation(
-            "Pallas Triton kernel, one launch for few tokens",
-            _runs_pallas_triton,
-            "jaxmoe.ops.kernels.residual_norm:ONE_LAUNCH",
-        ),
-        "xla": Implementation("sum, then norm, as XLA fuses them", _anywhere, "jaxmoe.ops.residual_norm:TWO_STEPS"),
-    },
-    "expert_choice": {
-        "triton": Implementation(
-            "Pallas Triton kernel, one launch for few tokens",
-            _runs_pallas_triton,
-            "jaxmoe.ops.kernels.expert_choice:ONE_LAUNCH",
-        ),
-        "xla": Implementation("softmax, then top-k, as XLA fuses them", _anywhere, "jaxmoe.ops.router:PLAIN"),
-    },
     "norm_rotary": {
         "triton": Implementation(
             "Pallas Triton kernel, one pass each way",

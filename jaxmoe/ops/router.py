@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmoe.ops.contraction import PRECISION, contract
-from jaxmoe.ops.implementations import choose, default_device
+from jaxmoe.ops.implementations import default_device
 from jaxmoe.ops.kept import ROUTING
 from jaxmoe.ops.low_rank import Adapter
 
@@ -105,24 +105,9 @@ def route(
 
 def choose_experts(logits: Float[Array, "M E"], count: int, norm_topk_prob: bool) -> Routing:
     """What `route` makes of its logits, for few tokens that nothing is imposed on; there is no backward pass."""
-    return choose("expert_choice", logits).value(logits, count, norm_topk_prob)
-
-
-class Plain:
-    """The implementation "xla" of the choice of experts."""
-
-    def unsupported(self, logits: Any) -> str | None:
-        """None: it runs anywhere."""
-        return None
-
-    def __call__(self, logits: Array, count: int, norm_topk_prob: bool) -> Routing:
-        """As `choose_experts`."""
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        experts = _largest(probabilities, count)
-        return Routing(logits, probabilities, experts, _weights(probabilities, experts, norm_topk_prob))
-
-
-PLAIN = Plain()
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    experts = _largest(probabilities, count)
+    return Routing(logits, probabilities, experts, _weights(probabilities, experts, norm_topk_prob))
 
 
 def _weights(probabilities: Float[Array, "M E"], experts: Int[Array, "M k"], norm_topk_prob: bool) -> Array:

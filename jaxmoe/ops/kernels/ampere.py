@@ -100,11 +100,15 @@ def pipelined(
     """Folds `step(number, slot, carry)` over the steps, after `start_copies(number, slot)` has filled the slot.
 
     A step makes `copies` copies. Past the last step it is copied again, so that the number of copies under way, for
-    which the program waits, is known when it is compiled.
+    which the program waits, is known when it is compiled. `init` is the carry before the first step, or a function that
+    forms it from copies that were started before these; it is called when they have arrived.
     """
     last = jnp.maximum(jnp.int32(steps) - 1, 0)
     for ahead in range(slots - 1):
         start_copies(jnp.minimum(jnp.int32(ahead), last), jnp.int32(ahead))
+    if callable(init):
+        plgpu.wait_gmem_to_smem((slots - 1) * copies)
+        init = init()
 
     def body(number: Array, carry: Any) -> Any:
         plgpu.wait_gmem_to_smem((slots - 2) * copies)  # and for the other warps, which have read the slot before

@@ -6,6 +6,7 @@ owned row o sees the walked row w if w lies between two bounds of o.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -85,14 +86,25 @@ def across(numbers: Array, shape: tuple[int, ...], axis: int) -> Array:
 
 
 def product_transposed(left: Any, right: Any) -> Array:
-    """The product left @ right^T of two tiles [rows, width] in shared memory."""
-    sums = zeros(left.shape[0], right.shape[0], left.dtype)
-    for start in range(0, left.shape[1], _PANEL):
-        part = slice(start, start + _PANEL)
-        a = plgpu.load(left.at[:, part], layout=plgpu.Layout.MMA_LHS(left.dtype, m_warps=4))
-        b = plgpu.load(right.at[:, part].transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(left.dtype, m_warps=4))
-        sums = plgpu.mma(sums, a, b)
+    """The product left @ right^T of two tiles [rows, width] in shared memory; `left` may be `held` in registers."""
+    in_registers = isinstance(left, tuple)
+    sums = zeros((left[0] if in_registers else left).shape[0], right.shape[0], right.dtype)
+    for part, start in zip(left if in_registers else _parts(left), range(0, right.shape[1], _PANEL), strict=True):
+        panel = right.at[:, slice(start, start + _PANEL)].transpose((1, 0))
+        sums = plgpu.mma(sums, part, plgpu.load(panel, layout=plgpu.Layout.MMA_RHS(right.dtype, m_warps=4)))
     return sums
+
+
+def held(tile: Any) -> tuple[Array, ...]:
+    """A tile [rows, width] of shared memory in registers, as the left operand of a product."""
+    return tuple(_parts(tile))
+
+
+def _parts(tile: Any) -> Iterator[Array]:
+    """The tile's panels as left operands, each read when it is wanted."""
+    operand = plgpu.Layout.MMA_LHS(tile.dtype, m_warps=4)
+    for start in range(0, tile.shape[1], _PANEL):
+        yield plgpu.load(tile.at[:, slice(start, start + _PANEL)], layout=operand)
 
 
 def add_product(sums: Array, left: Array, right: Any) -> Array:

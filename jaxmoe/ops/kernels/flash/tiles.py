@@ -10,11 +10,15 @@ UNIT = 128  # the number of tokens is padded to a multiple of it, and so of ever
 
 
 class Tiles(NamedTuple):
-    """One program's tiles: `rows` that a thread block owns, `walked` rows at a time, `slots` for the latter."""
+    """One program's tiles: `rows` that a thread block owns, `walked` rows at a time, `slots` for the latter.
+
+    Of the owned tiles the last `held` stay in registers, which saves reading them from shared memory at every step.
+    """
 
     rows: int
     walked: int
     slots: int
+    held: int = 0
 
     def shared_bytes(self, width: int, own: int) -> int:
         """Shared memory of a thread block that owns `own` tiles and walks along two."""
@@ -37,9 +41,9 @@ class AttentionTiles(NamedTuple):
 
 # By head width. Two thread blocks share a multiprocessor, so a block has less than half its shared memory. Measured on
 # an H200 (docs/log); those for less shared memory by arithmetic.
-_NARROW = AttentionTiles(Tiles(128, 64, 2), Tiles(128, 32, 2), Tiles(64, 64, 2))
-_LARGE = {64: _NARROW, 128: AttentionTiles(Tiles(128, 32, 2), Tiles(64, 32, 2), Tiles(64, 32, 2))}
-_SMALL = {64: _NARROW, 128: AttentionTiles(Tiles(64, 32, 2), Tiles(64, 16, 2), Tiles(64, 16, 2))}
+_NARROW = AttentionTiles(Tiles(128, 64, 2), Tiles(128, 32, 2, held=2), Tiles(64, 64, 2, held=2))
+_LARGE = {64: _NARROW, 128: AttentionTiles(Tiles(128, 32, 2), Tiles(64, 32, 2, held=2), Tiles(64, 32, 2, held=1))}
+_SMALL = {64: _NARROW, 128: AttentionTiles(Tiles(64, 32, 2), Tiles(64, 16, 2, held=2), Tiles(64, 16, 2, held=2))}
 BLOCKS = 2
 WIDTHS = tuple(_LARGE)
 

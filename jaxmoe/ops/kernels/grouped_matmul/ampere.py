@@ -11,6 +11,7 @@ groups are those of `hopper`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -145,7 +146,7 @@ class Ampere:
     """The implementation "mma" of the grouped products."""
 
     rank_multiple = 64  # of the low-rank term: with 32, all products would have half as deep steps
-    min_linear_rows = None
+    min_linear_rows = 512  # with fewer rows a product reads the weight only once, and nothing is saved
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
         """Why it cannot run on rows of this dtype and these widths, or None; on a GPU it first runs a small case.
@@ -193,9 +194,27 @@ class Ampere:
         a, c = left.shape[1], right.shape[1]
         return grouped_outer(_padded(left, 1), _padded(right, 1), schedule.first_tile, schedule.tile_count)[:, :a, :c]
 
-    def linear(self, *_: Any, **__: Any) -> Array:
-        """Not offered: a plain product by XLA's libraries is faster."""
-        raise AssertionError("min_linear_rows is None")
+    def linear(
+        self,
+        x: Array,
+        stack: Array | QuantizedStack,
+        layer: Array,
+        *,
+        transposed: bool,
+        others: Sequence[tuple[Array, Array]] = (),
+        low: LowRankTerm | None = None,
+    ) -> Array:
+        """As `GroupedMatmul.linear`, by XLA: all that is summed is one product of matrices laid side by side.
+
+        The library of the card is faster than a kernel here; the copies cost less than a result in float32.
+        """
+        rows = [x, *(each for each, _ in others)]
+        matrices = [each[layer] for each in (stack, *(each for _, each in others))]
+        if low is not None:
+            rows, matrices = [*rows, low.rows], [*matrices, low.weight[0]]
+        axis = 1 if transposed else 0
+        sides = jnp.concatenate(rows, 1), jnp.concatenate(matrices, axis)
+        return jax.lax.dot_general(*sides, (((1,), (axis,)), ((), ())), preferred_element_type=x.dtype)
 
 
 def _padded(array: Array, axis: int, parts: int = 1) -> Array:
