@@ -21,6 +21,7 @@ from jaxmoe.ops.kernels.grouped_matmul import ampere, hopper, xla
 from jaxmoe.ops.low_rank import Adapter, Factors
 from jaxmoe.ops.schedule import Spans, make_schedule, permute
 from tests.parity import relative_error
+from tests.test_few_rows import in_nf4
 from tests.tolerances import bound
 
 ROWS, INNER, OUT = 4096, 64, 128
@@ -192,6 +193,16 @@ def test_several_maps_of_one_input(capability: tuple[int, int], kernel: None, mo
     monkeypatch.setattr(ampere.Ampere, "unsupported", lambda self, dtype, *widths: None)
     assert max(several_errors()) <= bound("low_rank_gradients_bfloat16")
     assert max(several_errors(forget=True)) > 10 * bound("low_rank_gradients_bfloat16")
+
+
+@pytest.mark.parametrize(("capability", "reason"), [((9, 0), None), ((8, 0), "found quantised ones")])
+def test_quantised_projections(
+    capability: tuple[int, int], reason: str | None, kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", capability))
+    monkeypatch.setattr(ampere.Ampere, "unsupported", lambda self, dtype, *widths: None)
+    found = projections.unsupported(jnp.zeros((512, 128), jnp.bfloat16), [in_nf4(1, nested=False)])
+    assert found is None if reason is None else reason in str(found)
 
 
 def test_nothing_is_split_in_float32() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from jaxmoe.model.init import init_parameters
 from jaxmoe.ops.implementations import forced
-from jaxmoe.ops.kernels import norm_rotary
+from jaxmoe.ops.kernels import norm_rotary, norm_rotary_mosaic
 from jaxmoe.ops.norm import rms_norm
 from jaxmoe.ops.rotary import apply_rotary
 from peers.configs import config_of
@@ -24,6 +24,8 @@ from tests.parity.batches import Batch
 from tests.parity.faults import FAULTS
 from tests.parity.trace import jax_trace
 from tests.row_kernels import INTERPRETED, draw, made_up_gpu, step
+from tests.test_ampere import path  # noqa: F401 - a fixture
+from tests.test_kernels import needs_kernels, on_gpu
 from tests.tolerances import bound
 
 EPS = 1e-6
@@ -31,8 +33,13 @@ EPS = 1e-6
 HEADS = [(2, 8, 4, 128), (1, 16, 6, 64), (3, 32, 1, 32)]
 
 
-def rotary_errors(shape: tuple[int, ...], dtype: Any, turn: float = 1.0) -> list[float]:
-    """Relative errors of the output and of the gradient; `turn` plants the fault of another angle."""
+def rotary_errors(
+    shape: tuple[int, ...], dtype: Any, turn: float = 1.0, run: Any = norm_rotary, interpret: Any = INTERPRETED
+) -> list[float]:
+    """Relative errors of the output and of the gradient; `turn` plants the fault of another angle.
+
+    `run` is the module of the kernel.
+    """
     x, d_out = (draw(key, *shape).astype(dtype) for key in (0, 1))
     weight = (1 + 0.1 * draw(2, shape[-1])).astype(dtype)
     angles = 3 * draw(3, *shape[:2], shape[-1] // 2)
@@ -42,7 +49,7 @@ def rotary_errors(shape: tuple[int, ...], dtype: Any, turn: float = 1.0) -> list
         return apply_rotary(normed, jnp.cos(angles), jnp.sin(angles))
 
     def kernel(x: jax.Array) -> jax.Array:
-        return norm_rotary.norm_rotary(x, weight, jnp.cos(turn * angles), jnp.sin(turn * angles), EPS, INTERPRETED)
+        return run.norm_rotary(x, weight, jnp.cos(turn * angles), jnp.sin(turn * angles), EPS, interpret)
 
     expected, pull = jax.vjp(plain, x.astype(jnp.float32))
     found, kernel_pull = jax.vjp(kernel, x)
@@ -56,6 +63,12 @@ def test_norm_and_rotation_in_one_pass(shape: tuple[int, ...], dtype: Any) -> No
     allowed = bound("norm_rotary_fp32" if dtype == jnp.float32 else "norm_rotary_bf16")
     assert max(rotary_errors(shape, dtype)) <= allowed
     assert min(rotary_errors(shape, dtype, turn=1.1)) > 10 * allowed
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1, 32, 2, 64), *([(2, 4096, 32, 128)] if on_gpu else [])], ids=str)
+def test_the_kernel_in_mosaic(shape: tuple[int, ...], path: Any) -> None:  # noqa: F811
+    assert max(rotary_errors(shape, jnp.bfloat16, run=norm_rotary_mosaic, interpret=path)) <= bound("norm_rotary_bf16")
 
 
 def test_heads_that_it_does_not_take() -> None:

@@ -13,20 +13,24 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.ops.kernels import swiglu_gradient
+from jaxmoe.ops.kernels import swiglu_gradient, swiglu_gradient_mosaic
 from jaxmoe.ops.swiglu import swiglu
 from tests.parity import relative_error
 from tests.row_kernels import INTERPRETED, draw, made_up_gpu, step
+from tests.test_ampere import path  # noqa: F401 - a fixture
+from tests.test_kernels import needs_kernels, on_gpu
 from tests.tolerances import bound
 
 # (rows, width of an expert's hidden layer)
 SHAPES = [(8, 64), (12, 192), (4, 128), (32, 768)]
 
 
-def errors(shape: tuple[int, int], dtype: Any, late: float = 0.0) -> list[float]:
+def errors(
+    shape: tuple[int, int], dtype: Any, late: float = 0.0, run: Any = swiglu_gradient, interpret: Any = INTERPRETED
+) -> list[float]:
     """Relative errors of SwiGLU recomputed, of the gradient of gate and up, and of the weights' gradient.
 
-    `late` plants the fault of shifted gates.
+    `late` plants the fault of shifted gates; `run` is the module of the kernel.
     """
     P, F = shape
     gate_up, d_hidden = (draw(key, P, width).astype(dtype) for key, width in ((0, 2 * F), (1, F)))
@@ -39,9 +43,7 @@ def errors(shape: tuple[int, int], dtype: Any, late: float = 0.0) -> list[float]
     _, pull, expected = jax.vjp(weighed, gate_up.astype(jnp.float32), weight, has_aux=True)
     expected_d_gate_up, expected_d_weight = pull(d_hidden.astype(jnp.float32))
     shifted = gate_up.at[:, :F].add(jnp.asarray(late, dtype))
-    hidden, d_gate_up, d_weight = swiglu_gradient.swiglu_gradient(
-        shifted, d_hidden, weight, with_hidden=True, interpret=INTERPRETED
-    )
+    hidden, d_gate_up, d_weight = run.swiglu_gradient(shifted, d_hidden, weight, with_hidden=True, interpret=interpret)
     pairs = (hidden, expected), (d_gate_up, expected_d_gate_up), (d_weight[:, None], expected_d_weight)
     return [relative_error(*pair) for pair in pairs]
 
@@ -52,6 +54,12 @@ def test_all_three_in_one_pass(shape: tuple[int, int], dtype: Any) -> None:
     allowed = bound("swiglu_gradient_fp32" if dtype == jnp.float32 else "swiglu_gradient_bf16")
     assert max(errors(shape, dtype)) <= allowed
     assert min(errors(shape, dtype, late=0.1)) > 10 * allowed
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(16, 128), *([(67584, 768)] if on_gpu else [])], ids=str)
+def test_the_kernel_in_mosaic(shape: tuple[int, int], path: Any) -> None:  # noqa: F811
+    assert max(errors(shape, jnp.bfloat16, run=swiglu_gradient_mosaic, interpret=path)) <= bound("swiglu_gradient_bf16")
 
 
 def test_what_is_not_asked_for_is_not_written() -> None:

@@ -24,6 +24,7 @@ class GroupedMatmul(Protocol):
 
     rank_multiple: int  # an adapter's rank is padded to a multiple of this
     min_linear_rows: int | None  # `linear` is faster from this many rows on; None: it has no `linear`
+    linear_decodes: bool  # `linear` is for quantised stacks, too
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
         """Why it cannot run on 16-bit or float32 rows of these widths, or None."""

@@ -200,6 +200,11 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.kernels.norm_rotary:ONE_PASS",
         ),
         "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere, "jaxmoe.ops.rotary:TWO_STEPS"),
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel, one pass each way, by name only",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.norm_rotary_mosaic:ONE_PASS",
+        ),
     },
     "swiglu_gradient": {
         "triton": Implementation(
@@ -208,6 +213,11 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.kernels.swiglu_gradient:ONE_PASS",
         ),
         "xla": Implementation("two or three passes, as XLA fuses them", _anywhere, "jaxmoe.ops.swiglu:PLAIN"),
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel, one pass, for unrolled layers, by name only",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.swiglu_gradient_mosaic:ONE_PASS",
+        ),
     },
 }
 

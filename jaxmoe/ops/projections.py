@@ -38,6 +38,8 @@ def unsupported(
     if rows < least or rows % 8:
         return f"needs a multiple of 8 rows, at least {least}, found {rows}"
     for stack in stacks:
+        if isinstance(stack, QuantizedStack) and not selected.value.linear_decodes:
+            return f"needs weights that are not quantised with {selected.name}, found quantised ones"
         if stack.dtype != x.dtype or any(size % 64 for size in stack.shape[1:]):
             return f"needs widths that are multiples of 64 in {x.dtype}, found {stack.shape[1:]} in {stack.dtype}"
     return None

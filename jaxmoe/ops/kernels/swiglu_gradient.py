@@ -60,16 +60,11 @@ def swiglu_gradient(
         weight = weight_ref[:, :]
         total = jnp.zeros((ROWS,), jnp.float32)
         for (g, u), chunks in zip(columns, loaded, strict=True):
-            gate, up, d = (values.astype(jnp.float32) for values in chunks)
-            sigmoid = 1 / (1 + jnp.exp(-gate))
-            silu = gate * sigmoid
-            hidden = (silu * up).astype(dtype)  # rounded as in the forward pass
+            hidden, product, d_gate, d_up = of_chunk(*chunks, weight)
             if with_hidden:
                 refs[1][:, g] = hidden
-            total += jnp.sum(hidden.astype(jnp.float32) * d, axis=1)
-            d *= weight
-            d_gate_up_ref[:, g] = (d * up * (sigmoid + silu * (1 - sigmoid))).astype(dtype)
-            d_gate_up_ref[:, u] = (d * silu).astype(dtype)
+            total += jnp.sum(product, axis=1)
+            d_gate_up_ref[:, g], d_gate_up_ref[:, u] = d_gate, d_up
         refs[0][:] = total
 
     rows = lambda width: pl.BlockSpec((ROWS, width), lambda i: (i, 0))
@@ -89,6 +84,18 @@ def swiglu_gradient(
     )
     d_gate_up, d_weight, *hidden = kernel(gate_up, d_hidden, weight)
     return (hidden[0] if with_hidden else None), d_gate_up, d_weight
+
+
+def of_chunk(gate: Array, up: Array, d_hidden: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+    """Of some columns: SwiGLU's output, its product with its gradient, and the gradients of gate and up."""
+    dtype = gate.dtype
+    gate, up, d = (values.astype(jnp.float32) for values in (gate, up, d_hidden))
+    sigmoid = 1 / (1 + jnp.exp(-gate))
+    silu = gate * sigmoid
+    hidden = (silu * up).astype(dtype)  # rounded as in the forward pass
+    product = hidden.astype(jnp.float32) * d
+    d = d * weight
+    return hidden, product, (d * up * (sigmoid + silu * (1 - sigmoid))).astype(dtype), (d * silu).astype(dtype)
 
 
 class OnePass:

@@ -147,6 +147,7 @@ class Ampere:
 
     rank_multiple = 64  # of the low-rank term: with 32, all products would have half as deep steps
     min_linear_rows = 512  # with fewer rows a product reads the weight only once, and nothing is saved
+    linear_decodes = False  # not timed with decoded ones
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
         """Why it cannot run on rows of this dtype and these widths, or None; on a GPU it first runs a small case.
@@ -197,7 +198,7 @@ class Ampere:
     def linear(
         self,
         x: Array,
-        stack: Array | QuantizedStack,
+        stack: Array,
         layer: Array,
         *,
         transposed: bool,

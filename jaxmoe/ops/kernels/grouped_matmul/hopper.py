@@ -197,6 +197,7 @@ class Hopper:
 
     rank_multiple = 64  # of the low-rank term; two 16-bit terms of rank 32 or less fit without padding
     min_linear_rows = 512  # with fewer rows a product reads the weight only once, and XLA is as fast
+    linear_decodes = True
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
         """Why it cannot run on rows of this dtype and these widths, or None."""

@@ -30,6 +30,7 @@ class Ragged:
 
     rank_multiple = 1
     min_linear_rows = None
+    linear_decodes = False
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
         """None: it runs anywhere."""

@@ -112,6 +112,7 @@ class Xla:
 
     rank_multiple = 1
     min_linear_rows = None
+    linear_decodes = False
 
     def unsupported(self, dtype: Any, *widths: int) -> str | None:
         """None: it runs anywhere."""
