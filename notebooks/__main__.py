@@ -84,6 +84,8 @@ def read_settings(given: Sequence[str]) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Executes the named notebooks, or all, and writes them with their output."""
+    from nbclient.exceptions import CellExecutionError
+
     parser = ArgumentParser(description="Execute the notebooks.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="name without .ipynb (default: all)")
     parser.add_argument(
@@ -98,12 +100,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     settings = read_settings(arguments.set)
+    if unknown := [name for name in arguments.names if name not in names()]:
+        raise UserError(f"notebook: expected one of {', '.join(names())}; found {unknown[0]!r}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.names or names():
-        if name not in names():
-            raise UserError(f"notebook: expected one of {', '.join(names())}; found {name!r}")
         start = time.perf_counter()
-        notebook = execute(name, settings)
-        arguments.output.mkdir(parents=True, exist_ok=True)
+        try:
+            notebook = execute(name, settings)
+        except CellExecutionError as error:
+            if error.ename != "UserError":
+                raise
+            raise UserError(f"{name}: {error.evalue}") from None
         nbformat.write(notebook, arguments.output / f"{name}.ipynb")
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 

@@ -67,3 +67,16 @@ def test_settings_of_the_first_cell_can_be_others():
     assert read_settings(["A=6", "B=-1e-3", "C=0.1", "D=it's"]) == {"A": "6", "B": "-1e-3", "C": "0.1", "D": '"it\'s"'}
     with pytest.raises(UserError, match="--set: expected NAME=VALUE, found 'STEPS'"):
         main(["--set", "STEPS"])
+
+
+def test_a_mistake_of_the_user_in_a_cell_is_one_line(tmp_path, monkeypatch):
+    exceptions = pytest.importorskip("nbclient.exceptions", reason="no nbclient: no notebook can be executed")
+
+    def fail(name, settings):
+        raise exceptions.CellExecutionError("a traceback", "UserError", "/nope: expected a model folder, found none")
+
+    monkeypatch.setattr("notebooks.__main__.execute", fail)
+    with pytest.raises(UserError, match=r"^3_parity: /nope: expected a model folder, found none$"):
+        main(["3_parity", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match=r"notebook: expected one of 1_quick_start, .*; found 'nope'"):
+        main(["3_parity", "nope", "--output", str(tmp_path)])

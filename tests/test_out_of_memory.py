@@ -73,8 +73,18 @@ def test_a_step_that_fits_by_forecast_and_did_not() -> None:
 @pytest.mark.parametrize(
     ("main", "arguments", "fails", "says"),
     [
-        (generate, ["--prompt", "x"], "_load", "use fewer prompts at once, a smaller --max-new-tokens"),
-        (routing, ["capture", "--data", "x", "--out", "y"], "_capture", "use a smaller --batch-size or --seq-length"),
+        (
+            generate,
+            ["--prompt", "x"],
+            "generate.__main__._load",
+            "use fewer prompts at once, a smaller --max-new-tokens",
+        ),
+        (
+            routing,
+            ["capture", "--data", "x", "--out", "y"],
+            "routing.commands.capture._capture",
+            "use a smaller --batch-size or --seq-length",
+        ),
     ],
     ids=["generate", "capture"],
 )
@@ -82,6 +92,6 @@ def test_commands(main: Any, arguments: list[str], fails: str, says: str, monkey
     def fail(*_: Any) -> None:
         raise FULL
 
-    monkeypatch.setattr(main, fails, fail)
+    monkeypatch.setattr(f"jaxmoe.{fails}", fail)
     with pytest.raises(UserError, match=rf"^out of device memory \(1.50 GiB more\): {says}"):
         main.main([*arguments, "--model", str(ROOT / "tests" / "checkpoints" / "qwen3-moe-stdlib")])

@@ -104,8 +104,9 @@ MODULES: dict[str, set[str]] = {
     "commands": _under(
         "jaxmoe",
         "__main__ cli.commands cli.umbrella data.__main__ doctor.__main__ evaluate.__main__ generate.__main__"
-        " routing.__main__"
-        " runs.__main__ train.__main__",
+        " routing.__main__ routing.commands routing.commands.ab routing.commands.capture routing.commands.compare"
+        " routing.commands.effects routing.commands.importing routing.commands.inputs routing.commands.prune"
+        " routing.commands.report routing.commands.tables runs.__main__ train.__main__",
     ),
     "torch_ref": _under(
         "torch_ref",
