@@ -98,8 +98,8 @@ def test_the_captured_routing_of_the_base_is_that_of_each_token(mesh: str, base:
     if not (base / "captured").exists():
         command = ["capture", "--model", str(base / "model"), "--data", str(base / "data.jsonl"), "--full-logits"]
         routing([*command, "--seq-length", "32", "--out", str(base / "captured")])
-    penalty = {"routing_penalty": 3.0, "lora_targets": ("q_proj", "router")}
-    captured = penalty | {"routing_base": base / "captured"}
+    captured: dict[str, Any] = {"routing_base": base / "captured", "routing_penalty": 3.0}
+    captured |= {"lora_targets": ("q_proj", "router")}
     one, several = (run(base, f"penalty, {each}", each, **captured) for each in (None, mesh))
     np.testing.assert_allclose(several, one, rtol=bound("mesh_fp32"))
     trained = [load_file(base / f"penalty, {each}" / "adapter_model.safetensors") for each in (mesh, None)]
