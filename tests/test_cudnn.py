@@ -298,25 +298,23 @@ def pairs(monkeypatch):
     return monkeypatch
 
 
-def shared_error(devices, packed):
-    """That of sequences which devices share: documents within a chunk and over several, padding at both ends."""
+def shared_error():
+    """That of packed sequences which two devices share: documents within a chunk and over several, padding at both
+    ends. `tests/mesh/test_context.py` has more of them."""
     place = np.arange(48)
     ids = [1 + (place >= 5) + (place >= 9) + (place >= 40), np.where((place < 3) | (place > 43), 0, 1 + (place >= 24))]
-    attend = lambda q, k, v, segments: context.attend_whole(q, k, v, segments if packed else None, devices)
-    return cudnn.error(attend, jnp.asarray(ids if packed else np.ones((B, 48), np.int64)), (N, K, H), "float32")
+    attend = partial(context.attend_whole, devices=2)
+    return cudnn.error(attend, jnp.asarray(ids), (N, K, H), "float32")
 
 
-@pytest.mark.parametrize(("devices", "packed"), [(2, False), (3, True)])
-def test_devices_that_share_sequences_attend_as_one(devices, packed, pairs):
-    assert shared_error(devices, packed) <= bound("attention_fp32")
+def test_devices_that_share_sequences_attend_as_one(pairs):
+    assert shared_error() <= bound("attention_fp32")
 
 
-@pytest.mark.parametrize("fault", ["_rotated", "_together"])
-def test_faults_in_shared_sequences_are_noticed(fault, pairs):
-    """Keys that are not rotated; parts of the output that are added up without their weights."""
-    wrong = {"_rotated": lambda keys, by: keys, "_together": lambda a, b: context._Part(a.out + b.out, a.log_sum)}
-    pairs.setattr(context, fault, wrong[fault])
-    assert not shared_error(2, packed=True) < 1e-2
+def test_a_fault_in_shared_sequences_is_noticed(pairs):
+    """The last keys of a chunk are not put first."""
+    pairs.setattr(context, "_rotated", lambda keys, by: keys)
+    assert not shared_error() < 1e-2
 
 
 def test_the_calls_for_shared_sequences_are_as_jax_declares_them(monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxmoe.errors import UserError
+from jaxmoe.routing.__main__ import main as routing
 from jaxmoe.train.loop import train
 from jaxmoe.train.settings import TrainConfig
 from peers.make_checkpoint import make_checkpoint
@@ -88,3 +89,19 @@ def test_a_run_continues_on_another_mesh(
         assert np.linalg.norm(ours[name] - array) <= bound("mesh_fp32") * np.linalg.norm(array), name
     ours, theirs = (json.loads((base / name / "train_config.json").read_text()) for name in (several, one))
     assert ours["identity"] == theirs["identity"]
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("mesh", ["data=2,expert=2", "fsdp=2,context=2"])
+def test_the_captured_routing_of_the_base_is_that_of_each_token(mesh: str, base: pathlib.Path) -> None:
+    """The penalty on the router's way from the base, whose logits are read for the sequences of each device."""
+    if not (base / "captured").exists():
+        command = ["capture", "--model", str(base / "model"), "--data", str(base / "data.jsonl"), "--full-logits"]
+        routing([*command, "--seq-length", "32", "--out", str(base / "captured")])
+    captured: dict[str, Any] = {"routing_base": base / "captured", "routing_penalty": 3.0}
+    captured |= {"lora_targets": ("q_proj", "router")}
+    one, several = (run(base, f"penalty, {each}", each, **captured) for each in (None, mesh))
+    np.testing.assert_allclose(several, one, rtol=bound("mesh_fp32"))
+    trained = [load_file(base / f"penalty, {each}" / "adapter_model.safetensors") for each in (mesh, None)]
+    for name, array in trained[1].items():
+        assert np.linalg.norm(trained[0][name] - array) <= bound("mesh_fp32") * np.linalg.norm(array), name

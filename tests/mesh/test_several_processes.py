@@ -317,6 +317,14 @@ def test_two_measure_the_effects_that_one_measures(two_after_four: Ended) -> Non
     np.testing.assert_allclose(several["loss"], one["loss"], rtol=bound("mesh_fp32"))
 
 
+def test_two_prune_as_one_does(two_after_four: Ended) -> None:
+    folder = two_after_four.folder
+    process.routing(folder, "prune", "pruned by one", "--keep", "5")
+    assert [bool(found["pruned"]) for found in two_after_four.found()] == [True, False]
+    for file in ("model.safetensors", "pruning.json"):
+        assert (folder / "pruned by two" / file).read_bytes() == (folder / "pruned by one" / file).read_bytes()
+
+
 def test_processes_notice_damage_in_what_each_reads(two_after_four: Ended) -> None:
     """In a checkpoint of four processes, and in one of a single process: on all processes, which end together."""
     for found in two_after_four.found():
