@@ -59,8 +59,8 @@ MODULES: dict[str, set[str]] = {
     "ops": _under(
         "jaxmoe.ops",
         ". attention attention_chunked attention_context attention_context_cudnn attention_cudnn attention_masked"
-        " cached_attention contraction dense_router dispatch embedding experts few_experts few_rows"
-        " fp8_products frozen grouped_matmul implementations kept linear low_rank nf4_products norm norm_rotary"
+        " cached_attention coded_products contraction dense_router dispatch embedding experts few_experts few_rows"
+        " fp8_products frozen grouped_matmul implementations kept linear low_rank norm norm_rotary"
         " projections rotary router saliency schedule small_case swiglu"
         " kernels kernels.ampere kernels.cached_attention kernels.few_rows kernels.flash"
         " kernels.flash.attention kernels.flash.backward kernels.flash.block kernels.flash.forward kernels.flash.tiles"

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.fp8.codec import E4M3, LARGEST
 from jaxmoe.fp8.stack import FP8Stack
+from jaxmoe.ops.coded_products import CodedProducts
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul.xla import XLA
@@ -54,50 +55,10 @@ def products(stack: FP8Stack) -> FP8Products:
 
 
 @runtime_checkable
-class FP8Products(Protocol):
+class FP8Products(CodedProducts, Protocol):
     """One implementation of x W^T and x W for grouped rows and a stack in FP8."""
 
     quantizes_rows: bool  # its rows are `QuantizedRows`, where there is no low-rank term
-
-    def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
-        """Why it cannot multiply rows of this dtype with this stack, or None."""
-        ...
-
-    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
-        """Whether, for so many 16-bit rows and this term, `matmul` is faster than decoding a layer's experts first."""
-        ...
-
-    def matmul(
-        self,
-        x: Array | QuantizedRows,
-        stack: FP8Stack,
-        schedule: Schedule,
-        offset: Any,
-        *,
-        transposed: bool,
-        swiglu: bool,
-        low: LowRankTerm | None = None,
-    ) -> Float[Array, "P out"]:
-        """As `GroupedMatmul.matmul`, in the stack's dtype."""
-        ...
-
-
-class Decoded:
-    """The implementation "decoded": the products are those of 16-bit weights."""
-
-    quantizes_rows = False
-
-    def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
-        """None: it runs anywhere."""
-        return None
-
-    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
-        """False: it offers no product."""
-        return False
-
-    def matmul(self, *_: Any, **__: Any) -> Array:
-        """Not offered."""
-        raise AssertionError("it is never faster")
 
 
 class Xla:
@@ -116,7 +77,7 @@ class Xla:
     def matmul(
         self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, transposed: bool, swiglu: bool
     ) -> Float[Array, "P out"]:
-        """As `FP8Products.matmul`, of quantised rows."""
+        """As `CodedProducts.matmul`, of quantised rows."""
         inner = rows.codes.shape[1]
         x = rows.codes.astype(jnp.float32) * jnp.repeat(rows.scales, FP8_BLOCK, axis=1)[:, :inner]
         weights = replace(stack, dtype=jnp.dtype(jnp.float32))
@@ -124,4 +85,4 @@ class Xla:
         return swiglu_of_product(y) if swiglu else y
 
 
-DECODED, ORACLE = Decoded(), Xla()
+ORACLE = Xla()

@@ -164,7 +164,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "decoded": Implementation(
             "weights in FP8 decoded to 16 bits, one layer's experts at a time",
             _anywhere,
-            "jaxmoe.ops.fp8_products:DECODED",
+            "jaxmoe.ops.coded_products:DECODED",
         ),
         "mosaic": Implementation(
             "Pallas Mosaic GPU kernel over weights as stored, rows quantised by token and 128 channels",
@@ -182,7 +182,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.kernels.grouped_matmul.hopper_nf4:IN_REGISTERS",
         ),
         "decoded": Implementation(
-            "a layer's experts decoded to 16 bits for each product", _anywhere, "jaxmoe.ops.nf4_products:DECODED"
+            "a layer's experts decoded to 16 bits for each product", _anywhere, "jaxmoe.ops.coded_products:DECODED"
         ),
     },
     "few_rows": {

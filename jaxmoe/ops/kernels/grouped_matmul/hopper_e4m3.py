@@ -201,7 +201,7 @@ class Registers:
         swiglu: bool,
         low: LowRankTerm | None = None,
     ) -> Float[Array, "P out"]:
-        """As `FP8Products.matmul`."""
+        """As `CodedProducts.matmul`."""
         experts = schedule.first_tile.shape[0]
         fused = swiglu and low is None and schedule.destination.size < _FUSED_BELOW * experts
         rows, tiles = fitting_tiles(schedule, transposed=transposed, swiglu=fused)

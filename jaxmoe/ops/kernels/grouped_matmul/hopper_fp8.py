@@ -309,7 +309,7 @@ class HopperFP8:
     def matmul(
         self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, transposed: bool, swiglu: bool
     ) -> Array:
-        """As `FP8Products.matmul`, of quantised rows."""
+        """As `CodedProducts.matmul`, of quantised rows."""
         if not transposed:
             stack, offset = swapped(stack, offset, schedule.first_tile.shape[0]), 0
         return grouped_matmul(rows, stack, schedule.spans[SMALL], offset, swiglu=swiglu)

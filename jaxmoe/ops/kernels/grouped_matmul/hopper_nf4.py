@@ -189,9 +189,9 @@ class InRegisters:
         *,
         transposed: bool,
         swiglu: bool,
-        low: LowRankTerm | None,
+        low: LowRankTerm | None = None,
     ) -> Float[Array, "P out"]:
-        """As `NF4Products.matmul`."""
+        """As `CodedProducts.matmul`."""
         rows, tiles = fitting_tiles(schedule, transposed=transposed, swiglu=swiglu)
         weight = coded(stack, offset, schedule.first_tile.shape[0])
         options: Any = {"transposed": transposed, "swiglu": swiglu, "low": low, "tiles": tiles}

@@ -1,4 +1,4 @@
-"""How the Hopper kernel multiplies rows by experts in NF4: decoded for each product, or in the kernel itself."""
+"""How the Hopper kernel multiplies rows by experts in NF4 or FP8: decoded for each product, or in the kernel itself."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float
 
-from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.schedule import Schedule
+from jaxmoe.quantized_stack import QuantizedStack
 
 
 @runtime_checkable
-class NF4Products(Protocol):
-    """One implementation of x W^T and x W for grouped rows and a stack in NF4."""
+class CodedProducts(Protocol):
+    """One implementation of x W^T and x W for grouped rows and a stack of codes."""
 
-    def unsupported(self, dtype: Any, stack: NF4Stack) -> str | None:
+    def unsupported(self, dtype: Any, stack: QuantizedStack) -> str | None:
         """Why it cannot multiply rows of this dtype with this stack, or None."""
         ...
 
     def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
-        """Whether `matmul` is faster, for so many rows and this term, than decoding a layer's experts first."""
+        """Whether, for so many 16-bit rows and this term, `matmul` is faster than decoding a layer's experts first."""
         ...
 
     def matmul(
         self,
-        x: Array,
-        stack: NF4Stack,
+        x: Any,
+        stack: QuantizedStack,
         schedule: Schedule,
         offset: Any,
         *,
         transposed: bool,
         swiglu: bool,
-        low: LowRankTerm | None,
+        low: LowRankTerm | None = None,
     ) -> Float[Array, "P out"]:
-        """As `GroupedMatmul.matmul`."""
+        """As `GroupedMatmul.matmul`, in the stack's dtype, of rows as `fp8_products.prepared` gives them."""
         ...
 
 
 class Decoded:
     """The implementation "decoded": the products are those of 16-bit weights."""
 
-    def unsupported(self, dtype: Any, stack: NF4Stack) -> str | None:
+    quantizes_rows = False
+
+    def unsupported(self, dtype: Any, stack: QuantizedStack) -> str | None:
         """None: it runs anywhere."""
         return None
 
@@ -49,17 +51,7 @@ class Decoded:
         """False: it offers no product."""
         return False
 
-    def matmul(
-        self,
-        x: Array,
-        stack: NF4Stack,
-        schedule: Schedule,
-        offset: Any,
-        *,
-        transposed: bool,
-        swiglu: bool,
-        low: LowRankTerm | None,
-    ) -> Float[Array, "P out"]:
+    def matmul(self, *_: Any, **__: Any) -> Array:
         """Not offered."""
         raise AssertionError("it is never faster")
 
