@@ -128,7 +128,7 @@ def test_training_replays_them_as_it_replays_an_own_capture(tmp_path):
     assert a is not None and b is not None and a.tobytes() == b.tobytes() and (a >= 0).any()
     # A negative control: another token somewhere in a sequence is another sequence.
     documents[0].inputs[1] += 1
-    with pytest.raises(UserError, match="1 documents are missing"):
+    with pytest.raises(UserError, match="missing documents: 1"):
         theirs.check(documents)
 
 

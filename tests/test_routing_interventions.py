@@ -271,7 +271,7 @@ def test_training_data_that_was_not_captured_is_refused_before_training(model, t
     segments, found = training
     replay = Replay(found, model.config, Letters())
     other = segments[0]._replace(inputs=segments[0].inputs[::-1].copy())
-    with pytest.raises(UserError, match=r"replay: expected all training data in .*, 1 documents are missing"):
+    with pytest.raises(UserError, match=r"replay: expected all training data in .*, missing documents: 1"):
         replay.check([*segments, other])
     with pytest.raises(UserError, match="replay: expected 2 MoE layers with 2 of 8 experts, found"):
         Replay(found, config_of("mlp_only_layers"), Letters())
@@ -304,7 +304,7 @@ def test_captured_logits_take_the_place_of_a_second_forward_pass(model, training
 def test_other_captures_are_no_base(model, training, captured):
     segments, found = training
     other = segments[0]._replace(inputs=segments[0].inputs[::-1].copy())
-    with pytest.raises(UserError, match=r"routing_base: expected all training data in .*, 1 documents are missing"):
+    with pytest.raises(UserError, match=r"routing_base: expected all training data in .*, missing documents: 1"):
         BaseLogits(found, model.config, Letters()).check([*segments, other])
     with pytest.raises(UserError, match=r"routing_base: expected the router logits of all 32 .* found 16 in"):
         BaseLogits(captured, model.config, Letters())

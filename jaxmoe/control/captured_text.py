@@ -52,7 +52,7 @@ class CapturedText:
         if missing:
             first = missing[0].inputs[:8].tolist()
             raise UserError(
-                f"{self._setting}: expected all training data in {self._folder}, {len(missing)} documents are missing; "
+                f"{self._setting}: expected all training data in {self._folder}, missing documents: {len(missing)}; "
                 f"the first begins with the tokens {first} (was the capture made with the same --seq-length?)"
             )
 
