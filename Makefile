@@ -3,8 +3,8 @@
 #                 PYTEST_ARGS selects tests; then test-kernels does not run
 # make test-kernels   the tests of the GPU kernels in JAX's interpreter, on the CPU, with the newest supported jax
 # make test-mesh  training, generation and captures on sixteen virtual CPU devices, and in two to eight processes, against
-#                 one device; about 25 minutes of processor time. make test runs the part that has all pairs of axes, in
-#                 less than two
+#                 one device; about 15 minutes on two cores. make test runs the part that has all pairs of axes, in less
+#                 than two
 # make dist       builds the sdist and the wheel into dist/, checks them, installs the wheel into an empty environment, and
 #                 runs every command from there; half a minute
 # make lint       ruff and pyright
