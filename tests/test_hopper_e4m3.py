@@ -23,7 +23,7 @@ from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 from jaxmoe.ops.kernels.grouped_matmul.hopper_thread import Thread
 from jaxmoe.ops.schedule import make_schedule
 from tests.parity import relative_error
-from tests.test_kernels import needs_kernels, normal, on_gpu, scheduled, skewed
+from tests.test_kernels import needs_kernels, normal, on_gpu, scheduled, skewed, translated
 from tests.tolerances import bound
 
 WORD = np.uint32
@@ -127,25 +127,10 @@ def test_scales_are_those_of_the_blocks() -> None:
 @needs_kernels
 def test_a_small_product_decodes_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the bits of the decoded weights, both ways; elsewhere the kernel is translated, but cannot run."""
-    from jax.experimental.mosaic.gpu import utils
-
     if on_gpu:
         assert kernel.small_case_equal()
         return
-    monkeypatch.setattr(utils, "_infer_arch", lambda: (9, 0))
-    translated = []
-
-    def translate(compare: Any) -> Any:
-        def call(stack: Any) -> bool:
-            translated.append(compiled(compare).trace(stack).lower(lowering_platforms=("cuda",)).as_text())
-            return True
-
-        return call
-
-    compiled = jax.jit
-    monkeypatch.setattr(jax, "jit", translate)
-    assert kernel.small_case_equal()
-    assert translated[0].count("mosaic_gpu_v2") == 2
+    assert translated(kernel.small_case_equal, monkeypatch).count("mosaic_gpu_v2") == 2
 
 
 @needs_kernels

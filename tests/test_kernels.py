@@ -7,6 +7,7 @@ for races between its threads. It needs jax 0.11 or newer; `make test-kernels` c
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -459,30 +460,34 @@ def test_codes_and_scales_are_those_of_the_decoded_weights() -> None:
     assert (jnp.asarray(values * scales).astype(jnp.bfloat16) == stack[jnp.asarray([2, 3])]).all()
 
 
+def translated(compare: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a small case compiles for Hopper, where nothing can run: there it ends as if it were right."""
+    from jax.experimental.mosaic.gpu import utils
+
+    monkeypatch.setattr(utils, "_infer_arch", lambda: (9, 0))
+    compiled, found = jax.jit, []
+
+    def translate(function: Any) -> Any:
+        def call(*operands: Any) -> bool:
+            found.append(compiled(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text())
+            return True
+
+        return call
+
+    monkeypatch.setattr(jax, "jit", translate)
+    assert compare()
+    return found[0]
+
+
 @needs_kernels
 def test_a_small_product_decodes_in_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the bits of the decoded weights, both ways; elsewhere the kernel is translated, but cannot run."""
-    from jax.experimental.mosaic.gpu import utils
-
     from jaxmoe.ops.kernels.grouped_matmul import hopper_nf4 as kernel
 
     if on_gpu:
         assert kernel.small_case_equal() and kernel.small_case_equal(low_rank=True)
         return
-    monkeypatch.setattr(utils, "_infer_arch", lambda: (9, 0))
-    translated = []
-
-    def translate(compare: Any) -> Any:
-        def call(stack: Any) -> bool:
-            translated.append(compiled(compare).trace(stack).lower(lowering_platforms=("cuda",)).as_text())
-            return True
-
-        return call
-
-    compiled = jax.jit
-    monkeypatch.setattr(jax, "jit", translate)
-    assert kernel.small_case_equal(low_rank=True)
-    assert translated[0].count("mosaic_gpu_v2") == 2
+    assert translated(partial(kernel.small_case_equal, low_rank=True), monkeypatch).count("mosaic_gpu_v2") == 2
 
 
 @needs_kernels

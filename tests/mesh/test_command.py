@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -65,23 +66,25 @@ def test_offloading_is_for_one_device(base: pathlib.Path) -> None:
     [
         ((trial.ALL_AXES, None), {}),
         pytest.param(("data=2,fsdp=2,context=2", "fsdp=2,expert=2"), {"eval_fraction": 0.2}, marks=pytest.mark.wide),
-        pytest.param(("data=8", None), {"eval_fraction": 0.2}, marks=pytest.mark.wide),
+        pytest.param(("data=8", "data=2", None), {"eval_fraction": 0.2, "save_every": 1}, marks=pytest.mark.wide),
     ],
 )
 def test_a_run_continues_on_another_mesh(
-    meshes: tuple[str | None, str | None], further: dict[str, Any], base: pathlib.Path
+    meshes: tuple[str | None, ...], further: dict[str, Any], base: pathlib.Path
 ) -> None:
     class Crash(Exception):
         pass
 
-    def crash(numbers: dict[str, Any]) -> None:
-        if numbers["step"] == 3:
+    def crash(at: int, numbers: dict[str, Any]) -> None:
+        if numbers["step"] == at:
             raise Crash
 
     several, one = f"{meshes}", f"one, {further}"
-    with pytest.raises(Crash):
-        run(base, several, meshes[0], crash, **further)
-    found, expected = run(base, several, meshes[1], **further), run(base, one, None, **further)
+    *before, last = meshes
+    for at, mesh in enumerate(before, 3):
+        with pytest.raises(Crash):
+            run(base, several, mesh, partial(crash, at), **further)
+    found, expected = run(base, several, last, **further), run(base, one, None, **further)
     np.testing.assert_allclose(found, expected, rtol=bound("mesh_fp32"))
     ours, theirs = (load_file(base / name / "adapter_model.safetensors") for name in (several, one))
     assert ours.keys() == theirs.keys()
