@@ -36,7 +36,7 @@ def main() -> int:
     plan = Plan(args.out, args.device, tuple(selected), command)
     if args.quantize:
         engine.quantize([(args.checkpoint, args.out / "nf4")], "bfloat16", args.device)
-    engine.run(plan)
+    engine.run(plan, args.parallel)
     return finish(plan, f"Parity of {args.checkpoint.resolve().name}")
 
 
@@ -64,7 +64,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--faults",
         action="store_true",
-        help="also run the negative controls, in float32; on a GPU that of NF4 in 16 bit, too",
+        help="also run the negative controls, in float32; on a GPU those of NF4 in 16 bit, too",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes at once; all share the device (default: 1)",
     )
     return parser.parse_args()
 
@@ -89,7 +96,9 @@ def _cases(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
         if args.faults and dtype == "float32":
             faults = cases.faults_of(config, batch, adapter is not None, bool(quantized))
         elif args.faults and quantized and args.device == "gpu":  # kernels that decode run in 16 bit only
-            faults = ("NF4 nibbles swapped",)
+            sparse_adapter = adapter is not None and bool(config.sparse_layers)
+            faults = ("NF4 nibbles swapped", "NF4 scale of another block")
+            faults += ("adapter of another expert",) if sparse_adapter else ()
         name = f"{args.checkpoint.resolve().name}-{dtype}"
         draws = 1 if dtype == "float32" else 4
         out.append(Case(name, str(args.checkpoint), dtype, at, quantized, adapter, runs, faults, draws=draws))

@@ -87,5 +87,6 @@ def faults_of(config: Qwen3MoeConfig, batch: Batch, adapter: bool, quantized: bo
         "q and k norm missing",
         *(("documents joined",) if (batch.segment_ids > 1).any() else ()),
         *(("adapter scaled by 1 over r",) if adapter else ()),
-        *(("NF4 nibbles swapped",) if quantized else ()),
+        *(("adapter of another expert",) if adapter and config.sparse_layers else ()),
+        *(("NF4 nibbles swapped", "NF4 scale of another block") if quantized else ()),
     )

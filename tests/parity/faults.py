@@ -21,6 +21,7 @@ import jaxmoe.fp8.stack
 import jaxmoe.model.decoder
 import jaxmoe.nf4.stack
 import jaxmoe.ops.attention_chunked
+import jaxmoe.ops.experts
 import jaxmoe.ops.rotary
 import jaxmoe.ops.swiglu
 from jaxmoe.ops import implementations
@@ -116,6 +117,12 @@ FAULTS: dict[str, Fault] = {
         jaxmoe.config.LoraConfig, "scale", lambda scale: lambda self, *slot: scale(self, *slot) / self.alpha
     ),
     "NF4 nibbles swapped": _nibbles_swapped,
+    "NF4 scale of another block": _replaced(
+        jaxmoe.nf4.stack.NF4Stack, "scales", lambda scales: lambda self, group: jnp.roll(scales(self, group), 1, -1)
+    ),
+    "adapter of another expert": _replaced(
+        jaxmoe.ops.experts, "LowRankTerm", lambda term: lambda rows, weight: term(rows, jnp.roll(weight, 1, 0))
+    ),
     # of the matrix, the row of blocks or the column of blocks before, as far as there are several
     "FP8 scale off by one block": _replaced(
         jaxmoe.fp8.stack, "spread", lambda spread: lambda grid, sides: spread(jnp.roll(grid, 1, (-3, -2, -1)), sides)
