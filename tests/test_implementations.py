@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -53,6 +55,22 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
         *((what, row_kernels) for what in ROW_KERNELS),
     }
+
+
+def test_a_newer_card_runs_what_an_older_one_would(monkeypatch):
+    h200 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+    monkeypatch.setattr(implementations.jax, "local_devices", lambda **_: [h200])
+    assert default_device() == HOPPER and choose("attention").name == "cudnn"
+    monkeypatch.setenv("JAXMOE_COMPUTE_CAPABILITY", "8.0")
+    assert default_device().compute_capability == (8, 0)
+    assert (choose("attention").name, choose("grouped_matmul").name) == ("flash", "mma")
+    for text in ("10.0", "8", "sm_80"):
+        monkeypatch.setenv("JAXMOE_COMPUTE_CAPABILITY", text)
+        with pytest.raises(UserError, match=f"at most the device's 9.0; found '{text}'"):
+            default_device()
+    monkeypatch.setattr(h200, "compute_capability", "gfx90a")
+    with pytest.raises(UserError, match="expected a compute capability such as 8.0 and an NVIDIA GPU"):
+        default_device()
 
 
 def test_an_experiment_is_selected_by_name_only(monkeypatch):
