@@ -21,8 +21,10 @@ _UNITS = 4  # units of rows in a slot
 
 @dataclass(frozen=True)
 class OuterPlan:
-    """What is known about a call when it is compiled: the operands' sizes, those of a tile of the result, and whether there
-    is code for each unit of rows in a slot, which needs more registers than one code for all."""
+    """What is known about a call when it is compiled: the operands' sizes, and those of a tile of the result.
+
+    `unrolled`: there is code for each unit of rows in a slot. It needs more registers than one code for all.
+    """
 
     rows: int
     left_columns: int
