@@ -69,7 +69,7 @@ def test_a_newer_card_runs_what_an_older_one_would(monkeypatch):
         with pytest.raises(UserError, match=f"at most the device's 9.0; found '{text}'"):
             default_device()
     monkeypatch.setattr(h200, "compute_capability", "gfx90a")
-    with pytest.raises(UserError, match="expected a compute capability such as 8.0 and an NVIDIA GPU"):
+    with pytest.raises(UserError, match=r"expected a compute capability such as 8\.0 and an NVIDIA GPU"):
         default_device()
 
 
