@@ -113,12 +113,11 @@ class _Program:
             left = self.left_memory.at[slot, part].transpose((1, 0))
             return multiply(sums, left, self.right_memory.at[slot, part])
 
-        left_over = item.count - step * _UNITS
         if not self.plan.unrolled:
-            return lax.fori_loop(0, jnp.minimum(left_over, _UNITS), add, sums)
+            return lax.fori_loop(0, jnp.minimum(item.count - step * _UNITS, _UNITS), add, sums)
         sums = add(0, sums)
         for n in range(1, _UNITS):
-            sums = lax.cond(n < left_over, partial(add, n), lambda acc: acc, sums)
+            sums = lax.cond(step * _UNITS + n < item.count, partial(add, n), lambda acc: acc, sums)
         return sums
 
 
