@@ -164,7 +164,8 @@ def test_the_small_case_that_a_process_runs_first(path: Any) -> None:
     from jaxmoe.ops.kernels.grouped_matmul import ampere as kernel
     from jaxmoe.ops.small_case import BOUND, why_not
 
-    assert kernel.small_error(interpret=path) <= bound("kernel_bf16") < BOUND
+    for dtype in ("bfloat16", "float16"):
+        assert kernel.small_error(dtype, interpret=path) <= bound("kernel_bf16") < BOUND
     assert (
         why_not(lambda: 4e-2, "a case") == "is wrong on a case here: expected an error of at most 2e-02, found 4.0e-02"
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.model.selection import fallbacks
+from jaxmoe.model.selection import fallbacks, jax_without_kernels
 from jaxmoe.ops import attention_cudnn, implementations
 from jaxmoe.ops.implementations import OPERATIONS, Device, choose, default_device, explain, forced
 from jaxmoe.presets import PRESETS
@@ -152,6 +152,17 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
         assert odd.name == "mma" and "mosaic needs widths that are multiples of 16, found 72" in odd.reason
     on(monkeypatch, CPU)  # where nothing else is expected
     assert not fallbacks(config, "float32")
+
+
+def test_a_jax_without_kernels_is_named(monkeypatch):
+    for version, lines in (((0, 10, 2), 1), ((0, 11, 0), 0)):
+        monkeypatch.setattr(jax, "__version_info__", version)
+        on(monkeypatch, AMPERE)
+        assert len(jax_without_kernels()) == lines
+        assert all("needs Python 3.12 or newer" in line for line in jax_without_kernels())
+        for device in (CPU, TURING):  # no version has kernels for them
+            on(monkeypatch, device)
+            assert not jax_without_kernels()
 
 
 def test_unknown_names_are_errors(monkeypatch):
