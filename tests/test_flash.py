@@ -96,7 +96,8 @@ def test_output_and_gradients_equal_masked_attention(name: str, interpret: Any) 
 def test_the_small_case_that_a_process_runs_first(interpret: Any) -> None:
     from jaxmoe.ops.kernels.flash.attention import small_error
 
-    assert small_error(64, interpret=interpret) <= bound("kernel_bf16")
+    for dtype in ("bfloat16", "float16"):
+        assert small_error(64, dtype, interpret=interpret) <= bound("kernel_bf16")
 
 
 @needs_kernels

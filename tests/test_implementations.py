@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jaxmoe.errors import UserError
-from jaxmoe.model.selection import fallbacks
+from jaxmoe.model.selection import fallbacks, jax_without_kernels
 from jaxmoe.ops import attention_cudnn, implementations
 from jaxmoe.ops.implementations import OPERATIONS, Device, choose, default_device, explain, forced
 from jaxmoe.presets import PRESETS
@@ -53,6 +55,22 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
         *((what, row_kernels) for what in ROW_KERNELS),
     }
+
+
+def test_a_newer_card_runs_what_an_older_one_would(monkeypatch):
+    h200 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
+    monkeypatch.setattr(implementations.jax, "local_devices", lambda **_: [h200])
+    assert default_device() == HOPPER and choose("attention").name == "cudnn"
+    monkeypatch.setenv("JAXMOE_COMPUTE_CAPABILITY", "8.0")
+    assert default_device().compute_capability == (8, 0)
+    assert (choose("attention").name, choose("grouped_matmul").name) == ("flash", "mma")
+    for text in ("10.0", "8", "sm_80"):
+        monkeypatch.setenv("JAXMOE_COMPUTE_CAPABILITY", text)
+        with pytest.raises(UserError, match=f"at most the device's 9.0; found '{text}'"):
+            default_device()
+    monkeypatch.setattr(h200, "compute_capability", "gfx90a")
+    with pytest.raises(UserError, match=r"expected a compute capability such as 8\.0 and an NVIDIA GPU"):
+        default_device()
 
 
 def test_an_experiment_is_selected_by_name_only(monkeypatch):
@@ -134,6 +152,17 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
         assert odd.name == "mma" and "mosaic needs widths that are multiples of 16, found 72" in odd.reason
     on(monkeypatch, CPU)  # where nothing else is expected
     assert not fallbacks(config, "float32")
+
+
+def test_a_jax_without_kernels_is_named(monkeypatch):
+    for version, lines in (((0, 10, 2), 1), ((0, 11, 0), 0)):
+        monkeypatch.setattr(jax, "__version_info__", version)
+        on(monkeypatch, AMPERE)
+        assert len(jax_without_kernels()) == lines
+        assert all("needs Python 3.12 or newer" in line for line in jax_without_kernels())
+        for device in (CPU, TURING):  # no version has kernels for them
+            on(monkeypatch, device)
+            assert not jax_without_kernels()
 
 
 def test_unknown_names_are_errors(monkeypatch):

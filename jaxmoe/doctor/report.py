@@ -294,6 +294,10 @@ def report(options: DoctorConfig) -> dict[str, Any]:
         found["problems"].append(
             "an NVIDIA driver is installed, but JAX does not use the GPU: pip install 'jaxmoe[cuda12]' (or cuda13)"
         )
+    if found["devices"]:
+        from jaxmoe.model.selection import fallbacks, jax_without_kernels
+
+        found["problems"] += jax_without_kernels()
     if options.mesh:
         found["node"], problems = nodes.this_machine()
         found["problems"] += problems
@@ -303,7 +307,5 @@ def report(options: DoctorConfig) -> dict[str, Any]:
     if options.model is not None:
         found["forecast"] = forecast(options)
         if found["devices"]:
-            from jaxmoe.model.selection import fallbacks
-
             found["problems"] += fallbacks(load_config(options.model), options.dtype)
     return found

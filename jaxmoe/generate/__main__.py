@@ -43,6 +43,7 @@ from jaxmoe.generate.stream import TextStream
 from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
 from jaxmoe.model.mesh_flag import Inputs, inference_mesh
 from jaxmoe.model.opening import open_checkpoint
+from jaxmoe.model.selection import jax_without_kernels
 from jaxmoe.out_of_memory import explained
 
 _MAX_NEW_TOKENS = 256
@@ -137,7 +138,7 @@ def _load(task: _Task, sequences: int, longest: int) -> Generator:
         model = Qwen3MoeForCausalLM.from_pretrained(
             args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize, mesh
         )
-    for line in [*about_mesh, *task.notices] if launch.this().is_first else ():
+    for line in [*about_mesh, *jax_without_kernels(), *task.notices] if launch.this().is_first else ():
         print(line, file=sys.stderr)
     return Generator(model)
 

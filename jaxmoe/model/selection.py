@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.ops import attention, experts, implementations
 from jaxmoe.ops.implementations import Choice
@@ -28,6 +30,14 @@ def fallbacks(config: Qwen3MoeConfig, dtype: str) -> list[str]:
         for what, (fallback, subject) in slow.items()
         if choices[what].name == fallback
     ]
+
+
+def jax_without_kernels() -> list[str]:
+    """If the default device is a GPU that has kernels with a newer version of jax only, a line that says so."""
+    capability = implementations.default_device().compute_capability
+    if capability is None or capability < (8, 0) or jax.__version_info__ >= (0, 11):
+        return []
+    return [f"jax {jax.__version__} lacks the GPU kernels; jax 0.11 or newer has them, and needs Python 3.12 or newer"]
 
 
 def _choices(config: Qwen3MoeConfig, dtype: str) -> dict[str, Choice]:

@@ -64,16 +64,39 @@ class Choice(NamedTuple):
 
 
 def default_device() -> Device:
-    """The device that JAX places computations on by default."""
+    """The device that JAX places computations on by default.
+
+    `JAXMOE_COMPUTE_CAPABILITY=8.0` treats it as a card of this older compute capability: what that card would run, with
+    its tiles, can then be tested and timed on a newer one.
+
+    Raises:
+        UserError: the variable is no number of this form, or newer than the device.
+    """
     device: Any = jax.config.values["jax_default_device"] or jax.local_devices()[0]
     if isinstance(device, str):  # the configuration also accepts a platform's name
         device = jax.local_devices(backend=device)[0]
     capability = getattr(device, "compute_capability", None)  # "9.0"; other platforms lack it or return something else
+    return Device(device.platform, device.device_kind, _demanded_capability(_version(str(capability))))
+
+
+def _version(text: str) -> tuple[int, int] | None:
+    """(9, 0) of "9.0"; None if it is no such number."""
     try:
-        major, minor = (int(part) for part in str(capability).split("."))
+        major, minor = (int(part) for part in text.split("."))
     except ValueError:
-        return Device(device.platform, device.device_kind, None)
-    return Device(device.platform, device.device_kind, (major, minor))
+        return None
+    return major, minor
+
+
+def _demanded_capability(found: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The device's compute capability, or the older one that the environment demands."""
+    if not (text := os.environ.get(_CAPABILITY)):
+        return found
+    demanded = _version(text)
+    if demanded is None or found is None or demanded > found:
+        at_most = "an NVIDIA GPU" if found is None else f"at most the device's {found[0]}.{found[1]}"
+        raise UserError(f"{_CAPABILITY}: expected a compute capability such as 8.0 and {at_most}; found {text!r}")
+    return demanded
 
 
 def _anywhere(device: Device) -> None:
@@ -221,6 +244,7 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
     },
 }
 
+_CAPABILITY = "JAXMOE_COMPUTE_CAPABILITY"
 _forced: ContextVar[Mapping[str, str]] = ContextVar("forced", default=MappingProxyType({}))
 
 

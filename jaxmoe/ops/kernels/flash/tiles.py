@@ -44,6 +44,9 @@ class AttentionTiles(NamedTuple):
 _NARROW = AttentionTiles(Tiles(128, 64, 2), Tiles(128, 32, 2, held=2), Tiles(64, 64, 2, held=2))
 _LARGE = {64: _NARROW, 128: AttentionTiles(Tiles(128, 32, 2), Tiles(64, 32, 2, held=2), Tiles(64, 32, 2, held=1))}
 _SMALL = {64: _NARROW, 128: AttentionTiles(Tiles(64, 32, 2), Tiles(64, 16, 2, held=2), Tiles(64, 16, 2, held=2))}
+# From compute capability 10.0 on ptxas 13.0 spills registers of some of them; these need fewer.
+_NEWER_LARGE = {64: _NARROW, 128: AttentionTiles(Tiles(64, 64, 2), Tiles(64, 32, 2, held=2), Tiles(64, 32, 2))}
+_NEWER_SMALL = {64: _NARROW, 128: AttentionTiles(Tiles(64, 32, 2), Tiles(64, 16, 2, held=2), Tiles(64, 16, 2))}
 BLOCKS = 2
 WIDTHS = tuple(_LARGE)
 
@@ -55,4 +58,5 @@ def padded_width(head_dim: int) -> int:
 
 def default_tiles(width: int, capability: tuple[int, int]) -> AttentionTiles:
     """The tiles for heads of this width on this card."""
-    return (_LARGE if card_of(capability).block_shared >= 160 * 1024 else _SMALL)[width]
+    large, small = (_LARGE, _SMALL) if capability < (10, 0) else (_NEWER_LARGE, _NEWER_SMALL)
+    return (large if card_of(capability).block_shared >= 160 * 1024 else small)[width]

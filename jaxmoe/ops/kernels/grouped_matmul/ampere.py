@@ -22,12 +22,18 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.kernels.ampere import default_capability, unsupported
 from jaxmoe.ops.kernels.grouped_matmul import ampere_matmul, ampere_outer
-from jaxmoe.ops.kernels.grouped_matmul.ampere_tiles import ROWS, TILE_ROWS, column_tile, default_tiles
+from jaxmoe.ops.kernels.grouped_matmul.ampere_tiles import (
+    TILE_ROWS,
+    column_tile,
+    default_tiles,
+    fits_registers,
+    span_rows,
+)
 from jaxmoe.ops.schedule import Schedule, Spans
 from jaxmoe.ops.small_case import relative_error, why_not
 from jaxmoe.quantized_stack import QuantizedStack
 
-__all__ = ["AMPERE", "ROWS", "TILE_ROWS", "Ampere", "grouped_matmul", "grouped_outer"]
+__all__ = ["AMPERE", "TILE_ROWS", "Ampere", "grouped_matmul", "grouped_outer"]
 
 _WIDTH = 32  # sizes are multiples of it: two steps of mma.sync, and the columns of four warps
 
@@ -49,7 +55,7 @@ def grouped_matmul(
     Args:
         x: rows sorted by group, bfloat16 or float16; P is a multiple of 16.
         weight: [groups, out, inner] if `transposed` (x W^T), else [groups, inner, out] (x W).
-        spans: which rows belong to which group, at most 128 rows in each.
+        spans: which rows belong to which group, at most `span_rows` of the card in each.
         offset: added to the group for `weight`.
         transposed: the layout of all weights.
         swiglu: the product's first half is the gate, its second half is up, [groups, 2F, inner]. The result is
@@ -85,6 +91,7 @@ def grouped_outer(
     count: Int[Array, " E"],
     *,
     dtype: Any = jnp.float32,
+    capability: tuple[int, int] | None = None,
     interpret: Any = None,
 ) -> Float[Array, "E A C"]:
     """For each group the sum over its rows of left[row]^T right[row], in float32: the gradient of a group's matrix.
@@ -97,6 +104,7 @@ def grouped_outer(
         first: each group's first row, in units of 16 rows.
         count: each group's number of rows with its padding, in units of 16; a group without rows gets zeros.
         dtype: of the result.
+        capability: the card, the default device's by default.
         interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
 
     Raises:
@@ -112,6 +120,7 @@ def grouped_outer(
         tile_rows=column_tile(left.shape[1]),
         tile_columns=column_tile(right.shape[1]),
         slots=3,
+        unrolled=fits_registers(capability or default_capability()),
     )
     out = jax.ShapeDtypeStruct((first.shape[0], left.shape[1], right.shape[1]), dtype)
     return ampere_outer.run(plan, (left, right), (first, count), out, interpret)
@@ -164,7 +173,7 @@ class Ampere:
 
     def span_rows(self, routed_rows: int, num_experts: int) -> tuple[int, ...]:
         """The limit for the rows of a span."""
-        return (ROWS,)
+        return (span_rows(default_capability()),)
 
     def matmul(
         self,
@@ -188,7 +197,7 @@ class Ampere:
             weight, offset = weight[offset + jnp.arange(schedule.first_tile.shape[0])], 0
             x, weight = _padded(x, 1), _padded(_padded(weight, inner_axis), out_axis, halves)
             low = low and low._replace(weight=_padded(low.weight, out_axis, halves))
-        return run(x, weight, schedule.spans[ROWS], offset, low=low)[:, :out]
+        return run(x, weight, schedule.spans[span_rows(default_capability())], offset, low=low)[:, :out]
 
     def outer(self, left: Array, right: Array, schedule: Schedule) -> Array:
         """As `GroupedMatmul.outer`; the operands are padded to sizes that the kernel supports."""

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.ops.kernels.ampere import copy, launch, pipelined, shared_memory, store
 from jaxmoe.ops.kernels.grouped_matmul.ampere_block import grid, item_of, multiply, sums_of, turns
-from jaxmoe.ops.kernels.grouped_matmul.ampere_tiles import HEIGHTS, ROWS, TILE_ROWS, Tiles
+from jaxmoe.ops.kernels.grouped_matmul.ampere_tiles import HEIGHTS, TILE_ROWS, Tiles
 from jaxmoe.ops.schedule import Spans
 
 
@@ -100,7 +100,8 @@ class _Program:
         @pl.loop(0, turns(self.work.used[0] * self.plan.column_tiles))
         def _turn(turn: Array) -> None:
             item = self._item(item_of(turn))
-            for lower, height in zip((0, *HEIGHTS), HEIGHTS, strict=False):
+            heights = [height for height in HEIGHTS if height <= self.plan.tiles.rows]
+            for lower, height in zip((0, *heights), heights, strict=False):
                 pl.when((item.rows > lower) & (item.rows <= height))(partial(self._compute, item, height))
 
     def _item(self, number: Array) -> _Item:
@@ -181,12 +182,12 @@ def run(
         by_pair = list(zip(operands[::2], operands[1::2], strict=True))
         _Program(plan, work, by_pair, out, *memory).run()
 
-    dtype, (_, depth, slots) = pairs[0][0].dtype, plan.tiles
+    dtype, (rows, _, depth, slots) = pairs[0][0].dtype, plan.tiles
     columns = plan.tile_columns
     shape = (columns, depth) if plan.transposed else (depth, columns)
     tile = depth // 2 if plan.transposed else min(64, columns)
     scratch = [
-        shared_memory((slots, ROWS, depth), dtype, depth // 2),
+        shared_memory((slots, rows, depth), dtype, depth // 2),
         shared_memory((slots, plan.products, *shape), dtype, tile),
     ]
     out = jax.ShapeDtypeStruct((plan.rows, plan.columns), dtype)

@@ -21,7 +21,10 @@ _UNITS = 4  # units of rows in a slot
 
 @dataclass(frozen=True)
 class OuterPlan:
-    """What is known about a call when it is compiled: the operands' sizes, and those of a tile of the result."""
+    """What is known about a call when it is compiled: the operands' sizes, and those of a tile of the result.
+
+    `unrolled`: there is code for each unit of rows in a slot. It needs more registers than one code for all.
+    """
 
     rows: int
     left_columns: int
@@ -30,6 +33,7 @@ class OuterPlan:
     tile_rows: int
     tile_columns: int
     slots: int
+    unrolled: bool
 
     @property
     def across(self) -> int:
@@ -103,11 +107,17 @@ class _Program:
 
     def _multiply(self, item: _Item, step: Array, slot: Array, sums: Array) -> Array:
         """Adds the products of the units of rows that belong to the group; every step has at least one."""
-        for n in range(_UNITS):
+
+        def add(n: Array | int, sums: Array) -> Array:
             part = pl.ds(n * TILE_ROWS, TILE_ROWS)
             left = self.left_memory.at[slot, part].transpose((1, 0))
-            add = partial(multiply, left=left, right=self.right_memory.at[slot, part])
-            sums = lax.cond(step * _UNITS + n < item.count, add, lambda acc: acc, sums) if n else add(sums)
+            return multiply(sums, left, self.right_memory.at[slot, part])
+
+        if not self.plan.unrolled:
+            return lax.fori_loop(0, jnp.minimum(item.count - step * _UNITS, _UNITS), add, sums)
+        sums = add(0, sums)
+        for n in range(1, _UNITS):
+            sums = lax.cond(step * _UNITS + n < item.count, partial(add, n), lambda acc: acc, sums)
         return sums
 
 

@@ -7,14 +7,15 @@ from typing import NamedTuple
 from jaxmoe.ops.kernels.ampere import BARRIERS, BLOCK_RESERVE, ITEM, THREADS, card_of
 
 TILE_ROWS = 16  # the unit of the row layout: a group's first row and its number of rows are multiples of it
-ROWS = 128  # the limit for the rows of a span
 HEIGHTS = (32, 64, 96, 112, 128)  # numbers of rows that there is code for; each costs time to compile
 BLOCKS = 2  # thread blocks on a multiprocessor at a time
 
 
 class Tiles(NamedTuple):
-    """Tile sizes: `columns` are computed at a time; a slot of the ring holds `depth` of the contraction."""
+    """Tile sizes: `columns` of at most `rows` rows are computed at a time; a slot of the ring holds `depth` of the
+    contraction."""
 
+    rows: int
     columns: int
     depth: int
     slots: int
@@ -22,12 +23,25 @@ class Tiles(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a thread block."""
-        return self.slots * (ROWS + self.columns) * self.depth * ITEM + BARRIERS
+        return self.slots * (self.rows + self.columns) * self.depth * ITEM + BARRIERS
 
     @property
     def accumulators(self) -> int:
         """Registers of a thread that hold sums."""
-        return ROWS * self.columns // THREADS
+        return self.rows * self.columns // THREADS
+
+
+def fits_registers(capability: tuple[int, int]) -> bool:
+    """Whether a card's machine code has room for all sums of 128 rows and 128 columns beside what it multiplies.
+
+    By ptxas 13.0, which spills registers in both programs from compute capability 10.0 on.
+    """
+    return capability < (10, 0)
+
+
+def span_rows(capability: tuple[int, int]) -> int:
+    """The limit for the rows of a span on this card."""
+    return HEIGHTS[-1] if fits_registers(capability) else HEIGHTS[-2]
 
 
 def column_tile(columns: int) -> int:
@@ -41,11 +55,11 @@ def default_tiles(columns: int, depths: tuple[int, ...], capability: tuple[int, 
     Measured on an H200 (docs/log): two slots of 64 are a third faster than four or five of 32. On other cards the rule
     is arithmetic.
     """
-    card = card_of(capability)
+    card, rows = card_of(capability), span_rows(capability)
     room = min(card.shared // BLOCKS - BLOCK_RESERVE, card.block_shared) - BARRIERS
     deep = not any(depth % 64 for depth in depths)
     for depth in (64, 32) if deep else (32,):
-        slots = room // ((ROWS + columns) * depth * ITEM)
+        slots = room // ((rows + columns) * depth * ITEM)
         if slots >= 2:
             break
-    return Tiles(columns, depth, min(slots, 4))
+    return Tiles(rows, columns, depth, min(slots, 4))
