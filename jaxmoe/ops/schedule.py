@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class Spans(NamedTuple):
@@ -100,6 +100,20 @@ def make_schedule(
     spans = {most: _spans(first_tile, tile_count, tiles, most // tile) for most in span_rows}
     destination = destination.reshape(experts.shape)
     return Schedule(destination, source, tile_expert, tile_end[-1], first_tile, tile_count, spans)
+
+
+def of_experts(schedule: Schedule, chosen: Bool[Array, " E"], tile: int) -> Schedule:
+    """The same layout, but a kernel that reads spans or `tile_count` finds rows of the chosen experts only.
+
+    Args:
+        schedule: the whole layout, with spans.
+        chosen: the experts that count.
+        tile: rows per tile.
+    """
+    tile_count = jnp.where(chosen, schedule.tile_count, 0)
+    tiles = schedule.tile_expert.shape[0]
+    spans = {most: _spans(schedule.first_tile, tile_count, tiles, most // tile) for most in schedule.spans}
+    return schedule._replace(tile_count=tile_count, spans=spans)
 
 
 def _sum_before(counts: Int[Array, "n *rest"]) -> Int[Array, "n *rest"]:  # noqa: F821 - dimensions, not a product
