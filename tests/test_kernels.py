@@ -139,8 +139,23 @@ def test_swiglu_of_the_product(name: str, low_rank: bool) -> None:
 
 
 @needs_kernels
-def test_a_wrong_group_is_seen_through_swiglu() -> None:
-    assert matmul_error("wide", True, False, swiglu=True, shift=1) > 100 * bound("kernel_swiglu_bf16")
+@pytest.mark.parametrize("low_rank", [False, True], ids=["plain", "low rank"])
+@pytest.mark.parametrize("name", CASES)
+def test_swiglu_of_halves_that_the_consumers_swap(name: str, low_rank: bool) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
+
+    heights = (192, 224, 240, 256) if on_gpu else (32, 48, 128)
+    tiles = kernel.Tiles(128, heights, 4 if on_gpu else 2)
+    assert matmul_error(name, True, low_rank, swiglu=True, tiles=tiles) <= bound("kernel_swiglu_bf16")
+
+
+@needs_kernels
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_wrong_group_is_seen_through_swiglu(halved: bool) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
+
+    options = {"tiles": kernel.Tiles(128, (32, 128), 2)} if halved else {}
+    assert matmul_error("wide", True, False, swiglu=True, shift=1, **options) > 100 * bound("kernel_swiglu_bf16")
 
 
 @needs_kernels
@@ -241,7 +256,8 @@ def test_grouped_outer_equals_the_groups_products(A: int, C: int, columns: tuple
         ({"low": [(32, 64), (2, 128, 128)]}, "low: expected 128 columns, as its weight has, found 64"),
         ({"low": [(32, 32), (2, 128, 32)]}, "low: expected a multiple of 64 columns, found 32"),
         ({"swiglu": True, "transposed": False, "weight": (4, 64, 128)}, "swiglu: expected a transposed weight"),
-        ({"swiglu": True, "tiles": (128, (128,), 2)}, "swiglu: expected tiles of 256 columns, found 128"),
+        ({"swiglu": True, "tiles": (384, (128,), 2)}, "swiglu: expected tiles of 128 or 256 columns, found 384"),
+        ({"swiglu": True, "tiles": (128, (24,), 2)}, "swiglu: expected heights that are multiples of 16, found .24,."),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

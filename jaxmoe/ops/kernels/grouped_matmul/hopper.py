@@ -46,6 +46,7 @@ from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul import hopper_matmul, hopper_outer
+from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import CONSUMERS
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     DEPTH,
     LARGE,
@@ -178,8 +179,10 @@ def _check_matmul(plan: hopper_matmul.Plan, pairs: dict[str, tuple[Array, Array]
         raise ValueError(f"low: expected a multiple of {DEPTH} columns, found {plan.depths[-1]}")
     if plan.swiglu and not plan.transposed:
         raise ValueError("swiglu: expected a transposed weight")
-    if plan.swiglu and plan.products != 2:
-        raise ValueError(f"swiglu: expected tiles of 256 columns, found {plan.tiles.columns}")
+    if plan.swiglu and plan.products > 2:
+        raise ValueError(f"swiglu: expected tiles of 128 or 256 columns, found {plan.tiles.columns}")
+    if plan.halved and any(height % (8 * CONSUMERS) for height in plan.tiles.heights):
+        raise ValueError(f"swiglu: expected heights that are multiples of 16, found {plan.tiles.heights}")
 
 
 def _check_pair(name: str, left: Array, right: Array) -> None:
