@@ -45,7 +45,7 @@ class Items:
 
     @property
     def halved(self) -> bool:
-        """Whether one consumer forms the gate and the other one up; each gives the other half of its rows for SwiGLU."""
+        """Whether one consumer forms the gate, the other one up; for SwiGLU each gives the other half of its rows."""
         return self.swiglu and self.products == 1
 
     @property
