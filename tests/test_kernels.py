@@ -337,6 +337,33 @@ def test_spans_cover_every_routed_row_once(
     assert (owner[placed] == experts.reshape(-1)[schedule.source[placed]]).all()
 
 
+@needs_kernels
+@pytest.mark.parametrize(("tokens", "k", "width"), [(16, 2, 512), (24, 3, 256)] + [(4096, 8, 2048)] * on_gpu)
+def test_rows_are_copied_to_their_places(tokens: int, k: int, width: int) -> None:
+    from jaxmoe.ops.kernels.row_copies import copy_rows
+
+    rng = np.random.default_rng(tokens)
+    schedule = scheduled(jnp.asarray(skewed(tokens, 8, k, 1)), 8, 16)
+    x = normal(rng, tokens, width)
+    found = np.asarray(copy_rows(x, schedule.destination, len(schedule.source), interpret=interpreter()))
+    source = np.asarray(schedule.source)
+    placed = source >= 0
+    assert np.array_equal(found[placed], np.asarray(x)[source[placed] // k])
+
+
+def test_what_rows_cannot_be_copied() -> None:
+    from jaxmoe.ops.kernels.row_copies import unsupported
+
+    of = jax.ShapeDtypeStruct
+    cases = {
+        "float32": of((512, 256), jnp.float32),
+        "504": of((504, 256), jnp.bfloat16),
+        "128": of((512, 128), jnp.bfloat16),
+    }
+    for found, x in cases.items():
+        assert found in (unsupported(x) or "") or jax.__version_info__ < (0, 11)
+
+
 # The tests below go through `jaxmoe.ops.experts`, as training does.
 
 

@@ -64,7 +64,7 @@ MODULES: dict[str, set[str]] = {
         " projections rotary router saliency schedule small_case swiglu"
         " kernels kernels.ampere kernels.cached_attention kernels.few_rows kernels.flash"
         " kernels.flash.attention kernels.flash.backward kernels.flash.block kernels.flash.forward kernels.flash.tiles"
-        " kernels.norm_rotary kernels.norm_rotary_mosaic kernels.row_tiles kernels.swiglu_gradient"
+        " kernels.norm_rotary kernels.norm_rotary_mosaic kernels.row_copies kernels.row_tiles kernels.swiglu_gradient"
         " kernels.swiglu_gradient_mosaic kernels.grouped_matmul"
         " kernels.grouped_matmul.ampere kernels.grouped_matmul.ampere_block kernels.grouped_matmul.ampere_matmul"
         " kernels.grouped_matmul.ampere_outer kernels.grouped_matmul.ampere_tiles kernels.grouped_matmul.hopper"

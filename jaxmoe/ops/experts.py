@@ -158,7 +158,7 @@ def routed_outputs(
     dispatch = make_dispatch(experts, num_experts, products, mesh)
     factors = [adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter)]
     offset, schedule = jnp.asarray(weights.offset, jnp.int32), dispatch.schedule
-    rows = dispatch.rows(x)
+    rows = dispatch.rows(x, finite=False)
     adapted = _adapted(schedule, gate_up_adapter or down_adapter)
     hidden, _ = _project(rows, weights.gate_up_proj, offset, factors[0], schedule, adapted, products, swiglu=True)
     rows, _ = _project(hidden, weights.down_proj, offset, factors[1], schedule, adapted, products)
@@ -214,7 +214,7 @@ def _mixture(
         kernel = choose("few_rows", x.dtype, *stacks).value
         return few_experts(x, experts, weights, stacks, offset, adapters, kernel)
     with jax.named_scope("permute"):
-        rows = _rows(x, stacks[0], adapters[0], dispatch)
+        rows = _rows(x, stacks[0], adapters[0], dispatch, finite=False)
     with jax.named_scope("gate_up"):
         operands = rows, stacks[0], offset, adapters[0], dispatch.schedule, adapted
         hidden, _ = _project(*operands, plan.products, swiglu=True)
@@ -224,10 +224,13 @@ def _mixture(
         return combine(rows, weights, dispatch)
 
 
-def _rows(x: Array, stack: Any, adapter: Factors | None, dispatch: Dispatch) -> Any:
-    """The tokens' rows at their places, in the form in which they are multiplied with the stack."""
+def _rows(x: Array, stack: Any, adapter: Factors | None, dispatch: Dispatch, *, finite: bool = True) -> Any:
+    """The tokens' rows at their places, in the form in which they are multiplied with the stack.
+
+    Without `finite` padding may hold anything: without a backward pass no row is added to another one.
+    """
     form = prepared(x, stack, low_rank=adapter is not None) if isinstance(dispatch, Local) else x
-    return jax.tree.map(dispatch.rows, form)
+    return jax.tree.map(partial(dispatch.rows, finite=finite), form)
 
 
 def _product(

@@ -155,6 +155,14 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jax.lax.ragged_dot, by name only", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.ragged:RAGGED"
         ),
     },
+    "row_copies": {
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel that reads a token's row once, where nothing reads padding",
+            _needs_capability((9, 0), (10, 0)),
+            "jaxmoe.ops.kernels.row_copies:COPIES",
+        ),
+        "xla": Implementation("a gather", _anywhere, "jaxmoe.ops.schedule:GATHER"),
+    },
     "fp8_products": {
         "registers": Implementation(
             "Pallas Mosaic GPU kernel that decodes the experts' FP8 codes in registers",

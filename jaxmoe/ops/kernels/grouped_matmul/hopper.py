@@ -101,7 +101,7 @@ def grouped_matmul(
         others: more pairs like (x, weight), of any inner width; their products are added before rounding.
         low: a low-rank term that is also added, its rank a multiple of 64. Its weight is laid out like `weight` with
             `rank` for `inner`; the offset is not added to its group.
-        tiles: `default_tiles` for spans of at most 128 rows by default. `swiglu` supports no higher spans.
+        tiles: `default_tiles` for spans of at most 128 rows by default.
         interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
 
     Raises:
@@ -240,7 +240,7 @@ class Hopper:
                 return products.matmul(x, weight, schedule, offset, **options)
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(num_experts)], 0
-        large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
+        large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX
         large = large and schedule.destination.size >= _LARGE_ROWS * num_experts and LARGE in schedule.spans
         rows = LARGE if large else SMALL
         tiles = default_tiles(weight.shape[1 if transposed else 2], rows, swiglu)
