@@ -147,7 +147,8 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """One thread block. `rows`, `weights` and `staging` are its shared memory, `warpgroup` says which code runs."""
+    """One thread block. `rows`, `weights` and `staging` are its shared memory, `warpgroup` says which code runs. If the
+    consumers swap halves, `swap` are two barriers: both have given, both have taken."""
 
     plan: Plan
     work: Work
@@ -159,8 +160,7 @@ class Program:
     ring: Ring
     share: Share
     warpgroup: Array
-    given: Any = None
-    taken: Any = None
+    swap: Sequence[Any]
 
     def produce(self) -> None:
         """The producer: for each item, copies every pair's rows and weights into the ring, step by step."""
@@ -267,6 +267,7 @@ class Program:
 
         What a consumer gives lies where it stages its result afterwards, once the other one has taken it.
         """
+        given, taken = self.swap
         half = sums[0].shape[1] // CONSUMERS
         own, other = (self.staging.at[wg, pl.ds(0, half)] for wg in (self.warpgroup, 1 - self.warpgroup))
         halves = [sums[0][:, start : start + half] for start in (0, half)]
@@ -276,11 +277,11 @@ class Program:
             @pl.when(self.warpgroup == number)
             def _of_consumer(number: int = number) -> None:
                 self.stage(halves[1 - number], own)
-                plgpu.barrier_arrive(self.given)
-                plgpu.barrier_wait(self.given)
+                plgpu.barrier_arrive(given)
+                plgpu.barrier_wait(given)
                 found = self.staged(other)
-                plgpu.barrier_arrive(self.taken)
-                plgpu.barrier_wait(self.taken)
+                plgpu.barrier_arrive(taken)
+                plgpu.barrier_wait(taken)
                 pair = (halves[number], found) if number == 0 else (found, halves[number])
                 self.stage(self._swiglu(*pair), own)
                 plgpu.commit_smem()
@@ -350,10 +351,10 @@ def run(
         warpgroup = lax.axis_index("wg")
         share = Share.of(plan, work)
         by_pair = list(zip(operands[::2], operands[1::2], strict=True))
-        thread_block = Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup, *barriers)
+        thread_block = Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup, barriers)
         run_warpgroups(thread_block.produce, thread_block.consume, warpgroup)
 
-    swapped = [plgpu.Barrier(num_arrivals=CONSUMERS) for _ in range(2)] if plan.halved else []  # given, taken
+    swapped = [plgpu.Barrier(num_arrivals=CONSUMERS) for _ in range(2)] if plan.halved else []
     x, weight = pairs[0]
     columns, _, slots = plan.tiles
     # wgmma needs both operands in the same swizzle.
