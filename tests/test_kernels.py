@@ -367,8 +367,16 @@ def test_what_rows_cannot_be_copied() -> None:
 # The tests below go through `jaxmoe.ops.experts`, as training does.
 
 
-def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: bool, fault: bool = False) -> Any:
-    """Output of a layer's experts with adapters, with and without differentiation, and all gradients."""
+def mixture(
+    implementation: str,
+    dtype: Any,
+    shape: tuple[int, ...],
+    trainable: bool,
+    fault: bool = False,
+    adapted: tuple[Any, Any] = (1, None),
+) -> Any:
+    """Output of a layer's experts with adapters, with and without differentiation, and all gradients; `adapted` are the
+    experts whose adapters are not zero, and those that are said to have one."""
     M, D, F, E, k = shape
     rng = np.random.default_rng(5)
 
@@ -378,14 +386,15 @@ def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: 
     x, gate, cotangent = draw(M, D, std=1), draw(E, D, std=D**-0.5), draw(M, D, std=1)
     stacks = draw(2 * E, 2 * F, D, std=D**-0.5), draw(2 * E, D, F, std=F**-0.5)
     pairs = [draw(E, 8, D, std=D**-0.5), draw(E, 2 * F, 8, std=0.3), draw(E, 8, F, std=F**-0.5), draw(E, D, 8, std=0.3)]
-    adapters = [a.astype(jnp.float32) for a in pairs]
+    adapters = [a.astype(jnp.float32) * np.reshape(adapted[0], (-1, 1, 1)) for a in pairs]
     if trainable:
         stacks = tuple(stack[E:] for stack in stacks)
     routing = route(x.astype(jnp.float32), gate.astype(jnp.float32), num_experts_per_tok=k, norm_topk_prob=True)
 
     def run(x, weights, adapters, stacks):
         experts = ExpertWeights(stacks[0], stacks[1], 0 if trainable else E - int(fault), trainable)
-        first, second = Adapter(adapters[0], adapters[1], 0.5), Adapter(adapters[2], adapters[3], 2.0)
+        counted = None if adapted[1] is None else jnp.asarray(adapted[1])
+        first, second = (Adapter(*adapters[n : n + 2], scale, experts=counted) for n, scale in ((0, 0.5), (2, 2.0)))
         return sorted_experts(x, routing._replace(weights=weights), experts, first, second)
 
     with forced(grouped_matmul=implementation):
@@ -413,6 +422,17 @@ def test_the_mixture_and_its_gradients(shape: tuple[int, ...], trainable: bool) 
     if not trainable:
         wrong = mixture("mosaic", jnp.bfloat16, shape, trainable, fault=True)
         assert relative_error(wrong[0], exact[0]) > 10 * bound("mixture_bf16")
+
+
+@pytest.mark.gpu
+def test_low_rank_products_over_the_rows_of_some_experts_have_the_same_bits() -> None:
+    """As with all rows, whose adapters are zero for the other experts; with the wrong experts they differ."""
+    shape, chosen = (512, 1024, 384, 32, 8), np.arange(32) % 5 == 2
+    everywhere, found, wrong = (
+        mixture("mosaic", jnp.bfloat16, shape, False, adapted=(chosen, counted)) for counted in (None, chosen, ~chosen)
+    )
+    assert all(map(np.array_equal, everywhere, found))
+    assert not np.array_equal(everywhere[0], wrong[0])
 
 
 @pytest.mark.gpu
