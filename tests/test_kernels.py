@@ -351,6 +351,17 @@ def test_rows_are_copied_to_their_places(tokens: int, k: int, width: int) -> Non
     assert np.array_equal(found[placed], np.asarray(x)[source[placed] // k])
 
 
+@needs_kernels
+@pytest.mark.parametrize(("experts", "count"), [(32, 4), (128, 8), (256, 3)])
+def test_the_largest_scores_of_which_many_are_equal(experts: int, count: int) -> None:
+    from jaxmoe.ops.kernels.top_experts import top_experts
+
+    rng = np.random.default_rng(experts)
+    scores = jnp.asarray(rng.integers(0, experts // 4, (16384 if on_gpu else 32, experts)) / 7, jnp.float32)
+    found = top_experts(scores, count, interpret=interpreter())
+    assert np.array_equal(found, jax.lax.top_k(scores, count)[1])
+
+
 def test_what_rows_cannot_be_copied() -> None:
     from jaxmoe.ops.kernels.row_copies import unsupported
 

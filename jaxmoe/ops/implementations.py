@@ -163,6 +163,14 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
         "xla": Implementation("a gather", _anywhere, "jaxmoe.ops.schedule:GATHER"),
     },
+    "top_experts": {
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel that takes the largest score k times, in registers",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.top_experts:TOP",
+        ),
+        "xla": Implementation("a sort", _anywhere, "jaxmoe.ops.router:SORT"),
+    },
     "fp8_products": {
         "registers": Implementation(
             "Pallas Mosaic GPU kernel that decodes the experts' FP8 codes in registers",
