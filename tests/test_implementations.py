@@ -50,8 +50,8 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("context attention", "tiles"),
         ("grouped matmul", grouped_matmul),
         ("fp8 products", "registers" if grouped_matmul == "mosaic" else "decoded"),
-        ("row copies", "mosaic" if grouped_matmul == "mosaic" else "xla"),
-        ("top experts", "xla" if grouped_matmul == "tiled" else "mosaic"),
+        ("row copies", "xla"),
+        ("top experts", "xla"),
         ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
         *((what, row_kernels) for what in ROW_KERNELS),
     }

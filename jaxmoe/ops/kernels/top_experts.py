@@ -1,6 +1,7 @@
 """The k most probable experts of each token, in Pallas Mosaic GPU: a tile of scores stays in registers.
 
-XLA sorts all scores of a token. Here the largest is found and removed, k times.
+XLA sorts all scores of a token. Here the largest is found and removed, k times. It was translated and interpreted, but
+not run on a GPU, so it is selected by name only.
 """
 
 from __future__ import annotations

@@ -240,7 +240,8 @@ class Hopper:
                 return products.matmul(x, weight, schedule, offset, **options)
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(num_experts)], 0
-        large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX
+        # With SwiGLU higher spans were interpreted (the consumers swap halves), but not timed.
+        large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
         large = large and schedule.destination.size >= _LARGE_ROWS * num_experts and LARGE in schedule.spans
         rows = LARGE if large else SMALL
         tiles = default_tiles(weight.shape[1 if transposed else 2], rows, swiglu)
