@@ -22,6 +22,12 @@ from jaxmoe.model.decoder import forward
 from jaxmoe.model.init import init_adapters
 from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.model.layer import by_expert
+from jaxmoe.ops.experts import ExpertWeights, sorted_experts
+from jaxmoe.ops.implementations import forced
+from jaxmoe.ops.kernels.grouped_matmul import xla
+from jaxmoe.ops.low_rank import Adapter
+from jaxmoe.ops.router import expert_counts, route
+from jaxmoe.ops.schedule import Schedule
 from jaxmoe.store.adapter import read_adapter, write_adapter
 from jaxmoe.store.expert_adapters import with_all_experts, without_void_experts
 from jaxmoe.train import prepare
@@ -91,6 +97,64 @@ def test_each_device_takes_the_adapters_of_its_own_experts():
     assert np.asarray(gradient).ravel().tolist() == [11, 14, 0]
     halves = [by_expert(jnp.asarray(a), experts, 3, first) for first in (0, 3)]
     assert np.array_equal(np.concatenate(halves), whole)
+
+
+class BySpans(xla.Xla):
+    """Products that read spans, as kernels do: what they do not cover is not a number. `tiles` has the number of tiles
+    that each one covered."""
+
+    def __init__(self):
+        self.tiles: list[int] = []
+
+    def tile_rows(self, routed_rows: int, num_experts: int) -> int:
+        return 16
+
+    def span_rows(self, routed_rows: int, num_experts: int) -> tuple[int, ...]:
+        return (32,)
+
+    def matmul(self, x: jax.Array, weight: Any, schedule: Schedule, offset: Any, **how: Any) -> jax.Array:
+        first, height, _, used = schedule.spans[32]
+        self.tiles.append(int(height[:used].sum()))
+        tile = jnp.arange(x.shape[0])[:, None] // 16
+        own = (tile >= first) & (tile < first + height) & (jnp.arange(len(first)) < used)
+        return jnp.where(jnp.any(own, axis=1)[:, None], super().matmul(x, weight, schedule, offset, **how), jnp.nan)
+
+    def outer(self, left: jax.Array, right: jax.Array, schedule: Schedule) -> jax.Array:
+        counts = jnp.repeat(schedule.tile_count[schedule.tile_expert] > 0, 16)[:, None]
+        left, right = (jnp.where(counts, rows, 0) for rows in (left, right))
+        return super().outer(left, right, schedule)
+
+
+def test_low_rank_products_run_over_the_rows_of_the_chosen_experts_alone(monkeypatch):
+    M, D, F, E, k, rank = 50, 16, 12, 6, 2, 3
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+    draw = lambda *shape: jax.random.normal(next(keys), shape)
+    x, gate, stacks = draw(M, D), draw(E, D), (draw(E, 2 * F, D), draw(E, D, F))
+    chosen = jnp.asarray([False, True, False, False, True, False])
+    factors = [draw(E, rank, D), draw(E, 2 * F, rank), draw(E, rank, F), draw(E, D, rank)]
+    factors = [jnp.where(chosen[:, None, None], each, 0) for each in factors]
+    routing = route(x, gate, num_experts_per_tok=k, norm_topk_prob=True)
+
+    def results(chosen: Any) -> Any:
+        def run(x, weights, factors):
+            adapters = (Adapter(*factors[n : n + 2], 2.0, experts=chosen) for n in (0, 2))
+            experts = ExpertWeights(*stacks, 0, trainable=False)
+            return sorted_experts(x, routing._replace(weights=weights), experts, *adapters)
+
+        value, pull = jax.vjp(run, x, routing.weights, factors)
+        return jax.tree.map(np.asarray, (value, run(x, routing.weights, factors), pull(jnp.cos(value))))
+
+    products = BySpans()
+    monkeypatch.setattr(xla, "XLA", products)
+    with forced(grouped_matmul="tiled"):
+        everywhere, found, wrong = results(None), results(chosen), results(~chosen)
+    assert all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (everywhere, found)), strict=True))
+    d_gate_up_a = found[2][2][0]
+    assert d_gate_up_a[np.asarray(chosen)].any(axis=(1, 2)).all() and not d_gate_up_a[~np.asarray(chosen)].any()
+    assert not np.array_equal(wrong[0], everywhere[0])
+    counts = expert_counts(routing.experts, jnp.ones(M, bool), E)
+    tiles = -(-counts // 16)
+    assert set(products.tiles) == {int(tiles.sum()), int(tiles[chosen].sum()), int(tiles[~chosen].sum())}
 
 
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "stacked"])

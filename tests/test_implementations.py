@@ -52,6 +52,8 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("context attention", "tiles"),
         ("grouped matmul", grouped_matmul),
         ("fp8 products", "registers" if grouped_matmul == "mosaic" else "decoded"),
+        ("row copies", "xla"),
+        ("top experts", "xla"),
         ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
         *((what, row_kernels) for what in ROW_KERNELS),
     }
@@ -174,7 +176,7 @@ def test_unknown_names_are_errors(monkeypatch):
     with pytest.raises(
         UserError,
         match="expected operations among attention, context_attention, cached_attention, grouped_matmul, "
-        "fp8_products, nf4_products, few_rows, norm_rotary, swiglu_gradient; found 'atention'",
+        "row_copies, top_experts, fp8_products, nf4_products, few_rows, norm_rotary, swiglu_gradient; found 'atention'",
     ):
         forced(atention="blocks").__enter__()
 

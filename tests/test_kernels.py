@@ -139,8 +139,23 @@ def test_swiglu_of_the_product(name: str, low_rank: bool) -> None:
 
 
 @needs_kernels
-def test_a_wrong_group_is_seen_through_swiglu() -> None:
-    assert matmul_error("wide", True, False, swiglu=True, shift=1) > 100 * bound("kernel_swiglu_bf16")
+@pytest.mark.parametrize("low_rank", [False, True], ids=["plain", "low rank"])
+@pytest.mark.parametrize("name", CASES)
+def test_swiglu_of_halves_that_the_consumers_swap(name: str, low_rank: bool) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
+
+    heights = (192, 224, 240, 256) if on_gpu else (32, 48, 128)
+    tiles = kernel.Tiles(128, heights, 4 if on_gpu else 2)
+    assert matmul_error(name, True, low_rank, swiglu=True, tiles=tiles) <= bound("kernel_swiglu_bf16")
+
+
+@needs_kernels
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_wrong_group_is_seen_through_swiglu(halved: bool) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
+
+    options = {"tiles": kernel.Tiles(128, (32, 128), 2)} if halved else {}
+    assert matmul_error("wide", True, False, swiglu=True, shift=1, **options) > 100 * bound("kernel_swiglu_bf16")
 
 
 @needs_kernels
@@ -241,7 +256,8 @@ def test_grouped_outer_equals_the_groups_products(A: int, C: int, columns: tuple
         ({"low": [(32, 64), (2, 128, 128)]}, "low: expected 128 columns, as its weight has, found 64"),
         ({"low": [(32, 32), (2, 128, 32)]}, "low: expected a multiple of 64 columns, found 32"),
         ({"swiglu": True, "transposed": False, "weight": (4, 64, 128)}, "swiglu: expected a transposed weight"),
-        ({"swiglu": True, "tiles": (128, (128,), 2)}, "swiglu: expected tiles of 256 columns, found 128"),
+        ({"swiglu": True, "tiles": (384, (128,), 2)}, "swiglu: expected tiles of 128 or 256 columns, found 384"),
+        ({"swiglu": True, "tiles": (128, (24,), 2)}, "swiglu: expected heights that are multiples of 16, found .24,."),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -321,11 +337,57 @@ def test_spans_cover_every_routed_row_once(
     assert (owner[placed] == experts.reshape(-1)[schedule.source[placed]]).all()
 
 
+@needs_kernels
+@pytest.mark.parametrize(("tokens", "k", "width"), [(16, 2, 512), (24, 3, 256)] + [(4096, 8, 2048)] * on_gpu)
+def test_rows_are_copied_to_their_places(tokens: int, k: int, width: int) -> None:
+    from jaxmoe.ops.kernels.row_copies import copy_rows
+
+    rng = np.random.default_rng(tokens)
+    schedule = scheduled(jnp.asarray(skewed(tokens, 8, k, 1)), 8, 16)
+    x = normal(rng, tokens, width)
+    found = np.asarray(copy_rows(x, schedule.destination, len(schedule.source), interpret=interpreter()))
+    source = np.asarray(schedule.source)
+    placed = source >= 0
+    assert np.array_equal(found[placed], np.asarray(x)[source[placed] // k])
+
+
+@needs_kernels
+@pytest.mark.parametrize(("experts", "count"), [(32, 4), (128, 8), (256, 3)])
+def test_the_largest_scores_of_which_many_are_equal(experts: int, count: int) -> None:
+    from jaxmoe.ops.kernels.top_experts import top_experts
+
+    rng = np.random.default_rng(experts)
+    scores = jnp.asarray(rng.integers(0, experts // 4, (16384 if on_gpu else 32, experts)) / 7, jnp.float32)
+    found = top_experts(scores, count, interpret=interpreter())
+    assert np.array_equal(found, jax.lax.top_k(scores, count)[1])
+
+
+def test_what_rows_cannot_be_copied() -> None:
+    from jaxmoe.ops.kernels.row_copies import unsupported
+
+    of = jax.ShapeDtypeStruct
+    cases = {
+        "float32": of((512, 256), jnp.float32),
+        "504": of((504, 256), jnp.bfloat16),
+        "128": of((512, 128), jnp.bfloat16),
+    }
+    for found, x in cases.items():
+        assert found in (unsupported(x) or "") or jax.__version_info__ < (0, 11)
+
+
 # The tests below go through `jaxmoe.ops.experts`, as training does.
 
 
-def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: bool, fault: bool = False) -> Any:
-    """Output of a layer's experts with adapters, with and without differentiation, and all gradients."""
+def mixture(
+    implementation: str,
+    dtype: Any,
+    shape: tuple[int, ...],
+    trainable: bool,
+    fault: bool = False,
+    adapted: tuple[Any, Any] = (1, None),
+) -> Any:
+    """Output of a layer's experts with adapters, with and without differentiation, and all gradients; `adapted` are the
+    experts whose adapters are not zero, and those that are said to have one."""
     M, D, F, E, k = shape
     rng = np.random.default_rng(5)
 
@@ -335,14 +397,15 @@ def mixture(implementation: str, dtype: Any, shape: tuple[int, ...], trainable: 
     x, gate, cotangent = draw(M, D, std=1), draw(E, D, std=D**-0.5), draw(M, D, std=1)
     stacks = draw(2 * E, 2 * F, D, std=D**-0.5), draw(2 * E, D, F, std=F**-0.5)
     pairs = [draw(E, 8, D, std=D**-0.5), draw(E, 2 * F, 8, std=0.3), draw(E, 8, F, std=F**-0.5), draw(E, D, 8, std=0.3)]
-    adapters = [a.astype(jnp.float32) for a in pairs]
+    adapters = [a.astype(jnp.float32) * np.reshape(adapted[0], (-1, 1, 1)) for a in pairs]
     if trainable:
         stacks = tuple(stack[E:] for stack in stacks)
     routing = route(x.astype(jnp.float32), gate.astype(jnp.float32), num_experts_per_tok=k, norm_topk_prob=True)
 
     def run(x, weights, adapters, stacks):
         experts = ExpertWeights(stacks[0], stacks[1], 0 if trainable else E - int(fault), trainable)
-        first, second = Adapter(adapters[0], adapters[1], 0.5), Adapter(adapters[2], adapters[3], 2.0)
+        counted = None if adapted[1] is None else jnp.asarray(adapted[1])
+        first, second = (Adapter(*adapters[n : n + 2], scale, experts=counted) for n, scale in ((0, 0.5), (2, 2.0)))
         return sorted_experts(x, routing._replace(weights=weights), experts, first, second)
 
     with forced(grouped_matmul=implementation):
@@ -370,6 +433,17 @@ def test_the_mixture_and_its_gradients(shape: tuple[int, ...], trainable: bool) 
     if not trainable:
         wrong = mixture("mosaic", jnp.bfloat16, shape, trainable, fault=True)
         assert relative_error(wrong[0], exact[0]) > 10 * bound("mixture_bf16")
+
+
+@pytest.mark.gpu
+def test_low_rank_products_over_the_rows_of_some_experts_have_the_same_bits() -> None:
+    """As with all rows, whose adapters are zero for the other experts; with the wrong experts they differ."""
+    shape, chosen = (512, 1024, 384, 32, 8), np.arange(32) % 5 == 2
+    everywhere, found, wrong = (
+        mixture("mosaic", jnp.bfloat16, shape, False, adapted=(chosen, counted)) for counted in (None, chosen, ~chosen)
+    )
+    assert all(map(np.array_equal, everywhere, found))
+    assert not np.array_equal(everywhere[0], wrong[0])
 
 
 @pytest.mark.gpu

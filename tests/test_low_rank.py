@@ -98,7 +98,8 @@ def by_experts(products: Any) -> Callable[..., jax.Array]:
         schedule = make_schedule(jnp.ones((ROWS, 1), jnp.int32), 2, 16, products.span_rows(ROWS, 2))
         adapter = Factors(jnp.stack([b[: a.shape[0], :1] @ a[:1], a]), jnp.stack([b + 1, b]))
         stack = jnp.zeros((2, OUT, INNER), x.dtype)
-        rows, _ = experts._project(permute(x, schedule), stack, 0, adapter, schedule, products)
+        everywhere = experts._Adapted(schedule, None)
+        rows, _ = experts._project(permute(x, schedule), stack, 0, adapter, schedule, everywhere, products)
         return rows[schedule.destination[:, 0]]
 
     return run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from jaxmoe.data.packing import Document, Sequences
+from jaxmoe.model.decoder import forward
+from jaxmoe.model.interface import Options, Tokens
 from jaxmoe.routing.metrics import jensen_shannon
 from jaxmoe.train.step import ProbeRouting
 from jaxmoe.train.watch import (
@@ -24,6 +27,8 @@ from jaxmoe.train.watch import (
     watch_in_words,
     watched,
 )
+from peers.configs import random_parameters, random_tokens
+from peers.make_checkpoint import TINY
 from tests.tolerances import bound
 
 LAYERS, SEQUENCES, LENGTH, EXPERTS, CHOSEN = 2, 3, 5, 6, 2
@@ -146,3 +151,23 @@ def test_the_probe_lies_in_the_sequences_that_take_least_time(documents: list[in
     found = shortened(Sequences(made, 2048), multiple)
     assert found.seq_length == length
     assert sorted(index for sequence in found.epoch(0) for index in sequence) == [*range(len(documents))]
+
+
+@pytest.mark.parametrize("dense", [(), (1,), (0, 3)], ids=["all sparse", "one dense", "the last one dense"])
+def test_a_pass_that_ends_at_the_last_router_has_the_same_routing(dense: tuple[int, ...]) -> None:
+    """Bit by bit, in every MoE layer."""
+    config = TINY.replace(num_hidden_layers=4, mlp_only_layers=dense)
+    params = {path: jnp.asarray(array) for path, array in random_parameters(config).items()}
+    ids = jnp.asarray(random_tokens(config, 2, 24))
+    tokens = Tokens(ids, jnp.broadcast_to(jnp.arange(24), ids.shape), jnp.ones_like(ids))
+
+    @partial(jax.jit, static_argnames="ends")
+    def run(params: Any, ends: bool) -> ProbeRouting:
+        options = Options(router_logits=True, keep_logits=1, packed=False, until_last_router=ends)
+        out = forward(params, {}, tokens, config=config, options=options)
+        assert out.router_logits is not None and out.routing is not None
+        return ProbeRouting(out.router_logits, out.routing.experts)
+
+    whole, ends = run(params, False), run(params, True)
+    for expected, found in zip(whole, ends, strict=True):
+        assert expected.shape[0] == 4 - len(dense) and np.array_equal(found, expected)

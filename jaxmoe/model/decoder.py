@@ -109,7 +109,8 @@ def forward(
     stats = RouterStats(records.counts[sparse], records.prob_sums[sparse], jnp.sum(valid))
     logits = None
     if records.logits is not None:
-        logits = records.logits[sparse].reshape(len(sparse), *input_ids.shape, config.num_experts)
+        logits = _of_sparse(records.logits, config)
+        logits = logits.reshape(len(sparse), *input_ids.shape, config.num_experts)
     captured = captured_of_layers(records, config, input_ids.shape)
     saliency = records.saliency and ExpertSums(*(sums[sparse] for sums in records.saliency))
     return DecoderOutput(hidden, stats, logits, layer_inputs, captured, saliency)
@@ -127,7 +128,8 @@ def decode(
         # error of a model's logits.
         h = embed(params["embed_tokens"], input_ids)
         step = lambda h, cache, layer: decoder_layer(h, cache, layer.dropping(context.dropout_keys), context)
-        h, cache, records, inputs = run_layers(step, h, cache, params, adapters, config, context.options)
+        last = _until_router(context) if context.options.until_last_router else None
+        h, cache, records, inputs = run_layers(step, h, cache, params, adapters, config, context.options, last)
         hidden = rms_norm(h, params["norm"], config.rms_norm_eps).astype(params["embed_tokens"].dtype)
     return hidden, cache, records, inputs
 
@@ -141,6 +143,18 @@ def decoder_layer(
     h, x = _add_and_norm(h, update, "attention.post_attention_layernorm", layer)
     update, record = mlp(x.reshape(-1, x.shape[-1]), layer, context)
     return h + update.reshape(h.shape), cache, record
+
+
+def _until_router(context: Context) -> Callable[..., tuple[Array, Any, RoutingRecord]]:
+    """As `decoder_layer`, but of the MLP only the router runs."""
+
+    def step(h: Array, cache: Any, layer: Layer) -> tuple[Array, Any, RoutingRecord]:
+        h, x = _add_and_norm(h, None, "attention.input_layernorm", layer)
+        update, cache = attention(x, cache, layer, context)
+        h, x = _add_and_norm(h, update, "attention.post_attention_layernorm", layer)
+        return h, cache, routed(x.reshape(-1, x.shape[-1]), layer, context)[1]
+
+    return step
 
 
 def _add_and_norm(
@@ -187,14 +201,7 @@ def mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[Float[A
 def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[Float[Array, "M D"], RoutingRecord]:
     """Routes each token to k of E experts and sums their outputs by the router's weights."""
     config, options = context.config, context.options
-    with jax.named_scope("router"):
-        routing = _route(x, layer, context)
-        record = RoutingRecord(
-            expert_counts(routing.experts, context.valid, config.num_experts),
-            jnp.sum(jnp.where(context.valid[:, None], routing.probabilities, 0), axis=0),
-            routing.logits if options.router_logits else None,
-            captured_routing(routing, options.keep_logits) if options.keep_logits else None,
-        )
+    routing, record = routed(x, layer, context)
     with jax.named_scope("experts"):
         adapters = layer.adapter("sparse.gate_up_proj"), layer.adapter("sparse.down_proj")
         if options.saliency:
@@ -208,6 +215,19 @@ def sparse_mlp(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[
         norm = config.norm_topk_prob
         out += straight_through(x, routing, layer.experts(), *adapters, norm_topk_prob=norm, mesh=options.mesh)
     return out, record
+
+
+def routed(x: Float[Array, "M D"], layer: Layer, context: Context) -> tuple[Routing, RoutingRecord]:
+    """(which experts each token goes to, what is recorded of it)."""
+    config, options = context.config, context.options
+    with jax.named_scope("router"):
+        routing = _route(x, layer, context)
+        return routing, RoutingRecord(
+            expert_counts(routing.experts, context.valid, config.num_experts),
+            jnp.sum(jnp.where(context.valid[:, None], routing.probabilities, 0), axis=0),
+            routing.logits if options.router_logits else None,
+            captured_routing(routing, options.keep_logits) if options.keep_logits else None,
+        )
 
 
 def _route(x: Float[Array, "M D"], layer: Layer, context: Context) -> Routing:
@@ -251,11 +271,14 @@ def captured_of_layers(
     """The captured routing of the MoE layers as [Ls, B, T, ...], for sequences of `shape` [B, T]."""
     if records.captured is None:
         return None
-    sparse = np.asarray(config.sparse_layers, np.int32)
-    every = len(sparse) == config.num_hidden_layers  # the usual case: no copy
-    return CapturedRouting(
-        *((a if every else a[sparse]).reshape(len(sparse), *shape, *a.shape[2:]) for a in records.captured)
-    )
+    sparse = (_of_sparse(a, config) for a in records.captured)
+    return CapturedRouting(*(a.reshape(len(a), *shape, *a.shape[2:]) for a in sparse))
+
+
+def _of_sparse(records: Array, config: Qwen3MoeConfig) -> Array:
+    """The MoE layers' part of records [L, ...]."""
+    every = len(config.sparse_layers) == config.num_hidden_layers  # the usual case: no copy
+    return records if every else records[np.asarray(config.sparse_layers, np.int32)]
 
 
 def head_weight(params: Params) -> Float[Array, "V D"]:

@@ -48,6 +48,8 @@ class Options:
         layer_inputs: also return each layer's input.
         keep_logits: also return the routing of each token with this many of its largest router logits (0: none).
         saliency: also return how much each expert contributes; without a gradient, and with k below E.
+        until_last_router: only the routing is wanted: the pass ends at the router of the last MoE layer, and the hidden
+            states are of no use.
         dense_router: the router's gradient also counts the experts that a token does not use (DenseMixer).
     """
 
@@ -62,6 +64,7 @@ class Options:
     keep_logits: int = 0
     saliency: bool = False
     dense_router: bool = False
+    until_last_router: bool = False
 
     def trains(self, path: str) -> bool:
         """Whether the weight `path` will be differentiated."""

@@ -186,12 +186,14 @@ class Layer:
             return None
         names = f"{path}.lora_A", f"{path}.lora_B"
         a, b = (self._whole(name, self.stacks.adapters.pick(name, self._slot(path))) for name in names)
+        chosen = None
         if path in _EXPERTS and self.stacks.adapted is not None:
             experts = layer_slice(jnp.asarray(self.stacks.adapted), self.slot)
-            a, b = (by_expert(array, experts, self.stacks.experts_here, self.stacks.first_expert) for array in (a, b))
+            arrays = a, b, jnp.ones(experts.shape, bool)
+            a, b, chosen = (by_expert(x, experts, self.stacks.experts_here, self.stacks.first_expert) for x in arrays)
         scale = self.stacks.scales[path]
         own = scale if isinstance(scale, int | float) else scale[self._slot(path)]
-        return Adapter(a, b, own, self._dropout(path))
+        return Adapter(a, b, own, self._dropout(path), chosen)
 
     def _dropout(self, path: str) -> Dropout | None:
         if self.dropout_keys is None or path not in _DROPPING:

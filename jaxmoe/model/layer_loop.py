@@ -7,6 +7,7 @@ whatever the depth. Unrolling trades that for speed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,14 +54,16 @@ def run_layers(
     adapters: Params,
     config: Qwen3MoeConfig,
     options: Options,
+    last_step: Step | None = None,
 ) -> tuple[Float[Array, "B T D"], Any, Any, Float[Array, "L B T D"] | None]:
     """Runs `step` for every layer: (residual stream, cache, what it returned stacked [L, ...], the layers' inputs).
 
-    The layers' inputs are None unless `options.layer_inputs`.
+    The layers' inputs are None unless `options.layer_inputs`. With `last_step` it runs for the last MoE layer, and
+    nothing after it.
     """
     stacks = ModelStacks.of(params, adapters, config, options)
 
-    def body(carry: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], Any]:
+    def body(carry: tuple[Array, Any], xs: Any, step: Step = step) -> tuple[tuple[Array, Any], Any]:
         h, cache = carry
         h = checkpoint_name(h, kept.LAYER_INPUT)
         out, cache, record = step(h, cache, stacks.layer(*xs))
@@ -71,8 +74,16 @@ def run_layers(
         body = jax.checkpoint(body, policy=_policy(options.remat), prevent_cse=options.unroll)
     xs = (LayerIndex.of(config), stacks.weights.sliced, stacks.adapters.sliced)
     loop = _unrolled if options.unroll else jax.lax.scan
-    (h, cache), (records, inputs) = loop(body, (h, cache), xs)
-    return h, cache, records, inputs
+    if last_step is None:
+        (h, cache), (records, inputs) = loop(body, (h, cache), xs)
+        return h, cache, records, inputs
+    assert options.trainable == "none" and config.sparse_layers
+    end = config.sparse_layers[-1]
+    before, last = (jax.tree.map(lambda a, at=at: a[at], xs) for at in (slice(end), slice(end, end + 1)))
+    (h, cache), found = loop(body, (h, cache), before) if end else ((h, cache), None)
+    (h, cache), at_end = _unrolled(partial(body, step=last_step), (h, cache), last)
+    found = at_end if found is None else jax.tree.map(lambda *each: jnp.concatenate(each), found, at_end)
+    return h, cache, *found
 
 
 def _policy(remat: Remat) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from jaxmoe.distributed.collectives import gather, rows_can_travel, shares_of_su
 from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.grouped_matmul import GroupedMatmul
+from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.schedule import Schedule, make_schedule, permute, row_weights, rows_at
 
 
@@ -39,8 +40,8 @@ class Dispatch(Protocol):
         """The layout of the rows by expert."""
         ...
 
-    def rows(self, x: Float[Array, "M D"]) -> Float[Array, "P D"]:
-        """Each token's row at its k places; padding holds arbitrary rows, which are never read."""
+    def rows(self, x: Float[Array, "M D"], *, finite: bool = True) -> Float[Array, "P D"]:
+        """Each token's row at its k places. Padding holds arbitrary rows; without `finite`, anything, NaN too."""
         ...
 
     def weights(self, weights: Float[Array, "M k"]) -> Float[Array, "P 1"]:
@@ -71,9 +72,9 @@ class Local(NamedTuple):
 
     schedule: Schedule
 
-    def rows(self, x: Float[Array, "M D"]) -> Float[Array, "P D"]:
+    def rows(self, x: Float[Array, "M D"], *, finite: bool = True) -> Float[Array, "P D"]:
         """As `Dispatch.rows`."""
-        return permute(x, self.schedule)
+        return permute(x, self.schedule) if finite else choose("row_copies", x).value(x, self.schedule)
 
     def weights(self, weights: Float[Array, "M k"]) -> Float[Array, "P 1"]:
         """As `Dispatch.weights`."""
@@ -101,7 +102,7 @@ class Gathered:
     place: Any
     axis: str
 
-    def rows(self, x: Float[Array, "M D"]) -> Float[Array, "P D"]:
+    def rows(self, x: Float[Array, "M D"], *, finite: bool = True) -> Float[Array, "P D"]:
         """As `Dispatch.rows`."""
         return permute(gather(x, 0, self.axis), self.schedule)
 
@@ -139,7 +140,7 @@ class Exchange:
     sizes: Any
     axis: str
 
-    def rows(self, x: Float[Array, "M D"]) -> Float[Array, "P D"]:
+    def rows(self, x: Float[Array, "M D"], *, finite: bool = True) -> Float[Array, "P D"]:
         """As `Dispatch.rows`."""
         return permute(self._out(rows_at(x, self.order // self.place.shape[1])), self.schedule)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.ops import fp8_products
@@ -31,7 +31,7 @@ from jaxmoe.ops.implementations import Choice, choose
 from jaxmoe.ops.kept import GATE_UP, SCHEDULE
 from jaxmoe.ops.low_rank import Adapter, Factors, fold, unfold
 from jaxmoe.ops.router import Routing
-from jaxmoe.ops.schedule import Schedule
+from jaxmoe.ops.schedule import Schedule, of_experts
 from jaxmoe.ops.swiglu import swiglu_of_product
 from jaxmoe.quantized_stack import QuantizedStack
 
@@ -105,6 +105,8 @@ def sorted_experts(
     with jax.named_scope("permute"):
         dispatch = make_dispatch(routing.experts, num_experts, products, mesh)
         dispatch = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), dispatch)
+        adapted = _adapted(dispatch.schedule, gate_up_adapter or down_adapter)
+        adapted = jax.tree.map(partial(checkpoint_name, name=SCHEDULE), adapted)
     adapters = tuple(adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter))
     stacks = weights.gate_up_proj, weights.down_proj
     offset = jnp.asarray(weights.offset, jnp.int32)
@@ -112,7 +114,29 @@ def sorted_experts(
     plan = _Plan(products, weights.trainable, in_scan, one_by_one)
     few = choose("few_rows", x.dtype, *stacks).value.most_rows if mesh["expert"] == 1 else 0
     experts = routing.experts if not weights.trainable and x.shape[0] <= few else None
-    return _mixture(x, routing.weights, stacks, offset, adapters, dispatch, experts, plan)
+    return _mixture(x, routing.weights, stacks, offset, adapters, dispatch, adapted, experts, plan)
+
+
+class _Adapted(NamedTuple):
+    """The rows that low-rank products run over: a schedule, and which rows count if others are not written."""
+
+    schedule: Schedule
+    rows: Bool[Array, "P 1"] | None
+
+    def low(self, products: GroupedMatmul, rows: Array, factor: Array, rank: int, *, transposed: bool) -> Array:
+        """The rows of a low-rank product, zero where there is no adapter."""
+        low: Array = fold(products.matmul(rows, factor, self.schedule, 0, transposed=transposed), rank)
+        return low if self.rows is None else jnp.where(self.rows, low, 0)
+
+
+def _adapted(schedule: Schedule, adapter: Adapter | None) -> _Adapted:
+    """The rows of the experts that have the adapter; all of them where the products read no spans."""
+    if adapter is None or adapter.experts is None or not schedule.spans:
+        return _Adapted(schedule, None)
+    tiles = schedule.tile_expert.shape[0]
+    tile = schedule.source.shape[0] // tiles
+    rows = jnp.repeat(adapter.experts[schedule.tile_expert], tile, total_repeat_length=tiles * tile)
+    return _Adapted(of_experts(schedule, adapter.experts, tile), rows[:, None])
 
 
 def routed_outputs(
@@ -134,9 +158,10 @@ def routed_outputs(
     dispatch = make_dispatch(experts, num_experts, products, mesh)
     factors = [adapter and adapter.factors() for adapter in (gate_up_adapter, down_adapter)]
     offset, schedule = jnp.asarray(weights.offset, jnp.int32), dispatch.schedule
-    rows = dispatch.rows(x)
-    hidden, _ = _project(rows, weights.gate_up_proj, offset, factors[0], schedule, products, swiglu=True)
-    rows, _ = _project(hidden, weights.down_proj, offset, factors[1], schedule, products)
+    rows = dispatch.rows(x, finite=False)
+    adapted = _adapted(schedule, gate_up_adapter or down_adapter)
+    hidden, _ = _project(rows, weights.gate_up_proj, offset, factors[0], schedule, adapted, products, swiglu=True)
+    rows, _ = _project(hidden, weights.down_proj, offset, factors[1], schedule, adapted, products)
     return dispatch.back(rows)
 
 
@@ -166,9 +191,10 @@ class _Residuals(NamedTuple):
     offset: Any
     adapters: tuple[Factors | None, Factors | None]
     dispatch: Dispatch
+    adapted: _Adapted
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
+@partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _mixture(
     x: Array,
     weights: Array,
@@ -176,6 +202,7 @@ def _mixture(
     offset: Any,
     adapters: tuple[Factors | None, Factors | None],
     dispatch: Dispatch,
+    adapted: _Adapted,
     experts: Array | None,
     plan: _Plan,
 ) -> Array:
@@ -187,19 +214,23 @@ def _mixture(
         kernel = choose("few_rows", x.dtype, *stacks).value
         return few_experts(x, experts, weights, stacks, offset, adapters, kernel)
     with jax.named_scope("permute"):
-        rows = _rows(x, stacks[0], adapters[0], dispatch)
+        rows = _rows(x, stacks[0], adapters[0], dispatch, finite=False)
     with jax.named_scope("gate_up"):
-        hidden, _ = _project(rows, stacks[0], offset, adapters[0], dispatch.schedule, plan.products, swiglu=True)
+        operands = rows, stacks[0], offset, adapters[0], dispatch.schedule, adapted
+        hidden, _ = _project(*operands, plan.products, swiglu=True)
     with jax.named_scope("down"):
-        rows, _ = _project(hidden, stacks[1], offset, adapters[1], dispatch.schedule, plan.products)
+        rows, _ = _project(hidden, stacks[1], offset, adapters[1], dispatch.schedule, adapted, plan.products)
     with jax.named_scope("combine"):
         return combine(rows, weights, dispatch)
 
 
-def _rows(x: Array, stack: Any, adapter: Factors | None, dispatch: Dispatch) -> Any:
-    """The tokens' rows at their places, in the form in which they are multiplied with the stack."""
+def _rows(x: Array, stack: Any, adapter: Factors | None, dispatch: Dispatch, *, finite: bool = True) -> Any:
+    """The tokens' rows at their places, in the form in which they are multiplied with the stack.
+
+    Without `finite` padding may hold anything: without a backward pass no row is added to another one.
+    """
     form = prepared(x, stack, low_rank=adapter is not None) if isinstance(dispatch, Local) else x
-    return jax.tree.map(dispatch.rows, form)
+    return jax.tree.map(partial(dispatch.rows, finite=finite), form)
 
 
 def _product(
@@ -226,6 +257,7 @@ def _project(
     offset: Any,
     adapter: Factors | None,
     schedule: Schedule,
+    adapted: _Adapted,
     products: GroupedMatmul,
     swiglu: bool = False,
 ) -> tuple[Array, Array | None]:
@@ -233,49 +265,58 @@ def _project(
     if adapter is None:
         return _product(rows, stack, offset, schedule, products, transposed=True, swiglu=swiglu), None
     a, b = adapter.terms(rows.dtype, products.rank_multiple)
-    low: Array = fold(products.matmul(rows, a, schedule, 0, transposed=True), adapter.rank)
+    low = adapted.low(products, rows, a, adapter.rank, transposed=True)
     term = LowRankTerm(unfold(low, a.shape[1]), b)
     return products.matmul(rows, stack, schedule, offset, transposed=True, swiglu=swiglu, low=term), low
 
 
 def _project_back(
-    d_rows: Any, stack: Any, offset: Any, adapter: Factors | None, schedule: Schedule, products: GroupedMatmul
+    d_rows: Any,
+    stack: Any,
+    offset: Any,
+    adapter: Factors | None,
+    schedule: Schedule,
+    adapted: _Adapted,
+    products: GroupedMatmul,
 ) -> tuple[Array, Array | None]:
     """(dY W + (dY B) A, dY B): the gradient of the rows, and of the low-rank rows."""
     if adapter is None:
         return _product(d_rows, stack, offset, schedule, products, transposed=False), None
     a, b = adapter.terms(d_rows.dtype, products.rank_multiple)
-    low: Array = fold(products.matmul(d_rows, b, schedule, 0, transposed=False), adapter.rank)
+    low = adapted.low(products, d_rows, b, adapter.rank, transposed=False)
     term = LowRankTerm(unfold(low, a.shape[1]), a)
     return products.matmul(d_rows, stack, schedule, offset, transposed=False, low=term), low
 
 
-def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, experts, plan: _Plan):
+def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, adapted, experts, plan: _Plan):
     with jax.named_scope("permute"):
         rows = _rows(x, stacks[0], adapters[0], dispatch)
         offset, rows = plan.in_turn(offset, rows)
     with jax.named_scope("gate_up"):
-        gate_up, low_up = _project(rows, stacks[0], offset, adapters[0], dispatch.schedule, plan.products)
+        operands = rows, stacks[0], offset, adapters[0], dispatch.schedule, adapted
+        gate_up, low_up = _project(*operands, plan.products)
         gate_up = checkpoint_name(gate_up, GATE_UP)
     with jax.named_scope("swiglu"):
         hidden = swiglu_of_product(gate_up)
         offset, hidden = plan.in_turn(offset, hidden)
     with jax.named_scope("down"):
-        rows, low_down = _project(hidden, stacks[1], offset, adapters[1], dispatch.schedule, plan.products)
+        operands = hidden, stacks[1], offset, adapters[1], dispatch.schedule, adapted
+        rows, low_down = _project(*operands, plan.products)
     with jax.named_scope("combine"):
         out = combine(rows, weights, dispatch)
     low: Any = tuple(None if a is None else checkpoint_name(a, GATE_UP) for a in (low_up, low_down))
-    return out, _Residuals(x, weights, gate_up, low, stacks, offset, adapters, dispatch)
+    return out, _Residuals(x, weights, gate_up, low, stacks, offset, adapters, dispatch, adapted)
 
 
 def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
-    x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, dispatch = residuals
+    x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, dispatch, adapted = residuals
     with jax.named_scope("combine"):
         d_rows = _rows(d_out.astype(x.dtype), stacks[1], adapters[1], dispatch)  # not yet weighted
         weight_of_row = dispatch.weights(weights)
         offset, d_rows, gate_up = plan.in_turn(offset, d_rows, gate_up)
     with jax.named_scope("down"):
-        d_hidden, d_low_down = _project_back(d_rows, stacks[1], offset, adapters[1], dispatch.schedule, plan.products)
+        operands = d_rows, stacks[1], offset, adapters[1], dispatch.schedule, adapted
+        d_hidden, d_low_down = _project_back(*operands, plan.products)
     with jax.named_scope("swiglu"):
         # At padding the weight is zero, and so is everything that follows: no sum over rows needs a mask.
         again = plan.trainable or adapters[1] is not None
@@ -283,7 +324,8 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
         hidden, d_gate_up, d_weight_of_row = gradient(gate_up, d_hidden, weight_of_row, with_hidden=again)
         offset, d_gate_up = plan.in_turn(offset, d_gate_up)
     with jax.named_scope("gate_up"):
-        d_x_rows, d_low_up = _project_back(d_gate_up, stacks[0], offset, adapters[0], dispatch.schedule, plan.products)
+        operands = d_gate_up, stacks[0], offset, adapters[0], dispatch.schedule, adapted
+        d_x_rows, d_low_up = _project_back(*operands, plan.products)
     with jax.named_scope("permute"):
         d_x = dispatch.total(d_x_rows, None).astype(x.dtype)
         d_weights = dispatch.back(d_weight_of_row).astype(weights.dtype)
@@ -291,17 +333,17 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
     def weighed(rows: Array) -> Array:
         return (rows.astype(jnp.float32) * weight_of_row).astype(rows.dtype)
 
-    outer = partial(plan.products.outer, schedule=dispatch.schedule)
+    outer, of_adapted = (partial(plan.products.outer, schedule=each) for each in (dispatch.schedule, adapted.schedule))
     d_adapters: list[Factors | None] = [None, None]
     d_stacks: list[Array | None] = [None, None]
     with jax.named_scope("weight_gradients"):
         rows: Any = dispatch.rows(x) if plan.trainable or adapters[0] is not None else None
         if adapters[0] is not None:
-            d_adapters[0] = _adapter_gradient(outer, rows, low_up, d_gate_up, d_low_up, adapters[0])
+            d_adapters[0] = _adapter_gradient(of_adapted, rows, low_up, d_gate_up, d_low_up, adapters[0])
         if adapters[1] is not None:
             assert hidden is not None and low_down is not None and d_low_down is not None
             d_adapters[1] = _adapter_gradient(
-                outer, hidden, weighed(low_down), d_rows, weighed(d_low_down), adapters[1]
+                of_adapted, hidden, weighed(low_down), d_rows, weighed(d_low_down), adapters[1]
             )
         if plan.trainable:
             assert hidden is not None
@@ -309,7 +351,7 @@ def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
                 outer(d_gate_up, rows).astype(stacks[0].dtype),
                 outer(weighed(d_rows), hidden).astype(stacks[1].dtype),
             ]
-    return d_x, d_weights, tuple(d_stacks), None, tuple(d_adapters), None, None
+    return d_x, d_weights, tuple(d_stacks), None, tuple(d_adapters), None, None, None
 
 
 def _adapter_gradient(outer: Any, rows: Array, low: Any, d_y: Array, d_low: Any, adapter: Factors) -> Factors:

@@ -178,6 +178,22 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jax.lax.ragged_dot, by name only", _anywhere, "jaxmoe.ops.kernels.grouped_matmul.ragged:RAGGED"
         ),
     },
+    "row_copies": {
+        "xla": Implementation("a gather", _anywhere, "jaxmoe.ops.schedule:GATHER"),
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel that reads a token's row once, where nothing reads padding, by name only",
+            _needs_capability((9, 0), (10, 0)),
+            "jaxmoe.ops.kernels.row_copies:COPIES",
+        ),
+    },
+    "top_experts": {
+        "xla": Implementation("a sort", _anywhere, "jaxmoe.ops.router:SORT"),
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel that takes the largest score k times, in registers, by name only",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.top_experts:TOP",
+        ),
+    },
     "fp8_products": {
         "registers": Implementation(
             "Pallas Mosaic GPU kernel that decodes the experts' FP8 codes in registers",

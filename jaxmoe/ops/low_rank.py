@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from jaxmoe.distributed.chunks import own_part
 from jaxmoe.ops.contraction import product
@@ -36,12 +36,14 @@ class Dropout(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """One low-rank adapter: A [..., r, in], B [..., out, r], the factor on their product, and its dropout, if any."""
+    """One low-rank adapter: A [..., r, in], B [..., out, r], the factor on their product, its dropout, if any, and of
+    an adapter on experts which ones have it: the others' A and B are zero. None: all of them."""
 
     lora_A: Array
     lora_B: Array
     scale: float | Array
     dropout: Dropout | None = None
+    experts: Bool[Array, " E"] | None = None
 
     def factors(self) -> Factors:
         """A and scale * B, divided by the share of x that dropout leaves. Scaling in float32 costs no rounding."""

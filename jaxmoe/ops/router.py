@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from jaxmoe.ops.contraction import PRECISION, contract
-from jaxmoe.ops.implementations import default_device
+from jaxmoe.ops.implementations import choose, default_device
 from jaxmoe.ops.kept import ROUTING
 from jaxmoe.ops.low_rank import Adapter
 
@@ -119,7 +119,22 @@ def _largest(scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:
     """The indices of the largest scores in descending order; ties go to the lowest index."""
     if len(scores) <= _FEW_TOKENS and default_device().platform == "gpu":
         return largest_by_rank(scores, count)
-    return jax.lax.top_k(scores, count)[1]
+    return choose("top_experts", scores, count).value(scores, count)
+
+
+class Sort:
+    """The implementation "xla" of the choice of experts."""
+
+    def unsupported(self, scores: Any, count: int) -> str | None:
+        """None: it runs anywhere."""
+        return None
+
+    def __call__(self, scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:
+        """The indices of the largest scores in descending order; ties go to the lowest index."""
+        return jax.lax.top_k(scores, count)[1]
+
+
+SORT = Sort()
 
 
 def largest_by_rank(scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:

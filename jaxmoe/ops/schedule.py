@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class Spans(NamedTuple):
@@ -102,6 +102,20 @@ def make_schedule(
     return Schedule(destination, source, tile_expert, tile_end[-1], first_tile, tile_count, spans)
 
 
+def of_experts(schedule: Schedule, chosen: Bool[Array, " E"], tile: int) -> Schedule:
+    """The same layout, but a kernel that reads spans or `tile_count` finds rows of the chosen experts only.
+
+    Args:
+        schedule: the whole layout, with spans.
+        chosen: the experts that count.
+        tile: rows per tile.
+    """
+    tile_count = jnp.where(chosen, schedule.tile_count, 0)
+    tiles = schedule.tile_expert.shape[0]
+    spans = {most: _spans(schedule.first_tile, tile_count, tiles, most // tile) for most in schedule.spans}
+    return schedule._replace(tile_count=tile_count, spans=spans)
+
+
 def _sum_before(counts: Int[Array, "n *rest"]) -> Int[Array, "n *rest"]:  # noqa: F821 - dimensions, not a product
     """The sum of all earlier entries along the first axis, in a form that XLA fuses with its operands."""
     earlier = jnp.tri(counts.shape[0], k=-1, dtype=bool).reshape(*2 * counts.shape[:1], *(1,) * (counts.ndim - 1))
@@ -142,6 +156,21 @@ def permute(x: Float[Array, "M D"], schedule: Schedule) -> Float[Array, "P D"]:
     # XLA copies element by element: gathering two 16-bit values as one takes three quarters of the time on a GPU.
     words = jax.lax.bitcast_convert_type(x.reshape(x.shape[0], -1, together), jnp.uint32)
     return jax.lax.bitcast_convert_type(rows_at(words, token), x.dtype).reshape(-1, x.shape[1])
+
+
+class Gather:
+    """The implementation "xla" of `permute` where nothing reads padding."""
+
+    def unsupported(self, x: Any) -> str | None:
+        """None: it runs anywhere."""
+        return None
+
+    def __call__(self, x: Float[Array, "M D"], schedule: Schedule) -> Float[Array, "P D"]:
+        """As `permute`."""
+        return permute(x, schedule)
+
+
+GATHER = Gather()
 
 
 def row_weights(weights: Float[Array, "M k"], schedule: Schedule) -> Float[Array, "P 1"]:

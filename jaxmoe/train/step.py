@@ -157,7 +157,9 @@ class Model(NamedTuple):
         """
         params, adapters = self._arrays(frozen, trainable)
         lora, adapters = (self.lora, adapters) if adapted else (None, {})
-        out = self._decoded(lora, params, adapters, batch, Options(router_logits=True, keep_logits=1))
+        out = self._decoded(
+            lora, params, adapters, batch, Options(router_logits=True, keep_logits=1, until_last_router=True)
+        )
         assert out.router_logits is not None and out.routing is not None
         return ProbeRouting(out.router_logits, out.routing.experts)
 

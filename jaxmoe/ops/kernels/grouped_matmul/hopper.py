@@ -46,6 +46,7 @@ from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul import hopper_matmul, hopper_outer
+from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import CONSUMERS
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import (
     DEPTH,
     LARGE,
@@ -100,7 +101,7 @@ def grouped_matmul(
         others: more pairs like (x, weight), of any inner width; their products are added before rounding.
         low: a low-rank term that is also added, its rank a multiple of 64. Its weight is laid out like `weight` with
             `rank` for `inner`; the offset is not added to its group.
-        tiles: `default_tiles` for spans of at most 128 rows by default. `swiglu` supports no higher spans.
+        tiles: `default_tiles` for spans of at most 128 rows by default.
         interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
 
     Raises:
@@ -178,8 +179,10 @@ def _check_matmul(plan: hopper_matmul.Plan, pairs: dict[str, tuple[Array, Array]
         raise ValueError(f"low: expected a multiple of {DEPTH} columns, found {plan.depths[-1]}")
     if plan.swiglu and not plan.transposed:
         raise ValueError("swiglu: expected a transposed weight")
-    if plan.swiglu and plan.products != 2:
-        raise ValueError(f"swiglu: expected tiles of 256 columns, found {plan.tiles.columns}")
+    if plan.swiglu and plan.products > 2:
+        raise ValueError(f"swiglu: expected tiles of 128 or 256 columns, found {plan.tiles.columns}")
+    if plan.halved and any(height % (8 * CONSUMERS) for height in plan.tiles.heights):
+        raise ValueError(f"swiglu: expected heights that are multiples of 16, found {plan.tiles.heights}")
 
 
 def _check_pair(name: str, left: Array, right: Array) -> None:
@@ -237,6 +240,7 @@ class Hopper:
                 return products.matmul(x, weight, schedule, offset, **options)
         if isinstance(weight, QuantizedStack):  # one layer's experts are decoded at a time, for this product alone
             weight, offset = weight[offset + jnp.arange(num_experts)], 0
+        # With SwiGLU higher spans were interpreted (the consumers swap halves), but not timed.
         large = weight.shape[1] * weight.shape[2] >= _LARGE_MATRIX and not swiglu
         large = large and schedule.destination.size >= _LARGE_ROWS * num_experts and LARGE in schedule.spans
         rows = LARGE if large else SMALL

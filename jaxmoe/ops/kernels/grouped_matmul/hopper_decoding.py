@@ -267,7 +267,7 @@ def grouped_matmul(
         pairs = [(left, coded), *([tuple(others)] if others else [])]
         warpgroup, share = lax.axis_index("wg"), Share.of(plan, work)
         memory = out, codes, rows, staging
-        block = _Program(plan, work, pairs, *memory, ring, share, warpgroup, form, scales, table, low_memory)
+        block = _Program(plan, work, pairs, *memory, ring, share, warpgroup, (), form, scales, table, low_memory)
         run_warpgroups(block.produce, block.consume, warpgroup, _REGISTERS)
 
     # There is one place for the weights of the low-rank term: it is free once the slots of an item have been read.

@@ -39,8 +39,14 @@ class Items:
 
     @property
     def products(self) -> int:
-        """Products of 64 columns that each consumer forms in one item; with SwiGLU one of gate and one of up."""
+        """Products of 64 columns that each consumer forms in one item; with SwiGLU one of gate and one of up, or one of
+        the two (`halved`)."""
         return self.tiles.columns // (64 * CONSUMERS)
+
+    @property
+    def halved(self) -> bool:
+        """Whether one consumer forms the gate, the other one up; for SwiGLU each gives the other half of its rows."""
+        return self.swiglu and self.products == 1
 
     @property
     def tile_columns(self) -> int:
@@ -141,7 +147,8 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """One thread block. `rows`, `weights` and `staging` are its shared memory, `warpgroup` says which code runs."""
+    """One thread block. `rows`, `weights` and `staging` are its shared memory, `warpgroup` says which code runs. If the
+    consumers swap halves, `swap` are two barriers: both have given, both have taken."""
 
     plan: Plan
     work: Work
@@ -153,6 +160,7 @@ class Program:
     ring: Ring
     share: Share
     warpgroup: Array
+    swap: Sequence[Any]
 
     def produce(self) -> None:
         """The producer: for each item, copies every pair's rows and weights into the ring, step by step."""
@@ -198,14 +206,16 @@ class Program:
             item = self.share.item(number)
             following = self._place(item + self.share.stride)
             row, rows = (units * TILE_ROWS for units in place)
-            column = self._column(item) + self.warpgroup * (plan.tile_columns // CONSUMERS)
+            own = 0 if plan.halved else self.warpgroup * (plan.tile_columns // CONSUMERS)
+            column = self._column(item) + own
             for lower, height in zip((0, *heights), heights, strict=False):
                 least = lower + TILE_ROWS if len(heights) > 1 else height
 
                 @pl.when((rows > lower) & (rows <= height))
                 def _work(height: int = height, least: int = least) -> None:
                     sums = self.multiply(number * plan.steps, height)
-                    self._epilogue(sums, _Target(row, rows, least, column))
+                    epilogue = self._epilogue_of_halves if plan.halved else self._epilogue
+                    epilogue(sums, _Target(row, rows, least, column))
 
             return following
 
@@ -238,10 +248,8 @@ class Program:
 
     def _epilogue(self, sums: tuple[Array, ...], target: _Target) -> None:
         """Applies SwiGLU if asked for, rounds the sums and writes them."""
-        dtype = self.out.dtype
         if self.plan.swiglu:
-            gate, up = (acc.astype(dtype).astype(jnp.float32) for acc in sums)
-            sums = (gate / (1 + jnp.exp(-gate)) * up,)
+            sums = (self._swiglu(*sums),)
         for n, part in enumerate(sums):
             column = target.column + 64 * n
             write = partial(self._store, part, target._replace(column=column))
@@ -249,28 +257,67 @@ class Program:
             # of size one and with it the piece's position: a second piece would overwrite the first.
             write() if self.plan.stored_columns > 64 else pl.when(column == 0)(write)
 
-    def _store(self, sums: Array, target: _Target) -> None:
-        """Writes 64 columns through shared memory, 128 rows at a time.
+    def _swiglu(self, *products: Array) -> Array:
+        """silu(gate) * up of the rounded products."""
+        gate, up = (sums.astype(self.out.dtype).astype(jnp.float32) for sums in products)
+        return gate / (1 + jnp.exp(-gate)) * up
 
-        `least` rows exist in every span that this code handles: they are written at once. Any others go out in units
-        of 16 rows, as far as the span reaches.
+    def _epilogue_of_halves(self, sums: tuple[Array, ...], target: _Target) -> None:
+        """Swaps halves of gate and up with the other consumer, and writes SwiGLU of the rows that this one then has.
+
+        What a consumer gives lies where it stages its result afterwards, once the other one has taken it.
         """
+        given, taken = self.swap
+        half = sums[0].shape[1] // CONSUMERS
+        own, other = (self.staging.at[wg, pl.ds(0, half)] for wg in (self.warpgroup, 1 - self.warpgroup))
+        halves = [sums[0][:, start : start + half] for start in (0, half)]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for number in range(CONSUMERS):
+
+            @pl.when(self.warpgroup == number)
+            def _of_consumer(number: int = number) -> None:
+                self.stage(halves[1 - number], own)
+                plgpu.barrier_arrive(given)
+                plgpu.barrier_wait(given)
+                found = self.staged(other)
+                plgpu.barrier_arrive(taken)
+                plgpu.barrier_wait(taken)
+                pair = (halves[number], found) if number == 0 else (found, halves[number])
+                self.stage(self._swiglu(*pair), own)
+                plgpu.commit_smem()
+                self._copy_out(number * half, half, target)
+
+    def _store(self, sums: Array, target: _Target) -> None:
+        """Writes 64 columns through shared memory, 128 rows at a time."""
         staging = self.staging.at[self.warpgroup]
         for start in range(0, sums.shape[1], 128):
             size = min(128, sums.shape[1] - start)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.stage(sums[:, start : start + size], staging.at[pl.ds(0, size)])
             plgpu.commit_smem()
+            self._copy_out(start, size, target)
 
-            def copy(at: int, size: int, start: int = start) -> None:
-                place = pl.ds(target.row + start + at, size), pl.ds(target.column, 64)
-                plgpu.copy_smem_to_gmem(staging.at[pl.ds(at, size)], self.out.at[place])
+    def _copy_out(self, start: int, size: int, target: _Target) -> None:
+        """Starts the copies of `size` staged rows, which are those from `start` on in the span.
 
-            certain = min(max(target.least - start, 0), size)
-            if certain:
-                copy(0, certain)
-            for at in range(certain, size, TILE_ROWS):
-                pl.when(target.rows > start + at)(partial(copy, at, TILE_ROWS))
+        `least` rows exist in every span that this code handles: they are written at once. Any others go out in units
+        of 16 rows, as far as the span reaches.
+        """
+        staging = self.staging.at[self.warpgroup]
+
+        def copy(at: int, size: int) -> None:
+            place = pl.ds(target.row + start + at, size), pl.ds(target.column, 64)
+            plgpu.copy_smem_to_gmem(staging.at[pl.ds(at, size)], self.out.at[place])
+
+        certain = min(max(target.least - start, 0), size)
+        if certain:
+            copy(0, certain)
+        for at in range(certain, size, TILE_ROWS):
+            pl.when(target.rows > start + at)(partial(copy, at, TILE_ROWS))
+
+    def staged(self, rows: Any) -> Array:
+        """What `stage` has put there."""
+        return rows.transpose((1, 0))[...]
 
     def stage(self, sums: Array, rows: Any) -> None:
         """Puts sums [64, size] into shared memory [size, 64], rounded."""
@@ -297,14 +344,17 @@ def run(
     """Launches the kernel; `hopper.grouped_matmul` has checked the operands."""
 
     def program(refs: tuple[Any, ...], ring: Ring) -> None:
+        barriers = refs[len(refs) - len(swapped) :]
+        refs = refs[: len(refs) - len(swapped)]
         work, operands, memory = Work(*refs[:5]), refs[5:-4], refs[-4:]
         out, weights, rows, staging = memory
         warpgroup = lax.axis_index("wg")
         share = Share.of(plan, work)
         by_pair = list(zip(operands[::2], operands[1::2], strict=True))
-        thread_block = Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup)
+        thread_block = Program(plan, work, by_pair, out, weights, rows, staging, ring, share, warpgroup, barriers)
         run_warpgroups(thread_block.produce, thread_block.consume, warpgroup)
 
+    swapped = [plgpu.Barrier(num_arrivals=CONSUMERS) for _ in range(2)] if plan.halved else []
     x, weight = pairs[0]
     columns, _, slots = plan.tiles
     # wgmma needs both operands in the same swizzle.
@@ -315,6 +365,7 @@ def run(
         shared_memory(weights_shape, x.dtype, swizzle),
         shared_memory((slots, plan.highest, DEPTH), x.dtype, swizzle),
         shared_memory((CONSUMERS, min(plan.highest, 128), 64), x.dtype),
+        *swapped,
     ]
     out = jax.ShapeDtypeStruct((x.shape[0], plan.stored_columns), x.dtype)
     copies = 3 if plan.swiglu else 2  # SwiGLU's weights come in two pieces

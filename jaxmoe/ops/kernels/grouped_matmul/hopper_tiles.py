@@ -40,7 +40,7 @@ def default_tiles(columns: int, rows: int = SMALL, swiglu: bool = False) -> Tile
     # Each height costs time to compile. Most spans are slightly lower than the limit.
     heights = (96, 112, 128) if rows == SMALL else (192, 224, 240, 256)
     # 256 columns, unless the last tile would then be at least half empty.
-    width = 256 if swiglu or (rows == SMALL and (columns - 1) % 256 >= 128) else 128
+    width = 256 if rows == SMALL and (swiglu or (columns - 1) % 256 >= 128) else 128
     slots = (_SHARED_BYTES - 2 * 128 * 128) // ((rows + width) * DEPTH * 2)
     return Tiles(width, heights, min(slots, 6))
 

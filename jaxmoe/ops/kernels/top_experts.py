@@ -1,0 +1,75 @@
+"""The k most probable experts of each token, in Pallas Mosaic GPU: a tile of scores stays in registers.
+
+XLA sorts all scores of a token. Here the largest is found and removed, k times. It was translated and interpreted, but
+not run on a GPU, so it is selected by name only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.ops.kernels import ampere
+from jaxmoe.ops.kernels.row_tiles import across, layout, load, plgpu, rows_of
+
+LEAST = 512  # tokens
+_WIDTHS = (32, 64, 128, 256)  # experts
+
+
+def unsupported(scores: Any, count: int) -> str | None:
+    """Why `top_experts` cannot run on these scores [M, E]; None if it can."""
+    if (why := ampere.unsupported(jnp.bfloat16)) is not None:
+        return why
+    tokens, experts = scores.shape
+    if experts not in _WIDTHS or count > 16:
+        return f"needs 32, 64, 128 or 256 experts, 16 of a token at most, found {experts} and {count}"
+    if scores.dtype != jnp.float32 or tokens < LEAST or tokens % rows_of(experts):
+        return f"needs a multiple of {rows_of(experts)} tokens, at least {LEAST}, in float32, found {tokens}"
+    return None
+
+
+def top_experts(scores: Float[Array, "M E"], count: int, interpret: Any = None) -> Int[Array, "M count"]:
+    """The indices of the largest scores in descending order; ties go to the lowest index.
+
+    Args:
+        scores: finite float32 numbers.
+        count: how many.
+        interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
+    """
+    M, E = scores.shape
+    rows = rows_of(E)
+
+    def body(scores: Any, out: Any) -> None:
+        own = pl.ds(lax.axis_index("tile") * rows, rows)
+        left = load(scores.at[own], E)
+        before_end = E - plgpu.layout_cast(plgpu.broadcasted_iota(jnp.int32, (rows, E), 1, layout=layout(E)), layout(E))
+        before_end = before_end.astype(jnp.float32)
+        for number in range(count):
+            largest = across(jnp.max(left, axis=1), (rows, E), 0)
+            found = jnp.max(jnp.where(left == largest, before_end, 0.0), axis=1)  # the first of equal ones
+            # Nothing equals NaN; the bound keeps the index a valid one.
+            ampere.store(jnp.minimum(E - found, E - 1.0).astype(jnp.int32), out.at[number, own])
+            left = jnp.where(before_end == across(found, (rows, E), 0), -jnp.inf, left)
+
+    out = jax.ShapeDtypeStruct((count, M), jnp.int32)
+    return ampere.launch("top_experts", body, out, [], {"tile": M // rows}, interpret)(scores).T
+
+
+class Top:
+    """The implementation "mosaic" of the choice of experts."""
+
+    def unsupported(self, scores: Any, count: int) -> str | None:
+        """As the function `unsupported`."""
+        return unsupported(scores, count)
+
+    def __call__(self, scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:
+        """As `top_experts`."""
+        return top_experts(scores, count)
+
+
+TOP = Top()
