@@ -117,8 +117,9 @@ def test_attention_over_the_cache(
 ) -> None:
     """A position past the end writes nothing, and nobody reads what it attends to. The control: another window."""
     arguments = arguments_of(positions, slots, heads)
-    found = cached_attention_mosaic.attend(*arguments, window, interpret=path)
-    expected, before = MASKED(*arguments, sliding_window=window), arguments[2]
+    new, rotation, cache, layer, at = arguments
+    found = cached_attention_mosaic.attend(new, rotation, cache, layer, at, window, interpret=path)
+    expected, before = MASKED(*arguments, sliding_window=window), cache
     real, near = jnp.asarray(positions) < slots, bound("cached_attention_bf16")
     assert relative_error(found[0][real], expected[0][real]) <= near
     assert relative_error(MASKED(*arguments, sliding_window=(window or 64) - 1)[0][real], expected[0][real]) > near
@@ -182,7 +183,8 @@ def test_a_decoding_step_with_the_kernels(monkeypatch: pytest.MonkeyPatch, path:
 @pytest.mark.parametrize("slots", [256, 4096])
 def test_attention_over_the_cache_at_the_real_width(slots: int) -> None:
     arguments = arguments_of([slots - 1, 0, slots // 2 + 3], slots, (32, 4, 128))
-    found, expected = cached_attention_mosaic.attend(*arguments, None), MASKED(*arguments, sliding_window=None)
+    attend = partial(cached_attention_mosaic.attend, sliding_window=None)
+    found, expected = attend(*arguments), MASKED(*arguments, sliding_window=None)
     assert relative_error(found[0], expected[0]) <= bound("cached_attention_bf16")
     assert relative_error(found[1].key, expected[1].key) <= bound("cached_attention_written_bf16")
 

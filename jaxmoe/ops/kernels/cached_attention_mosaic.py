@@ -1,10 +1,10 @@
 """Attention of one new token per sequence over the KV cache, from the projections to the heads' outputs in one launch.
 
-A Pallas kernel in Mosaic GPU, for any NVIDIA GPU from compute capability 8.0 on. A thread block handles a sequence, some
-query heads of one key/value head, and a part of the slots. It normalises and rotates the new queries and key, and
-writes the new key and value to the cache in place. Of the cache it reads only chunks of slots that are filled and inside
-the window. Each group of threads that reads a row has a maximum, a sum and weighted values of its own; they are joined
-at the end, and then those of the parts (Dao et al. 2023, flash decoding).
+A Pallas kernel in Mosaic GPU, for any NVIDIA GPU from compute capability 8.0 on. A thread block handles a sequence,
+some query heads of one key/value head, and a part of the slots. It normalises and rotates the new queries and key, and
+writes the new key and value to the cache in place. Of the cache it reads only chunks of slots that are filled and
+inside the window. Each group of threads that reads a row has a maximum, a sum and weighted values of its own; they are
+joined at the end, and then those of the parts (Dao et al. 2023, flash decoding).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def unsupported(query: Any, key: Any) -> str | None:
         return f"needs queries and keys of one dtype, found {query.dtype.name} and {key.dtype.name}"
     if H // 2 not in _HALVES or H % 2:
         return f"needs heads of 64, 128 or 256 columns, found {H}"
-    if S & (S - 1) or S < rows_of(H // 2):
+    if S & (S - 1) or rows_of(H // 2) > S:
         return f"needs a power of two of slots, at least {rows_of(H // 2)}, found {S}"
     return None
 
@@ -88,10 +88,8 @@ def attend(
             for ref, place in zip((query_norm, key_norm), places, strict=True)
         ]
         turn = [load(ref.at[sequence], half, 1) for ref in (cos_ref, sin_ref)]
-        q = [
-            rotated(one(query, sequence, head * G + jnp.minimum(block * _HEADS + n, G - 1)), norms[0], turn, rotation.query.eps)
-            for n in range(_HEADS)
-        ]
+        queries = [head * G + jnp.minimum(block * _HEADS + n, G - 1) for n in range(_HEADS)]
+        q = [rotated(one(query, sequence, own), norms[0], turn, rotation.query.eps) for own in queries]
         k = rotated(one(key, sequence, head), norms[1], turn, rotation.key.eps)
         v = one(value, sequence, head)
         first_slot = jnp.int32(0) if sliding_window is None else jnp.maximum(position - (sliding_window - 1), 0)
@@ -162,13 +160,13 @@ def attend(
         for each in most[1:]:
             top = jnp.maximum(top, each)
         shrunk = [jnp.exp(each - top) for each in most]
-        total = sum(of_heads(totals, n) * each for n, each in enumerate(shrunk))
+        total: Any = sum(of_heads(totals, n) * each for n, each in enumerate(shrunk))
         wide = lambda each: row_tiles.plgpu.layout_cast(
             lax.broadcast_in_dim(each, (_HEADS, half), (0,)), _joining(half)
         )
         own_heads = pl.ds(block * _HEADS, _HEADS)
         for m, columns in enumerate(halves):
-            acc = sum(
+            acc: Any = sum(
                 row_tiles.plgpu.load(sums.at[:, m, n], layout=_joining(half), optimized=False) * wide(each)
                 for n, each in enumerate(shrunk)
             )

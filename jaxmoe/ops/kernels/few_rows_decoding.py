@@ -73,9 +73,7 @@ def _scalar(value: Any) -> Any:
     return value.registers.item() if isinstance(value, mgpu.FragmentedArray) else value
 
 
-def nf4(
-    codes: Array, scales: Any, nested: tuple[Any, ...], table: Any, shape: tuple[int, int], dtype: Any
-) -> Array:
+def nf4(codes: Array, scales: Any, nested: tuple[Any, ...], table: Any, shape: tuple[int, int], dtype: Any) -> Array:
     """The weights [count, width] of codes [count, width / 2].
 
     Args:
@@ -91,9 +89,10 @@ def nf4(
     ref, splat = plgpu.RefType(), _SPLAT
     values = plgpu.load(table, layout=PER_THREAD, optimized=False)
     types = [row_tiles.layout(width // 2, row_tiles.VECTOR // 2), PER_THREAD, ref]
-    outer, offset, quant_map, first, in_row = nested or (None,) * 5
-    more = [] if not nested else [outer, quant_map, jnp.asarray(offset), jnp.asarray(first, jnp.int32)]
-    types += [] if not nested else [ref, ref, splat, splat]
+    more, in_row = [], 0
+    if nested:
+        outer, offset, quant_map, first, in_row = nested
+        more, types = [outer, quant_map, offset, first], [*types, ref, ref, splat, splat]
 
     result = plgpu.ShapeDtypeStruct(shape, dtype, layout=row_tiles.layout(width))
 

@@ -185,7 +185,7 @@ class _Weights(NamedTuple):
     def arrays(self) -> list[Array]:
         """What the kernel reads: the weights, or codes and scales, by the rows of their matrices."""
         stack = self.stack
-        groups, out, inner = stack.shape
+        groups, out, _ = stack.shape
         if isinstance(stack, FP8Stack):
             return [stack.codes, stack.scales]
         if not isinstance(stack, NF4Stack):
@@ -261,7 +261,8 @@ class _InFP8(_Matrix):
         return loaded, scales.at[group, matrix, block, pl.ds(first, width // FP8_BLOCK)]
 
     def decoded(self, loaded: Any, shape: tuple[int, int], dtype: Any) -> Array:
-        return (_fp8_plainly if self.weights.plain else _fp8)(*loaded, shape, dtype)
+        codes, scales = loaded
+        return (_fp8_plainly if self.weights.plain else _fp8)(codes, scales, shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -284,10 +285,12 @@ class _Tile:
             # All weights of a step are on their way before the first is used.
             read = [[self.matrix.read(group, first, count, start, width) for first in columns] for start in starts]
             for start, loaded in zip(starts, read, strict=True):
-                rows = [load(self.x.at[source, pl.ds(start, width)], width, 1).astype(jnp.float32) for source in sources]
+                rows = [
+                    load(self.x.at[source, pl.ds(start, width)], width, 1).astype(jnp.float32) for source in sources
+                ]
                 tiles = [self.matrix.decoded(each, (count, width), self.x.dtype).astype(jnp.float32) for each in loaded]
-                parts = [[tile * across(row, (count, width), 1) for tile in tiles] for row in rows]
-                accs = parts if accs is None else jax.tree.map(jnp.add, accs, parts)
+                added = [[tile * across(row, (count, width), 1) for tile in tiles] for row in rows]
+                accs = added if accs is None else jax.tree.map(jnp.add, accs, added)
             return accs
 
         if depth == inner:
