@@ -23,6 +23,7 @@ from jaxmoe.ops.few_rows import GATHERED, Rows
 from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.kernels import cached_attention_mosaic, few_rows_mosaic
 from jaxmoe.ops.kernels.few_rows_mosaic import Blocks
+from jaxmoe.ops.small_case import BOUND
 from peers.configs import config_of
 from tests.parity import relative_error
 from tests.row_kernels import draw, made_up_gpu
@@ -177,6 +178,25 @@ def test_a_decoding_step_with_the_kernels(monkeypatch: pytest.MonkeyPatch, path:
     assert (plain, kernels) == (0, 6)
     errors = [relative_error(*pair) for pair in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
     assert max(errors) <= bound("few_rows_model_bf16")
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", ["16 bit", "NF4Stack", "FP8Stack"])
+def test_the_small_case_of_the_products(form: str, path: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """It runs before the kernel is chosen, and sees rows of other experts."""
+    assert few_rows_mosaic.small_case_error(form, "bfloat16", path) <= 1e-2
+    monkeypatch.setattr(few_rows_mosaic._Listed, "source", lambda listed, number: jnp.int32(0))
+    assert few_rows_mosaic.small_case_error(form, "bfloat16", path) > BOUND
+
+
+@needs_kernels
+def test_the_small_case_of_attention(path: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The control: the new keys of two heads exchanged."""
+    assert cached_attention_mosaic.small_case_error(64, "bfloat16", path) <= 1e-2
+    attend = cached_attention_mosaic.attend
+    turned = lambda new, *rest: attend(new._replace(key=jnp.flip(new.key, 2)), *rest)
+    monkeypatch.setattr(cached_attention_mosaic, "attend", turned)
+    assert cached_attention_mosaic.small_case_error(64, "bfloat16", path) > BOUND
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ joined at the end, and then those of the parts (Dao et al. 2023, flash decoding)
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.ops.cached_attention import CacheStacks, Heads, Rotation
+from jaxmoe.ops import small_case
+from jaxmoe.ops.cached_attention import MASKED, CacheStacks, Heads, Rotation
 from jaxmoe.ops.kernels import ampere, row_tiles
 from jaxmoe.ops.kernels.row_tiles import across, load, rows_of
+from jaxmoe.ops.norm import StackedNorm
 
 _HALVES = (32, 64, 128)  # columns of half a head
 _CHUNK = 64  # slots that are read at a time, at most
@@ -229,8 +232,11 @@ class Flash:
     """The implementation "mosaic" of attention over the cache."""
 
     def unsupported(self, query: Any, key: Any) -> str | None:
-        """Why it cannot run for queries [B, T, N, H] over a cache [L, B, S, K, H], or None."""
-        return unsupported(query, key)
+        """Why it cannot run for queries [B, T, N, H] over a cache [L, B, S, K, H], or None; on a GPU it first runs a
+        small case."""
+        if (why := unsupported(query, key)) is not None or jax.default_backend() != "gpu":
+            return why
+        return _small_case(query.shape[-1], query.dtype.name)
 
     def __call__(
         self,
@@ -243,6 +249,32 @@ class Flash:
     ) -> tuple[Array, CacheStacks]:
         """As `jaxmoe.ops.cached_attention.cached_attention`."""
         return attend(new, rotation, cache, layer, at, sliding_window)
+
+
+@cache
+def _small_case(width: int, dtype: str) -> str | None:
+    return small_case.why_not(partial(small_case_error, width, dtype), f"a small cache of {width} columns")
+
+
+def small_case_error(width: int, dtype: str, interpret: Any = None) -> float:
+    """The relative error of attention over a cache of heads of this width, and of what is written to it."""
+    keys, (B, S, N, K) = iter(jax.random.split(jax.random.key(0), 7)), (2, 128, 10, 2)
+    normal = lambda *shape: jax.random.normal(next(keys), shape).astype(dtype)
+    new = Heads(normal(B, 1, N, width), normal(B, 1, K, width), normal(B, 1, K, width))
+    cache = CacheStacks(normal(2, B, S, K, width), normal(2, B, S, K, width))
+    norms = [StackedNorm(1 + normal(2, width) / 4, 1, 1e-6) for _ in range(2)]
+    at = jnp.asarray([[100], [7]], jnp.int32)
+    angles = 0.01 * at[..., None] * jnp.arange(width // 2)
+
+    @jax.jit
+    def error(new: Heads, cache: CacheStacks) -> Array:
+        rotation = Rotation(*norms, tables=(jnp.cos(angles), jnp.sin(angles)))
+        arguments = new, rotation, cache, jnp.int32(1), at
+        found, exact = attend(*arguments, None, interpret), MASKED(*arguments, None)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+        return jnp.max(jnp.stack([small_case.relative_error(*pair) for pair in pairs]))
+
+    return float(error(new, cache))
 
 
 FLASH = Flash()

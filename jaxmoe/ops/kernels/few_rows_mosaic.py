@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +24,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from jaxmoe.fp8.codec import E4M3
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
-from jaxmoe.ops import implementations
-from jaxmoe.ops.few_rows import Rows
+from jaxmoe.ops import implementations, small_case
+from jaxmoe.ops.few_rows import GATHERED, Rows
 from jaxmoe.ops.kernels import ampere, row_tiles
 from jaxmoe.ops.kernels.row_tiles import across, load, rows_of
 from jaxmoe.parameters import FP8_BLOCK, NF4_BLOCK, NF4_NESTED_BLOCK
@@ -403,14 +404,51 @@ class Kernel:
     shares_launch = True
 
     def unsupported(self, dtype: Any, *stacks: Any) -> str | None:
-        """Why it cannot multiply rows of this dtype with these stacks, or None."""
-        return unsupported(dtype, *stacks)
+        """Why it cannot multiply rows of this dtype with these stacks, or None; on a GPU it first runs small cases."""
+        if (why := unsupported(dtype, *stacks)) is not None or jax.default_backend() != "gpu":
+            return why
+        forms = sorted({type(stack).__name__ for stack in stacks if isinstance(stack, QuantizedStack)} | {"16 bit"})
+        cases = (_small_case(form, jnp.dtype(dtype).name) for form in forms)
+        return next((why for why in cases if why is not None), None)
 
     def products(
         self, x: Array, stacks: Sequence[Array | QuantizedStack], rows: Rows, dtype: Any, *, swiglu: bool = False
     ) -> list[Array]:
         """As `FewRows.products`."""
         return products(x, stacks, rows, dtype, swiglu=swiglu)
+
+
+@cache
+def _small_case(form: str, dtype: str) -> str | None:
+    return small_case.why_not(partial(small_case_error, form, dtype), f"a small product of few rows, {form}")
+
+
+def small_case_error(form: str, dtype: str, interpret: Any = None) -> float:
+    """The relative error of products with a stack of this form: "16 bit" or the name of its class."""
+    keys, wanted = jax.random.split(jax.random.key(0), 6), jnp.dtype(dtype)
+    groups, out, inner = shape = 3, 128, 256
+    bits = lambda key, *size: jax.random.bits(key, size, jnp.uint8)
+    uniform = lambda key, *size: jax.random.uniform(key, size, jnp.float32, 0.5, 1.5)
+    stack: Any = jax.random.normal(keys[0], shape).astype(wanted)
+    if form == "NF4Stack":
+        codes, blocks = bits(keys[0], groups, 1, out * inner // 2), out * inner // NF4_BLOCK
+        nested = uniform(keys[2], groups, 1, blocks // NF4_NESTED_BLOCK), uniform(keys[3], groups, 1)
+        table = jnp.linspace(-1, 1, 256, dtype=jnp.float32)
+        stack = NF4Stack(codes, bits(keys[1], groups, 1, blocks), *nested, table, shape, wanted)
+    elif form == "FP8Stack":
+        codes = jnp.clip(60 * jax.random.normal(keys[0], shape), -448, 448).astype(E4M3)
+        scales = uniform(keys[1], groups, 1, out // FP8_BLOCK, inner // FP8_BLOCK)
+        stack = FP8Stack(codes, scales, shape, wanted)
+
+    @jax.jit
+    def error(x: Array, stack: Any, experts: Array) -> Array:
+        rows = Rows.of_experts(experts, 1)
+        (found,) = products(x, [stack], rows, jnp.float32, swiglu=True, interpret=interpret)
+        (exact,) = GATHERED.products(x, [stack], rows, jnp.float32, swiglu=True)
+        return small_case.relative_error(found, exact)
+
+    x = jax.random.normal(keys[4], (3, inner)).astype(wanted)
+    return float(error(x, stack, jnp.asarray([[0, 1], [1, 0], [1, 0]], jnp.int32)))
 
 
 KERNEL = Kernel()
