@@ -5,6 +5,8 @@ reading the weights. No layer is copied out of its stack, and of the experts onl
 Quantised weights are decoded in registers: the value of a code times the block's scale in float32, rounded once to the
 rows' dtype. Sums are float32.
 
+It was compiled and interpreted, but not run on a GPU, so it is selected by name only.
+
 A thread block computes some columns of the result. Threads read 8 neighbours of a column's weights each (`row_tiles`),
 multiply them by those of one row (`Rows.separate`) or of some rows of the group, and a warp adds up at the end.
 """
@@ -96,7 +98,7 @@ def products(
         rows: which rows of x are multiplied with which matrices, and where the results go.
         dtype: of the results, which are rounded once.
         swiglu: the product is that of gate and up. It is rounded to x's dtype, and SwiGLU of it is returned.
-        blocks: how the work is cut; by default what was fastest on an H200.
+        blocks: how the work is cut; the default has not been timed.
         interpret: parameters of JAX's interpreter.
     """
     halves, inner = 2 if swiglu else 1, x.shape[1]
@@ -127,7 +129,7 @@ def products(
 
 
 def _default_blocks(inner: int, rows: Rows, halves: int, out: int) -> Blocks:
-    """What was fastest on an H200 for Qwen3-30B-A3B's widths, cut to a divisor of `inner`."""
+    """What fills the registers with weights on their way; it has not been timed. The depth divides `inner`."""
     width = _width(inner)
     steps = inner // width
     if rows.separate:
