@@ -43,7 +43,7 @@ KERNELS_VENV ?= .venv-kernels
 KERNELS_PYTHON ?= $(shell for p in python3.13 python3.12 python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python); do \
 	$$p -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
 # The longest come first; otherwise one process would still run them while the others are idle.
-KERNEL_TESTS := $(addprefix tests/test_,few_rows.py swiglu_gradient.py norm_rotary.py kernels.py hopper_e4m3.py ampere.py flash.py implementations.py cudnn.py)
+KERNEL_TESTS := $(addprefix tests/test_,decoding_mosaic.py few_rows.py swiglu_gradient.py norm_rotary.py kernels.py hopper_e4m3.py ampere.py flash.py implementations.py cudnn.py)
 
 INSTALLED := $(VENV)/.installed
 KERNELS_INSTALLED := $(KERNELS_VENV)/.installed

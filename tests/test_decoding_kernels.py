@@ -29,8 +29,8 @@ def rounded(key: int, *shape: int) -> jax.Array:
     return draw(key, *shape).astype(jnp.bfloat16)
 
 
-def attention_of(positions: list[int], slots: int, heads: tuple[int, int, int]) -> tuple[Callable[..., Any], Any]:
-    """(the kernel as a function of the window, its other arguments) for N, K, H = `heads`."""
+def arguments_of(positions: list[int], slots: int, heads: tuple[int, int, int]) -> Any:
+    """The arguments of attention over the cache, but for the window, for N, K, H = `heads`."""
     N, K, H = heads
     B = len(positions)
     new = Heads(rounded(0, B, 1, N, H), rounded(1, B, 1, K, H), rounded(2, B, 1, K, H))
@@ -39,7 +39,12 @@ def attention_of(positions: list[int], slots: int, heads: tuple[int, int, int]) 
     angles = 0.01 * at[..., None] * jnp.arange(H // 2)
     norms = [StackedNorm(1 + rounded(key, LAYERS, H) / 4, LAYER, 1e-6) for key in (5, 6)]
     rotation = Rotation(*norms, tables=(jnp.cos(angles), jnp.sin(angles)))
-    arguments = new, rotation, cache, jnp.asarray(LAYER, jnp.int32), at
+    return new, rotation, cache, jnp.asarray(LAYER, jnp.int32), at
+
+
+def attention_of(positions: list[int], slots: int, heads: tuple[int, int, int]) -> tuple[Callable[..., Any], Any]:
+    """(the kernel as a function of the window, its other arguments) for N, K, H = `heads`."""
+    arguments = arguments_of(positions, slots, heads)
     return lambda window: cached_attention.attend(*arguments, window, interpret=INTERPRETED), arguments
 
 

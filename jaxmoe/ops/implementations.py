@@ -159,6 +159,11 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.kernels.cached_attention:FLASH",
         ),
         "xla": Implementation("all slots under a mask", _anywhere, "jaxmoe.ops.cached_attention:MASKED"),
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel for one new token, from its projections on, by name only",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.cached_attention_mosaic:FLASH",
+        ),
     },
     "grouped_matmul": {
         "mosaic": Implementation(
@@ -231,6 +236,11 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.kernels.few_rows:KERNEL",
         ),
         "xla": Implementation("one row after the other, as XLA runs it", _anywhere, "jaxmoe.ops.few_rows:GATHERED"),
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel that reads only the chosen matrices, in place, by name only",
+            _needs_capability((8, 0)),
+            "jaxmoe.ops.kernels.few_rows_mosaic:KERNEL",
+        ),
     },
     "norm_rotary": {
         "triton": Implementation(

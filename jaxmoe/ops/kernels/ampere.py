@@ -128,8 +128,12 @@ def launch(
     scratch: list[Any],
     grid: dict[str, int],
     interpret: Any,
+    **options: Any,
 ) -> Callable[..., Any]:
-    """The kernel `name`: a function of the operands that returns `out`. `body` gets operands, `out` and `scratch`."""
+    """The kernel `name`: a function of the operands that returns `out`. `body` gets operands, `out` and `scratch`.
+
+    `options` are more of Mosaic's `CompilerParams`.
+    """
 
     def program(*refs: Any) -> None:
         if interpret is None:
@@ -144,7 +148,7 @@ def launch(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane, **options
         ),
         interpret=interpret,
     )

@@ -23,13 +23,16 @@ def rows_of(columns: int) -> int:
     return _WARPS * _LANES * VECTOR // columns
 
 
-def layout(columns: int) -> Any:
-    """How a tile [rows_of(columns), columns] lies in registers."""
-    rows = rows_of(columns)
-    if columns == WIDEST:  # a warp has one row
-        tiling, warps, lanes = plgpu.Tiling(((rows, columns), (VECTOR,))), (-3,), (-2,)
+def layout(columns: int, vector: int = VECTOR) -> Any:
+    """How a tile [rows_of(columns), columns] lies in registers.
+
+    With another `vector`, the neighbours that a thread holds, the tile has as many more or fewer columns.
+    """
+    rows = rows_of(columns * VECTOR // vector)
+    if rows == _WARPS:  # a warp has one row
+        tiling, warps, lanes = plgpu.Tiling(((rows, columns), (vector,))), (-3,), (-2,)
     else:
-        tiling = plgpu.Tiling(((rows, columns), (rows // _WARPS, columns), (VECTOR,)))
+        tiling = plgpu.Tiling(((rows, columns), (rows // _WARPS, columns), (vector,)))
         warps, lanes = (-5,), (-3, -2)
     return plgpu.Layout.TILED(tiling, warp_dims=warps, lane_dims=lanes, vector_dim=-1)
 
