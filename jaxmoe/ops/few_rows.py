@@ -12,9 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.fp8.stack import FP8Stack
+from jaxmoe.nf4.stack import NF4Stack
+from jaxmoe.ops import implementations
 from jaxmoe.ops.contraction import product
 from jaxmoe.ops.swiglu import swiglu_of_product
 from jaxmoe.quantized_stack import QuantizedStack
+
+_COLUMNS = 32  # of a matrix that a kernel takes, or a multiple
 
 
 class Rows(NamedTuple):
@@ -64,6 +69,32 @@ def _in_order(experts: Int[Array, " R"]) -> tuple[Int[Array, " R"], Int[Array, "
     hit = place[:, None] == index
     ordered = lambda each: jnp.sum(jnp.where(hit, each[:, None], 0), axis=0)
     return ordered(experts), ordered(index)
+
+
+def matrices_of(stack: Any) -> int:
+    """How many matrices a group of the stack holds, each quantised separately."""
+    match stack:
+        case NF4Stack():
+            return stack.codes.shape[-2]
+        case FP8Stack():
+            return stack.scales.shape[-3]
+    return 1
+
+
+def unsupported_by_kernels(dtype: Any, stack: Any) -> str | None:
+    """Why no kernel can multiply rows of this dtype with this stack, or None."""
+    capability = implementations.default_device().compute_capability
+    if isinstance(stack, FP8Stack) and capability is not None and capability < (8, 9):
+        return "needs weights in 16 bits or NF4 on this GPU, which has no instructions for FP8"
+    if stack.dtype != dtype:
+        return f"needs weights in {jnp.dtype(dtype).name}, found {jnp.dtype(stack.dtype).name}"
+    *_, out, inner = stack.shape
+    matrices = matrices_of(stack)
+    if out // matrices % _COLUMNS or inner % 128:
+        return f"needs matrices of a multiple of 32 by a multiple of 128, found {out // matrices} by {inner}"
+    if isinstance(stack, QuantizedStack) and stack.places is not None:
+        return f"needs stacks whose layers are all in {stack.form}"
+    return None
 
 
 @runtime_checkable

@@ -26,14 +26,12 @@ from jaxtyping import Array, Float
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
-from jaxmoe.ops import implementations
-from jaxmoe.ops.few_rows import Rows
+from jaxmoe.ops.few_rows import Rows, matrices_of, unsupported_by_kernels
 from jaxmoe.parameters import FP8_BLOCK, NF4_BLOCK, NF4_NESTED_BLOCK
 from jaxmoe.quantized_stack import QuantizedStack
 
 _TOGETHER = 16  # rows that one product on the tensor cores takes
 _HALF = NF4_BLOCK // 2  # bytes of a block; each holds an even element in its high half and the next in its low half
-_COLUMNS = 32  # of a matrix, or a multiple
 _UNSAFE = range(2**31, 2**32 + 1)  # bytes of codes that Triton's 32-bit offsets, which are signed, do not reach
 
 
@@ -50,31 +48,12 @@ def unsupported(dtype: Any, *stacks: Any) -> str | None:
     """Why the kernel cannot multiply rows of this dtype with these stacks; None if it can."""
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
-    capability = implementations.default_device().compute_capability
     for stack in stacks:
-        if isinstance(stack, FP8Stack) and capability is not None and capability < (8, 9):
-            return "needs weights in 16 bits or NF4 on this GPU, which has no instructions for FP8"
-        if stack.dtype != dtype:
-            return f"needs weights in {jnp.dtype(dtype).name}, found {jnp.dtype(stack.dtype).name}"
-        *_, out, inner = stack.shape
-        matrices = _matrices(stack)
-        if out // matrices % _COLUMNS or inner % 128:
-            return f"needs matrices of a multiple of 32 by a multiple of 128, found {out // matrices} by {inner}"
-        if isinstance(stack, QuantizedStack) and stack.places is not None:
-            return f"needs stacks whose layers are all in {stack.form}"
+        if (why := unsupported_by_kernels(dtype, stack)) is not None:
+            return why
         if isinstance(stack, NF4Stack | FP8Stack) and stack.codes.size in _UNSAFE:
             return "needs codes of less than 2 GiB or more than 4 GiB"
     return None
-
-
-def _matrices(stack: Any) -> int:
-    """How many matrices a group of the stack holds, each quantised separately."""
-    match stack:
-        case NF4Stack():
-            return stack.codes.shape[-2]
-        case FP8Stack():
-            return stack.scales.shape[-3]
-    return 1
 
 
 def products(
@@ -191,7 +170,7 @@ class _Weights(NamedTuple):
     @property
     def in_matrix(self) -> int:
         """Columns of one matrix, so that a program's columns lie in one."""
-        return self.stack.shape[1] // _matrices(self.stack)
+        return self.stack.shape[1] // matrices_of(self.stack)
 
     @property
     def arrays(self) -> list[Array]:
@@ -231,7 +210,7 @@ class _Tile:
             return (self.refs[0][group, columns[:, None], (start + jnp.arange(self.depth))[None, :]],)
         _, out, inner = stack.shape
         matrix, row = jnp.int32(0), columns
-        if (matrices := _matrices(stack)) > 1:  # all columns of a program lie in one matrix
+        if (matrices := matrices_of(stack)) > 1:  # all columns of a program lie in one matrix
             matrix = jax.lax.div(column, jnp.int32(out // matrices))
             row = row - matrix * (out // matrices)
         if isinstance(stack, FP8Stack):
