@@ -179,6 +179,8 @@ def test_the_command_refuses_bad_input(run_module: Callable, tmp_path: pathlib.P
         (["--checkpoint", CHECKPOINT, "--out", tmp_path], "does not exist yet"),
         (["--checkpoint", CHECKPOINT, "--out", tmp_path / "b", "--dtype", "int8"], "--dtype: expected"),
         (["--checkpoint", CHECKPOINT, "--out", tmp_path / "c", "--length", 9999], "--length: expected at most 2048"),
+        (["--checkpoint", CHECKPOINT, "--out", tmp_path / "d", "--length", 0], "--length: expected at least 8"),
+        (["--checkpoint", CHECKPOINT, "--out", tmp_path / "e", "--parallel", 0], "--parallel: expected at least 1"),
     ):
         done = run_module("tests.parity", *arguments)
         assert done.returncode == 2, done.stderr

@@ -30,6 +30,9 @@ def main() -> int:
         raise UserError(f"{args.checkpoint}: expected a Hugging Face folder with safetensors, found none")
     if args.length > config.max_position_embeddings:
         raise UserError(f"--length: expected at most {config.max_position_embeddings}, found {args.length}")
+    for flag, least in (("length", cases.SHORTEST), ("parallel", 1)):
+        if (found := getattr(args, flag)) < least:
+            raise UserError(f"--{flag}: expected at least {least}, found {found}")
     args.out.mkdir(parents=True)
     selected = _cases(args, config)
     command = f"python -m tests.parity {shlex.join(sys.argv[1:])}"

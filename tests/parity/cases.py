@@ -19,6 +19,7 @@ from peers.make_checkpoint import write_tokenizer
 from tests.parity.batches import Batch, checkpoint_batch
 
 LENGTH = 600
+SHORTEST = 8  # tokens of a sequence: two documents, and labels for each of four gradients
 
 
 def write_random_adapter(

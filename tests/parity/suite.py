@@ -149,6 +149,9 @@ def main() -> int:
     parser.add_argument("--mesh", default="data=1", help=f"{devices} (default: one)")
     parser.add_argument("--length", type=int, default=cases.LENGTH, help="tokens of the large model's prompt")
     args = parser.parse_args()
+    for flag, least in (("length", cases.SHORTEST), ("parallel", 1), ("layers", 1)):
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag}: expected at least {least}, found {getattr(args, flag)}")
     checkpoint: pathlib.Path | None = args.checkpoint or (CHECKPOINT if args.suite == "demo" else None)
     if checkpoint is None:
         parser.error(f"{args.suite} needs --checkpoint")
