@@ -45,7 +45,7 @@ def arguments_of(positions: list[int], slots: int, heads: tuple[int, int, int]) 
 def attention_of(positions: list[int], slots: int, heads: tuple[int, int, int]) -> tuple[Callable[..., Any], Any]:
     """(the kernel as a function of the window, its other arguments) for N, K, H = `heads`."""
     arguments = arguments_of(positions, slots, heads)
-    return lambda window: cached_attention.attend(*arguments, window, interpret=INTERPRETED), arguments
+    return lambda window: cached_attention.attend(*arguments, sliding_window=window, interpret=INTERPRETED), arguments
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_low_rank_products_run_over_the_rows_of_the_chosen_experts_alone(monkeyp
 
     def results(chosen: Any) -> Any:
         def run(x, weights, factors):
-            adapters = (Adapter(*factors[n : n + 2], 2.0, experts=chosen) for n in (0, 2))
+            adapters = (Adapter(factors[n], factors[n + 1], 2.0, experts=chosen) for n in (0, 2))
             experts = ExpertWeights(*stacks, 0, trainable=False)
             return sorted_experts(x, routing._replace(weights=weights), experts, *adapters)
 

@@ -405,7 +405,9 @@ def mixture(
     def run(x, weights, adapters, stacks):
         experts = ExpertWeights(stacks[0], stacks[1], 0 if trainable else E - int(fault), trainable)
         counted = None if adapted[1] is None else jnp.asarray(adapted[1])
-        first, second = (Adapter(*adapters[n : n + 2], scale, experts=counted) for n, scale in ((0, 0.5), (2, 2.0)))
+        first, second = (
+            Adapter(adapters[n], adapters[n + 1], scale, experts=counted) for n, scale in ((0, 0.5), (2, 2.0))
+        )
         return sorted_experts(x, routing._replace(weights=weights), experts, first, second)
 
     with forced(grouped_matmul=implementation):

@@ -280,7 +280,7 @@ def test_devices_that_jax_lacks_are_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_strict_settings_of_jax_are_named() -> None:
     with jax.numpy_rank_promotion("raise"), pytest.raises(ValueError, match="promotion") as caught:
-        jnp.ones(2) + jnp.ones((2, 2))
+        _ = jnp.ones(2) + jnp.ones((2, 2))
     assert str(broken_environment.explanation(caught.value)).startswith("JAX_NUMPY_RANK_PROMOTION: expected JAX's")
     assert broken_environment.explanation(ValueError("another")) is None
 

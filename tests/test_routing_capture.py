@@ -333,7 +333,7 @@ def test_nothing_appears_when_the_writer_fails(tmp_path):
         with pytest.raises(ValueError, match=r"top_logits: expected float32 \[2, 5, 8\], found float32 \[2, 4, 8\]"):
             write(wrong, times)
     with pytest.raises(UserError, match="model: layer 1: expected finite router logits, found NaN or infinity"):
-        write(tiny_arrays(5) | {"log_sum_exp": np.float32([[0] * 5, [0, 0, np.nan, 0, 0]])}, 1)
+        write(tiny_arrays(5) | {"log_sum_exp": np.asarray([[0] * 5, [0, 0, np.nan, 0, 0]], np.float32)}, 1)
     with pytest.raises(KeyboardInterrupt):
         write(tiny_arrays(5), 1, KeyboardInterrupt())
     assert not list(tmp_path.iterdir())

@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The harness's flags, for the completion of shells; none where it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         return ArgumentParser()
-    from lm_eval._cli import HarnessCLI
+    from lm_eval._cli import HarnessCLI  # pyright: ignore[reportMissingImports] - an extra
 
     return HarnessCLI()._parser
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("lm_eval: not installed; pip install 'jaxmoe[eval]'")
     xla.configure()
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports] - an extra
 
     import jaxmoe.evaluate.harness  # noqa: F401 - registers the model
 
