@@ -347,7 +347,7 @@ def _decodes_in_kernel(work: Workload, quantization: Quantization) -> bool:
     sides = work.config.hidden_size, work.config.moe_intermediate_size
     targets = [target for target in work.lora.targets if target in LORA_GROUPS["experts"]] if work.lora else []
     rank = max((work.lora.rank(target) for target in targets), default=0) if work.lora else 0
-    in_kernel = {"nf4": work.nf4_products == "mosaic", "fp8": work.fp8_products == "registers"}
+    in_kernel = {"nf4": work.nf4_products == "mosaic", "fp8": work.fp8_products in ("registers", "mosaic")}
     return (
         (work.experts, work.dtype) == ("mosaic", "bfloat16")
         and in_kernel[quantization.form]

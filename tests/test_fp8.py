@@ -281,7 +281,7 @@ def test_gradients_are_those_of_the_decoded_weights() -> None:
 
 
 def test_rows_in_fp8_give_the_numbers_of_the_reference() -> None:
-    """Experts whose rows are quantised, too, forwards and backwards, on sides of which no block is whole."""
+    """Experts whose rows are quantised, too, forwards, and their gradients, on sides of which no block is whole."""
     import torch
     from torch import nn
 

@@ -1,10 +1,11 @@
 """Experts in FP8 that the Hopper kernel decodes in registers: what each thread reads and makes, and where it is used.
 
-On a GPU the kernel runs and gives the bits of decoded weights.
+On a GPU the kernel runs and gives the bits of decoded weights; so does the mixture, with rows in FP8, too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -16,11 +17,14 @@ import pytest
 
 from jaxmoe.fp8.codec import E4M3
 from jaxmoe.fp8.stack import FP8Stack
+from jaxmoe.ops.experts import ExpertWeights, sorted_experts
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.kernels.grouped_matmul import hopper_e4m3 as kernel
 from jaxmoe.ops.kernels.grouped_matmul.hopper import HOPPER
 from jaxmoe.ops.kernels.grouped_matmul.hopper_thread import Thread
+from jaxmoe.ops.low_rank import Adapter
+from jaxmoe.ops.router import route
 from jaxmoe.ops.schedule import make_schedule
 from tests.parity import relative_error
 from tests.test_kernels import needs_kernels, normal, on_gpu, scheduled, skewed, translated
@@ -160,6 +164,37 @@ def test_products_have_the_bits_of_decoded_weights(tokens: int, case: str) -> No
     # With many rows XLA applies SwiGLU, to the same rounded products.
     assert relative_error(found, expected) <= bound("kernel_swiglu_bf16") if swiglu else (found == expected).all()
     assert not (product(0, "registers") == expected).all()
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [60, 900])
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
+def test_the_mixture_with_rows_in_fp8(tokens: int, adapted: bool) -> None:
+    """Value, gradient of x and of down's adapter: those of the oracle, which are not those of rows in 16 bits."""
+    E, k, D, F, rank = 8, 2, 512, 256, 4
+    rng = np.random.default_rng(tokens)
+    x, d_out, gate = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((tokens, D),) * 2 + ((E, D),))
+    x = x.astype(jnp.bfloat16)
+    lora_A, lora_B = (
+        jnp.asarray(rng.standard_normal(shape) * 0.05, jnp.float32) for shape in ((E, rank, F), (E, D, rank))
+    )
+    held = random_stack(2 * E, 2, F, D), random_stack(2 * E, 1, D, F)
+    held = [dataclasses.replace(stack, scales=stack.scales * 0.01) for stack in held]
+    routing = route(x.astype(jnp.float32), gate, num_experts_per_tok=k, norm_topk_prob=True)
+
+    def run(x: Any, lora: Any) -> Any:
+        weights = ExpertWeights(held[0], held[1], E, trainable=False)
+        return sorted_experts(x, routing, weights, None, Adapter(lora[0], lora[1], 0.5) if adapted else None)
+
+    def found(name: str) -> list[np.ndarray]:
+        with forced(fp8_products=name):
+            value, pull = jax.vjp(jax.jit(run), x, (lora_A, lora_B))
+            d_x, d_lora = pull(d_out)
+            return [np.asarray(a, np.float32) for a in (value, d_x, *(d_lora if adapted else ()))]
+
+    for ours, oracle, unquantised in zip(found("mosaic"), found("xla"), found("registers"), strict=True):
+        assert relative_error(ours, oracle) <= bound("mixture_bf16") < relative_error(ours, unquantised)
 
 
 def test_which_products_decode_in_registers() -> None:

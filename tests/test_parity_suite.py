@@ -48,7 +48,7 @@ SIXTEEN_BIT = ("top_8_of_32_unnormalised",)
 
 
 def demo_cases(folder: pathlib.Path) -> list[Case]:
-    """The demo checkpoint in float32, bfloat16 and NF4, and with adapters: as much as two cores can do in two minutes.
+    """The demo checkpoint in float32, bfloat16, NF4 and FP8, and with adapters: what two cores can do in two minutes.
 
     `make parity` has more: pinned runs in float32, all faults, training in bfloat16.
     """
@@ -65,7 +65,8 @@ def demo_cases(folder: pathlib.Path) -> list[Case]:
         out.append(replace(by_name["nf4-fp32"], batch=one_row))
         out.append(replace(by_name["nf4-bf16"], batch=one_row, runs=("pinned",)))
         out.append(replace(by_name["nf4-adapter-fp32"], batch=one_row))
-    return out
+    cases.write_fp8(CHECKPOINT, folder / "demo-fp8")
+    return [*out, replace(by_name["fp8-fp32"], batch=one_row)]
 
 
 def odd_cases(folder: pathlib.Path) -> list[Case]:
@@ -88,8 +89,8 @@ def test_three_sides_agree_and_every_fault_is_caught(tmp_path: pathlib.Path) -> 
     results = [evaluate(plan, case) for case in plan.cases]
     failed = [f"{r['figures']['case']}: {line}" for r in results for line in failures(r)]
     assert not failed, "\n".join(failed)
-    # NF4 has the ninth.
-    assert len({fault for r in results for fault in r["faults"]}) == (9 if BITSANDBYTES else 8)
+    # NF4 has the tenth.
+    assert len({fault for r in results for fault in r["faults"]}) == (10 if BITSANDBYTES else 9)
     # The report holds every case, and is self-contained.
     write_results(plan, results)
     page = write_report([tmp_path / RESULTS], tmp_path / "report", "Parity").read_text(encoding="utf-8")
@@ -181,10 +182,35 @@ def test_the_command_refuses_bad_input(run_module: Callable, tmp_path: pathlib.P
         (["--checkpoint", CHECKPOINT, "--out", tmp_path / "c", "--length", 9999], "--length: expected at most 2048"),
         (["--checkpoint", CHECKPOINT, "--out", tmp_path / "d", "--length", 0], "--length: expected at least 8"),
         (["--checkpoint", CHECKPOINT, "--out", tmp_path / "e", "--parallel", 0], "--parallel: expected at least 1"),
+        (
+            ["--checkpoint", CHECKPOINT, "--out", tmp_path / "f", "--quantize", "fp8-rows", "--adapter", "random"],
+            "fp8-rows: expected no --adapter",
+        ),
     ):
         done = run_module("tests.parity", *arguments)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "faults"),
+    [("nf4", ["NF4 nibbles swapped", "NF4 scale of another block"]), ("fp8-rows", ["FP8 scale off by one block"])],
+)
+def test_the_command_plants_the_faults_of_its_form(form: str, faults: list[str], tmp_path: pathlib.Path) -> None:
+    """In float32 beside those of the model; in 16 bit on a GPU, where the kernels run, alone."""
+    from tests.parity import __main__ as command
+
+    arguments = ["--checkpoint", str(CHECKPOINT), "--out", str(tmp_path), "--quantize", form, "--faults"]
+    for device in ("cpu", "gpu"):
+        args = command.parsed([*arguments, "--device", device])
+        in_32, in_16 = command.cases_of(args, Qwen3MoeConfig.from_pretrained(CHECKPOINT))
+        assert [each.faults[-len(faults) :] for each in (in_32, in_16)] == [
+            tuple(faults),
+            tuple(faults) if device == "gpu" else (),
+        ]
+        assert in_16.quantized == str(tmp_path / form.removesuffix("-rows")) and in_16.rows_in_fp8 == (
+            form == "fp8-rows"
+        )
 
 
 def test_results_are_json(tmp_path: pathlib.Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationConfig
 
-from torch_ref.experts import DenseStack, Stack
+from torch_ref.experts import DenseStack
 from torch_ref.shards import Shards, local_folder
 
 BLOCK = 128
@@ -97,8 +96,8 @@ def _read(shards: Shards, key: str, dtype: torch.dtype) -> Tensor:
 def multiply_in_fp8(model: nn.Module) -> None:
     """From now on the model's experts multiply rows in FP8, as kernels for weights in FP8 do; emulated on any device.
 
-    Forwards and backwards, each row and 128 channels are quantised with a scale of their own. Experts with adapters are
-    quantised, too; in `jaxmoe` they are not.
+    Forwards, each row and 128 channels are quantised with a scale of their own; the gradient is that of rows that are
+    not. Experts with adapters are quantised, too; in `jaxmoe` they are not.
     """
     for module in model.modules():
         if hasattr(module, "gate_up_proj") and hasattr(module, "act_fn"):
@@ -107,7 +106,7 @@ def multiply_in_fp8(model: nn.Module) -> None:
 
 
 def _with_rows_in_fp8(experts: nn.Module, name: str) -> RowsInFP8:
-    return RowsInFP8(DenseStack(getattr(experts, name)))
+    return RowsInFP8(getattr(experts, name))
 
 
 def rounded_rows(x: Tensor) -> Tensor:
@@ -132,42 +131,13 @@ class _Rounded(torch.autograd.Function):
         return grads[0]
 
 
-class _RoundedGradient(torch.autograd.Function):
-    """The same rows; their gradient is quantised."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return rounded_rows(grads[0])
-
-
-@dataclass(frozen=True)
-class RowsInFP8:
-    """A frozen stack of experts, whose products take rows in FP8, forwards and backwards."""
-
-    stack: Stack
-
-    @property
-    def shape(self) -> torch.Size:
-        """(E, out, in)."""
-        return self.stack.shape
+class RowsInFP8(DenseStack):
+    """A frozen stack of experts, whose forward products take rows in FP8."""
 
     def linear(self, x: Tensor, expert: int) -> Tensor:
         """X W[expert]^T."""
-        return _RoundedGradient.apply(self.stack.linear(_Rounded.apply(x), expert))
+        return super().linear(_Rounded.apply(x), expert)
 
     def grouped_linear(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
         """Each row times its expert's W^T."""
-        return _RoundedGradient.apply(self.stack.grouped_linear(_Rounded.apply(rows), ends, experts))
-
-    def grouped_transposed(self, rows: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
-        """Each row times its expert's W."""
-        return self.stack.grouped_transposed(rounded_rows(rows), ends, experts)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the weights need no gradient."""
-        return self.stack.frozen
+        return super().grouped_linear(_Rounded.apply(rows), ends, experts)

@@ -25,7 +25,7 @@ class CodedProducts(Protocol):
 
     def matmul(
         self,
-        x: Any,
+        x: Float[Array, "P inner"],
         stack: QuantizedStack,
         schedule: Schedule,
         offset: Any,
@@ -34,14 +34,12 @@ class CodedProducts(Protocol):
         swiglu: bool,
         low: LowRankTerm | None = None,
     ) -> Float[Array, "P out"]:
-        """As `GroupedMatmul.matmul`, in the stack's dtype, of rows as `fp8_products.prepared` gives them."""
+        """As `GroupedMatmul.matmul`, in the stack's dtype."""
         ...
 
 
 class Decoded:
     """The implementation "decoded": the products are those of 16-bit weights."""
-
-    quantizes_rows = False
 
     def unsupported(self, dtype: Any, stack: QuantizedStack) -> str | None:
         """None: it runs anywhere."""

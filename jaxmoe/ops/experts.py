@@ -20,11 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
-from jaxmoe.ops import fp8_products
 from jaxmoe.ops.contraction import PRECISION
 from jaxmoe.ops.dispatch import Dispatch, Local, combine, make_dispatch
 from jaxmoe.ops.few_experts import few_experts
-from jaxmoe.ops.fp8_products import QuantizedRows, prepared
+from jaxmoe.ops.fp8_products import QuantizedRows, prepared, quantized_matmul
 from jaxmoe.ops.frozen import define_vjp
 from jaxmoe.ops.grouped_matmul import GroupedMatmul, LowRankTerm
 from jaxmoe.ops.implementations import Choice, choose
@@ -240,15 +239,13 @@ def _product(
     schedule: Schedule,
     products: GroupedMatmul,
     *,
-    transposed: bool,
-    swiglu: bool = False,
+    swiglu: bool,
 ) -> Array:
-    """Rows W^T, or SwiGLU of it, or rows W."""
+    """Rows W^T, or SwiGLU of it."""
     form = rows if isinstance(rows, QuantizedRows) else prepared(rows, stack, low_rank=False)
     if isinstance(form, QuantizedRows):
-        quantized = fp8_products.products(stack)
-        return quantized.matmul(form, stack, schedule, offset, transposed=transposed, swiglu=swiglu)
-    return products.matmul(form, stack, schedule, offset, transposed=transposed, swiglu=swiglu)
+        return quantized_matmul(form, stack, schedule, offset, swiglu=swiglu)
+    return products.matmul(form, stack, schedule, offset, transposed=True, swiglu=swiglu)
 
 
 def _project(
@@ -263,7 +260,7 @@ def _project(
 ) -> tuple[Array, Array | None]:
     """(rows W^T + (rows A^T) B^T, or SwiGLU of it, and rows A^T)."""
     if adapter is None:
-        return _product(rows, stack, offset, schedule, products, transposed=True, swiglu=swiglu), None
+        return _product(rows, stack, offset, schedule, products, swiglu=swiglu), None
     a, b = adapter.terms(rows.dtype, products.rank_multiple)
     low = adapted.low(products, rows, a, adapter.rank, transposed=True)
     term = LowRankTerm(unfold(low, a.shape[1]), b)
@@ -281,7 +278,7 @@ def _project_back(
 ) -> tuple[Array, Array | None]:
     """(dY W + (dY B) A, dY B): the gradient of the rows, and of the low-rank rows."""
     if adapter is None:
-        return _product(d_rows, stack, offset, schedule, products, transposed=False), None
+        return products.matmul(d_rows, stack, schedule, offset, transposed=False), None
     a, b = adapter.terms(d_rows.dtype, products.rank_multiple)
     low = adapted.low(products, d_rows, b, adapter.rank, transposed=False)
     term = LowRankTerm(unfold(low, a.shape[1]), a)
@@ -311,7 +308,7 @@ def _mixture_forward(x, weights, stacks, offset, adapters, dispatch, adapted, ex
 def _mixture_backward(plan: _Plan, residuals: _Residuals, d_out: Array):
     x, weights, gate_up, (low_up, low_down), stacks, offset, adapters, dispatch, adapted = residuals
     with jax.named_scope("combine"):
-        d_rows = _rows(d_out.astype(x.dtype), stacks[1], adapters[1], dispatch)  # not yet weighted
+        d_rows = dispatch.rows(d_out.astype(x.dtype))  # not yet weighted
         weight_of_row = dispatch.weights(weights)
         offset, d_rows, gate_up = plan.in_turn(offset, d_rows, gate_up)
     with jax.named_scope("down"):

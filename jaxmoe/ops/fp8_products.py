@@ -1,4 +1,6 @@
-"""How rows are multiplied by experts in FP8: decoded to 16 bits first, or as they are, with the rows in FP8, too.
+"""How rows are multiplied by experts in FP8: by decoded weights, or forwards with the rows in FP8, too.
+
+Then x W^T is a product of codes, unless a low-rank term joins it:
 
 out[row] = sum over blocks b of 128 channels of  x_scale[row, b] * w_scale[column's block, b] * (x codes . W codes)[b]
 """
@@ -13,8 +15,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.fp8.codec import E4M3, LARGEST
 from jaxmoe.fp8.stack import FP8Stack
-from jaxmoe.ops.coded_products import CodedProducts
-from jaxmoe.ops.grouped_matmul import LowRankTerm
+from jaxmoe.ops.coded_products import CodedProducts, Decoded
 from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels.grouped_matmul.xla import XLA
 from jaxmoe.ops.schedule import Schedule
@@ -44,44 +45,45 @@ def prepared(x: Float[Array, "rows inner"], stack: Any, *, low_rank: bool) -> Ar
 
     It depends on each row alone, so that tokens can be quantised once, before their rows are gathered.
     """
-    if isinstance(stack, FP8Stack) and not low_rank and products(stack).quantizes_rows:
-        return quantize_rows(x)
-    return x
+    quantizes = isinstance(stack, FP8Stack) and not low_rank and isinstance(_selected(stack), QuantizedProducts)
+    return quantize_rows(x) if quantizes else x
 
 
-def products(stack: FP8Stack) -> FP8Products:
-    """The implementation for this stack."""
+def quantized_matmul(
+    rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, swiglu: bool
+) -> Float[Array, "P out"]:
+    """As `QuantizedProducts.quantized_matmul`, by the implementation for this stack."""
+    selected = _selected(stack)
+    assert isinstance(selected, QuantizedProducts)
+    return selected.quantized_matmul(rows, stack, schedule, offset, swiglu=swiglu)
+
+
+def _selected(stack: FP8Stack) -> CodedProducts:
     return choose("fp8_products", stack.dtype, stack).value
 
 
 @runtime_checkable
-class FP8Products(CodedProducts, Protocol):
-    """One implementation of x W^T and x W for grouped rows and a stack in FP8."""
+class QuantizedProducts(CodedProducts, Protocol):
+    """An implementation that also offers x W^T of rows in FP8."""
 
-    quantizes_rows: bool  # its rows are `QuantizedRows`, where there is no low-rank term
+    def quantized_matmul(
+        self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, swiglu: bool
+    ) -> Float[Array, "P out"]:
+        """Rows times the transposed matrices of their experts, or SwiGLU of it, in the stack's dtype."""
+        ...
 
 
-class Xla:
+class Xla(Decoded):
     """The implementation "xla", the oracle of "mosaic": rows and weights are decoded to float32."""
 
-    quantizes_rows = True
-
-    def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
-        """None: it runs anywhere."""
-        return None
-
-    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
-        """False: it multiplies quantised rows only."""
-        return False
-
-    def matmul(
-        self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, transposed: bool, swiglu: bool
+    def quantized_matmul(
+        self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, swiglu: bool
     ) -> Float[Array, "P out"]:
-        """As `CodedProducts.matmul`, of quantised rows."""
+        """As `QuantizedProducts.quantized_matmul`."""
         inner = rows.codes.shape[1]
         x = rows.codes.astype(jnp.float32) * jnp.repeat(rows.scales, FP8_BLOCK, axis=1)[:, :inner]
         weights = replace(stack, dtype=jnp.dtype(jnp.float32))
-        y = XLA.matmul(x, weights, schedule, offset, transposed=transposed).astype(stack.dtype)
+        y = XLA.matmul(x, weights, schedule, offset, transposed=True).astype(stack.dtype)
         return swiglu_of_product(y) if swiglu else y
 
 

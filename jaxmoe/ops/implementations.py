@@ -211,12 +211,12 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
             "jaxmoe.ops.coded_products:DECODED",
         ),
         "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel over weights as stored, rows quantised by token and 128 channels",
+            "the same, but forwards without a low-rank term rows are quantised and multiplied in FP8, by name only",
             _needs_capability((9, 0), (10, 0)),
-            "jaxmoe.ops.kernels.grouped_matmul.hopper_fp8:HOPPER_FP8",
+            "jaxmoe.ops.kernels.grouped_matmul.hopper_fp8:ROWS_IN_FP8",
         ),
         "xla": Implementation(
-            "the same numbers in plain JAX, decoded to float32", _anywhere, "jaxmoe.ops.fp8_products:ORACLE"
+            "the numbers of mosaic in plain JAX, decoded to float32", _anywhere, "jaxmoe.ops.fp8_products:ORACLE"
         ),
     },
     "nf4_products": {

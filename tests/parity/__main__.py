@@ -9,6 +9,7 @@ import argparse
 import pathlib
 import shlex
 import sys
+from collections.abc import Sequence
 
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
@@ -16,13 +17,14 @@ from jaxmoe.errors import UserError
 from tests.parity import cases, engine
 from tests.parity.plan import Case, Plan, write_batch
 from tests.parity.results import finish
+from tests.parity.suite import quantize
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main() -> int:
     """Parses the command line, runs the sides, writes results and report."""
-    args = _arguments()
+    args = parsed(sys.argv[1:])
     if args.out.exists():
         raise UserError(f"{args.out}: expected a folder that does not exist yet, found one")
     config = Qwen3MoeConfig.from_pretrained(args.checkpoint)
@@ -33,17 +35,19 @@ def main() -> int:
     for flag, least in (("length", cases.SHORTEST), ("parallel", 1)):
         if (found := getattr(args, flag)) < least:
             raise UserError(f"--{flag}: expected at least {least}, found {found}")
+    if args.quantize == "fp8-rows" and args.adapter:
+        raise UserError("--quantize fp8-rows: expected no --adapter, with which jaxmoe's experts keep rows in 16 bits")
     args.out.mkdir(parents=True)
-    selected = _cases(args, config)
+    selected = cases_of(args, config)
     command = f"python -m tests.parity {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
-    if args.quantize:
-        engine.quantize([(args.checkpoint, args.out / "nf4")], "bfloat16", args.device)
+    quantize(selected, args.device)
     engine.run(plan, args.parallel)
     return finish(plan, f"Parity of {args.checkpoint.resolve().name}")
 
 
-def _arguments() -> argparse.Namespace:
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = ArgumentParser(description="Compares transformers, torch_ref and jaxmoe on one checkpoint.")
     parser.add_argument("--checkpoint", type=pathlib.Path, required=True, help="a Hugging Face folder in 16 or 32 bit")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a new folder for arrays, results and report")
@@ -52,7 +56,11 @@ def _arguments() -> argparse.Namespace:
         default="float32,bfloat16",
         help="dtypes to compute in, separated by commas (default: float32,bfloat16)",
     )
-    parser.add_argument("--quantize", choices=("nf4",), help="run all sides on the same NF4 bytes")
+    parser.add_argument(
+        "--quantize",
+        choices=("nf4", "fp8", "fp8-rows"),
+        help="run all sides on the same bytes in this form; fp8-rows: experts multiply rows in FP8, too",
+    )
     parser.add_argument("--adapter", help="a PEFT folder, or 'random'; also compares training")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--prompt", type=pathlib.Path, help="a text file (default: text of Python's library)")
@@ -67,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--faults",
         action="store_true",
-        help="also run the negative controls, in float32; on a GPU those of NF4 in 16 bit, too",
+        help="also run the negative controls, in float32; on a GPU those of NF4 and FP8 in 16 bit, too",
     )
     parser.add_argument(
         "--parallel",
@@ -76,10 +84,11 @@ def _arguments() -> argparse.Namespace:
         metavar="N",
         help="processes at once; all share the device (default: 1)",
     )
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def _cases(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
+def cases_of(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
+    """One case a dtype; their inputs are written into the folder of the results."""
     if args.prompt is None:
         batch = cases.text_batch(args.checkpoint, args.rows, args.length)
     else:
@@ -90,21 +99,24 @@ def _cases(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
     if adapter == "random":
         adapter = str(cases.write_random_adapter(args.out / "random-adapter", args.checkpoint))
     runs = ("free", "pinned", "gradients") if adapter else ("free", "pinned")
-    quantized = str(args.out / "nf4") if args.quantize else None
+    in_rows = args.quantize == "fp8-rows"
+    form = "fp8" if in_rows else args.quantize
+    quantized = str(args.out / form) if form else None
     out = []
     for dtype in args.dtype.split(","):
         if dtype not in _DTYPES:
             raise UserError(f"--dtype: expected names among {', '.join(_DTYPES)}, found {dtype!r}")
         faults: tuple[str, ...] = ()
         if args.faults and dtype == "float32":
-            faults = cases.faults_of(config, batch, adapter is not None, bool(quantized))
-        elif args.faults and quantized and args.device == "gpu":  # kernels that decode run in 16 bit only
+            faults = cases.faults_of(config, batch, adapter is not None, form)
+        elif args.faults and form and args.device == "gpu":  # kernels that decode run in 16 bit only
             sparse_adapter = adapter is not None and bool(config.sparse_layers)
-            faults = ("NF4 nibbles swapped", "NF4 scale of another block")
+            faults = cases.QUANTIZED_FAULTS[form]
             faults += ("adapter of another expert",) if sparse_adapter else ()
         name = f"{args.checkpoint.resolve().name}-{dtype}"
         draws = 1 if dtype == "float32" else 4
-        out.append(Case(name, str(args.checkpoint), dtype, at, quantized, adapter, runs, faults, draws=draws))
+        options = {"draws": draws, "rows_in_fp8": in_rows}
+        out.append(Case(name, str(args.checkpoint), dtype, at, quantized, adapter, runs, faults, **options))
     return out
 
 

@@ -19,6 +19,10 @@ from peers.make_checkpoint import write_tokenizer
 from tests.parity.batches import Batch, checkpoint_batch
 
 LENGTH = 600
+QUANTIZED_FAULTS = {
+    "nf4": ("NF4 nibbles swapped", "NF4 scale of another block"),
+    "fp8": ("FP8 scale off by one block",),
+}
 SHORTEST = 8  # tokens of a sequence: two documents, and labels for each of four gradients
 
 
@@ -79,8 +83,8 @@ def prompt_batch(checkpoint: pathlib.Path, prompt: str) -> Batch:
     return Batch(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids))
 
 
-def faults_of(config: Qwen3MoeConfig, batch: Batch, adapter: bool, quantized: bool) -> tuple[str, ...]:
-    """The planted faults that change what this model computes for this batch."""
+def faults_of(config: Qwen3MoeConfig, batch: Batch, adapter: bool, form: str | None = None) -> tuple[str, ...]:
+    """The planted faults that change what this model, quantised in this form, computes for this batch."""
     return (
         *(("gate and up swapped", "experts permuted") if config.sparse_layers else ()),
         *(("no renormalisation" if config.norm_topk_prob else "softmax after top-k",) if config.sparse_layers else ()),
@@ -89,5 +93,5 @@ def faults_of(config: Qwen3MoeConfig, batch: Batch, adapter: bool, quantized: bo
         *(("documents joined",) if (batch.segment_ids > 1).any() else ()),
         *(("adapter scaled by 1 over r",) if adapter else ()),
         *(("adapter of another expert",) if adapter and config.sparse_layers else ()),
-        *(("NF4 nibbles swapped", "NF4 scale of another block") if quantized else ()),
+        *(QUANTIZED_FAULTS[form] if form else ()),
     )

@@ -106,6 +106,16 @@ def _with_nibbles_swapped(coded: Any) -> Any:
     return swapped
 
 
+def _scales_off_by_one_block(of: Any) -> Any:
+    """Each block has the scale of the one before it in memory, of its own matrix or of the one before."""
+
+    def off(*args: Any) -> Any:
+        stack = of(*args)
+        return dataclasses.replace(stack, scales=jnp.roll(stack.scales, 1))
+
+    return off
+
+
 FAULTS: dict[str, Fault] = {
     "gate and up swapped": _replaced(jaxmoe.ops.swiglu, "swiglu", lambda swiglu: lambda gate, up: swiglu(up, gate)),
     "no renormalisation": _replaced(jaxmoe.model.decoder, "route", _without_renormalisation),
@@ -123,9 +133,6 @@ FAULTS: dict[str, Fault] = {
     "adapter of another expert": _replaced(
         jaxmoe.ops.experts, "LowRankTerm", lambda term: lambda rows, weight: term(rows, jnp.roll(weight, 1, 0))
     ),
-    # of the matrix, the row of blocks or the column of blocks before, as far as there are several
-    "FP8 scale off by one block": _replaced(
-        jaxmoe.fp8.stack, "spread", lambda spread: lambda grid, sides: spread(jnp.roll(grid, 1, (-3, -2, -1)), sides)
-    ),
+    "FP8 scale off by one block": _replaced(jaxmoe.fp8.stack.FP8Stack, "of", _scales_off_by_one_block),
     "documents joined": _replaced(jaxmoe.ops.attention_chunked, "attention_mask", _documents_joined),
 }

@@ -23,7 +23,7 @@ import jaxmoe.train.loss
 import jaxmoe.train.step
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.packing import Batch as TrainingBatch
-from jaxmoe.ops.implementations import forced
+from jaxmoe.ops.implementations import choose, forced
 from jaxmoe.ops.router import CapturedRouting, Routing, RoutingControl
 from tests import oracle
 from tests.parity.batches import Batch
@@ -157,7 +157,9 @@ def main() -> int:
         raise SystemExit(f"device: expected {plan.device}, JAX runs on {jax.default_backend()}")
 
     def run(case: Case) -> None:
-        with forced(fp8_products="xla") if case.rows_in_fp8 else contextlib.nullcontext():
+        in_kernel = case.dtype == "bfloat16" and choose("fp8_products").name == "registers"  # mosaic runs there, too
+        rows_in_fp8 = forced(fp8_products="mosaic" if in_kernel else "xla")
+        with rows_in_fp8 if case.rows_in_fp8 else contextlib.nullcontext():
             run_case(plan, case)
 
     failed = run_cases(plan, SIDE, run)

@@ -34,7 +34,7 @@ def trained_cases(
     """A trained checkpoint in 32 and 16 bits, NF4 and FP8, with and without a random adapter, on Python's text."""
     text = cases.text_batch(checkpoint, rows)
     batch = write_batch(folder / f"{name}.batch", text)
-    model_faults = cases.faults_of(Qwen3MoeConfig.from_pretrained(checkpoint), text, False, False)
+    model_faults = cases.faults_of(Qwen3MoeConfig.from_pretrained(checkpoint), text, adapter=False)
     quantized, fp8 = str(folder / f"{name}-nf4"), str(folder / f"{name}-fp8")
     adapter = str(cases.write_random_adapter(folder / f"{name}-adapter", checkpoint))
 
@@ -117,8 +117,9 @@ def large_cases(checkpoint: pathlib.Path, folder: pathlib.Path, layers: int, len
 def quantize(selected: list[Case], device: Device) -> None:
     """Writes the NF4 and FP8 folders that the cases name."""
     pairs = {case.quantized: case.checkpoint for case in selected if case.quantized is not None}
-    in_fp8 = {target for target in pairs if target.endswith("-fp8")}
-    engine.quantize([(pairs[target], target) for target in pairs if target not in in_fp8], "bfloat16", device)
+    in_fp8 = {target for target in pairs if target.endswith("fp8")}
+    if in_nf4 := [(pairs[target], target) for target in pairs if target not in in_fp8]:
+        engine.quantize(in_nf4, "bfloat16", device)
     for target in in_fp8:
         cases.write_fp8(pairs[target], target)
 

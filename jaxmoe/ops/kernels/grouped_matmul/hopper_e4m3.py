@@ -171,8 +171,6 @@ def fitting_tiles(schedule: Schedule, *, transposed: bool, swiglu: bool) -> tupl
 class Registers:
     """The implementation "registers" of products with experts in FP8."""
 
-    quantizes_rows = False
-
     def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
         """Why it cannot multiply rows of this dtype with this stack, or None; on a GPU it first runs a small case."""
         if jnp.dtype(dtype) != jnp.bfloat16 or stack.dtype != jnp.bfloat16:

@@ -7,8 +7,8 @@ is therefore multiplied by its scales in float32 and added to float32 registers 
 section 3.3.2. While one multiplying warpgroup promotes, the other one's products run.
 
 `hopper_matmul` explains items, spans and the ring; only what differs is here. wgmma reads 8-bit operands with the
-contraction as the inner dimension, so the weights are [groups, out, inner] and the product is x W^T. For x W, `swapped`
-transposes the codes of a layer first.
+contraction as the inner dimension, so the weights are [groups, out, inner] and the product is x W^T. Products x W, and
+those that a low-rank term joins, are `hopper_e4m3`'s.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from jaxtyping import Array, Float
 from jaxmoe.fp8.codec import E4M3
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.ops.fp8_products import QuantizedRows
-from jaxmoe.ops.grouped_matmul import LowRankTerm
-from jaxmoe.ops.implementations import choose
+from jaxmoe.ops.kernels.grouped_matmul.hopper_e4m3 import Registers
 from jaxmoe.ops.kernels.grouped_matmul.hopper_matmul import Items
 from jaxmoe.ops.kernels.grouped_matmul.hopper_ring import CONSUMERS, Ring, launch, run_warpgroups, shared_memory
 from jaxmoe.ops.kernels.grouped_matmul.hopper_tiles import SMALL, TILE_ROWS, Tiles
@@ -282,46 +281,14 @@ def grouped_matmul(
     return kernel(*work, x.codes, x.scales.T, stack.codes, scales)
 
 
-class HopperFP8:
-    """The implementation "mosaic" of products with experts in FP8."""
+class RowsInFP8(Registers):
+    """The implementation "mosaic" of products with experts in FP8: as "registers", and of rows in FP8."""
 
-    quantizes_rows = True
-
-    def unsupported(self, dtype: Any, stack: FP8Stack) -> str | None:
-        """Why it cannot multiply rows of this dtype with this stack, or None."""
-        if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11):
-            return f"needs jax 0.11 or newer, found {jax.__version__}"
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-            return f"needs bfloat16 or float16, found {jnp.dtype(dtype).name}"
-        if (selected := choose("grouped_matmul", dtype).name) != "mosaic":
-            return f"needs grouped matmul by mosaic, found {selected}"
-        if stack.places is not None:
-            return "needs stacks whose layers are all in FP8"
-        sides = stack.shape[1] // stack.scales.shape[-3], stack.shape[2]
-        if any(side % FP8_BLOCK for side in sides):
-            return f"needs matrices of whole blocks of 128 by 128, found {sides[0]} by {sides[1]}"
-        return None
-
-    def faster(self, schedule: Schedule, low: LowRankTerm | None, *, swiglu: bool) -> bool:
-        """False: it multiplies quantised rows only."""
-        return False
-
-    def matmul(
-        self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, transposed: bool, swiglu: bool
-    ) -> Array:
-        """As `CodedProducts.matmul`, of quantised rows."""
-        if not transposed:
-            stack, offset = swapped(stack, offset, schedule.first_tile.shape[0]), 0
+    def quantized_matmul(
+        self, rows: QuantizedRows, stack: FP8Stack, schedule: Schedule, offset: Any, *, swiglu: bool
+    ) -> Float[Array, "P out"]:
+        """As `QuantizedProducts.quantized_matmul`."""
         return grouped_matmul(rows, stack, schedule.spans[SMALL], offset, swiglu=swiglu)
 
 
-def swapped(stack: FP8Stack, offset: Any, experts: int) -> FP8Stack:
-    """One layer's matrices, transposed: wgmma reads 8-bit operands with the contraction as the inner dimension only."""
-    layer = tuple(lax.dynamic_slice_in_dim(array, offset, experts) for array in (stack.codes, stack.scales))
-    codes, scales = lax.optimization_barrier(layer)  # else XLA transposes all layers before their loop, and holds them
-    scales = scales.reshape(experts, 1, -1, scales.shape[-1])  # the blocks of gate and of up follow each other
-    _, out, inner = stack.shape
-    return FP8Stack(codes.swapaxes(-1, -2), scales.swapaxes(-1, -2), (experts, inner, out), stack.dtype)
-
-
-HOPPER_FP8 = HopperFP8()
+ROWS_IN_FP8 = RowsInFP8()
