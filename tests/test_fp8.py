@@ -52,6 +52,7 @@ from tests.tolerances import bound
 
 # blocks of several rows and columns, the last ones smaller; no expert's gate ends where a block would
 WIDE = MIXED.replace(num_hidden_layers=2, mlp_only_layers=(1,), hidden_size=192, intermediate_size=160)
+EVEN = WIDE.replace(hidden_size=256, moe_intermediate_size=128)  # all of whose experts' blocks are whole
 SHAPES = ((128, 128), (256, 384), (200, 130), (3, 65, 300))
 
 
@@ -335,6 +336,14 @@ def test_the_forecast_counts_the_arrays(folder: pathlib.Path) -> None:
     parts = {part.name: part.bytes for part in training_forecast(work).parts}
     assert parts["parameters (fp8)"] == sum(array.nbytes for array in model.params.values())
     assert parts["decoded weights"] > 0
+    # on Hopper the kernels decode the experts themselves, with rows in FP8, too; projections are decoded first
+    on_hopper = dataclasses.replace(work, config=EVEN, experts="mosaic", quantization=None)
+
+    def decoded(name: Any) -> int:
+        forecast = training_forecast(dataclasses.replace(on_hopper, fp8_products=name))
+        return sum(part.bytes for part in forecast.parts if part.name == "decoded weights")
+
+    assert decoded("registers") == decoded("mosaic") < decoded("decoded") == decoded("xla")
 
 
 @pytest.mark.parametrize("command", ["generate", "capture"])

@@ -6,6 +6,7 @@ On a GPU the kernel runs and gives the bits of decoded weights; so does the mixt
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from jaxmoe.fp8.codec import E4M3
 from jaxmoe.fp8.stack import FP8Stack
+from jaxmoe.ops import implementations
 from jaxmoe.ops.experts import ExpertWeights, sorted_experts
 from jaxmoe.ops.grouped_matmul import LowRankTerm
 from jaxmoe.ops.implementations import forced
@@ -27,6 +29,7 @@ from jaxmoe.ops.low_rank import Adapter
 from jaxmoe.ops.router import route
 from jaxmoe.ops.schedule import make_schedule
 from tests.parity import relative_error
+from tests.test_implementations import HOPPER as HOPPER_CARD
 from tests.test_kernels import needs_kernels, normal, on_gpu, scheduled, skewed, translated
 from tests.tolerances import bound
 
@@ -166,35 +169,54 @@ def test_products_have_the_bits_of_decoded_weights(tokens: int, case: str) -> No
     assert not (product(0, "registers") == expected).all()
 
 
-@needs_kernels
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [60, 900])
-@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
-def test_the_mixture_with_rows_in_fp8(tokens: int, adapted: bool) -> None:
-    """Value, gradient of x and of down's adapter: those of the oracle, which are not those of rows in 16 bits."""
+def mixture(tokens: int, adapted: bool) -> tuple[Callable[[Any, Any], tuple[Any, Any]], Any, Any]:
+    """(A function of x and of an adapter on `down`, which gives the mixture and both gradients; x; the adapter)."""
     E, k, D, F, rank = 8, 2, 512, 256, 4
     rng = np.random.default_rng(tokens)
     x, d_out, gate = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((tokens, D),) * 2 + ((E, D),))
-    x = x.astype(jnp.bfloat16)
-    lora_A, lora_B = (
-        jnp.asarray(rng.standard_normal(shape) * 0.05, jnp.float32) for shape in ((E, rank, F), (E, D, rank))
-    )
+    lora = [jnp.asarray(rng.standard_normal(shape) * 0.05, jnp.float32) for shape in ((E, rank, F), (E, D, rank))]
     held = random_stack(2 * E, 2, F, D), random_stack(2 * E, 1, D, F)
     held = [dataclasses.replace(stack, scales=stack.scales * 0.01) for stack in held]
-    routing = route(x.astype(jnp.float32), gate, num_experts_per_tok=k, norm_topk_prob=True)
+    routing = route(x, gate, num_experts_per_tok=k, norm_topk_prob=True)
 
     def run(x: Any, lora: Any) -> Any:
         weights = ExpertWeights(held[0], held[1], E, trainable=False)
         return sorted_experts(x, routing, weights, None, Adapter(lora[0], lora[1], 0.5) if adapted else None)
 
+    def value_and_gradients(x: Any, lora: Any) -> tuple[Any, Any]:
+        value, pull = jax.vjp(run, x, lora)
+        d_x, d_lora = pull(d_out)
+        return value, (d_x, d_lora if adapted else ())
+
+    return value_and_gradients, x.astype(jnp.bfloat16), lora
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [60, 900])
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
+def test_the_mixture_with_rows_in_fp8(tokens: int, adapted: bool) -> None:
+    """Value and gradients are those of the oracle, which are not those of rows in 16 bits."""
+    run, *operands = mixture(tokens, adapted)
+
     def found(name: str) -> list[np.ndarray]:
         with forced(fp8_products=name):
-            value, pull = jax.vjp(jax.jit(run), x, (lora_A, lora_B))
-            d_x, d_lora = pull(d_out)
-            return [np.asarray(a, np.float32) for a in (value, d_x, *(d_lora if adapted else ()))]
+            return [np.asarray(a, np.float32) for a in jax.tree.leaves(jax.jit(run)(*operands))]
 
     for ours, oracle, unquantised in zip(found("mosaic"), found("xla"), found("registers"), strict=True):
         assert relative_error(ours, oracle) <= bound("mixture_bf16") < relative_error(ours, unquantised)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("adapted", "in_fp8"), [(False, 2), (True, 1)], ids=["frozen", "adapted"])
+def test_which_products_have_rows_in_fp8(adapted: bool, in_fp8: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four, those that go forwards without a low-rank term; the others decode in registers."""
+    monkeypatch.setattr(implementations, "default_device", lambda: HOPPER_CARD)
+    run, *operands = mixture(60, adapted)
+    with forced(fp8_products="mosaic", swiglu_gradient="xla"):
+        program = str(jax.make_jaxpr(run)(*operands))
+    kernels = [program.count(f"name=grouped_matmul_{name}\n") for name in ("fp8", "e4m3")]
+    assert kernels == [in_fp8, 4 - in_fp8]
 
 
 def test_which_products_decode_in_registers() -> None:

@@ -1,9 +1,9 @@
 """A trained checkpoint with wider matrices that computes the same: `python -m tests.parity.widen SOURCE TARGET`.
 
-The kernel that decodes NF4 in the experts' products needs matrices whose sides are multiples of 128; the trained models
-of the suites are narrower. Here their hidden state is turned into a wider space by a random matrix with orthonormal
-columns, norms' weights move into the matrices behind them, and neurons of experts are repeated, their outputs shared.
-No weight becomes zero. The new weights are rounded once, so the models agree up to rounding.
+The kernels that decode NF4 and FP8 in the experts' products need matrices whose sides are multiples of 128; the trained
+models of the suites are narrower. Here their hidden state is turned into a wider space by a random matrix with
+orthonormal columns, norms' weights move into the matrices behind them, and neurons of experts are repeated, their
+outputs shared. No weight becomes zero. The new weights are rounded once, so the models agree up to rounding.
 """
 
 from __future__ import annotations
