@@ -24,9 +24,9 @@ def draw(key: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape)
 
 
-def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def made_up_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (8, 0)) -> None:
     """Lets a kernel be chosen without a GPU; the test makes it run in the interpreter."""
-    monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", (8, 0)))
+    monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", capability))
 
 
 def step(sizes: dict[str, int], choices: dict[str, str], *, unroll: bool = False) -> tuple[int, Any]:

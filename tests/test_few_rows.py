@@ -23,10 +23,12 @@ from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops.few_rows import GATHERED, Rows
 from jaxmoe.ops.implementations import forced
 from jaxmoe.ops.kernels import cached_attention, few_rows
+from jaxmoe.ops.kernels.grouped_matmul import hopper_e4m3
 from jaxmoe.ops.router import largest_by_rank
 from peers.configs import config_of
 from tests.parity import relative_error
 from tests.row_kernels import INTERPRETED, draw, made_up_gpu
+from tests.test_kernels import needs_kernels
 from tests.tolerances import bound
 
 KERNELS = ((cached_attention, "attend"), (few_rows, "products"))
@@ -121,6 +123,19 @@ def test_what_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert few_rows.unsupported(jnp.bfloat16, in_fp8(1)) is None
     made_up_gpu(monkeypatch)  # of compute capability 8.0
     assert "no instructions for FP8" in str(few_rows.unsupported(jnp.bfloat16, in_fp8(1)))
+
+
+@needs_kernels
+def test_how_many_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where grouped products decode FP8 in registers, they are faster with fewer rows than elsewhere."""
+    monkeypatch.setattr(hopper_e4m3, "_small_case", lambda: None)
+    fp8, most = in_fp8(1, out=128), few_rows.KERNEL.most_rows
+    made_up_gpu(monkeypatch, (8, 9))
+    assert most(fp8) == most(STACKS["16 bit"]()) == 32
+    made_up_gpu(monkeypatch, (9, 0))
+    assert (most(STACKS["16 bit"]()), most(STACKS["NF4"]()), most(fp8)) == (32, 32, 3)
+    with forced(fp8_products="decoded"):
+        assert most(fp8) == 32
 
 
 def test_ranks_choose_as_top_k_does() -> None:

@@ -111,7 +111,7 @@ def sorted_experts(
     offset = jnp.asarray(weights.offset, jnp.int32)
     one_by_one = one_by_one and any(isinstance(stack, QuantizedStack) for stack in stacks)
     plan = _Plan(products, weights.trainable, in_scan, one_by_one)
-    few = choose("few_rows", x.dtype, *stacks).value.most_rows if mesh["expert"] == 1 else 0
+    few = choose("few_rows", x.dtype, *stacks).value.most_rows(*stacks) if mesh["expert"] == 1 else 0
     experts = routing.experts if not weights.trainable and x.shape[0] <= few else None
     return _mixture(x, routing.weights, stacks, offset, adapters, dispatch, adapted, experts, plan)
 

@@ -97,12 +97,25 @@ def unsupported_by_kernels(dtype: Any, stack: Any) -> str | None:
     return None
 
 
+def most_rows_of_kernels(stacks: Sequence[Any]) -> int:
+    """For how many rows of x a kernel of few rows is the fastest way to multiply by these stacks.
+
+    With more, rows are sorted by expert, and projections are plain products. In FP8, on a card whose grouped products
+    decode e4m3 in registers, that was already faster for 4 rows (docs/log); 2 and 3 were not measured.
+    """
+    in_registers = lambda stack: implementations.choose("fp8_products", stack.dtype, stack).name != "decoded"
+    return 3 if any(isinstance(stack, FP8Stack) and in_registers(stack) for stack in stacks) else 32
+
+
 @runtime_checkable
 class FewRows(Protocol):
     """One implementation of the products of few rows."""
 
-    most_rows: int  # with more rows of x, sorting them by expert is as fast
     shares_launch: bool  # projections, too, are faster with it
+
+    def most_rows(self, *stacks: Any) -> int:
+        """The most rows of x for which it is the fastest way to multiply by these stacks."""
+        ...
 
     def unsupported(self, dtype: Any, *stacks: Any) -> str | None:
         """Why it cannot multiply rows of this dtype with these stacks, or None."""
@@ -132,8 +145,11 @@ class FewRows(Protocol):
 class Gathered:
     """The implementation "xla": one product after the other, each with its own matrix."""
 
-    most_rows = 1
     shares_launch = False
+
+    def most_rows(self, *stacks: Any) -> int:
+        """One: the products of several would follow each other."""
+        return 1
 
     def unsupported(self, dtype: Any, *stacks: Any) -> str | None:
         """None: it runs anywhere."""

@@ -84,7 +84,7 @@ def layer_slice(stack: Array, slot: Array | int) -> Array:
 def _few_rows(x: Array, stacks: Sequence[Any]) -> FewRows | None:
     """The implementation of products of few rows, if x has few and it is faster for them than a plain product."""
     kernel: FewRows = choose("few_rows", x.dtype, *stacks).value
-    return kernel if kernel.shares_launch and x.size // x.shape[-1] <= kernel.most_rows else None
+    return kernel if kernel.shares_launch and x.size // x.shape[-1] <= kernel.most_rows(*stacks) else None
 
 
 def logits_of_few(

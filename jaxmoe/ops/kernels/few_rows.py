@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
-from jaxmoe.ops.few_rows import Rows, matrices_of, unsupported_by_kernels
+from jaxmoe.ops.few_rows import Rows, matrices_of, most_rows_of_kernels, unsupported_by_kernels
 from jaxmoe.parameters import FP8_BLOCK, NF4_BLOCK, NF4_NESTED_BLOCK
 from jaxmoe.quantized_stack import QuantizedStack
 
@@ -385,8 +385,11 @@ def _finish(halves: Sequence[Array], dtype: Any) -> Array:
 class Kernel:
     """The implementation "triton" of products of few rows."""
 
-    most_rows = 32
     shares_launch = True
+
+    def most_rows(self, *stacks: Any) -> int:
+        """As `most_rows_of_kernels`."""
+        return most_rows_of_kernels(stacks)
 
     def unsupported(self, dtype: Any, *stacks: Any) -> str | None:
         """Why it cannot multiply rows of this dtype with these stacks, or None."""

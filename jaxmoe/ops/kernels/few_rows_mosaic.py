@@ -31,7 +31,7 @@ from jaxmoe.fp8.stack import FP8Stack
 from jaxmoe.nf4.codec import NF4_TABLE
 from jaxmoe.nf4.stack import NF4Stack
 from jaxmoe.ops import small_case
-from jaxmoe.ops.few_rows import GATHERED, Rows, matrices_of, unsupported_by_kernels
+from jaxmoe.ops.few_rows import GATHERED, Rows, matrices_of, most_rows_of_kernels, unsupported_by_kernels
 from jaxmoe.ops.kernels import ampere, row_tiles
 from jaxmoe.ops.kernels.row_tiles import across, load, rows_of
 from jaxmoe.parameters import FP8_BLOCK, NF4_BLOCK, NF4_NESTED_BLOCK
@@ -382,8 +382,11 @@ def _fp8(codes: Array, scales: Any, shape: tuple[int, int], dtype: Any) -> Array
 class Kernel:
     """The implementation "mosaic" of products of few rows."""
 
-    most_rows = 32
     shares_launch = True
+
+    def most_rows(self, *stacks: Any) -> int:
+        """As `most_rows_of_kernels`."""
+        return most_rows_of_kernels(stacks)
 
     def unsupported(self, dtype: Any, *stacks: Any) -> str | None:
         """Why it cannot multiply rows of this dtype with these stacks, or None; on a GPU it first runs small cases."""
