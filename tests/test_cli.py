@@ -71,7 +71,14 @@ def test_every_kind_of_field() -> None:
             "program: argument --dtype: expected one of float32, bfloat16; found 'int8'\n",
         ),
         (["--model", "m", "--widths", "1,x"], "program: argument --widths: expected a whole number, found 'x'\n"),
-        (["--model", "m", "--step", "1"], "program: unrecognized arguments: --step 1\n"),
+        (
+            ["--model", "m", "--step", "1"],
+            "program: unrecognized arguments: --step 1; did you mean --steps instead of --step?\n",
+        ),
+        (
+            ["--modle=m"],
+            "program: the following arguments are required: --model; did you mean --model instead of --modle?\n",
+        ),
         (["--model", "m", "--state", "1"], "program: unrecognized arguments: --state 1\n"),
     ],
 )
@@ -81,6 +88,17 @@ def test_a_bad_flag_is_one_line_and_exit_2(
     with pytest.raises(SystemExit) as stopped:
         parse(*arguments)
     assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", message)
+
+
+def test_a_command_names_the_flag_that_an_unknown_one_resembles(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = cli.ArgumentParser(prog="program")
+    commands = parser.add_subparsers(dest="command")
+    cli.add_dataclass_arguments(commands.add_parser("one"), Options)
+    commands.add_parser("other").add_argument("--stepz")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["one", "--model", "m", "--step", "1", "--nothing"])
+    message = "program: unrecognized arguments: --step 1 --nothing; did you mean --steps instead of --step?\n"
     assert capsys.readouterr() == ("", message)
 
 

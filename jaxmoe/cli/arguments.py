@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import io
 import math
@@ -49,7 +50,12 @@ def program_name() -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser with exact flag names, whose errors are one line (`program: message`) and exit code 2."""
+    """argparse's parser with exact flag names, whose errors are one line (`program: message`) and exit code 2.
+
+    The line ends with the flags that unknown ones resemble.
+    """
+
+    _given: Sequence[str] = ()  # what is being parsed
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("prog", program_name())
@@ -58,8 +64,25 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.register("type", pathlib.Path, _path)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USER_ERROR, f"{self.prog}: {_one_line(message)}\n")
+        self.exit(EXIT_USER_ERROR, f"{self.prog}: {_one_line(message + self._similar_flags())}\n")
+
+    def _similar_flags(self) -> str:
+        known = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for name in set(self._given) & set(action.choices):
+                    known |= set(action.choices[name]._option_string_actions)
+        flags = [text.partition("=")[0] for text in self._given if text.startswith("--") and " " not in text]
+        pairs = []
+        for flag in flags:
+            if flag not in known:
+                pairs += [f"{near} instead of {flag}" for near in difflib.get_close_matches(flag, known, 1, 0.75)]
+        return f"; did you mean {', '.join(pairs)}?" if pairs else ""
 
 
 def flag_kinds(cls: type) -> dict[str, Any]:
