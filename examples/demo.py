@@ -139,8 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not after < before:
         raise UserError(f"demo: FAILED: expected the held-out loss to fall, found {before:.3f} -> {after:.3f}")
     print(
-        f"\nLook at {output}: {adapter.name}/ (PEFT adapter, metrics, TensorBoard), {merged.name}/ (HF model), "
-        f"{picture.name}\n"
+        f"\nLook at {output}: {adapter.name}/report.html (the page of the run: losses, load of the experts), "
+        f"{adapter.name}/ (PEFT adapter, metrics, TensorBoard), {merged.name}/ (HF model), {picture.name}\n"
         f"demo: PASSED in {demo.seconds():.0f} s, peak memory {peak_memory() / 2**30:.1f} GiB; "
         f"held-out loss {before:.3f} -> {after:.3f}; transformers and PEFT give the same logits"
     )

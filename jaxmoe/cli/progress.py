@@ -121,13 +121,12 @@ class TrainingProgress:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TextColumn("{task.fields[speed]} tokens/s"),
+                TextColumn("{task.fields[state]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
             ]
-            self._bar = _Bar(*columns, total=total, completed=done, loss="-", speed="-")
+            self._bar = _Bar(*columns, total=total, completed=done, state="compiling")
 
     def step(self, numbers: dict[str, Any], *, logged: bool) -> None:
         """Shows one finished step; `numbers` are those of metrics.jsonl."""
@@ -135,15 +134,15 @@ class TrainingProgress:
             self._start = time.perf_counter(), numbers["step"]  # the first step is mostly compilation
         start, first = self._start
         done, speed = numbers["step"], numbers["tokens_per_second"]
-        shown = "-" if speed is None else f"{speed:,.0f}"
+        loss, pace = f"loss {numbers['loss']:.4f}", "" if speed is None else f"  {speed:,.0f} tokens/s"
         if self._bar is not None:
-            self._bar.update(completed=done, loss=f"{numbers['loss']:.4f}", speed=shown)
+            self._bar.update(completed=done, state=loss + pace)
         elif logged:
-            line = f"step {done}/{self._total}  loss {numbers['loss']:.4f}  lr {numbers['learning_rate']:.2e}"
-            line += f"  grad norm {numbers['grad_norm']:.3f}  {shown} tokens/s"
+            line = f"step {done}/{self._total}  {loss}  lr {numbers['learning_rate']:.2e}"
+            line += f"  grad norm {numbers['grad_norm']:.3f}{pace}"
             if done > first:
-                pace = (time.perf_counter() - start) / (done - first)
-                line += f"  {_clock(pace * (self._total - done))} left"
+                seconds = (time.perf_counter() - start) / (done - first)
+                line += f"  {_clock(seconds * (self._total - done))} left"
             print_line(line)
 
     def say(self, text: str) -> None:
