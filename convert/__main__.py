@@ -1,4 +1,4 @@
-"""Converts checkpoints and adapters between HF or PEFT and JAX, and shows what a folder holds."""
+"""Convert checkpoints and adapters between HF or PEFT and JAX, and show what a folder holds."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str, source: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         sub.add_argument("src", type=path_name, metavar="SRC", help=source)
         sub.add_argument("dst", type=path_name, metavar="DST", help="folder to write; must be new or empty")
         return sub
 
-    sub = command("hf2jax", "Converts an HF checkpoint into a converted folder.", "HF folder or hub id")
+    sub = command("hf2jax", "convert an HF checkpoint into a converted folder", "HF folder or hub id")
     sub.add_argument("--dtype", choices=DTYPES, help="cast every tensor (default: each keeps its dtype)")
     sub.add_argument(
         "--quantize", choices=("nf4", "fp8"), help="store projections, dense MLPs and experts in 4 or 8 bits"
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="decode weights in FP8 to the dtype in config.json, weights in NF4 to theirs before quantisation",
     )
-    sub = command("jax2hf", "Converts a converted folder into an HF checkpoint.", "converted folder")
+    sub = command("jax2hf", "convert a converted folder into an HF checkpoint", "converted folder")
     sub.add_argument("--adapter", type=path_name, metavar="DIR", help="adapter to merge, PEFT or converted")
     sub.add_argument(
         "--dequantize",
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a safetensors file (default: 5GB)"
     )
-    sub = command("peft2jax", "Converts a PEFT adapter into a converted adapter.", "PEFT adapter folder or hub id")
+    sub = command("peft2jax", "convert a PEFT adapter into a converted adapter", "PEFT adapter folder or hub id")
     sub.add_argument(
         "--model", type=path_name, metavar="DIR", help="base model, HF or converted (default: the one named in SRC)"
     )
@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="layout of the experts' tensors (default: names, shapes and PEFT's version tell); peft: as PEFT writes "
         "it, 0.19 and later if no version is given; unsloth: lora_B as Unsloth wrote it before September 2026",
     )
-    sub = command("jax2peft", "Converts a converted adapter into a PEFT adapter.", "converted adapter folder")
+    sub = command("jax2peft", "convert a converted adapter into a PEFT adapter", "converted adapter folder")
     sub.add_argument(
         "--layout",
         choices=("peft", "per-expert", "stacked"),
@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="layout of the experts' tensors; per-expert: what vLLM and SGLang load, one adapter per expert and "
         "projection; stacked: one 3-D tensor per layer, for SGLang (default: peft)",
     )
-    sub = commands.add_parser("inspect", help="Shows what a folder holds.", description="Shows what a folder holds.")
+    sub = commands.add_parser("inspect", help="show what a folder holds", description="Show what a folder holds.")
     sub.add_argument(
         "path",
         type=path_name,

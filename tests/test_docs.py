@@ -226,6 +226,13 @@ def test_the_reference_has_every_public_name() -> None:
     assert sorted(names - listed) == ["jaxmoe.Qwen3MoeConfig"], "jaxmoe.config has it"
 
 
+def test_usage_names_the_variable_of_every_operation() -> None:
+    from jaxmoe.ops.implementations import OPERATIONS
+
+    forcing = read("docs/usage.md").partition("## Forcing an implementation\n")[2].partition("\n## ")[0]
+    assert {f"JAXMOE_{name.upper()}" for name in OPERATIONS} <= set(re.findall(r"`(JAXMOE_\w+)`", forcing))
+
+
 def test_the_picture_is_that_of_the_walls() -> None:
     from docs.draw_architecture import BARS, PICTURE, PLACES, draw
     from tests.test_walls import MODULES

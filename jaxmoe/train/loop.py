@@ -287,9 +287,9 @@ class CompiledSteps:
         shapes, trainable = plan.source.shapes
         # The new state lies like the old one. What lies in the host's memory, the step puts there itself.
         everywhere = plan.model.placement.everywhere
-        lie = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None, state)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None, state)
         step = make_train_step(plan.model, optimizer, rate, plan.objective)
-        train_step = jax.jit(step, donate_argnums=1, out_shardings=(lie, everywhere))
+        train_step = jax.jit(step, donate_argnums=1, out_shardings=(shardings, everywhere))
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         frozen, batch = plan.fed(shapes, plan.batch(0))
         self._train = self._begin(train_step, frozen, state, batch)
