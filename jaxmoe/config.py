@@ -347,8 +347,19 @@ class Qwen3MoeConfig:
 
     @classmethod
     def from_pretrained(cls, path: str | pathlib.Path) -> Qwen3MoeConfig:
-        """Reads `config.json` in the folder `path` (an HF folder or a converted one)."""
-        return read_config(pathlib.Path(path) / "config.json")[0]
+        """Reads `config.json` in the folder `path` (an HF folder or a converted one).
+
+        Raises:
+            ConfigError: as `read_config`; what is not a model's folder is named, with the way out.
+        """
+        folder = pathlib.Path(path)
+        if not folder.is_dir():
+            way_out = f"; a model of the hub is first converted: python -m convert hf2jax {folder} FOLDER"
+            is_hub_id = not folder.is_absolute() and len(folder.parts) == 2
+            raise ConfigError(f"{folder}: expected a model folder, found none{way_out if is_hub_id else ''}")
+        if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+            raise ConfigError(f"{folder}: expected a model folder, found an adapter; its base model belongs here")
+        return read_config(folder / "config.json")[0]
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary that transformers 5 writes for this model."""

@@ -379,6 +379,28 @@ def test_a_wrong_lora_configuration_is_named(arguments: dict[str, Any], field: s
         LoraConfig(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("/nowhere/at all", "^/nowhere/at all: expected a model folder, found none$"),
+        ("Qwen/Qwen3-30B-A3B", "found none; a model of the hub is first converted: python -m convert hf2jax Qwen/Qwen"),
+        ("file", "file: expected a model folder, found none$"),
+        ("run", "run: expected a model folder, found an adapter; its base model belongs here$"),
+        ("empty", "file not found: .*config.json$"),
+    ],
+)
+def test_what_is_no_model_folder_is_named(
+    name: str, found: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", "empty"):
+        pathlib.Path(folder).mkdir()
+    pathlib.Path("file").touch()
+    pathlib.Path("run/adapter_config.json").touch()
+    with pytest.raises(ConfigError, match=found):
+        Qwen3MoeConfig.from_pretrained(name)
+
+
 def test_targets_that_the_model_lacks_are_named() -> None:
     for name, target in (("plain", "gate_proj"), ("all_dense", "gate"), ("all_dense", "experts.down_proj")):
         with pytest.raises(ConfigError, match=re.escape(target)):

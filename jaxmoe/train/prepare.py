@@ -309,8 +309,6 @@ def _model_config(settings: TrainConfig) -> Qwen3MoeConfig:
     if settings.from_scratch is not None:
         return read_config(settings.from_scratch)[0]
     assert settings.model is not None
-    if not settings.model.is_dir():
-        raise UserError(f"{settings.model}: expected a model folder, found none")
     return Qwen3MoeConfig.from_pretrained(settings.model)
 
 
