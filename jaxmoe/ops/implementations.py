@@ -243,17 +243,12 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
     },
     "norm_rotary": {
-        "triton": Implementation(
-            "Pallas Triton kernel, one pass each way",
-            _runs_pallas_triton,
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel, one pass each way",
+            _needs_capability((8, 0)),
             "jaxmoe.ops.kernels.norm_rotary:ONE_PASS",
         ),
         "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere, "jaxmoe.ops.rotary:TWO_STEPS"),
-        "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel, one pass each way, by name only",
-            _needs_capability((8, 0)),
-            "jaxmoe.ops.kernels.norm_rotary_mosaic:ONE_PASS",
-        ),
     },
     "swiglu_gradient": {
         "triton": Implementation(
