@@ -1,7 +1,7 @@
 """The k most probable experts of each token, in Pallas Mosaic GPU: a tile of scores stays in registers.
 
-XLA sorts all scores of a token. Here the largest is found and removed, k times. It is selected by name only: logits
-with this kernel and `row_copies` differ from those without (docs/log).
+XLA sorts all scores of a token. Here the largest is found and removed, k times. The result lies in memory token by token,
+as that of XLA's sort does: with another layout XLA adds up a token's weights in another order, and their last bits change.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def top_experts(scores: Float[Array, "M E"], count: int, interpret: Any = None) 
             largest = across(jnp.max(left, axis=1), (rows, E), 0)
             found = jnp.max(jnp.where(left == largest, before_end, 0.0), axis=1)  # the first of equal ones
             # Nothing equals NaN; the bound keeps the index a valid one.
-            ampere.store(jnp.minimum(E - found, E - 1.0).astype(jnp.int32), out.at[number, own])
+            ampere.store(jnp.minimum(E - found, E - 1.0).astype(jnp.int32), out.at[own, number])
             left = jnp.where(before_end == across(found, (rows, E), 0), -jnp.inf, left)
 
-    out = jax.ShapeDtypeStruct((count, M), jnp.int32)
-    return ampere.launch("top_experts", body, out, [], {"tile": M // rows}, interpret)(scores).T
+    out = jax.ShapeDtypeStruct((M, count), jnp.int32)
+    return ampere.launch("top_experts", body, out, [], {"tile": M // rows}, interpret)(scores)
 
 
 class Top:
