@@ -52,8 +52,7 @@ def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_
         ("context attention", "tiles"),
         ("grouped matmul", grouped_matmul),
         ("fp8 products", "registers" if grouped_matmul == "mosaic" else "decoded"),
-        ("row copies", "xla"),
-        ("top experts", "xla"),
+        *((what, "mosaic" if grouped_matmul == "mosaic" else "xla") for what in ("row copies", "top experts")),
         ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
         *((what, row_kernels) for what in ROW_KERNELS),
     }

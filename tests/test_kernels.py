@@ -362,6 +362,22 @@ def test_the_largest_scores_of_which_many_are_equal(experts: int, count: int) ->
     assert np.array_equal(found, jax.lax.top_k(scores, count)[1])
 
 
+@needs_kernels
+def test_the_small_cases_of_rows_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run before the kernels are chosen; the controls: two rows exchanged, and ties that go to the last."""
+    from jaxmoe.ops.kernels import row_copies, top_experts
+
+    copy_rows, largest = row_copies.copy_rows, top_experts.top_experts
+    assert row_copies.small_case_error(256, "bfloat16", interpreter()) == 0
+    assert top_experts.small_case_error(128, 8, interpreter()) == 0
+    turned = lambda x, *rest: copy_rows(x.at[:2].set(jnp.flip(x[:2], 0)), *rest)
+    monkeypatch.setattr(row_copies, "copy_rows", turned)
+    last = lambda scores, *rest: scores.shape[1] - 1 - largest(jnp.flip(scores, 1), *rest)
+    monkeypatch.setattr(top_experts, "top_experts", last)
+    assert row_copies.small_case_error(256, "bfloat16", interpreter()) == np.inf
+    assert top_experts.small_case_error(128, 8, interpreter()) == np.inf
+
+
 def test_what_rows_cannot_be_copied() -> None:
     from jaxmoe.ops.kernels.row_copies import unsupported
 

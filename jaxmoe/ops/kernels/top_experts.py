@@ -6,6 +6,7 @@ as that of XLA's sort does: with another layout XLA adds up a token's weights in
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.ops import small_case
 from jaxmoe.ops.kernels import ampere
 from jaxmoe.ops.kernels.row_tiles import across, layout, load, plgpu, rows_of
 
@@ -64,12 +66,31 @@ class Top:
     """The implementation "mosaic" of the choice of experts."""
 
     def unsupported(self, scores: Any, count: int) -> str | None:
-        """As the function `unsupported`."""
-        return unsupported(scores, count)
+        """As the function `unsupported`; on a GPU it first runs a small case."""
+        if (why := unsupported(scores, count)) is not None or jax.default_backend() != "gpu":
+            return why
+        return _small_case(scores.shape[1], count)
 
     def __call__(self, scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:
         """As `top_experts`."""
         return top_experts(scores, count)
+
+
+@cache
+def _small_case(experts: int, count: int) -> str | None:
+    return small_case.why_not(partial(small_case_error, experts, count), f"{count} of {experts} scores")
+
+
+def small_case_error(experts: int, count: int, interpret: Any = None) -> float:
+    """Infinite unless the indices are those of `jax.lax.top_k` for scores of which many are equal, otherwise 0."""
+    scores = jax.random.randint(jax.random.key(0), (rows_of(experts), experts), 0, experts // 4) / 7.0
+
+    @jax.jit
+    def error(scores: Array) -> Array:
+        same = jnp.array_equal(top_experts(scores, count, interpret), jax.lax.top_k(scores, count)[1])
+        return jnp.where(same, 0.0, jnp.inf)
+
+    return float(error(scores))
 
 
 TOP = Top()
