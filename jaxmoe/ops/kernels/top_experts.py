@@ -1,7 +1,8 @@
 """The k most probable experts of each token, in Pallas Mosaic GPU: a tile of scores stays in registers.
 
-XLA sorts all scores of a token. Here the largest is found and removed, k times. The result lies in memory token by token,
-as that of XLA's sort does: with another layout XLA adds up a token's weights in another order, and their last bits change.
+XLA sorts all scores of a token. Here the largest is found and removed, k times. The result lies in memory token by
+token, as that of XLA's sort does: with another layout XLA adds up a token's weights in another order, and their last
+bits change.
 """
 
 from __future__ import annotations
