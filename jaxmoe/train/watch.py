@@ -33,7 +33,7 @@ from jaxmoe.train.step import Model, ProbeRouting
 
 MOST_BYTES = 2**30  # of the base's routing: 64 sequences of 512 tokens of Qwen3-30B-A3B take 0.8 of it
 TILE = 128  # tokens
-PASSES = 3.3  # forward passes that take as long as a step: 362 ms by 110 ms, LoRA, 2 x 4096 (docs/performance.md)
+PASSES = 3.7  # forward passes that take as long as a step: 368 ms by 98 ms, LoRA, 2 x 4096 (docs/performance.md)
 MOST_SHARE = 0.02  # of the training time that measuring may take without a word
 CHANGED, DIVERGENCE, LOAD_CV, DEAD = "routing_changed", "routing_divergence", "routing_load_cv", "routing_dead_experts"
 
@@ -75,6 +75,8 @@ class Watch:
         model = plan.model._replace(packed=probe.packed)
         self._routing = jax.jit(make_routing_step(model, adapted=True))
         self._compared = jax.jit(make_comparing_step(model))
+        placement = model.placement
+        self._lies = jax.tree.map(placement.sharding, _specs(model)) if model.mesh.size > 1 else None
         self.notices = _notices(plan, probe, size * self._count)
         self.seconds = 0.0  # that measuring took so far
         self._base: list[ProbeRouting] = []
@@ -96,8 +98,10 @@ class Watch:
         started, parts = time.perf_counter(), []
         for batch, base in zip(self._batches(), self._base, strict=True):
             arrays, fed = self._plan.fed(frozen, batch)
-            # Two programs: the base's routing is copied to the device while the first one runs.
-            parts.append(self._compared(self._routing(arrays, trainable, fed), base, batch.segment_ids))
+            # Sent before the pass begins, and copied while it runs: memory of a GPU that is taken later may only be
+            # written to when the pass is over.
+            fed, base = jax.device_put(fed), jax.device_put(base, self._lies)
+            parts.append(self._compared(self._routing(arrays, trainable, fed), base, fed.segment_ids))
             jax.block_until_ready(parts[-2:-1])  # the device holds the routing of two batches at most
         sums = [np.asarray(np.sum(each, axis=0, dtype=np.float64)) for each in zip(*jax.device_get(parts), strict=True)]
         self.seconds += time.perf_counter() - started
