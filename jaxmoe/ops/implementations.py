@@ -184,20 +184,20 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
     },
     "row_copies": {
-        "xla": Implementation("a gather", _anywhere, "jaxmoe.ops.schedule:GATHER"),
         "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel that reads a token's row once, where nothing reads padding, by name only",
+            "Pallas Mosaic GPU kernel that reads a token's row once, where nothing reads padding",
             _needs_capability((9, 0), (10, 0)),
             "jaxmoe.ops.kernels.row_copies:COPIES",
         ),
+        "xla": Implementation("a gather", _anywhere, "jaxmoe.ops.schedule:GATHER"),
     },
     "top_experts": {
-        "xla": Implementation("a sort", _anywhere, "jaxmoe.ops.router:SORT"),
         "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel that takes the largest score k times, in registers, by name only",
-            _needs_capability((8, 0)),
+            "Pallas Mosaic GPU kernel that takes the largest score k times, in registers",
+            _needs_capability((9, 0), (10, 0)),
             "jaxmoe.ops.kernels.top_experts:TOP",
         ),
+        "xla": Implementation("a sort", _anywhere, "jaxmoe.ops.router:SORT"),
     },
     "fp8_products": {
         "registers": Implementation(
