@@ -29,15 +29,23 @@ def made_up_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (
     monkeypatch.setattr(implementations, "default_device", lambda: Device("gpu", "made up", capability))
 
 
-def step(sizes: dict[str, int], choices: dict[str, str], *, unroll: bool = False) -> tuple[int, Any]:
-    """(number of Pallas kernels in a step, (its loss, gradients of the adapters)).
+def step(
+    sizes: dict[str, Any],
+    choices: dict[str, str],
+    *,
+    unroll: bool = False,
+    kernel: str = "pallas_call",
+    dtype: Any = jnp.float32,
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "experts.gate_up_proj", "experts.down_proj"),
+) -> tuple[int, Any]:
+    """(how often a step's program names `kernel`, (its loss, gradients of the adapters)).
 
-    It runs in float32, so that rounding moves no token to other experts. `choices` names implementations; attention and
-    experts run in plain JAX.
+    In 16 bits rounding would move tokens to other experts, so `sizes` has to make the layers dense there. `choices`
+    names implementations; attention and experts run in plain JAX.
     """
     config = config_of("plain").replace(**sizes, num_hidden_layers=2)
-    lora = LoraConfig(r=8, targets=("q_proj", "k_proj", "experts.gate_up_proj", "experts.down_proj"))
-    params = init_parameters(config, jax.random.key(0))
+    lora = LoraConfig(r=8, targets=targets)
+    params = init_parameters(config, jax.random.key(0), dtype)
     adapters = init_adapters(config, lora, jax.random.key(1))
     adapters = {path: array + 0.02 * draw(len(path), *array.shape) for path, array in adapters.items()}
     ids = jax.random.randint(jax.random.key(2), (2, 64), 0, config.vocab_size)
@@ -50,4 +58,4 @@ def step(sizes: dict[str, int], choices: dict[str, str], *, unroll: bool = False
 
     with forced(attention="blocks", grouped_matmul="tiled", **choices):
         both = jax.jit(jax.value_and_grad(loss))
-        return str(both.trace(adapters).jaxpr).count("pallas_call"), jax.device_get(both(adapters))
+        return str(both.trace(adapters).jaxpr).count(kernel), jax.device_get(both(adapters))

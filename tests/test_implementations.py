@@ -27,7 +27,7 @@ def nothing_forced(monkeypatch):
         monkeypatch.delenv(f"JAXMOE_{operation.upper()}", raising=False)
 
 
-ROW_KERNELS = ("cached attention", "few rows", "norm rotary", "swiglu gradient")
+TRITON_KERNELS = ("cached attention", "few rows", "swiglu gradient")
 
 
 def on(monkeypatch, device):
@@ -35,27 +35,27 @@ def on(monkeypatch, device):
 
 
 @pytest.mark.parametrize(
-    ("device", "attention", "grouped_matmul", "row_kernels"),
+    ("device", "attention", "grouped_matmul", "norm_rotary", "triton_kernels"),
     [
-        (CPU, "blocks", "tiled", "xla"),
-        (HOPPER, "cudnn", "mosaic", "triton"),
-        (BLACKWELL, "cudnn", "mma", "triton"),
-        (AMPERE, "flash", "mma", "triton"),
-        (TURING, "blocks", "tiled", "xla"),
+        (CPU, "blocks", "tiled", "xla", "xla"),
+        (HOPPER, "cudnn", "mosaic", "mosaic", "triton"),
+        (BLACKWELL, "cudnn", "mma", "mosaic", "triton"),
+        (AMPERE, "flash", "mma", "mosaic", "triton"),
+        (TURING, "blocks", "tiled", "xla", "xla"),
     ],
     ids=lambda value: value.kind if isinstance(value, Device) else value,
 )
-def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, row_kernels):
+def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, norm_rotary, triton_kernels):
     on(monkeypatch, device)
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
         ("context attention", "tiles"),
         ("grouped matmul", grouped_matmul),
         ("fp8 products", "registers" if grouped_matmul == "mosaic" else "decoded"),
-        ("row copies", "xla"),
-        ("top experts", "xla"),
+        *((what, "mosaic" if grouped_matmul == "mosaic" else "xla") for what in ("row copies", "top experts")),
         ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
-        *((what, row_kernels) for what in ROW_KERNELS),
+        ("norm rotary", norm_rotary),
+        *((what, triton_kernels) for what in TRITON_KERNELS),
     }
 
 
@@ -86,7 +86,7 @@ def test_an_experiment_is_selected_by_name_only(monkeypatch):
 def test_without_the_triton_backend_xla_takes_over(monkeypatch):
     on(monkeypatch, HOPPER)
     monkeypatch.setattr(implementations, "find_spec", lambda name: None)
-    for operation in ROW_KERNELS:
+    for operation in TRITON_KERNELS:
         choice = choose(operation.replace(" ", "_"))
         assert choice.name == "xla" and "triton needs Pallas' Triton backend, which jax" in choice.reason
 

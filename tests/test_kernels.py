@@ -212,6 +212,34 @@ def test_the_sum_of_several_products(low_rank: bool) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("transposed", [True, False], ids=["forward", "backward"])
+def test_a_linear_map_of_many_rows_runs_in_higher_spans(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jaxmoe.ops.kernels.grouped_matmul import hopper as kernel
+
+    heights, grouped_matmul = [], kernel.grouped_matmul
+
+    def noted(*operands: Any, tiles: Any, **options: Any) -> jax.Array:
+        heights.append(tiles.heights)
+        return grouped_matmul(*operands, tiles=tiles, interpret=interpreter(), **options)
+
+    rng = np.random.default_rng(7)
+    rows = 20000 if on_gpu else 300  # the last span is not full
+    shape = (192, 128) if transposed else (128, 192)
+    x, stack = normal(rng, rows, 128), normal(rng, 3, *shape)
+    low = LowRankTerm(normal(rng, rows, 64), normal(rng, 1, 192, 64) if transposed else normal(rng, 1, 64, 192))
+    others = [] if transposed else [(normal(rng, rows, 64), normal(rng, 3, 64, 192))]
+    monkeypatch.setattr(kernel, "grouped_matmul", noted)
+    found = []
+    for least in (rows + 1, rows):
+        monkeypatch.setattr(kernel, "_LARGE_LINEAR_ROWS", least)
+        options: dict[str, Any] = {"transposed": transposed, "others": others, "low": low}
+        found.append(kernel.HOPPER.linear(x, stack, jnp.int32(1), **options))
+    assert heights == [(kernel.SMALL,), (kernel.LARGE,)]
+    # The interpreter's products have the order of the CPU's sums, which depends on the number of rows.
+    assert np.array_equal(*found) if on_gpu else relative_error(*found) <= bound("kernel_bf16")
+
+
+@needs_kernels
 def test_a_wrong_group_is_seen() -> None:
     assert matmul_error("wide", True, False) <= bound("kernel_bf16")
     assert matmul_error("wide", True, False, shift=1) > 100 * bound("kernel_bf16")
@@ -360,6 +388,22 @@ def test_the_largest_scores_of_which_many_are_equal(experts: int, count: int) ->
     scores = jnp.asarray(rng.integers(0, experts // 4, (16384 if on_gpu else 32, experts)) / 7, jnp.float32)
     found = top_experts(scores, count, interpret=interpreter())
     assert np.array_equal(found, jax.lax.top_k(scores, count)[1])
+
+
+@needs_kernels
+def test_the_small_cases_of_rows_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run before the kernels are chosen; the controls: two rows exchanged, and ties that go to the last."""
+    from jaxmoe.ops.kernels import row_copies, top_experts
+
+    copy_rows, largest = row_copies.copy_rows, top_experts.top_experts
+    assert row_copies.small_case_error(256, "bfloat16", interpreter()) == 0
+    assert top_experts.small_case_error(128, 8, interpreter()) == 0
+    turned = lambda x, *rest: copy_rows(x.at[:2].set(jnp.flip(x[:2], 0)), *rest)
+    monkeypatch.setattr(row_copies, "copy_rows", turned)
+    last = lambda scores, *rest: scores.shape[1] - 1 - largest(jnp.flip(scores, 1), *rest)
+    monkeypatch.setattr(top_experts, "top_experts", last)
+    assert row_copies.small_case_error(256, "bfloat16", interpreter()) == np.inf
+    assert top_experts.small_case_error(128, 8, interpreter()) == np.inf
 
 
 def test_what_rows_cannot_be_copied() -> None:

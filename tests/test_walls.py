@@ -65,7 +65,7 @@ MODULES: dict[str, set[str]] = {
         " kernels kernels.ampere kernels.cached_attention kernels.cached_attention_mosaic kernels.few_rows"
         " kernels.few_rows_decoding kernels.few_rows_mosaic kernels.flash"
         " kernels.flash.attention kernels.flash.backward kernels.flash.block kernels.flash.forward kernels.flash.tiles"
-        " kernels.norm_rotary kernels.norm_rotary_mosaic kernels.row_copies kernels.row_tiles kernels.swiglu_gradient"
+        " kernels.norm_rotary kernels.row_copies kernels.row_tiles kernels.swiglu_gradient"
         " kernels.swiglu_gradient_mosaic kernels.top_experts kernels.grouped_matmul"
         " kernels.grouped_matmul.ampere kernels.grouped_matmul.ampere_block kernels.grouped_matmul.ampere_matmul"
         " kernels.grouped_matmul.ampere_outer kernels.grouped_matmul.ampere_tiles kernels.grouped_matmul.hopper"

@@ -114,14 +114,27 @@ def test_small_divergences_keep_their_digits() -> None:
         assert 0 < expected < step[0] ** 2 and found == pytest.approx(expected, rel=bound("small_divergence_fp32"))
 
 
+def rows_softmax(logits: np.ndarray) -> np.ndarray:
+    p = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
 def test_the_divergence_of_many_tokens_in_a_compiled_program() -> None:
     """XLA for CPUs may vectorise it there; the measure of captures says the same in float64."""
     rng = np.random.default_rng(0)
     base = (3 * rng.normal(size=(6, 4, 128, 32))).astype(np.float32)
     logits = base + (0.1 * rng.normal(size=base.shape)).astype(np.float32)
-    both = (np.exp(each.astype(np.float64)) for each in (logits, base))
-    expected = jensen_shannon(*(each / each.sum(axis=-1, keepdims=True) for each in both))
+    expected = jensen_shannon(*map(rows_softmax, (logits, base)))
     np.testing.assert_allclose(jax.jit(divergence)(logits, base), expected, rtol=bound("compiled_divergence_fp32"))
+
+
+def test_the_divergence_where_float32_cannot_hold_a_probability() -> None:
+    rng = np.random.default_rng(1)
+    logits, base = (rng.choice([-500.0, -90.0, -75.0, 0.0], (64, 3)).astype(np.float32) for _ in range(2))
+    expected = jensen_shannon(*map(rows_softmax, (logits, base)))
+    assert expected.min() < 1e-30 and expected.max() > 0.6
+    found = jax.jit(divergence)(logits, base)
+    np.testing.assert_allclose(found, expected, rtol=bound("compiled_divergence_fp32"), atol=1e-30)
 
 
 @pytest.mark.parametrize("multiple", [1, 4])

@@ -64,9 +64,9 @@ TOLERANCES: dict[str, Tolerance] = {
     "router_losses_fp32": Tolerance(2e-6, None, "z-loss and routing penalty against loops in float64, relative"),
     "captured_base": Tolerance(1e-5, None, "penalty from a capture against one with a second forward pass, relative"),
     "no_penalty_fp32": Tolerance(1e-7, None, "gradient of the penalty where router and base are equal, absolute"),
-    "watch_fp32": Tolerance(2e-6, None, "measures of a probe's routing against loops in float64, relative"),
-    "compiled_divergence_fp32": Tolerance(5e-5, 5.6e-6, "divergences of two routers' logits against float64, relative"),
-    "small_divergence_fp32": Tolerance(2e-3, None, "a divergence of 1e-7 nats, from float32 logits, relative"),
+    "watch_fp32": Tolerance(2e-6, 2.6e-8, "measures of a probe's routing against loops in float64, relative"),
+    "compiled_divergence_fp32": Tolerance(2e-5, 3.3e-6, "divergences of two routers' logits against float64, relative"),
+    "small_divergence_fp32": Tolerance(2e-5, 1.9e-7, "a divergence of 1e-7 nats, from float32 logits, relative"),
     "optimizer_alone": Tolerance(2e-6, 7.0e-8, "an update of a matrix in a stack against that of the matrix alone"),
     "difference_quotient": Tolerance(2e-2, None, "a gradient against a central difference of 1e-2, float32"),
     "golden_losses_fp32": Tolerance(1e-5, None, "losses of ten LoRA steps against those recorded, float32, relative"),
@@ -89,13 +89,14 @@ TOLERANCES: dict[str, Tolerance] = {
     "few_rows_model_bf16": Tolerance(1e-2, 4.9e-3, "a step of decoding with the kernels against XLA, bfloat16"),
     "cached_attention_bf16": Tolerance(6e-3, None, "attention over the cache in one launch against XLA, bfloat16"),
     "cached_attention_written_bf16": Tolerance(1e-3, None, "the cache after it: some new keys round the other way"),
-    "norm_rotary_fp32": Tolerance(1e-6, 1.1e-7, "norm and rotation in one pass against the plain operations, float32"),
-    "norm_rotary_model_fp32": Tolerance(1e-5, 1.1e-6, "the same in a float32 model, loss and gradients"),
     "unrolled_run_fp32": Tolerance(1e-5, None, "losses and gradient norms of a run, unrolled against scanned"),
     "swiglu_gradient_fp32": Tolerance(1e-6, 1.7e-7, "SwiGLU's gradient in one pass against plain operations, float32"),
     "swiglu_gradient_model_fp32": Tolerance(1e-5, 5.4e-7, "the same in a float32 model with unrolled layers"),
     "swiglu_gradient_bf16": Tolerance(4e-3, 2.6e-3, "bfloat16 against float32: one rounding"),
-    "norm_rotary_bf16": Tolerance(2e-3, 1.7e-3, "bfloat16 against float32: one rounding; two give 2.4e-3"),
+    "norm_rotary_bf16": Tolerance(2e-3, 1.7e-3, "norm and rotation in one pass against float32; two roundings: 2.4e-3"),
+    "norm_rotary_model_bf16": Tolerance(
+        5e-3, 1.7e-3, "the same in a bfloat16 model against XLA: loss, gradients, operations; one of both may not round"
+    ),
     "gpu_experts_bf16": Tolerance(5e-3, 4.8e-3, "bfloat16 experts at full width against float32, value and gradient"),
     "gpu_attention_bf16": Tolerance(
         5e-3, None, "cuDNN's attention against the masked one in float32, value, gradients"

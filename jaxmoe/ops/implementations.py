@@ -184,20 +184,20 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
     },
     "row_copies": {
-        "xla": Implementation("a gather", _anywhere, "jaxmoe.ops.schedule:GATHER"),
         "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel that reads a token's row once, where nothing reads padding, by name only",
+            "Pallas Mosaic GPU kernel that reads a token's row once, where nothing reads padding",
             _needs_capability((9, 0), (10, 0)),
             "jaxmoe.ops.kernels.row_copies:COPIES",
         ),
+        "xla": Implementation("a gather", _anywhere, "jaxmoe.ops.schedule:GATHER"),
     },
     "top_experts": {
-        "xla": Implementation("a sort", _anywhere, "jaxmoe.ops.router:SORT"),
         "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel that takes the largest score k times, in registers, by name only",
-            _needs_capability((8, 0)),
+            "Pallas Mosaic GPU kernel that takes the largest score k times, in registers",
+            _needs_capability((9, 0), (10, 0)),
             "jaxmoe.ops.kernels.top_experts:TOP",
         ),
+        "xla": Implementation("a sort", _anywhere, "jaxmoe.ops.router:SORT"),
     },
     "fp8_products": {
         "registers": Implementation(
@@ -243,17 +243,12 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
     },
     "norm_rotary": {
-        "triton": Implementation(
-            "Pallas Triton kernel, one pass each way",
-            _runs_pallas_triton,
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel, one pass each way",
+            _needs_capability((8, 0)),
             "jaxmoe.ops.kernels.norm_rotary:ONE_PASS",
         ),
         "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere, "jaxmoe.ops.rotary:TWO_STEPS"),
-        "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel, one pass each way, by name only",
-            _needs_capability((8, 0)),
-            "jaxmoe.ops.kernels.norm_rotary_mosaic:ONE_PASS",
-        ),
     },
     "swiglu_gradient": {
         "triton": Implementation(

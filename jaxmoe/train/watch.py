@@ -33,7 +33,7 @@ from jaxmoe.train.step import Model, ProbeRouting
 
 MOST_BYTES = 2**30  # of the base's routing: 64 sequences of 512 tokens of Qwen3-30B-A3B take 0.8 of it
 TILE = 128  # tokens
-PASSES = 3.3  # forward passes that take as long as a step: 362 ms by 110 ms, LoRA, 2 x 4096 (docs/performance.md)
+PASSES = 3.7  # forward passes that take as long as a step: 368 ms by 98 ms, LoRA, 2 x 4096 (docs/performance.md)
 MOST_SHARE = 0.02  # of the training time that measuring may take without a word
 CHANGED, DIVERGENCE, LOAD_CV, DEAD = "routing_changed", "routing_divergence", "routing_load_cv", "routing_dead_experts"
 
@@ -75,6 +75,8 @@ class Watch:
         model = plan.model._replace(packed=probe.packed)
         self._routing = jax.jit(make_routing_step(model, adapted=True))
         self._compared = jax.jit(make_comparing_step(model))
+        placement = model.placement
+        self._lies = jax.tree.map(placement.sharding, _specs(model)) if model.mesh.size > 1 else None
         self.notices = _notices(plan, probe, size * self._count)
         self.seconds = 0.0  # that measuring took so far
         self._base: list[ProbeRouting] = []
@@ -96,8 +98,10 @@ class Watch:
         started, parts = time.perf_counter(), []
         for batch, base in zip(self._batches(), self._base, strict=True):
             arrays, fed = self._plan.fed(frozen, batch)
-            # Two programs: the base's routing is copied to the device while the first one runs.
-            parts.append(self._compared(self._routing(arrays, trainable, fed), base, batch.segment_ids))
+            # Sent before the pass begins, and copied while it runs: memory of a GPU that is taken later may only be
+            # written to when the pass is over.
+            fed, base = jax.device_put(fed), jax.device_put(base, self._lies)
+            parts.append(self._compared(self._routing(arrays, trainable, fed), base, fed.segment_ids))
             jax.block_until_ready(parts[-2:-1])  # the device holds the routing of two batches at most
         sums = [np.asarray(np.sum(each, axis=0, dtype=np.float64)) for each in zip(*jax.device_get(parts), strict=True)]
         self.seconds += time.perf_counter() - started
@@ -209,12 +213,23 @@ def divergence(logits: Float[Array, "*tokens E"], base: Float[Array, "*tokens E"
     """Jensen-Shannon divergence in nats of softmax(logits) from softmax(base), as
     `jaxmoe.routing.metrics.jensen_shannon`; 0 for equal logits.
 
-    A difference of entropies would lose small divergences in float32. With d = log q - log p, the divergence is half
-    the sum of (q - p) d / 2 - (p + q) log cosh(d / 2), whose two terms are both of the size of the result. (The sum of
-    -p log1p(expm1(d) / 2) would be as exact, but XLA for CPUs makes zeros of it in a compiled program.)
+    A difference of entropies would lose small divergences in float32. With the roots a and b of the two probabilities
+    and c = log b - log a, the divergence is half the sum of (b^2 - a^2) c - (a^2 + b^2) log cosh c, where cosh c is
+    1 + (b - a)^2 / (2 a b): rounding errors of a and b cancel to first order. (With d = 2 c, the sum of -a^2 log1p(
+    expm1(d) / 2) would be as exact, but XLA for CPUs makes zeros of it in a compiled program.)
     """
-    p, q = jax.nn.softmax(logits), jax.nn.softmax(base)
-    log_of = lambda each: each - jax.nn.logsumexp(each, axis=-1, keepdims=True)
-    d = jnp.clip(log_of(base) - log_of(logits), -80, 80)  # beyond that one of the two is 0 in float32
-    log_cosh = jnp.log1p(2 * jnp.square(jnp.sinh(d / 4)))
-    return jnp.maximum(jnp.sum((q - p) * d / 2 - (p + q) * log_cosh, axis=-1) / 2, 0)
+    (a, logits, log_sum), (b, base, log_sum_of_base) = _root_of_softmax(logits), _root_of_softmax(base)
+    c = ((base - logits) - (log_sum_of_base - log_sum)) / 2
+    log_cosh = jnp.log1p(jnp.square(b - a) / (2 * a * b))
+    terms = (b - a) * (b + a) * c - (jnp.square(a) + jnp.square(b)) * log_cosh
+    return jnp.maximum(jnp.sum(terms, axis=-1) / 2, 0)
+
+
+def _root_of_softmax(logits: Float[Array, "*tokens E"]) -> tuple[Array, Array, Array]:
+    """sqrt(softmax(logits)) [*tokens, E], the logits [*tokens, E] and log(sum(exp(logits))) [*tokens, 1], where logits
+    72 below the largest one and less are raised to that."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    logits = jnp.maximum(logits, largest - 72)
+    root = jnp.exp((logits - largest) / 2)
+    total = jnp.sum(jnp.square(root), axis=-1, keepdims=True)
+    return root * jax.lax.rsqrt(total), logits, largest + jnp.log(total)

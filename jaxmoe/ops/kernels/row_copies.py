@@ -2,12 +2,11 @@
 
 A gather reads a row again for each of its k places. Here a thread block brings some tokens' rows to shared memory once
 (TMA) and copies each from there to its places. What lies at padding is not written.
-
-It is selected by name only: logits with this kernel and `top_experts` differ from those without (docs/log).
 """
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 from jaxtyping import Array, Int, Shaped
 
-from jaxmoe.ops.schedule import Schedule
+from jaxmoe.ops import small_case
+from jaxmoe.ops.schedule import Schedule, make_schedule, permute
 
 plgpu: Any = mosaic_gpu  # untyped: jax 0.10 lacks much of it
 
@@ -80,12 +80,34 @@ class Copies:
     """The implementation "mosaic" of `permute` where nothing reads padding."""
 
     def unsupported(self, x: Any) -> str | None:
-        """As the function `unsupported`."""
-        return unsupported(x)
+        """As the function `unsupported`; on a GPU it first runs a small case."""
+        if (why := unsupported(x)) is not None or jax.default_backend() != "gpu":
+            return why
+        return _small_case(x.shape[1], x.dtype.name)
 
     def __call__(self, x: Shaped[Array, "M D"], schedule: Schedule) -> Shaped[Array, "P D"]:
         """Each token's row at its k places; padding is undefined, and need not be numbers."""
         return copy_rows(x, schedule.destination, schedule.source.shape[0])
+
+
+@cache
+def _small_case(width: int, dtype: str) -> str | None:
+    return small_case.why_not(partial(small_case_error, width, dtype), f"a few rows of {width} columns")
+
+
+def small_case_error(width: int, dtype: str, interpret: Any = None) -> float:
+    """Infinite unless every row has its bits at all of its places, otherwise 0."""
+    x = jax.random.normal(jax.random.key(0), (2 * TOKENS, width)).astype(dtype)
+    experts = jnp.arange(2 * TOKENS)[:, None] % 3 + jnp.arange(2)
+
+    @jax.jit
+    def error(x: Array) -> Array:
+        schedule = make_schedule(experts, 4, 16)
+        found = copy_rows(x, schedule.destination, schedule.source.shape[0], interpret)
+        same = (schedule.source < 0) | jnp.all(found == permute(x, schedule), axis=1)
+        return jnp.where(jnp.all(same), 0.0, jnp.inf)
+
+    return float(error(x))
 
 
 COPIES = Copies()

@@ -1,11 +1,13 @@
 """The k most probable experts of each token, in Pallas Mosaic GPU: a tile of scores stays in registers.
 
-XLA sorts all scores of a token. Here the largest is found and removed, k times. It is selected by name only: logits
-with this kernel and `row_copies` differ from those without (docs/log).
+XLA sorts all scores of a token. Here the largest is found and removed, k times. The result lies in memory token by
+token, as that of XLA's sort does: with another layout XLA adds up a token's weights in another order, and their last
+bits change.
 """
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.ops import small_case
 from jaxmoe.ops.kernels import ampere
 from jaxmoe.ops.kernels.row_tiles import across, layout, load, plgpu, rows_of
 
@@ -53,23 +56,42 @@ def top_experts(scores: Float[Array, "M E"], count: int, interpret: Any = None) 
             largest = across(jnp.max(left, axis=1), (rows, E), 0)
             found = jnp.max(jnp.where(left == largest, before_end, 0.0), axis=1)  # the first of equal ones
             # Nothing equals NaN; the bound keeps the index a valid one.
-            ampere.store(jnp.minimum(E - found, E - 1.0).astype(jnp.int32), out.at[number, own])
+            ampere.store(jnp.minimum(E - found, E - 1.0).astype(jnp.int32), out.at[own, number])
             left = jnp.where(before_end == across(found, (rows, E), 0), -jnp.inf, left)
 
-    out = jax.ShapeDtypeStruct((count, M), jnp.int32)
-    return ampere.launch("top_experts", body, out, [], {"tile": M // rows}, interpret)(scores).T
+    out = jax.ShapeDtypeStruct((M, count), jnp.int32)
+    return ampere.launch("top_experts", body, out, [], {"tile": M // rows}, interpret)(scores)
 
 
 class Top:
     """The implementation "mosaic" of the choice of experts."""
 
     def unsupported(self, scores: Any, count: int) -> str | None:
-        """As the function `unsupported`."""
-        return unsupported(scores, count)
+        """As the function `unsupported`; on a GPU it first runs a small case."""
+        if (why := unsupported(scores, count)) is not None or jax.default_backend() != "gpu":
+            return why
+        return _small_case(scores.shape[1], count)
 
     def __call__(self, scores: Float[Array, "M E"], count: int) -> Int[Array, "M count"]:
         """As `top_experts`."""
         return top_experts(scores, count)
+
+
+@cache
+def _small_case(experts: int, count: int) -> str | None:
+    return small_case.why_not(partial(small_case_error, experts, count), f"{count} of {experts} scores")
+
+
+def small_case_error(experts: int, count: int, interpret: Any = None) -> float:
+    """Infinite unless the indices are those of `jax.lax.top_k` for scores of which many are equal, otherwise 0."""
+    scores = jax.random.randint(jax.random.key(0), (rows_of(experts), experts), 0, experts // 4) / 7.0
+
+    @jax.jit
+    def error(scores: Array) -> Array:
+        same = jnp.array_equal(top_experts(scores, count, interpret), jax.lax.top_k(scores, count)[1])
+        return jnp.where(same, 0.0, jnp.inf)
+
+    return float(error(scores))
 
 
 TOP = Top()

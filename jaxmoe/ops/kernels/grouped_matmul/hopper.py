@@ -271,18 +271,20 @@ class Hopper:
         if isinstance(stack, QuantizedStack):
             others = [(other_x, other[layer][None]) for other_x, other in others]
             stack, layer = stack[layer][None], jnp.int32(0)
-        count = -(-x.shape[0] // SMALL)
-        units = SMALL // TILE_ROWS
+        rows = LARGE if x.shape[0] >= _LARGE_LINEAR_ROWS else SMALL
+        count = -(-x.shape[0] // rows)
+        units = rows // TILE_ROWS
         index = jnp.arange(count, dtype=jnp.int32)
         spans = Spans(units * index, jnp.full_like(index, units), jnp.zeros_like(index), jnp.int32(count))
         # Every span has full height (rows past the end are not written), so only one height is compiled.
-        tiles = default_tiles(stack.shape[1 if transposed else 2])._replace(heights=(SMALL,))
+        tiles = default_tiles(stack.shape[1 if transposed else 2], rows)._replace(heights=(rows,))
         return grouped_matmul(x, stack, spans, layer, transposed=transposed, others=others, low=low, tiles=tiles)
 
 
 _DECODING = {FP8Stack: "fp8_products", NF4Stack: "nf4_products"}  # operations that may decode in the kernel
 # With at least so many rows per expert, and elements in its matrix, higher spans with fewer columns are faster.
 _LARGE_ROWS, _LARGE_MATRIX = 1024, 2**21
+_LARGE_LINEAR_ROWS = 16384  # the rows of a `linear` from which they are
 _LARGE_ROWS_NF4 = 96  # rows per expert from which they are for weights in NF4
 
 HOPPER = Hopper()
