@@ -101,7 +101,7 @@ def most_rows_of_kernels(stacks: Sequence[Any]) -> int:
     """For how many rows of x a kernel of few rows is the fastest way to multiply by these stacks.
 
     With more, rows are sorted by expert, and projections are plain products. In FP8, on a card whose grouped products
-    decode e4m3 in registers, that was already faster for 4 rows (docs/log); 2 and 3 were not measured.
+    decode e4m3 in registers, that is faster from 4 rows on (docs/log); 2 and 3 have not been measured.
     """
     in_registers = lambda stack: implementations.choose("fp8_products", stack.dtype, stack).name != "decoded"
     return 3 if any(isinstance(stack, FP8Stack) and in_registers(stack) for stack in stacks) else 32

@@ -9,5 +9,5 @@ ATTENTION_OUT = "attention_out"  # the heads' output
 ATTENTION_LOG_SUM = "attention_log_sum"  # the log-sum-exp of each query's logits
 ATTENTION_UPDATE = "attention_update"  # what attention adds to the residual stream
 ROUTING = "routing"  # router logits, experts and weights; the rest of the routing follows from them
-SCHEDULE = "expert_schedule"  # the row layout, small and made by a sort
+SCHEDULE = "expert_schedule"  # the row layout, small, made by a counting sort
 GATE_UP = "gate_up_product"  # the product of gate and up, [P, 2F], the largest result of a layer; and low-rank rows

@@ -141,8 +141,8 @@ def _spans(first_tile: Int[Array, " E"], tile_count: Int[Array, " E"], tiles: in
 def rows_at(x: Shaped[Array, "rows D"], index: Int[Array, "*places"]) -> Shaped[Array, "*places D"]:
     """Rows of x. The indices are a schedule's, all in bounds, so none is checked.
 
-    Only for gathers that stand alone: fused with a sum, as in `jaxmoe.ops.dispatch.combine`, this gather became forty
-    times slower.
+    Only for gathers that stand alone: fused with a sum, as in `jaxmoe.ops.dispatch.combine`, this gather takes forty
+    times as long.
     """
     return x.at[index].get(mode="promise_in_bounds")
 
