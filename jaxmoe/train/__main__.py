@@ -71,7 +71,8 @@ def _report(settings: TrainConfig, summary: dict[str, Any]) -> None:
             file=sys.stderr,
         )
         return
-    print(f"{counted(summary['steps'], 'step')} in {summary['seconds']:.0f} s, wrote {settings.output}")
+    done = counted(summary["steps"], "step")
+    print(f"wrote {settings.output}: {done}; this command took {summary['seconds']:.0f} s")
     if summary["eval_loss"] is not None:
         before, after = summary["eval_loss_before"], summary["eval_loss"]
         perplexities = f" (perplexity {_perplexity(before):.2f} -> {_perplexity(after):.2f})"
