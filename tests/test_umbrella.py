@@ -55,7 +55,7 @@ def test_evaluate_hands_its_arguments_to_the_harness(monkeypatch: pytest.MonkeyP
     [
         (["--help"], 0, "fine-tune a model"),
         (["--version"], 0, "jaxmoe "),
-        ([], 2, "jaxmoe: the following arguments are required: COMMAND\n"),
+        ([], 2, f"jaxmoe: the following arguments are required: COMMAND ({', '.join([*COMMANDS, 'completion'])})\n"),
         (["trian"], 2, "jaxmoe: argument COMMAND: invalid choice: 'trian' (choose from"),
         (["completion", "fish"], 2, "invalid choice: 'fish' (choose from"),
     ],

@@ -52,7 +52,7 @@ def program_name() -> str:
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser with exact flag names, whose errors are one line (`program: message`) and exit code 2.
 
-    The line ends with the flags that unknown ones resemble.
+    The line ends with the commands, if none is given, and with the flags that unknown ones resemble.
     """
 
     _given: Sequence[str] = ()  # what is being parsed
@@ -69,19 +69,24 @@ class ArgumentParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        for commands in self._commands():
+            if message.endswith(f"required: {commands.metavar}"):
+                message += f" ({', '.join(commands.choices)})"
         self.exit(EXIT_USER_ERROR, f"{self.prog}: {_one_line(message + self._similar_flags())}\n")
+
+    def _commands(self) -> list[argparse._SubParsersAction]:
+        return [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
 
     def _similar_flags(self) -> str:
         known = set(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for name in set(self._given) & set(action.choices):
-                    known |= set(action.choices[name]._option_string_actions)
+        for commands in self._commands():
+            for name in set(self._given) & set(commands.choices):
+                known |= set(commands.choices[name]._option_string_actions)
         flags = [text.partition("=")[0] for text in self._given if text.startswith("--") and " " not in text]
         pairs = []
         for flag in flags:
             if flag not in known:
-                pairs += [f"{near} instead of {flag}" for near in difflib.get_close_matches(flag, known, 1, 0.75)]
+                pairs += [f"{near} instead of {flag}" for near in difflib.get_close_matches(flag, sorted(known), 1, 0.75)]
         return f"; did you mean {', '.join(pairs)}?" if pairs else ""
 
 
