@@ -101,6 +101,9 @@ class RopeParameters:
 
         A file may hold both forms if they agree. As in transformers, an `original_max_position_embeddings` at the top
         level overrides the one inside, and keys without effect on text are ignored.
+
+        Raises:
+            ConfigError: a kind of scaling or a value that is not supported, or two forms that differ.
         """
         scaling = _rope_values(raw)
         kind = scaling.pop("rope_type", None) or "default"

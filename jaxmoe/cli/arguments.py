@@ -85,8 +85,8 @@ class ArgumentParser(argparse.ArgumentParser):
         flags = [text.partition("=")[0] for text in self._given if text.startswith("--") and " " not in text]
         pairs = []
         for flag in flags:
-            if flag not in known:
-                pairs += [f"{near} instead of {flag}" for near in difflib.get_close_matches(flag, sorted(known), 1, 0.75)]
+            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.75) if flag not in known else []
+            pairs += [f"{each} instead of {flag}" for each in near]
         return f"; did you mean {', '.join(pairs)}?" if pairs else ""
 
 

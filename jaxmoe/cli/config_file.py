@@ -44,7 +44,7 @@ def given_settings(argv: Sequence[str] | None, kinds: Mapping[str, Any]) -> dict
 
 
 def read_settings(path: pathlib.Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in a TOML file; see `given_settings`."""
+    """The settings in a TOML file; types and errors as in `given_settings`."""
     found: dict[str, Any] = {}
     for key, value in _read_toml(path).items():
         name = key.replace("-", "_")

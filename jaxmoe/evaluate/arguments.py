@@ -69,6 +69,9 @@ class ModelArguments:
         """The arguments as the harness passes them. Those that are None count as not given.
 
         The harness always passes a device of PyTorch, which is not used: JAX chooses its own.
+
+        Raises:
+            UserError: an unknown argument, one of another type, or no `pretrained`.
         """
         given = {name: value for name, value in given.items() if value is not None and name != "device"}
         names = [each.name for each in dataclasses.fields(cls)]

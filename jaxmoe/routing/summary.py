@@ -71,6 +71,9 @@ def summarise(capture: Capture) -> Summary:
     """Counts what the figures need.
 
     Streams through the capture (twice if it holds predictions); needs about 16 E^2 bytes per layer.
+
+    Raises:
+        UserError: the capture has no router logits, or more experts than fit into memory in pairs.
     """
     capture.check_logits()
     layers, E = len(capture.model.layers), capture.model.num_experts

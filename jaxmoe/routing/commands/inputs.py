@@ -52,7 +52,11 @@ def add_mesh(parser: argparse.ArgumentParser) -> None:
 
 
 def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, labelled text) that the flags name."""
+    """(model, labelled text) that the flags name.
+
+    Raises:
+        UserError: flags that exclude each other or are missing; a model or a text that cannot be read.
+    """
     from jaxmoe.cli.progress import reading_weights
     from jaxmoe.config import Qwen3MoeConfig
     from jaxmoe.data.chat import AS_WRITTEN, load_tokenizer

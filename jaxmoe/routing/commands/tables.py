@@ -12,7 +12,11 @@ from jaxmoe.store.files import output_file
 
 
 def numbers(name: str, text: str | None, known: Sequence[int]) -> list[int]:
-    """The numbers in a flag, separated by commas; all `known` ones if it is not given."""
+    """The numbers in a flag, separated by commas; all `known` ones if it is not given.
+
+    Raises:
+        UserError: `text` is not such a list, or has a number that is not known.
+    """
     if text is None:
         return list(known)
     try:
