@@ -28,7 +28,7 @@ class Options:
     dtype: Literal["float32", "bfloat16"] | None = None
     output: pathlib.Path | None = None
     resume: bool = False
-    pack: bool = True
+    pack: bool = field(default=True, metadata={"group": "the rest"})
     state: dict = field(default_factory=dict, metadata={"flag": False})
 
 
@@ -109,6 +109,7 @@ def test_help_shows_text_and_defaults(capsys: pytest.CaptureFixture[str]) -> Non
     shown = " ".join(capsys.readouterr().out.split())
     assert "steps, 100% of them (default: 10)" in shown
     assert "(default: attention)" in shown
+    assert shown.index("--resume, --no-resume") < shown.index("the rest: --pack, --no-pack")
     assert "--dtype {float32,bfloat16}" in shown
 
 

@@ -120,15 +120,19 @@ def add_dataclass_arguments(
     The type of a field decides how the flag's text is read. str, int, float and pathlib.Path are read directly; bool
     becomes `--flag` and `--no-flag`; `Literal[...]` becomes choices; `tuple[X, ...]` is a list separated by commas;
     `X | None` is read as X. A field without a default is a required flag.
-    `field(metadata=...)` may hold "help" and "metavar"; {"flag": False} leaves the field out. {"repeat": True} makes a
-    tuple of a flag that is given once for each item, {"several": True} a tuple of strings of one with several values,
-    which may also be given again. `given` holds values, such as those of a file, that take the place of defaults.
+    `field(metadata=...)` may hold "help" and "metavar"; {"flag": False} leaves the field out. {"group": TITLE} puts
+    this flag and those after it under a heading of `--help`. {"repeat": True} makes a tuple of a flag that is given
+    once for each item, {"several": True} a tuple of strings of one with several values, which may also be given again.
+    `given` holds values, such as those of a file, that take the place of defaults.
 
     Raises:
         TypeError: a field has a type that no flag can hold.
     """
     kinds = flag_kinds(cls)
+    group: Any = parser
     for field in _flag_fields(cls):
+        if "group" in field.metadata:
+            group = parser.add_argument_group(field.metadata["group"])
         default, required = (given[field.name], False) if field.name in given else _default(field)
         kind = kinds[field.name]
         text = field.metadata.get("help", "").replace("%", "%%")
@@ -138,7 +142,7 @@ def add_dataclass_arguments(
         options: dict[str, Any] = {"dest": field.name, "help": text.strip(), "default": default, "required": required}
         flag = "--" + field.name.replace("_", "-")
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
             if field.metadata.get("several"):
                 kind = str
@@ -149,7 +153,7 @@ def add_dataclass_arguments(
             elif typing.get_origin(kind) is Literal:
                 options["choices"] = typing.get_args(kind)  # for the completion of shells: `_choice` refuses others
             convert, metavar = _reader(kind, field.name)
-            parser.add_argument(flag, type=convert, metavar=field.metadata.get("metavar", metavar), **options)
+            group.add_argument(flag, type=convert, metavar=field.metadata.get("metavar", metavar), **options)
 
 
 def dataclass_from_arguments(cls: type[T], arguments: argparse.Namespace) -> T:

@@ -98,6 +98,7 @@ class TrainConfig:
     lora_targets: tuple[str, ...] = field(
         default=("attention",),
         metadata={
+            "group": "adapters",
             "help": "groups (attention, router, experts, dense) or names such as q_proj, experts.down_proj",
             "identity": entries("lora"),
         },
@@ -145,6 +146,7 @@ class TrainConfig:
     loss: LossName = field(
         default="next-token",
         metadata={
+            "group": "loss",
             "help": "what is minimised. next-token: cross-entropy; dpo and orpo: losses over pairs of answers, the "
             "chosen and the rejected one of each record",
             "identity": entries("loss"),
@@ -173,7 +175,8 @@ class TrainConfig:
         },
     )
     learning_rate: float = field(
-        default=2e-4, metadata={"help": "peak learning rate", "identity": VALUE, "changeable": True}
+        default=2e-4,
+        metadata={"group": "steps and optimizer", "help": "peak learning rate", "identity": VALUE, "changeable": True},
     )
     schedule: Schedule = field(
         default="cosine",
@@ -242,6 +245,7 @@ class TrainConfig:
     router_aux_loss_coef: float | None = field(
         default=None,
         metadata={
+            "group": "router",
             "help": "weight of the load-balancing loss (default: the model config's; 0 with --router-bias-rate)",
             "identity": entries("router_aux_loss_coef"),
         },
@@ -295,8 +299,20 @@ class TrainConfig:
             "identity": entries("router_training"),
         },
     )
+    replay: pathlib.Path | None = field(
+        default=None,
+        metadata={
+            "help": "capture of the training data; its experts are used instead of the router's choice",
+            "identity": entries("replay"),
+        },
+    )
     seed: int = field(
-        default=0, metadata={"help": "seed of fresh weights and of the order of the data", "identity": VALUE}
+        default=0,
+        metadata={
+            "group": "precision, memory and devices",
+            "help": "seed of fresh weights and of the order of the data",
+            "identity": VALUE,
+        },
     )
     dtype: Literal["float32", "bfloat16"] | None = field(
         default=None,
@@ -350,17 +366,10 @@ class TrainConfig:
         },
     )
 
-    replay: pathlib.Path | None = field(
-        default=None,
-        metadata={
-            "help": "capture of the training data; its experts are used instead of the router's choice",
-            "identity": entries("replay"),
-        },
-    )
-
     split: str | None = field(
         default=None,
         metadata={
+            "group": "reading the data",
             "help": "part of a folder of datasets or of a data set of the hub (default: train, or the only one)",
             "metavar": "NAME",
             "identity": entries("data"),
@@ -384,6 +393,7 @@ class TrainConfig:
     eval_data: Sources | None = field(
         default=None,
         metadata={
+            "group": "measuring",
             "help": "records to evaluate on",
             "metavar": "SOURCE",
             "several": True,
@@ -438,7 +448,11 @@ class TrainConfig:
     )
     save_every: int | None = field(
         default=None,
-        metadata={"help": "save a checkpoint every N steps (always after the last)", "identity": APART},
+        metadata={
+            "group": "checkpoints",
+            "help": "save a checkpoint every N steps (always after the last)",
+            "identity": APART,
+        },
     )
     keep_checkpoints: int = field(default=2, metadata={"help": "how many checkpoints to keep", "identity": APART})
     resume: bool = field(
@@ -482,7 +496,9 @@ class TrainConfig:
             "identity": APART,
         },
     )
-    log_every: int = field(default=10, metadata={"help": "log every N steps", "identity": APART})
+    log_every: int = field(
+        default=10, metadata={"group": "reports and results", "help": "log every N steps", "identity": APART}
+    )
     report_to: tuple[Literal["none", "tensorboard", "wandb", "mlflow", "trackio"], ...] = field(
         default=("tensorboard",),
         metadata={
