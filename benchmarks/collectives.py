@@ -157,7 +157,8 @@ def training_program(
     from jaxmoe.data.packing import Batch
     from jaxmoe.parameters import lora_specs, parameter_specs
     from jaxmoe.train.loss import next_token_objective
-    from jaxmoe.train.step import Model, adamw, learning_rate, make_train_step, state_to_compile
+    from jaxmoe.train.optimizers import adamw, learning_rate
+    from jaxmoe.train.step import Model, make_train_step, state_to_compile
 
     model = Model(config, lora, "bfloat16", remat="fast", mesh=mesh)
     specs = {path: (spec.shape, jnp.bfloat16) for path, spec in parameter_specs(config).items()}

@@ -47,7 +47,8 @@ def compile_seconds(kind: str, depth: int) -> dict[str, float]:
     from jaxmoe.data.packing import Batch
     from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
     from jaxmoe.train.loss import next_token_objective
-    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
+    from jaxmoe.train.optimizers import adamw, learning_rate
+    from jaxmoe.train.step import Model, initial_state, make_train_step
 
     def shapes(specs: dict[str, ParameterSpec]) -> dict[str, jax.ShapeDtypeStruct]:
         return {path: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for path, spec in specs.items()}

@@ -39,7 +39,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from jaxmoe.data.packing import Batch
     from jaxmoe.model.init import init_adapters
     from jaxmoe.train.loss import next_token_objective
-    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
+    from jaxmoe.train.optimizers import adamw, learning_rate
+    from jaxmoe.train.step import Model, initial_state, make_train_step
 
     mark()
     xla.configure()

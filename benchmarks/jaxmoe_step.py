@@ -120,7 +120,8 @@ def compiled_step(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig) 
     from jaxmoe.model.init import init_adapters
     from jaxmoe.train.host_memory import EMBEDDING, looked_up
     from jaxmoe.train.loss import next_token_objective
-    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step, state_to_compile
+    from jaxmoe.train.optimizers import adamw, learning_rate
+    from jaxmoe.train.step import Model, initial_state, make_train_step, state_to_compile
 
     lora, mesh, remat = case.lora(args.lora_r), mesh_of(args), args.remat or case.remat
     # By default a sequence is one document, as in training when no two fit into one.

@@ -102,8 +102,9 @@ def training(variant: Variant, config: Qwen3MoeConfig, shape: tuple[int, int], f
 
     from jaxmoe.model.init import init_adapters
     from jaxmoe.train.loss import Term, next_token_objective
+    from jaxmoe.train.optimizers import adamw, learning_rate
     from jaxmoe.train.router_losses import RoutingPenalty
-    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
+    from jaxmoe.train.step import Model, initial_state, make_train_step
 
     chosen = most_used(config, variant.experts) if variant.experts else ()
     lora = LoraConfig(r=16, targets=expand_targets(variant.targets.split(",")), adapted_experts=chosen)

@@ -57,7 +57,8 @@ def jaxmoe_step(args: argparse.Namespace, lora: LoraConfig, recompute: bool) -> 
     from jaxmoe.data.packing import Batch
     from jaxmoe.model.causal_lm import Qwen3MoeForCausalLM
     from jaxmoe.train.loss import next_token_objective
-    from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
+    from jaxmoe.train.optimizers import adamw, learning_rate
+    from jaxmoe.train.step import Model, initial_state, make_train_step
 
     module = Qwen3MoeForCausalLM.from_pretrained(args.model, dtype="float32")
     config, frozen = module.config, module.params

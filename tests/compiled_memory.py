@@ -20,7 +20,8 @@ from jaxmoe.parameters import Quantization, lora_specs, quantizable, stored_spec
 from jaxmoe.presets import PRESETS
 from jaxmoe.train.host_memory import looked_up
 from jaxmoe.train.loss import next_token_objective
-from jaxmoe.train.step import Model, adamw, learning_rate, make_train_step, state_to_compile
+from jaxmoe.train.optimizers import adamw, learning_rate
+from jaxmoe.train.step import Model, make_train_step, state_to_compile
 
 
 def lora_of(targets: str | None) -> LoraConfig | None:

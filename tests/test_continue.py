@@ -16,8 +16,8 @@ from jaxmoe.train import loop
 from jaxmoe.train.best import Best
 from jaxmoe.train.identity import check_same_run
 from jaxmoe.train.loop import train
+from jaxmoe.train.optimizers import learning_rate
 from jaxmoe.train.settings import TrainConfig, changeable_settings
-from jaxmoe.train.step import learning_rate
 from tests.test_identity import RECORDED
 from tests.test_train import STEPS, base, compilation_cache, metrics, options, weights
 

@@ -21,7 +21,8 @@ from jaxmoe.ops.linear import linear
 from jaxmoe.ops.low_rank import Adapter, Dropout
 from jaxmoe.parameters import lora_specs
 from jaxmoe.train.loss import next_token_objective
-from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
+from jaxmoe.train.optimizers import adamw, learning_rate
+from jaxmoe.train.step import Model, initial_state, loss_and_gradients, make_train_step
 from tests.test_train import CONFIG, adapted, compilation_cache, random_batch  # noqa: F401 - a fixture
 from tests.tolerances import bound
 

@@ -13,6 +13,7 @@ import pytest
 import jaxmoe.model.decoder
 import jaxmoe.ops.experts
 import jaxmoe.train.loss
+import jaxmoe.train.optimizers
 import jaxmoe.train.step
 from jaxmoe.config import LoraConfig, expand_targets
 from jaxmoe.data.packing import Batch as TrainingBatch
@@ -158,9 +159,9 @@ def test_frozen_weights_have_neither_gradient_nor_optimizer_state() -> None:
         *(frozen, trainable, training_batch(make_batch(config, LAYOUT))),
     )
     assert {path: g.shape for path, g in gradients.items()} == {path: t.shape for path, t in trainable.items()}
-    rate = jaxmoe.train.step.learning_rate("constant", 1e-3, 0, 1)
+    rate = jaxmoe.train.optimizers.learning_rate("constant", 1e-3, 0, 1)
     settings = {"max_grad_norm": 1.0, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8}
-    state = jax.eval_shape(jaxmoe.train.step.adamw(rate, model, **settings).init, trainable)
+    state = jax.eval_shape(jaxmoe.train.optimizers.adamw(rate, model, **settings).init, trainable)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim)
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(trainable))
 

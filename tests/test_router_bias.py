@@ -20,7 +20,8 @@ from jaxmoe.ops.router import RoutingControl, moved_choice_bias, route
 from jaxmoe.parameters import CHOICE_BIAS
 from jaxmoe.train.loss import next_token_objective
 from jaxmoe.train.metrics import expert_load
-from jaxmoe.train.step import Model, StepMetrics, TrainState, initial_state, learning_rate, make_train_step
+from jaxmoe.train.optimizers import learning_rate
+from jaxmoe.train.step import Model, StepMetrics, TrainState, initial_state, make_train_step
 from peers.configs import random_parameters
 from tests.parity import COMPILER_OPTIONS
 from tests.test_train import CONFIG, MIXED, random_batch

@@ -15,7 +15,8 @@ from jaxmoe.data.packing import Batch
 from jaxmoe.model.init import init_adapters, init_parameters
 from jaxmoe.presets import PRESETS
 from jaxmoe.train.loss import next_token_objective
-from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, make_train_step
+from jaxmoe.train.optimizers import adamw, learning_rate
+from jaxmoe.train.step import Model, initial_state, make_train_step
 from peers.configs import config_of
 from tests.tolerances import bound
 

@@ -47,8 +47,9 @@ from jaxmoe.train.export import export_full
 from jaxmoe.train.loop import CompiledSteps, train
 from jaxmoe.train.loss import NextTokenCrossEntropy, Outputs, next_token_objective
 from jaxmoe.train.metrics import MetricsLog, expert_load
+from jaxmoe.train.optimizers import adamw, learning_rate
 from jaxmoe.train.settings import TrainConfig
-from jaxmoe.train.step import Model, adamw, initial_state, learning_rate, loss_and_gradients, make_train_step
+from jaxmoe.train.step import Model, initial_state, loss_and_gradients, make_train_step
 from jaxmoe.train.watch import CHANGED, DIVERGENCE
 from peers.make_checkpoint import TINY, make_checkpoint
 from tests.conftest import ROOT

@@ -53,7 +53,7 @@ from jaxmoe.train.identity import (
     write_run_file,
 )
 from jaxmoe.train.metrics import MetricsLog, Unwritten, device_load, expert_load
-from jaxmoe.train.optimizers import make_optimizer
+from jaxmoe.train.optimizers import learning_rate, make_optimizer
 from jaxmoe.train.prepare import Plan, prepare
 from jaxmoe.train.processes import claimed_by_first, settings_of_processes
 from jaxmoe.train.publish import check_access, publish
@@ -67,7 +67,6 @@ from jaxmoe.train.step import (
     StepMetrics,
     TrainState,
     initial_state,
-    learning_rate,
     make_eval_step,
     make_train_step,
     state_to_compile,

@@ -1,4 +1,4 @@
-"""The optimizers of a run, from optax. All clip by the global norm first, and decay matrices only.
+"""The learning rate and the optimizers of a run, from optax. All clip by the global norm, and decay matrices only.
 
 A stack [L, E, out, in] holds many matrices. What an optimizer knows of a matrix as a whole, such as Adafactor's rows
 and columns, it knows of each one alone: the leading axes, layers and experts, are batch axes.
@@ -17,12 +17,27 @@ from optax.contrib import MuonDimensionNumbers, muon
 from jaxmoe.memory import SMALLEST_FACTORED, batch_axes, is_orthogonalised
 from jaxmoe.model.interface import Params
 from jaxmoe.parameters import ParameterSpec, lora_specs, parameter_specs
-from jaxmoe.train.settings import TrainConfig
-from jaxmoe.train.step import Model, adamw
+from jaxmoe.train.host_memory import in_host_memory
+from jaxmoe.train.settings import Schedule, TrainConfig
+from jaxmoe.train.step import Model
 
 # Root mean square of Muon's update over the learning rate, about that of AdamW's (Liu et al. 2025, arXiv 2502.16982).
 _MUON_RMS = 0.2
 _MATRIX = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)  # weights are [..., out, in]
+
+
+def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup_steps`, already above zero at step 0, then the schedule down to zero at the end."""
+    rest = max(total_steps - warmup_steps, 1)
+    decay = {
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "constant": lambda: optax.constant_schedule(peak),
+    }[schedule]()
+    if not warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def make_optimizer(settings: TrainConfig, model: Model, rate: optax.Schedule) -> optax.GradientTransformation:
@@ -46,6 +61,29 @@ def make_optimizer(settings: TrainConfig, model: Model, rate: optax.Schedule) ->
         chosen = _muon(settings, rate, specs, decays)
     clipped = [optax.clip_by_global_norm(settings.max_grad_norm)] if settings.max_grad_norm else []
     return optax.chain(*clipped, chosen)
+
+
+def adamw(
+    rate: optax.Schedule,
+    model: Model,
+    *,
+    max_grad_norm: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019) after clipping by the global norm (0: no clipping).
+
+    Weight decay acts on matrices: adapters, or projections and embeddings, not norms and biases.
+    """
+    matrices = None  # all that an adapter holds are
+    if model.lora is None:
+        matrices = {path: spec.init == "normal" for path, spec in parameter_specs(model.config).items()}
+    steps = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
+    adam = optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=matrices)
+    steps.append(in_host_memory(adam) if model.moments_on_host else adam)
+    return optax.chain(*steps)
 
 
 def _adafactor(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:

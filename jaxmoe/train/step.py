@@ -28,11 +28,9 @@ from jaxmoe.model.decoder import forward, head_weight
 from jaxmoe.model.interface import DecoderOutput, Options, Params, RouterStats, Tokens
 from jaxmoe.ops.low_rank import DropoutKeys
 from jaxmoe.ops.router import RoutingControl, load_balancing_loss, moved_choice_bias
-from jaxmoe.parameters import CHOICE_BIAS, parameter_specs
-from jaxmoe.train.host_memory import in_host_memory
+from jaxmoe.parameters import CHOICE_BIAS
 from jaxmoe.train.log_probs import learned_log_probs
 from jaxmoe.train.loss import BatchTotal, Loss, Objective, OfOutputs, Outputs, Term
-from jaxmoe.train.settings import Schedule
 
 BatchKeys = Key[Array, "accumulation B"]  # a random key for each sequence of a whole batch
 _DROPOUT = 0x64726F70  # tells dropout's random keys from those of fresh weights, which have the same seed
@@ -240,43 +238,6 @@ class Model(NamedTuple):
 def with_gradient(arrays: dict[str, Any]) -> dict[str, Any]:
     """The arrays that have a gradient and an optimizer state: all but `CHOICE_BIAS`."""
     return {path: array for path, array in arrays.items() if path != CHOICE_BIAS}
-
-
-def learning_rate(schedule: Schedule, peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_steps`, already above zero at step 0, then the schedule down to zero at the end."""
-    rest = max(total_steps - warmup_steps, 1)
-    decay = {
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-        "constant": lambda: optax.constant_schedule(peak),
-    }[schedule]()
-    if not warmup_steps:
-        return decay
-    warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
-    return optax.join_schedules([warmup, decay], [warmup_steps])
-
-
-def adamw(
-    rate: optax.Schedule,
-    model: Model,
-    *,
-    max_grad_norm: float,
-    weight_decay: float,
-    beta1: float,
-    beta2: float,
-    epsilon: float,
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019) after clipping by the global norm (0: no clipping).
-
-    Weight decay acts on matrices: adapters, or projections and embeddings, not norms and biases.
-    """
-    matrices = None  # all that an adapter holds are
-    if model.lora is None:
-        matrices = {path: spec.init == "normal" for path, spec in parameter_specs(model.config).items()}
-    steps = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
-    adam = optax.adamw(rate, b1=beta1, b2=beta2, eps=epsilon, weight_decay=weight_decay, mask=matrices)
-    steps.append(in_host_memory(adam) if model.moments_on_host else adam)
-    return optax.chain(*steps)
 
 
 def initial_state(trainable: PyTree, optimizer: optax.GradientTransformation) -> TrainState:

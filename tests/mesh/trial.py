@@ -27,7 +27,8 @@ from jaxmoe.parameters import (
     quantizable,
 )
 from jaxmoe.train.loss import next_token_objective
-from jaxmoe.train.step import Model, TrainState, adamw, initial_state, learning_rate, make_train_step
+from jaxmoe.train.optimizers import adamw, learning_rate
+from jaxmoe.train.step import Model, TrainState, initial_state, make_train_step
 from peers.make_checkpoint import TINY
 from tests.parity import COMPILER_OPTIONS
 

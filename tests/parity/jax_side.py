@@ -20,6 +20,7 @@ import optax
 
 import jaxmoe.model.decoder
 import jaxmoe.train.loss
+import jaxmoe.train.optimizers
 import jaxmoe.train.step
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.packing import Batch as TrainingBatch
@@ -97,7 +98,7 @@ def train(
     assert model.lora_config is not None
     spec = jaxmoe.train.step.Model(model.config, model.lora_config, case.dtype, mesh=model.mesh)
     rate = optax.constant_schedule(case.learning_rate)
-    adamw = jaxmoe.train.step.adamw(
+    adamw = jaxmoe.train.optimizers.adamw(
         rate, spec, max_grad_norm=0.0, weight_decay=0.0, beta1=0.9, beta2=0.999, epsilon=1e-8
     )
     optimizer = optax.chain(keep_gradients(), adamw)
