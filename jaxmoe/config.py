@@ -375,6 +375,15 @@ def _dtype_name(dtype: Any) -> Any:
     return _DTYPE_ALIASES.get(name, name)
 
 
+def _found_instead(folder: pathlib.Path) -> str | None:
+    """What a folder without config.json holds in its place, and the way out."""
+    if (folder / "adapter_config.json").is_file() or (folder / "adapter.json").is_file():
+        return "an adapter: give the folder of its base model as the model, and this one as the adapter"
+    if gguf := next(iter(sorted(folder.glob("*.gguf"))), None):
+        return f"{gguf.name}: GGUF is not supported; download the model's safetensors and config.json"
+    return None
+
+
 # (file, fields) of the notices that this process has given
 _LISTED: set[tuple[str, tuple[str, ...]]] = set()
 
@@ -385,6 +394,8 @@ def read_config(path: pathlib.Path) -> tuple[Qwen3MoeConfig, dict[str, Any]]:
     Raises:
         ConfigError: what `read_json` and `Qwen3MoeConfig.from_hf` raise; the message starts with `path`.
     """
+    if not path.exists() and (instead := _found_instead(path.parent)):
+        raise ConfigError(f"file not found: {path} (the folder holds {instead})")
     raw = read_json(path)
     try:
         config = Qwen3MoeConfig.from_hf(raw)

@@ -80,6 +80,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
         # The type depends on the file that is broken; a panic of the tokenizers library is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        _check_json(folder)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{folder}: expected a tokenizer, found none that can be loaded ({reason[0][:300]})") from None
     assert usable
@@ -89,6 +90,16 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     # Lengths are compared with the model's context where it matters; transformers would warn of every long text.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+_JSON = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _check_json(folder: pathlib.Path) -> None:
+    """Raises UserError, which names the file, if one of a tokenizer's holds no JSON object."""
+    for file in (folder / name for name in _JSON):
+        if file.is_file():
+            read_json(file)
 
 
 def _check_templates(folder: pathlib.Path, templates: Any) -> None:
