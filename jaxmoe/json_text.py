@@ -144,6 +144,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected a file, found a folder") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+    except ConfigError:
+        raise
     except ValueError:  # a null character, or half of a surrogate pair, as only JSON can spell them
         raise ConfigError(f"{str(path)!r}: expected a path, found a text that is none") from None
     try:
