@@ -464,6 +464,17 @@ def test_a_weight_that_does_not_fit_is_named_with_its_file(case, hf, tmp_path):
         read_hf(tmp_path / "hf")
 
 
+def test_a_head_that_may_be_tied_is_told_of(hf, tmp_path):
+    shutil.copytree(hf, tmp_path / "hf")
+    tensors = {key: tensor.read().copy() for key, tensor in read_header(tmp_path / "hf" / SINGLE).items()}
+    del tensors["lm_head.weight"]
+    write_file(tmp_path / "hf" / SINGLE, tensors, {})
+    with pytest.raises(
+        UserError, match=r"missing tensor lm_head\.weight .*set tie_word_embeddings to true in config\.json$"
+    ):
+        read_hf(tmp_path / "hf")
+
+
 def test_a_folder_of_something_else_is_named(adapter, tmp_path):
     with pytest.raises(
         UserError, match=r"config\.json \(the folder holds an adapter: give the folder of its base model"

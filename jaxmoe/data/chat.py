@@ -81,8 +81,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         _check_json(folder)
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{folder}: expected a tokenizer, found none that can be loaded ({reason[0][:300]})") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: expected a tokenizer, found none that can be loaded ({reason[:300]})") from None
     assert usable
     if eos is None:
         raise UserError(f"{folder}: expected a tokenizer with an eos_token, found none")
