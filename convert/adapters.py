@@ -44,7 +44,7 @@ from convert.saved_modules import (
     without_copies,
 )
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.lora import LORA_TARGETS, ROUTER, LoraConfig, expand_targets, layers_of
 from jaxmoe.parameters import parameter_specs
 from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
@@ -136,7 +136,7 @@ def _check_biases(path: pathlib.Path, config: Qwen3MoeConfig, settings: PeftSett
     bias = settings.raw.get("bias")
     if bias not in ("none", None) and (config.attention_bias or bias not in ("all", "lora_only")):
         raise UserError(
-            f"{path / SETTINGS}: bias: expected 'none', found {bias!r}: trained biases are not read; {MERGE}"
+            f"{path / SETTINGS}: bias: expected 'none', found {shown(bias)}: trained biases are not read; {MERGE}"
         )
 
 

@@ -121,11 +121,11 @@ def _read_state(tensor: Tensor, row: Row, nested: bool) -> dict[str, Any]:
         raise UserError(f"{tensor.where}: expected {', '.join(wanted)}, found {shown(state)}")
     for name, value in wanted.items():
         if value is not None and state[name] != value:
-            raise UserError(f"{tensor.where}: {name}: expected {value}, found {state[name]!r}")
+            raise UserError(f"{tensor.where}: {name}: expected {value}, found {shown(state[name])}")
     if not isinstance(state["dtype"], str) or state["dtype"] not in DTYPES:
-        raise UserError(f"{tensor.where}: dtype: expected one of {', '.join(DTYPES)}, found {state['dtype']!r}")
+        raise UserError(f"{tensor.where}: dtype: expected one of {', '.join(DTYPES)}, found {shown(state['dtype'])}")
     if nested and not (isinstance(state["nested_offset"], float) and math.isfinite(state["nested_offset"])):
-        raise UserError(f"{tensor.where}: nested_offset: expected a number, found {state['nested_offset']!r}")
+        raise UserError(f"{tensor.where}: nested_offset: expected a number, found {shown(state['nested_offset'])}")
     return state
 
 

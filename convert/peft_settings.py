@@ -179,10 +179,10 @@ def _check_kind(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
         )
     if kind != "LORA":
         way_out = _OTHER_TYPES.get(str(kind), MERGE)
-        raise UserError(f"{path}: peft_type: expected 'LORA', found {kind!r}: {way_out}")
+        raise UserError(f"{path}: peft_type: expected 'LORA', found {shown(kind)}: {way_out}")
     if raw.get("task_type") not in ("CAUSAL_LM", None):
         way_out = "its base is not a causal language model; set task_type to CAUSAL_LM if it is"
-        raise UserError(f"{path}: task_type: expected 'CAUSAL_LM', found {raw['task_type']!r}: {way_out}")
+        raise UserError(f"{path}: task_type: expected 'CAUSAL_LM', found {shown(raw['task_type'])}: {way_out}")
 
 
 def _check_start(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
@@ -190,7 +190,9 @@ def _check_start(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
     if start in _PLAIN_STARTS:
         return
     changes = str(start).lower().startswith(_CHANGED_BASES)
-    what = f"{start!r} trains against a changed base; {_CONVERT_TO_LORA}" if changes else f"{start!r}; {MERGE}"
+    what = (
+        f"{shown(start)} trains against a changed base; {_CONVERT_TO_LORA}" if changes else f"{shown(start)}; {MERGE}"
+    )
     raise UserError(f"{path}: init_lora_weights: expected a start that leaves the base unchanged, found {what}")
 
 
@@ -225,7 +227,7 @@ def _values(raw: Mapping[str, Any], name: str, pattern: str) -> Iterator[tuple[s
     """The default of a setting and its values in a pattern, each with the place where it stands."""
     yield name, raw.get(name)
     for expression, value in (raw.get(pattern) or {}).items():
-        yield f"{pattern}[{expression!r}]", value
+        yield f"{pattern}[{shown(expression)}]", value
 
 
 def _check_fields(path: pathlib.Path, raw: Mapping[str, Any]) -> None:

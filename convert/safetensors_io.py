@@ -181,7 +181,7 @@ def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {shown(entry)}") from None
     if not isinstance(code, str) or code not in _ITEM_BYTES:
-        raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {code!r}")
+        raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {shown(code)}")
     if stop - start != math.prod(shape) * _ITEM_BYTES[code]:
         nbytes = math.prod(shape) * _ITEM_BYTES[code]
         raise UserError(f"{file}: {name}: expected {nbytes} bytes for {code} {shape}, found offsets {start} to {stop}")

@@ -32,6 +32,7 @@ from jaxmoe.data.inputs import opened
 from jaxmoe.data.json_records import MAX_LINE
 from jaxmoe.errors import ConfigError, UserError, check_integer, check_number, shown
 from jaxmoe.generate.__main__ import main as generate
+from jaxmoe.generate.settings import generation_defaults
 from jaxmoe.json_text import MAX_DEPTH, parse_json, read_json
 from jaxmoe.routing import report
 from jaxmoe.store.converted import read_converted, write_converted
@@ -233,6 +234,31 @@ def test_numbers_that_python_cannot_show_or_hold():
         with pytest.raises(ConfigError, match="field: expected a whole number"):
             check_integer("field", value, at_least=0)
     assert len(shown("x" * 10**6)) == 300
+
+
+LONG = "x" * 5000
+FIELDS = {
+    "config.json": "dtype torch_dtype model_type hidden_act mlp_only_layers layer_types num_local_experts rope_scaling"
+    " rope_theta use_sliding_window vocab_size tie_word_embeddings quantization_config eos_token_id head_dim",
+    "generation_config.json": "eos_token_id temperature do_sample num_beams bad_words_ids sequence_bias max_new_tokens",
+    "adapter_config.json": "peft_type task_type bias init_lora_weights modules_to_save r use_dora target_modules",
+}
+
+
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file in FIELDS for name in FIELDS[file].split()])
+def test_long_values_are_cut(file, name, hf, adapter, tmp_path):
+    shutil.copytree(adapter if file == "adapter_config.json" else hf, tmp_path / "x")
+    path = tmp_path / "x" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: LONG}))
+    readers = {
+        "config.json": read_hf,
+        "generation_config.json": generation_defaults,
+        "adapter_config.json": lambda folder: read_peft(folder, MODEL),
+    }
+    with pytest.raises(UserError, match="expected") as caught:
+        readers[file](tmp_path / "x")
+    assert len(str(caught.value)) < 1500
+    assert str(caught.value).startswith(str(tmp_path / "x"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxmoe import limited
 from jaxmoe.data.forms import first_bytes
-from jaxmoe.errors import ConfigError, UserError
+from jaxmoe.errors import ConfigError, UserError, shown
 from jaxmoe.json_text import NOT_DOWNLOADED, is_pointer, parse_json, read_json
 from jaxmoe.tokenizer_files import FORMS, NEEDED, check_small_files, has_tokenizer
 
@@ -210,9 +210,9 @@ def check_messages(messages: Any, tools: Any = None) -> None:
             raise UserError(f"{where}: expected an object, found {kind_of(message)}")
         if unknown := sorted(set(message) - MESSAGE_KEYS):
             known = ", ".join(sorted(MESSAGE_KEYS))
-            raise UserError(f"{where}: expected the keys {known}; found {unknown[0]!r}")
+            raise UserError(f"{where}: expected the keys {known}; found {shown(unknown[0])}")
         if message.get("role") not in ROLES:
-            raise UserError(f"{where}: expected a role of {', '.join(ROLES)}; found {message.get('role')!r}")
+            raise UserError(f"{where}: expected a role of {', '.join(ROLES)}; found {shown(message.get('role'))}")
         calls = message.get("tool_calls")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
             raise UserError(f"{where}: expected tool_calls to be a list of objects, found {kind_of(calls)}")

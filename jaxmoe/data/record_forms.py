@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jaxmoe.data import forms
 from jaxmoe.data.chat import MESSAGE_KEYS, kind_of, text_field
-from jaxmoe.errors import ConfigError, UserError
+from jaxmoe.errors import ConfigError, UserError, shown
 from jaxmoe.json_text import parse_json
 
 Columns = dict[str, Any]  # a record: column -> what JSON can hold
@@ -164,7 +164,7 @@ def _learned(message: Columns, where: str) -> Columns:
     for name in _WEIGHTS:
         weight = message.get(name, 1)
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):
-            raise UserError(f"{where}{name}: expected 0 or 1, found {weight!r}")
+            raise UserError(f"{where}{name}: expected 0 or 1, found {shown(weight)}")
         if message.get("role") == "assistant" and not weight:
             found = json.dumps(weight)
             raise UserError(f"{where}{name}: expected 1 (every answer is learned), found {found}; leave the record out")
