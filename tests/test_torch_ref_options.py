@@ -33,6 +33,7 @@ def unpatched() -> Iterator[None]:
     """Stock transformers before and after each test."""
     yield
     FastQwen3MoeModel.unpatch()
+    FastQwen3Model.unpatch()
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,10 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "more layers": (with_config(num_hidden_layers=5), r"expected model\.layers\.3\..*, found none"),
     "another width": (with_config(num_key_value_heads=1), r"k_proj\.weight: expected the shape \[\d+, \d+\], found"),
     "no object": (with_config(quantization_config="fp8"), r"config\.json: quantization_config: expected an object"),
-    "a text": (with_config(vocab_size="x"), r"expected a config\.json that transformers can load, .*vocab_size"),
+    "a text": (with_config(rms_norm_eps="x"), r"expected a config\.json that transformers can load, .*rms_norm_eps"),
+    "no heads": (with_config(num_attention_heads=0), r"num_attention_heads: expected a whole number of at least 1"),
+    "no width of heads": (with_config(head_dim=None), r"head_dim: expected a whole number of at least 1, found None"),
+    "no activation": (with_config(hidden_act="x"), r"hidden_act: expected an activation of transformers, found 'x'"),
     "no JSON": (written("config.json", "{"), r"config\.json: expected JSON, found"),
     "no tokenizer": (written("tokenizer.json", "{"), "expected a tokenizer that transformers can load, found none"),
     "a page": (

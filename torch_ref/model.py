@@ -18,6 +18,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
@@ -121,6 +122,10 @@ class FastQwen3Model:
         expected = cls.model_class.config_class.model_type
         if config.model_type != expected:
             raise ValueError(f"model_name: expected a {expected} checkpoint, found {config.model_type} in {model_name}")
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"{model_name}: hidden_act: expected an activation of transformers, found {config.hidden_act!r}"
+            )
         length = scale_positions(config, max_seq_length, rope_scaling)
         with naming(model_name, "a tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(model_name, token=token, trust_remote_code=trust_remote_code)

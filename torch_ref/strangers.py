@@ -11,17 +11,22 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from captures.shared import UserError, check_small_files, read_json, shown
+from captures.shared import UserError, check_integer, check_small_files, read_json, shown
 
 _MOST_LAYERS = 10_000
+# What transformers divides by and makes tensors of, unchecked.
+_SIZES = (
+    "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads num_key_value_heads head_dim"
+    " decoder_sparse_step num_experts num_local_experts"
+).split()
 
 
 def check_model_folder(folder: pathlib.Path) -> None:
     """Compares the number of layers, of which transformers makes lists, and the sizes of files with any model's.
 
     Raises:
-        UserError: no config.json that can be read, an adapter, more layers than any model has, quantisation settings
-            that are no object, or a file that never ends.
+        UserError: no config.json that can be read, an adapter, more layers than any model has, a size that is no whole
+            number above 0, quantisation settings that are no object, or a file that never ends.
     """
     check_small_files(folder)
     file = folder / "config.json"
@@ -33,6 +38,9 @@ def check_model_folder(folder: pathlib.Path) -> None:
     layers = raw.get("num_hidden_layers", 0)
     if not isinstance(layers, int) or not 0 <= layers <= _MOST_LAYERS:
         raise UserError(f"{file}: num_hidden_layers: expected at most {_MOST_LAYERS:,}, found {shown(layers)}")
+    for name in _SIZES:
+        if name in raw:
+            check_integer(f"{file}: {name}", raw[name], at_least=0 if "experts" in name else 1)
     if not isinstance(stored := raw.get("quantization_config"), dict | None):
         raise UserError(f"{file}: quantization_config: expected an object, found {shown(stored)}")
 
