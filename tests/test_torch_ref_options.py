@@ -202,6 +202,14 @@ def without(name: str) -> Callable[[pathlib.Path], None]:
     return change
 
 
+def stored_as(dtype: torch.dtype, name: str) -> Callable[[pathlib.Path], None]:
+    def change(folder: pathlib.Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors")
+
+    return change
+
+
 def with_config(**fields: Any) -> Callable[[pathlib.Path], None]:
     def change(folder: pathlib.Path) -> None:
         file = folder / "config.json"
@@ -236,6 +244,10 @@ BROKEN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "no heads": (with_config(num_attention_heads=0), r"num_attention_heads: expected a whole number of at least 1"),
     "no width of heads": (with_config(head_dim=None), r"head_dim: expected a whole number of at least 1, found None"),
     "no activation": (with_config(hidden_act="x"), r"hidden_act: expected an activation of transformers, found 'x'"),
+    "codes": (
+        stored_as(torch.float8_e4m3fn, "model.layers.0.self_attn.q_proj.weight"),
+        r"q_proj\.weight: expected one of F32, .*no quantization_config, found F8_E4M3",
+    ),
     "no JSON": (written("config.json", "{"), r"config\.json: expected JSON, found"),
     "no tokenizer": (written("tokenizer.json", "{"), "expected a tokenizer that transformers can load, found none"),
     "a page": (

@@ -78,6 +78,8 @@ def load_4bit(
         del config.quantization_config
     folder = local_folder(model_name, token)
     reader = Reader(folder)
+    if stored is None:
+        reader.check_plain()
     model = build_4bit(
         model_class, config, reader, dtype, device_map, attn_implementation, quantize_weights=stored is None
     )
@@ -127,6 +129,7 @@ def check_stored_quantization(stored: Any) -> None:
     is_4bit = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
     if settings.get("quant_method", "bitsandbytes") != "bitsandbytes" or not is_4bit:
         found = settings.get("quant_method", "another quantisation")
+        found = f"{found} in another form" if found == "bitsandbytes" else found
         raise ValueError(f"quantization_config: expected bitsandbytes in 4 bit, found {found}")
 
 

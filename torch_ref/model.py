@@ -159,7 +159,7 @@ class FastQwen3Model:
 
             return load_4bit(cls.model_class, model_name, config, dtype, device_map, token, attn_implementation)
         if (folder := pathlib.Path(model_name)).is_dir():
-            Shards(folder)  # its errors name the file
+            Shards(folder).check_plain()
         model, found = cls.model_class.from_pretrained(
             model_name,
             config=config,

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from captures.shared import read_json, shown
 
+_FLOATS = ("F32", "BF16", "F16", "F64")
+
 
 def local_folder(model_name: str | os.PathLike[str], token: str | None) -> pathlib.Path:
     """The folder `model_name`, or the copy of a hub id that is downloaded if it is missing."""
@@ -69,6 +71,16 @@ class Shards:
         if key not in self._files:
             raise ValueError(f"{self.folder}: expected {key}, found none")
         return self._files[key].get_tensor(key)
+
+    def check_plain(self) -> None:
+        """Raises a ValueError that names a tensor whose values are codes: without quantization_config in config.json
+        transformers would take them for weights."""
+        for key, file in self._files.items():
+            if (found := file.get_slice(key).get_dtype()) not in _FLOATS:
+                raise ValueError(
+                    f"{self.folder}: {key}: expected one of {', '.join(_FLOATS)}, as config.json has no "
+                    f"quantization_config, found {found}"
+                )
 
     def check_all_read(self) -> None:
         """Raises a ValueError that names a key that was never read, if there is one."""
