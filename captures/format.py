@@ -380,7 +380,7 @@ class Capture:
             raise UserError(f"{path}: expected the manifest of a capture, found a broken one ({reason})") from None
         try:
             for file, _ in shards:
-                named_in(folder, file)
+                named_in(folder, file, by=MANIFEST)
         except UserError:
             raise UserError(f"{path}: shards: expected files in the same folder, found a path") from None
         total = sum(tokens for _, tokens in shards)

@@ -44,8 +44,9 @@ from convert.saved_modules import (
     without_copies,
 )
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.lora import LORA_TARGETS, ROUTER, LoraConfig, expand_targets, layers_of
+from jaxmoe.parameters import parameter_specs
 from jaxmoe.store.adapter import check_adapter, is_adapter, read_adapter
 from jaxmoe.store.checkpoint import Block, Checkpoint, cast
 from jaxmoe.store.expert_adapters import with_all_experts
@@ -62,7 +63,7 @@ _TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if
 _KEY = re.compile(r"(.*?)layers\.(\d{1,9})\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _PREFIXES = (PREFIX, "base_model.model.", "model.", "")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # of torch.compile and of data parallelism
-_UNTARGETED = "target_modules, target_parameters, exclude_modules: PEFT would ignore the others"
+_UNTARGETED = "target_modules, target_parameters, exclude_modules, layers_to_transform: PEFT would ignore the others"
 _OLD_EXPERT = re.compile(r"mlp\.experts\.(\d{1,9})\.(gate_proj|up_proj|down_proj)")
 # What a key contains -> why it is not read, and the way out.
 _OTHER_TENSORS = {
@@ -75,6 +76,8 @@ _OTHER_TENSORS = {
         "the merged model, or train with train_unembed=False"
     ),
     ".bias": f"trained biases are not read; {MERGE}",
+    "trainable_tokens": f"single trained token embeddings are not supported; {MERGE}",
+    "norm.weight": f"trained norms are not read; {MERGE}",
 }
 
 Modules = dict[tuple[int, str], dict[str, np.ndarray]]
@@ -133,7 +136,7 @@ def _check_biases(path: pathlib.Path, config: Qwen3MoeConfig, settings: PeftSett
     bias = settings.raw.get("bias")
     if bias not in ("none", None) and (config.attention_bias or bias not in ("all", "lora_only")):
         raise UserError(
-            f"{path / SETTINGS}: bias: expected 'none', found {bias!r}: trained biases are not read; {MERGE}"
+            f"{path / SETTINGS}: bias: expected 'none', found {shown(bias)}: trained biases are not read; {MERGE}"
         )
 
 
@@ -295,21 +298,19 @@ def _in_slots(
 ) -> list[Pair | None]:
     """The adapters of a target in the order of its stack; None for layers without one."""
     layers = layers_of(config, target)
-    for name, layer in pairs:
-        if name == target and layer not in layers:
-            raise UserError(f"{file}: layer {layer}: {target}: expected a layer with this weight, found one without it")
-    slots = [pairs.get((target, layer)) for layer in layers]
-    present = [pair for pair in slots if pair is not None]
-    for pair, layer in zip(slots, layers, strict=True):
-        if pair is None:
+    expected = parameter_specs(config)[LORA_TARGETS[target].path].shape[-2:]
+    for (name, layer), pair in pairs.items():
+        if name != target:
             continue
-        for name, array, first, axis in (("lora_A", pair.a, present[0].a, -2), ("lora_B", pair.b, present[0].b, -1)):
-            if np.delete(array.shape, axis).tolist() != np.delete(first.shape, axis).tolist():
-                raise UserError(
-                    f"{file}: layer {layer}: {target}.{name}: expected {first.shape}, as in the first layer, found "
-                    f"{array.shape}"
-                )
-    return slots
+        where = f"{file}: layer {layer}: {target}"
+        if layer not in layers:
+            raise UserError(f"{where}: expected a layer with this weight, found one without it")
+        if (found := (pair.b.shape[-2], pair.a.shape[-1])) != expected:
+            raise UserError(
+                f"{where}: expected an adapter of a weight of shape {list(expected)}, as the base's config.json says, "
+                f"found one of {list(found)}; was it made for another model?"
+            )
+    return [pairs.get((target, layer)) for layer in layers]
 
 
 def _with_patterns(lora: LoraConfig, stacks: Mapping[str, list[Pair | None]]) -> LoraConfig:

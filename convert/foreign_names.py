@@ -55,6 +55,8 @@ def missing_tensors(where: str, missing: list[str], found: Collection[str]) -> U
     name = missing[0].removeprefix("model.")
     under = min((each for each in found if each.endswith(f".{name}")), key=len, default=None)
     instead = f", found {under}: {_RENAME}" if under else ""
+    if missing == [HEAD] and not under:
+        instead = "; if it is the embedding, set tie_word_embeddings to true in config.json"
     return UserError(f"{where}: missing tensor {missing[0]} ({len(missing)} missing in all){instead}")
 
 

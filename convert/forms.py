@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from convert.safetensors_io import Tensor
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.weight_form import WeightForm, quant_method, weight_form
 
 _INSTEAD = (
@@ -73,7 +73,7 @@ def find_form(where: str, raw: Mapping[str, Any], tensors: Mapping[str, Tensor])
     if form is not None:
         return form
     method = quant_method(settings) if isinstance(settings, Mapping) else None
-    name = _METHODS.get(str(method), f"quant_method {method!r}")
+    name = _METHODS.get(str(method), f"quant_method {shown(method)}")
     raise _refusal(f"{where}: quantization_config", name, _details(settings))
 
 

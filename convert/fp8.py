@@ -46,12 +46,12 @@ def check_fp8(where: str, rows: Iterable[Row], tensors: Mapping[str, Tensor]) ->
         if tensor is None or tensor.code != CODE:
             continue
         if (scales := tensors.get(key)) is None:
-            raise UserError(f"{key}: missing tensor (the scales of {row.key}, which is in FP8)")
+            raise UserError(f"{where}: missing tensor {key} (the scales of {row.key}, which is in FP8)")
         *lead, out, inner = row.shape
         shape = (*lead, -(-out // FP8_BLOCK), -(-inner // FP8_BLOCK))
         if scales.code not in _SCALES or scales.shape != shape:
             found = f"{scales.code} {list(scales.shape)}"
-            raise UserError(f"{key}: expected {' or '.join(_SCALES)} {list(shape)}, found {found}")
+            raise UserError(f"{scales.where}: expected {' or '.join(_SCALES)} {list(shape)}, found {found}")
         keys.append(row.key)
     if not keys:
         raise _none(where)

@@ -141,7 +141,7 @@ class HFCheckpoint:
             if dtype != expected and self._target is None:
                 one = f"NF4 of {expected}" if code.startswith("NF4") else CODES[expected.name]
                 raise UserError(
-                    f"{row.key}: expected {one} as in {key}, found {code} "
+                    f"{self._tensors[row.key].where}: expected {one} as in {key}, found {code} "
                     f"({self._layers_unlike(path, expected)}; --dtype, or dtype=, casts every tensor to one dtype)"
                 )
         return {name: dtype for name, (_, dtype) in first.items()}
@@ -155,7 +155,9 @@ class HFCheckpoint:
             return np.dtype(made_from), f"NF4 of {made_from}"
         tensor = self._tensors[row.key]
         if tensor.shape != row.shape:
-            raise UserError(f"{row.key}: expected shape {list(row.shape)}, found {list(tensor.shape)}")
+            raise UserError(
+                f"{tensor.where}: expected shape {list(row.shape)}, as config.json says, found {list(tensor.shape)}"
+            )
         if self._in_fp8(row):
             return self._decoded_dtype, f"FP8 of {self._decoded_dtype}"
         return tensor.dtype, tensor.code
@@ -179,7 +181,9 @@ class HFCheckpoint:
         if self._nested_quant_map is None:
             self._nested_quant_map = table
         elif table is None or not np.array_equal(table, self._nested_quant_map):
-            raise UserError(f"{row.key}.nested_quant_map: expected the same table for every weight, found another")
+            raise UserError(
+                f"{self.path}: {row.key}.nested_quant_map: expected the same table for every weight, found another"
+            )
 
     def _dtype_in_config(self) -> np.dtype:
         """The dtype to decode FP8 into. If config.json has none, the embedding's, which is not quantised."""
@@ -218,7 +222,7 @@ class HFCheckpoint:
             row, first = entries[number], number * each
             tensor = self._decoded(row, self.dtypes[path])
             parts = tensor.reshape(each, -1)[max(start - first, 0) : stop - first]
-            found += [cast(row.key, part, self.dtypes[path]) for part in parts]
+            found += [cast(self._tensors[row.key].where, part, self.dtypes[path]) for part in parts]
         return found
 
     def parts(self, layer: int | None, wanted: Mapping[str, Collection[Box]]) -> Parts:
@@ -272,7 +276,7 @@ class HFCheckpoint:
 
     def _plain_part(self, entries: list[Row], dtype: np.dtype, box: Box) -> np.ndarray:
         if not entries[0].part:
-            return cast(entries[0].key, self._decoded(entries[0], dtype, box), dtype)
+            return cast(self._tensors[entries[0].key].where, self._decoded(entries[0], dtype, box), dtype)
         found = np.empty(shape_of(box), dtype)
         for row in entries:
             expert, height = row.part
@@ -280,7 +284,7 @@ class HFCheckpoint:
             if overlap := common(box, ((expert, expert + 1), (height.start, height.stop), (0, row.shape[1]))):
                 (top, bottom), columns = overlap[1:]
                 inner = (top - height.start, bottom - height.start), columns
-                tensor = cast(row.key, self._decoded(row, dtype, inner), dtype)
+                tensor = cast(self._tensors[row.key].where, self._decoded(row, dtype, inner), dtype)
                 _copy(tensor, found[slices(overlap, origin(box))][0])
         return found
 
@@ -299,7 +303,7 @@ class HFCheckpoint:
                 continue
             path = self._stored_path(row)
             dtype = self.dtypes[path]
-            tensor = cast(row.key, self._decoded(row, dtype), dtype)
+            tensor = cast(self._tensors[row.key].where, self._decoded(row, dtype), dtype)
             if not row.part:
                 arrays[path] = tensor
                 continue

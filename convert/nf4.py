@@ -93,14 +93,16 @@ def read_matrix(row: Row, tensors: Mapping[str, Tensor], nested: bool) -> tuple[
 
     table = read(".quant_map", "F32", (16,))
     if not np.array_equal(table, NF4_TABLE):
-        raise UserError(f"{row.key}.quant_map: expected the table of NF4, found another")
+        raise UserError(f"{tensors[f'{row.key}.quant_map'].where}: expected the table of NF4, found another")
     state = _read_state(tensors[f"{row.key}{_STATE}nf4"], row, nested)
     codes = read("", "U8", (-(-elements // 2), 1)).reshape(-1)
     if not nested:
         return NF4(codes, read(".absmax", "F32", (blocks,))), state["dtype"], None
     nested_map = read(".nested_quant_map", "F32", (256,))
     if not (np.all(np.diff(nested_map) > 0) and np.abs(nested_map).max() <= 1):
-        raise UserError(f"{row.key}.nested_quant_map: expected 256 rising values from -1 to 1, found others")
+        raise UserError(
+            f"{tensors[f'{row.key}.nested_quant_map'].where}: expected 256 rising values from -1 to 1, found others"
+        )
     packed = NF4(
         codes,
         read(".absmax", "U8", (blocks,)),
@@ -111,19 +113,19 @@ def read_matrix(row: Row, tensors: Mapping[str, Tensor], nested: bool) -> tuple[
 
 
 def _read_state(tensor: Tensor, row: Row, nested: bool) -> dict[str, Any]:
-    state = parse_json(tensor.read_as("U8", (tensor.data.size,)).tobytes(), tensor.name)
+    state = parse_json(tensor.read_as("U8", (tensor.data.size,)).tobytes(), tensor.where)
     wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": None, "shape": list(row.shape)}
     if nested:
         wanted |= {"nested_blocksize": NF4_NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": None}
     if not isinstance(state, dict) or set(state) != set(wanted):
-        raise UserError(f"{tensor.name}: expected {', '.join(wanted)}, found {shown(state)}")
+        raise UserError(f"{tensor.where}: expected {', '.join(wanted)}, found {shown(state)}")
     for name, value in wanted.items():
         if value is not None and state[name] != value:
-            raise UserError(f"{tensor.name}: {name}: expected {value}, found {state[name]!r}")
+            raise UserError(f"{tensor.where}: {name}: expected {value}, found {shown(state[name])}")
     if not isinstance(state["dtype"], str) or state["dtype"] not in DTYPES:
-        raise UserError(f"{tensor.name}: dtype: expected one of {', '.join(DTYPES)}, found {state['dtype']!r}")
+        raise UserError(f"{tensor.where}: dtype: expected one of {', '.join(DTYPES)}, found {shown(state['dtype'])}")
     if nested and not (isinstance(state["nested_offset"], float) and math.isfinite(state["nested_offset"])):
-        raise UserError(f"{tensor.name}: nested_offset: expected a number, found {state['nested_offset']!r}")
+        raise UserError(f"{tensor.where}: nested_offset: expected a number, found {shown(state['nested_offset'])}")
     return state
 
 

@@ -84,9 +84,12 @@ class PeftSettings:
         """
         path = folder / SETTINGS
         if not path.is_file():
-            raise UserError(f"{folder}: expected a PEFT adapter, found no {SETTINGS}")
+            # a Trainer's folder of checkpoints, or what PEFT writes for adapters with names of their own
+            inside = sorted(file.parent.name for file in folder.glob(f"*/{SETTINGS}"))
+            way_out = f"; its folder {inside[0]} has one" if inside else ""
+            raise UserError(f"{folder}: expected a PEFT adapter, found no {SETTINGS}{way_out}")
         raw = _DEFAULTS | read_json(path)
-        for check in (_check_kind, _check_start, _check_numbers, _check_fields):
+        for check in (_check_kind, _check_start, _check_numbers, _check_targets, _check_fields):
             check(path, raw)
         return cls(path, raw)
 
@@ -120,7 +123,18 @@ class PeftSettings:
             UserError: a pattern that is no regular expression, or one that takes too long to match.
         """
         left = [name for name in names if not self._names_any("exclude_modules", [name])]
+        if isinstance(given := self.raw.get("target_modules"), list):
+            left = [name for name in left if name in given or self._in_layers(name)]
         return bool(left) and self._names_any("target_modules", left)
+
+    def _in_layers(self, name: str) -> bool:
+        """Whether `layers_to_transform`, which PEFT reads only beside a list of targets, has the layer of `name`.
+
+        `layers_pattern` is that of other architectures: this one has a single list of layers.
+        """
+        layers = self.raw.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        return not layers or int(name.split(".")[2]) in layers
 
     def loads(self, names: Sequence[str]) -> bool:
         """Whether PEFT would load tensors of the weight that settings may call by any of `names`. If no targets are
@@ -165,10 +179,10 @@ def _check_kind(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
         )
     if kind != "LORA":
         way_out = _OTHER_TYPES.get(str(kind), MERGE)
-        raise UserError(f"{path}: peft_type: expected 'LORA', found {kind!r}: {way_out}")
+        raise UserError(f"{path}: peft_type: expected 'LORA', found {shown(kind)}: {way_out}")
     if raw.get("task_type") not in ("CAUSAL_LM", None):
         way_out = "its base is not a causal language model; set task_type to CAUSAL_LM if it is"
-        raise UserError(f"{path}: task_type: expected 'CAUSAL_LM', found {raw['task_type']!r}: {way_out}")
+        raise UserError(f"{path}: task_type: expected 'CAUSAL_LM', found {shown(raw['task_type'])}: {way_out}")
 
 
 def _check_start(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
@@ -176,7 +190,9 @@ def _check_start(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
     if start in _PLAIN_STARTS:
         return
     changes = str(start).lower().startswith(_CHANGED_BASES)
-    what = f"{start!r} trains against a changed base; {_CONVERT_TO_LORA}" if changes else f"{start!r}; {MERGE}"
+    what = (
+        f"{shown(start)} trains against a changed base; {_CONVERT_TO_LORA}" if changes else f"{shown(start)}; {MERGE}"
+    )
     raise UserError(f"{path}: init_lora_weights: expected a start that leaves the base unchanged, found {what}")
 
 
@@ -188,14 +204,30 @@ def _check_numbers(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
         check_integer(f"{path}: {where}", rank, at_least=1)
     for where, alpha in _values(raw, "lora_alpha", "alpha_pattern"):
         check_number(f"{path}: {where}", alpha)
-    check_number(f"{path}: lora_dropout", raw.get("lora_dropout") or 0.0)
+    check_number(f"{path}: lora_dropout", raw.get("lora_dropout") or 0.0, at_least=0)
+    if (dropout := raw.get("lora_dropout") or 0.0) >= 1:
+        raise UserError(f"{path}: lora_dropout: expected a probability below 1, found {dropout}")
+
+
+def _check_targets(path: pathlib.Path, raw: Mapping[str, Any]) -> None:
+    """Checks the types of the fields that say which weights have an adapter, and how the products are scaled."""
+    for name in ("target_modules", "exclude_modules", "target_parameters"):
+        given = raw.get(name)
+        texts = isinstance(given, list) and all(isinstance(each, str) for each in given)
+        if given is not None and not texts and not isinstance(given, str):
+            raise UserError(f"{path}: {name}: expected a list of names or a regular expression, found {shown(given)}")
+    layers = raw.get("layers_to_transform")
+    for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
+        check_integer(f"{path}: layers_to_transform", layer, at_least=0)
+    if not isinstance(rslora := raw.get("use_rslora"), bool | None):
+        raise UserError(f"{path}: use_rslora: expected true or false, found {shown(rslora)}")
 
 
 def _values(raw: Mapping[str, Any], name: str, pattern: str) -> Iterator[tuple[str, Any]]:
     """The default of a setting and its values in a pattern, each with the place where it stands."""
     yield name, raw.get(name)
     for expression, value in (raw.get(pattern) or {}).items():
-        yield f"{pattern}[{expression!r}]", value
+        yield f"{pattern}[{shown(expression)}]", value
 
 
 def _check_fields(path: pathlib.Path, raw: Mapping[str, Any]) -> None:

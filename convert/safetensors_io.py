@@ -39,6 +39,7 @@ CODES = {dtype.name: code for code, dtype in _DTYPES.items()}
 _PICKLES = (
     "can run code and are not read; transformers' from_pretrained(...) and save_pretrained(...) write safetensors"
 )
+_WITHOUT_INDEX = f"if it is the whole model, rename it to {SINGLE}"
 # A file that a folder of another kind holds -> what the folder is, and what it is for.
 _OTHER_FOLDERS = {
     "manifest.json": "a converted folder, which needs no conversion",
@@ -61,10 +62,15 @@ class Tensor:
     offset: int = 0
 
     @property
+    def where(self) -> str:
+        """File and name, for a message."""
+        return f"{self.file}: {self.name}"
+
+    @property
     def dtype(self) -> np.dtype:
         """The NumPy dtype; raises UserError unless it is a float of 16 or 32 bits."""
         if self.code not in FLOATS:
-            raise UserError(f"{self.file.name}: {self.name}: expected one of {', '.join(FLOATS)}, found {self.code}")
+            raise UserError(f"{self.where}: expected one of {', '.join(FLOATS)}, found {self.code}")
         return FLOATS[self.code]
 
     @property
@@ -91,7 +97,7 @@ class Tensor:
                 part, rest = rest[: count * dtype.itemsize], rest[count * dtype.itemsize :]
                 while part:
                     if not (size := stream.readinto(part)):
-                        raise UserError(f"{self.file}: expected the bytes of {self.name}, found the end of the file")
+                        raise UserError(f"{self.where}: expected its bytes, found the end of the file")
                     part = part[size:]
         return found
 
@@ -99,7 +105,7 @@ class Tensor:
         """Like `read`; raises UserError unless the tensor has this dtype and shape."""
         if (self.code, self.shape) != (code, shape):
             found = f"{self.code} {list(self.shape)}"
-            raise UserError(f"{self.file.name}: {self.name}: expected {code} {list(shape)}, found {found}")
+            raise UserError(f"{self.where}: expected {code} {list(shape)}, found {found}")
         return self.data.view(_DTYPES[code]).reshape(shape)
 
 
@@ -116,6 +122,9 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if is_pointer(prefix + stream.read(len(POINTER))):
             raise UserError(f"{file}: expected a safetensors file, found {NOT_DOWNLOADED}")
+        if size < 8 or _is_text(prefix):
+            found = f"a file that starts with {shown(prefix.decode(errors='replace'))}" if prefix else "an empty one"
+            raise UserError(f"{file}: expected a safetensors file, found {found}")
         stream.seek(8)
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise UserError(
@@ -157,6 +166,12 @@ def read_header(file: pathlib.Path) -> dict[str, Tensor]:
     }
 
 
+def _is_text(prefix: bytes) -> bool:
+    """Whether a file starts as a text does, such as a page that was downloaded in its place: a header of that length
+    cannot be."""
+    return all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in prefix)
+
+
 def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
     """The offsets of a tensor, checked against its dtype and shape."""
     try:
@@ -166,7 +181,7 @@ def _span(file: pathlib.Path, name: str, entry: Any) -> tuple[int, int]:
     except (TypeError, KeyError, ValueError):
         raise UserError(f"{file}: {name}: expected dtype, shape and data_offsets, found {shown(entry)}") from None
     if not isinstance(code, str) or code not in _ITEM_BYTES:
-        raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {code!r}")
+        raise UserError(f"{file}: {name}: expected a dtype such as F32, BF16 or F16, found {shown(code)}")
     if stop - start != math.prod(shape) * _ITEM_BYTES[code]:
         nbytes = math.prod(shape) * _ITEM_BYTES[code]
         raise UserError(f"{file}: {name}: expected {nbytes} bytes for {code} {shape}, found offsets {start} to {stop}")
@@ -197,7 +212,14 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
         ours = next((what for name, what in _OTHER_FOLDERS.items() if (folder / name).is_file()), None)
         if ours:
             raise UserError(f"{folder}: expected a model with {SINGLE} or {INDEX}, found {ours}")
+        others = sorted(p.name for p in folder.glob("*.safetensors"))
         found = f"only {pickles[0]} (pickles {_PICKLES})" if pickles else "neither"
+        if others:
+            found = (
+                f"only {others[0]} ({_WITHOUT_INDEX})"
+                if len(others) == 1
+                else (f"{len(others)} files such as {others[0]}, but no index: download {INDEX} too")
+            )
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -209,20 +231,20 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(weight_map.values())):
-        shard = named_in(folder, name)
+        shard = named_in(folder, name, by=INDEX)
         if not is_file(shard):
             raise UserError(f"file not found: {shard} (named in {INDEX})")
         for key, tensor in read_header(shard).items():
             if key in tensors:
-                raise UserError(f"{key}: expected it in one file, found it in {tensors[key].file.name} and {name}")
+                raise UserError(f"{shard}: {key}: expected it in one file, found it in {tensors[key].file.name} too")
             if key not in weight_map:
-                raise UserError(f"{key}: expected it in {INDEX}, found it only in {name}")
+                raise UserError(f"{index}: {key}: expected it in weight_map, found it only in {name}")
             tensors[key] = tensor
     for key, name in weight_map.items():
         if key not in tensors:
-            raise UserError(f"{key}: expected it in {name}, as {INDEX} says, found it nowhere")
-        if tensors[key].file.name != name:
-            raise UserError(f"{key}: expected it in {name}, as {INDEX} says, found it in {tensors[key].file.name}")
+            raise UserError(f"{index}: {key}: expected it in {name}, as weight_map says, found it nowhere")
+        if (found := tensors[key].file.name) != name:
+            raise UserError(f"{index}: {key}: expected it in {name}, as weight_map says, found it in {found}")
     return tensors
 
 

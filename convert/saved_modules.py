@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.errors import ConfigError, UserError
+from jaxmoe.errors import ConfigError, UserError, shown
 from jaxmoe.lora import LORA_TARGETS, ROUTER, SAVED_MODULES, LoraConfig, saved_modules
 from jaxmoe.store.checkpoint import Block, Checkpoint, cast
 
@@ -115,7 +115,7 @@ def _listed(path: pathlib.Path, raw: Mapping[str, Any]) -> tuple[tuple[str, ...]
     """The names in `modules_to_save` that `SAVED_MODULES` knows, and whether the router is among them."""
     names = raw.get("modules_to_save") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: modules_to_save: expected a list of names, found {names!r}")
+        raise UserError(f"{path}: modules_to_save: expected a list of names, found {shown(names)}")
     routers = ("gate", _ROUTER_MODULE)
     try:
         return saved_modules([name for name in names if name not in routers]), any(name in routers for name in names)

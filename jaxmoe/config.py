@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from jaxmoe.errors import ConfigError, check_integer, check_number
+from jaxmoe.errors import ConfigError, check_integer, check_number, shown
 from jaxmoe.json_text import read_json
 from jaxmoe.lora import LoraConfig, expand_targets
 from jaxmoe.other_fields import check_other_fields, unknown_fields
@@ -67,13 +67,13 @@ def _rope_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _one_rope_form(name: str, form: Any) -> dict[str, Any]:
     if form is not None and not isinstance(form, Mapping):
-        raise ConfigError(f"{name}: expected an object, found {form!r}")
+        raise ConfigError(f"{name}: expected an object, found {shown(form)}")
     values = {key: value for key, value in (form or {}).items() if key not in _NEUTRAL_ROPE_KEYS}
     if any(isinstance(value, Mapping) for value in values.values()):
         raise ConfigError(f"{name}: expected one set of values for all layers, found one per layer type")
     kinds = [kind for kind in (values.pop("rope_type", None), values.pop("type", None)) if kind is not None]
     if len(kinds) > 1 and kinds[0] != kinds[1]:
-        raise ConfigError(f"rope_type and type: expected the same kind, found {kinds[0]!r} and {kinds[1]!r}")
+        raise ConfigError(f"rope_type and type: expected the same kind, found {shown(kinds[0])} and {shown(kinds[1])}")
     return values | ({"rope_type": kinds[0]} if kinds else {})
 
 
@@ -110,13 +110,14 @@ class RopeParameters:
         theta = scaling.pop("rope_theta", None)
         outer_theta = raw.get("rope_theta")
         if theta is not None and outer_theta is not None and theta != outer_theta:
-            raise ConfigError(
-                f"rope_theta: expected one value, found {theta} in rope_parameters and {outer_theta} at the top level"
-            )
+            found = f"{shown(theta)} in rope_parameters and {shown(outer_theta)} at the top level"
+            raise ConfigError(f"rope_theta: expected one value, found {found}")
         theta = theta if theta is not None else outer_theta
         theta = 10_000.0 if theta is None else theta  # transformers' `default_theta`
         if (rotated := scaling.pop("partial_rotary_factor", 1.0)) not in (1.0, None):
-            raise ConfigError(f"partial_rotary_factor: expected 1.0 (Qwen3-MoE rotates whole heads), found {rotated!r}")
+            raise ConfigError(
+                f"partial_rotary_factor: expected 1.0 (Qwen3-MoE rotates whole heads), found {shown(rotated)}"
+            )
         allowed = {
             "default": set(),
             "linear": {"factor"},
@@ -132,7 +133,7 @@ class RopeParameters:
             },
         }
         if not isinstance(kind, str) or kind not in allowed:
-            raise ConfigError(f"rope_type: expected one of {', '.join(allowed)}, found {kind!r}")
+            raise ConfigError(f"rope_type: expected one of {', '.join(allowed)}, found {shown(kind)}")
         if kind == "default":
             # transformers ignores scaling values of the default type, with a warning. Here only neutral ones are
             # ignored: those that would have no effect in another type either.
@@ -171,7 +172,7 @@ class RopeParameters:
         if fast < slow:
             raise ConfigError(f"rope_parameters.beta_fast: expected at least beta_slow ({slow}), found {fast}")
         if not isinstance(scaling.get("truncate", True), bool):
-            raise ConfigError(f"rope_parameters.truncate: expected true or false, found {scaling['truncate']!r}")
+            raise ConfigError(f"rope_parameters.truncate: expected true or false, found {shown(scaling['truncate'])}")
         return scaling
 
     def to_hf(self) -> dict[str, Any]:
@@ -231,7 +232,7 @@ class Qwen3MoeConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim: expected an even number (rotary halves), found {self.head_dim}")
         if self.hidden_act not in ("silu", "swish"):
-            raise ConfigError(f"hidden_act: expected 'silu', found {self.hidden_act!r}")
+            raise ConfigError(f"hidden_act: expected 'silu', found {shown(self.hidden_act)}")
         for layer in self.mlp_only_layers:
             check_integer("mlp_only_layers", layer, at_least=0)
             if layer >= self.num_hidden_layers:
@@ -246,7 +247,7 @@ class Qwen3MoeConfig:
         if self.sliding_window is not None:
             check_integer("sliding_window", self.sliding_window, at_least=1)
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {self.dtype!r}")
+            raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {shown(self.dtype)}")
         for name in ("rms_norm_eps", "initializer_range", "router_aux_loss_coef", "attention_dropout"):
             check_number(name, getattr(self, name), at_least=0)
         if self.attention_dropout >= 1:
@@ -286,7 +287,7 @@ class Qwen3MoeConfig:
         raw = dict(raw)
         kind = raw.pop("model_type", None)
         if kind != MODEL_TYPE:
-            raise ConfigError(f"model_type: expected {MODEL_TYPE!r}, found {kind!r}")
+            raise ConfigError(f"model_type: expected {MODEL_TYPE!r}, found {shown(kind)}")
         values: dict[str, Any] = {}
         known = {field.name for field in fields(cls)} - {"rope_parameters", "head_dim", "sliding_window", "dtype"}
         for name in known & set(raw):
@@ -295,7 +296,8 @@ class Qwen3MoeConfig:
         if "num_local_experts" in raw:
             local = raw.pop("num_local_experts")
             if (experts := values.setdefault("num_experts", local)) != local:
-                raise ConfigError(f"num_experts, num_local_experts: expected the same number, found {experts}, {local}")
+                found = f"{shown(experts)}, {shown(local)}"
+                raise ConfigError(f"num_experts, num_local_experts: expected the same number, found {found}")
         for name in ("hidden_size", "num_attention_heads"):
             if name in values:
                 check_integer(name, values[name], at_least=1)
@@ -312,11 +314,11 @@ class Qwen3MoeConfig:
         values.setdefault("num_key_value_heads", cls.num_key_value_heads)
         only_dense = values.get("mlp_only_layers")
         if only_dense is not None and not isinstance(only_dense, list):
-            raise ConfigError(f"mlp_only_layers: expected a list of layers, found {only_dense!r}")
+            raise ConfigError(f"mlp_only_layers: expected a list of layers, found {shown(only_dense)}")
         values["mlp_only_layers"] = tuple(only_dense or ())
         use_window = raw.pop("use_sliding_window", False)
         if not isinstance(use_window, bool):
-            raise ConfigError(f"use_sliding_window: expected true or false, found {use_window!r}")
+            raise ConfigError(f"use_sliding_window: expected true or false, found {shown(use_window)}")
         window = raw.pop("sliding_window", None if not use_window else 4096)
         raw.pop("max_window_layers", None)  # transformers ignores it for this model: every layer slides, or none
         values["sliding_window"] = window if use_window else None
@@ -325,11 +327,14 @@ class Qwen3MoeConfig:
             kind = "sliding_attention" if values["sliding_window"] is not None else "full_attention"
             layers = values.get("num_hidden_layers", cls.num_hidden_layers)
             if layer_types != [kind] * check_integer("num_hidden_layers", layers, at_least=1):
-                raise ConfigError(f"layer_types: expected {kind!r} for each of {layers} layers, found {layer_types!r}")
+                found = shown(layer_types)
+                raise ConfigError(f"layer_types: expected {kind!r} for each of {layers} layers, found {found}")
         dtypes = [raw.pop(name, None) for name in ("dtype", "torch_dtype")]
         dtypes = [_dtype_name(dtype) for dtype in dtypes if dtype not in (None, "auto")]
         if len(dtypes) > 1 and dtypes[0] != dtypes[1]:
-            raise ConfigError(f"dtype and torch_dtype: expected the same, found {dtypes[0]!r} and {dtypes[1]!r}")
+            raise ConfigError(
+                f"dtype and torch_dtype: expected the same, found {shown(dtypes[0])} and {shown(dtypes[1])}"
+            )
         values["dtype"] = dtypes[0] if dtypes else None
         values["rope_parameters"] = RopeParameters.from_hf(
             raw, max_position_embeddings=values.get("max_position_embeddings", cls.max_position_embeddings)
@@ -339,7 +344,7 @@ class Qwen3MoeConfig:
         for name, value in values.items():
             default = getattr(cls, name)
             if isinstance(default, bool) and not isinstance(value, bool):
-                raise ConfigError(f"{name}: expected true or false, found {value!r}")
+                raise ConfigError(f"{name}: expected true or false, found {shown(value)}")
         return cls(**values), raw
 
     @classmethod
@@ -389,6 +394,15 @@ def _dtype_name(dtype: Any) -> Any:
     return _DTYPE_ALIASES.get(name, name)
 
 
+def _found_instead(folder: pathlib.Path) -> str | None:
+    """What a folder without config.json holds in its place, and the way out."""
+    if (folder / "adapter_config.json").is_file() or (folder / "adapter.json").is_file():
+        return "an adapter: give the folder of its base model as the model, and this one as the adapter"
+    if gguf := next(iter(sorted(folder.glob("*.gguf"))), None):
+        return f"{gguf.name}: GGUF is not supported; download the model's safetensors and config.json"
+    return None
+
+
 # (file, fields) of the notices that this process has given
 _LISTED: set[tuple[str, tuple[str, ...]]] = set()
 
@@ -399,6 +413,8 @@ def read_config(path: pathlib.Path) -> tuple[Qwen3MoeConfig, dict[str, Any]]:
     Raises:
         ConfigError: what `read_json` and `Qwen3MoeConfig.from_hf` raise; the message starts with `path`.
     """
+    if not path.exists() and (instead := _found_instead(path.parent)):
+        raise ConfigError(f"file not found: {path} (the folder holds {instead})")
     raw = read_json(path)
     try:
         config = Qwen3MoeConfig.from_hf(raw)

@@ -56,6 +56,7 @@ _MISTAKES = {
     "Invalid control character at": "a control character in a string",
     "Invalid \\escape": "an unknown escape",
     "Invalid \\uXXXX escape": "an incomplete escape",
+    "Unexpected UTF-8 BOM (decode using utf-8-sig)": "a byte order mark, which JSON must not have,",
     "Illegal trailing comma before end of object": "a comma before the end",
     "Illegal trailing comma before end of array": "a comma before the end",
 }
@@ -143,6 +144,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected a file, found a folder") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+    except ConfigError:
+        raise
+    except ValueError:  # a null character, or half of a surrogate pair, as only JSON can spell them
+        raise ConfigError(f"{str(path)!r}: expected a path, found a text that is none") from None
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

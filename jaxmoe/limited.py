@@ -77,7 +77,7 @@ class _Worker:
                 raise UserError("needs too much time or memory")
             answer = json.loads(line)
         if "error" in answer:
-            raise UserError(answer["error"])
+            raise UserError(" ".join(answer["error"].split()))  # a template may raise what it likes
         return answer["result"]
 
     @contextlib.contextmanager

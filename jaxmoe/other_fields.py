@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmoe.errors import ConfigError
+from jaxmoe.errors import ConfigError, check_integer
 
 # Bookkeeping, generation defaults of transformers 4, and the form of the weights.
 BOOKKEEPING = frozenset(
@@ -288,8 +288,13 @@ def check_other_fields(config: Config, others: Mapping[str, Any]) -> None:
     """Checks the fields of a config.json that `config` does not have.
 
     Raises:
-        ConfigError: one of them changes what the model computes. The message says its name, its value and why.
+        ConfigError: one of them changes what the model computes, or a special token is none. The message says its name,
+            its value and why.
     """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (ids := others.get(name)) is not None:
+            for each in ids if isinstance(ids, list) and name == "eos_token_id" else [ids]:
+                check_integer(name, each, at_least=-1)  # older files say -1 for "no such token"
     for name, value in sorted(others.items()):
         rule = _rule_of(name)
         if rule is None or value is None:

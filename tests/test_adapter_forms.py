@@ -610,6 +610,11 @@ NEUTRAL: dict[str, tuple[LoraConfig, dict[str, Any]]] = {
     "stamps": (LoraConfig(r=2), {"unsloth_fixed": True, "axolotl_version": "0.9", "lora_mlp_kernel": True}),
     "biases of a model without": (LoraConfig(r=2), {"bias": "all"}),
     "a start from singular vectors": (LoraConfig(r=2), {"init_lora_weights": "mica"}),
+    "every layer": (LoraConfig(r=2), {"layers_to_transform": [0, 1], "layers_pattern": "layers"}),
+    "layers beside a regular expression": (  # PEFT reads them beside a list alone
+        LoraConfig(r=2, targets=("q_proj",)),
+        {"layers_to_transform": [0], "target_modules": ".*q_proj"},
+    ),
     "PEFT's rank and alpha": (LoraConfig(r=8, alpha=8.0), {"r": ..., "lora_alpha": ...}),
 }
 
@@ -654,6 +659,19 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a field of a newer PEFT": (None, {"peft_version": "0.99.0", "scaled": 2.0}, "merge_and_unload"),
     "a module that is no target": (None, {"target_modules": ["q_proj", "v_proj"]}, "target_modules"),
     "an excluded module": (None, {"exclude_modules": "model.layers.1.self_attn.q_proj"}, "target_modules"),
+    "a layer that is not transformed": (None, {"layers_to_transform": [0]}, "layers_to_transform: PEFT would ignore"),
+    "a layer alone": (None, {"layers_to_transform": 1}, "layers.0.self_attn"),
+    "layers as texts": (None, {"layers_to_transform": ["0"]}, "layers_to_transform: expected a whole number"),
+    "targets as an object": (None, {"target_modules": {"q_proj": 8}}, "target_modules: expected a list of names"),
+    "exclusions as numbers": (None, {"exclude_modules": [1]}, "exclude_modules: expected a list of names"),
+    "a text for true or false": (None, {"use_rslora": "false"}, "use_rslora: expected true or false"),
+    "a dropout below 0": (None, {"lora_dropout": -0.5}, "lora_dropout: expected a number of at least 0"),
+    "token embeddings": (
+        lambda key: "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+        {},
+        "single trained token embeddings",
+    ),
+    "norms": (lambda key: "base_model.model.model.layers.0.input_layernorm.weight", {}, "trained norms"),
     "a head with LoRA, stored": (lambda key: "base_model.model.lm_head.base_layer.weight", {}, "output head"),
     "a bias in lora_B": (lambda key: key.replace("lora_B.weight", "lora_B.bias"), {}, "merge_and_unload"),
     "embeddings": (
@@ -692,6 +710,23 @@ def test_a_refusal_names_the_way_out(case: str, tmp_path: pathlib.Path) -> None:
         read_peft(bad, SMALL)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-8", "default"])
+def test_an_adapter_in_a_folder_inside_is_named(name: str, tmp_path: pathlib.Path) -> None:
+    lora = LoraConfig(r=2)
+    write_peft(tmp_path / "run" / name, SMALL, lora, random_adapters(SMALL, lora))
+    with pytest.raises(UserError, match=rf"run: expected a PEFT adapter, .*; its folder {name} has one$"):
+        read_peft(tmp_path / "run", SMALL)
+
+
+@pytest.mark.parametrize("config", [SMALL.replace(hidden_size=48), SMALL.replace(num_attention_heads=8)])
+def test_an_adapter_of_another_model_is_named(config: Qwen3MoeConfig, tmp_path: pathlib.Path) -> None:
+    lora = LoraConfig(r=2, targets=("q_proj",))
+    write_peft(tmp_path / "peft", SMALL, lora, random_adapters(SMALL, lora))
+    shapes = r"\[\d+, \d+\], as the base's config.json says, found one of \[64, 32\]; was it made for another model"
+    with pytest.raises(UserError, match=rf"safetensors: layer 0: q_proj: expected an adapter of .*{shapes}"):
+        read_peft(tmp_path / "peft", config)
 
 
 def test_a_mixed_stack_takes_the_wider_dtype(tmp_path: pathlib.Path) -> None:

@@ -354,7 +354,8 @@ DAMAGE = {
     ),
     "one wrong width": (
         edit_tensors(lambda t: t.update({f"{PREFIX}.2.self_attn.q_proj.lora_A.weight": np.zeros((3, 31), np.float32)})),
-        "expected (3, 32)",
+        "layer 2: q_proj: expected an adapter of a weight of shape [64, 32], as the base's config.json says, found one "
+        "of [64, 31]",
     ),
     "wrong expert shape": (
         edit_tensors(lambda t: t.update({f"{PREFIX}.0.mlp.experts.lora_A.weight": np.zeros((14, 24), np.float32)})),

@@ -88,6 +88,7 @@ def test_hyphens_are_underscores(file: pathlib.Path) -> None:
         ("x = " + "[" * 10**5, "expected TOML, found too many arrays inside each other"),
         ("steps = " + "1" * 5000, "expected TOML, found a whole number of thousands of digits"),
         ("model = ''", "model: expected a path, found ''"),
+        ('model = "a\\u0000b"', "model: expected a string without null characters, found 'a\\x00b'"),
         (None, "expected a TOML file, found none"),
     ],
     ids=str,

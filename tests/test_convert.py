@@ -342,7 +342,7 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     "truncated shard": (edit_bytes(lambda data: data[:-1]), (SHARD_2, "truncated")),
     "shard with a tail": (edit_bytes(lambda data: data + b"x"), (SHARD_2, "too long")),
     "shard cut in its header": (edit_bytes(lambda data: data[:100]), (SHARD_2, "header")),
-    "empty shard": (edit_bytes(lambda data: b""), (SHARD_2, "header")),
+    "empty shard": (edit_bytes(lambda data: b""), (SHARD_2, "an empty one")),
     "header too long": (edit_bytes(lambda data: struct.pack("<Q", 2**63) + data[8:]), (SHARD_2, "header")),
     "header of no JSON": (edit_bytes(lambda data: data[:8] + b"x" + data[9:]), (SHARD_2, "JSON")),
     "header with a list": (edit_bytes(lambda data: struct.pack("<Q", 2) + b"[]"), (SHARD_2, "object")),
@@ -352,8 +352,11 @@ BAD: dict[str, tuple[Callable[[pathlib.Path], Any], tuple[str, ...]]] = {
     "offsets that do not fit": (edit_header(lambda h: h[UP].update(shape=[24, 31])), (SHARD_2, UP)),
     "negative offsets": (edit_header(lambda h: h[UP].update(data_offsets=[-4, 8])), (SHARD_2, UP)),
     "an entry of no form": (edit_header(lambda h: h.update({UP: 3})), (SHARD_2, UP)),
-    "index above the folder": (point_index(UP, "../hf/" + SHARD_2), ("outside", "../hf/")),
-    "index with an absolute path": (point_index(UP, "/etc/passwd"), ("outside", "/etc/passwd")),
+    "index above the folder": (point_index(UP, "../hf/" + SHARD_2), ("index.json", "files in its folder", "../hf/")),
+    "index with an absolute path": (
+        point_index(UP, "/etc/passwd"),
+        ("index.json", "files in its folder", "/etc/passwd"),
+    ),
     "index names a missing shard": (point_index(UP, "model-00003-of-00002.safetensors"), ("model-00003",)),
     "index names the wrong shard": (point_index(UP, SHARD_1), (UP, SHARD_1, SHARD_2)),
     "index of no form": (

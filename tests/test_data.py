@@ -512,9 +512,10 @@ def test_bad_tokenizer(tmp_path: pathlib.Path) -> None:
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"expected a tokenizer \(tokenizer\.json, or .*\), found none"):
         load_tokenizer(tmp_path)
-    for broken in ("{", "{}"):
-        (tmp_path / "tokenizer.json").write_text(broken)
-        with pytest.raises(UserError, match="expected a tokenizer, found none that can be loaded") as error:
+    broken = {"{": r"tokenizer\.json: expected JSON", "{}": "expected a tokenizer, found none that can be loaded"}
+    for text, says in broken.items():
+        (tmp_path / "tokenizer.json").write_text(text)
+        with pytest.raises(UserError, match=says) as error:
             load_tokenizer(tmp_path)
         assert "\n" not in str(error.value)
     write_tokenizer(tmp_path)

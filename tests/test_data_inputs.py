@@ -376,6 +376,11 @@ SAME = {
         {"instruction": "i", "context": "", "response": "o", "category": "x"},
         {"messages": chat("i", "o")},
     ),
+    "TRL's prompt and completion": (
+        {"prompt": chat("a"), "completion": [{"role": "assistant", "content": "b"}], "label": True},
+        {"messages": chat("a", "b")},
+    ),
+    "a message and a string": ({"prompt": chat("a")[0], "completion": "b"}, {"messages": chat("a", "b")}),
     "several forms": ({"text": "t", "prompt": "p", "messages": chat("a", "b")}, {"messages": chat("a", "b")}),
     "nulls of a table": ({"text": "t", "messages": None, "prompt": None}, {"text": "t"}),
     "a pair beside a text": ({"text": "t", "prompt": "", "completion": "c"}, {"prompt": "", "completion": "c"}),
@@ -399,6 +404,29 @@ def test_keys_of_messages_that_are_not_used_are_named():
     found = recognised({"conversation": turns, "model": "m"})
     assert found.record == {"messages": chat("a", "b")}
     assert found.ignored == ("model", "conversation.country", "conversation.toxic", "conversation.n")
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        ({"prompt": chat("a", "b", "c"), "completion": chat("d")}, "prompt: expected none of the answers"),
+        ({"prompt": chat("a"), "completion": None}, "completion: expected a string or a list of messages, found noth"),
+        ({"prompt": chat("a"), "completion": 3}, "completion: expected a string or a list of messages, found a number"),
+        ({"prompt": "p", "completion": "c", "label": False}, "label: expected true"),
+    ],
+)
+def test_completions_that_cannot_be_learned(raw, says):
+    with pytest.raises(UserError, match=f"^{says}"):
+        recognised(raw)
+
+
+def test_a_conversation_is_learned_as_its_messages_would_be(tokenizer):
+    prompt = [{"role": "system", "content": "s"}, *chat("a")]
+    answer = {"role": "assistant", "content": "b"}
+    found = tokenize_record({"prompt": prompt, "completion": [answer]}, tokenizer)
+    expected = tokenize_record({"messages": [*prompt, answer]}, tokenizer)
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert found.weights.tolist() == expected.weights.tolist()
 
 
 def test_every_form_is_found_by_its_columns():

@@ -404,7 +404,7 @@ REFUSED = {
         lambda arrays: arrays.update({Q_SCALE: arrays[Q_SCALE].astype(np.float32)}),
         r"expected one dtype of all scales, found BF16, F32; --dequantize",
     ),
-    "no scales": (lambda arrays: arrays.pop(Q_SCALE), rf"{Q_SCALE}: missing tensor"),
+    "no scales": (lambda arrays: arrays.pop(Q_SCALE), rf"missing tensor {Q_SCALE}"),
 }
 
 

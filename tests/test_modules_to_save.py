@@ -189,7 +189,7 @@ def test_modules_to_save_may_be_stored_as_embeddings_too(base: pathlib.Path, tmp
             edit_tensors(lambda t: t.update({EMBEDDING_KEY: np.zeros((TINY.vocab_size + 8, TINY.hidden_size), "f4")})),
             r"embed_tokens: expected shape .* resize_token_embeddings\(",
         ),
-        (edit_settings(lora_dropout=1.0), "LoRA dropout: expected a probability below 1"),
+        (edit_settings(lora_dropout=1.0), "lora_dropout: expected a probability below 1"),
     ],
     ids=["another module", "no list", "a missing head", "a resized vocabulary", "dropout of everything"],
 )

@@ -169,6 +169,16 @@ def test_a_neutral_value_is_accepted(name: str) -> None:
         assert Qwen3MoeConfig.unknown_fields(raw) == ()
 
 
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_special_tokens_are_numbers(name: str) -> None:
+    several = [[1, 2], []] if name == "eos_token_id" else []
+    for value in (None, 3, -1, *several):
+        assert Qwen3MoeConfig.from_hf({**PLAIN, name: value}) == Qwen3MoeConfig.from_hf(PLAIN)
+    for value in ("<|im_end|>", 3.0, True, [[1]], {"id": 1}):
+        with pytest.raises(ConfigError, match=f"^{name}: expected a whole number"):
+            Qwen3MoeConfig.from_hf({**PLAIN, name: value})
+
+
 def test_a_stamp_is_accepted_and_listed_once(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(PLAIN | STAMPS))

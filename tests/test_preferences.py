@@ -107,7 +107,10 @@ def test_forms_of_one_pair(record: Any, folder: pathlib.Path, tmp_path: pathlib.
         ({"prompt": "a", "chosen": "b"}, r'expected the keys "chosen" and "rejected" .*found "prompt", "chosen"'),
         ([], "expected a JSON object, found a list"),
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt: expected a string or a list of messages"),
-        ({"chosen": [YES], "rejected": [NO]}, "prompt: expected a string or a list of messages, found nothing"),
+        (
+            {"chosen": [YES], "rejected": [NO]},
+            "chosen and rejected: expected a prompt of their own, or the same messages",
+        ),
         ({"prompt": "a", "chosen": [], "rejected": [NO]}, "chosen: .*found an empty list"),
         ({"prompt": [USER], "chosen": [YES], "rejected": [USER]}, "rejected: expected a message from the assistant"),
         ({"prompt": [USER], "chosen": ["b"], "rejected": [NO]}, "chosen: message 2: expected an object"),

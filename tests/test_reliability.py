@@ -164,6 +164,13 @@ def test_a_lock_is_never_written_through_a_link(tmp_path: pathlib.Path) -> None:
     assert precious.read_text() == "text"
 
 
+@pytest.mark.usefixtures("kind_of_lock")
+def test_an_output_that_cannot_be_made_is_named_and_not_its_lock(tmp_path: pathlib.Path) -> None:
+    for output in (tmp_path / ("x" * 250), pathlib.Path("/proc/x")):
+        with pytest.raises(OSError, match=f"{output}'$"):
+            locked(output)
+
+
 def test_the_current_folder_is_no_output(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("", ".", str(tmp_path)):

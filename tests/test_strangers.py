@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.__main__ import main as convert
 from convert.adapters import read_peft, write_peft
 from convert.hf2jax import hf2jax, read_hf
-from convert.safetensors_io import read_header
+from convert.safetensors_io import INDEX, SINGLE, read_header, write_file
 from jaxmoe import limited
 from jaxmoe.cli import arguments as cli
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
@@ -31,6 +32,7 @@ from jaxmoe.data.inputs import opened
 from jaxmoe.data.json_records import MAX_LINE
 from jaxmoe.errors import ConfigError, UserError, check_integer, check_number, shown
 from jaxmoe.generate.__main__ import main as generate
+from jaxmoe.generate.settings import generation_defaults
 from jaxmoe.json_text import MAX_DEPTH, parse_json, read_json
 from jaxmoe.routing import report
 from jaxmoe.store.converted import read_converted, write_converted
@@ -234,6 +236,31 @@ def test_numbers_that_python_cannot_show_or_hold():
     assert len(shown("x" * 10**6)) == 300
 
 
+LONG = "x" * 5000
+FIELDS = {
+    "config.json": "dtype torch_dtype model_type hidden_act mlp_only_layers layer_types num_local_experts rope_scaling"
+    " rope_theta use_sliding_window vocab_size tie_word_embeddings quantization_config eos_token_id head_dim",
+    "generation_config.json": "eos_token_id temperature do_sample num_beams bad_words_ids sequence_bias max_new_tokens",
+    "adapter_config.json": "peft_type task_type bias init_lora_weights modules_to_save r use_dora target_modules",
+}
+
+
+@pytest.mark.parametrize(("file", "name"), [(file, name) for file in FIELDS for name in FIELDS[file].split()])
+def test_long_values_are_cut(file, name, hf, adapter, tmp_path):
+    shutil.copytree(adapter if file == "adapter_config.json" else hf, tmp_path / "x")
+    path = tmp_path / "x" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: LONG}))
+    readers = {
+        "config.json": read_hf,
+        "generation_config.json": generation_defaults,
+        "adapter_config.json": lambda folder: read_peft(folder, MODEL),
+    }
+    with pytest.raises(UserError, match="expected") as caught:
+        readers[file](tmp_path / "x")
+    assert len(str(caught.value)) < 1500
+    assert str(caught.value).startswith(str(tmp_path / "x"))
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -343,6 +370,172 @@ def test_metadata_that_the_library_refuses(metadata, tmp_path):
             read_header(file)
     else:
         assert set(read_header(file)) == {"a"}
+
+
+# Model folders
+
+
+def shards(folder: pathlib.Path, to: pathlib.Path) -> dict[str, str]:
+    """Copies a model with two shards; returns the weight_map of its index."""
+    shutil.copytree(folder, to)
+    tensors = {name: tensor.read().copy() for name, tensor in read_header(to / SINGLE).items()}
+    (to / SINGLE).unlink()
+    names = list(tensors)
+    parts = {"a.safetensors": names[: len(names) // 2], "b.safetensors": names[len(names) // 2 :]}
+    for file, part in parts.items():
+        write_file(to / file, {name: tensors[name] for name in part}, {})
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    (to / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+@pytest.mark.parametrize(
+    "name", ["../b.safetensors", "/etc/passwd", "x/b.safetensors", "", "..", "a\0b", "\ud800", "x" * 256]
+)
+def test_an_index_names_files_of_its_folder(name, hf, tmp_path):
+    weight_map = shards(hf, tmp_path / "hf")
+    read_hf(tmp_path / "hf")
+    (tmp_path / "hf" / INDEX).write_text(json.dumps({"weight_map": weight_map | {"model.norm.weight": name}}))
+    with pytest.raises(UserError, match=rf"{INDEX}: expected names of files in its folder, found .*, which is none$"):
+        read_hf(tmp_path / "hf")
+
+
+INDEXES = {
+    "a tensor of the other shard": (
+        {"model.norm.weight": "a.safetensors"},
+        "model.norm.weight: expected it in a.safeten",
+    ),
+    "a tensor of no shard": (
+        {"model.more": "a.safetensors"},
+        "model.more: expected it in a.safetensors, as weight_map",
+    ),
+    "a tensor that is not listed": ({"model.norm.weight": None}, "model.norm.weight: expected it in weight_map"),
+}
+
+
+@pytest.mark.parametrize("case", INDEXES)
+def test_an_index_that_does_not_fit_is_named(case, hf, tmp_path):
+    changes, says = INDEXES[case]
+    weight_map = shards(hf, tmp_path / "hf") | changes
+    kept = {key: file for key, file in weight_map.items() if file is not None}
+    (tmp_path / "hf" / INDEX).write_text(json.dumps({"weight_map": kept}))
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'hf' / INDEX))}: {says}"):
+        read_hf(tmp_path / "hf")
+
+
+def test_a_tensor_in_two_shards_is_named(hf, tmp_path):
+    shards(hf, tmp_path / "hf")
+    both = {
+        name: tensor.read()
+        for file in "ab"
+        for name, tensor in read_header(tmp_path / "hf" / f"{file}.safetensors").items()
+    }
+    write_file(tmp_path / "hf" / "b.safetensors", both, {})
+    with pytest.raises(
+        UserError, match=r"b\.safetensors: .*: expected it in one file, found it in a\.safetensors too$"
+    ):
+        read_hf(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("renamed", "says"),
+    [
+        ({SINGLE: "model.fp16.safetensors"}, r"only model\.fp16\.safetensors \(if it is the whole model, rename it"),
+        (
+            {SINGLE: "model-1.safetensors", "config.json": "model-2.safetensors"},
+            "2 files such as model-1.*, but no index",
+        ),
+    ],
+)
+def test_weights_under_other_names_are_named(renamed, says, hf, tmp_path):
+    shutil.copytree(hf, tmp_path / "hf")
+    for name, other in renamed.items():
+        (tmp_path / "hf" / name).rename(tmp_path / "hf" / other)
+    with pytest.raises(UserError, match=says):
+        read_hf(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty one"),
+        (b"abc", "a file that starts with 'abc'"),
+        (b"<!DOCTYPE html>" + b" " * 100, "a file that starts with '<!DOCTYP'"),
+        (b"Entry not found" + b" " * 100, "a file that starts with 'Entry no'"),
+    ],
+)
+def test_what_was_downloaded_in_place_of_weights_is_named(content, found, tmp_path):
+    file = tmp_path / SINGLE
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{re.escape(str(file))}: expected a safetensors file, found {found}$"):
+        read_header(file)
+
+
+WEIGHTS: dict[str, tuple[Any, str]] = {
+    "shape": (lambda w: w[:-1], r"expected shape \[\d+, \d+\], as config\.json says, found \[\d+, \d+\]"),
+    "no elements": (lambda w: w[:0], r"expected shape \[\d+, \d+\], as config\.json says, found \[0, \d+\]"),
+    "dtype": (lambda w: w.astype(np.float16), "expected F32 as in .*, found F16"),
+    "codes": (lambda w: w.astype(np.uint8), "expected one of F32, BF16, F16, found U8"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_a_weight_that_does_not_fit_is_named_with_its_file(case, hf, tmp_path):
+    change, says = WEIGHTS[case]
+    shutil.copytree(hf, tmp_path / "hf")
+    file, name = tmp_path / "hf" / SINGLE, "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensors = {key: tensor.read().copy() for key, tensor in read_header(file).items()}
+    write_file(file, tensors | {name: change(tensors[name])}, {})
+    with pytest.raises(UserError, match=f"^{re.escape(f'{file}: {name}')}: {says}"):
+        read_hf(tmp_path / "hf")
+
+
+def test_a_head_that_may_be_tied_is_told_of(hf, tmp_path):
+    shutil.copytree(hf, tmp_path / "hf")
+    tensors = {key: tensor.read().copy() for key, tensor in read_header(tmp_path / "hf" / SINGLE).items()}
+    del tensors["lm_head.weight"]
+    write_file(tmp_path / "hf" / SINGLE, tensors, {})
+    with pytest.raises(
+        UserError, match=r"missing tensor lm_head\.weight .*set tie_word_embeddings to true in config\.json$"
+    ):
+        read_hf(tmp_path / "hf")
+
+
+def test_a_folder_of_something_else_is_named(adapter, tmp_path):
+    with pytest.raises(
+        UserError, match=r"config\.json \(the folder holds an adapter: give the folder of its base model"
+    ):
+        generate(["--model", str(adapter), "--prompt", "x"])
+    (tmp_path / "x-Q4_K_M.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"config\.json \(the folder holds x-Q4_K_M\.gguf: GGUF is not supported"):
+        generate(["--model", str(tmp_path), "--prompt", "x"])
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_a_base_model_that_no_path_can_name(name, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+    with pytest.raises(UserError, match=r"expected a path, found a text that is none$"):
+        convert(["peft2jax", str(tmp_path / "peft"), str(tmp_path / "jax")])
+    assert not (tmp_path / "jax").exists()
+
+
+def test_the_file_of_a_tokenizer_that_is_broken_is_named(tmp_path):
+    for name in ("tokenizer.json", "special_tokens_map.json", "added_tokens.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tokenizer(folder)
+        (folder / name).write_text("[")
+        with pytest.raises(UserError, match=rf"^{re.escape(str(folder / name))}: expected JSON, found no value"):
+            load_tokenizer(folder)
+
+
+def test_what_a_template_raises_is_one_line(hf):
+    tokenizer = load_tokenizer(hf)
+    tokenizer.chat_template = "{{ raise_exception('no\n\nway') }}"
+    with pytest.raises(UserError, match=r"^chat template: cannot render these messages: no way$"):
+        render_chat(tokenizer, [{"role": "user", "content": "a"}])
 
 
 # Links

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import pathlib
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
@@ -31,6 +33,7 @@ def unpatched() -> Iterator[None]:
     """Stock transformers before and after each test."""
     yield
     FastQwen3MoeModel.unpatch()
+    FastQwen3Model.unpatch()
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +192,92 @@ def test_a_longer_sequence_compresses_positions(folder: pathlib.Path) -> None:
 def test_what_cannot_be_honoured_is_named(options: dict[str, Any], message: str, folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=message):
         load(folder, **options)
+
+
+def without(name: str) -> Callable[[pathlib.Path], None]:
+    def change(folder: pathlib.Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({key: tensor for key, tensor in tensors.items() if key != name}, folder / "model.safetensors")
+
+    return change
+
+
+def stored_as(dtype: torch.dtype, name: str) -> Callable[[pathlib.Path], None]:
+    def change(folder: pathlib.Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors")
+
+    return change
+
+
+def with_config(**fields: Any) -> Callable[[pathlib.Path], None]:
+    def change(folder: pathlib.Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def written(name: str, text: str) -> Callable[[pathlib.Path], None]:
+    def change(folder: pathlib.Path) -> None:
+        (folder / name).write_text(text)
+
+    return change
+
+
+def in_shards(weight_map: Any) -> Callable[[pathlib.Path], None]:
+    def change(folder: pathlib.Path) -> None:
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        shutil.copy(folder / "a.safetensors", folder / "b.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return change
+
+
+# what is done to a folder -> what the error says
+BROKEN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
+    "a weight is missing": (without("model.norm.weight"), r"expected model\.norm\.weight, found none"),
+    "more layers": (with_config(num_hidden_layers=5), r"expected model\.layers\.3\..*, found none"),
+    "another width": (with_config(num_key_value_heads=1), r"k_proj\.weight: expected the shape \[\d+, \d+\], found"),
+    "no object": (with_config(quantization_config="fp8"), r"config\.json: quantization_config: expected an object"),
+    "a text": (with_config(rms_norm_eps="x"), r"expected a config\.json that transformers can load, .*rms_norm_eps"),
+    "no heads": (with_config(num_attention_heads=0), r"num_attention_heads: expected a whole number of at least 1"),
+    "no width of heads": (with_config(head_dim=None), r"head_dim: expected a whole number of at least 1, found None"),
+    "no activation": (with_config(hidden_act="x"), r"hidden_act: expected an activation of transformers, found 'x'"),
+    "codes": (
+        stored_as(torch.float8_e4m3fn, "model.layers.0.self_attn.q_proj.weight"),
+        r"q_proj\.weight: expected one of F32, .*no quantization_config, found F8_E4M3",
+    ),
+    "no JSON": (written("config.json", "{"), r"config\.json: expected JSON, found"),
+    "no tokenizer": (written("tokenizer.json", "{"), "expected a tokenizer that transformers can load, found none"),
+    "a page": (
+        written("model.safetensors", "<html>"),
+        r"model\.safetensors: expected a safetensors file, found a broken",
+    ),
+    "an index of nothing": (in_shards(None), r"index\.json: weight_map: expected names of files by key, found None"),
+    "a shard that is missing": (in_shards({"x": "c.safetensors"}), r"expected the shard c\.safetensors"),
+    "a tensor in two shards": (in_shards({"x": "a.safetensors", "y": "b.safetensors"}), "expected it in one file"),
+}
+
+
+@pytest.mark.parametrize("four_bit", [True, False] if BITSANDBYTES else [False])
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_broken_is_named(case: str, four_bit: bool, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    change, says = BROKEN[case]
+    change(pathlib.Path(shutil.copytree(folder, tmp_path / "tiny")))
+    with pytest.raises(ValueError, match=says) as caught:
+        load(tmp_path / "tiny", load_in_4bit=four_bit)
+    assert str(caught.value).startswith(str(tmp_path / "tiny"))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_model_is_named(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a model, found an adapter: load its base"):
+        load(tmp_path)
+    for path, found in ((tmp_path / "none", "neither"), (tmp_path / "adapter_config.json", "a file")):
+        with pytest.raises(ValueError, match=f"model_name: expected a folder or a hub id, found {found}"):
+            load(path)
 
 
 def test_another_architecture_is_named(folder: pathlib.Path) -> None:

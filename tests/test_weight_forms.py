@@ -190,7 +190,7 @@ def test_an_fp8_checkpoint(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "says"),
     [
-        ({"w": ("F8_E4M3", (64, 64))}, "w_scale_inv: missing"),
+        ({"w": ("F8_E4M3", (64, 64))}, "missing tensor w_scale_inv"),
         ({"w": ("F8_E4M3", (64, 64)), "w_scale_inv": ("F32", (1,))}, r"expected F32 or BF16 \[1, 1\]"),
         ({"w": ("F8_E4M3", (64, 64)), "w_scale_inv": ("F8_E8M0", (1, 1))}, "found F8_E8M0"),
         ({"w": ("BF16", (64, 64))}, "expected weights in FP8 .* remove quantization_config"),

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from torch_ref.export import save_pretrained_4bit
 from torch_ref.quantize import Experts4bit, Linear4bit, PackedStack, QuantState, State, decode, quantize
 from torch_ref.shards import Shards, local_folder
+from torch_ref.strangers import naming
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +78,15 @@ def load_4bit(
         del config.quantization_config
     folder = local_folder(model_name, token)
     reader = Reader(folder)
+    if stored is None:
+        reader.check_plain()
     model = build_4bit(
         model_class, config, reader, dtype, device_map, attn_implementation, quantize_weights=stored is None
     )
     reader.check_all_read()
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with naming(folder, "a generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = str(model_name)
     model.name_or_path = str(model_name)
     # transformers' own method would write the packed stacks as if they were weights
@@ -125,6 +129,7 @@ def check_stored_quantization(stored: Any) -> None:
     is_4bit = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
     if settings.get("quant_method", "bitsandbytes") != "bitsandbytes" or not is_4bit:
         found = settings.get("quant_method", "another quantisation")
+        found = f"{found} in another form" if found == "bitsandbytes" else found
         raise ValueError(f"quantization_config: expected bitsandbytes in 4 bit, found {found}")
 
 
@@ -154,7 +159,7 @@ def _fill(
                 packed, state = reader.read_quantized(key, device, dtype)
             else:
                 packed, state = quantize(reader.read_dense(key, device, dtype), dtype)
-            _check(key, tuple(state.shape), (module.out_features, module.in_features))
+            _check(f"{reader.folder}: {key}", tuple(state.shape), (module.out_features, module.in_features))
             model.set_submodule(name, Linear4bit.packed(packed, state, bias))
             continue
         if hasattr(module, "original_inv_freq"):
@@ -167,7 +172,7 @@ def _fill(
             if key in tied and key not in reader:
                 continue
             value = reader.read_dense(key, device, dtype)
-            _check(key, tuple(value.shape), tuple(parameter.shape))
+            _check(f"{reader.folder}: {key}", tuple(value.shape), tuple(parameter.shape))
             setattr(module, local, _parameter(value, parameter.requires_grad))
     if sixteen_bit_experts and not quantize_weights:
         logger.warning("%s: the experts are stored in 16 bit and stay in 16 bit", reader.folder)
@@ -225,7 +230,7 @@ def _stored_parts(
                     f"{reader.folder}: {key}: expected 4 bit, as for the first expert, found 16 bit or no tensor"
                 )
             packed, state = reader.read_quantized(key, device, dtype)
-            _check(key, tuple(state.shape), (shape[1] // len(projections), shape[2]))
+            _check(f"{reader.folder}: {key}", tuple(state.shape), (shape[1] // len(projections), shape[2]))
             yield expert, part, packed, state
 
 
@@ -248,7 +253,7 @@ def _dense_parts(
                 weight = reader.rows(fused, expert, slice(part * rows, (part + 1) * rows)).to(device, dtype)
             else:
                 weight = reader.read_dense(key, device, dtype)
-            _check(key, tuple(weight.shape), (rows, shape[2]))
+            _check(f"{reader.folder}: {key}", tuple(weight.shape), (rows, shape[2]))
             yield expert, part, weight
 
 

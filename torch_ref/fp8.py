@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from torch_ref.experts import DenseStack
 from torch_ref.shards import Shards, local_folder
+from torch_ref.strangers import naming
 
 BLOCK = 128
 _LARGEST = 448.0  # of e4m3
@@ -69,7 +70,8 @@ def load_fp8(
         if keys:
             raise ValueError(f"{folder}: {what} {min(keys)} (of {len(keys)})")
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with naming(folder, "a generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     model.config.name_or_path = model.name_or_path = str(model_name)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import warnings
 from collections.abc import Iterable
 from typing import Any, ClassVar
@@ -14,7 +15,10 @@ if int(transformers.__version__.split(".")[0]) < 5:
         f"torch_ref needs transformers 5, whose experts are one stack per layer, found {transformers.__version__}"
     )
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
@@ -22,6 +26,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM
 from torch_ref import export, lora, patch
 from torch_ref.experts import IMPLEMENTATIONS
 from torch_ref.fp8 import is_fp8, load_fp8
+from torch_ref.shards import Shards
+from torch_ref.strangers import check_model_folder, naming
 
 # tokens of Qwen's vocabularies that carry no text; the first one that is present can become the padding token
 _PAD_CANDIDATES = ("<|endoftext|>", "<|vision_pad|>", "<|fim_pad|>", "<unk>")
@@ -103,12 +109,26 @@ class FastQwen3Model:
             expected = ", ".join(IMPLEMENTATIONS)
             raise ValueError(f"experts_implementation: expected one of {expected}, found {experts_implementation!r}")
         cls.pre_patch()
-        config = AutoConfig.from_pretrained(model_name, token=token, trust_remote_code=trust_remote_code)
+        if (folder := pathlib.Path(model_name)).is_dir():
+            check_model_folder(folder)
+        else:
+            try:
+                validate_repo_id(str(model_name))
+            except HFValidationError:
+                found = "a file" if folder.exists() else "neither"
+                raise ValueError(f"model_name: expected a folder or a hub id, found {found}: {model_name}") from None
+        with naming(model_name, "a config.json"):
+            config = AutoConfig.from_pretrained(model_name, token=token, trust_remote_code=trust_remote_code)
         expected = cls.model_class.config_class.model_type
         if config.model_type != expected:
             raise ValueError(f"model_name: expected a {expected} checkpoint, found {config.model_type} in {model_name}")
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"{model_name}: hidden_act: expected an activation of transformers, found {config.hidden_act!r}"
+            )
         length = scale_positions(config, max_seq_length, rope_scaling)
-        tokenizer = AutoTokenizer.from_pretrained(model_name, token=token, trust_remote_code=trust_remote_code)
+        with naming(model_name, "a tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(model_name, token=token, trust_remote_code=trust_remote_code)
         if fix_tokenizer:
             repair_tokenizer(tokenizer, config, length)
         model = cls._load(model_name, config, choose_dtype(dtype), load_in_4bit, token, device_map, attn_implementation)
@@ -138,7 +158,9 @@ class FastQwen3Model:
             from torch_ref.checkpoint import load_4bit
 
             return load_4bit(cls.model_class, model_name, config, dtype, device_map, token, attn_implementation)
-        return cls.model_class.from_pretrained(
+        if (folder := pathlib.Path(model_name)).is_dir():
+            Shards(folder).check_plain()
+        model, found = cls.model_class.from_pretrained(
             model_name,
             config=config,
             dtype=dtype,
@@ -146,8 +168,16 @@ class FastQwen3Model:
             device_map=device_map,
             use_safetensors=True,  # a pickle can run code
             trust_remote_code=False,  # nor does a checkpoint's own generation loop run
+            ignore_mismatched_sizes=True,  # an error below, which names the tensor
+            output_loading_info=True,
             **attention,
         )
+        for key, stored, wanted in sorted(found["mismatched_keys"]):
+            raise ValueError(f"{model_name}: {key}: expected the shape {list(wanted)}, found {list(stored)}")
+        # transformers would leave these random
+        if missing := found["missing_keys"]:
+            raise ValueError(f"{model_name}: expected {min(missing)}, found none ({len(missing)} missing in all)")
+        return model
 
     @staticmethod
     def for_inference(model: Any) -> Any:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from captures.shared import read_json, shown
+
+_FLOATS = ("F32", "BF16", "F16", "F64")
 
 
 def local_folder(model_name: str | os.PathLike[str], token: str | None) -> pathlib.Path:
@@ -28,12 +31,13 @@ class Shards:
         """Opens the shards that the index names, or `model.safetensors`.
 
         Raises:
-            ValueError: neither exists, or a shard is missing.
+            ValueError: neither exists, an index that is broken, or a shard that is missing or broken, or that holds a
+                tensor of another shard.
         """
         self.folder = folder
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _named_files(index)
         elif single.is_file():
             names = [single.name]
         else:
@@ -42,7 +46,12 @@ class Shards:
         for name in names:
             if pathlib.PurePath(name).name != name or not (folder / name).is_file():
                 raise ValueError(f"{folder}: expected the shard {name}, which the index names, found none")
-            file = safe_open(folder / name, framework="pt")
+            try:
+                file = safe_open(folder / name, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{folder / name}: expected a safetensors file, found a broken one: {error}") from None
+            if twice := self._files.keys() & set(file.keys()):
+                raise ValueError(f"{folder / name}: {min(twice)}: expected it in one file, found it in another too")
             self._files |= dict.fromkeys(file.keys(), file)
         self._unread = set(self._files)
 
@@ -63,7 +72,24 @@ class Shards:
             raise ValueError(f"{self.folder}: expected {key}, found none")
         return self._files[key].get_tensor(key)
 
+    def check_plain(self) -> None:
+        """Raises a ValueError that names a tensor whose values are codes: without quantization_config in config.json
+        transformers would take them for weights."""
+        for key, file in self._files.items():
+            if (found := file.get_slice(key).get_dtype()) not in _FLOATS:
+                raise ValueError(
+                    f"{self.folder}: {key}: expected one of {', '.join(_FLOATS)}, as config.json has no "
+                    f"quantization_config, found {found}"
+                )
+
     def check_all_read(self) -> None:
         """Raises a ValueError that names a key that was never read, if there is one."""
         if self._unread:
             raise ValueError(f"{self.folder}: unexpected tensor {min(self._unread)} (of {len(self._unread)})")
+
+
+def _named_files(index: pathlib.Path) -> list[str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index}: weight_map: expected names of files by key, found {shown(names)}")
+    return sorted(set(names.values()))

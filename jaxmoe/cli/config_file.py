@@ -98,6 +98,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         fits = -(2**63) <= value < 2**63
     if kind is float and fits:
         fits = _finite(value)
+    if kind in (str, pathlib.Path) and fits and "\0" in value:  # which no argument of a command can hold
+        words, fits = f"{words} without null characters", False
     if kind is pathlib.Path and fits:
         words, fits = "a path", value != ""
     if not fits:

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxmoe import limited
 from jaxmoe.data.forms import first_bytes
-from jaxmoe.errors import ConfigError, UserError
+from jaxmoe.errors import ConfigError, UserError, shown
 from jaxmoe.json_text import NOT_DOWNLOADED, is_pointer, parse_json, read_json
 from jaxmoe.tokenizer_files import FORMS, NEEDED, check_small_files, has_tokenizer
 
@@ -80,8 +80,9 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
         # The type depends on the file that is broken; a panic of the tokenizers library is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{folder}: expected a tokenizer, found none that can be loaded ({reason[0][:300]})") from None
+        _check_json(folder)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: expected a tokenizer, found none that can be loaded ({reason[:300]})") from None
     assert usable
     if eos is None:
         raise UserError(f"{folder}: expected a tokenizer with an eos_token, found none")
@@ -89,6 +90,16 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     # Lengths are compared with the model's context where it matters; transformers would warn of every long text.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+_JSON = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _check_json(folder: pathlib.Path) -> None:
+    """Raises UserError, which names the file, if one of a tokenizer's holds no JSON object."""
+    for file in (folder / name for name in _JSON):
+        if file.is_file():
+            read_json(file)
 
 
 def _check_templates(folder: pathlib.Path, templates: Any) -> None:
@@ -199,9 +210,9 @@ def check_messages(messages: Any, tools: Any = None) -> None:
             raise UserError(f"{where}: expected an object, found {kind_of(message)}")
         if unknown := sorted(set(message) - MESSAGE_KEYS):
             known = ", ".join(sorted(MESSAGE_KEYS))
-            raise UserError(f"{where}: expected the keys {known}; found {unknown[0]!r}")
+            raise UserError(f"{where}: expected the keys {known}; found {shown(unknown[0])}")
         if message.get("role") not in ROLES:
-            raise UserError(f"{where}: expected a role of {', '.join(ROLES)}; found {message.get('role')!r}")
+            raise UserError(f"{where}: expected a role of {', '.join(ROLES)}; found {shown(message.get('role'))}")
         calls = message.get("tool_calls")
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
             raise UserError(f"{where}: expected tool_calls to be a list of objects, found {kind_of(calls)}")

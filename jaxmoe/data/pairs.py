@@ -51,6 +51,9 @@ def _of_messages(record: dict[str, Any], tokenizer: Any, settings: ChatSettings)
     check_template(tokenizer, "chosen and rejected", "write prompt, chosen and rejected as strings")
     chosen, rejected = (_messages(record, key, role="assistant") for key in _ANSWERS)
     shared = _prompt_length(chosen, rejected)
+    if not shared and record.get("prompt") is None:
+        wanted = "a prompt of their own, or the same messages at their beginning"
+        raise UserError(f"chosen and rejected: expected {wanted}, found none, and other first messages")
     if isinstance(record.get("prompt"), list) or not shared:
         prompt = _messages(record, "prompt", role="user")
         chosen, rejected = prompt + chosen, prompt + rejected

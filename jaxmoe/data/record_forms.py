@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jaxmoe.data import forms
 from jaxmoe.data.chat import MESSAGE_KEYS, kind_of, text_field
-from jaxmoe.errors import ConfigError, UserError
+from jaxmoe.errors import ConfigError, UserError, shown
 from jaxmoe.json_text import parse_json
 
 Columns = dict[str, Any]  # a record: column -> what JSON can hold
@@ -62,6 +62,8 @@ def recognised(raw: Any, among: Sequence[RecordForm] | None = None) -> Recognise
         raise UserError(_unknown(raw) if among is FORMS else _no_pair(raw))
     if form in PAIRS:
         _check_prompt(raw)
+    if "completion" in form.columns and raw.get("label") is False:
+        raise UserError("label: expected true (every completion is learned), found false; leave the record out")
     ignored = tuple(name for name in raw if name in present and name not in form.known)
     needed = {name: raw[name] for name in form.known if name in present or (name in form.columns and name in raw)}
     return Recognised(form.read(needed), form, ignored + _unread_keys(needed))
@@ -139,7 +141,7 @@ def _unread_keys(columns: Columns) -> tuple[str, ...]:
     """What is left out of the messages in these columns, by the names COLUMN.KEY."""
     found: dict[str, None] = {}
     for name in filter(columns.__contains__, _OF_TURNS):
-        turns = _turns(columns[name]) if name not in ("chosen", "rejected") else columns[name]
+        turns = _turns(columns[name]) if name.startswith(("messages", "conversation")) else columns[name]
         for turn in turns if isinstance(turns, list) else ():
             if isinstance(turn, dict):
                 found |= {f"{name}.{key}": None for key in turn if turn[key] is not None and key not in _TURN_KEYS}
@@ -162,7 +164,7 @@ def _learned(message: Columns, where: str) -> Columns:
     for name in _WEIGHTS:
         weight = message.get(name, 1)
         if not isinstance(weight, bool | int | float) or weight not in (0, 1):
-            raise UserError(f"{where}{name}: expected 0 or 1, found {weight!r}")
+            raise UserError(f"{where}{name}: expected 0 or 1, found {shown(weight)}")
         if message.get("role") == "assistant" and not weight:
             found = json.dumps(weight)
             raise UserError(f"{where}{name}: expected 1 (every answer is learned), found {found}; leave the record out")
@@ -228,7 +230,7 @@ _CALLS = ("function_call", "tool_call")  # of the speakers: the text holds calls
 _WEIGHTS = ("weight", "loss", "train")  # of a message: whether it is learned
 _THOUGHTS = ("reasoning", "thinking")  # of a message: other names of its thought
 _TURN_KEYS = {*MESSAGE_KEYS, *_WEIGHTS, *_THOUGHTS, "from", "value", "function_call", "input", "output"}
-_OF_TURNS = ("messages", "conversations", "conversation", "chosen", "rejected")  # columns
+_OF_TURNS = ("messages", "conversations", "conversation", "chosen", "rejected", "prompt", "completion")  # columns
 
 
 def _turn(turn: Any, where: str) -> Any:
@@ -310,6 +312,28 @@ def _check_prompt(raw: Columns) -> None:
             raise UserError(f'expected the prompt of the pair under "prompt", found {json.dumps(name)}; rename it')
 
 
+def _completion(record: Columns) -> Columns:
+    """A prompt and its completion as strings; or, where one of them holds messages, both as one conversation."""
+    if not any(isinstance(value, list | dict) for value in record.values()):
+        return record
+    messages = []
+    for name, role in (("prompt", "user"), ("completion", "assistant")):
+        value = record[name]
+        value = {"role": role, "content": value} if isinstance(value, str) else value
+        value = [value] if isinstance(value, dict) else value
+        if not isinstance(value, list):
+            raise UserError(f"{name}: expected a string or a list of messages, found {kind_of(value)}")
+        try:
+            found = as_messages(value)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        if name == "prompt" and any(_role(message) == "assistant" for message in found):
+            way_out = 'write prompt and completion as strings, or all turns under "messages" to learn each answer'
+            raise UserError(f"prompt: expected none of the answers, which are all learned, found one; {way_out}")
+        messages += found
+    return {"messages": messages}
+
+
 def _as_it_is(record: Columns) -> Columns:
     return record
 
@@ -323,7 +347,7 @@ FORMS: tuple[RecordForm, ...] = (
     _chat("messages", "messages"),
     _chat("ShareGPT's conversations", "conversations"),
     _chat("ShareGPT's conversation", "conversation"),
-    RecordForm("prompt and completion", ("prompt", "completion"), _as_it_is),
+    RecordForm("prompt and completion", ("prompt", "completion"), _completion),
     RecordForm("Alpaca's instructions", ("instruction", "output"), _alpaca, ("input", "system", "history")),
     RecordForm("instruction and response", ("instruction", "response"), _dolly, ("context", "system")),
     RecordForm("text", ("text",), _as_it_is),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 
 _LARGEST_ID = 2**31 - 1  # token ids and counts are int32 on the device
 _COLDEST = 1e-5  # below it, scores divided by the temperature overflow float32
@@ -107,14 +107,14 @@ def check_settings(values: Mapping[str, Any]) -> None:
         if name in _NUMBERS:
             expected, holds = _NUMBERS[name]
             if not is_number(value) or not holds(value):
-                raise UserError(f"{name}: expected {expected}, found {value!r}")
+                raise UserError(f"{name}: expected {expected}, found {shown(value)}")
         elif name in _COUNTS:
             check_count(name, value)
         elif name in _TOKEN_IDS:
             check_token_ids(name, value)
         elif name == "seed":
             if isinstance(value, bool) or not isinstance(value, int):
-                raise UserError(f"seed: expected a whole number, found {value!r}")
+                raise UserError(f"seed: expected a whole number, found {shown(value)}")
         elif name == "bad_words_ids":
             for ids in value:
                 check_token_ids(name, ids, empty=False)
@@ -137,17 +137,17 @@ def is_number(value: Any) -> bool:
 def check_count(name: str, value: Any, *, at_least: int = 0) -> int:
     """Returns `value`, or raises UserError with `name` unless it is a whole number of at least `at_least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise UserError(f"{name}: expected a whole number of at least {at_least}, found {value!r}")
+        raise UserError(f"{name}: expected a whole number of at least {at_least}, found {shown(value)}")
     return value
 
 
 def check_token_ids(name: str, ids: Any, *, empty: bool = True) -> tuple[int, ...]:
     """Returns the tuple `ids`, or raises UserError with `name` unless it holds whole numbers that fit an int32."""
     if not isinstance(ids, tuple) or not (ids or empty):
-        raise UserError(f"{name}: expected a list of token ids, found {ids!r}")
+        raise UserError(f"{name}: expected a list of token ids, found {shown(ids)}")
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _LARGEST_ID:
-            raise UserError(f"{name}: expected token ids (whole numbers from 0 to {_LARGEST_ID}), found {token!r}")
+            raise UserError(f"{name}: expected token ids (whole numbers from 0 to {_LARGEST_ID}), found {shown(token)}")
     return ids
 
 
@@ -155,14 +155,14 @@ def _check_biases(value: Any) -> None:
     name = "sequence_bias"
     for pair in value:
         if not isinstance(pair, tuple) or len(pair) != 2 or not is_number(pair[1]):
-            raise UserError(f"{name}: expected pairs of token ids and a finite number, found {pair!r}")
+            raise UserError(f"{name}: expected pairs of token ids and a finite number, found {shown(pair)}")
         check_token_ids(name, pair[0], empty=False)
 
 
 def _check_decay(value: Any) -> None:
     name = "exponential_decay_length_penalty"
     if not isinstance(value, tuple) or len(value) != 2 or not is_number(value[1]) or value[1] <= 0:
-        raise UserError(f"{name}: expected a whole number and a factor above 0, found {value!r}")
+        raise UserError(f"{name}: expected a whole number and a factor above 0, found {shown(value)}")
     check_count(name, value[0])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from jaxmoe.config import read_json
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.generate.sampling import Sampling, check_count, check_settings, check_token_ids, is_number
 
 # Transformers samples with these values where the file says nothing; those of the other fields are `Sampling`'s.
@@ -120,7 +120,7 @@ def _settings(raw: Mapping[str, Any], path: pathlib.Path) -> GenerationDefaults:
             if name in given and not neutral(given[name]):
                 way_out = "remove the field, or use --no-generation-config"
                 raise UserError(
-                    f"{name}: expected no value, found {given[name]!r} ({what} is not supported; {way_out})"
+                    f"{name}: expected no value, found {shown(given[name])} ({what} is not supported; {way_out})"
                 )
         for name in ("bos_token_id", "pad_token_id"):  # not needed here, but a wrong type points at a broken file
             _token_ids(given, name)
@@ -137,7 +137,7 @@ def _settings(raw: Mapping[str, Any], path: pathlib.Path) -> GenerationDefaults:
 def _sampling(given: Mapping[str, Any]) -> Sampling:
     do_sample = given.get("do_sample", False)
     if not isinstance(do_sample, bool):
-        raise UserError(f"do_sample: expected true or false, found {do_sample!r}")
+        raise UserError(f"do_sample: expected true or false, found {shown(do_sample)}")
     values = _DEFAULTS | {name: given[name] for name in _NUMBERS if name in given}
     for name in ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"):
         values[name] = _token_ids(given, name)
@@ -184,12 +184,12 @@ def _token_ids(given: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     if not isinstance(value, list) or not all(isinstance(ids, list) for ids in value):
-        raise UserError(f"{name}: expected a list of lists of token ids, found {value!r}")
+        raise UserError(f"{name}: expected a list of lists of token ids, found {shown(value)}")
     return tuple(map(tuple, value))
 
 
 def _sequence_bias(value: Any) -> tuple[tuple[tuple[int, ...], float], ...]:
     pair = lambda item: isinstance(item, list) and len(item) == 2 and isinstance(item[0], list) and is_number(item[1])
     if not isinstance(value, list) or not all(map(pair, value)):
-        raise UserError(f"sequence_bias: expected a list of [token ids, number], found {value!r}")
+        raise UserError(f"sequence_bias: expected a list of [token ids, number], found {shown(value)}")
     return tuple((tuple(ids), float(bias)) for ids, bias in value)

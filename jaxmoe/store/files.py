@@ -19,11 +19,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from jaxmoe import stopping
-from jaxmoe.errors import UserError
+from jaxmoe.errors import UserError, shown
 from jaxmoe.store.lock import SUFFIX, InUse, output_lock
 from jaxmoe.tokenizer_files import check_small_file
 
 _UNFINISHED = ".jaxmoe-unfinished-"
+_LONGEST_NAME = 255  # bytes, on Linux, macOS and Windows
 _LEFTOVER = re.compile(rf"\.(?P<output>.+)(?:{re.escape(_UNFINISHED)}\w{{8}}|{re.escape(SUFFIX)})", re.DOTALL)
 _live: set[pathlib.Path] = set()  # temporary folders of this process
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -48,21 +49,22 @@ def _check_kind(path: pathlib.Path) -> None:
         raise UserError(f"{path}: expected a file, found a pipe, a socket or a device")
 
 
-def named_in(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """The path of the file in `folder` that the content of another file names.
+def named_in(folder: pathlib.Path, name: str, by: str) -> pathlib.Path:
+    """The path of the file in `folder` that the content of its file `by` names.
 
     Raises:
         UserError: `name` is not the plain name of a file.
     """
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{folder}: expected the name of a file in this folder, found {name!r}, which is none"
-        ) from None
-    if name in ("", ".", "..") or "\0" in name or pathlib.PurePath(name).name != name:
-        raise UserError(f"{folder}: expected the name of a file in this folder, found {name!r}, which is outside it")
+    if name in (".", "..") or pathlib.PurePath(name).name != name or not _may_be_name(name):
+        raise UserError(f"{folder / by}: expected names of files in its folder, found {shown(name)}, which is none")
     return folder / name
+
+
+def _may_be_name(name: str) -> bool:
+    try:
+        return 0 < len(os.fsencode(name)) <= _LONGEST_NAME and "\0" not in name
+    except UnicodeEncodeError:
+        return False
 
 
 def check_links(folder: str | os.PathLike[str]) -> None:

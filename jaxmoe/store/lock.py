@@ -112,7 +112,9 @@ def _lock_file(shown: str, output: pathlib.Path) -> Iterator[None]:
         lock = _acquire(shown, path)
     except OSError as error:
         if error.errno not in _NOT_WRITABLE or not output.is_dir():
-            raise
+            if error.errno == errno.ELOOP:  # a link in place of the lock
+                raise
+            raise OSError(error.errno, error.strerror, shown) from None  # not the lock, which nobody asked for
         lock = _acquire(shown, output / SUFFIX)
     with stopping.undone_by(lock.release):
         try:
