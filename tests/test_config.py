@@ -385,7 +385,7 @@ def test_a_wrong_lora_configuration_is_named(arguments: dict[str, Any], field: s
         ("/nowhere/at all", "^/nowhere/at all: expected a model folder, found none$"),
         ("Qwen/Qwen3-30B-A3B", "found none; a model of the hub is first converted: python -m convert hf2jax Qwen/Qwen"),
         ("file", "file: expected a model folder, found none$"),
-        ("run", "run: expected a model folder, found an adapter; its base model belongs here$"),
+        ("run", r"config\.json \(the folder holds an adapter: give the folder of its base model"),
         ("empty", "file not found: .*config.json$"),
     ],
 )
