@@ -66,6 +66,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "no_penalty_fp32": Tolerance(1e-7, None, "gradient of the penalty where router and base are equal, absolute"),
     "watch_fp32": Tolerance(2e-6, 2.6e-8, "measures of a probe's routing against loops in float64, relative"),
     "compiled_divergence_fp32": Tolerance(2e-5, 3.3e-6, "divergences of two routers' logits against float64, relative"),
+    "vanishing_divergence": Tolerance(1e-30, 9.3e-34, "divergences that float32 takes for zero against float64, nats"),
     "small_divergence_fp32": Tolerance(2e-5, 1.9e-7, "a divergence of 1e-7 nats, from float32 logits, relative"),
     "optimizer_alone": Tolerance(2e-6, 7.0e-8, "an update of a matrix in a stack against that of the matrix alone"),
     "difference_quotient": Tolerance(2e-2, None, "a gradient against a central difference of 1e-2, float32"),
