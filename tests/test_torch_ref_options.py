@@ -237,6 +237,11 @@ def in_shards(weight_map: Any) -> Callable[[pathlib.Path], None]:
 # what is done to a folder -> what the error says
 BROKEN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "a weight is missing": (without("model.norm.weight"), r"expected model\.norm\.weight, found none"),
+    "a matrix of an expert is missing": (
+        without("model.layers.1.mlp.experts.2.up_proj.weight"),
+        r"expected model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight, found none",
+    ),
+    "the embedding is missing": (without("model.embed_tokens.weight"), r"expected model\.embed_tokens\.weight, found"),
     "more layers": (with_config(num_hidden_layers=5), r"expected model\.layers\.3\..*, found none"),
     "another width": (with_config(num_key_value_heads=1), r"k_proj\.weight: expected the shape \[\d+, \d+\], found"),
     "no object": (with_config(quantization_config="fp8"), r"config\.json: quantization_config: expected an object"),

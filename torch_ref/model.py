@@ -159,7 +159,9 @@ class FastQwen3Model:
 
             return load_4bit(cls.model_class, model_name, config, dtype, device_map, token, attn_implementation)
         if (folder := pathlib.Path(model_name)).is_dir():
-            Shards(folder).check_plain()
+            shards = Shards(folder)
+            shards.check_plain()
+            shards.check_experts(getattr(config, "num_experts", 0))
         model, found = cls.model_class.from_pretrained(
             model_name,
             config=config,
@@ -176,7 +178,8 @@ class FastQwen3Model:
             raise ValueError(f"{model_name}: {key}: expected the shape {list(wanted)}, found {list(stored)}")
         # transformers would leave these random
         if missing := found["missing_keys"]:
-            raise ValueError(f"{model_name}: expected {min(missing)}, found none ({len(missing)} missing in all)")
+            first = min(missing, key=lambda key: (key == "lm_head.weight", key))  # which may be tied to another
+            raise ValueError(f"{model_name}: expected {first}, found none ({len(missing)} missing in all)")
         return model
 
     @staticmethod

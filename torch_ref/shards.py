@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from captures.shared import read_json, shown
 
 _FLOATS = ("F32", "BF16", "F16", "F64")
+_EXPERT = re.compile(r"(.+\.mlp\.experts)\.\d+\.\w+\.weight")
 
 
 def local_folder(model_name: str | os.PathLike[str], token: str | None) -> pathlib.Path:
@@ -81,6 +83,15 @@ class Shards:
                     f"{self.folder}: {key}: expected one of {', '.join(_FLOATS)}, as config.json has no "
                     f"quantization_config, found {found}"
                 )
+
+    def check_experts(self, num_experts: int) -> None:
+        """Raises a ValueError that names a matrix of an expert that is missing beside others of its layer: transformers
+        stacks them, and cannot say which one it lacks."""
+        for layer in sorted({match[1] for key in self._files if (match := _EXPERT.fullmatch(key))}):
+            for expert in range(num_experts):
+                for name in ("gate_proj", "up_proj", "down_proj"):
+                    if (key := f"{layer}.{expert}.{name}.weight") not in self._files:
+                        raise ValueError(f"{self.folder}: expected {key}, found none")
 
     def check_all_read(self) -> None:
         """Raises a ValueError that names a key that was never read, if there is one."""
