@@ -214,12 +214,10 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
             raise UserError(f"{folder}: expected a model with {SINGLE} or {INDEX}, found {ours}")
         others = sorted(p.name for p in folder.glob("*.safetensors"))
         found = f"only {pickles[0]} (pickles {_PICKLES})" if pickles else "neither"
-        if others:
-            found = (
-                f"only {others[0]} ({_WITHOUT_INDEX})"
-                if len(others) == 1
-                else (f"{len(others)} files such as {others[0]}, but no index: download {INDEX} too")
-            )
+        if len(others) == 1:
+            found = f"only {others[0]} ({_WITHOUT_INDEX})"
+        elif others:
+            found = f"{len(others)} files such as {others[0]}, but no index: download {INDEX} too"
         raise UserError(f"{folder}: expected {SINGLE} or {INDEX}, found {found}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
