@@ -91,9 +91,10 @@ TOLERANCES: dict[str, Tolerance] = {
     "cached_attention_bf16": Tolerance(6e-3, None, "attention over the cache in one launch against XLA, bfloat16"),
     "cached_attention_written_bf16": Tolerance(1e-3, None, "the cache after it: some new keys round the other way"),
     "unrolled_run_fp32": Tolerance(1e-5, None, "losses and gradient norms of a run, unrolled against scanned"),
-    "swiglu_gradient_fp32": Tolerance(1e-6, 1.7e-7, "SwiGLU's gradient in one pass against plain operations, float32"),
-    "swiglu_gradient_model_fp32": Tolerance(1e-5, 5.4e-7, "the same in a float32 model with unrolled layers"),
     "swiglu_gradient_bf16": Tolerance(4e-3, 2.6e-3, "bfloat16 against float32: one rounding"),
+    "swiglu_gradient_model_bf16": Tolerance(
+        1e-2, 4.9e-3, "gradients of a bfloat16 model with unrolled layers, against XLA's rounding of the same steps"
+    ),
     "norm_rotary_bf16": Tolerance(2e-3, 1.7e-3, "norm and rotation in one pass against float32; two roundings: 2.4e-3"),
     "norm_rotary_model_bf16": Tolerance(
         5e-3, 1.7e-3, "the same in a bfloat16 model against XLA: loss, gradients, operations; one of both may not round"

@@ -251,17 +251,12 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "xla": Implementation("norm, then rotation, as XLA fuses them", _anywhere, "jaxmoe.ops.rotary:TWO_STEPS"),
     },
     "swiglu_gradient": {
-        "triton": Implementation(
-            "Pallas Triton kernel, one pass, for unrolled layers",
-            _runs_pallas_triton,
+        "mosaic": Implementation(
+            "Pallas Mosaic GPU kernel, one pass, for unrolled layers",
+            _needs_capability((8, 0)),
             "jaxmoe.ops.kernels.swiglu_gradient:ONE_PASS",
         ),
         "xla": Implementation("two or three passes, as XLA fuses them", _anywhere, "jaxmoe.ops.swiglu:PLAIN"),
-        "mosaic": Implementation(
-            "Pallas Mosaic GPU kernel, one pass, for unrolled layers, by name only",
-            _needs_capability((8, 0)),
-            "jaxmoe.ops.kernels.swiglu_gradient_mosaic:ONE_PASS",
-        ),
     },
 }
 

@@ -1,7 +1,7 @@
-"""The gradients of SwiGLU and of its rows' routing weights in one pass over memory; XLA needs two or three.
+"""The gradients of SwiGLU and of its rows' routing weights in one pass over memory, in Pallas Mosaic GPU.
 
-A Pallas kernel in Triton, for any NVIDIA GPU; each program handles a few rows. It is faster only if the product of gate
-and up is a separate array: XLA would first copy it out of the stack that a scan saves.
+XLA needs two or three passes. The kernel is faster only if the product of gate and up is a separate array: XLA would
+first copy it out of the stack that a scan saves.
 """
 
 from __future__ import annotations
@@ -10,22 +10,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-ROWS = 4  # per program
-_WIDEST, _NARROWEST = 256, 64  # columns of an expert's hidden layer at a time: at most, at least
+from jaxmoe.ops.kernels import ampere
+from jaxmoe.ops.kernels.row_tiles import WIDEST, across, load, rows_of
+
+_CHUNKS = (WIDEST, WIDEST // 2, WIDEST // 4)  # columns of an expert's hidden layer at a time
 
 
 def unsupported(gate_up: Any) -> str | None:
     """Why `swiglu_gradient` cannot run on these rows [P, 2F]; None if it can."""
+    if (why := ampere.unsupported(gate_up.dtype)) is not None:
+        return why
     rows, hidden = gate_up.shape[0], gate_up.shape[1] // 2
-    if hidden % _NARROWEST:
-        return f"needs experts whose width is a multiple of {_NARROWEST}, found {hidden}"
-    if rows % ROWS:
-        return f"needs a multiple of {ROWS} rows, found {rows}"
+    if hidden % _CHUNKS[-1]:
+        return f"needs experts whose width is a multiple of {_CHUNKS[-1]}, found {hidden}"
+    if rows % rows_of(_chunk(hidden)):
+        return f"needs a multiple of {rows_of(_chunk(hidden))} rows, found {rows}"
     return None
+
+
+def _chunk(hidden: int) -> int:
+    return next(size for size in _CHUNKS if hidden % size == 0)
 
 
 def swiglu_gradient(
@@ -34,59 +42,58 @@ def swiglu_gradient(
     weight: Float[Array, "P 1"],
     *,
     with_hidden: bool,
-    interpret: bool = False,
+    interpret: Any = None,
 ) -> tuple[Float[Array, "P F"] | None, Float[Array, "P F2"], Float[Array, " P"]]:
     """The gradients of a row's weighted SwiGLU, and SwiGLU itself.
 
     Args:
-        gate_up: gate in the first F columns, up in the others.
+        gate_up: gate in the first F columns, up in the others; in 16 bits.
         d_hidden: the gradient of `weight` * SwiGLU. `weight` times it is the gradient of SwiGLU's output. Its product
             with SwiGLU's output, summed over the row, is the gradient of `weight`.
         weight: of each row, float32.
         with_hidden: also compute SwiGLU's output again.
-        interpret: run in Pallas' interpreter, without a GPU.
+        interpret: parameters of JAX's interpreter, which runs the kernel without a GPU.
 
     Returns:
         SwiGLU's output or None; the gradient of `gate_up`; the gradient of `weight`, float32.
     """
     (P, F), dtype = d_hidden.shape, gate_up.dtype
-    chunk = next(size for size in (_WIDEST, _WIDEST // 2, _NARROWEST) if F % size == 0)
-    # Columns of gate (and of the hidden layer), and of up, which follows gate.
-    columns = [(slice(start, start + chunk), slice(F + start, F + start + chunk)) for start in range(0, F, chunk)]
+    chunk = _chunk(F)
+    rows = rows_of(chunk)
 
-    def body(gate_up_ref: Any, d_hidden_ref: Any, weight_ref: Any, d_gate_up_ref: Any, *refs: Any) -> None:
+    def body(gate_up: Any, d_hidden: Any, weight: Any, d_gate_up: Any, d_weight: Any, *hidden: Any) -> None:
+        own = pl.ds(lax.axis_index("tile") * rows, rows)
+        starts = range(0, F, chunk)
+
+        def at(ref: Any, start: int) -> Any:
+            return ref.at[own, pl.ds(start, chunk)]
+
         # All loads come before the first store: no load is moved across a store, which might change its value.
-        loaded = [(gate_up_ref[:, g], gate_up_ref[:, u], d_hidden_ref[:, g]) for g, u in columns]
-        weight = weight_ref[:, :]
-        total = jnp.zeros((ROWS,), jnp.float32)
-        for (g, u), chunks in zip(columns, loaded, strict=True):
-            hidden, product, d_gate, d_up = of_chunk(*chunks, weight)
+        gates, ups, gradients = (
+            [load(at(ref, first + start), chunk) for start in starts]
+            for ref, first in ((gate_up, 0), (gate_up, F), (d_hidden, 0))
+        )
+        weights, total = across(load(weight.at[own], chunk, 0), (rows, chunk), 0), None
+        for start, gate, up, gradient in zip(starts, gates, ups, gradients, strict=True):
+            output, product, d_gate, d_up = _of_chunk(gate, up, gradient, weights)
             if with_hidden:
-                refs[1][:, g] = hidden
-            total += jnp.sum(product, axis=1)
-            d_gate_up_ref[:, g], d_gate_up_ref[:, u] = d_gate, d_up
-        refs[0][:] = total
+                ampere.store(output, at(hidden[0], start))
+            part = jnp.sum(product, axis=1)
+            total = part if total is None else total + part
+            ampere.store(d_gate, at(d_gate_up, start))
+            ampere.store(d_up, at(d_gate_up, F + start))
+        assert total is not None
+        ampere.store(total, d_weight.at[own])
 
-    rows = lambda width: pl.BlockSpec((ROWS, width), lambda i: (i, 0))
     out = [jax.ShapeDtypeStruct((P, 2 * F), dtype), jax.ShapeDtypeStruct((P,), jnp.float32)]
-    specs = [rows(2 * F), pl.BlockSpec((ROWS,), lambda i: (i,))]
     if with_hidden:
         out.append(jax.ShapeDtypeStruct((P, F), dtype))
-        specs.append(rows(F))
-    kernel = pl.pallas_call(
-        body,
-        grid=(P // ROWS,),
-        out_shape=out,
-        in_specs=[rows(2 * F), rows(F), rows(1)],
-        out_specs=specs,
-        compiler_params=triton.CompilerParams(num_warps=4),
-        interpret=interpret,
-    )
-    d_gate_up, d_weight, *hidden = kernel(gate_up, d_hidden, weight)
-    return (hidden[0] if with_hidden else None), d_gate_up, d_weight
+    kernel = ampere.launch("swiglu_gradient", body, out, [], {"tile": P // rows}, interpret)
+    gradient, of_weight, *outputs = kernel(gate_up, d_hidden, weight.reshape(-1))
+    return (outputs[0] if with_hidden else None), gradient, of_weight
 
 
-def of_chunk(gate: Array, up: Array, d_hidden: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
+def _of_chunk(gate: Array, up: Array, d_hidden: Array, weight: Array) -> tuple[Array, Array, Array, Array]:
     """Of some columns: SwiGLU's output, its product with its gradient, and the gradients of gate and up."""
     dtype = gate.dtype
     gate, up, d = (values.astype(jnp.float32) for values in (gate, up, d_hidden))
@@ -99,7 +106,7 @@ def of_chunk(gate: Array, up: Array, d_hidden: Array, weight: Array) -> tuple[Ar
 
 
 class OnePass:
-    """The implementation "triton" of SwiGLU's gradient."""
+    """The implementation "mosaic" of SwiGLU's gradient."""
 
     def unsupported(self, gate_up: Any, in_scan: bool) -> str | None:
         """Why it cannot run on these rows [P, 2F]; `in_scan`: they are part of a stack that a scan saves."""
