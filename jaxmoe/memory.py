@@ -526,21 +526,22 @@ def attention_bytes(work: Workload, *, training: bool) -> int:
 
     `jaxmoe.ops.attention_chunked` holds the logits and probabilities of a chunk of queries, and in training their
     gradients. cuDNN's backward pass holds float32 gradients of whole sequences, once for each document of a call.
-    `jaxmoe.ops.attention_context` holds the keys and values of whole sequences, in training with float32 gradients, and
-    the logits of a pair of tiles.
+    On a `context` axis both kinds hold the keys and values of whole sequences, in training with float32 gradients;
+    `jaxmoe.ops.attention_context` also holds the logits of a pair of tiles.
     """
+    config, shared, heads = work.config, 0, work.tokens * work.config.num_attention_heads
     if (devices := work.mesh.context) > 1:
-        tile = min(work.seq_length // (2 * devices), CONTEXT_TILE)
-        pair = work.batch_size * work.config.num_attention_heads * tile**2 * FLOAT32
-        keys = work.batch_size * work.seq_length * work.config.num_key_value_heads * work.config.head_dim
-        return (8 if training else 4) * pair + 2 * keys * (work.size + (FLOAT32 if training else 0))
-    heads = work.tokens * work.config.num_attention_heads
+        keys = work.batch_size * work.seq_length * config.num_key_value_heads * config.head_dim
+        shared = 2 * keys * (work.size + (FLOAT32 if training else 0))
+        if work.attention != "cudnn" or (config.sliding_window or work.seq_length) < work.seq_length:
+            tile = min(work.seq_length // (2 * devices), CONTEXT_TILE)
+            return shared + (8 if training else 4) * work.batch_size * config.num_attention_heads * tile**2 * FLOAT32
     if work.attention == "blocks":
         return (8 if training else 4) * heads * query_chunk(work.seq_length) * FLOAT32
     if work.attention == "flash":  # a number for each head's query
         return heads * FLOAT32 if training else 0
     documents = CUDNN_SEQUENCES if work.packed else 1
-    return 2 * documents * heads * work.config.head_dim * FLOAT32 if training else 0
+    return shared + (2 * documents * heads * config.head_dim * FLOAT32 if training else 0)
 
 
 def query_chunk(seq_length: int) -> int:

@@ -21,6 +21,7 @@ import pytest
 from jaxmoe import memory
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
+from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.doctor import cards
 from jaxmoe.doctor import report as doctor
 from jaxmoe.doctor.__main__ import main
@@ -223,6 +224,15 @@ def test_the_forecast_is_a_little_above_what_a_step_held(nf4_products: str, case
     """Against recorded figures, so that no GPU is needed; the next test compiles."""
     names = {"attention": "cudnn", "experts": "mosaic", "nf4_products": nf4_products}
     plan = forecast_of(case, PRESETS["qwen3-30b-a3b"], "bfloat16", **names)
+    assert 1 <= plan.total / 2**30 / held < 1.03
+
+
+@pytest.mark.parametrize(("packed", "held"), [(False, 27.1), (True, 28.7)])
+def test_the_forecast_is_a_little_above_what_a_step_held_on_each_of_two_gpus(packed: bool, held: float) -> None:
+    """On a `context` axis by cuDNN: 12 layers, compiled for two H200s, 2026-11-30."""
+    names: Any = {"attention": "cudnn", "experts": "mosaic", "mesh": MeshShape(context=2)}
+    config = PRESETS["qwen3-30b-a3b"].replace(num_hidden_layers=12)
+    plan = forecast_of(("attention", 1, 32768, "fast", packed, None), config, "bfloat16", **names)
     assert 1 <= plan.total / 2**30 / held < 1.03
 
 

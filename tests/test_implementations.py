@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.errors import UserError
 from jaxmoe.model.selection import fallbacks, jax_without_kernels
 from jaxmoe.ops import attention_cudnn, implementations
@@ -27,7 +28,7 @@ def nothing_forced(monkeypatch):
         monkeypatch.delenv(f"JAXMOE_{operation.upper()}", raising=False)
 
 
-TRITON_KERNELS = ("cached attention", "few rows", "swiglu gradient")
+TRITON_KERNELS = ("cached attention", "few rows")
 
 
 def on(monkeypatch, device):
@@ -35,7 +36,7 @@ def on(monkeypatch, device):
 
 
 @pytest.mark.parametrize(
-    ("device", "attention", "grouped_matmul", "norm_rotary", "triton_kernels"),
+    ("device", "attention", "grouped_matmul", "one_pass", "triton_kernels"),
     [
         (CPU, "blocks", "tiled", "xla", "xla"),
         (HOPPER, "cudnn", "mosaic", "mosaic", "triton"),
@@ -45,16 +46,16 @@ def on(monkeypatch, device):
     ],
     ids=lambda value: value.kind if isinstance(value, Device) else value,
 )
-def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, norm_rotary, triton_kernels):
+def test_the_device_decides(monkeypatch, device, attention, grouped_matmul, one_pass, triton_kernels):
     on(monkeypatch, device)
     assert {(what, name) for what, name, _ in explain()} == {
         ("attention", attention),
-        ("context attention", "tiles"),
+        ("context attention", "cudnn" if attention == "cudnn" else "tiles"),
         ("grouped matmul", grouped_matmul),
         ("fp8 products", "registers" if grouped_matmul == "mosaic" else "decoded"),
         *((what, "mosaic" if grouped_matmul == "mosaic" else "xla") for what in ("row copies", "top experts")),
         ("nf4 products", "mosaic" if grouped_matmul == "mosaic" else "decoded"),
-        ("norm rotary", norm_rotary),
+        *((what, one_pass) for what in ("norm rotary", "swiglu gradient")),
         *((what, triton_kernels) for what in TRITON_KERNELS),
     }
 
@@ -143,6 +144,7 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
     assert "mma needs an NVIDIA GPU of compute capability 8.0 or newer" in experts
     dense = config.replace(mlp_only_layers=tuple(range(config.num_hidden_layers)))
     assert fallbacks(dense, "bfloat16") == [attention]
+    assert "over pairs of tiles" in fallbacks(config, "bfloat16", MeshShape(context=2))[0]
     on(monkeypatch, AMPERE)  # has kernels, where jax is new enough for them
     assert all("needs jax 0.11 or newer (Python 3.12 or newer)" in line for line in fallbacks(config, "bfloat16"))
     on(monkeypatch, HOPPER)
@@ -152,6 +154,9 @@ def test_a_gpu_that_goes_without_a_kernel_is_told(monkeypatch):
         assert "experts" not in "".join(fallbacks(config, "bfloat16"))
         odd = choose("grouped_matmul", "bfloat16", config.hidden_size, 72)  # zeros are added
         assert odd.name == "mma" and "mosaic needs widths that are multiples of 16, found 72" in odd.reason
+    windowed = config.replace(sliding_window=512)
+    shared, *_ = fallbacks(windowed, "bfloat16", MeshShape(context=2))
+    assert "over pairs of tiles" in shared and "cudnn needs attention without a window" in shared
     on(monkeypatch, CPU)  # where nothing else is expected
     assert not fallbacks(config, "float32")
 

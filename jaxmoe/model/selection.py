@@ -7,8 +7,11 @@ from typing import Any
 import jax
 
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.ops import attention, experts, implementations
 from jaxmoe.ops.implementations import Choice
+
+_FALLBACKS = ("blocks", "tiles", "tiled")  # of attention, of attention on a `context` axis, of the experts' products
 
 
 def selected_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[str, Any]:
@@ -17,18 +20,15 @@ def selected_implementations(config: Qwen3MoeConfig, dtype: str) -> dict[str, An
     return {what: choice.name for what, choice in _choices(config, dtype).items()}
 
 
-def fallbacks(config: Qwen3MoeConfig, dtype: str) -> list[str]:
+def fallbacks(config: Qwen3MoeConfig, dtype: str, mesh: MeshShape = ONE_DEVICE) -> list[str]:
     """If the default device is a GPU, a line for each of the two that uses the slow fallback, with the reason."""
     if implementations.default_device().platform != "gpu":
         return []
-    choices = _choices(config, dtype)
-    slow = {"attention": ("blocks", "attention uses")}
-    if config.sparse_layers:
-        slow["experts"] = "tiled", "the experts use"
+    subjects = {"attention": "attention uses"} | ({"experts": "the experts use"} if config.sparse_layers else {})
     return [
-        f"{subject} the slow fallback: {choices[what].reason}"
-        for what, (fallback, subject) in slow.items()
-        if choices[what].name == fallback
+        f"{subjects[what]} the slow fallback: {choice.reason}"
+        for what, choice in _choices(config, dtype, mesh).items()
+        if what in subjects and choice.name in _FALLBACKS
     ]
 
 
@@ -40,10 +40,10 @@ def jax_without_kernels() -> list[str]:
     return [f"jax {jax.__version__} lacks the GPU kernels; jax 0.11 or newer has them, and needs Python 3.12 or newer"]
 
 
-def _choices(config: Qwen3MoeConfig, dtype: str) -> dict[str, Choice]:
+def _choices(config: Qwen3MoeConfig, dtype: str, mesh: MeshShape = ONE_DEVICE) -> dict[str, Choice]:
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     return {
-        "attention": attention.implementation(dtype, *heads),
+        "attention": attention.implementation(dtype, *heads, config.sliding_window, mesh),
         "experts": experts.implementation(dtype, config.hidden_size, config.moe_intermediate_size),
         "nf4_products": implementations.choose("nf4_products"),
         "fp8_products": implementations.choose("fp8_products"),

@@ -11,9 +11,18 @@ from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.ops.implementations import Choice, choose
 
 
-def implementation(dtype: Any, heads: int, kv_heads: int, head_dim: int) -> Choice:
+def implementation(
+    dtype: Any,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    sliding_window: int | None = None,
+    mesh: MeshShape = ONE_DEVICE,
+) -> Choice:
     """How attention of these operands runs on the default device, and why; packing may still rule it out."""
     query, key = (jax.ShapeDtypeStruct((1, 64, n, head_dim), dtype) for n in (heads, kv_heads))
+    if mesh.context > 1:
+        return choose("context_attention", query, key, None, sliding_window)
     return choose("attention", query, key)
 
 

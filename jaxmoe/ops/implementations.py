@@ -143,13 +143,13 @@ OPERATIONS: Mapping[str, Mapping[str, Implementation]] = {
         ),
     },
     "context_attention": {
-        "tiles": Implementation(
-            "pure JAX over pairs of tiles, exact for packed sequences", _anywhere, "jaxmoe.ops.attention_context:TILES"
-        ),
         "cudnn": Implementation(
-            "cuDNN's flash attention over pairs of chunks, which their log-sum-exp joins, by name only",
+            "cuDNN's flash attention over pairs of chunks, which their log-sum-exp joins",
             _needs_capability((9, 0)),
             "jaxmoe.ops.attention_context_cudnn:PAIRS",
+        ),
+        "tiles": Implementation(
+            "pure JAX over pairs of tiles, exact for packed sequences", _anywhere, "jaxmoe.ops.attention_context:TILES"
         ),
     },
     "cached_attention": {

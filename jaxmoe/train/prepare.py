@@ -213,7 +213,7 @@ def prepare(settings: TrainConfig, previous: Mapping[str, Any] | None, shared: p
     workload = replace(workload, mesh=mesh, batch_size=settings.batch_size // mesh.product(SEQUENCE_AXES))
     workload, notices = _with_remat(settings, workload, previous, mesh)
     model = model._replace(remat=workload.remat)
-    notices = data.notices + about_mesh + notices + fallbacks(config, model.dtype)
+    notices = data.notices + about_mesh + notices + fallbacks(config, model.dtype, mesh)
     if previous is None or settings.unroll_layers:  # a resumed run cannot change it
         notices += _about_unrolling(settings, total_steps, jax.default_backend() == "gpu")
     worked_out = data.digests | {
