@@ -117,6 +117,7 @@ def compiled_step(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig) 
     import numpy as np
 
     from jaxmoe.data.packing import Batch
+    from jaxmoe.distributed.copy_engines import compiler_options
     from jaxmoe.model.init import init_adapters
     from jaxmoe.train.host_memory import EMBEDDING, looked_up
     from jaxmoe.train.loss import next_token_objective
@@ -149,7 +150,8 @@ def compiled_step(args: argparse.Namespace, case: Case, config: Qwen3MoeConfig) 
         return place.place_batch(whole, tokens=3)
 
     start = time.perf_counter()
-    step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective()), donate_argnums=1)
+    step = make_train_step(model, optimizer, rate, next_token_objective())
+    step = jax.jit(step, donate_argnums=1, compiler_options=compiler_options(mesh))
     fed: Any = looked_up if on_host else lambda frozen, batch: (frozen, batch)
     compiled = step.lower(*_in_order(fed(frozen, batch(0)), state)).compile()
     return Step(compiled, state, batch, fed, model, on_host, time.perf_counter() - start)

@@ -10,13 +10,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (registers bfloat16)
 import numpy as np
 import pytest
 
 from jaxmoe.config import LoraConfig, expand_targets
-from jaxmoe.distributed import chunks
+from jaxmoe.distributed import chunks, copy_engines
 from jaxmoe.distributed.collectives import in_pieces
 from jaxmoe.distributed.mesh import ONE_DEVICE, MeshShape
 from jaxmoe.errors import UserError
@@ -157,6 +158,30 @@ def test_ranges_of_rows_are_cut_into_pieces() -> None:
     for start, size, (at, each) in zip(starts, sizes, found, strict=True):
         np.testing.assert_array_equal(at, start + np.cumsum(each) - each)
         assert each.sum() == size and each.max() - each.min() <= 1
+
+
+def test_weights_are_gathered_by_copy_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between GPUs of one process, unless the user has said otherwise; XLA has the option, whatever the device."""
+    chosen, shared = {copy_engines.SYMMETRIC: True}, MeshShape(fsdp=2, expert=2)
+    monkeypatch.setenv(copy_engines.POLICY, "")
+    monkeypatch.delenv(copy_engines.POLICY)
+    assert copy_engines.is_known()
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert copy_engines.compiler_options(shared) == {}  # CPUs
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert copy_engines.compiler_options(MeshShape(data=2, context=2)) == {}
+    assert copy_engines.POLICY not in os.environ
+    assert copy_engines.compiler_options(shared) == chosen
+    assert os.environ[copy_engines.POLICY] == "2"
+    monkeypatch.setenv(copy_engines.POLICY, "0")
+    assert copy_engines.compiler_options(shared) == chosen
+    assert os.environ[copy_engines.POLICY] == "0"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert copy_engines.compiler_options(shared) == {}
+    monkeypatch.undo()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XLA_FLAGS", f"--{copy_engines.SYMMETRIC}=false")
+    assert copy_engines.compiler_options(shared) == {}
 
 
 @pytest.mark.parametrize(("devices", "gathers"), [(2, True), (5, True), (6, False), (8, False)])

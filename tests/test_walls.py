@@ -36,7 +36,9 @@ MODULES: dict[str, set[str]] = {
         " out_of_memory presets stopping tokenizer_files weight_form",
     ),
     "parameters": _under("jaxmoe", "parameters"),
-    "distributed": _under("jaxmoe.distributed", ". agreement chunks collectives ending launch mesh placement sharding"),
+    "distributed": _under(
+        "jaxmoe.distributed", ". agreement chunks collectives copy_engines ending launch mesh placement sharding"
+    ),
     "memory": _under("jaxmoe", "memory memory_advice mesh_choice"),
     "cli": _under("jaxmoe.cli", ". arguments config_file notices progress xla"),
     "figures": _under("jaxmoe.figures", ". figure html_page output"),

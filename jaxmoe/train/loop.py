@@ -27,6 +27,7 @@ from jaxmoe.control import router_bias
 from jaxmoe.data.packing import Batch
 from jaxmoe.distributed import ending, launch
 from jaxmoe.distributed.agreement import check_agreement, exchange, wait_for_all
+from jaxmoe.distributed.copy_engines import compiler_options
 from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError, in_words
 from jaxmoe.model.interface import Params
@@ -288,14 +289,16 @@ class CompiledSteps:
         everywhere = plan.model.placement.everywhere
         shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None, state)
         step = make_train_step(plan.model, optimizer, rate, plan.objective)
-        train_step = jax.jit(step, donate_argnums=1, out_shardings=(shardings, everywhere))
+        options = compiler_options(plan.model.mesh)
+        train_step = jax.jit(step, donate_argnums=1, out_shardings=(shardings, everywhere), compiler_options=options)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
         frozen, batch = plan.fed(shapes, plan.batch(0))
         self._train = self._begin(train_step, frozen, state, batch)
         self._evaluate = None
         if plan.data.held_out is not None:
             frozen, batch = plan.fed(shapes, next(plan.held_out_batches()))
-            evaluate = jax.jit(make_eval_step(plan.model, plan.objective[0].loss), out_shardings=everywhere)
+            step = make_eval_step(plan.model, plan.objective[0].loss)
+            evaluate = jax.jit(step, out_shardings=everywhere, compiler_options=options)
             self._evaluate = self._begin(evaluate, frozen, trainable, batch)
 
     def _begin(self, step: Any, *shapes: Any) -> Future[Any]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig, expand_targets
 from jaxmoe.data.packing import Batch
+from jaxmoe.distributed.copy_engines import compiler_options
 from jaxmoe.distributed.mesh import MeshShape
 from jaxmoe.distributed.placement import Placement, whole
 from jaxmoe.fp8 import codec as fp8
@@ -178,7 +179,8 @@ def prepared(case: Case, mesh: str) -> Prepared:
     rate = learning_rate("constant", 1e-3, 0, STEPS)
     optimizer = adamw(rate, model, max_grad_norm=0, weight_decay=0.1, beta1=BETA1, beta2=0.99, epsilon=1e-3)
     state = place.place_state(initial_state(trainable, optimizer), trainable)
-    step = jax.jit(make_train_step(model, optimizer, rate, next_token_objective(case.aux)))
+    step = make_train_step(model, optimizer, rate, next_token_objective(case.aux))
+    step = jax.jit(step, compiler_options=compiler_options(model.mesh))
     return Prepared(step.lower(frozen, state, place.place_batch(batch(case, 0), tokens=3)), frozen, state, place)
 
 

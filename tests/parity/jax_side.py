@@ -24,6 +24,7 @@ import jaxmoe.train.optimizers
 import jaxmoe.train.step
 from jaxmoe import Qwen3MoeForCausalLM
 from jaxmoe.data.packing import Batch as TrainingBatch
+from jaxmoe.distributed import copy_engines
 from jaxmoe.ops.implementations import choose, forced
 from jaxmoe.ops.router import CapturedRouting, Routing, RoutingControl
 from tests import oracle
@@ -105,7 +106,7 @@ def train(
     experts = None if pinned is None else np.moveaxis(pinned, 0, -2)
     objective = jaxmoe.train.loss.next_token_objective(case.aux_coefficient)
     stepped = jaxmoe.train.step.make_train_step(spec, optimizer, rate, objective)
-    run = jax.jit(stepped, compiler_options=compiler_options(model))
+    run = jax.jit(stepped, compiler_options=compiler_options(model) | copy_engines.compiler_options(model.mesh))
     place = spec.placement
     first = place.place_state(jaxmoe.train.step.initial_state(model.adapters, optimizer), model.adapters)
     for draw, name in enumerate(case.gradient_runs):
