@@ -326,3 +326,30 @@ def test_the_calls_for_shared_sequences_are_as_jax_declares_them(monkeypatch):
         loss = lambda q, k, v, ids: jnp.sum(context.attend_whole(q, k, v, ids, 2).astype(jnp.float32))
         gradients = jax.eval_shape(jax.grad(loss, argnums=(0, 1, 2)), query, key, key, ids)
         assert [(g.shape, g.dtype) for g in gradients] == [(a.shape, a.dtype) for a in (query, key, key)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", False),
+        ("--xla_gpu_autotune_level=0", False),
+        ("--xla_gpu_autotune_level=0 --xla_gpu_deterministic_ops=true", True),
+        ("--xla_gpu_deterministic_ops", True),
+        ("--xla_gpu_exclude_nondeterministic_ops=1", True),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", False),
+    ],
+)
+def test_calls_say_that_they_are_deterministic_if_xla_has_to_be(monkeypatch, flags, expected):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 92200)
+    shapes = [jax.ShapeDtypeStruct((2, 128, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+
+    @jax.jit
+    @partial(jax.grad, argnums=(0, 1, 2))
+    def gradients(query, key, value):
+        return cudnn.causal_attention(query, key, value, None, None).astype(jnp.float32).sum()
+
+    text = gradients.trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "__cudnn$fmhaSoftmax" in line]
+    assert len(calls) == 2 and "__cudnn$fmhaSoftmaxBackward" in calls[1]
+    assert [("force_deterministic" in call) for call in calls] == [expected, expected]

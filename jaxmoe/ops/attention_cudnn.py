@@ -19,6 +19,7 @@ packed sequences are only used where a small case, run once in a process, agrees
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -45,6 +46,31 @@ _SEED, _DROPOUT, _BIAS = 42, 0.0, (False, False)  # constants of the private fun
 _GROUPED_PACKING = jax.__version_info__ >= (0, 11, 2)
 # From jax 0.12 on the private functions also take a function that changes the logits, and its arguments.
 _SCORE_MOD = "score_mod" in inspect.signature(fused._dot_product_attention_bwd_rule).parameters
+_DETERMINISTIC = ("xla_gpu_deterministic_ops", "xla_gpu_exclude_nondeterministic_ops")
+_call_config = fused.create_dot_product_attention_backend_config_base
+
+
+def _deterministic() -> bool:
+    """Whether XLA_FLAGS demands deterministic operations."""
+    flags = (flag.lstrip("-").partition("=") for flag in os.environ.get("XLA_FLAGS", "").split())
+    values = {name: value.lower() for name, _, value in flags}
+    return any(values.get(name) in ("", "1", "true") for name in _DETERMINISTIC)
+
+
+def _deterministic_call_config(*args: Any, **named: Any) -> dict[str, Any]:
+    """JAX's description of a call for XLA, which also says whether the call has to be deterministic.
+
+    XLA adds this itself, but to the first of several equal gradients of a program only. It does not find what it
+    compiled for the others, and ends the process with std::out_of_range (https://github.com/openxla/xla/pull/46500).
+    Unrolled layers are equal, and on an `fsdp` axis XLA takes one layer out of the loop over layers.
+    """
+    config = _call_config(*args, **named)
+    if _deterministic():
+        config["cudnn_fmha_backend_config"]["force_deterministic"] = True
+    return config
+
+
+fused.create_dot_product_attention_backend_config_base = _deterministic_call_config
 
 
 def unsupported(query: Any, key: Any, segments: Array | None = None) -> str | None:
