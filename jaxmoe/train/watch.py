@@ -33,7 +33,7 @@ from jaxmoe.train.step import Model, ProbeRouting
 
 MOST_BYTES = 2**30  # of the base's routing: 64 sequences of 512 tokens of Qwen3-30B-A3B take 0.8 of it
 TILE = 128  # tokens
-PASSES = 3.7  # forward passes that take as long as a step: 368 ms by 98 ms, LoRA, 2 x 4096 (docs/performance.md)
+PASSES = 3.85  # forward passes that take as long as a step: 370 by 96 ms, LoRA, 2 x 4096 (docs/performance.md)
 MOST_SHARE = 0.02  # of the training time that measuring may take without a word
 CHANGED, DIVERGENCE, LOAD_CV, DEAD = "routing_changed", "routing_divergence", "routing_load_cv", "routing_dead_experts"
 
