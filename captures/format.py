@@ -152,14 +152,6 @@ class Chunk:
             return np.ones(self.log_sum_exp.shape, np.float32)
         return self.probabilities[..., k - 1] - self.probabilities[..., k]
 
-    @cached_property
-    def logit_margin(self) -> Float32[np.ndarray, "Ls n"]:
-        """Router logit of the k-th expert minus that of the next; infinite if k = E."""
-        k = self.model.num_experts_per_tok
-        if k == self.model.num_experts:
-            return np.full(self.log_sum_exp.shape, np.inf, np.float32)
-        return self.top_logits[..., k - 1] - self.top_logits[..., k]
-
     def dense_probabilities(self) -> Float32[np.ndarray, "Ls n E"]:
         """Probabilities of all E experts in the order of their index.
 
