@@ -54,8 +54,8 @@ MODULES: dict[str, set[str]] = {
     "recode": _under("jaxmoe", "recode nf4.recode fp8.recode"),
     "convert": _under(
         "convert",
-        ". __main__ adapters foreign_names forms fp8 hf2jax hub jax2hf mixed names nf4 peft_experts peft_served "
-        "peft_settings pruned report safetensors_io saved_modules",
+        ". __main__ adapters foreign_names forms fp8 hf2jax hub jax2hf mixed names nf4 not_finite peft_experts "
+        "peft_served peft_settings pruned report safetensors_io saved_modules",
     ),
     "captures": _under("captures", ". format shared"),
     "ops": _under(
