@@ -99,7 +99,8 @@ class TrainConfig:
         default=("attention",),
         metadata={
             "group": "adapters",
-            "help": "groups (attention, router, experts, dense) or names such as q_proj, experts.down_proj",
+            "help": "what gets adapters: groups (attention, router, experts, dense) or names such as q_proj, "
+            "experts.down_proj",
             "identity": entries("lora"),
         },
     )
@@ -331,7 +332,7 @@ class TrainConfig:
     dequantize: bool = field(
         default=False,
         metadata={
-            "help": "decode weights in FP8 to the dtype in config.json, weights in NF4 to theirs before quantisation",
+            "help": "decode FP8 weights to the dtype in config.json, NF4 weights to the dtype that they had before",
             "identity": APART,  # the weights' digest tells the two apart
         },
     )
