@@ -17,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     captures = "one capture (compares its domains) or two"
     parser.add_argument("captures", type=pathlib.Path, nargs="+", metavar="CAPTURE", help=captures)
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the table to this CSV file (docs/routing.md explains its columns)")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="also write the table to this CSV file (docs/routing.md explains its columns)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
