@@ -96,8 +96,9 @@ MODULES: dict[str, set[str]] = {
     "runs": _under("jaxmoe.runs", ". card history paired plots record report"),
     "train": _under(
         "jaxmoe.train",
-        ". best data documents export host_memory identity log_probs loop loss metrics optimizers paired preferences"
-        " prepare processes publish reference router_losses run_page samples settings speed step trackers watch",
+        ". best compiled_steps data documents export host_memory identity log_probs loop loss metrics optimizers paired"
+        " preferences prepare processes publish reference router_losses run_page samples settings speed step trackers"
+        " watch",
     ),
     "evaluate": _under("jaxmoe.evaluate", ". arguments harness scoring stop_texts"),
     "routing": _under(

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, as pure functions; `jaxmoe.train.loop` compiles and calls them.
+"""One training step and one evaluation step, as pure functions; `jaxmoe.train.compiled_steps` compiles them.
 
 Either the adapters of a frozen model (with the weights that they hold in full) or all of its parameters are trained.
 Frozen parameters are an argument that is never differentiated: they have neither gradients nor optimizer state.
