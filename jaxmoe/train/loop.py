@@ -188,8 +188,8 @@ def _run(
     arrivals = Arrivals()
     ended: Ended = "failed"
     try:
-        told = settings.trackers if launch.this().is_first else ()
-        trackers = Trackers(told, Reported(settings.output, as_json(settings), keep_to))
+        names = settings.trackers if launch.this().is_first else ()
+        trackers = Trackers(names, Reported(settings.output, as_json(settings), keep_to))
         log.also(trackers)
         about_watch = begin.watch.notices if begin.watch is not None else []
         for notice in [*plan.notices, *about_watch, *trackers.notices, *filter(None, [checkpoints.notice])]:
