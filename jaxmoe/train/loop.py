@@ -134,7 +134,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
     else:
         state = plan.model.placement.place_state(initial_state(trainable, optimizer), trainable)
     first = launch.this().is_first
-    with Start(settings.output, new=previous is None and first) as start:
+    with NewOutput(settings.output, new=previous is None and first) as output:
         if previous is None and first:
             remove_start(settings.output)
             settings.output.mkdir(exist_ok=True)
@@ -146,7 +146,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
             fill_in_reference(plan, frozen, state.trainable)
         # Before a checkpoint is restored: the trained arrays are still those of the model as the run began.
         watch = None if plan.data.probe is None else Watch(plan, plan.data.probe, frozen, state.trainable)
-        begin = Begin(start, partial(record_changes, settings, identity, changes), changes, sampler, watch)
+        begin = Begin(output, partial(record_changes, settings, identity, changes), changes, sampler, watch)
         state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, begin)
     if stopped_by is None:
         export_results(plan, state.trainable)
@@ -229,32 +229,31 @@ def _restored(checkpoints: TrainCheckpoints, like: TrainState, step: int) -> Tra
 
 
 class Begin(NamedTuple):
-    """How a run begins: its folder until the first step is done; what a resumed run does otherwise than before, with a
-    function that records it, given the step after which it does; what writes samples, and what measures the routing."""
+    """What a run begins with."""
 
-    start: Start
-    record: Callable[[int], None]
-    changes: Mapping[str, list[Any]]
+    output: NewOutput
+    record: Callable[[int], None]  # records `changes`, given the step after which they hold
+    changes: Mapping[str, list[Any]]  # what a resumed run does otherwise than before: name -> before, now
     sampler: Sampler | None
     watch: Watch | None
 
 
-class Start:
-    """The output folder of a new run until its first step is done: what ends the run before removes the folder's
-    content, so that it does not refuse the next run."""
+class NewOutput:
+    """The output folder of a run; of a new one, what ends the run before its first step is done removes the content, so
+    that the folder does not refuse the next run."""
 
     def __init__(self, output: pathlib.Path, *, new: bool) -> None:
         self._begun = contextlib.ExitStack()
         self._remove = partial(remove_start, output)
         self._new = new
 
-    def __enter__(self) -> Start:
+    def __enter__(self) -> NewOutput:
         if self._new:
             self._begun.enter_context(stopping.undone_by(self._remove))
         return self
 
-    def is_over(self) -> None:
-        """The first step is done."""
+    def keep(self) -> None:
+        """To be called when the first step is done: from then on the content stays."""
         self._new = False
         self._begun.close()
 
@@ -417,7 +416,7 @@ class Loop:
         metrics, when = arrival.result()
         speed = self._speed.completed(when, int(metrics.tokens))
         self._check_finite(step, metrics)
-        self._begin.start.is_over()
+        self._begin.output.keep()
         numbers: dict[str, Any] = {
             "step": step,
             "loss": float(metrics.loss),
