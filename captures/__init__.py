@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING
 from jaxmoe.lazy import exports
 
 if TYPE_CHECKING:
-    from captures.format import (
-        ROLES,
-        Capture,
-        CaptureWriter,
-        Chunk,
-        LabelledText,
-        Model,
-        Text,
-        expert_dtype,
-        tokenizer_digest,
-    )
+    from captures.format import ROLES, Chunk, LabelledText, Model, Text, expert_dtype, tokenizer_digest
+    from captures.reader import Capture
+    from captures.writer import CaptureWriter
 
 __all__ = [
     "ROLES",
@@ -39,8 +31,8 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "ROLES": "captures.format",
-        "Capture": "captures.format",
-        "CaptureWriter": "captures.format",
+        "Capture": "captures.reader",
+        "CaptureWriter": "captures.writer",
         "Chunk": "captures.format",
         "LabelledText": "captures.format",
         "Model": "captures.format",

@@ -31,6 +31,7 @@ from jaxmoe.store.adapter import read_adapter, write_adapter
 from jaxmoe.store.checkpoint import Block, Checkpoint
 from jaxmoe.store.converted import is_converted, read_converted
 
+_DEQUANTIZE = "decode FP8 weights to the dtype in config.json, NF4 weights to the dtype that they had before"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -54,14 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dequantize",
         action="store_true",
-        help="decode weights in FP8 to the dtype in config.json, weights in NF4 to theirs before quantisation",
+        help=_DEQUANTIZE,
     )
     sub = command("jax2hf", "convert a converted folder into an HF checkpoint", "converted folder")
     sub.add_argument("--adapter", type=path_name, metavar="DIR", help="adapter to merge, PEFT or converted")
     sub.add_argument(
         "--dequantize",
         action="store_true",
-        help="decode weights in NF4 or FP8 into their dtype before quantisation, or that in config.json",
+        help=_DEQUANTIZE,
     )
     sub.add_argument(
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a safetensors file (default: 5GB)"

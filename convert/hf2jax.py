@@ -17,6 +17,7 @@ from convert.foreign_names import EMBEDDING, HEAD, missing_tensors, only_head, u
 from convert.forms import find_form
 from convert.names import Row, block_shapes, blocks_of, find_layout, rows
 from convert.nf4 import companions, in_nf4, read_matrix
+from convert.not_finite import noticing
 from convert.safetensors_io import CODES, open_folder
 from jaxmoe.config import DTYPES, read_config, read_json
 from jaxmoe.errors import UserError
@@ -423,7 +424,8 @@ def hf2jax(
 
     `quantize` "nf4" or "fp8" encodes projections, dense MLPs and experts. Weights that are in NF4 or FP8 already keep
     their bytes, unless `dequantize` decodes them.
-    `on_block` is called after each block with the block and the number of layers.
+    `on_block` is called after each block with the block and the number of layers. A notice names the first tensor that
+    holds NaN or infinity.
 
     Raises:
         UserError: what `read_hf` and `companion_files` raise, or `dst` is not empty.
@@ -432,4 +434,4 @@ def hf2jax(
     if quantize is not None:
         source = quantized(source, quantize)
     files = {"config.json": config_bytes(source, dtype), **companion_files(source.path)}
-    write_converted(dst, source, files, on_block)
+    write_converted(dst, source, files, noticing(str(src), source, on_block))

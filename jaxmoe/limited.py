@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import pathlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -57,13 +59,13 @@ class _Worker:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self._deadline = math.inf  # of the request that the process works on
 
     def ask(self, request: dict[str, Any]) -> Any:
         """The answer to one request."""
         with self._lock, self._running() as process:
             assert process.stdin is not None and process.stdout is not None
-            timer = threading.Timer(WALL_SECONDS, process.kill)
-            timer.start()
+            self._deadline = time.monotonic() + WALL_SECONDS
             try:
                 # A worker that has ended closes the pipe; the missing answer tells.
                 with contextlib.suppress(BrokenPipeError):
@@ -71,7 +73,7 @@ class _Worker:
                     process.stdin.flush()
                 line = process.stdout.readline()
             finally:
-                timer.cancel()
+                self._deadline = math.inf
             if not line:
                 self._end()
                 raise UserError("needs too much time or memory")
@@ -94,6 +96,7 @@ class _Worker:
                 encoding="utf-8",
                 start_new_session=True,  # Ctrl-C is for this process
             )
+            threading.Thread(target=self._watch, args=(self._process,), daemon=True).start()
         try:
             yield self._process
         except UserError:
@@ -101,6 +104,14 @@ class _Worker:
         except BaseException:
             self._end()
             raise
+
+    def _watch(self, process: subprocess.Popen[str]) -> None:
+        """Kills the process when its request takes too long. A thread for each request would cost as much as most
+        requests do."""
+        while process.poll() is None:
+            if time.monotonic() > self._deadline:
+                process.kill()
+            time.sleep(1)
 
     def _end(self) -> None:
         if self._process is not None:

@@ -156,7 +156,7 @@ def test_the_best_evaluation_is_kept_and_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     written: list[Any] = []
-    monkeypatch.setattr(loop, "_export", lambda plan, trainable: written.append(trainable))
+    monkeypatch.setattr(loop, "export_results", lambda plan, trainable: written.append(trainable))
     losses = iter([9.0, 3.0, 2.0, 2.5, 2.2, 2.1, 1.0])
     monkeypatch.setattr(loop.Loop, "_evaluate", lambda self, state: {"eval_loss": next(losses)})
     (tmp_path / "prompts.txt").write_text("1 + 1 =\n\n2 + 2 =\n")

@@ -24,6 +24,7 @@ from convert.adapters import write_peft
 from convert.hf2jax import hf2jax, read_hf
 from convert.hub import local_folder
 from convert.jax2hf import jax2hf, parse_size
+from convert.not_finite import first_not_finite
 from convert.safetensors_io import Tensor, open_folder, read_header, write_file
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.data.chat import load_tokenizer
@@ -150,6 +151,51 @@ def test_a_cast_is_that_of_torch(source: str, target: str, tmp_path: pathlib.Pat
     for checkpoint in (read_hf(src, target), read_converted(tmp_path / "jax", "float32")):
         wanted = np.dtype(target if checkpoint.path == src else "float32")
         assert all(array.dtype == wanted for block in checkpoint.blocks() for array in block.arrays.values())
+
+
+NOT_FINITE: dict[str, tuple[dict[str, Any], list[str], str, float]] = {
+    # options of make_checkpoint, flags, the tensor that is changed, its value
+    "an expert's up_proj": ({"dtype": "bfloat16"}, [], "model.layers.0.mlp.experts.2.up_proj.weight", np.nan),
+    "fused experts": ({"layout": "fused"}, [], "model.layers.0.mlp.experts.down_proj", -np.inf),
+    "a norm": ({"dtype": "float16"}, [], "model.norm.weight", np.inf),
+    "quantised on the way": (
+        {"dtype": "bfloat16"},
+        ["--quantize", "nf4"],
+        "model.layers.0.mlp.experts.3.down_proj.weight",
+        np.nan,
+    ),
+    "cast on the way": ({}, ["--dtype", "bfloat16"], "model.layers.0.mlp.gate.weight", np.nan),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_the_first_tensor_that_is_not_finite_is_named(
+    case: str, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options, flags, key, value = NOT_FINITE[case]
+    src = make_checkpoint(tmp_path / "hf", TINY, **options)
+    hf2jax(src, tmp_path / "finite")
+    assert not caplog.messages
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors[key].reshape(-1)[-1] = value
+        tensors["model.layers.1.self_attn.o_proj.weight"][...] = value  # a later one is not named
+
+    edit_tensors(change)(src)
+    main(["hf2jax", str(src), str(tmp_path / "jax"), *flags])
+    (line,) = [line for line in caplog.messages if "finite" in line]
+    assert line == f"{src}: {key}: holds {value}, the first value that is not finite; the conversion goes on"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn"])
+def test_values_that_are_not_finite_are_found(dtype: str) -> None:
+    largest = float(ml_dtypes.finfo(np.dtype(dtype)).max)
+    array = np.full((3, 100_000), -largest, dtype)
+    assert first_not_finite(array) is None
+    for value in (np.nan, -np.nan, *(() if dtype == "float8_e4m3fn" else (np.inf, -np.inf))):
+        array[:] = largest
+        array[2, 70_001] = array[2, 70_005] = value
+        assert first_not_finite(array) == (2, 70_001)
 
 
 def test_the_config_of_transformers_4_keeps_its_spelling(tmp_path: pathlib.Path) -> None:

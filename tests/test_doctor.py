@@ -353,7 +353,8 @@ def test_human_sizes(size: int, text: str) -> None:
 def test_the_command_prints_every_section(run_module: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = run_module("jaxmoe.doctor", "--model", "qwen3-30b-a3b", "--batch-size", "2")
     assert done.returncode == 0, done.stderr
-    for line in ("Devices", "Versions", "Operations", "30,532,122,624 parameters", "  training: ", "  generation: "):
+    parts = "  training with --remat low-memory: ", "  generation: "
+    for line in ("Devices", "Versions", "Operations", "30,532,122,624 parameters", *parts):
         assert line in done.stdout
     assert "optimizer state" in done.stdout
     assert "fit" in done.stdout.lower()
@@ -449,7 +450,7 @@ def test_fits_or_not(room: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     device = {"name": "card", "platform": "gpu", "memory": total + room}
     monkeypatch.setattr(doctor, "devices", lambda: [device, device])
     main(["--model", "qwen3-30b-a3b"])
-    training = capsys.readouterr().out.split("training:")[1].split("generation:")[0]
+    training = capsys.readouterr().out.split("training with --remat low-memory:")[1].split("generation:")[0]
     assert training.count("card") == 1
     assert ("DOES NOT FIT on one card: 1 B short" if room else "fits on one card: 0 B left") in training
 

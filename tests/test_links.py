@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from captures.format import Capture
+from captures import Capture
 from convert.__main__ import main
 from convert.adapters import write_peft
 from convert.hf2jax import hf2jax, read_hf

@@ -19,6 +19,7 @@ from captures import Capture, CaptureWriter, LabelledText, Model, Text
 from jaxmoe.errors import UserError
 from jaxmoe.figures.figure import pack
 from jaxmoe.routing import metrics
+from jaxmoe.routing.__main__ import main
 from jaxmoe.routing.compare import compare, compare_domains
 from jaxmoe.routing.report import write_report
 from jaxmoe.routing.summary import summarise
@@ -302,6 +303,23 @@ def test_a_browser_draws_every_figure(hostile_page):
     figures = json.loads(Page(hostile_page.read_text(encoding="utf-8")).numbers)
     assert done.stdout.count("<section id=") == len(figures) > 0
     assert "<img" not in done.stdout
+
+
+def test_two_dtypes_are_named(pair, tmp_path, capsys):
+    main(["compare", *(str(c.folder) for c in pair)])
+    assert "rounding" not in capsys.readouterr().out
+    other = tmp_path / "other"
+    shutil.copytree(pair[1].folder, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    for dtype, said in (
+        ("y", "computed in x and in y, so a part of the difference is rounding (--dtype)\n"),
+        (None, ""),
+    ):
+        manifest["source"]["dtype"] = dtype
+        (other / "manifest.json").write_text(json.dumps(manifest))
+        main(["compare", str(pair[0].folder), str(other)])
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == ("rounding" in out)
 
 
 def test_the_command_line(pair, run_module: Callable[..., subprocess.CompletedProcess[str]], tmp_path):

@@ -135,6 +135,16 @@ def test_time_is_bounded():
     worker._end()
 
 
+def test_time_is_bounded_where_the_system_does_not_count_it(monkeypatch):
+    monkeypatch.setattr(limited, "WALL_SECONDS", 0.5)
+    worker = limited._Worker(seconds=600)
+    backtracks = {"task": "first_match", "patterns": ["(a+)+$x"], "names": ["a" * 60]}
+    for request in (backtracks, backtracks):  # the second one has a process, and a limit, of its own
+        with pytest.raises(UserError, match="needs too much time or memory"):
+            worker.ask(request)
+    worker._end()
+
+
 def test_patterns_match_as_peft_matches_them():
     for pattern, name in (("q", "a.q"), ("q", "aq"), ("a.q", "a.q"), ("a|b", "x.b"), (".*q", "zq"), ("^q", "q")):
         found = limited.first_match([pattern], [name])

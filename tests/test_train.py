@@ -42,9 +42,10 @@ from jaxmoe.stopping import Postponed
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train import prepare
 from jaxmoe.train.__main__ import main
+from jaxmoe.train.compiled_steps import CompiledSteps
 from jaxmoe.train.data import read_data
 from jaxmoe.train.export import export_full
-from jaxmoe.train.loop import CompiledSteps, train
+from jaxmoe.train.loop import train
 from jaxmoe.train.loss import NextTokenCrossEntropy, Outputs, next_token_objective
 from jaxmoe.train.metrics import MetricsLog, expert_load
 from jaxmoe.train.optimizers import adamw, learning_rate

@@ -1,4 +1,4 @@
-"""Captures routing with PyTorch, in the format of `captures`: `python -m torch_ref.capture --help`.
+"""Captures routing with PyTorch, in the format of `captures`.
 
 The text comes from another capture, with its tokens, contexts and labels, so that both can be compared token by token.
 """

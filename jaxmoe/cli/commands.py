@@ -28,7 +28,7 @@ COMMANDS = {
     "train": Command("jaxmoe.train.__main__", "fine-tune a model, or train one from random weights"),
     "generate": Command("jaxmoe.generate.__main__", "continue prompts"),
     "convert": Command("convert.__main__", "convert checkpoints and adapters between HF or PEFT and JAX"),
-    "evaluate": Command("jaxmoe.evaluate.__main__", "run EleutherAI's evaluation harness with the model jaxmoe"),
+    "evaluate": Command("jaxmoe.evaluate.__main__", "score a model with EleutherAI's evaluation harness"),
     "routing": Command("jaxmoe.routing.__main__", "capture, compare, change and report what the router does"),
     "data": Command("jaxmoe.data.__main__", "show data as a model sees it"),
     "runs": Command("jaxmoe.runs.__main__", "list training runs, compare them, draw their pages"),

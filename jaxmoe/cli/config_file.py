@@ -21,7 +21,7 @@ from jaxmoe.cli.arguments import ArgumentParser, flag_kinds
 from jaxmoe.errors import UserError, shown
 from jaxmoe.json_text import LONG_NUMBER, MAX_FILE
 
-_HELP = "TOML file with settings by the names of the flags; flags on the command line count more"
+_HELP = "TOML file with settings by the names of the flags; flags on the command line override it"
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:

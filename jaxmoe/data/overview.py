@@ -44,7 +44,7 @@ class Overview:
 
     forms: dict[str, int]
     unused: list[str]  # for each input with unused columns, a line
-    lengths: Int[np.ndarray, " records"]
+    lengths: Int[np.ndarray, " records"]  # two of a preference pair
     trained: int
     trained_kept: int  # of the trained tokens, those that fit
     cut: Cut
@@ -65,11 +65,13 @@ class Overview:
     def table(self) -> list[tuple[str, str]]:
         """(name, value) of each number, in words."""
         at = lambda share: f"{int(np.quantile(self.lengths, share, method='nearest')):,}"
+        records = sum(self.forms.values())
+        each = "record" if len(self.lengths) == records else "answer with its prompt"
         lines = [
-            ("records", f"{len(self.lengths):,} ({', '.join(f'{form}: {n:,}' for form, n in self.forms.items())})"),
+            ("records", f"{records:,} ({', '.join(f'{form}: {n:,}' for form, n in self.forms.items())})"),
             *(("columns that are not used", line) for line in self.unused),
             ("tokens", f"{self.tokens:,}, of which {self.trained:,} ({_share(self.trained, self.tokens)}) are trained"),
-            ("tokens per record", f"{at(0)} to {at(1)}, half of them up to {at(0.5)}, 95 % up to {at(0.95)}"),
+            (f"tokens per {each}", f"{at(0)} to {at(1)}, half of them up to {at(0.5)}, 95 % up to {at(0.95)}"),
             *(("cut", line) for line in self.cut.notices(self.seq_length)),
             ("trained tokens cut off", _of(self.trained - self.trained_kept, self.trained)),
             (
@@ -154,8 +156,9 @@ def examples(source: Input, how: Tokenising, seq_length: int, count: int, most: 
             raise UserError(f"{raw.where}: {error}") from None
         alone = Input(source.name, lambda _, raw=raw: iter([raw]))
         ((records, _),) = tokenised(alone, how, Noticed(alone))
-        for side in records[0].sides:
-            found.append(_example(side, f"{raw.where}", form, how.tokenizer, seq_length, most))
+        names = (f"{form}, chosen", f"{form}, rejected") if how.pairs else (form,)
+        for name, side in zip(names, records[0].sides, strict=True):
+            found.append(_example(side, raw.where, name, how.tokenizer, seq_length, most))
     return found
 
 

@@ -36,8 +36,11 @@ def print_overview(console: Console, shown: Sequence[Example], numbers: Overview
         console.print(text)
     console.rule()
     legend = Text()
-    for kind, words in ((TRAINED, "trained"), (PLAIN, "read only"), (CUT, "cut off")):
-        legend.append(words, _STYLES[kind]).append("  ")
+    if console.color_system is None:
+        legend.append("a terminal with colors, or --html, shows which tokens are trained and which are cut off", "dim")
+    else:
+        for kind, words in ((TRAINED, "trained"), (PLAIN, "read only"), (CUT, "cut off")):
+            legend.append(words, _STYLES[kind]).append("  ")
     console.print(legend)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in numbers.table():

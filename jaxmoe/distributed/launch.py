@@ -57,14 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "processes find each other without these flags.",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens for the others")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes the run has; 1: this one")
+    group.add_argument(
+        "--num-processes", type=int, metavar="N", help="how many processes the run has; 1: this one alone"
+    )
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this one is, from 0 on")
     group.add_argument(
         "--heartbeat",
         type=int,
         default=HEARTBEAT,
         metavar="SECONDS",
-        help="how long a process may be silent before the others end, because it is dead (default: %(default)s)",
+        help="how long a process may be silent before the others take it for dead and end (default: %(default)s)",
     )
 
 

@@ -76,7 +76,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += ["", f"Training of {model}, {trained}, {batch}: memory of one GPU"]
         lines += [f"  {line}" for fit in fits for line in fit.lines()]
     if "forecast" not in found:
-        return [*lines, "", "To see what fits, name a model: --model qwen3-30b-a3b (needs no download)"]
+        if "cards" not in found and "nodes" not in found:
+            lines += ["", "To see what fits, name a model: --model qwen3-30b-a3b (needs no download)"]
+        return lines
     plan = found["forecast"]
     dtype = f"{plan['dtype']} with weights in {plan['quantize']}" if plan["quantize"] else plan["dtype"]
     pairs = ", in pairs" if plan["loss"] in memory.LOSSES_OVER_PAIRS else ""
@@ -90,7 +92,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  stored in {plan['stored']}, decoded to {plan['dtype']} while it is read (--dequantize)")
     for name in ("training", "generation"):
         total = plan[name].total
-        lines += ["", f"  {name}: {memory.format_bytes(total)}"]
+        policy = " with --remat low-memory" if name == "training" else ""
+        lines += ["", f"  {name}{policy}: {memory.format_bytes(total)}"]
         lines += [
             f"    {part.name:<20} {memory.format_bytes(part.bytes):>9}{'' if part.exact else '  (estimate)'}"
             for part in plan[name].parts
@@ -104,6 +107,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
                 f"    for each --remat: {totals}",
                 "    --remat auto picks the first policy that leaves 4 % of a GPU's memory, or 10 % of a CPU's, free",
             ]
+    on_gpu = any(device["platform"] == "gpu" for device in found["devices"])
+    if not on_gpu and "cards" not in found and "nodes" not in found:
+        lines += ["", "For GPUs that are not here: --cards (one GPU), --mesh (several)"]
     return lines
 
 

@@ -40,7 +40,8 @@ class DoctorConfig:
     )
     train: Literal["lora", "full"] = field(default="lora", metadata={"help": "train adapters or all parameters"})
     lora_targets: tuple[str, ...] = field(
-        default=("attention", "experts"), metadata={"help": "groups (attention, router, experts, dense) or targets"}
+        default=("attention", "experts"),
+        metadata={"help": "what gets adapters: groups (attention, router, experts, dense) or targets"},
     )
     lora_experts: int | None = field(
         default=None, metadata={"help": "how many experts of a layer get an adapter (default: all)"}
@@ -54,7 +55,7 @@ class DoctorConfig:
     loss: LossName = field(
         default="next-token", metadata={"help": "dpo and orpo hold two sequences, a pair, for each one of --batch-size"}
     )
-    optimizer: OptimizerName = field(default="adamw", metadata={"help": "what keeps a state of what is trained"})
+    optimizer: OptimizerName = field(default="adamw", metadata={"help": "the optimizer whose state is counted"})
     accumulation: int = field(default=1, metadata={"help": "micro-batches per optimizer step"})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="bfloat16", metadata={"help": "dtype of the parameters and of the computation"}
@@ -112,7 +113,6 @@ def operations() -> list[tuple[str, str, str]]:
     return [
         *implementations.explain(),
         ("expert dispatch", "sort", "stable sort by expert; no token is dropped"),
-        ("attention, decoding", "xla", "jax.nn.dot_product_attention over the KV cache"),
     ]
 
 

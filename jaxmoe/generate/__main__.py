@@ -154,6 +154,8 @@ def _continue(task: _Task, config: Qwen3MoeConfig) -> None:
         generator.check(token_ids, settings.max_new_tokens)
         if _with_routing(args):
             outputs = _generate_with_routing(generator, token_ids, settings, args, tokenizer)
+            if args.capture is not None and launch.this().is_first:
+                print(f"wrote the routing to {args.capture}", file=sys.stderr)
         elif len(token_ids) == 1:
             stream = TextStream(tokenizer, lambda text: print(_shown(text), end="", flush=True))
             generator.generate(token_ids, *settings, lambda _, token: stream.put(token))

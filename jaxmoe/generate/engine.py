@@ -217,12 +217,12 @@ def _decode(
 ) -> tuple[State, Generated]:
     """Up to `most` tokens (at most `_MOST_TOKENS`) of each sequence, fewer if all have ended."""
     split, stacks = program.sequences, program.stacks
-    lie = State._make([Step._make([split, split, EVERYWHERE]), stacks, split, split])
+    specs = State._make([Step._make([split, split, EVERYWHERE]), stacks, split, split])
     routing = program.placement.spec(None, None, "batch")
     run = program.placement.run(
         partial(_decode_share, program=program),
-        (program.held(weights), lie, EVERYWHERE, EVERYWHERE, program.imposed(control), EVERYWHERE),
-        (lie, Generated._make([stacks, EVERYWHERE, routing])),
+        (program.held(weights), specs, EVERYWHERE, EVERYWHERE, program.imposed(control), EVERYWHERE),
+        (specs, Generated._make([stacks, EVERYWHERE, routing])),
     )
     state, generated = run(weights, state, choice, stop, control, most)
     return state, program.placement.readable(generated)
@@ -244,7 +244,7 @@ def _decode_share(
     room = lambda each: jnp.zeros((_MOST_TOKENS, *each.shape), each.dtype)
     generated = Generated(room(state.step.token), jnp.int32(0), jax.tree.map(room, routing))
 
-    def goes_on(carry: tuple[State, Generated, Array]) -> Array:
+    def continues(carry: tuple[State, Generated, Array]) -> Array:
         _, generated, running = carry
         return (generated.count < most) & running
 
@@ -256,7 +256,7 @@ def _decode_share(
         return state, generated, on_any_device(state.running, program.options.mesh)
 
     start = state, generated, on_any_device(state.running, program.options.mesh)
-    state, generated, _ = jax.lax.while_loop(goes_on, one, start)
+    state, generated, _ = jax.lax.while_loop(continues, one, start)
     return state, generated
 
 

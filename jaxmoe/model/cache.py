@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.config import Qwen3MoeConfig
-from jaxmoe.model.decoder import Context, captured_of_layers, decode
+from jaxmoe.model.decoder import Context, captured_of_layers, run_decoder
 from jaxmoe.model.interface import Options, Params
 from jaxmoe.ops.attention import causal_attention
 from jaxmoe.ops.cached_attention import CacheStacks, Heads, Rotation, cached_attention
@@ -81,5 +81,5 @@ def forward_cached(
     valid = (jnp.arange(T) < length[:, None]).reshape(-1)
     decoding = start is not None
     context = Context(config, options, tables, valid, attend_cached if decoding else attend, control, decoding=decoding)
-    hidden, cache, records, _ = decode(params, adapters, input_ids, context, cache)
+    hidden, cache, records, _ = run_decoder(params, adapters, input_ids, context, cache)
     return hidden, cache, captured_of_layers(records, config, input_ids.shape)

@@ -103,7 +103,7 @@ def forward(
     tables = rotary_tables(position_ids, config.rope_parameters, config.head_dim)
     valid = segment_ids.reshape(-1) > 0
     context = Context(config, options, tables, valid, attend, control, dropout_keys)
-    hidden, _, records, layer_inputs = decode(params, adapters, input_ids, context, cache=None)
+    hidden, _, records, layer_inputs = run_decoder(params, adapters, input_ids, context, cache=None)
 
     sparse = np.asarray(config.sparse_layers, np.int32)
     stats = RouterStats(records.counts[sparse], records.prob_sums[sparse], jnp.sum(valid))
@@ -116,7 +116,7 @@ def forward(
     return DecoderOutput(hidden, stats, logits, layer_inputs, captured, saliency)
 
 
-def decode(
+def run_decoder(
     params: Params, adapters: Params, input_ids: Int[Array, "B T"], context: Context, cache: Any
 ) -> tuple[Float[Array, "B T D"], Any, RoutingRecord, Float[Array, "L B T D"] | None]:
     """Embeds, runs all layers, normalises: (hidden states, cache, records [L, ...], the layers' inputs or None)."""

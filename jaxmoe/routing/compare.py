@@ -270,7 +270,10 @@ def compare_domains(capture: Capture, *, seed: int = 0) -> list[DomainDrift]:
     """
     names = capture.text["domains"]
     if len(names) < 2:
-        raise UserError(f"{capture.folder}: expected a capture with at least two domains, found {', '.join(names)}")
+        raise UserError(
+            f"{capture.folder}: expected a capture with at least two domains, or a second capture; "
+            f"found {', '.join(names)}"
+        )
     layers, E, k = len(capture.model.layers), capture.model.num_experts, capture.model.num_experts_per_tok
     text = capture.read_text()
     # A block lies within one document, so it belongs to one domain.

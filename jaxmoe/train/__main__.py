@@ -33,6 +33,7 @@ from jaxmoe.cli.arguments import (
 from jaxmoe.cli.config_file import add_config, given_settings
 from jaxmoe.distributed import ending, launch
 from jaxmoe.errors import counted
+from jaxmoe.runs.report import REPORT_FILE
 from jaxmoe.train.loop import train
 from jaxmoe.train.settings import TrainConfig
 
@@ -79,6 +80,7 @@ def _report(settings: TrainConfig, summary: dict[str, Any]) -> None:
         print(f"held-out loss {before:.4f} -> {after:.4f}{'' if settings.learns_from_pairs else perplexities}")
     if settings.keep_best and summary["best_step"] is not None:
         print(f"written: step {summary['best_step']}, with the lowest held-out loss, {summary['best_eval_loss']:.4f}")
+    print(f"{settings.output / REPORT_FILE} shows the run")
 
 
 def _perplexity(loss: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,13 +15,54 @@ from jaxmoe import stopping
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
 from jaxmoe.control import router_bias
 from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.distributed import launch
+from jaxmoe.distributed.placement import whole
+from jaxmoe.model.interface import Params
 from jaxmoe.model.opening import open_checkpoint
 from jaxmoe.parameters import CHOICE_BIAS, layer_paths, top_level_paths
+from jaxmoe.runs.card import Kind
 from jaxmoe.store.checkpoint import Block, cast
 from jaxmoe.store.files import naming_files, unfinished_folder
+from jaxmoe.train.data import tokenizer_folder
+from jaxmoe.train.prepare import Plan
+from jaxmoe.train.publish import publish
 
 if TYPE_CHECKING:
     from convert.jax2hf import HFForm
+
+_log = logging.getLogger("jaxmoe")
+
+
+def export_results(plan: Plan, trainable: Params) -> None:
+    """Writes what a run trained, with a card beside it: the adapter, also merged if the settings say so, or the model.
+    Uploads it if the settings name a repository.
+
+    All processes of a run call it; the first one writes.
+    """
+    settings, config, lora = plan.settings, plan.model.config, plan.model.lora
+    arrays = {path: whole(array) for path, array in trainable.items()}
+    if not launch.this().is_first:
+        return
+    if lora is None:
+        if settings.model is None:
+            export_model(settings.output / "model", tokenizer_folder(settings), config, arrays)
+            if (bias := arrays.get(CHOICE_BIAS)) is not None:
+                _log.info(
+                    f"{settings.output / 'model'}: Qwen3-MoE has no place for the router's bias (at most "
+                    f"{np.abs(bias).max():.2g}); it is in {router_bias.FILE}, for commands with --router-bias"
+                )
+        else:
+            export_full(settings.output / "model", settings.model, config, arrays, settings.dequantize)
+        publish(settings.output, {"model": settings.output / "model"}, settings.push_to_hub)
+        return
+    export_adapter(settings.output, config, lora, arrays)
+    if settings.merge:
+        assert settings.model is not None
+        export_merged(settings.output / "merged", settings.model, config, lora, arrays, settings.dequantize)
+    folders: dict[Kind, pathlib.Path] = {"adapter": settings.output}
+    if settings.merge:
+        folders["merged"] = settings.output / "merged"
+    publish(settings.output, folders, settings.push_to_hub)
 
 
 def export_adapter(

@@ -1,4 +1,4 @@
-"""The training loop: compiles the steps while the weights are read, feeds them, evaluates, saves and reports.
+"""The training loop: feeds the compiled steps, evaluates, saves and reports.
 
 A run that stops, by a signal or a crash, continues with `--resume` as if it had never stopped; on CPU, bit for bit.
 """
@@ -11,37 +11,31 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 
 from jaxmoe import stopping
 from jaxmoe.cli.notices import shown_notices
 from jaxmoe.cli.progress import TrainingProgress, reading_weights
-from jaxmoe.control import router_bias
-from jaxmoe.data.packing import Batch
 from jaxmoe.distributed import ending, launch
 from jaxmoe.distributed.agreement import check_agreement, exchange, wait_for_all
-from jaxmoe.distributed.copy_engines import compiler_options
-from jaxmoe.distributed.placement import whole
 from jaxmoe.errors import UserError, in_words
 from jaxmoe.model.interface import Params
 from jaxmoe.out_of_memory import explained
 from jaxmoe.parameters import CHOICE_BIAS
-from jaxmoe.runs.card import Kind
 from jaxmoe.runs.record import ExpertLoad
 from jaxmoe.stopping import Postponed
 from jaxmoe.store.digest import WeightsDigest, combined
 from jaxmoe.store.files import naming_files
 from jaxmoe.store.train_state import TrainCheckpoints
 from jaxmoe.train.best import Best
+from jaxmoe.train.compiled_steps import CompiledSteps
 from jaxmoe.train.data import tokenizer_folder
-from jaxmoe.train.export import export_adapter, export_full, export_merged, export_model
+from jaxmoe.train.export import export_results
 from jaxmoe.train.identity import (
     Identity,
     as_json,
@@ -57,19 +51,16 @@ from jaxmoe.train.metrics import MetricsLog, Unwritten, device_load, expert_load
 from jaxmoe.train.optimizers import learning_rate, make_optimizer
 from jaxmoe.train.prepare import Plan, prepare
 from jaxmoe.train.processes import claimed_by_first, settings_of_processes
-from jaxmoe.train.publish import check_access, publish
+from jaxmoe.train.publish import check_access
 from jaxmoe.train.reference import fill_in_reference
 from jaxmoe.train.run_page import RunPage
 from jaxmoe.train.samples import Sampler
 from jaxmoe.train.settings import TrainConfig
 from jaxmoe.train.speed import Arrivals, Arrived, Speed
 from jaxmoe.train.step import (
-    EvalSums,
     StepMetrics,
     TrainState,
     initial_state,
-    make_eval_step,
-    make_train_step,
     state_to_compile,
 )
 from jaxmoe.train.trackers import Ended, Reported, Trackers, check_trackers
@@ -143,7 +134,7 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
     else:
         state = plan.model.placement.place_state(initial_state(trainable, optimizer), trainable)
     first = launch.this().is_first
-    with Start(settings.output, new=previous is None and first) as start:
+    with NewOutput(settings.output, new=previous is None and first) as output:
         if previous is None and first:
             remove_start(settings.output)
             settings.output.mkdir(exist_ok=True)
@@ -155,10 +146,10 @@ def _train_plan(plan: Plan, previous: Identity | None, on_step: Callable[[dict[s
             fill_in_reference(plan, frozen, state.trainable)
         # Before a checkpoint is restored: the trained arrays are still those of the model as the run began.
         watch = None if plan.data.probe is None else Watch(plan, plan.data.probe, frozen, state.trainable)
-        begin = Begin(start, partial(record_changes, settings, identity, changes), changes, sampler, watch)
+        begin = Begin(output, partial(record_changes, settings, identity, changes), changes, sampler, watch)
         state, stopped_by, summary = _run(plan, frozen, state, compiled, on_step, begin)
     if stopped_by is None:
-        _export(plan, state.trainable)
+        export_results(plan, state.trainable)
     return summary | {"stopped_by": stopped_by}
 
 
@@ -197,8 +188,8 @@ def _run(
     arrivals = Arrivals()
     ended: Ended = "failed"
     try:
-        told = settings.trackers if launch.this().is_first else ()
-        trackers = Trackers(told, Reported(settings.output, as_json(settings), keep_to))
+        names = settings.trackers if launch.this().is_first else ()
+        trackers = Trackers(names, Reported(settings.output, as_json(settings), keep_to))
         log.also(trackers)
         about_watch = begin.watch.notices if begin.watch is not None else []
         for notice in [*plan.notices, *about_watch, *trackers.notices, *filter(None, [checkpoints.notice])]:
@@ -238,32 +229,31 @@ def _restored(checkpoints: TrainCheckpoints, like: TrainState, step: int) -> Tra
 
 
 class Begin(NamedTuple):
-    """How a run begins: its folder until the first step is done; what a resumed run does otherwise than before, with a
-    function that records it, given the step after which it does; what writes samples, and what measures the routing."""
+    """What a run begins with."""
 
-    start: Start
-    record: Callable[[int], None]
-    changes: Mapping[str, list[Any]]
+    output: NewOutput
+    record: Callable[[int], None]  # records `changes`, given the step after which they hold
+    changes: Mapping[str, list[Any]]  # what a resumed run does otherwise than before: name -> before, now
     sampler: Sampler | None
     watch: Watch | None
 
 
-class Start:
-    """The output folder of a new run until its first step is done: what ends the run before removes the folder's
-    content, so that it does not refuse the next run."""
+class NewOutput:
+    """The output folder of a run; of a new one, what ends the run before its first step is done removes the content, so
+    that the folder does not refuse the next run."""
 
     def __init__(self, output: pathlib.Path, *, new: bool) -> None:
         self._begun = contextlib.ExitStack()
         self._remove = partial(remove_start, output)
         self._new = new
 
-    def __enter__(self) -> Start:
+    def __enter__(self) -> NewOutput:
         if self._new:
             self._begun.enter_context(stopping.undone_by(self._remove))
         return self
 
-    def is_over(self) -> None:
-        """The first step is done."""
+    def keep(self) -> None:
+        """To be called when the first step is done: from then on the content stays."""
         self._new = False
         self._begun.close()
 
@@ -271,59 +261,6 @@ class Start:
         if self._new:
             self._remove()
         self._begun.close()
-
-
-class CompiledSteps:
-    """The training step and, if the run evaluates, the evaluation step, compiled while the weights are read.
-
-    They are compiled from shapes alone, while the slow reading of the weights goes on. XLA tries products on its own
-    buffers, and this way it need not find room for them next to all the weights.
-    """
-
-    def __init__(
-        self, plan: Plan, optimizer: optax.GradientTransformation, rate: optax.Schedule, state: TrainState
-    ) -> None:
-        """`state` is that of `state_to_compile`."""
-        shapes, trainable = plan.source.shapes
-        # The new state lies like the old one. What lies in the host's memory, the step puts there itself.
-        everywhere = plan.model.placement.everywhere
-        shardings = jax.tree.map(lambda leaf: leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None, state)
-        step = make_train_step(plan.model, optimizer, rate, plan.objective)
-        options = compiler_options(plan.model.mesh)
-        train_step = jax.jit(step, donate_argnums=1, out_shardings=(shardings, everywhere), compiler_options=options)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        frozen, batch = plan.fed(shapes, plan.batch(0))
-        self._train = self._begin(train_step, frozen, state, batch)
-        self._evaluate = None
-        if plan.data.held_out is not None:
-            frozen, batch = plan.fed(shapes, next(plan.held_out_batches()))
-            step = make_eval_step(plan.model, plan.objective[0].loss)
-            evaluate = jax.jit(step, out_shardings=everywhere, compiler_options=options)
-            self._evaluate = self._begin(evaluate, frozen, trainable, batch)
-
-    def _begin(self, step: Any, *shapes: Any) -> Future[Any]:
-        # The choice of implementations may depend on a variable of this thread's context.
-        return self._pool.submit(copy_context().run, lambda: step.lower(*shapes).compile())
-
-    def cancel(self) -> None:
-        """Cancels compilations that have not begun; the process waits for the others before it ends."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def wait(self) -> None:
-        """Returns when all is compiled: weights that leave little memory are better read afterwards."""
-        for step in filter(None, (self._train, self._evaluate)):
-            step.result()
-
-    @property
-    def train_step(self) -> Callable[[Params, TrainState, Batch], tuple[TrainState, StepMetrics]]:
-        """See `make_train_step`."""
-        return self._train.result()
-
-    @property
-    def eval_step(self) -> Callable[[Params, Params, Batch], tuple[EvalSums, jax.Array]]:
-        """See `make_eval_step`."""
-        assert self._evaluate is not None
-        return self._evaluate.result()
 
 
 class Recorders(NamedTuple):
@@ -479,7 +416,7 @@ class Loop:
         metrics, when = arrival.result()
         speed = self._speed.completed(when, int(metrics.tokens))
         self._check_finite(step, metrics)
-        self._begin.start.is_over()
+        self._begin.output.keep()
         numbers: dict[str, Any] = {
             "step": step,
             "loss": float(metrics.loss),
@@ -524,35 +461,6 @@ class Loop:
             raise UserError(
                 f"loss: expected a finite number, found {loss} (gradient norm {norm}) at step {step}; {where}"
             )
-
-
-def _export(plan: Plan, trainable: Params) -> None:
-    """Writes what was trained, the adapter (and the merged model, if asked for) or the model, with a card beside each,
-    and uploads the adapter or the model if asked to."""
-    settings, config, lora = plan.settings, plan.model.config, plan.model.lora
-    arrays = {path: whole(array) for path, array in trainable.items()}
-    if not launch.this().is_first:
-        return
-    if lora is None:
-        if settings.model is None:
-            export_model(settings.output / "model", tokenizer_folder(settings), config, arrays)
-            if (bias := arrays.get(CHOICE_BIAS)) is not None:
-                _log.info(
-                    f"{settings.output / 'model'}: Qwen3-MoE has no place for the router's bias (at most "
-                    f"{np.abs(bias).max():.2g}); it is in {router_bias.FILE}, for commands with --router-bias"
-                )
-        else:
-            export_full(settings.output / "model", settings.model, config, arrays, settings.dequantize)
-        publish(settings.output, {"model": settings.output / "model"}, settings.push_to_hub)
-        return
-    export_adapter(settings.output, config, lora, arrays)
-    if settings.merge:
-        assert settings.model is not None
-        export_merged(settings.output / "merged", settings.model, config, lora, arrays, settings.dequantize)
-    folders: dict[Kind, pathlib.Path] = {"adapter": settings.output}
-    if settings.merge:
-        folders["merged"] = settings.output / "merged"
-    publish(settings.output, folders, settings.push_to_hub)
 
 
 class Due(NamedTuple):

@@ -99,7 +99,8 @@ class TrainConfig:
         default=("attention",),
         metadata={
             "group": "adapters",
-            "help": "groups (attention, router, experts, dense) or names such as q_proj, experts.down_proj",
+            "help": "what gets adapters: groups (attention, router, experts, dense) or names such as q_proj, "
+            "experts.down_proj",
             "identity": entries("lora"),
         },
     )
@@ -331,7 +332,7 @@ class TrainConfig:
     dequantize: bool = field(
         default=False,
         metadata={
-            "help": "decode weights in FP8 to the dtype in config.json, weights in NF4 to theirs before quantisation",
+            "help": "decode FP8 weights to the dtype in config.json, NF4 weights to the dtype that they had before",
             "identity": APART,  # the weights' digest tells the two apart
         },
     )
@@ -616,12 +617,30 @@ def _check_ranges(settings: TrainConfig) -> None:
 
 
 def _check_combinations(settings: TrainConfig) -> None:
+    defaults = {each.name: each.default for each in dataclasses.fields(settings)}
+    _check_course(settings)
+    _check_evaluation(settings)
+    _check_allowed_changes(settings)
+    _check_model(settings)
+    _check_mesh(settings)
+    _check_data(settings)
+    _check_loss(settings, defaults)
+    _check_optimizer(settings, defaults)
+    _check_router(settings)
+    _check_adapters(settings, defaults)
+
+
+def _check_course(settings: TrainConfig) -> None:
+    """Where a run begins, how long it is, and where its numbers go."""
     if (step := settings.resume_from) is not None and step != "previous" and not (step.isascii() and step.isdigit()):
         raise UserError(f"resume_from: expected a step or previous, found {step!r}")
     if "none" in settings.report_to and len(settings.report_to) > 1:
         raise UserError(f"report_to: expected none alone, found {','.join(settings.report_to)}")
     if settings.epochs is not None and settings.max_steps is not None:
         raise UserError("epochs and max_steps: expected one of them, found both")
+
+
+def _check_evaluation(settings: TrainConfig) -> None:
     if settings.eval_data is not None and settings.eval_fraction is not None:
         raise UserError("eval_data and eval_fraction: expected one of them, found both")
     if settings.eval_every is not None and settings.eval_data is None and settings.eval_fraction is None:
@@ -631,7 +650,10 @@ def _check_combinations(settings: TrainConfig) -> None:
             raise UserError(f"{name}: expected eval_every with it, found none")
     if settings.watch_every is not None and settings.watch_routing is None:
         raise UserError("watch_every: expected watch_routing with it, found none")
-    _check_allowed_changes(settings)
+
+
+def _check_model(settings: TrainConfig) -> None:
+    """Which weights a run starts from and trains, and in which form it holds them."""
     if (settings.model is None) == (settings.from_scratch is None):
         found = "neither" if settings.model is None else "both"
         raise UserError(f"model and from_scratch: expected one of them, found {found}")
@@ -648,14 +670,16 @@ def _check_combinations(settings: TrainConfig) -> None:
         raise UserError("unroll_layers: only valid with LoRA training, and not with remat offload")
     if settings.full and settings.from_scratch is not None:
         raise UserError("full: only valid with model; from_scratch trains all parameters anyway")
+
+
+def _check_mesh(settings: TrainConfig) -> None:
     if settings.mesh not in (None, AUTO):
         mesh = MeshShape.parse(settings.mesh)
         mesh.check_batch(settings.batch_size)
         mesh.check_length(settings.seq_length)
-    _check_data(settings)
-    defaults = {each.name: each.default for each in dataclasses.fields(settings)}
-    _check_loss(settings, defaults)
-    _check_optimizer(settings, defaults)
+
+
+def _check_router(settings: TrainConfig) -> None:
     if settings.router_bias_rate and settings.from_scratch is None:
         raise UserError(
             "router_bias_rate: only valid with from_scratch, since a finished model has no place for a bias"
@@ -668,6 +692,9 @@ def _check_combinations(settings: TrainConfig) -> None:
         raise UserError("routing_penalty: only valid with LoRA training, which keeps the base, or with routing_base")
     if settings.router == "full" and {"router", "gate"} & {*settings.lora_targets}:
         raise UserError("router full and lora_targets router: expected one of them, found both")
+
+
+def _check_adapters(settings: TrainConfig, defaults: dict[str, Any]) -> None:
     if settings.lora_dropout is not None and settings.trains_all:
         raise UserError("lora_dropout: only valid with LoRA training")
     if (settings.lora_experts or "").startswith("top:") != (settings.lora_capture is not None):

@@ -1,4 +1,4 @@
-"""One training step and one evaluation step, as pure functions; `jaxmoe.train.loop` compiles and calls them.
+"""One training step and one evaluation step, as pure functions; `jaxmoe.train.compiled_steps` compiles them.
 
 Either the adapters of a frozen model (with the weights that they hold in full) or all of its parameters are trained.
 Frozen parameters are an argument that is never differentiated: they have neither gradients nor optimizer state.
@@ -410,8 +410,8 @@ def make_eval_step(model: Model, loss: Loss) -> Callable[[Params, Params, Batch]
         return sum_over_devices(EvalSums(*loss(outputs, batch, totals)), model.mesh)
 
     def eval_step(frozen: Params, trainable: Params, batch: Batch) -> tuple[EvalSums, Array]:
-        lie = placement.specs(frozen), placement.specs(trainable), placement.batch_specs(batch, tokens=2)
-        run = placement.run(on_a_device, (*lie, PartitionSpec()), PartitionSpec())
+        specs = placement.specs(frozen), placement.specs(trainable), placement.batch_specs(batch, tokens=2)
+        run = placement.run(on_a_device, (*specs, PartitionSpec()), PartitionSpec())
         return run(frozen, trainable, batch, _of_batch((Term(loss),), batch)), loss.weight(batch)
 
     return eval_step
@@ -426,7 +426,7 @@ def make_reference_step(model: Model) -> Callable[[Params, Params, Batch], Float
 
     def reference_step(frozen: Params, trainable: Params, batch: Batch) -> Array:
         of_batch = placement.batch_specs(batch, tokens=2)
-        lie = placement.specs(frozen), placement.specs(trainable), of_batch
-        return placement.run(on_a_device, lie, of_batch.weights)(frozen, trainable, batch)
+        specs = placement.specs(frozen), placement.specs(trainable), of_batch
+        return placement.run(on_a_device, specs, of_batch.weights)(frozen, trainable, batch)
 
     return reference_step

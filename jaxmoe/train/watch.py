@@ -173,8 +173,8 @@ def make_routing_step(model: Model, *, adapted: bool) -> Callable[[Params, Param
     placement = model.placement
 
     def step(frozen: Params, trainable: Params, batch: Batch) -> ProbeRouting:
-        lie = placement.specs(frozen), placement.specs(trainable), placement.batch_specs(batch, tokens=2)
-        run = placement.run(partial(model.routing, adapted=adapted), lie, _specs(model))
+        specs = placement.specs(frozen), placement.specs(trainable), placement.batch_specs(batch, tokens=2)
+        run = placement.run(partial(model.routing, adapted=adapted), specs, _specs(model))
         return run(frozen, trainable, batch)
 
     return step
@@ -187,8 +187,8 @@ def make_comparing_step(model: Model) -> Callable[[ProbeRouting, ProbeRouting, A
     def on_a_device(now: ProbeRouting, base: ProbeRouting, segment_ids: Int[Array, "B T"]) -> WatchSums:
         return sum_over_devices(compared(now, base, segment_ids > 0), model.mesh)
 
-    lie = _specs(model), _specs(model), placement.spec("batch", "sequence")
-    return placement.run(on_a_device, lie, WatchSums._make([everywhere] * 4))
+    specs = _specs(model), _specs(model), placement.spec("batch", "sequence")
+    return placement.run(on_a_device, specs, WatchSums._make([everywhere] * 4))
 
 
 def _specs(model: Model) -> ProbeRouting:

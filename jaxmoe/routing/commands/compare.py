@@ -17,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     captures = "one capture (compares its domains) or two"
     parser.add_argument("captures", type=pathlib.Path, nargs="+", metavar="CAPTURE", help=captures)
-    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the table to this CSV file")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        metavar="FILE",
+        help="also write the table to this CSV file (docs/routing.md explains its columns)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,6 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
         header, body = found.table()
         any_layer = found.flipped_tokens
         say(f"{found.a.folder} against {found.b.folder}: {found.tokens:,} tokens")
+        first, second = (each.source.get("dtype") for each in (found.a, found.b))
+        if None not in (first, second) and first != second:
+            say(f"computed in {first} and in {second}, so a part of the difference is rounding (--dtype)")
         say(
             f"{any_layer.value:.3%} of tokens [{any_layer.low:.3%}, {any_layer.high:.3%}] use different experts "
             "in at least one layer"

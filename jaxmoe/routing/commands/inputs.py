@@ -35,7 +35,7 @@ def add_model(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
         help="text or records (docs/data.md); may be repeated",
     )
     add("--split", metavar="NAME", help="part of a folder of datasets or of a data set of the hub (default: train)")
-    text.add_argument("--text", type=pathlib.Path, metavar="DIR", help="the text of this capture, token by token")
+    text.add_argument("--text", type=pathlib.Path, metavar="DIR", help="instead of --data: the tokens of this capture")
     add("--seq-length", type=whole_number, default=1024, metavar="N", help="most tokens per context (default: 1024)")
     add("--max-tokens", type=whole_number, metavar="N", help="stop after the record that reaches this many tokens")
     add("--batch-size", type=whole_number, default=8, metavar="N", help="sequences per step (default: 8)")
