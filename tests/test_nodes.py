@@ -8,6 +8,7 @@ import pytest
 
 from jaxmoe.doctor import nodes
 from jaxmoe.doctor.__main__ import main
+from tests.conftest import ROOT
 
 # Cells of `nvidia-smi topo -m`; the header is underlined on a terminal.
 NVLINK = """\
@@ -66,6 +67,23 @@ def test_what_fits_on_nodes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert not large["8 x 24 GB (RTX 4090)", "NF4"]["fits"] and large["2 x 8 x 24 GB (RTX 4090)", "NF4"]["fits"]
     assert large["8 x 141 GB (H200)", "bfloat16"]["mesh"] == "expert=8"
     assert large["8 x 141 GB (H200)", "FP8"]["mesh"] == "data=2,expert=4"
+
+
+def test_the_table_of_the_page_is_what_is_forecast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which mesh fits, in docs/scaling.md."""
+    monkeypatch.setattr(nodes, "_nvidia_smi", lambda *_: "")
+    assert main(["--mesh", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["nodes"]
+    rows: dict[str, list[str]] = {}
+    for fit in (fit for fits in found.values() for fit in fits):
+        size = f"{fit['total'] / 2**30:.0f} GiB"
+        cell = f"`{fit['mesh']}`, {size}" if fit["fits"] else f"does not fit ({size})"
+        rows.setdefault(fit["machines"].split(" (")[0], []).append(cell)
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    for machines in ("8 x 24 GB", "2 x 8 x 24 GB", "8 x 80 GB", "8 x 141 GB"):
+        assert f"| {machines} | {' | '.join(rows[machines])} |\n" in page
 
 
 def test_what_fits_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
