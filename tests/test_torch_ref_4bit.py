@@ -12,6 +12,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -361,6 +362,13 @@ def test_adapters_of_a_4_bit_model_merge_into_16_bit(folders: dict[str, pathlib.
     )
     with pytest.raises(ValueError, match="model: expected one that was loaded in 4 bit"):
         Fast.save_pretrained_4bit(load(folders["mixed"], load_in_4bit=False), tmp_path / "four")
+
+
+def test_peft_loads_adapters_of_a_4_bit_model(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    model = adapt(load(folders["mixed"])).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(folders["mixed"]), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_the_backward_pass_holds_no_16_bit_stack(folders: dict[str, pathlib.Path]) -> None:

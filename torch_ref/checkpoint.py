@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from torch_ref.export import save_pretrained_4bit
+from torch_ref.lora import state_logical_shapes
 from torch_ref.quantize import (
     Experts4bit,
     Linear4bit,
@@ -144,6 +145,7 @@ def build_4bit(
         from accelerate import dispatch_model
 
         dispatch_model(model, devices)
+    state_logical_shapes(model)  # for an adapter that PEFT loads
     model.is_loaded_in_4bit = True  # PEFT reads this
     return model.eval()
 

@@ -92,7 +92,9 @@ def _read(shards: Shards, key: str, dtype: torch.dtype) -> Tensor:
     scales = shards.read(f"{key}{_SCALES}")
     grid = tuple(-(-side // BLOCK) for side in tensor.shape[-2:])
     if scales.shape != (*tensor.shape[:-2], *grid):
-        raise ValueError(f"{shards.folder}: {key}{_SCALES}: expected the shape {list(grid)}, found {list(scales.shape)}")
+        raise ValueError(
+            f"{shards.folder}: {key}{_SCALES}: expected the shape {list(grid)}, found {list(scales.shape)}"
+        )
     return decode(tensor, scales, dtype)
 
 

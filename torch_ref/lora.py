@@ -103,8 +103,7 @@ def get_peft_model(
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         **options,
     )
-    for module in model.modules():
-        _state_logical_shapes(module)
+    state_logical_shapes(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(random_state)
@@ -161,10 +160,11 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
     enable({"use_reentrant": False}, **options)
 
 
-def _state_logical_shapes(module: nn.Module) -> None:
-    """Tells PEFT the unpacked shape of a 4-bit parameter: PEFT reads `ds_shape` first, then `shape`."""
-    for name, shape in getattr(module, "packed_shapes", {}).items():
-        getattr(module, name).ds_shape = shape
+def state_logical_shapes(model: nn.Module) -> None:
+    """Tells PEFT the unpacked shapes of 4-bit parameters: PEFT reads `ds_shape` first, then `shape`."""
+    for module in model.modules():
+        for name, shape in getattr(module, "packed_shapes", {}).items():
+            getattr(module, name).ds_shape = shape
 
 
 def _layers(model: Any, layers: int | Sequence[int] | None) -> list[int]:
