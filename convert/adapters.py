@@ -211,13 +211,12 @@ def _pairs(
         target, a, b = _located(where, config, settings, layer, module, halves, layout)
         if (target, layer) in pairs:
             raise UserError(f"{where}: expected one adapter per weight, found two for {target}")
-        # Routers and dense MLPs may be targets as modules or as parameters, so a pattern may name either.
-        names = [module] if module in _TARGETS else []
-        names += [parameter] if (parameter := LORA_TARGETS[target].peft_parameter) else []
+        # A weight may be the target as a module or as a parameter.
+        names = [module, f"{module}.weight"] if module in _TARGETS else [LORA_TARGETS[target].peft_parameter or module]
         names = [f"model.layers.{layer}.{name}" for name in names]
         if module in _TARGETS and not settings.loads(names):
             raise UserError(f"{where}: expected a module that {SETTINGS} targets ({_UNTARGETED}), found tensors of it")
-        pairs[target, layer] = _pair(where, settings, names, a, b)
+        pairs[target, layer] = _pair(where, settings, settings.targeted(names), a, b)
     for layer, each in _projections(file, config, settings, of_experts).items():
         for target, pair in fuse(settings, each).items():
             if pairs.setdefault((target, layer), pair) is not pair:
