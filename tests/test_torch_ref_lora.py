@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoHaConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 import torch_ref.adapters
 import torch_ref.experts
 from jaxmoe.config import LoraConfig, expand_targets
 from peers.configs import CONFIGS, config_of, random_adapters, random_parameters
+from peers.make_checkpoint import TINY, make_checkpoint
 from peers.reference import Reference, _pack
 from tests.parity import make_batch
 from tests.test_torch_ref import distance, inputs_of, patched, stock
@@ -205,6 +206,59 @@ def test_merged_models_are_read_by_transformers(tmp_path: pathlib.Path, shard: i
     assert (tmp_path / "merged" / "model.safetensors.index.json").exists() == (shard == 20_000)
     with pytest.raises(ValueError, match="expected a new or empty folder, found one with files in it"):
         Fast.save_pretrained_merged(model, tmp_path / "merged")
+
+
+TIED = TINY.replace(tie_word_embeddings=True)
+
+
+def loaded(folder: pathlib.Path) -> Any:
+    options: dict[str, Any] = {"dtype": "float32", "device_map": "cpu", "load_in_4bit": False, "fix_tokenizer": False}
+    return Fast.from_pretrained(str(folder), **options)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+    ids=["head", "embedding", "both", "LoRA on the head", "tokens"],
+)
+def test_a_head_that_is_trained_apart_from_its_embedding_is_merged(
+    options: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    settings = PeftLoraConfig(
+        task_type="CAUSAL_LM", init_lora_weights=False, **({"target_modules": ["q_proj"]} | options)
+    )
+    model: Any = get_peft_model(loaded(make_checkpoint(tmp_path / "base", TIED)), settings)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += torch.linspace(0, 1, parameter.numel()).view(parameter.shape) / 10
+        expected = model(input_ids=ids).logits
+        Fast.save_pretrained_merged(model, tmp_path / "merged")
+        assert distance(loaded(tmp_path / "merged")(input_ids=ids).logits, expected) <= bound("torch_ref_fp32")
+    raw = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert raw["tie_word_embeddings"] == ("ensure_weight_tying" in options or "trainable_token_indices" in options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (PeftLoraConfig(target_modules=["embed_tokens"]), "model.embed_tokens: expected plain LoRA .* found Embedding"),
+        (LoHaConfig(target_modules=["q_proj"]), "model: expected plain LoRA, found LOHA"),
+        (PromptTuningConfig(num_virtual_tokens=2), "model: expected plain LoRA, found PROMPT_TUNING"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_named(settings: Any, message: str, tmp_path: pathlib.Path) -> None:
+    settings.task_type = "CAUSAL_LM"
+    model = get_peft_model(loaded(make_checkpoint(tmp_path / "base", TINY)), settings)
+    with pytest.raises(ValueError, match=message):
+        Fast.save_pretrained_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_merge_rounds_once(tmp_path: pathlib.Path) -> None:
