@@ -267,7 +267,10 @@ def test_a_merge_rounds_once(tmp_path: pathlib.Path) -> None:
     weight = base.model.layers[0].self_attn.q_proj.base_layer.weight
     layer = base.model.layers[0].self_attn.q_proj
     exact = weight + 5 / 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    Fast.save_pretrained_merged(model, tmp_path / "merged", dtype=torch.bfloat16)
+    for wrong in (torch.int8, "int8"):
+        with pytest.raises(ValueError, match=r"dtype: expected bfloat16, float16 or float32, found .*int8"):
+            Fast.save_pretrained_merged(model, tmp_path / "merged", dtype=wrong)
+    Fast.save_pretrained_merged(model, tmp_path / "merged", dtype="bfloat16")
     merged = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
     )
@@ -350,6 +353,9 @@ def test_disabled_and_merged_adapters(training: tuple[dict[str, Any], Any]) -> N
         ({"target_modules": ["mlp.up_proj.weight"]}, "mlp.up_proj.weight: the chosen layers of this model have none"),
         ({"target_modules": ["gate"], "lora_dropout": 0.1}, "lora_dropout: expected 0 with the router"),
         ({"lora_dropout": 1.5}, "lora_dropout: expected a probability below 1, found 1.5"),
+        ({"layers_to_transform": []}, "layers_to_transform: expected at least one layer"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list of names, found 'lm_head'"),
+        ({"modules_to_save": ["lm_heads"]}, "modules_to_save: expected modules of the model, found 'lm_heads'"),
         ({"use_gradient_checkpointing": "always"}, "use_gradient_checkpointing: expected True, False or 'unsloth'"),
     ],
 )

@@ -32,7 +32,7 @@ def save_pretrained_merged(
     model: Any,
     save_directory: str | os.PathLike[str],
     tokenizer: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Writes `model` with its active adapters merged, in `dtype` (None: the model's), into a new or empty folder.
@@ -42,13 +42,16 @@ def save_pretrained_merged(
     A head that the adapters separate from a tied embedding is written, and tie_word_embeddings is then false.
 
     Raises:
-        ValueError: a folder that is not empty, or adapters that are not plain LoRA on linear maps and experts.
+        ValueError: a folder that is not empty, adapters that are not plain LoRA on linear maps and experts, or a dtype
+            other than float32, float16 and bfloat16.
     """
     base = _base(model)
     kinds = {str(config.peft_type.value) for config in getattr(model, "peft_config", {}).values()}
     if others := sorted(kinds - {"LORA"}):
         raise ValueError(f"model: expected plain LoRA, found {others[0]}, which cannot be merged")
-    chosen: torch.dtype = dtype or base.dtype
+    chosen: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or base.dtype
+    if chosen not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype: expected bfloat16, float16 or float32, found {dtype!r}")
     changes: dict[str, Any] = {"dtype": _name(chosen)}
     if base.config.tie_word_embeddings and not _is_tied(base):
         changes["tie_word_embeddings"] = False
