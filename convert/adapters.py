@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +62,8 @@ _TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if
 # The adapter's own name may stand before the last word: lora_A.default.weight.
 _KEY = re.compile(r"(.*?)layers\.(\d{1,9})\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _PREFIXES = (PREFIX, "base_model.model.", "model.", "")
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # of torch.compile and of data parallelism
+# Of torch.compile, of data parallelism, and of recomputation.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _UNTARGETED = "target_modules, target_parameters, exclude_modules, layers_to_transform: PEFT would ignore the others"
 _OLD_EXPERT = re.compile(r"mlp\.experts\.(\d{1,9})\.(gate_proj|up_proj|down_proj)")
 # What a key contains -> why it is not read, and the way out.
@@ -258,7 +259,7 @@ def _projections(
     return projections
 
 
-def _pair(where: str, settings: PeftSettings, names: list[str], a: np.ndarray, b: np.ndarray) -> Pair:
+def _pair(where: str, settings: PeftSettings, names: Sequence[str], a: np.ndarray, b: np.ndarray) -> Pair:
     rank, alpha = settings.rank_and_alpha(names)
     if rank != a.shape[-2]:
         raise UserError(f"{where}: expected rank {rank}, as {SETTINGS} says, found {a.shape[-2]}")

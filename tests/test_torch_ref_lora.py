@@ -230,9 +230,8 @@ def loaded(folder: pathlib.Path) -> Any:
 def test_a_head_that_is_trained_apart_from_its_embedding_is_merged(
     options: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
-    settings = PeftLoraConfig(
-        task_type="CAUSAL_LM", init_lora_weights=False, **({"target_modules": ["q_proj"]} | options)
-    )
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    settings = PeftLoraConfig(**(fields | options))
     model: Any = get_peft_model(loaded(make_checkpoint(tmp_path / "base", TIED)), settings)
     ids = torch.arange(12)[None]
     with torch.no_grad():
