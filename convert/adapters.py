@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +62,8 @@ _TARGETS = {target.peft_module: name for name, target in LORA_TARGETS.items() if
 # The adapter's own name may stand before the last word: lora_A.default.weight.
 _KEY = re.compile(r"(.*?)layers\.(\d{1,9})\.(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _PREFIXES = (PREFIX, "base_model.model.", "model.", "")
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")  # of torch.compile and of data parallelism
+# Of torch.compile, of data parallelism, and of recomputation.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _UNTARGETED = "target_modules, target_parameters, exclude_modules, layers_to_transform: PEFT would ignore the others"
 _OLD_EXPERT = re.compile(r"mlp\.experts\.(\d{1,9})\.(gate_proj|up_proj|down_proj)")
 # What a key contains -> why it is not read, and the way out.
@@ -211,13 +212,12 @@ def _pairs(
         target, a, b = _located(where, config, settings, layer, module, halves, layout)
         if (target, layer) in pairs:
             raise UserError(f"{where}: expected one adapter per weight, found two for {target}")
-        # Routers and dense MLPs may be targets as modules or as parameters, so a pattern may name either.
-        names = [module] if module in _TARGETS else []
-        names += [parameter] if (parameter := LORA_TARGETS[target].peft_parameter) else []
+        # A weight may be the target as a module or as a parameter.
+        names = [module, f"{module}.weight"] if module in _TARGETS else [LORA_TARGETS[target].peft_parameter or module]
         names = [f"model.layers.{layer}.{name}" for name in names]
         if module in _TARGETS and not settings.loads(names):
             raise UserError(f"{where}: expected a module that {SETTINGS} targets ({_UNTARGETED}), found tensors of it")
-        pairs[target, layer] = _pair(where, settings, names, a, b)
+        pairs[target, layer] = _pair(where, settings, settings.targeted(names), a, b)
     for layer, each in _projections(file, config, settings, of_experts).items():
         for target, pair in fuse(settings, each).items():
             if pairs.setdefault((target, layer), pair) is not pair:
@@ -259,7 +259,7 @@ def _projections(
     return projections
 
 
-def _pair(where: str, settings: PeftSettings, names: list[str], a: np.ndarray, b: np.ndarray) -> Pair:
+def _pair(where: str, settings: PeftSettings, names: Sequence[str], a: np.ndarray, b: np.ndarray) -> Pair:
     rank, alpha = settings.rank_and_alpha(names)
     if rank != a.shape[-2]:
         raise UserError(f"{where}: expected rank {rank}, as {SETTINGS} says, found {a.shape[-2]}")

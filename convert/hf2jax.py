@@ -30,7 +30,7 @@ from jaxmoe.store.checkpoint import Block, Checkpoint, Layout, Parts, cast
 from jaxmoe.store.converted import write_converted
 from jaxmoe.store.files import is_file
 from jaxmoe.store.recoded import Recoded
-from jaxmoe.tokenizer_files import NEEDED, has_tokenizer
+from jaxmoe.tokenizer_files import MORE_TEMPLATES, NEEDED, has_tokenizer
 from jaxmoe.weight_form import WeightForm
 
 # The files of a checkpoint that are copied as they are.
@@ -375,14 +375,16 @@ def _known(dtype: str) -> str:
 
 
 def companion_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Name -> file, for the files of the tokenizer and the generation config in the folder `path`.
+    """Name -> file, for the files of the tokenizer and the generation config in the folder `path`, with the chat
+    templates that lie in a folder inside.
 
     A notice says if there is no tokenizer: only commands that read or write text need one.
 
     Raises:
         UserError: a file is a broken link.
     """
-    found = {name: path / name for name in _COMPANIONS if is_file(path / name)}
+    named = [file.relative_to(path).as_posix() for file in sorted(path.glob(MORE_TEMPLATES))]
+    found = {name: path / name for name in (*_COMPANIONS, *named) if is_file(path / name)}
     if not has_tokenizer(path):
         logging.getLogger("jaxmoe").warning(
             "%s: no tokenizer (%s); commands that read or write text will need one", path, NEEDED

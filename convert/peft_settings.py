@@ -147,6 +147,16 @@ class PeftSettings:
             return True
         return self.targets_any(names) or self._names_any("target_parameters", names)
 
+    def targeted(self, names: Sequence[str]) -> Sequence[str]:
+        """Those of `names`, which all call one weight, by which PEFT calls it where it looks a pattern up: as a
+        parameter or as a module, whichever is a target. If no targets are given, all.
+
+        Raises:
+            UserError: as `targets_any`.
+        """
+        parameters = [name for name in names if self._names_any("target_parameters", [name])]
+        return parameters or [name for name in names if self.targets_any([name])] or names
+
     def _names_any(self, field_name: str, names: Sequence[str]) -> bool:
         # As in PEFT's `check_target_module_exists`: a text is a regular expression, a list holds ends of names.
         given = self.raw.get(field_name)

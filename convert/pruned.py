@@ -11,6 +11,7 @@ import numpy as np
 from convert.hf2jax import companion_files, config_bytes
 from convert.jax2hf import HFForm, changed_config, write_hf
 from jaxmoe.errors import UserError
+from jaxmoe.other_fields import other_names
 from jaxmoe.store.checkpoint import Block, Checkpoint
 
 # The weights with an axis of experts, which is the first one of a layer's array.
@@ -47,7 +48,8 @@ def write_pruned(
     left = counts.pop()
     content = config_bytes(source, None)
     # transformers 5 writes num_local_experts where 4.x wrote num_experts
-    names = [name for name in ("num_experts", "num_local_experts") if name in json.loads(content)] or ["num_experts"]
+    known = ("num_experts", "num_local_experts", *other_names("num_experts"))
+    names = [name for name in known if name in json.loads(content)] or ["num_experts"]
     content = changed_config(content, dict.fromkeys(names, left))
 
     def blocks() -> Iterator[Block]:

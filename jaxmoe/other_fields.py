@@ -310,6 +310,11 @@ def unknown_fields(others: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(name for name in others if name not in BOOKKEEPING and _rule_of(name) is None))
 
 
+def other_names(field: str) -> list[str]:
+    """The names that other architectures give to `field`; a config.json may have them if the values agree."""
+    return [name for name, rule in _NAMED if rule.why == _SAME.format(field)]
+
+
 def _rule_of(name: str) -> Rule | None:
     """The rule that `name` falls under; a name that is spelt out wins over a pattern."""
     if name in BOOKKEEPING:

@@ -12,6 +12,7 @@ FORMS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 MAX_FILE = 100 * 2**20  # bytes; the largest published tokenizer.json has a third of this
 _READ_WHOLE = {".json", ".txt", ".jinja", ".model"}  # suffixes of what libraries read beside the weights
 NEEDED = "tokenizer.json, or vocab.json and merges.txt"
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps those with names, such as tool_use
 
 
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
@@ -28,8 +29,7 @@ def check_small_files(folder: str | os.PathLike[str]) -> None:
     Raises:
         UserError: one is larger than any published one, or is a pipe or a device, whose reading may never end.
     """
-    # transformers also reads the chat templates in a folder inside
-    inside = (path for pattern in ("*", "additional_chat_templates/*") for path in pathlib.Path(folder).glob(pattern))
+    inside = (path for pattern in ("*", MORE_TEMPLATES) for path in pathlib.Path(folder).glob(pattern))
     for path in sorted(path for path in inside if path.suffix in _READ_WHOLE):
         check_small_file(path)
 

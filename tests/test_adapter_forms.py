@@ -593,6 +593,7 @@ RENAMES = {
     "without base_model.model": lambda key: key.removeprefix("base_model.model."),
     "of the decoder alone": lambda key: key.removeprefix("base_model.model.model."),
     "with the adapter's name": lambda key: key.replace(".weight", ".default.weight"),
+    "of FSDP": lambda key: key.replace("self_attn", "_fsdp_wrapped_module._checkpoint_wrapped_module.self_attn"),
     "of a compiled model": lambda key: "_orig_mod." + key.replace("self_attn", "_orig_mod.self_attn"),
 }
 

@@ -202,8 +202,14 @@ def test_the_old_packing_of_unsloth_is_an_option(tmp_path: pathlib.Path) -> None
         {"target_modules": ["gate_proj", "up_proj", "down_proj", "gate"]},
         {"target_modules": ["v_proj"], "target_parameters": ["mlp.gate.weight"], "use_rslora": True},
         {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+        {
+            "target_modules": ["v_proj"],
+            "target_parameters": ["mlp.gate.weight", "q_proj.weight"],
+            "rank_pattern": {"mlp.gate": 2, "v_proj.weight": 3},
+            "alpha_pattern": {"gate": 30, "q_proj.weight": 7},
+        },
     ],
-    ids=["experts", "one layer", "names of transformers 4", "router, rsLoRA", "patterns"],
+    ids=["experts", "one layer", "names of transformers 4", "router, rsLoRA", "patterns", "patterns of parameters"],
 )
 def test_adapters_that_peft_made_are_read(settings: dict[str, Any], tmp_path: pathlib.Path) -> None:
     base = make_checkpoint(tmp_path / "base", TINY)

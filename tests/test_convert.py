@@ -27,7 +27,7 @@ from convert.jax2hf import jax2hf, parse_size
 from convert.not_finite import first_not_finite
 from convert.safetensors_io import Tensor, open_folder, read_header, write_file
 from jaxmoe.config import LoraConfig, Qwen3MoeConfig
-from jaxmoe.data.chat import load_tokenizer
+from jaxmoe.data.chat import chat_text, load_tokenizer
 from jaxmoe.errors import UserError
 from jaxmoe.store.converted import read_converted
 from peers.make_checkpoint import TINY, hf_shapes, make_checkpoint
@@ -628,6 +628,20 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path: pathlib.Path) -> 
     edit_tensors(lambda t: t["model.layers.1.mlp.gate.weight"].__setitem__((0, 0), 1e6))(src)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.gate.*float16.*1e\+06"):
         hf2jax(src, tmp_path / "jax", "float16")
+
+
+def test_chat_templates_with_names_are_copied(tmp_path: pathlib.Path) -> None:
+    """transformers keeps all but the default one in a folder inside; the one for tools would be rendered otherwise."""
+    folder = make_checkpoint(tmp_path / "hf", TINY)
+    name = "additional_chat_templates/tool_use.jinja"
+    (folder / name).parent.mkdir()
+    (folder / name).write_text("tools: {{ messages[0].content }}")
+    hf2jax(folder, tmp_path / "jax")
+    jax2hf(tmp_path / "jax", tmp_path / "back")
+    assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+    messages = [{"role": "user", "content": "a"}]
+    for each in ("hf", "jax", "back"):
+        assert chat_text(messages, [{"name": "f"}], load_tokenizer(tmp_path / each)) == "tools: a"
 
 
 @pytest.mark.parametrize("left", [(), ("tokenizer_config.json",), ("vocab.json",)], ids=str)

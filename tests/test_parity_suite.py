@@ -175,6 +175,8 @@ def test_flips_and_gaps() -> None:
 
 
 def test_the_command_refuses_bad_input(run_module: Callable, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "short.txt").write_text("a")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff")
     for arguments, message in (
         (["--checkpoint", tmp_path / "none", "--out", tmp_path / "a"], "none"),
         (["--checkpoint", CHECKPOINT, "--out", tmp_path], "does not exist yet"),
@@ -186,10 +188,14 @@ def test_the_command_refuses_bad_input(run_module: Callable, tmp_path: pathlib.P
             ["--checkpoint", CHECKPOINT, "--out", tmp_path / "f", "--quantize", "fp8-rows", "--adapter", "random"],
             "fp8-rows: expected no --adapter",
         ),
+        (["--checkpoint", CHECKPOINT, "--out", tmp_path / "g", "--adapter", tmp_path], "found no adapter_config.json"),
+        (["--checkpoint", CHECKPOINT, "--out", tmp_path / "h", "--prompt", tmp_path / "short.txt"], "found 1"),
+        (["--checkpoint", CHECKPOINT, "--out", tmp_path / "i", "--prompt", tmp_path / "bytes.txt"], "expected UTF-8"),
     ):
         done = run_module("tests.parity", *arguments)
         assert done.returncode == 2, done.stderr
         assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"short.txt", "bytes.txt"}
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,15 @@ def test_a_second_writer_is_told_who_the_first_is(tmp_path: pathlib.Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_output_beside_a_folder_that_does_not_exist_is_refused(tmp_path: pathlib.Path) -> None:
+    """The system would not find it under that name when it is written."""
+    for name in ("none/../out", "none/deep/../../out"):
+        with pytest.raises(FileNotFoundError, match="none"):
+            locked(tmp_path / name)
+    (tmp_path / "some").mkdir()
+    locked(tmp_path / "some/../out")
+
+
 @pytest.mark.usefixtures("kind_of_lock")
 def test_the_lock_of_a_dead_process_is_free(tmp_path: pathlib.Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)

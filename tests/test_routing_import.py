@@ -151,9 +151,13 @@ def test_records_are_aligned_token_by_token(tmp_path):
     assert not (tmp_path / "other" / "capture").exists()
 
 
-# The header of a .npy file that promises more numbers than fit into any memory.
-HEADER = "{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999, 2, 2), }".ljust(117) + "\n"
-LARGE = base64.b64encode(b"\x93NUMPY\x01\x00v\x00" + HEADER.encode()).decode()
+def headed(header: str) -> str:
+    """A .npy file that is nothing but this header."""
+    return base64.b64encode(b"\x93NUMPY\x01\x00v\x00" + header.ljust(117).encode() + b"\n").decode()
+
+
+# More numbers than fit into any memory.
+LARGE = headed("{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999, 2, 2), }")
 GOOD = {"prompt_token_ids": [5, 6], "token_ids": [7], "routed_experts": [[[0, 1], [2, 3]]] * 2}
 
 
@@ -175,6 +179,8 @@ GOOD = {"prompt_token_ids": [5, 6], "token_ids": [7], "routed_experts": [[[0, 1]
         ({"routed_experts": raw(np.arange(7))}, "expected 2 tokens x 4 layers x 2 experts, found 7 numbers"),
         ({"meta_info": {"output_token_logprobs": [[-1, 8, None]]}}, "token_ids: expected the ids that meta_info has"),
         ({"routed_experts": LARGE}, "expected the base64 of a .npy file"),
+        ({"routed_experts": headed("((")}, "expected the base64 of a .npy file"),
+        ({"routed_experts": headed("{[]: 1}")}, "expected the base64 of a .npy file"),
         ({"choices": [3]}, "choices: expected objects, found 3"),
     ],
 )

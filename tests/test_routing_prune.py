@@ -120,12 +120,12 @@ def test_ties_stay_in_favour_of_the_lower_index():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """A model of both kinds of layers, whose config.json says num_local_experts, and a text."""
+    """A model of both kinds of layers, whose config.json says num_local_experts and another name of it, and a text."""
     here = tmp_path_factory.mktemp("prune")
     make_checkpoint(here / "model", MIXED, layout="fused")
     raw = json.loads((here / "model" / "config.json").read_text())
     raw["num_local_experts"] = raw.pop("num_experts", raw.get("num_local_experts"))
-    (here / "model" / "config.json").write_text(json.dumps(raw | {"a_field_of_others": 1}))
+    (here / "model" / "config.json").write_text(json.dumps(raw | {"a_field_of_others": 1, "n_routed_experts": 8}))
     (here / "text.txt").write_text("def add(a, b):\n    return a + b\n\n" * 4)
     command = ["prune", "--model", here / "model", "--data", here / "text.txt", "--seq-length", LENGTH]
     main([*map(str, [*command, "--keep", 5, "--batch-size", 2, "--out", here / "pruned", "--table", here / "t.csv"])])
@@ -159,7 +159,10 @@ def record(folder: pathlib.Path) -> dict:
 def test_what_stays_keeps_its_bytes_and_is_recorded(folder):
     before, after = (load_file(folder / name / "model.safetensors") for name in ("model", "pruned"))
     about, config = record(folder), json.loads((folder / "pruned" / "config.json").read_text())
-    assert config == json.loads((folder / "model" / "config.json").read_text()) | {"num_local_experts": 5}
+    assert config == json.loads((folder / "model" / "config.json").read_text()) | {
+        "num_local_experts": 5,
+        "n_routed_experts": 5,
+    }
     assert before.keys() == after.keys()
     for name, array in after.items():
         parts = name.split(".")

@@ -12,6 +12,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -221,6 +222,52 @@ def test_a_checkpoint_of_transformers_4_keeps_its_bytes(
     assert all(torch.equal(written[key], source[key]) for key in written.keys() - routers)
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32, torch.int8])
+def test_the_dtype_in_which_codes_are_stored_changes_nothing(
+    storage: torch.dtype, folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    plain = prequantized(folders["mixed"], tmp_path / "plain")
+    stored = lambda k, t: {k: t.flatten().view(storage)[:, None] if is_packed(k, router=True) else t}
+    assert torch.equal(logits(load(rewritten(plain, tmp_path / "stored", stored))), logits(load(plain)))
+
+
+EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
+
+
+def with_settings(**changes: Any) -> Callable[[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Changes to the settings of one expert's statistics; None removes one."""
+
+    def change(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if key != f"{EXPERT}.quant_state.bitsandbytes__nf4":
+            return {key: tensor}
+        raw = json.loads(bytes(tensor.tolist())) | changes
+        text = json.dumps({name: value for name, value in raw.items() if value is not None})
+        return {key: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_settings(blocksize=128), r"absmax: expected the shape \[\d+\], found"),
+        (with_settings(blocksize=0), "expected statistics of"),
+        (with_settings(nested_offset=None), "expected statistics of"),
+        (with_settings(quant_type="nf5"), "expected statistics of"),
+        (lambda k, t: {k: t[:-1] if k == EXPERT else t}, r"expected the shape \[\d+, 1\], found"),
+        (lambda k, t: {k: t[:1] if k == f"{EXPERT}.absmax" else t}, "absmax: expected the shape"),
+        (lambda k, t: {k: t / 2 if k == f"{EXPERT}.nested_quant_map" else t}, "quantisation of the first expert"),
+    ],
+)
+def test_bad_statistics_are_named(
+    change: Any, message: str, folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    plain = prequantized(folders["mixed"], tmp_path / "plain")
+    with pytest.raises(ValueError, match=message) as caught:
+        load(rewritten(plain, tmp_path / "bad", change))
+    assert str(caught.value).startswith(f"{tmp_path / 'bad'}: ") and EXPERT in str(caught.value)
+
+
 def test_a_checkpoint_of_transformers_5_keeps_16_bit_experts(
     folders: dict[str, pathlib.Path], tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -315,6 +362,13 @@ def test_adapters_of_a_4_bit_model_merge_into_16_bit(folders: dict[str, pathlib.
     )
     with pytest.raises(ValueError, match="model: expected one that was loaded in 4 bit"):
         Fast.save_pretrained_4bit(load(folders["mixed"], load_in_4bit=False), tmp_path / "four")
+
+
+def test_peft_loads_adapters_of_a_4_bit_model(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    model = adapt(load(folders["mixed"])).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(folders["mixed"]), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_the_backward_pass_holds_no_16_bit_stack(folders: dict[str, pathlib.Path]) -> None:

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoHaConfig, PeftModel, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 import torch_ref.adapters
 import torch_ref.experts
 from jaxmoe.config import LoraConfig, expand_targets
 from peers.configs import CONFIGS, config_of, random_adapters, random_parameters
+from peers.make_checkpoint import TINY, make_checkpoint
 from peers.reference import Reference, _pack
 from tests.parity import make_batch
 from tests.test_torch_ref import distance, inputs_of, patched, stock
@@ -207,13 +208,68 @@ def test_merged_models_are_read_by_transformers(tmp_path: pathlib.Path, shard: i
         Fast.save_pretrained_merged(model, tmp_path / "merged")
 
 
+TIED = TINY.replace(tie_word_embeddings=True)
+
+
+def loaded(folder: pathlib.Path) -> Any:
+    options: dict[str, Any] = {"dtype": "float32", "device_map": "cpu", "load_in_4bit": False, "fix_tokenizer": False}
+    return Fast.from_pretrained(str(folder), **options)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+    ids=["head", "embedding", "both", "LoRA on the head", "tokens"],
+)
+def test_a_head_that_is_trained_apart_from_its_embedding_is_merged(
+    options: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
+    fields: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    settings = PeftLoraConfig(**(fields | options))
+    model: Any = get_peft_model(loaded(make_checkpoint(tmp_path / "base", TIED)), settings)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter += torch.linspace(0, 1, parameter.numel()).view(parameter.shape) / 10
+        expected = model(input_ids=ids).logits
+        Fast.save_pretrained_merged(model, tmp_path / "merged")
+        assert distance(loaded(tmp_path / "merged")(input_ids=ids).logits, expected) <= bound("torch_ref_fp32")
+    raw = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert raw["tie_word_embeddings"] == ("ensure_weight_tying" in options or "trainable_token_indices" in options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (PeftLoraConfig(target_modules=["embed_tokens"]), "model.embed_tokens: expected plain LoRA .* found Embedding"),
+        (LoHaConfig(target_modules=["q_proj"]), "model: expected plain LoRA, found LOHA"),
+        (PromptTuningConfig(num_virtual_tokens=2), "model: expected plain LoRA, found PROMPT_TUNING"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_are_named(settings: Any, message: str, tmp_path: pathlib.Path) -> None:
+    settings.task_type = "CAUSAL_LM"
+    model = get_peft_model(loaded(make_checkpoint(tmp_path / "base", TINY)), settings)
+    with pytest.raises(ValueError, match=message):
+        Fast.save_pretrained_merged(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_merge_rounds_once(tmp_path: pathlib.Path) -> None:
     _, model = adapted("plain")
     base: Any = model.get_base_model()
     weight = base.model.layers[0].self_attn.q_proj.base_layer.weight
     layer = base.model.layers[0].self_attn.q_proj
     exact = weight + 5 / 3 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    Fast.save_pretrained_merged(model, tmp_path / "merged", dtype=torch.bfloat16)
+    for wrong in (torch.int8, "int8"):
+        with pytest.raises(ValueError, match=r"dtype: expected bfloat16, float16 or float32, found .*int8"):
+            Fast.save_pretrained_merged(model, tmp_path / "merged", dtype=wrong)
+    Fast.save_pretrained_merged(model, tmp_path / "merged", dtype="bfloat16")
     merged = AutoModelForCausalLM.from_pretrained(
         tmp_path / "merged", dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
     )
@@ -296,6 +352,9 @@ def test_disabled_and_merged_adapters(training: tuple[dict[str, Any], Any]) -> N
         ({"target_modules": ["mlp.up_proj.weight"]}, "mlp.up_proj.weight: the chosen layers of this model have none"),
         ({"target_modules": ["gate"], "lora_dropout": 0.1}, "lora_dropout: expected 0 with the router"),
         ({"lora_dropout": 1.5}, "lora_dropout: expected a probability below 1, found 1.5"),
+        ({"layers_to_transform": []}, "layers_to_transform: expected at least one layer"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list of names, found 'lm_head'"),
+        ({"modules_to_save": ["lm_heads"]}, "modules_to_save: expected modules of the model, found 'lm_heads'"),
         ({"use_gradient_checkpointing": "always"}, "use_gradient_checkpointing: expected True, False or 'unsloth'"),
     ],
 )

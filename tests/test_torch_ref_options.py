@@ -185,6 +185,8 @@ def test_a_longer_sequence_compresses_positions(folder: pathlib.Path) -> None:
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: expected rope_type among"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope_scaling: expected rope_type among"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: .*factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling: expected a factor of at least 1"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling: expected a factor of at least 1"),
         ({"dtype": "int8"}, "dtype: expected bfloat16, float16 or float32, found 'int8'"),
         ({"experts_implementation": "fast"}, "experts_implementation: expected one of loop, grouped, found 'fast'"),
     ],

@@ -37,9 +37,9 @@ def called_alone(module: Any) -> bool:
 
 
 # PEFT's LoRA on a linear map, and on one of bitsandbytes in 4 bit
-_LINEAR: tuple[type, ...] = (peft_lora.Linear,)
+LINEAR: tuple[type, ...] = (peft_lora.Linear,)
 if hasattr(peft_lora, "Linear4bit"):  # PEFT defines it if bitsandbytes is installed
-    _LINEAR += (peft_lora.Linear4bit,)
+    LINEAR += (peft_lora.Linear4bit,)
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -66,13 +66,13 @@ def _is_plain_linear(module: Any) -> bool:
     if isinstance(module, ParamWrapper):
         known = module.parameter_name == "weight"
     else:
-        known = type(module) in _LINEAR and not module.fan_in_fan_out
+        known = type(module) in LINEAR and not module.fan_in_fan_out
     return known and isinstance(module.base_layer, nn.Linear) and is_plain(module)
 
 
 def is_plain(module: Any) -> bool:
     """Whether `module`, one of PEFT's own classes, would compute W x + scale B A dropout(x) and nothing else."""
-    if type(module) not in (*_LINEAR, ParamWrapper) or module.disable_adapters or module.merged:
+    if type(module) not in (*LINEAR, ParamWrapper) or module.disable_adapters or module.merged:
         return False
     if any(module.use_dora.values()) or any(module.lora_bias.values()) or module.lora_variant:
         return False
@@ -100,7 +100,7 @@ def split_experts(module: nn.Module) -> tuple[nn.Module, dict[str, list[ExpertAd
         if isinstance(module, ParamWrapper) and not (module.disable_adapters or module.merged):
             found = [_expert_adapter(module, name) for name in module.active_adapters if name in module.lora_A]
             adapters[module.parameter_name] = found
-        module = _inner(module)
+        module = inner(module)
     return module, adapters
 
 
@@ -111,11 +111,12 @@ def wrapped_plainly(module: nn.Module) -> bool:
     while isinstance(module, ParamWrapper | ModulesToSaveWrapper):
         if not (is_plain(module) if isinstance(module, ParamWrapper) else called_alone(module)):
             return False
-        module = _inner(module)
+        module = inner(module)
     return called_alone(module)
 
 
-def _inner(module: ParamWrapper | ModulesToSaveWrapper) -> nn.Module:
+def inner(module: ParamWrapper | ModulesToSaveWrapper) -> nn.Module:
+    """What one of PEFT's wrappers holds: the module below, or the copy of it that the active adapter trains."""
     if isinstance(module, ParamWrapper):
         return module.base_layer
     copied = not module.disable_adapters and bool(module.active_adapters)

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from torch_ref.export import save_pretrained_4bit
-from torch_ref.quantize import Experts4bit, Linear4bit, PackedStack, QuantState, State, decode, quantize
+from torch_ref.lora import state_logical_shapes
+from torch_ref.quantize import (
+    Experts4bit,
+    Linear4bit,
+    PackedStack,
+    QuantState,
+    State,
+    decode,
+    get_4bit_type,
+    quantize,
+    same_form,
+)
 from torch_ref.shards import Shards, local_folder
 from torch_ref.strangers import naming
 
@@ -42,11 +53,26 @@ class Reader(Shards):
         return any(f"{key}.{_STATE}{kind}" in self for kind in ("nf4", "fp4"))
 
     def read_quantized(self, key: str, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, State]:
-        """Codes and statistics of `key`, which decode to `dtype`."""
+        """Codes [bytes, 1] in uint8 and statistics of `key`, which decode to `dtype`.
+
+        Raises:
+            ValueError: statistics that bitsandbytes cannot read, or that do not belong to as many codes.
+        """
         names = [f"{key}.{name}" for name in (*_STATISTICS, f"{_STATE}nf4", f"{_STATE}fp4")]
-        state = QuantState.from_dict({name: self.read(name) for name in names if name in self}, device)
+        with naming(self.folder, f"statistics of {key}"):
+            state = QuantState.from_dict({name: self.read(name) for name in names if name in self}, device)
+            get_4bit_type(state.quant_type, device="cpu")
+            elements = state.shape.numel()
+            blocks = -(-elements // state.blocksize)
+        # bitsandbytes may call the bytes another dtype (bnb_4bit_quant_storage)
+        packed = self.read(key).flatten().view(torch.uint8)[:, None].to(device)
+        where = f"{self.folder}: {key}"
+        _check(where, tuple(packed.shape), (-(-elements // 2), 1))
+        _check(f"{where}.absmax", tuple(state.absmax.shape), (blocks,))
+        if state.nested:
+            _check(f"{where}.nested_absmax", tuple(state.state2.absmax.shape), (-(-blocks // state.state2.blocksize),))
         state.dtype = dtype
-        return self.read(key).to(device), state
+        return packed, state
 
     def read_dense(self, key: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """The tensor `key` in `dtype`, decoded if it is quantised."""
@@ -74,7 +100,7 @@ def load_4bit(
     """
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
-        check_stored_quantization(stored)
+        check_stored_quantization(model_name, stored)
         del config.quantization_config
     folder = local_folder(model_name, token)
     reader = Reader(folder)
@@ -119,18 +145,19 @@ def build_4bit(
         from accelerate import dispatch_model
 
         dispatch_model(model, devices)
+    state_logical_shapes(model)  # for an adapter that PEFT loads
     model.is_loaded_in_4bit = True  # PEFT reads this
     return model.eval()
 
 
-def check_stored_quantization(stored: Any) -> None:
-    """Raises a ValueError unless `stored`, a quantization_config, describes bitsandbytes' 4 bit."""
+def check_stored_quantization(model_name: str | os.PathLike[str], stored: Any) -> None:
+    """Raises a ValueError unless `stored`, the quantization_config of a model, describes bitsandbytes' 4 bit."""
     settings = stored if isinstance(stored, dict) else stored.to_dict()
     is_4bit = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
     if settings.get("quant_method", "bitsandbytes") != "bitsandbytes" or not is_4bit:
         found = settings.get("quant_method", "another quantisation")
-        found = f"{found} in another form" if found == "bitsandbytes" else found
-        raise ValueError(f"quantization_config: expected bitsandbytes in 4 bit, found {found}")
+        found = f"{found} in another form" if found in ("bitsandbytes", "fp8") else found
+        raise ValueError(f"{model_name}: quantization_config: expected bitsandbytes in 4 bit, found {found}")
 
 
 def _fill(
@@ -222,6 +249,7 @@ def _stored_parts(
     device: torch.device,
     shape: torch.Size,
 ) -> Iterator[tuple[int, int, Tensor, State]]:
+    first: State = None
     for expert in range(shape[0]):
         for part, projection in enumerate(projections):
             key = f"{name}.{expert}.{projection}.weight"
@@ -231,6 +259,11 @@ def _stored_parts(
                 )
             packed, state = reader.read_quantized(key, device, dtype)
             _check(f"{reader.folder}: {key}", tuple(state.shape), (shape[1] // len(projections), shape[2]))
+            first = first or state
+            if not same_form(state, first):
+                raise ValueError(
+                    f"{reader.folder}: {key}: expected the quantisation of the first expert, found other settings"
+                )
             yield expert, part, packed, state
 
 

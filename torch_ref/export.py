@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from captures.shared import os_error, output_folder
-from torch_ref.adapters import split_experts
+from torch_ref.adapters import LINEAR, inner, split_experts
 
 MAX_SHARD_SIZE = 5 * 10**9  # bytes; transformers' default
 
@@ -31,19 +32,30 @@ def save_pretrained_merged(
     model: Any,
     save_directory: str | os.PathLike[str],
     tokenizer: Any = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Writes `model` with its active adapters merged, in `dtype` (None: the model's), into a new or empty folder.
 
     W + scale B A is computed in float32, from the decoded weight if it is 4-bit, and rounded once.
 
+    A head that the adapters separate from a tied embedding is written, and tie_word_embeddings is then false.
+
     Raises:
-        ValueError: a folder that is not empty, or adapters that are not plain LoRA.
+        ValueError: a folder that is not empty, adapters that are not plain LoRA on linear maps and experts, or a dtype
+            other than float32, float16 and bfloat16.
     """
     base = _base(model)
-    chosen: torch.dtype = dtype or base.dtype
-    _write(base, save_directory, tokenizer, _merged(base, chosen), {"dtype": _name(chosen)}, max_shard_size)
+    kinds = {str(config.peft_type.value) for config in getattr(model, "peft_config", {}).values()}
+    if others := sorted(kinds - {"LORA"}):
+        raise ValueError(f"model: expected plain LoRA, found {others[0]}, which cannot be merged")
+    chosen: Any = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype or base.dtype
+    if chosen not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype: expected bfloat16, float16 or float32, found {dtype!r}")
+    changes: dict[str, Any] = {"dtype": _name(chosen)}
+    if base.config.tie_word_embeddings and not _is_tied(base):
+        changes["tie_word_embeddings"] = False
+    _write(base, save_directory, tokenizer, _merged(base, chosen), changes, max_shard_size)
 
 
 def save_pretrained_4bit(
@@ -96,14 +108,27 @@ def _merged(base: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             elif name != "act_fn":
                 yield from _own(f"{at}.mlp.{name}", module, dtype)
     yield from _own("model.norm", base.model.norm, dtype)
-    if not base.config.tie_word_embeddings:
+    if not _is_tied(base):
         yield from _own("lm_head", base.lm_head, dtype)
+
+
+def _is_tied(base: Any) -> bool:
+    """Whether the head is the embedding: it may be trained apart from it, although the config ties them."""
+    head, embedding = _trained(base.lm_head), _trained(base.model.embed_tokens)
+    adapted = isinstance(head, LoraLayer) or isinstance(embedding, LoraLayer)
+    return base.config.tie_word_embeddings and not adapted and torch.equal(head.weight, embedding.weight)
+
+
+def _trained(module: Any) -> Any:
+    """The copy of a module that is trained in full, or the module itself."""
+    return inner(module) if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def _own(name: str, module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yields weight and bias of one module, with PEFT's adapters merged."""
-    if isinstance(module, ModulesToSaveWrapper):
-        module = module.modules_to_save[module.active_adapters[0]]
+    module = _trained(module)
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, (*LINEAR, ParamWrapper)):
+        raise ValueError(f"{name}: expected plain LoRA on a linear map, found {type(module).__qualname__}")
     holder: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
     weight = holder.dequantized(torch.float32) if hasattr(holder, "dequantized") else holder.weight.detach()
     if isinstance(module, LoraLayer):

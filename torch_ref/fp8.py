@@ -29,7 +29,8 @@ _SCALES = "_scale_inv"
 def is_fp8(stored: Any) -> bool:
     """Whether `stored`, a quantization_config, describes FP8 in blocks of 128 x 128."""
     settings = stored if isinstance(stored, dict) else stored.to_dict() if stored is not None else {}
-    return settings.get("quant_method") == "fp8" and settings.get("weight_block_size") in ([128, 128], (128, 128))
+    size = settings.get("weight_block_size", [BLOCK, BLOCK])  # transformers' default
+    return settings.get("quant_method") == "fp8" and size in ([BLOCK, BLOCK], (BLOCK, BLOCK))
 
 
 def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +92,9 @@ def _read(shards: Shards, key: str, dtype: torch.dtype) -> Tensor:
     scales = shards.read(f"{key}{_SCALES}")
     grid = tuple(-(-side // BLOCK) for side in tensor.shape[-2:])
     if scales.shape != (*tensor.shape[:-2], *grid):
-        raise ValueError(f"{key}{_SCALES}: expected the shape {list(grid)}, found {list(scales.shape)}")
+        raise ValueError(
+            f"{shards.folder}: {key}{_SCALES}: expected the shape {list(grid)}, found {list(scales.shape)}"
+        )
     return decode(tensor, scales, dtype)
 
 

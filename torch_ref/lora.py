@@ -74,8 +74,8 @@ def get_peft_model(
 
     Raises:
         ValueError: an unknown target, one that the model lacks, gate_proj of the experts without up_proj, a layer that
-            does not exist, dropout on the router, weights that are split over processes (`tp_plan`), or an unknown
-            value of `use_gradient_checkpointing`.
+            does not exist, no layer at all, a module to save that the model lacks, dropout on the router, weights that
+            are split over processes (`tp_plan`), or an unknown value of `use_gradient_checkpointing`.
     """
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: expected a probability below 1, found {lora_dropout!r}")
@@ -84,6 +84,7 @@ def get_peft_model(
             f"model: expected whole weights, found them split over {model._tp_size} processes (tp_plan), "
             "to which PEFT cannot add these adapters; load the model without tp_plan"
         )
+    _check_saved(model, modules_to_save or ())
     layers = _layers(model, layers_to_transform)
     modules, parameters = _targets(model, target_modules, layers)
     if lora_dropout and any(name.endswith(_ROUTER) for name in parameters):
@@ -103,8 +104,7 @@ def get_peft_model(
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         **options,
     )
-    for module in model.modules():
-        _state_logical_shapes(module)
+    state_logical_shapes(model)
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(random_state)
@@ -161,19 +161,31 @@ def set_gradient_checkpointing(model: Any, mode: bool | str) -> None:
     enable({"use_reentrant": False}, **options)
 
 
-def _state_logical_shapes(module: nn.Module) -> None:
-    """Tells PEFT the unpacked shape of a 4-bit parameter: PEFT reads `ds_shape` first, then `shape`."""
-    for name, shape in getattr(module, "packed_shapes", {}).items():
-        getattr(module, name).ds_shape = shape
+def state_logical_shapes(model: nn.Module) -> None:
+    """Tells PEFT the unpacked shapes of 4-bit parameters: PEFT reads `ds_shape` first, then `shape`."""
+    for module in model.modules():
+        for name, shape in getattr(module, "packed_shapes", {}).items():
+            getattr(module, name).ds_shape = shape
 
 
 def _layers(model: Any, layers: int | Sequence[int] | None) -> list[int]:
     count = model.config.num_hidden_layers
     chosen = list(range(count)) if layers is None else [layers] if isinstance(layers, int) else list(layers)
+    if not chosen:  # PEFT would take all
+        raise ValueError("layers_to_transform: expected at least one layer, or None for all, found none")
     for layer in chosen:
         if not 0 <= layer < count:
             raise ValueError(f"layers_to_transform: expected layers from 0 to {count - 1}, found {layer}")
     return chosen
+
+
+def _check_saved(model: nn.Module, names: Sequence[str]) -> None:
+    """Checks `modules_to_save`, whose unknown names PEFT passes over."""
+    if isinstance(names, str):
+        raise ValueError(f"modules_to_save: expected a list of names, found {names!r}")
+    for name in names:
+        if not any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules()):
+            raise ValueError(f"modules_to_save: expected modules of the model, found {name!r}")
 
 
 def _targets(model: Any, names: Sequence[str], layers: Sequence[int]) -> tuple[list[str], list[str]]:

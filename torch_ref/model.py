@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import warnings
 from collections.abc import Iterable
@@ -260,7 +261,8 @@ def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[
     """Fits the configuration's rotary embedding to `max_seq_length` and `rope_scaling`, in place; returns the length.
 
     Raises:
-        ValueError: a length below 1, a missing or unknown rope_type, or a length that the scaling does not reach.
+        ValueError: a length below 1, a missing or unknown rope_type, a factor below 1, or a length that the scaling
+            does not reach.
     """
     if max_seq_length is not None and max_seq_length < 1:
         raise ValueError(f"max_seq_length: expected a positive number, found {max_seq_length}")
@@ -271,6 +273,9 @@ def scale_positions(config: Any, max_seq_length: int | None, rope_scaling: dict[
         known = ("default", *ROPE_INIT_FUNCTIONS)
         if scaling["rope_type"] not in known:
             raise ValueError(f"rope_scaling: expected rope_type among {', '.join(known)}, found {rope_scaling}")
+        factor = scaling.get("factor", 1)
+        if not isinstance(factor, int | float) or not 1 <= factor < math.inf:
+            raise ValueError(f"rope_scaling: expected a factor of at least 1, found {rope_scaling}")
         if scaling["rope_type"] == "yarn":
             scaling.setdefault("original_max_position_embeddings", positions)
         # the other types' frequencies depend on max_position_embeddings itself

@@ -25,6 +25,7 @@ State = Any
 QuantState: Any = bitsandbytes.functional.QuantState
 Params4bit: Any = bnb.nn.modules.Params4bit
 dequantize_4bit = bitsandbytes.functional.dequantize_4bit
+get_4bit_type = bitsandbytes.functional.get_4bit_type
 
 _NESTED_BLOCK = 256  # maxima that share one maximum
 
@@ -114,6 +115,15 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, State]:
     return packed, state
 
 
+def same_form(one: State, other: State) -> bool:
+    """Whether one stack may hold weights of both statistics; its maxima are those of bitsandbytes."""
+    if (one.blocksize, one.quant_type, one.nested) != (other.blocksize, other.quant_type, other.nested):
+        return False
+    if not one.nested:
+        return True
+    return one.state2.blocksize == _NESTED_BLOCK and torch.equal(one.state2.code, other.state2.code)
+
+
 def decode(packed: Tensor, state: State, dtype: torch.dtype) -> Tensor:
     """The tensor of codes and statistics, decoded in float32 and rounded to `dtype` once.
 
@@ -150,7 +160,7 @@ def _unsupported(codes: Tensor, quant_type: str, nested_block: int = _NESTED_BLO
 @functools.cache
 def _nf4_values(device: torch.device) -> Tensor:
     """The values of the 16 codes."""
-    return bitsandbytes.functional.get_4bit_type("nf4", device=device)
+    return get_4bit_type("nf4", device=device)
 
 
 def _decode(
@@ -190,13 +200,11 @@ class PackedStack:
 
     @classmethod
     def from_parts(cls, parts: Iterator[tuple[int, int, Tensor, State]], shape: torch.Size) -> PackedStack:
-        """Gathers (expert, part, codes, statistics) in any order; `shape` is (E, out, in)."""
+        """Gathers (expert, part, codes, statistics) of one form in any order; `shape` is (E, out, in)."""
         self: PackedStack | None = None
         for expert, part, packed, state in parts:
             if self is None:
                 self = cls._empty(packed.device, state, shape)
-            if (state.blocksize, state.quant_type, state.nested) != (self.blocksize, self.quant_type, self.nested):
-                raise ValueError("expected the same quantisation for all experts, found different settings")
             self.codes[expert, part, : packed.numel()] = packed.flatten()
             self.absmax[expert, part] = state.absmax
             if self.nested_absmax is not None:
@@ -319,7 +327,7 @@ class PackedStack:
         """Yields codes and statistics of each part of one expert, as bitsandbytes makes them for a single matrix."""
         _, out, inner = self.shape
         rows = out // self.parts
-        code = bitsandbytes.functional.get_4bit_type(self.quant_type, device=self.codes.device)
+        code = get_4bit_type(self.quant_type, device=self.codes.device)
         for part in range(self.parts):
             state2 = offset = None
             if self.nested_absmax is not None:

@@ -267,6 +267,8 @@ def _lora(options: DoctorConfig, config: Qwen3MoeConfig) -> LoraConfig:
     saved = modules_to_save(options.modules_to_save, config)
     targets, experts = expand_targets(options.lora_targets), ()
     if options.lora_experts is not None and any(map(adapts_experts, targets)):
+        if options.lora_experts > config.num_experts:
+            raise UserError(f"lora_experts: expected at most {config.num_experts}, found {options.lora_experts}")
         experts = (tuple(range(options.lora_experts)),) * len(config.sparse_layers)  # the memory is that of any others
     return LoraConfig(r=options.lora_r, targets=targets, adapted_experts=experts, **saved)
 

@@ -260,6 +260,7 @@ def write_files(folder: pathlib.Path, files: Mapping[str, pathlib.Path | bytes])
         UserError: a file to copy is larger than those beside weights are, or something that never ends.
     """
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
         else:

@@ -51,8 +51,11 @@ def output_lock(dst: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         InUse: another process or thread writes `dst`; the message names it.
-        OSError: the lock file cannot be written.
+        OSError: the lock file cannot be written, or `..` follows a folder that does not exist.
     """
+    parts = pathlib.Path(dst).parts
+    for at in (at for at, part in enumerate(parts, 1) if part == ".."):
+        os.stat(pathlib.Path(*parts[:at]))  # realpath would leave out what does not exist, the system does not
     output, me = pathlib.Path(os.path.realpath(dst)), threading.get_ident()
     with _guard:
         again = output in _held and _held[output][0] == me

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.cuda import total_bytes
 from jaxmoe.errors import UserError
+from jaxmoe.model.opening import load_adapter, open_checkpoint
 from tests.parity import cases, engine
 from tests.parity.plan import Case, Plan, write_batch
 from tests.parity.results import finish
@@ -30,6 +32,7 @@ def main() -> int:
     config = Qwen3MoeConfig.from_pretrained(args.checkpoint)
     if not any(args.checkpoint.glob("*.safetensors")):
         raise UserError(f"{args.checkpoint}: expected a Hugging Face folder with safetensors, found none")
+    source = open_checkpoint(args.checkpoint)[1]
     if args.length > config.max_position_embeddings:
         raise UserError(f"--length: expected at most {config.max_position_embeddings}, found {args.length}")
     for flag, least in (("length", cases.SHORTEST), ("parallel", 1)):
@@ -37,7 +40,18 @@ def main() -> int:
             raise UserError(f"--{flag}: expected at least {least}, found {found}")
     if args.quantize == "fp8-rows" and args.adapter:
         raise UserError("--quantize fp8-rows: expected no --adapter, with which jaxmoe's experts keep rows in 16 bits")
-    args.out.mkdir(parents=True)
+    if source.quantization is not None:
+        found = source.quantization.form.upper()
+        raise UserError(
+            f"{args.checkpoint}: expected weights in 16 or 32 bits (--quantize makes others), found {found}"
+        )
+    if args.adapter not in (None, "random"):
+        load_adapter(args.adapter, config, source)
+    if args.device == "gpu" and total_bytes() is None:
+        raise UserError("--device gpu: expected an NVIDIA GPU, found none")
+    for dtype in args.dtype.split(","):
+        if dtype not in _DTYPES:
+            raise UserError(f"--dtype: expected names among {', '.join(_DTYPES)}, found {dtype!r}")
     selected = cases_of(args, config)
     command = f"python -m tests.parity {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
@@ -92,7 +106,13 @@ def cases_of(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
     if args.prompt is None:
         batch = cases.text_batch(args.checkpoint, args.rows, args.length)
     else:
-        batch = cases.prompt_batch(args.checkpoint, args.prompt.read_text(encoding="utf-8"))
+        try:
+            prompt = args.prompt.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{args.prompt}: expected UTF-8 text, found other bytes") from None
+        batch = cases.prompt_batch(args.checkpoint, prompt)
+        if (found := batch.input_ids.shape[1]) < cases.SHORTEST:
+            raise UserError(f"{args.prompt}: expected at least {cases.SHORTEST} tokens, found {found}")
         batch = type(batch)(*(array[:, : args.length] for array in batch))
     at = str(write_batch(args.out / "input.batch", batch))
     adapter = args.adapter
@@ -104,8 +124,6 @@ def cases_of(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
     quantized = str(args.out / form) if form else None
     out = []
     for dtype in args.dtype.split(","):
-        if dtype not in _DTYPES:
-            raise UserError(f"--dtype: expected names among {', '.join(_DTYPES)}, found {dtype!r}")
         faults: tuple[str, ...] = ()
         if args.faults and dtype == "float32":
             faults = cases.faults_of(config, batch, adapter is not None, form)
