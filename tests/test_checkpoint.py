@@ -276,6 +276,15 @@ def test_a_damaged_state_is_one_line(damage: str, message: str, tmp_path: pathli
     assert "\n" not in str(caught.value)
 
 
+def test_a_state_under_the_number_of_another_step_is_refused(tmp_path: pathlib.Path) -> None:
+    checkpoints = TrainCheckpoints(tmp_path / "run")
+    checkpoints.save(3, training_state(), {})
+    checkpoints.close()
+    (tmp_path / "run" / "3").rename(tmp_path / "run" / "99")
+    with pytest.raises(UserError, match=r"99: expected the checkpoint of step 99, found that of step 3"):
+        TrainCheckpoints(tmp_path / "run").restore_latest(training_state())
+
+
 SAVER = """
 import sys, numpy as np
 from jaxmoe.store.train_state import TrainCheckpoints

@@ -412,7 +412,8 @@ def test_keys_of_messages_that_are_not_used_are_named():
         ({"prompt": chat("a", "b", "c"), "completion": chat("d")}, "prompt: expected none of the answers"),
         ({"prompt": chat("a"), "completion": None}, "completion: expected a string or a list of messages, found noth"),
         ({"prompt": chat("a"), "completion": 3}, "completion: expected a string or a list of messages, found a number"),
-        ({"prompt": "p", "completion": "c", "label": False}, "label: expected true"),
+        ({"prompt": "p", "completion": "c", "label": False}, "label: expected true .*found false"),
+        ({"prompt": "p", "completion": "c", "label": 0}, "label: expected true .*found 0;"),
     ],
 )
 def test_completions_that_cannot_be_learned(raw, says):

@@ -62,8 +62,10 @@ def recognised(raw: Any, among: Sequence[RecordForm] | None = None) -> Recognise
         raise UserError(_unknown(raw) if among is FORMS else _no_pair(raw))
     if form in PAIRS:
         _check_prompt(raw)
-    if "completion" in form.columns and raw.get("label") is False:
-        raise UserError("label: expected true (every completion is learned), found false; leave the record out")
+    label = raw.get("label")
+    if "completion" in form.columns and isinstance(label, bool | int | float) and not label:
+        found = json.dumps(label)
+        raise UserError(f"label: expected true (every completion is learned), found {found}; leave the record out")
     ignored = tuple(name for name in raw if name in present and name not in form.known)
     needed = {name: raw[name] for name in form.known if name in present or (name in form.columns and name in raw)}
     return Recognised(form.read(needed), form, ignored + _unread_keys(needed))

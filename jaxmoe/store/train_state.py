@@ -116,7 +116,8 @@ class TrainCheckpoints:
             [name, list(np.shape(leaf)), str(_dtype(leaf)), digest]
             for (name, leaf), digest in zip(leaves, digests, strict=True)
         ]
-        content = {"version": _BY_SEVERAL if self._several else _VERSION, "leaves": entries, "metadata": dict(metadata)}
+        content = {"version": _BY_SEVERAL if self._several else _VERSION, "step": step, "leaves": entries}
+        content["metadata"] = dict(metadata)
         try:
             with quiet_orbax() as ocp:
                 for later in self.steps():
@@ -232,6 +233,8 @@ class TrainCheckpoints:
             )
         if version != _WITHOUT_CHECKSUMS and digest != _content_digest(content):
             raise UserError(f"{where}: metadata: expected the checksum that it names, found another")
+        if (written := content.get("step", step)) != step:  # the folder's name is not part of the checksum
+            raise UserError(f"{where}: expected the checkpoint of step {step}, found that of step {written}")
         entries, length = content.get("leaves"), 3 if version == _WITHOUT_CHECKSUMS else 4
         listed = isinstance(entries, list) and all(isinstance(e, list) and len(e) == length for e in entries)
         if entries is None or not listed or not isinstance(content.get("metadata"), dict):
