@@ -76,7 +76,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines += ["", f"Training of {model}, {trained}, {batch}: memory of one GPU"]
         lines += [f"  {line}" for fit in fits for line in fit.lines()]
     if "forecast" not in found:
-        return [*lines, "", "To see what fits, name a model: --model qwen3-30b-a3b (needs no download)"]
+        if "cards" not in found and "nodes" not in found:
+            lines += ["", "To see what fits, name a model: --model qwen3-30b-a3b (needs no download)"]
+        return lines
     plan = found["forecast"]
     dtype = f"{plan['dtype']} with weights in {plan['quantize']}" if plan["quantize"] else plan["dtype"]
     pairs = ", in pairs" if plan["loss"] in memory.LOSSES_OVER_PAIRS else ""
