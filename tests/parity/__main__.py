@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
+from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
 from jaxmoe.errors import UserError
 from tests.parity import cases, engine
 from tests.parity.plan import Case, Plan, write_batch
@@ -37,6 +38,11 @@ def main() -> int:
             raise UserError(f"--{flag}: expected at least {least}, found {found}")
     if args.quantize == "fp8-rows" and args.adapter:
         raise UserError("--quantize fp8-rows: expected no --adapter, with which jaxmoe's experts keep rows in 16 bits")
+    mesh = MeshShape.parse(args.mesh)
+    mesh.check_experts(config.num_experts if config.sparse_layers else 0)
+    mesh.check_length(args.length)
+    if (rows := 1 if args.prompt else args.rows) % (shares := mesh.product(SEQUENCE_AXES)):
+        raise UserError(f"--mesh: {mesh}: expected a divisor of the {rows} sequences (--rows), found {shares} devices")
     args.out.mkdir(parents=True)
     selected = cases_of(args, config)
     command = f"python -m tests.parity {shlex.join(sys.argv[1:])}"
@@ -84,6 +90,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="processes at once; all share the device (default: 1)",
     )
+    parser.add_argument(
+        "--mesh", default="data=1", help="devices that jaxmoe runs on (expert=2); virtual on a CPU (default: one)"
+    )
     return parser.parse_args(arguments)
 
 
@@ -115,7 +124,7 @@ def cases_of(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
             faults += ("adapter of another expert",) if sparse_adapter else ()
         name = f"{args.checkpoint.resolve().name}-{dtype}"
         draws = 1 if dtype == "float32" else 4
-        options = {"draws": draws, "rows_in_fp8": in_rows}
+        options = {"draws": draws, "rows_in_fp8": in_rows, "mesh": args.mesh}
         out.append(Case(name, str(args.checkpoint), dtype, at, quantized, adapter, runs, faults, **options))
     return out
 
