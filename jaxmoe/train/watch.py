@@ -177,12 +177,12 @@ def of_base(model: Model, frozen: Params, trainable: Params) -> Params:
     if model.lora is None:
         return trainable
     zeros = {path: jnp.zeros_like(array) for path, array in trainable.items() if path.endswith(".lora_B")}
-    held = {path: frozen[path] for path in model.lora.saved_paths if path in frozen}  # a new head routes nothing
-    placed = {
-        path: jax.device_put(array.astype(trainable[path].dtype), trainable[path].sharding)
-        for path, array in held.items()
+    held = {
+        path: jax.device_put(frozen[path], trainable[path].sharding).astype(trainable[path].dtype)
+        for path in model.lora.saved_paths
+        if path in frozen  # a new head routes nothing
     }
-    return {**trainable, **zeros, **placed}
+    return {**trainable, **zeros, **held}
 
 
 def make_routing_step(model: Model) -> Callable[[Params, Params, Batch], ProbeRouting]:
