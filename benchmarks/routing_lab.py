@@ -147,7 +147,7 @@ def watching(how: Measurement, config: Qwen3MoeConfig, tokens: int, frozen: Any)
     sparse = (len(config.sparse_layers), *shape)
     logits = np.zeros((*sparse, config.num_experts), np.float32)
     base = ProbeRouting(logits, np.zeros((*sparse, config.num_experts_per_tok), np.uint8))
-    compiled = jax.jit(make_routing_step(model, adapted=True)).lower(frozen, adapters, batch).compile()
+    compiled = jax.jit(make_routing_step(model)).lower(frozen, adapters, batch).compile()
     compare = jax.jit(make_comparing_step(model)).lower(base, base, batch.segment_ids).compile()
     count = max(DOCUMENTS * DOCUMENT // int(np.prod(shape)), 1)
 

@@ -92,3 +92,6 @@ def test_what_fits_in_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     text = capsys.readouterr().out
     assert "no NVIDIA GPU" in text and "Training of qwen3-30b-a3b, all parameters, 1 x 2048 tokens on each GPU" in text
     assert "8 x 80 GB (H100)" in text and "NF4" not in text
+    main(["--mesh"])
+    text = capsys.readouterr().out
+    assert "Training of qwen3-235b-a22b" in text and "To see what fits" not in text  # it has just been shown

@@ -191,6 +191,11 @@ def test_the_command_refuses_bad_input(run_module: Callable, tmp_path: pathlib.P
         (["--checkpoint", CHECKPOINT, "--out", tmp_path / "g", "--adapter", tmp_path], "found no adapter_config.json"),
         (["--checkpoint", CHECKPOINT, "--out", tmp_path / "h", "--prompt", tmp_path / "short.txt"], "found 1"),
         (["--checkpoint", CHECKPOINT, "--out", tmp_path / "i", "--prompt", tmp_path / "bytes.txt"], "expected UTF-8"),
+        (
+            ["--checkpoint", CHECKPOINT, "--out", tmp_path / "j", "--mesh", "expert=3"],
+            "expected a divisor of the model",
+        ),
+        (["--checkpoint", CHECKPOINT, "--out", tmp_path / "k", "--mesh", "data=4"], "divisor of the 2 sequences"),
     ):
         done = run_module("tests.parity", *arguments)
         assert done.returncode == 2, done.stderr
@@ -217,6 +222,14 @@ def test_the_command_plants_the_faults_of_its_form(form: str, faults: list[str],
         assert in_16.quantized == str(tmp_path / form.removesuffix("-rows")) and in_16.rows_in_fp8 == (
             form == "fp8-rows"
         )
+
+
+def test_the_command_runs_on_a_mesh(tmp_path: pathlib.Path) -> None:
+    from tests.parity import __main__ as command
+
+    args = command.parsed(["--checkpoint", str(CHECKPOINT), "--out", str(tmp_path), "--mesh", "context=2,expert=2"])
+    found = command.cases_of(args, Qwen3MoeConfig.from_pretrained(CHECKPOINT))
+    assert {case.mesh for case in found} == {"context=2,expert=2"}
 
 
 def test_results_are_json(tmp_path: pathlib.Path) -> None:

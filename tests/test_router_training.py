@@ -152,6 +152,19 @@ def test_a_penalty_of_nothing_has_no_gradient() -> None:
     assert max(float(jnp.max(jnp.abs(g))) for g in found.gradients.values()) <= bound("no_penalty_fp32")
 
 
+def test_losses_of_no_weight_change_no_bit() -> None:
+    """A step that computes z-loss and penalty and weighs them with 0 learns what a step without them learns."""
+    model, frozen, adapters, sequences = setting()
+    plain = model._replace(router_logits=False, base_router=False)
+    batch = jax.tree.map(lambda array: array[None], sequences)
+    objective = (Term(NextTokenCrossEntropy()),)
+    step = jax.jit(lambda a: loss_and_gradients(plain, frozen, a, batch, objective), compiler_options=COMPILER_OPTIONS)
+    expected = step(adapters)
+    same = lambda found: all(map(np.array_equal, *(jax.tree.leaves((x.loss, x.gradients)) for x in (found, expected))))
+    assert same(stepped()((1.0, 0.0, 0.0), adapters))
+    assert not any(same(stepped()(weights, adapters)) for weights in ((1.0, 1e-3, 0.0), (1.0, 0.0, 1e-3)))
+
+
 def test_dense_mixer_changes_gradients_and_no_value() -> None:
     adapters, weights = setting()[2], (1.0, 0.0, 0.0)
     without, found = stepped()(weights, adapters), stepped(dense_router=True)(weights, adapters)

@@ -193,6 +193,15 @@ def test_coarse_divergence_is_exact_with_all_experts_and_else_a_lower_bound():
     assert 0 < bounds[2].mean() < exact.mean()
 
 
+def test_equal_routers_in_float32_have_no_divergence():
+    p = np.random.default_rng(3).dirichlet(np.full(32, 0.4), 200).astype(np.float32)
+    order = np.argsort(-p, axis=1)
+    for t in (32, 16):
+        experts, known = order[:, :t], np.take_along_axis(p, order[:, :t], 1)
+        found = metrics.coarse_jensen_shannon(experts, known, experts, known)
+        assert found.max() == 0
+
+
 def test_rank_correlation_by_hand_and_against_scipy():
     assert metrics.rank_correlation(np.array([1, 2, 3.0]), np.array([10, 20, 30.0])) == pytest.approx(1)
     assert metrics.rank_correlation(np.array([1, 2, 3.0]), np.array([3, 2, 1.0])) == pytest.approx(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.config import LoraConfig
 from jaxmoe.data.packing import Document, Sequences
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.interface import Options, Tokens
@@ -23,12 +25,14 @@ from jaxmoe.train.watch import (
     compared,
     divergence,
     even_batches,
+    of_base,
     shortened,
     watch_in_words,
     watched,
 )
 from peers.configs import random_parameters, random_tokens
 from peers.make_checkpoint import TINY
+from tests.test_train import CONFIG, adapted, random_batch
 from tests.tolerances import bound
 
 LAYERS, SEQUENCES, LENGTH, EXPERTS, CHOSEN = 2, 3, 5, 6, 2
@@ -185,3 +189,24 @@ def test_a_pass_that_ends_at_the_last_router_has_the_same_routing(dense: tuple[i
     whole, ends = run(params, False), run(params, True)
     for expected, found in zip(whole, ends, strict=True):
         assert expected.shape[0] == 4 - len(dense) and np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_without_an_effect_route_as_the_base(dtype: str) -> None:
+    """Bit by bit as fresh adapters do, so the first measurement of a run finds no change, in 16 bits too."""
+    lora = LoraConfig(r=2, targets=("q_proj", "experts.gate_up_proj"))
+    model, frozen, trained = adapted(CONFIG, lora)
+    frozen = {path: array.astype(dtype) for path, array in frozen.items()}
+    full = replace(lora, modules_to_save=("embed_tokens",), full_router=True)
+    held = {path: frozen[path].astype("float32") for path in full.saved_paths}
+    model = model._replace(dtype=dtype, lora=full)
+    batch = jax.tree.map(jnp.asarray, random_batch(CONFIG, 2, 24))
+    routed = lambda arrays: jax.device_get(jax.jit(model.routing)(frozen, arrays, batch))
+
+    fresh = {path: jnp.zeros_like(array) if path.endswith("lora_B") else array for path, array in trained.items()}
+    trained |= {path: 1.5 * array for path, array in held.items()}
+    expected = routed(fresh | held)
+    assert all(map(np.array_equal, routed(of_base(model, frozen, trained)), expected))
+    assert not np.array_equal(routed(trained).experts, expected.experts)
+    alone = jax.jit(model._replace(lora=None).routing)({}, frozen, batch)
+    assert dtype == "bfloat16" or np.array_equal(alone.experts, expected.experts)

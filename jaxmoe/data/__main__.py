@@ -9,14 +9,14 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import logging
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from jaxmoe.cli.arguments import ArgumentParser, program_name, run, say, whole_number
-from jaxmoe.cli.notices import shown_notices
+from jaxmoe.cli.notices import LOGGER, shown_notices
 from jaxmoe.cli.progress import progress
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.data import chat_flags
@@ -111,7 +111,7 @@ def _print(
             lambda done, total, records: show(done, total or 0, counted(records, "record")),
         )
     for line in about_template:
-        print(line, file=sys.stderr)
+        logging.getLogger(LOGGER).info(line)
     print_overview(Console(highlight=False, soft_wrap=False), shown, numbers)
     return numbers
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
+from jaxmoe.cli.notices import LOGGER
 from jaxmoe.cli.progress import reading_weights
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import router_bias
@@ -65,7 +66,7 @@ class JaxmoeLM(TemplateLM):
         )
         mesh.check_sequences_whole()
         for line in about_mesh:
-            print(line, file=sys.stderr)
+            logging.getLogger(LOGGER).warning(line)  # a level that is shown in any program
         with explained(lambda: "use quantize=nf4"), reading_weights(on_stderr=True) as on_layer:
             model = Qwen3MoeForCausalLM.from_pretrained(
                 folder, given.dtype, given.quantize, given.adapter, on_layer, given.dequantize, mesh

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     stopping.watch()  # before the other imports, which take seconds
 
 import argparse
+import logging
 import pathlib
 import signal
 import sys
@@ -21,6 +22,7 @@ import jax
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli import xla
 from jaxmoe.cli.arguments import ArgumentParser, add_memory_limit, finite_number, run, say, whole_number
+from jaxmoe.cli.notices import LOGGER, shown_notices
 from jaxmoe.cli.progress import progress, reading_weights, shown
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.control import interventions
@@ -45,6 +47,8 @@ from jaxmoe.model.mesh_flag import Inputs, inference_mesh
 from jaxmoe.model.opening import open_checkpoint
 from jaxmoe.model.selection import jax_without_kernels
 from jaxmoe.out_of_memory import explained
+
+_log = logging.getLogger(LOGGER)
 
 _MAX_NEW_TOKENS = 256
 
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = "--prompts" if args.prompts else "--interactive"
         raise UserError(f"num-processes: several processes generate for --prompt only, found {given}")
     xla.configure(args.memory_limit)
-    with ending.together(), shown(process.is_first):
+    with ending.together(), shown(process.is_first), shown_notices(on_stderr=True):
         check_same_command(vars(args))
         return _generate(args)
 
@@ -139,7 +143,7 @@ def _load(task: _Task, sequences: int, longest: int) -> Generator:
             args.model, args.dtype, args.quantize, args.adapter, on_layer, args.dequantize, mesh
         )
     for line in [*about_mesh, *jax_without_kernels(), *task.notices] if launch.this().is_first else ():
-        print(line, file=sys.stderr)
+        _log.info(line)
     return Generator(model)
 
 
@@ -193,7 +197,7 @@ def _answer_file(task: _Task, config: Qwen3MoeConfig) -> int:
     total, batch_size = len(given), args.batch_size or prompts.BATCH_SIZE
     with answer_file(args.out, total, _provenance(args, given, settings, batch_size)) as answers:
         if answers.done:
-            print(f"{args.out}: there are {len(answers.done):,} of {counted(total, 'answer')}", file=sys.stderr)
+            _log.info(f"{args.out}: there are {len(answers.done):,} of {counted(total, 'answer')}")
         done = None
         if len(answers.done) < total:
             with explained(lambda: "use a smaller --batch-size or --max-new-tokens, or --quantize nf4"):
@@ -210,7 +214,7 @@ def _answer_file(task: _Task, config: Qwen3MoeConfig) -> int:
     if len(answers.done) < total:
         assert done is not None and done.stopped_by is not None
         name, kept = signal.Signals(done.stopped_by).name, f"{len(answers.done):,} of {counted(total, 'answer')}"
-        print(f"{name}: {kept} in {args.out}; the same command continues from there", file=sys.stderr)
+        _log.info(f"{name}: {kept} in {args.out}; the same command continues from there")
         return 128 + done.stopped_by
     say(f"{args.out}: complete, {counted(total, 'answer')}")
     return 0

@@ -10,6 +10,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 
 from jaxmoe.cli.arguments import ArgumentParser, program_name, run
+from jaxmoe.cli.notices import shown_notices
 from jaxmoe.out_of_memory import explained
 from jaxmoe.routing.commands import ab, capture, compare, effects, importing, prune, report
 
@@ -41,9 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     """Reads the command and runs it: None when done, 128 + the signal's number when a signal ended it early."""
     arguments = build_parser().parse_args(argv)
     command, _ = COMMANDS[arguments.command]
-    if command is ab:  # its runs say for themselves what would fit into the memory
+    if command is ab:  # its runs show their notices, and say for themselves what would fit into the memory
         return ab.run(arguments)
-    with explained(lambda: "use a smaller --batch-size or --seq-length, or --quantize nf4"):
+    with (
+        shown_notices(on_stderr=True),
+        explained(lambda: "use a smaller --batch-size or --seq-length, or --quantize nf4"),
+    ):
         return command.run(arguments)
 
 

@@ -289,6 +289,7 @@ def coarse_jensen_shannon(
     Experts that both sides kept are separate classes; all others form one class. Merging classes never raises the
     divergence (data processing inequality), so this is a lower bound, exact if t = E.
     """
+    p, q = (np.asarray(each, np.float64) for each in (p, q))  # in float32, equal routers would differ by 1e-8
     match = experts_p[:, :, None] == experts_q[:, None, :]
     shared = match.any(axis=2)
     left = np.where(shared, p, 0)

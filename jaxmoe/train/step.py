@@ -148,15 +148,11 @@ class Model(NamedTuple):
         reference, base = self._reference(frozen, batch), self._base_router_logits(frozen, batch)
         return replace(outputs, reference=reference, base_router_logits=base)
 
-    def routing(self, frozen: Params, trainable: Params, batch: Batch, *, adapted: bool) -> ProbeRouting:
-        """What the router does with B sequences of T tokens, on one device; `adapted` says whether with the adapters.
-
-        If all parameters are trained, there are none, and the trainable arrays are those of the model to ask.
-        """
+    def routing(self, frozen: Params, trainable: Params, batch: Batch) -> ProbeRouting:
+        """What the router does with B sequences of T tokens, on one device."""
         params, adapters = self._arrays(frozen, trainable)
-        lora, adapters = (self.lora, adapters) if adapted else (None, {})
         out = self._decoded(
-            lora, params, adapters, batch, Options(router_logits=True, keep_logits=1, until_last_router=True)
+            self.lora, params, adapters, batch, Options(router_logits=True, keep_logits=1, until_last_router=True)
         )
         assert out.router_logits is not None and out.routing is not None
         return ProbeRouting(out.router_logits, out.routing.experts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,18 +72,18 @@ class Watch:
         token = len(config.sparse_layers) * (4 * config.num_experts + 2 * config.num_experts_per_tok)
         self._count = min(probe.steps(1, size), max(MOST_BYTES // (token * probe.seq_length * size), 1))
         model = plan.model._replace(packed=probe.packed)
-        self._routing = jax.jit(make_routing_step(model, adapted=True))
+        self._routing = jax.jit(make_routing_step(model))
         self._compared = jax.jit(make_comparing_step(model))
         placement = model.placement
         self._lies = jax.tree.map(placement.sharding, _specs(model)) if model.mesh.size > 1 else None
         self.notices = _notices(plan, probe, size * self._count)
         self.seconds = 0.0  # that measuring took so far
         self._base: list[ProbeRouting] = []
-        of_base = jax.jit(make_routing_step(model, adapted=False))
+        base = of_base(model, frozen, trainable)
         with progress("routing of the probe by the base model") as show:
             for number, batch in enumerate(self._batches(), start=1):
                 arrays, fed = plan.fed(frozen, batch)
-                self._base.append(ProbeRouting(*map(np.asarray, of_base(arrays, trainable, fed))))
+                self._base.append(ProbeRouting(*map(np.asarray, self._routing(arrays, base, fed))))
                 show(number, self._count, f"{number} of {self._count} batches")
 
     def _batches(self) -> Iterator[Batch]:
@@ -168,14 +167,31 @@ def watch_in_words(numbers: Mapping[str, Any]) -> str:
     )
 
 
-def make_routing_step(model: Model, *, adapted: bool) -> Callable[[Params, Params, Batch], ProbeRouting]:
-    """(frozen, trainable, batch [B, T]) -> the routing of the batch; `adapted` says whether with the adapters."""
+def of_base(model: Model, frozen: Params, trainable: Params) -> Params:
+    """The trainable arrays with which the model routes as without its adapters: B is 0, and weights that the adapter
+    holds in full are the base's. If all parameters are trained, the arrays as they are.
+
+    So one program routes base and adapted model. A program without adapters rounds 16-bit numbers elsewhere, and tokens
+    would change their experts before anything is trained.
+    """
+    if model.lora is None:
+        return trainable
+    zeros = {path: jnp.zeros_like(array) for path, array in trainable.items() if path.endswith(".lora_B")}
+    held = {
+        path: jax.device_put(frozen[path], trainable[path].sharding).astype(trainable[path].dtype)
+        for path in model.lora.saved_paths
+        if path in frozen  # a new head routes nothing
+    }
+    return {**trainable, **zeros, **held}
+
+
+def make_routing_step(model: Model) -> Callable[[Params, Params, Batch], ProbeRouting]:
+    """(frozen, trainable, batch [B, T]) -> the routing of the batch."""
     placement = model.placement
 
     def step(frozen: Params, trainable: Params, batch: Batch) -> ProbeRouting:
         specs = placement.specs(frozen), placement.specs(trainable), placement.batch_specs(batch, tokens=2)
-        run = placement.run(partial(model.routing, adapted=adapted), specs, _specs(model))
-        return run(frozen, trainable, batch)
+        return placement.run(model.routing, specs, _specs(model))(frozen, trainable, batch)
 
     return step
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from jaxmoe.cli.arguments import ArgumentParser, run
 from jaxmoe.config import Qwen3MoeConfig
 from jaxmoe.cuda import total_bytes
+from jaxmoe.distributed.mesh import SEQUENCE_AXES, MeshShape
 from jaxmoe.errors import UserError
 from jaxmoe.model.opening import load_adapter, open_checkpoint
 from tests.parity import cases, engine
@@ -29,29 +30,7 @@ def main() -> int:
     args = parsed(sys.argv[1:])
     if args.out.exists():
         raise UserError(f"{args.out}: expected a folder that does not exist yet, found one")
-    config = Qwen3MoeConfig.from_pretrained(args.checkpoint)
-    if not any(args.checkpoint.glob("*.safetensors")):
-        raise UserError(f"{args.checkpoint}: expected a Hugging Face folder with safetensors, found none")
-    source = open_checkpoint(args.checkpoint)[1]
-    if args.length > config.max_position_embeddings:
-        raise UserError(f"--length: expected at most {config.max_position_embeddings}, found {args.length}")
-    for flag, least in (("length", cases.SHORTEST), ("parallel", 1)):
-        if (found := getattr(args, flag)) < least:
-            raise UserError(f"--{flag}: expected at least {least}, found {found}")
-    if args.quantize == "fp8-rows" and args.adapter:
-        raise UserError("--quantize fp8-rows: expected no --adapter, with which jaxmoe's experts keep rows in 16 bits")
-    if source.quantization is not None:
-        found = source.quantization.form.upper()
-        raise UserError(
-            f"{args.checkpoint}: expected weights in 16 or 32 bits (--quantize makes others), found {found}"
-        )
-    if args.adapter not in (None, "random"):
-        load_adapter(args.adapter, config, source)
-    if args.device == "gpu" and total_bytes() is None:
-        raise UserError("--device gpu: expected an NVIDIA GPU, found none")
-    for dtype in args.dtype.split(","):
-        if dtype not in _DTYPES:
-            raise UserError(f"--dtype: expected names among {', '.join(_DTYPES)}, found {dtype!r}")
+    config = checked(args)
     selected = cases_of(args, config)
     command = f"python -m tests.parity {shlex.join(sys.argv[1:])}"
     plan = Plan(args.out, args.device, tuple(selected), command)
@@ -98,7 +77,47 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="processes at once; all share the device (default: 1)",
     )
+    parser.add_argument(
+        "--mesh", default="data=1", help="devices that jaxmoe runs on (expert=2); virtual on a CPU (default: one)"
+    )
     return parser.parse_args(arguments)
+
+
+def checked(args: argparse.Namespace) -> Qwen3MoeConfig:
+    """The checkpoint's configuration.
+
+    Raises:
+        UserError: a checkpoint, an adapter or a flag that the suite cannot run.
+    """
+    config = Qwen3MoeConfig.from_pretrained(args.checkpoint)
+    if not any(args.checkpoint.glob("*.safetensors")):
+        raise UserError(f"{args.checkpoint}: expected a Hugging Face folder with safetensors, found none")
+    source = open_checkpoint(args.checkpoint)[1]
+    if args.length > config.max_position_embeddings:
+        raise UserError(f"--length: expected at most {config.max_position_embeddings}, found {args.length}")
+    for flag, least in (("length", cases.SHORTEST), ("parallel", 1)):
+        if (found := getattr(args, flag)) < least:
+            raise UserError(f"--{flag}: expected at least {least}, found {found}")
+    if args.quantize == "fp8-rows" and args.adapter:
+        raise UserError("--quantize fp8-rows: expected no --adapter, with which jaxmoe's experts keep rows in 16 bits")
+    if source.quantization is not None:
+        found = source.quantization.form.upper()
+        raise UserError(
+            f"{args.checkpoint}: expected weights in 16 or 32 bits (--quantize makes others), found {found}"
+        )
+    if args.adapter not in (None, "random"):
+        load_adapter(args.adapter, config, source)
+    if args.device == "gpu" and total_bytes() is None:
+        raise UserError("--device gpu: expected an NVIDIA GPU, found none")
+    for dtype in args.dtype.split(","):
+        if dtype not in _DTYPES:
+            raise UserError(f"--dtype: expected names among {', '.join(_DTYPES)}, found {dtype!r}")
+    mesh = MeshShape.parse(args.mesh)
+    mesh.check_experts(config.num_experts if config.sparse_layers else 0)
+    mesh.check_length(args.length)
+    if (rows := 1 if args.prompt else args.rows) % (shares := mesh.product(SEQUENCE_AXES)):
+        raise UserError(f"--mesh: {mesh}: expected a divisor of the {rows} sequences (--rows), found {shares} devices")
+    return config
 
 
 def cases_of(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
@@ -133,7 +152,7 @@ def cases_of(args: argparse.Namespace, config: Qwen3MoeConfig) -> list[Case]:
             faults += ("adapter of another expert",) if sparse_adapter else ()
         name = f"{args.checkpoint.resolve().name}-{dtype}"
         draws = 1 if dtype == "float32" else 4
-        options = {"draws": draws, "rows_in_fp8": in_rows}
+        options = {"draws": draws, "rows_in_fp8": in_rows, "mesh": args.mesh}
         out.append(Case(name, str(args.checkpoint), dtype, at, quantized, adapter, runs, faults, **options))
     return out
 

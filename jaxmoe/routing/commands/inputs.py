@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import pathlib
-import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from captures import Capture, tokenizer_digest
 from jaxmoe.cli.arguments import whole_number
+from jaxmoe.cli.notices import LOGGER
 from jaxmoe.errors import UserError
 
 
@@ -101,7 +102,7 @@ def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
             split=arguments.split,
         )
     for line in [*about_mesh, *notices(settings, tokenizer)] if launch.this().is_first else ():
-        print(line, file=sys.stderr)
+        logging.getLogger(LOGGER).info(line)
     with reading_weights() as on_layer:
         model = Qwen3MoeForCausalLM.from_pretrained(
             arguments.model,
