@@ -365,6 +365,13 @@ def test_training_holds_the_weights_in_fp8(plain: pathlib.Path, tmp_path: pathli
         prepare(dataclasses.replace(settings, merge=True), None)
 
 
+def test_weights_in_fp8_are_not_trained_in_full(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "one"}\n')
+    settings = TrainConfig(model=folder, data=tmp_path / "data.jsonl", output=tmp_path / "run", full=True, max_steps=1)
+    with pytest.raises(UserError, match=r"full: expected weights that can be trained, found FP8 .*--dequantize"):
+        prepare(settings, None)
+
+
 # --- refusals
 
 

@@ -362,7 +362,10 @@ def _open(settings: TrainConfig, config: Qwen3MoeConfig, lora: LoraConfig | None
     if settings.full:
         if checkpoint.quantization is not None:
             form = checkpoint.quantization.form.upper()
-            raise UserError(f"full: expected weights that can be trained, found {form} in {settings.model}")
+            raise UserError(
+                f"full: expected weights that can be trained, found {form} in {settings.model}; "
+                "python -m convert hf2jax --dequantize writes such"
+            )
         model = Model(config, None, settings.dtype or "float32")
         return Source(model, Weights({}, shapes), lambda *how: Weights({}, read(*how)))
     if settings.merge and checkpoint.quantization is not None:
