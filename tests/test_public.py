@@ -32,6 +32,7 @@ PUBLIC = {
     "jaxmoe.routing.imported": ("import_experts",),
     "jaxmoe.routing.summary": ("summarise",),
     "jaxmoe.routing.text": ("read_text",),
+    "jaxmoe.train.paired": ("run_pairs",),
     "captures": ("Capture", "tokenizer_digest"),
     "torch_ref": ("FastQwen3Model", "FastQwen3MoeModel"),
 }
