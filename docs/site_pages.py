@@ -28,7 +28,10 @@ REFERENCE = {
         "Records and tokenizers.",
         ["jaxmoe.data.Record", "jaxmoe.data.load_tokenizer", "jaxmoe.data.read_records", "jaxmoe.data.tokenize_record"],
     ),
-    "Training": ("`python -m jaxmoe.train` from Python.", ["jaxmoe.train.TrainConfig", "jaxmoe.train.train"]),
+    "Training": (
+        "`python -m jaxmoe.train` and `python -m jaxmoe.routing ab` from Python.",
+        ["jaxmoe.train.TrainConfig", "jaxmoe.train.train", "jaxmoe.train.paired.run_pairs"],
+    ),
     "Generation": (
         "`python -m jaxmoe.generate` from Python.",
         ["jaxmoe.generate.Generator", "jaxmoe.generate.Sampling"],
