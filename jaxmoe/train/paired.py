@@ -29,6 +29,12 @@ Sides = Mapping[str, Mapping[str, Any]]  # "A" and "B" -> the settings as in a f
 def run_pairs(sides: Sides, seeds: int, out: pathlib.Path) -> tuple[list[Difference], int | None]:
     """Trains what is not finished; after each pair the table and the page in `out` are written again.
 
+    Args:
+        sides: the settings of "A" and "B", fields of `TrainConfig` without `seed` and `output`. Both evaluate the same
+            held-out records.
+        seeds: how many pairs, with the seeds from 0 on.
+        out: the folder of the runs, the table and the page.
+
     Returns:
         the differences over the pairs that are finished, and the signal that ended a run early, if one did.
 
