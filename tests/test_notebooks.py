@@ -13,7 +13,7 @@ nbformat = pytest.importorskip("nbformat", reason="no nbformat: a machine with a
 from notebooks.__main__ import FOLDER, execute, main, names, read_settings, with_settings  # noqa: E402 - needs what is asked for above
 
 # Fewer steps, tokens and records than in the committed notebooks: every cell runs, in a third of the time.
-SMALL = {"STEPS": "6", "TOKENS": "1000", "RECORDS": "24", "SEEDS": "2"}
+SMALL = {"STEPS": "6", "TOKENS": "1000", "RECORDS": "24", "HELD_OUT": "8", "BATCH": "2", "SEEDS": "2"}
 
 
 def answer_of(notebook) -> str:
