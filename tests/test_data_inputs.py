@@ -414,6 +414,7 @@ def test_keys_of_messages_that_are_not_used_are_named():
         ({"prompt": chat("a"), "completion": 3}, "completion: expected a string or a list of messages, found a number"),
         ({"prompt": "p", "completion": "c", "label": False}, "label: expected true .*found false"),
         ({"prompt": "p", "completion": "c", "label": 0}, "label: expected true .*found 0;"),
+        ({"prompt": "p", "completion": "c", "label": "False"}, 'label: expected true .*found "False";'),
     ],
 )
 def test_completions_that_cannot_be_learned(raw, says):

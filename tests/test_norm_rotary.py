@@ -24,7 +24,7 @@ from tests.parity import relative_error
 from tests.parity.batches import Batch
 from tests.parity.faults import FAULTS
 from tests.parity.trace import jax_trace
-from tests.row_kernels import draw, made_up_gpu, step
+from tests.row_kernels import CHOSEN, draw, made_up_gpu, step
 from tests.test_ampere import path  # noqa: F401 - a fixture
 from tests.test_kernels import needs_kernels, on_gpu
 from tests.tolerances import bound
@@ -92,10 +92,7 @@ def test_heads_that_it_does_not_take() -> None:
     assert "found float32" in str(norm_rotary.unsupported(jnp.zeros((1, 32, 1, 128))))
 
 
-@pytest.mark.parametrize(
-    ("version", "dtype", "name"),
-    [((0, 10, 2), "bfloat16", "xla"), ((0, 11, 0), "bfloat16", "mosaic"), ((0, 11, 0), "float32", "xla")],
-)
+@pytest.mark.parametrize(("version", "dtype", "name"), CHOSEN)
 def test_where_it_cannot_run_xla_does(version: Any, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up_gpu(monkeypatch)
     monkeypatch.setattr(jax, "__version_info__", version)

@@ -17,7 +17,7 @@ from jaxmoe.ops.implementations import choose
 from jaxmoe.ops.kernels import swiglu_gradient
 from jaxmoe.ops.swiglu import swiglu
 from tests.parity import relative_error
-from tests.row_kernels import draw, made_up_gpu, step
+from tests.row_kernels import CHOSEN, draw, made_up_gpu, step
 from tests.test_ampere import path  # noqa: F401 - a fixture
 from tests.test_kernels import needs_kernels, on_gpu
 from tests.tolerances import bound
@@ -91,10 +91,7 @@ def test_rows_that_it_does_not_take() -> None:
     assert "found float32" in str(swiglu_gradient.unsupported(jnp.zeros((16, 128))))
 
 
-@pytest.mark.parametrize(
-    ("version", "dtype", "name"),
-    [((0, 10, 2), "bfloat16", "xla"), ((0, 11, 0), "bfloat16", "mosaic"), ((0, 11, 0), "float32", "xla")],
-)
+@pytest.mark.parametrize(("version", "dtype", "name"), CHOSEN)
 def test_where_it_cannot_run_xla_does(version: Any, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made_up_gpu(monkeypatch)
     monkeypatch.setattr(jax, "__version_info__", version)

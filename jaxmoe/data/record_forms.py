@@ -38,6 +38,9 @@ class RecordForm:
         return self.columns + self.optional
 
 
+_NOT_LEARNED = ("false", "0", "0.0")  # labels of a completion, as JSON's values or as texts of a table
+
+
 class Recognised(NamedTuple):
     """A record in the form that is tokenised, the form that it had, and the columns that were left out."""
 
@@ -63,7 +66,7 @@ def recognised(raw: Any, among: Sequence[RecordForm] | None = None) -> Recognise
     if form in PAIRS:
         _check_prompt(raw)
     label = raw.get("label")
-    if "completion" in form.columns and isinstance(label, bool | int | float) and not label:
+    if "completion" in form.columns and str(label).lower() in _NOT_LEARNED:
         found = json.dumps(label)
         raise UserError(f"label: expected true (every completion is learned), found {found}; leave the record out")
     ignored = tuple(name for name in raw if name in present and name not in form.known)
